@@ -1,0 +1,201 @@
+"""What an Engram layer looks like, as one frozen, validated value; and what it costs per token.
+
+Everything else in this repository takes an `EngramConfig` as an argument: there are no module
+globals, so two configurations live side by side. The presets are the published geometries.
+
+    >>> from engram_ref.config import EngramConfig
+    >>> EngramConfig.preset("v41-flash").bytes_per_token()
+    12672
+
+Sources: the public demo `deepseek-ai/Engram` (`engram_demo_v1.py`); the Engram paper, arXiv
+2601.07372, Appendix A; the DeepSeek-V4.1-Flash checkpoint. No torch, no numpy is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+# Bytes of one value. A float8 row also carries one scale byte per SCALE_BLOCK values.
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+SCALE_BLOCK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngramConfig:
+    """Geometry of all Engram layers of one model.
+
+    Attributes:
+        layer_ids: 0-based decoder layers that hold an Engram layer; the hash depends on them.
+        max_ngram: longest n-gram N; orders 2..N are looked up.
+        heads: hash heads per order, each with a prime of its own.
+        row_width: values in one table row (D).
+        table_size_per_order: one size per order 2..N; each head's prime is searched upward from it.
+        hidden: width of the residual stream (H).
+        hc_mult: copies of the residual stream (G); 1 is the ordinary decoder.
+        kernel_size: taps of the short convolution; 0 means that the layer has none.
+        pad_id: token id (not compressed) that stands before the start of a sequence.
+        seed: seed of the hash multipliers.
+        row_dtype: how a row is stored: float32, float16, bfloat16 or float8_e4m3fn.
+        compressed_size: the size that the compressed vocabulary must have, or None where no trained
+            table depends on it. Every multiplier derives from it, so a trained table allows one value.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and limit.
+    """
+
+    layer_ids: tuple[int, ...]
+    max_ngram: int
+    heads: int
+    row_width: int
+    table_size_per_order: tuple[int, ...]
+    hidden: int
+    hc_mult: int = 4
+    kernel_size: int = 4
+    pad_id: int = 2
+    seed: int = 0
+    row_dtype: str = "bfloat16"
+    compressed_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layer_ids", "table_size_per_order"):
+            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+        for name, least in _LEAST.items():
+            _require_int(name, getattr(self, name), least)
+        for layer_id in self.layer_ids:
+            _require_int("layer_ids", layer_id, 0)
+        for size in self.table_size_per_order:
+            _require_int("table_size_per_order", size, 2)
+        if not self.layer_ids or len(set(self.layer_ids)) != len(self.layer_ids):
+            raise ValueError(f"layer_ids={self.layer_ids}: give at least one layer, each once")
+        if len(self.table_size_per_order) != self.max_ngram - 1:
+            raise ValueError(
+                f"table_size_per_order has {len(self.table_size_per_order)} sizes; "
+                f"max_ngram={self.max_ngram} has {self.max_ngram - 1} orders: give one size per order"
+            )
+        if self.row_dtype not in VALUE_BYTES:
+            raise ValueError(f"row_dtype={self.row_dtype!r}: use one of {', '.join(VALUE_BYTES)}")
+        if self.row_dtype == "float8_e4m3fn" and self.row_width % SCALE_BLOCK:
+            raise ValueError(
+                f"row_width={self.row_width}: float8 rows need a multiple of {SCALE_BLOCK}, one scale per block"
+            )
+        if self.compressed_size is not None:
+            _require_int("compressed_size", self.compressed_size, 1)
+
+    @classmethod
+    def preset(cls, name: str) -> EngramConfig:
+        """The published geometry called `name`: demo, paper-27b, paper-40b, v41-flash, or tiny (ours, for tests)."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}: use one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    def replace(self, **changes: Any) -> EngramConfig:
+        """A copy with `changes`, validated like a new one."""
+        unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
+        if unknown:
+            raise ValueError(f"EngramConfig has no field {', '.join(sorted(unknown))}")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """The n of each n-gram that is looked up: 2..max_ngram."""
+        return tuple(range(2, self.max_ngram + 1))
+
+    @property
+    def columns(self) -> int:
+        """Rows read per token and layer (C): one per order and head."""
+        return len(self.orders) * self.heads
+
+    @property
+    def embedding_width(self) -> int:
+        """Values gathered per token and layer (C * D)."""
+        return self.columns * self.row_width
+
+    # --- cost per token, over all layers unless said otherwise ---------------------------------
+
+    def row_bytes(self) -> int:
+        """Bytes of one stored row, its scales included."""
+        scales = self.row_width // SCALE_BLOCK if self.row_dtype == "float8_e4m3fn" else 0
+        return self.row_width * VALUE_BYTES[self.row_dtype] + scales
+
+    def rows_per_token(self) -> int:
+        """Table rows that one token reads."""
+        return len(self.layer_ids) * self.columns
+
+    def bytes_per_token(self) -> int:
+        """Bytes of rows that one token reads, as stored."""
+        return self.rows_per_token() * self.row_bytes()
+
+    def projection_macs(self) -> int:
+        """Multiply-adds of the key and value projections, per token and layer."""
+        return (self.hc_mult + 1) * self.hidden * self.embedding_width
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations: projections, the gate's inner products, the convolution.
+
+        A multiply-add counts as two. Norms and activations, a few per value, are left out.
+        """
+        gate = self.hc_mult * self.hidden
+        convolution = self.kernel_size * self.hc_mult * self.hidden
+        return 2 * len(self.layer_ids) * (self.projection_macs() + gate + convolution)
+
+
+_LEAST = {
+    "max_ngram": 2,
+    "heads": 1,
+    "row_width": 1,
+    "hidden": 1,
+    "hc_mult": 1,
+    "kernel_size": 0,
+    "pad_id": 0,
+    "seed": 0,
+}
+
+_PAPER: dict[str, Any] = dict(layer_ids=(2, 15), max_ngram=3, heads=8, row_width=80, hidden=2560)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        layer_ids=(1, 15),
+        max_ngram=3,
+        heads=8,
+        row_width=64,
+        table_size_per_order=(646_400, 646_400),
+        hidden=1024,
+    ),
+    "paper-27b": dict(_PAPER, table_size_per_order=(2_262_400, 2_262_400)),
+    "paper-40b": dict(_PAPER, table_size_per_order=(7_239_680, 7_239_680)),
+    "v41-flash": dict(
+        layer_ids=(1, 14),
+        max_ngram=4,
+        heads=8,
+        row_width=256,
+        table_size_per_order=(16_000_000, 16_000_000, 16_000_000),
+        hidden=5120,
+        kernel_size=0,
+        row_dtype="float8_e4m3fn",
+        compressed_size=99_092,
+    ),
+    # One plain residual stream, as in the dense backbones on which the paper timed offloading.
+    "tiny": dict(
+        layer_ids=(1,),
+        max_ngram=3,
+        heads=8,
+        row_width=4,
+        table_size_per_order=(1000, 1000),
+        hidden=64,
+        hc_mult=1,
+        row_dtype="float32",
+    ),
+}
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def _int_tuple(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{name}={value!r}: must be a tuple of integers")
+    return tuple(value)

@@ -1,0 +1,358 @@
+"""From compressed ids to row indices: the seam at which both twins meet, exact integers only.
+
+`HashPlan` is data: the multipliers, primes and offsets of every Engram layer, computed once from the
+configuration and the size of the compressed vocabulary, printable as JSON with a checksum.
+`NgramHasher` applies it. `TokenHistory` carries the last ids from one chunk to the next, so that
+chunked prefill and token-by-token decoding give the indices of one shot.
+
+    plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+    rows = NgramHasher(plan)(vocab(token_ids), layer_id=1)        # [B, T, C]
+
+The hash of position p, with c_s the compressed id at p - s:
+
+    h = c_0*m_0;  for s = 1 .. N-1:  h ^= c_s*m_s,  and for each head of order n = s+1:
+        row = h mod prime + offset
+
+Before the start of a sequence, and from the first DEAD id backwards, every c_s is the pad id.
+Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from engram_ref.config import EngramConfig
+
+DEAD = -1  # compressed id of a position that must not be looked up (an image token)
+INT64_MAX = 2**63 - 1
+INT32_MAX = 2**31 - 1
+_LAYER_SEED_STEP = 10007
+_INT64 = np.dtype(np.int64)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Hash constants of one layer; `primes` and `offsets` in column order (order-major, then head)."""
+
+    layer_id: int
+    multipliers: tuple[int, ...]
+    primes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of this layer's table: the sum of its primes."""
+        return sum(self.primes)
+
+
+@dataclass(frozen=True)
+class HashPlan:
+    """All integers that turn compressed ids into row indices.
+
+    Raises:
+        ValueError: the numbers contradict each other, or a product could exceed 2^63 - 1.
+    """
+
+    compressed_size: int
+    pad_compressed: int
+    max_ngram: int
+    heads: int
+    layers: tuple[LayerPlan, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pad_compressed < self.compressed_size:
+            raise ValueError(
+                f"pad_compressed={self.pad_compressed}: must be in 0 .. {self.compressed_size - 1}, "
+                "a compressed id (vocab.pad(config.pad_id))"
+            )
+        for layer in self.layers:
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: LayerPlan) -> None:
+        columns = (self.max_ngram - 1) * self.heads
+        if len(layer.multipliers) != self.max_ngram or len(layer.primes) != columns:
+            raise ValueError(
+                f"layer {layer.layer_id}: {len(layer.multipliers)} multipliers and {len(layer.primes)} primes; "
+                f"max_ngram={self.max_ngram} and heads={self.heads} need {self.max_ngram} and {columns}"
+            )
+        if min(layer.multipliers) < 1 or min(layer.primes) < 2 or max(layer.primes) > INT32_MAX:
+            raise ValueError(f"layer {layer.layer_id}: multipliers start at 1, primes lie in 2 .. 2^31 - 1")
+        if (self.compressed_size - 1) * max(layer.multipliers) > INT64_MAX:
+            raise ValueError(
+                f"layer {layer.layer_id}: id {self.compressed_size - 1} times multiplier {max(layer.multipliers)} "
+                "exceeds 2^63 - 1; this plan was not made for this compressed size"
+            )
+        if layer.offsets != _exclusive_sum(layer.primes):
+            raise ValueError(f"layer {layer.layer_id}: offsets are not the running sum of the primes")
+
+    @classmethod
+    def build(cls, config: EngramConfig, compressed_size: int, pad_compressed: int) -> HashPlan:
+        """The plan of `config` for a vocabulary of `compressed_size` ids.
+
+        Args:
+            pad_compressed: compressed id of `config.pad_id`.
+
+        Raises:
+            ValueError: `compressed_size` is not the one that the configuration's trained table needs.
+        """
+        if not 1 <= compressed_size <= INT64_MAX:
+            raise ValueError(f"compressed_size={compressed_size}: must be in 1 .. 2^63 - 1")
+        if config.compressed_size not in (None, compressed_size):
+            raise ValueError(
+                f"compressed vocabulary of {compressed_size} ids; this configuration needs exactly "
+                f"{config.compressed_size}: every multiplier derives from it, so use the model's own tokenizer"
+            )
+        primes = _prime_columns(config)
+        layers = tuple(
+            LayerPlan(layer_id, _multipliers(config, layer_id, compressed_size), p, _exclusive_sum(p))
+            for layer_id, p in zip(config.layer_ids, primes)
+        )
+        return cls(int(compressed_size), int(pad_compressed), config.max_ngram, config.heads, layers)
+
+    def layer(self, layer_id: int) -> LayerPlan:
+        """The constants of decoder layer `layer_id`."""
+        for layer in self.layers:
+            if layer.layer_id == layer_id:
+                return layer
+        raise ValueError(f"layer_id={layer_id}: this plan has layers {[x.layer_id for x in self.layers]}")
+
+    def to_json(self) -> str:
+        """The plan as JSON, with a sha256 over its canonical form under `checksum`."""
+        body = asdict(self)
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> HashPlan:
+        """Read what `to_json` wrote; a missing field, a wrong type or a wrong checksum is refused."""
+        try:
+            body = json.loads(text)
+            claimed = body.pop("checksum")
+            actual = _checksum(body)
+            layers = tuple(LayerPlan(**{k: _frozen(v) for k, v in x.items()}) for x in body.pop("layers"))
+            fields = {**body, "layers": layers}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a hash plan: {error}; write one with HashPlan.to_json()") from error
+        if claimed != actual:
+            raise ValueError(f"hash plan checksum is {claimed}, its content gives {actual}: the file was altered")
+        return cls(**fields)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _multipliers(config: EngramConfig, layer_id: int, compressed_size: int) -> tuple[int, ...]:
+    """Odd multipliers small enough that no id times multiplier exceeds 2^63 - 1."""
+    bound = max(1, INT64_MAX // compressed_size // 2)
+    generator = np.random.default_rng(config.seed + _LAYER_SEED_STEP * layer_id)
+    drawn = generator.integers(0, bound, size=config.max_ngram, dtype=np.int64)
+    return tuple(2 * int(r) + 1 for r in drawn)
+
+
+def _prime_columns(config: EngramConfig) -> list[tuple[int, ...]]:
+    """Per layer, one prime per column: the next one from the order's size up that nobody has taken yet."""
+    from sympy import nextprime  # slow to import, needed once
+
+    taken: set[int] = set()
+    layers = []
+    for _ in config.layer_ids:
+        columns = []
+        for size in config.table_size_per_order:
+            prime = size - 1
+            for _ in range(config.heads):
+                prime = int(nextprime(prime))
+                while prime in taken:
+                    prime = int(nextprime(prime))
+                taken.add(prime)
+                columns.append(prime)
+        layers.append(tuple(columns))
+    return layers
+
+
+def _exclusive_sum(values: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sum(values[:i]) for i in range(len(values)))
+
+
+class TokenHistory:
+    """The last max_ngram - 1 compressed ids of each sequence, carried from chunk to chunk.
+
+    A new history stands before the start of its sequences. Hash every layer of a chunk with it, then
+    `advance` it once:
+
+        for chunk in chunks:
+            rows = {layer: hasher(chunk, layer, history=history) for layer in layer_ids}
+            history.advance(chunk)
+
+    `copy` keeps a state to return to, for instance before tokens that may be rejected.
+    """
+
+    def __init__(self, plan: HashPlan, batch_size: int) -> None:
+        # A position before the start and a DEAD one hash alike, so DEAD stands for both.
+        self.ids = np.full((batch_size, plan.max_ngram - 1), DEAD, dtype=np.int64)  # [B, N-1]
+
+    def advance(self, compressed_ids: np.ndarray) -> None:
+        """Append a chunk [B, T] and keep what the next one needs."""
+        ids = np.asarray(compressed_ids)
+        if ids.ndim != 2 or len(ids) != len(self.ids) or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"chunk of {ids.dtype} {ids.shape}; this history follows {len(self.ids)} sequences: "
+                "give integers [B, T]"
+            )
+        width = self.ids.shape[1]
+        self.ids = np.concatenate([self.ids, ids.astype(np.int64)], axis=1)[:, -width:]
+
+    def copy(self) -> TokenHistory:
+        """An independent history in the same state."""
+        twin = object.__new__(TokenHistory)
+        twin.ids = self.ids.copy()
+        return twin
+
+
+class NgramHasher:
+    """Row indices of every position, for any layer of a plan.
+
+    Args:
+        plan: the integers to hash with.
+        backend: "numpy" (readable, the definition), "numba" (one fused loop, the same bits), or None
+            for numba where it is installed.
+    """
+
+    def __init__(self, plan: HashPlan, backend: str | None = None) -> None:
+        if backend is None:
+            backend = "numba" if importlib.util.find_spec("numba") else "numpy"
+        if backend not in ("numpy", "numba"):
+            raise ValueError(f"backend={backend!r}: use 'numpy' or 'numba'")
+        self.plan = plan
+        self.backend = backend
+        self._by_row: dict[int, tuple[Any, ...]] = {}  # what the compiled loop needs, per layer_id
+        self._by_column: dict[int, tuple[Any, ...]] = {}  # the same without offsets
+        if backend == "numba":
+            self._prepare()
+
+    def _prepare(self) -> None:
+        from engram_ref import hashing_fused, hashing_step  # compile, or load what was compiled before
+
+        self._hash_rows, self._no_history = hashing_fused.hash_rows, hashing_fused.NO_HISTORY
+        self._constants = []  # the compiled loop is given addresses, so these must live as long as the hasher
+        for layer in filter(hashing_fused.can_fuse, self.plan.layers):
+            dtype = np.dtype(_row_dtype(layer))
+            for offsets, table in ((True, self._by_row), (False, self._by_column)):
+                constants = hashing_fused.pack(self.plan, layer, offsets)
+                self._constants.append(constants)
+                ready = *hashing_step.step(dtype), constants.ctypes.data, len(layer.primes), dtype
+                table.setdefault(layer.layer_id, ready)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NgramHasher, (self.plan, self.backend)  # a copy, or another process, needs addresses of its own
+
+    def __call__(
+        self,
+        compressed_ids: np.ndarray,
+        layer_id: int,
+        offsets: bool = True,
+        history: TokenHistory | None = None,
+    ) -> np.ndarray:
+        """Hash compressed ids [B, T] into row indices [B, T, C].
+
+        Args:
+            compressed_ids: integers in 0 .. compressed_size - 1, or DEAD (-1).
+            layer_id: decoder layer, one of the plan's.
+            offsets: add each column's offset into the layer's table; without it, an index is within its column.
+            history: what came before this chunk; it is read, not advanced.
+
+        Returns:
+            int32 where the layer's table has at most 2^31 - 1 rows, else int64.
+
+        Raises:
+            ValueError: wrong dtype or shape, an empty batch, an id outside the vocabulary.
+        """
+        # A call for one token takes half a microsecond, so nothing is looked at twice: what the compiled loop is
+        # not made for raises or is refused here, and the careful way hashes it or says what is wrong.
+        try:
+            packed = (self._by_row if offsets else self._by_column)[layer_id]
+            hash_step, host, constants, columns, dtype = packed
+            before = None if history is None else history.ids
+            rows = hash_step(compressed_ids, before, constants, host)
+            if rows is not None:
+                return rows
+            if type(compressed_ids) is np.ndarray and compressed_ids.dtype == _INT64:
+                rows = np.empty((*compressed_ids.shape, columns), dtype)
+                before = self._no_history if before is None else before
+                if self._hash_rows(compressed_ids, before, constants, rows):
+                    return rows
+        except (AttributeError, KeyError, TypeError, ValueError):
+            pass
+        return self._hash_carefully(compressed_ids, layer_id, offsets, history)
+
+    def _hash_carefully(
+        self, compressed_ids: Any, layer_id: int, offsets: bool, history: TokenHistory | None
+    ) -> np.ndarray:
+        layer = self.plan.layer(layer_id)
+        ids = check_ids(compressed_ids, self.plan.compressed_size, least=DEAD)
+        if layer_id in self._by_row and not (ids is compressed_ids and ids.dtype is _INT64 and ids.flags.carray):
+            plain = np.empty(ids.shape, _INT64)
+            plain[:] = ids
+            return self(plain, layer_id, offsets, history)
+        if history is None:
+            return hash_columns(self.plan, layer, ids, np.empty((len(ids), 0), np.int64), offsets)
+        if history.ids.shape != (len(ids), self.plan.max_ngram - 1):
+            raise ValueError(
+                f"a history of {history.ids.shape}; {len(ids)} sequences of this plan need "
+                f"{(len(ids), self.plan.max_ngram - 1)}: make one with TokenHistory(plan, batch_size)"
+            )
+        return hash_columns(self.plan, layer, ids, history.ids, offsets)
+
+
+def _row_dtype(layer: LayerPlan) -> type[np.signedinteger[Any]]:
+    return np.int32 if layer.rows <= INT32_MAX else np.int64
+
+
+def hash_columns(plan: HashPlan, layer: LayerPlan, ids: np.ndarray, before: np.ndarray, offsets: bool) -> np.ndarray:
+    """The definition, in NumPy: one order after the other, all heads of an order at once. [B, T, C]"""
+    batch, length = ids.shape
+    context = plan.max_ngram - 1
+    padded = np.full((batch, context + length), DEAD, dtype=np.int64)
+    padded[:, context:] = ids
+    if before.shape[1]:
+        padded[:, :context] = before
+    rows = np.empty((batch, length, len(layer.primes)), dtype=_row_dtype(layer))
+    primes = np.array(layer.primes, dtype=np.int64)
+    shifts = np.array(layer.offsets, dtype=np.int64) if offsets else np.zeros_like(primes)
+
+    blocked = np.zeros((batch, length), dtype=bool)
+    mix = np.zeros((batch, length), dtype=np.int64)
+    for s in range(plan.max_ngram):
+        shifted = padded[:, context - s : context - s + length]  # ids at p - s
+        blocked |= shifted == DEAD
+        mix ^= np.where(blocked, plan.pad_compressed, shifted) * layer.multipliers[s]
+        if s:
+            order = slice((s - 1) * plan.heads, s * plan.heads)
+            rows[:, :, order] = mix[:, :, None] % primes[order] + shifts[order]
+    return rows
+
+
+def check_ids(ids: Any, size: int, least: int = 0, what: str = "compressed ids") -> np.ndarray:
+    """`ids` as an integer array [B, T] whose values all lie in `least` .. size - 1; a ValueError otherwise."""
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} of dtype {array.dtype}: give integers")
+    if array.ndim != 2:
+        raise ValueError(f"{what} of shape {array.shape}: give a batch of sequences, [B, T]")
+    if array.size == 0:
+        raise ValueError(f"{what} of shape {array.shape}: an empty batch has nothing to look up")
+    low, high = int(array.min()), int(array.max())
+    if low < least or high >= size:
+        wrong = low if low < least else high
+        raise ValueError(f"{what} contain {wrong}; the vocabulary has {least} .. {size - 1}")
+    return array

