@@ -1,0 +1,202 @@
+"""The ByteDMD tracer: run plain Python on watched values, then price every read.
+
+    from engram_toy.bytedmd import bytedmd, traced_eval
+
+    bytedmd(lambda a, b, c: (a + b) + c, (1, 2, 3))        # 6
+    traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3))    # ([1, 2, 1, 2], 6)
+
+All live values lie on one stack, the last used on top; reading the value at depth d costs ceil(sqrt(d)),
+writing and computing cost nothing. `bytedmd` and `traced_eval` have the names, arguments and meaning of the
+original (github.com/cybertronai/ByteDMD, branch main of 2026-04-13), so either can stand in for the other.
+`trace` says more: which kind of value (token, row, weight, ...) each read was of, and what it cost.
+
+How it works: every argument is wrapped (`engram_toy.wrapping`) in a `Tracked` value, whose operators write a
+log (`engram_toy.tracked`). When the function has returned, last uses are known, and `engram_toy.stack` replays
+the log to find every read's depth.
+
+What leaves the tracer: `int()`, `float()`, `bool()`, `hash()` and use as an index read the value once and
+return a plain one, whose later reads are not seen (`math.sqrt` and `math.exp` call `float`). Write a square
+root as `x ** 0.5` and an exponential as `math.e ** x`: both stay tracked.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engram_toy import stack, tally
+from engram_toy.tracked import Recorder, Tracked
+from engram_toy.wrapping import Unwrapper, Wrapper, leaves
+
+_WORTH_COMPILING = 200_000  # instructions; below this, loading numba takes longer than it saves
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one run read.
+
+    Attributes:
+        result: what the function returned, plain.
+        depths: depth of every read, in order.
+        kinds: kind of every read value, in order, as an index into `kind_names`.
+        kind_names: the arguments' kinds, "activation" for computed values, and names given by `label`.
+        instructions: operations logged.
+        escapes: how often a value left the tracer, by conversion ("index", "bool", "float", ...).
+        untracked: values in the result that the tracer does not know: constants, and what escaped.
+        compiled: whether depths were found, and are counted, with numba and numpy.
+    """
+
+    result: Any
+    depths: array[int]
+    kinds: bytes
+    kind_names: tuple[str, ...]
+    instructions: int
+    escapes: dict[str, int]
+    untracked: int
+    compiled: bool
+
+    def cost(self, bytes_per_element: int = 1) -> int:
+        """ByteDMD price of the run, for elements of so many bytes."""
+        return stack.price(self.depths, bytes_per_element)
+
+    def tally(self) -> dict[str, Counter[int]]:
+        """Per kind: how many reads there were at each depth."""
+        by_kind: dict[str, Counter[int]] = {name: Counter() for name in self.kind_names}
+        for (kind, depth), reads in _engine(self.compiled)[1].tally(self.kinds, self.depths).items():
+            by_kind[self.kind_names[kind]][depth] = reads
+        return by_kind
+
+
+def label(values: list[Any], kind: str) -> list[Any]:
+    """Name the kind of a list of computed values, for the counts of `trace`. Returns `values`.
+
+    The first value decides whether the list is traced: in a plain run this costs nothing worth timing.
+    """
+    first = values
+    while isinstance(first, list) and first:
+        first = first[0]
+    if isinstance(first, Tracked):
+        labels = first._recorder.labels
+        labels.update((leaf.id, kind) for leaf in leaves(values) if isinstance(leaf, Tracked))
+    return values
+
+
+def trace(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kinds: Sequence[str] | None = None,
+    definition: str = "lru",
+    compiled: bool | None = None,
+) -> Trace:
+    """Run `func(*args)` once on tracked values and find the depth of every read.
+
+    Args:
+        kinds: a name per argument for what its values are ("token", "weight", ...).
+        definition: "lru", one stack; or "two-stack", arguments at fixed depth on a stack of their own.
+        compiled: find depths with numba, in plain Python, or (None) with numba where it is installed and
+            the run is long. The depths are the same.
+
+    Raises:
+        ValueError: an unknown definition, or not one kind per argument.
+    """
+    kinds = ["argument"] * len(args) if kinds is None else kinds
+    if len(kinds) != len(args):
+        raise ValueError(f"{len(kinds)} kinds for {len(args)} arguments: give one name per argument")
+    # Millions of values, none of them in a cycle: the collector would walk them again and again for nothing.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _trace(func, args, kinds, definition, compiled)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _trace(
+    func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str], definition: str, compiled: bool | None
+) -> Trace:
+    recorder = Recorder()
+    wrapper = Wrapper(recorder)
+    wrapped: list[Any] = []
+    sizes: list[tuple[str, int]] = []  # of the arguments, in values, in the order of their numbers
+    for argument, kind in reversed(list(zip(args, kinds))):  # laid down last to first: argument 0 ends on top
+        before = wrapper.inputs
+        wrapped.insert(0, wrapper.wrap(argument))
+        sizes.append((kind, wrapper.inputs - before))
+    argument_depth = _argument_depth(wrapped, wrapper.inputs) if definition == "two-stack" else None
+    recorder.start(wrapper.inputs)
+    returned = func(*wrapped)
+    recorder.flush()
+
+    parts = leaves(returned)
+    tracked = [part.id for part in parts if isinstance(part, Tracked)]
+    live = list(dict.fromkeys(tracked))
+    log = stack.Log(wrapper.inputs, recorder.left, recorder.right, recorder.third, live, argument_depth)
+    if compiled is None:
+        compiled = len(log.left) >= _WORTH_COMPILING and importlib.util.find_spec("numba") is not None
+    distances, counting = _engine(compiled)
+    names, codes = _kind_codes(kinds, sizes, recorder.labels, len(log.left))
+    unwrap = Unwrapper()
+    wrapper.write_back(unwrap)
+    return Trace(
+        result=unwrap(returned),
+        depths=distances.stack_depths(log, definition),
+        kinds=counting.read_kinds(log, definition, codes),
+        kind_names=names,
+        instructions=len(log.left),
+        escapes=dict(recorder.escapes),
+        untracked=len(parts) - len(tracked),
+        compiled=compiled,
+    )
+
+
+def _argument_depth(arguments: list[Any], inputs: int) -> array[int]:
+    """Position of every input in the flattened arguments, from 1: its depth in the two-stack definition."""
+    position = array("i", bytes(4 * inputs))
+    depth = 0
+    for leaf in leaves(arguments):
+        if not position[leaf.id]:
+            depth += 1
+            position[leaf.id] = depth
+    return position
+
+
+def _kind_codes(
+    kinds: Sequence[str], sizes: Sequence[tuple[str, int]], labels: dict[int, str], computed: int
+) -> tuple[tuple[str, ...], bytearray]:
+    """Names of the kinds, and for every value of the run the position of its kind among them."""
+    names = tuple(dict.fromkeys([*kinds, "activation", *labels.values()]))
+    code = {name: position for position, name in enumerate(names)}
+    codes = bytearray().join(bytes([code[kind]]) * size for kind, size in [*sizes, ("activation", computed)])
+    for value, kind in labels.items():
+        codes[value] = code[kind]
+    return names, codes
+
+
+def _engine(compiled: bool) -> tuple[Any, Any]:
+    """The modules that find depths and count reads: plain Python, or numba and numpy, loaded only here."""
+    if not compiled:
+        return stack, tally
+    from engram_toy.fast import stack as fast_stack
+    from engram_toy.fast import tally as fast_tally
+
+    return fast_stack, fast_tally
+
+
+def traced_eval(func: Callable[..., Any], args: Sequence[Any], definition: str = "lru") -> tuple[list[int], Any]:
+    """Depth of every read of `func(*args)`, in order, and its plain result.
+
+    Argument lists and arrays receive what the function left in them. Use `trace` for counts by kind.
+    """
+    run = trace(func, args, definition=definition)
+    return run.depths.tolist(), run.result
+
+
+def bytedmd(func: Callable[..., Any], args: Sequence[Any], bytes_per_element: int = 1, definition: str = "lru") -> int:
+    """ByteDMD price of `func(*args)`: the sum over all bytes read of ceil(sqrt(depth of the byte))."""
+    return trace(func, args, definition=definition).cost(bytes_per_element)

@@ -1,0 +1,194 @@
+"""Exact LRU stack distances, compiled: what `engram_toy.stack.stack_depths` returns, over ten times sooner.
+
+What: the same log in, the same depths out, bit for bit.
+Why: every touch of a live value takes the next slot on a time axis, and a depth is the number of taken slots from
+one slot up. Here a machine word holds 64 slots and a Fenwick tree counts the taken slots of the words above, so a
+read costs one popcount and some twenty additions, however deep. A million touches need 200 kB; nothing is compacted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from engram_toy.stack import Log, check_log, unfit_returned, unstored_operand
+
+# What becomes of the values of an instruction, one bit each.
+_LEFT_DIES, _RIGHT_DIES, _THIRD_DIES, _RESULT_LIVES = 1, 2, 4, 8
+
+
+def _bit_count(typing_context: Any, word: Any) -> Any:
+    """The processor's own count of the set bits of a 64-bit word; numba has no name for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+_popcount: Any = intrinsic(_bit_count)  # called with the word alone; its signature would say otherwise
+
+
+@njit(cache=True)
+def _depth(words, above, slot):
+    """Count the taken slots from this one up."""
+    # Unsigned positions spare every access the test for negative ones.
+    slot, one = np.uint64(slot), np.uint64(1)
+    node = slot >> np.uint64(6)
+    taken = np.int64(_popcount(words[node] >> (slot & np.uint64(63))))
+    node += np.uint64(2)  # nodes are numbered from 1, and the word itself is counted
+    while node < len(above):
+        taken += above[node]
+        node += node & (~node + one)
+    return taken
+
+
+@njit(cache=True)
+def _flip(words, above, slot, change):
+    """Take a slot (change 1) or give it up (change -1)."""
+    slot, one = np.uint64(slot), np.uint64(1)
+    word = slot >> np.uint64(6)
+    words[word] ^= one << (slot & np.uint64(63))
+    node = word + one
+    while node > np.uint64(0):
+        above[node] += change
+        node &= node - one
+
+
+@njit(cache=True)
+def _fates(inputs, left, right, third, needed, fate):
+    """Walk back from the end: mark in `fate` who dies and lives where, and in `needed` who is ever read.
+
+    Returns an instruction that reads a value not stored yet, or -1.
+    """
+    for k in range(len(left) - 1, -1, -1):
+        a, b, c = left[k], right[k], third[k] if len(third) else -1
+        if max(a, b, c) >= inputs + k:
+            return k
+        fate[k] = _RESULT_LIVES * needed[inputs + k]
+        if a >= 0 and not needed[a]:
+            fate[k] |= _LEFT_DIES
+            needed[a] = True
+        if b >= 0 and not needed[b]:
+            fate[k] |= _RIGHT_DIES
+            needed[b] = True
+        if c >= 0 and not needed[c]:
+            fate[k] |= _THIRD_DIES
+            needed[c] = True
+    return -1
+
+
+@njit(cache=True)
+def _price(value, argument_depth, slot_of, words, above):
+    slot = slot_of[value]
+    return argument_depth[value] if slot < 0 else _depth(words, above, slot)
+
+
+@njit(cache=True)
+def _move(value, dies, slot_of, words, above, new):
+    """Give up the slot of an operand; take the next one if it lives on. A dying value takes none: nothing can tell."""
+    if slot_of[value] >= 0:
+        _flip(words, above, slot_of[value], -1)
+    return new if dies else _push(value, slot_of, words, above, new)
+
+
+@njit(cache=True)
+def _push(value, slot_of, words, above, new):
+    slot_of[value] = new
+    _flip(words, above, new, 1)
+    return new + 1
+
+
+@njit(cache=True)
+def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths):
+    """Price every instruction into `depths`; return how many reads there were."""
+    reads = 0
+    for k in range(len(left)):
+        a, b, c = left[k], right[k], third[k] if len(third) else -1
+        if a >= 0:
+            depths[reads] = _price(a, argument_depth, slot_of, words, above)
+            reads += 1
+        if b >= 0:
+            depths[reads] = _price(b, argument_depth, slot_of, words, above)
+            reads += 1
+        if c >= 0:
+            depths[reads] = _price(c, argument_depth, slot_of, words, above)
+            reads += 1
+        if a >= 0:
+            new = _move(a, fate[k] & _LEFT_DIES, slot_of, words, above, new)
+        if b >= 0 and b != a:
+            new = _move(b, fate[k] & _RIGHT_DIES, slot_of, words, above, new)
+        if c >= 0 and c != a and c != b:
+            new = _move(c, fate[k] & _THIRD_DIES, slot_of, words, above, new)
+        if fate[k] & _RESULT_LIVES:
+            new = _push(inputs + k, slot_of, words, above, new)
+    return reads
+
+
+@njit(cache=True)
+def _push_inputs(needed, slot_of, words, above):
+    new = 0
+    for value in range(len(needed)):
+        if needed[value]:
+            new = _push(value, slot_of, words, above, new)
+    return new
+
+
+@njit(cache=True)
+def _depths_now(values, argument_depth, slot_of, words, above, depths):
+    """The depths of live values when nothing moves: what one last instruction reading them all is charged."""
+    for i in range(len(values)):
+        depths[i] = _price(values[i], argument_depth, slot_of, words, above)
+
+
+def _third_column(log: Log) -> np.ndarray:
+    """The third operands as a column, empty if there are none."""
+    third = np.full(len(log.left) if log.third else 0, -1, np.int32)
+    for k, value in log.third.items():
+        third[k] = value
+    return third
+
+
+def _returned_column(log: Log) -> np.ndarray:
+    # By way of an array: twice as fast as numpy on a long list.
+    return np.asarray(array("i", log.returned), np.int32)
+
+
+def stack_depths(log: Log, definition: str = "lru") -> array[int]:
+    """Return the depth of every read in reading order; see `engram_toy.stack.stack_depths`, which it equals.
+
+    The first call compiles for some seconds, unless an earlier run left the result in numba's cache.
+    """
+    check_log(log, definition)
+    two_stack = definition == "two-stack"
+    left, right, third = np.asarray(log.left, np.int32), np.asarray(log.right, np.int32), _third_column(log)
+    returned = _returned_column(log)
+    argument_depth = np.asarray(log.argument_depth if two_stack else (), np.int32)
+
+    needed = np.zeros(log.inputs + len(left), np.bool_)
+    if len(returned) and not 0 <= returned.min() <= returned.max() < len(needed):
+        raise unfit_returned(log)
+    needed[returned] = True
+    if needed.sum() != len(returned):
+        raise unfit_returned(log)
+    fate = np.zeros(len(left), np.uint8)
+    early = _fates(log.inputs, left, right, third, needed, fate)
+    if early >= 0:
+        raise unstored_operand(early)
+
+    slot_of = np.full(len(needed), -1, np.int64)
+    words = np.zeros((log.inputs + 3 * len(left) + len(log.third)) // 64 + 1, np.uint64)
+    above = np.zeros(len(words) + 1, np.int32)
+    new = 0 if two_stack else _push_inputs(needed[: log.inputs], slot_of, words, above)
+    depths = np.empty(2 * len(left) + len(log.third) + two_stack * len(returned), np.int32)
+    reads = _replay(log.inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths)
+    if two_stack:
+        _depths_now(returned, argument_depth, slot_of, words, above, depths[reads:])
+        reads += len(returned)
+    result = array("i")
+    result.frombytes(depths[:reads].tobytes())
+    return result

@@ -1,0 +1,68 @@
+"""Vector arithmetic on plain lists, written so that every value stays inside the tracer.
+
+Square roots are powers and the exponential is a power of e: `math.sqrt` and `math.exp` would return plain
+numbers whose later reads go unseen. Signs and maxima are comparisons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Vector = Sequence[Any]  # [H]
+Matrix = Sequence[Vector]  # [rows][columns]
+
+
+def dot(a: Vector, b: Vector) -> Any:
+    """Inner product, summed from the left."""
+    total = a[0] * b[0]
+    for i in range(1, len(a)):
+        total = total + a[i] * b[i]
+    return total
+
+
+def linear(weight: Matrix, x: Vector, bias: Vector | None = None) -> list[Any]:
+    """weight @ x + bias."""
+    out = [dot(row, x) for row in weight]
+    return out if bias is None else [y + b for y, b in zip(out, bias)]
+
+
+def rms_norm(x: Vector, weight: Vector, eps: float) -> list[Any]:
+    """x / rms(x) * weight."""
+    scale = (dot(x, x) / len(x) + eps) ** -0.5
+    return [v * scale * w for v, w in zip(x, weight)]
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^-x)."""
+    return 1.0 / (1.0 + math.e**-x)
+
+
+def softmax(scores: Vector) -> list[Any]:
+    """Weights that sum to one; the largest score is subtracted first."""
+    top = scores[0]
+    for score in scores[1:]:
+        if score > top:
+            top = score
+    powers = [math.e ** (score - top) for score in scores]
+    total = powers[0]
+    for power in powers[1:]:
+        total = total + power
+    return [power / total for power in powers]
+
+
+def mix(weights: Vector, rows: Matrix) -> list[Any]:
+    """Weighted sum of rows, column by column."""
+    out = []
+    for column in range(len(rows[0])):
+        total = weights[0] * rows[0][column]
+        for i in range(1, len(rows)):
+            total = total + weights[i] * rows[i][column]
+        out.append(total)
+    return out
+
+
+def copy(row: Vector) -> list[Any]:
+    """A new value for each value of a row, equal to the bit: `+x` keeps -0.0, where `x + 0` would not."""
+    return [+value for value in row]

@@ -1,0 +1,107 @@
+"""The twin of `engram_ref.hashing`: compressed ids to row indices in plain integers.
+
+The plan arrives as data, `json.loads(HashPlan.to_json())`, so that nothing is computed twice and nothing
+is imported from the reference. `hash_columns` takes the constants as arguments: a tracer can watch them.
+
+    hasher = NgramHasher(json.loads(plan_json))
+    rows = hasher(compressed_ids, layer_id=1)          # list of T lists of C row indices
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DEAD = -1  # compressed id of a position that must not be looked up (an image token)
+
+
+def hash_columns(
+    compressed_ids: Sequence[Any],
+    multipliers: Sequence[Any],
+    primes: Sequence[Any],
+    offsets: Sequence[Any] | None,
+    pad_compressed: Any,
+    before: Sequence[Any] = (),
+) -> list[list[Any]]:
+    """Row indices of one sequence, [T][C].
+
+    Args:
+        compressed_ids: T integers, DEAD where a position is not looked up.
+        multipliers: one per shift, N in all.
+        primes, offsets: one per column, order by order; `offsets` None for indices within a column.
+        before: the N - 1 ids before the sequence; nothing for its start.
+    """
+    context = len(multipliers) - 1
+    heads = len(primes) // context
+    ids = [*(before or [DEAD] * context), *compressed_ids]
+    dead = [bool(c == DEAD) for c in ids]
+    rows = []
+    for position in range(context, len(ids)):
+        row = []
+        mix: Any = None
+        blocked = False
+        for s, multiplier in enumerate(multipliers):
+            blocked = blocked or dead[position - s]
+            term = (pad_compressed if blocked else ids[position - s]) * multiplier
+            if s == 0:
+                mix = term
+                continue
+            mix = mix ^ term
+            for column in range((s - 1) * heads, s * heads):
+                index = mix % primes[column]
+                row.append(index if offsets is None else index + offsets[column])
+        rows.append(row)
+    return rows
+
+
+class NgramHasher:
+    """Row indices by a plan (the dictionary that `HashPlan.to_json` writes).
+
+    Raises:
+        ValueError: an empty sequence, an id outside the vocabulary, or a layer that the plan does not have.
+    """
+
+    def __init__(self, plan: Mapping[str, Any]) -> None:
+        self.plan = plan
+
+    def layer(self, layer_id: int) -> Mapping[str, Any]:
+        """The constants of one layer: multipliers, primes, offsets."""
+        for layer in self.plan["layers"]:
+            if layer["layer_id"] == layer_id:
+                return layer
+        raise ValueError(f"layer_id={layer_id}: this plan has layers {[x['layer_id'] for x in self.plan['layers']]}")
+
+    def __call__(
+        self,
+        compressed_ids: Sequence[int],
+        layer_id: int,
+        offsets: bool = True,
+        history: TokenHistory | None = None,
+    ) -> list[list[int]]:
+        """Row indices of one sequence, [T][C]; `history` is read, not advanced."""
+        layer = self.layer(layer_id)
+        size = self.plan["compressed_size"]
+        if not compressed_ids:
+            raise ValueError("no compressed ids: an empty sequence has nothing to look up")
+        for c in compressed_ids:
+            if not DEAD <= c < size:
+                raise ValueError(f"compressed ids contain {c}; the vocabulary has {DEAD} .. {size - 1}")
+        return hash_columns(
+            compressed_ids,
+            layer["multipliers"],
+            layer["primes"],
+            layer["offsets"] if offsets else None,
+            self.plan["pad_compressed"],
+            history.ids if history else (),
+        )
+
+
+class TokenHistory:
+    """The last N - 1 compressed ids of one sequence, carried from chunk to chunk; advance it once per chunk."""
+
+    def __init__(self, plan: Mapping[str, Any]) -> None:
+        self.ids = [DEAD] * (plan["max_ngram"] - 1)
+
+    def advance(self, compressed_ids: Sequence[int]) -> None:
+        """Append a chunk and keep what the next one needs."""
+        self.ids = [*self.ids, *compressed_ids][-len(self.ids) :]

@@ -1,0 +1,88 @@
+"""The four variants: where the table's rows start, and when they are copied. Nothing else differs.
+
+Arguments of a traced function start on the stack in their order, the first on top. A layout splits the
+table into rows that start ABOVE the padding and rows that start BELOW it, so that a function called as
+f(..., above, ..., pad, below) finds the former shallow and the latter buried:
+
+    resident          every row above
+    offload_naive     every row below
+    offload_prefetch  every row below; the rows of the next position are copied before they are needed
+    offload_hot       the most frequent rows above, the others below
+
+The padding must be held live by returning it: values that are never read and not returned occupy no depth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engram_toy.bytedmd import label
+from engram_toy.functional import Vector, copy
+
+VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_hot")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows start and when they move.
+
+    Attributes:
+        name: the variant.
+        rows: number of table rows.
+        above: numbers of the rows that start above the padding.
+        prefetch: copy each position's rows while the position before it is being worked on.
+    """
+
+    name: str
+    rows: int
+    above: frozenset[int]
+    prefetch: bool = False
+
+    @classmethod
+    def variant(cls, name: str, rows: int, hot: Collection[int] = ()) -> Layout:
+        """One of VARIANTS for a table of so many rows; `hot` are the rows that offload_hot keeps above."""
+        if name == "resident":
+            return cls(name, rows, frozenset(range(rows)))
+        if name == "offload_naive":
+            return cls(name, rows, frozenset())
+        if name == "offload_prefetch":
+            return cls(name, rows, frozenset(), prefetch=True)
+        if name == "offload_hot":
+            return cls(name, rows, frozenset(hot))
+        raise ValueError(f"no variant {name!r}: use one of {', '.join(VARIANTS)}")
+
+    def split(self, table: Sequence[Vector]) -> tuple[list[Vector], list[Vector]]:
+        """The rows that start above and those that start below, both in table order."""
+        above = [row for number, row in enumerate(table) if number in self.above]
+        below = [row for number, row in enumerate(table) if number not in self.above]
+        return above, below
+
+    def join(self, above: Sequence[Vector], below: Sequence[Vector]) -> list[Vector]:
+        """The table again, by row number. References move, values do not: this reads nothing."""
+        shallow, deep = iter(above), iter(below)
+        return [next(shallow if number in self.above else deep) for number in range(self.rows)]
+
+    def lookups(self, table: Sequence[Vector], indices: Sequence[Sequence[Any]]) -> Iterator[list[Vector]]:
+        """The rows [C][D] of one position after the other; `indices` is [T][C]."""
+        if not self.prefetch:
+            for position in indices:
+                yield [table[index] for index in position]
+            return
+        staged = _staged(table, indices[0])
+        for position in indices[1:]:
+            current, staged = staged, _staged(table, position)
+            yield current
+        yield staged
+
+
+def _staged(table: Sequence[Vector], position: Sequence[Any]) -> list[Vector]:
+    return [label(copy(table[index]), "staged row") for index in position]
+
+
+def most_frequent(indices: Sequence[Sequence[int]], count: int) -> list[int]:
+    """The `count` row numbers that occur most often; of equals, the smaller number first."""
+    tally = Counter(index for position in indices for index in position)
+    return sorted(tally, key=lambda row: (-tally[row], row))[:count]

@@ -1,0 +1,135 @@
+"""What is priced: both models at three boundaries, in any layout, as plain functions of plain arguments.
+
+    lookup   the row reads alone: table rows in, their values out
+    layer    hash, rows, projections, gate, convolution (kv-bank: hash, rows, projections, attention over them)
+    block    the layer, its residual addition, and causal self-attention
+
+A ratio between two layouts says nothing without the boundary: each adds reads that both layouts share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engram_toy.attention import AttentionWeights, attention
+from engram_toy.bytedmd import label
+from engram_toy.functional import Matrix, Vector
+from engram_toy.hashing import NgramHasher, hash_columns
+from engram_toy.kv_bank import BankWeights, kv_bank
+from engram_toy.layer import EngramWeights, embed, engram
+from engram_toy.layouts import Layout
+
+MODELS = ("engram", "kv-bank")
+BOUNDARIES = ("lookup", "layer", "block")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model, its inputs and its weights, as plain numbers in nested lists.
+
+    Attributes:
+        model: "engram" or "kv-bank".
+        plan: the hash plan, as `HashPlan.to_json` writes it.
+        layer_id: the layer of the plan that is looked up.
+        compressed_ids: the text, [T].
+        table: [rows][D] for engram, [rows][2H] for kv-bank.
+        hidden: residual stream before the layer, [T][H]; one copy.
+        layer: weights of the layer.
+        attention: weights of the attention behind it.
+    """
+
+    model: str
+    plan: Mapping[str, Any]
+    layer_id: int
+    compressed_ids: Sequence[int]
+    table: Matrix
+    hidden: Matrix
+    layer: EngramWeights | BankWeights
+    attention: AttentionWeights
+
+    def row_indices(self) -> list[list[int]]:
+        """The lookup stream, [T][C], in plain integers."""
+        return NgramHasher(self.plan)(self.compressed_ids, self.layer_id)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function, its arguments (the first starts on top of the stack), and the kind of each argument's values."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    kinds: tuple[str, ...]
+
+
+def build(workload: Workload, boundary: str, layout: Layout, padding: int, hold: bool = True) -> Program:
+    """The program of one boundary in one layout, with `padding` values between the two parts of the table.
+
+    Args:
+        hold: return the padding, so that it stays live. The two-stack definition buries by position alone
+            and charges what is returned: there, do not hold.
+    """
+    above, below = layout.split(workload.table)
+    pad = [0] * padding
+    if boundary == "lookup":
+        function = _lookup(workload.row_indices(), layout, hold)
+        return Program(function, (above, pad, below), ("row", "pad", "row"))
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"no boundary {boundary!r}: use one of {', '.join(BOUNDARIES)}")
+    constants = NgramHasher(workload.plan).layer(workload.layer_id)
+    arguments: dict[str, tuple[str, Any]] = {
+        "tokens": ("token", list(workload.compressed_ids)),
+        "multipliers": ("hash constant", list(constants["multipliers"])),
+        "primes": ("hash constant", list(constants["primes"])),
+        "offsets": ("hash constant", list(constants["offsets"])),
+        "pad_id": ("hash constant", workload.plan["pad_compressed"]),
+        "above": ("row", above),
+        "hidden": ("activation", workload.hidden),
+        "layer": ("weight", tuple(workload.layer)),
+        "attention": ("weight", tuple(workload.attention) if boundary == "block" else ()),
+        "pad": ("pad", pad),
+        "below": ("row", below),
+    }
+    function = _layer(workload.model, workload.plan["max_ngram"], layout, boundary == "block", hold)
+    kinds, values = zip(*arguments.values())
+    return Program(function, values, kinds)
+
+
+def _lookup(indices: Sequence[Sequence[int]], layout: Layout, hold: bool) -> Callable[..., Any]:
+    def function(above: Matrix, pad: Vector, below: Matrix) -> Any:
+        table = layout.join(above, below)
+        delivered = [embed(rows) for rows in layout.lookups(table, indices)]
+        return (delivered, pad) if hold else (delivered,)
+
+    return function
+
+
+def _layer(model: str, max_ngram: int, layout: Layout, with_attention: bool, hold: bool) -> Callable[..., Any]:
+    def function(
+        tokens: Vector,
+        multipliers: Vector,
+        primes: Vector,
+        offsets: Vector,
+        pad_id: Any,
+        above: Matrix,
+        hidden: Matrix,
+        layer: tuple[Any, ...],
+        attention_weights: tuple[Any, ...],
+        pad: Vector,
+        below: Matrix,
+    ) -> Any:
+        indices = label(hash_columns(tokens, multipliers, primes, offsets, pad_id), "row index")
+        lookups = layout.lookups(layout.join(above, below), indices)
+        if model == "engram":
+            streams = [[x] for x in hidden]  # one residual copy
+            update = [copies[0] for copies in engram(streams, lookups, EngramWeights(*layer), max_ngram)]
+        else:
+            update = kv_bank(hidden, lookups, BankWeights(*layer))
+        out = update
+        if with_attention:
+            stream = [[a + b for a, b in zip(x, u)] for x, u in zip(hidden, update)]
+            out = attention(stream, AttentionWeights(*attention_weights))
+        return (out, pad) if hold else (out,)
+
+    return function

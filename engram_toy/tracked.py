@@ -1,0 +1,232 @@
+"""Watched values, and the log that their operators write.
+
+An operation on `Tracked` values computes the plain result, appends the operands' numbers to the log and wraps
+the result under the next number. Instruction k of a run stores value `inputs + k`; what it stores may be dead
+at once. A traced operation costs about ten times the plain one, and nearly all of a run's time: hence two
+classes per run, one for numbers and texts with operators that are spelt out, one for everything else with
+operators that go through `Recorder.instruction`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, count
+from typing import Any
+
+PLAIN_TYPES = frozenset((int, float, bool, complex, str))  # closed under their own arithmetic, but for divmod
+_FLUSH_EVERY = 1 << 12
+
+
+class Tracked:
+    """One watched value. Each run has subclasses of its own, which hold that run's recorder and operators."""
+
+    __slots__ = ("value", "id")
+    _recorder: Recorder
+
+    def __init__(self, value: Any, id: int) -> None:
+        self.value = value
+        self.id = id
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+
+class Recorder:
+    """Log of one run: what each instruction reads.
+
+    Attributes:
+        left, right, third: operands, as in `engram_toy.stack.Log`; call `flush` before reading them.
+        labels: kinds given to values by hand, by number.
+        escapes: how often a value left the tracer, by conversion.
+        plain, opaque: the run's Tracked subclasses, for PLAIN_TYPES and for other objects.
+    """
+
+    def __init__(self) -> None:
+        self.left = array("i")
+        self.right = array("i")
+        self.third: dict[int, int] = {}
+        self.labels: dict[int, str] = {}
+        self.escapes: Counter[str] = Counter()
+        # Appending to a list is three times cheaper than to an array. Numbers are handed out in blocks, and
+        # after each block the lists are emptied into the arrays while they are still in the cache.
+        self.recent_left: list[int] = []
+        self.recent_right: list[int] = []
+        namespace = {"__slots__": (), "_recorder": self}
+        self.plain: type[Tracked] = type("Tracked", (Tracked,), namespace)
+        self.opaque: type[Tracked] = type("TrackedObject", (Tracked,), dict(namespace))
+
+    def start(self, inputs: int) -> None:
+        """Values 0 .. inputs-1 are the arguments; the next number is the first instruction's."""
+        self.next_id = chain.from_iterable(self._blocks(inputs)).__next__
+        _add_operators(self.plain, self, spelt_out=True)
+        _add_operators(self.opaque, self, spelt_out=False)
+
+    def _blocks(self, first: int) -> Iterator[range]:
+        for start in count(first, _FLUSH_EVERY):
+            self.flush()
+            yield range(start, start + _FLUSH_EVERY)
+
+    def flush(self) -> None:
+        """Complete the columns."""
+        self.left.extend(self.recent_left)
+        self.right.extend(self.recent_right)
+        self.recent_left.clear()
+        self.recent_right.clear()
+
+    def watch(self, value: Any, id: int) -> Tracked:
+        """Wrap a value that already has a number."""
+        return (self.plain if value.__class__ in PLAIN_TYPES else self.opaque)(value, id)
+
+    def instruction(self, compute: Callable[..., Any], *operands: Any) -> Any:
+        """Any operation on any mixture of tracked and other operands."""
+        result = compute(*(x.value if isinstance(x, Tracked) else x for x in operands))
+        self._read(*(x.id for x in operands if isinstance(x, Tracked)))
+        return self._store(result, self.next_id())
+
+    def _read(self, *ids: int) -> None:
+        self.recent_left.append(ids[0] if ids else -1)
+        self.recent_right.append(ids[1] if len(ids) > 1 else -1)
+        if len(ids) > 2:
+            self.third[len(self.left) + len(self.recent_left) - 1] = ids[2]
+
+    def _store(self, result: Any, id: int) -> Any:
+        """Wrap a result; the parts of a tuple or list are stored one after the other."""
+        if isinstance(result, Tracked):
+            return result
+        if not isinstance(result, (tuple, list)):
+            return self.watch(result, id)
+        parts = []
+        for part in result:
+            parts.append(self._store(part, id))
+            self._read()
+            id = self.next_id()
+        return parts if isinstance(result, list) else tuple(parts)
+
+
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "divmod": divmod,
+    "lshift": operator.lshift,
+    "rshift": operator.rshift,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "matmul": operator.matmul,
+}
+_COMPARISON: dict[str, Callable[[Any, Any], Any]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+_UNARY: dict[str, Callable[[Any], Any]] = {
+    "neg": operator.neg,
+    "pos": operator.pos,
+    "abs": abs,
+    "invert": operator.invert,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "trunc": math.trunc,
+}
+_CONVERSION: dict[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "index": operator.index,
+    "hash": hash,
+}
+# How the operators look in Python, where there is a sign for them.
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "and": "&", "or": "|"}
+_SIGNS |= {"xor": "^", "lshift": "<<", "rshift": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">"}
+_SIGNS |= {"ge": ">="}
+
+
+def _add_operators(cls: type[Tracked], recorder: Recorder, spelt_out: bool) -> None:
+    for name, compute in {**_BINARY, **_COMPARISON}.items():
+        general = _general(recorder, compute)
+        fast = spelt_out and name in _SIGNS
+        setattr(cls, f"__{name}__", _spelt_out(cls, recorder, _SIGNS[name], general) if fast else general)
+    for name, compute in _BINARY.items():
+        setattr(cls, f"__r{name}__", _reflected(recorder, compute))
+    for name, apply in _UNARY.items():
+        setattr(cls, f"__{name}__", _general(recorder, apply))
+    for name, convert in _CONVERSION.items():
+        setattr(cls, f"__{name}__", _conversion(recorder, name, convert))
+    setattr(cls, "__pow__", _general(recorder, pow))
+    setattr(cls, "__rpow__", _reflected(recorder, pow))
+    setattr(cls, "__round__", _general(recorder, round))
+
+
+def _general(recorder: Recorder, compute: Callable[..., Any]) -> Any:
+    instruction = recorder.instruction
+    return lambda self, *others: instruction(compute, self, *others)
+
+
+def _reflected(recorder: Recorder, compute: Callable[..., Any]) -> Any:
+    instruction = recorder.instruction
+    return lambda self, other, *modulus: instruction(compute, other, self, *modulus)
+
+
+def _conversion(recorder: Recorder, name: str, convert: Callable[[Any], Any]) -> Any:
+    left, right, next_id = recorder.recent_left.append, recorder.recent_right.append, recorder.next_id
+    escapes = recorder.escapes
+
+    def leave(self: Tracked) -> Any:
+        result = convert(self.value)
+        left(self.id)
+        right(-1)
+        next_id()  # the result leaves the tracer, so what is stored here is never read: it occupies nothing
+        escapes[name] += 1
+        return result
+
+    return leave
+
+
+# With `operator.mul` called and __init__ run, an operation takes 1.6 times as long; Python has no other way to
+# make one function per sign without a call in it.
+_SOURCE = """
+def operate(self, other):
+    kind = other.__class__
+    if kind is cls:
+        value = self.value {sign} other.value
+        left(self.id)
+        right(other.id)
+    elif kind in plain_types:
+        value = self.value {sign} other
+        left(self.id)
+        right(-1)
+    else:
+        return general(self, other)
+    result = new(cls)
+    result.value = value
+    result.id = next_id()
+    return result
+"""
+
+
+def _spelt_out(cls: type[Tracked], recorder: Recorder, sign: str, general: Callable[..., Any]) -> Any:
+    """An operator of plain values written out: the lines of which nearly every run consists."""
+    names = {
+        "cls": cls,
+        "new": object.__new__,
+        "left": recorder.recent_left.append,
+        "right": recorder.recent_right.append,
+        "next_id": recorder.next_id,
+        "plain_types": PLAIN_TYPES,
+        "general": general,
+    }
+    exec(_SOURCE.format(sign=sign), names)
+    return names["operate"]
