@@ -1,0 +1,1 @@
+"""Benchmarks: each script prints what it measures, and can write it as evidence."""

@@ -1,0 +1,229 @@
+"""Does "under 3 % offload overhead" survive ByteDMD? Real text in, a verdict out, on any laptop.
+
+    python bench/bytedmd_toy.py                    about a minute; prints a table, writes out/bytedmd_toy/
+    python bench/bytedmd_toy.py --quick            a small version in seconds
+    python bench/bytedmd_toy.py --text FILE        your own text
+
+Text goes through DeepSeek's tokenizer and Engram's hash; the rows that it names are read by two small models
+written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at depth d of one LRU stack.
+
+  models      engram   hash, rows, gate, short convolution: the twin of the real layer
+              kv-bank  attention over the key-and-value rows that the same kind of lookup names
+  variants    resident          the table above the padding: the baseline
+              offload_naive     the table below the padding
+              offload_prefetch  the same, the next position's rows copied up before they are needed
+              offload_hot       the same, but the rows most frequent in other text start above
+  boundaries  lookup            the row reads alone
+              layer             with hash, projections, gate or attention over the rows
+              block             with the decoder block's self-attention
+
+All variants compute the same output, to the bit; only the layout of memory differs. The verdict classifies
+the price of offload_prefetch against resident: up to 5x WIN for the claim, over 20x LOSS, in between
+INCONCLUSIVE. It depends on the boundary, that is, on what stands in the denominator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.harness import cli
+from bench.harness.pricing import Job, output_digest, price_job, upstream
+from bench.harness.results import environment, git_commit, write_json
+from bench.harness.streams import Stream, text_stream
+from bench.harness.table import verdict_table
+from bench.harness.timing import interleave, paired_ratio, summary
+from bench.harness.workloads import digest, make_workload, row_stream, toy_config
+from engram_ref.hashing import HashPlan
+from engram_ref.vocab import CompressedVocab
+from engram_toy.hashing import NgramHasher
+from engram_toy.layouts import VARIANTS, Layout, most_frequent
+from engram_toy.programs import BOUNDARIES, MODELS
+
+PROG = "bytedmd_toy"
+SCHEMA_VERSION = 1
+QUICK = {"seq_len": 24, "d_model": 16, "padding": 20_000, "repeats": 3}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--model", choices=[*MODELS, "both"], default="both", help="which model to price (default: both)")
+    add("--text", metavar="FILE", help="a UTF-8 text file (default: Python's help topics, pydoc_data.topics)")
+    add(
+        "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
+    )
+    add("--seq_len", type=cli.at_least(2), default=128, metavar="T", help="tokens to read (default: 128)")
+    add("--d_model", type=cli.at_least(1), default=64, metavar="H", help="width of the model (default: 64)")
+    add(
+        "--padding", type=cli.at_least(0), default=10**6, metavar="M", help="values that bury the table (default: 10^6)"
+    )
+    add("--hot_share", type=cli.share, default=0.1, metavar="S", help="rows offload_hot keeps above (default: 0.1)")
+    add("--bytes_per_element", type=cli.at_least(1), default=1, metavar="B", help="bytes per value (default: 1)")
+    add("--seed", type=cli.at_least(0), default=0, help="which window of the text, which weights (default: 0)")
+    add("--definition", choices=["lru", "two-stack"], default="lru", help="of ByteDMD (default: lru, one stack)")
+    add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
+    add("--repeats", type=cli.at_least(1), default=7, metavar="N", help="wall-time samples per case (default: 7)")
+    add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
+    add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
+    first, _ = parser.parse_known_args(argv)
+    if first.quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args(argv)
+
+
+def say(message: str) -> None:
+    """Progress, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVocab) -> tuple[list[Job], dict[str, Any]]:
+    """Every program to price, and per model what it reads (for the results file)."""
+    jobs, models = [], {}
+    for model in MODELS if options.model == "both" else [options.model]:
+        config = toy_config(model, options.d_model)
+        plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+        layer = plan.layer(config.layer_ids[0])
+        workload = make_workload(model, config, plan, stream.measured, options.seed)
+        indices = row_stream(plan, layer.layer_id, stream.measured)
+        if indices.tolist() != workload.row_indices():
+            raise AssertionError(f"{model}: the twin's row indices are not the reference's")
+        hot_count = int(options.hot_share * layer.rows)
+        hot = most_frequent(NgramHasher(workload.plan)(stream.calibration, layer.layer_id), hot_count)
+        models[model] = {
+            "config": asdict(config),
+            "plan": workload.plan,
+            "row_stream_sha256": digest(indices),
+            "lookups": int(indices.size),
+            "distinct_rows": len(set(indices.ravel().tolist())),
+            "hot_rows": len(hot),
+        }
+        for boundary in BOUNDARIES:
+            for variant in VARIANTS:
+                layout = Layout.variant(variant, layer.rows, hot)
+                common = (options.padding, options.definition, options.bytes_per_element, options.tracer)
+                jobs.append(Job(workload, boundary, layout, *common))
+    return jobs, models
+
+
+def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Untraced runs, variants interleaved: per job its samples and output, per boundary the noise floor."""
+    records: list[dict[str, Any]] = []
+    floors = []
+    for start in range(0, len(jobs), len(VARIANTS)):
+        group = jobs[start : start + len(VARIANTS)]
+        name = f"{group[0].workload.model} {group[0].boundary}"
+        say(f"wall time   {name}: {repeats} rounds")
+        programs = {job.layout.name: job.program() for job in group}
+        cases = {key: lambda p=p: p.function(*p.arguments) for key, p in programs.items()}
+        cases["resident again"] = cases["resident"]
+        samples = interleave(cases, repeats)
+        for key, case in list(cases.items())[: len(group)]:
+            wall = {"wall_time_s": samples[key], "wall_time_summary_s": summary(samples[key])}
+            records.append({**wall, "untraced_output_sha256": output_digest(case())})
+        floor = paired_ratio(samples["resident again"], samples["resident"])
+        group_name = {"model": group[0].workload.model, "boundary": group[0].boundary}
+        floors.append({**group_name, "again_s": samples["resident again"], "ratio": floor})
+    return records, floors
+
+
+def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
+    """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
+    order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
+    records: list[dict[str, Any]] = [{}] * len(jobs)
+    began = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(price_job, jobs[i]): i for i in order}
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                i = futures[future]
+                record = records[i] = future.result()
+                name = f"{record['model']} {record['boundary']} {record['variant']}"
+                elapsed = time.perf_counter() - began
+                say(f"price {done:2d}/{len(jobs)}  {name:<34}{record['cost']:>15,}  {elapsed:6.1f} s")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return records
+
+
+def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, Any]) -> dict[str, Any]:
+    """Run everything; the content of results.json."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    walls, floors = measure_wall_time(jobs, options.repeats)
+    prices = price_all(jobs, options.jobs)
+    runs = [{**price, "cost_per_token": price["cost"] / options.seq_len, **wall} for price, wall in zip(prices, walls)]
+    configuration = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": PROG,
+        "started": started,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "configuration": configuration,
+        "environment": environment(),
+        "git": git_commit(),
+        "stream": {k: v for k, v in asdict(stream).items() if k not in ("measured", "calibration")},
+        "models": models,
+        "noise_floor": floors,
+        "runs": runs,
+    }
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Figures beside the results, where matplotlib is installed."""
+    try:
+        from bench.harness.figures import draw_all
+    except ImportError:
+        say("no figures: pip install matplotlib draws them")
+        return
+    for path in draw_all(results, out):
+        say(f"wrote {path}")
+
+
+def main() -> None:
+    """The command."""
+    options = parse()
+    with cli.one_line_errors(PROG):
+        if options.tracer == "upstream":
+            _check_upstream(options)
+        if options.out.exists() and not options.out.is_dir():
+            raise ValueError(f"--out {options.out} is a file: name a folder")
+        vocab = CompressedVocab.from_tokenizer(options.tokenizer)
+        stream = text_stream(options.text, options.tokenizer, vocab, options.seq_len, options.seed)
+        say(
+            f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}"
+        )
+        jobs, models = make_jobs(options, stream, vocab)
+    results = measure(options, stream, jobs, models)
+    with cli.one_line_errors(PROG):
+        path = options.out / "results.json"
+        write_json(path, results)
+        say(f"wrote {path}")
+        draw(results, options.out)
+    print(verdict_table(results))
+
+
+def _check_upstream(options: argparse.Namespace) -> None:
+    upstream()
+    if options.definition != "lru":
+        raise ValueError("--tracer upstream prices one stack: use it with --definition lru")
+    if options.padding > 10_000:
+        hours = 13 * (options.padding / 10_000) ** 2 / 3600  # quadratic; 13 s measured at 10^4 live values
+        say(f"the original tracer is quadratic: {options.padding:,} values of padding take about {hours:.1f} h a run")
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,1 @@
+"""What the benchmarks share: token streams, timing, results, figures, verdicts."""

@@ -1,0 +1,66 @@
+"""Command lines that fail in one line: wrong input is a sentence on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and leave with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+        return value
+
+    return parse
+
+
+def share(text: str) -> float:
+    """An argument type: a number in 0 .. 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number in 0 .. 1")
+    return value
+
+
+@contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Around reading input and writing output: what the user can mend becomes one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main: Callable[[], None], prog: str) -> NoReturn:
+    """Run a command; Ctrl-C ends it in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

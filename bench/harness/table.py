@@ -1,0 +1,88 @@
+"""The verdict table of a results file, as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.harness.timing import paired_ratio
+from bench.harness.verdict import WALL_TIME_CLAIM, Verdict, classify
+
+Run = dict[str, Any]
+
+
+def find_run(results: dict[str, Any], model: str, boundary: str, variant: str) -> Run:
+    """The one run of these names."""
+    for run in results["runs"]:
+        if (run["model"], run["boundary"], run["variant"]) == (model, boundary, variant):
+            return run
+    raise ValueError(f"no run of {model}/{boundary}/{variant} in these results")
+
+
+def groups(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The (model, boundary) pairs, in the order of the runs."""
+    return list(dict.fromkeys((run["model"], run["boundary"]) for run in results["runs"]))
+
+
+def variants(results: dict[str, Any]) -> list[str]:
+    """The variants, in the order of the runs."""
+    return list(dict.fromkeys(run["variant"] for run in results["runs"]))
+
+
+def is_valid(results: dict[str, Any], model: str, boundary: str) -> bool:
+    """Whether all variants gave the same output bits, traced and untraced, and nothing escaped the tracer."""
+    runs = [run for run in results["runs"] if (run["model"], run["boundary"]) == (model, boundary)]
+    outputs = {run[key] for run in runs for key in ("output_sha256", "untraced_output_sha256")}
+    # An index into the table and the branch on a comparison read their value and need it plain; numbers do not.
+    allowed = {"index", "bool"}
+    escaped = any(run["untracked_outputs"] or set(run["escapes"]) - allowed for run in runs)
+    return len(outputs) == 1 and not escaped and len({tuple(run["escapes"].items()) for run in runs}) == 1
+
+
+def wall_overhead(run: Run, baseline: Run) -> float | None:
+    """Extra wall time as a share of the baseline's; None where the samples do not resolve it."""
+    ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
+    if ratio["high"] < 1 + WALL_TIME_CLAIM:
+        return ratio["median"] - 1
+    resolved = ratio["low"] > 1 or ratio["high"] < 1
+    return ratio["median"] - 1 if resolved else None
+
+
+def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "offload_prefetch") -> Verdict:
+    """The classification of a variant against `resident`."""
+    run, resident = (find_run(results, model, boundary, name) for name in (variant, "resident"))
+    overhead = wall_overhead(run, resident)
+    return classify(run["cost"] / resident["cost"], overhead, is_valid(results, model, boundary))
+
+
+def verdict_table(results: dict[str, Any]) -> str:
+    """Price ratios of every variant to `resident`, wall time of the prefetch, and its class, per boundary."""
+    offloads = [name for name in variants(results) if name != "resident"]
+    head = ["model", "boundary", "resident price", *(f"{name.removeprefix('offload_')} x" for name in offloads)]
+    rows = [[*head, "prefetch wall time", "verdict on prefetch"]]
+    for model, boundary in groups(results):
+        resident = find_run(results, model, boundary, "resident")
+        runs = [find_run(results, model, boundary, name) for name in offloads]
+        ratios = [f"{run['cost'] / resident['cost']:.3f}" for run in runs]
+        wall = _wall_text(find_run(results, model, boundary, "offload_prefetch"), resident)
+        label, reason = verdict(results, model, boundary)
+        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, f"{label} ({reason})"])
+    return _aligned(rows)
+
+
+def _wall_text(run: Run, baseline: Run) -> str:
+    ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
+    overhead = wall_overhead(run, baseline)
+    interval = f"[{100 * (ratio['low'] - 1):+.1f}, {100 * (ratio['high'] - 1):+.1f}] %"
+    return f"not resolved {interval}" if overhead is None else f"{100 * overhead:+.1f} % {interval}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0, 1, len(widths) - 1}
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(lines)

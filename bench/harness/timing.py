@@ -1,0 +1,82 @@
+"""Wall time: warm-up, interleaving, raw samples, paired ratios with an interval, and the noise floor.
+
+Cases are run in rounds, A B C, B C A, ..., so that whatever the machine does meanwhile happens to all of them
+and none is always first; ratios are taken within a round. The noise floor is a case measured against itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+_RESAMPLES = 2000
+_Case = tuple[str, Callable[[], object]]
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every case, `repeats` samples each, in rounds; warm-up rounds are run and not kept."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: measure at least once")
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_number in range(-warmup, repeats):
+            for name, run in _rotated(list(cases.items()), round_number):
+                start = clock()
+                run()
+                elapsed = clock() - start
+                if round_number >= 0:
+                    samples[name].append(elapsed)
+            gc.collect()  # between rounds, never inside a sample
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _rotated(cases: list[_Case], by: int) -> list[_Case]:
+    return cases[by % len(cases) :] + cases[: by % len(cases)]
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    ordered = sorted(samples)
+    return {
+        "median": statistics.median(ordered),
+        "q25": _quantile(ordered, 0.25),
+        "q75": _quantile(ordered, 0.75),
+    }
+
+
+def paired_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """Median of sample / baseline round by round, with a 95 % bootstrap interval of that median.
+
+    The ratio is resolved only where the interval leaves out 1.
+    """
+    if len(samples) != len(baseline) or not samples:
+        raise ValueError(f"{len(samples)} samples against {len(baseline)}: a paired ratio needs equally many, and one")
+    ratios = [a / b for a, b in zip(samples, baseline)]
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
+    return {
+        "median": statistics.median(ratios),
+        "low": _quantile(medians, 0.025),
+        "high": _quantile(medians, 0.975),
+    }
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear interpolation between the two nearest samples."""
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])

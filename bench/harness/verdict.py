@@ -1,0 +1,47 @@
+"""What a ratio means: the classification of one comparison, as a pure function of measured numbers.
+
+The thresholds are those of the task that asked the question: a price ratio of prefetch to resident of up to 5
+is a WIN for the claim, above 20 a LOSS, and in between nothing is decided.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WIN_UP_TO = 5.0
+STRONG_BELOW = 2.0
+LOSS_ABOVE = 20.0
+WALL_TIME_CLAIM = 0.03  # the paper's "<3 %"
+
+
+class Verdict(NamedTuple):
+    """A class (WIN, LOSS, INCONCLUSIVE, INVALID, BASELINE) and what it rests on, in one sentence."""
+
+    label: str
+    reason: str
+
+
+def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True) -> Verdict:
+    """Classify a variant against `resident` at one boundary.
+
+    Args:
+        price_ratio: ByteDMD price divided by that of `resident`.
+        wall_overhead: extra wall time as a share of `resident`'s (0.03 is 3 %), or None if it was not
+            measured, or not resolved from the noise.
+        valid: whether outputs agreed bit for bit and no value escaped the tracer.
+    """
+    if not valid:
+        return Verdict("INVALID", "outputs differ, or a value escaped the tracer: the prices cannot be compared")
+    if not price_ratio > 0:
+        raise ValueError(f"price ratio {price_ratio}: prices are positive")
+    if price_ratio < STRONG_BELOW:
+        return Verdict("WIN", f"below {STRONG_BELOW:g}x: the claim holds, more than the thresholds ask")
+    if price_ratio <= WIN_UP_TO:
+        return Verdict("WIN", f"up to {WIN_UP_TO:g}x: the claim holds")
+    if price_ratio <= LOSS_ABOVE:
+        return Verdict("INCONCLUSIVE", f"between {WIN_UP_TO:g}x and {LOSS_ABOVE:g}x: larger padding, other p decide")
+    if wall_overhead is None:
+        return Verdict("LOSS", f"above {LOSS_ABOVE:g}x in price; the wall-time half is missing")
+    if wall_overhead < WALL_TIME_CLAIM:
+        return Verdict("LOSS", f"above {LOSS_ABOVE:g}x in price at under 3 % of wall time: wall-time gaming")
+    return Verdict("LOSS", f"above {LOSS_ABOVE:g}x in price; wall time is over 3 % too, so it hides nothing")
