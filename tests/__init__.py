@@ -1,0 +1,1 @@
+"""Tests, one folder per package; `cross` holds what both twins must agree on."""

@@ -1,0 +1,1 @@
+"""Data from independent implementations; see README.md."""
