@@ -75,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.at_least(0), default=0, help="which window of the text, which weights (default: 0)")
     add("--definition", choices=["lru", "two-stack"], default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
-    add("--repeats", type=cli.at_least(1), default=7, metavar="N", help="wall-time samples per case (default: 7)")
+    add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
     add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
@@ -125,18 +125,17 @@ def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[dict[str, Any
     floors = []
     for start in range(0, len(jobs), len(VARIANTS)):
         group = jobs[start : start + len(VARIANTS)]
-        name = f"{group[0].workload.model} {group[0].boundary}"
-        say(f"wall time   {name}: {repeats} rounds")
+        names = {"model": group[0].workload.model, "boundary": group[0].boundary}
+        say(f"wall time   {' '.join(names.values())}: {repeats} rounds")
         programs = {job.layout.name: job.program() for job in group}
-        cases = {key: lambda p=p: p.function(*p.arguments) for key, p in programs.items()}
-        cases["resident again"] = cases["resident"]
-        samples = interleave(cases, repeats)
-        for key, case in list(cases.items())[: len(group)]:
-            wall = {"wall_time_s": samples[key], "wall_time_summary_s": summary(samples[key])}
-            records.append({**wall, "untraced_output_sha256": output_digest(case())})
-        floor = paired_ratio(samples["resident again"], samples["resident"])
-        group_name = {"model": group[0].workload.model, "boundary": group[0].boundary}
-        floors.append({**group_name, "again_s": samples["resident again"], "ratio": floor})
+        outputs = {name: output_digest(p.function(*p.arguments)) for name, p in programs.items()}  # warms up, too
+        cases = {name: lambda p=p: p.function(*p.arguments) for name, p in programs.items()}
+        samples = interleave({**cases, "resident again": cases["resident"]}, repeats, warmup=0)
+        for name in programs:
+            wall = {"wall_time_s": samples[name], "wall_time_summary_s": summary(samples[name])}
+            records.append({**wall, "untraced_output_sha256": outputs[name]})
+        again = samples["resident again"]
+        floors.append({**names, "again_s": again, "ratio": paired_ratio(again, samples["resident"])})
     return records, floors
 
 

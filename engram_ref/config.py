@@ -62,11 +62,11 @@ class EngramConfig:
         for name in ("layer_ids", "table_size_per_order"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
         for name, least in _LEAST.items():
-            _require_int(name, getattr(self, name), least)
+            require_int(name, getattr(self, name), least)
         for layer_id in self.layer_ids:
-            _require_int("layer_ids", layer_id, 0)
+            require_int("layer_ids", layer_id, 0)
         for size in self.table_size_per_order:
-            _require_int("table_size_per_order", size, 2)
+            require_int("table_size_per_order", size, 2)
         if not self.layer_ids or len(set(self.layer_ids)) != len(self.layer_ids):
             raise ValueError(f"layer_ids={self.layer_ids}: give at least one layer, each once")
         if len(self.table_size_per_order) != self.max_ngram - 1:
@@ -81,7 +81,7 @@ class EngramConfig:
                 f"row_width={self.row_width}: float8 rows need a multiple of {SCALE_BLOCK}, one scale per block"
             )
         if self.compressed_size is not None:
-            _require_int("compressed_size", self.compressed_size, 1)
+            require_int("compressed_size", self.compressed_size, 1)
 
     @classmethod
     def preset(cls, name: str) -> EngramConfig:
@@ -190,7 +190,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _require_int(name: str, value: object, least: int) -> None:
+def require_int(name: str, value: object, least: int) -> None:
+    """Refuse with a ValueError what is not an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
 

@@ -19,6 +19,7 @@ Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash. Torch is not
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_ref.config import EngramConfig
+from engram_ref.config import EngramConfig, require_int
 
 DEAD = -1  # compressed id of a position that must not be looked up (an image token)
 INT64_MAX = 2**63 - 1
@@ -44,6 +45,12 @@ class LayerPlan:
     multipliers: tuple[int, ...]
     primes: tuple[int, ...]
     offsets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require_int("layer_id", self.layer_id, 0)
+        for name, least in (("multipliers", 1), ("primes", 2), ("offsets", 0)):
+            for value in getattr(self, name):
+                require_int(f"{name} of layer {self.layer_id}", value, least)
 
     @property
     def rows(self) -> int:
@@ -66,6 +73,11 @@ class HashPlan:
     layers: tuple[LayerPlan, ...]
 
     def __post_init__(self) -> None:
+        for name, least in (("compressed_size", 1), ("pad_compressed", 0), ("max_ngram", 2), ("heads", 1)):
+            require_int(name, getattr(self, name), least)
+        ids = [layer.layer_id for layer in self.layers]
+        if not ids or len(set(ids)) != len(ids):
+            raise ValueError(f"layers {ids}: a plan has at least one layer, each once")
         if not 0 <= self.pad_compressed < self.compressed_size:
             raise ValueError(
                 f"pad_compressed={self.pad_compressed}: must be in 0 .. {self.compressed_size - 1}, "
@@ -81,8 +93,8 @@ class HashPlan:
                 f"layer {layer.layer_id}: {len(layer.multipliers)} multipliers and {len(layer.primes)} primes; "
                 f"max_ngram={self.max_ngram} and heads={self.heads} need {self.max_ngram} and {columns}"
             )
-        if min(layer.multipliers) < 1 or min(layer.primes) < 2 or max(layer.primes) > INT32_MAX:
-            raise ValueError(f"layer {layer.layer_id}: multipliers start at 1, primes lie in 2 .. 2^31 - 1")
+        if max(layer.primes) > INT32_MAX:
+            raise ValueError(f"layer {layer.layer_id}: prime {max(layer.primes)} exceeds 2^31 - 1")
         if (self.compressed_size - 1) * max(layer.multipliers) > INT64_MAX:
             raise ValueError(
                 f"layer {layer.layer_id}: id {self.compressed_size - 1} times multiplier {max(layer.multipliers)} "
@@ -101,8 +113,9 @@ class HashPlan:
         Raises:
             ValueError: `compressed_size` is not the one that the configuration's trained table needs.
         """
-        if not 1 <= compressed_size <= INT64_MAX:
-            raise ValueError(f"compressed_size={compressed_size}: must be in 1 .. 2^63 - 1")
+        require_int("compressed_size", compressed_size, 1)
+        if compressed_size > INT64_MAX:
+            raise ValueError(f"compressed_size={compressed_size} exceeds 2^63 - 1: ids are 64-bit integers")
         if config.compressed_size not in (None, compressed_size):
             raise ValueError(
                 f"compressed vocabulary of {compressed_size} ids; this configuration needs exactly "
@@ -113,7 +126,7 @@ class HashPlan:
             LayerPlan(layer_id, _multipliers(config, layer_id, compressed_size), p, _exclusive_sum(p))
             for layer_id, p in zip(config.layer_ids, primes)
         )
-        return cls(int(compressed_size), int(pad_compressed), config.max_ngram, config.heads, layers)
+        return cls(compressed_size, pad_compressed, config.max_ngram, config.heads, layers)
 
     def layer(self, layer_id: int) -> LayerPlan:
         """The constants of decoder layer `layer_id`."""
@@ -134,13 +147,12 @@ class HashPlan:
             body = json.loads(text)
             claimed = body.pop("checksum")
             actual = _checksum(body)
+            if claimed != actual:
+                raise ValueError(f"its checksum is {claimed}, its content gives {actual}: it was altered")
             layers = tuple(LayerPlan(**{k: _frozen(v) for k, v in x.items()}) for x in body.pop("layers"))
-            fields = {**body, "layers": layers}
+            return cls(**body, layers=layers)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a hash plan: {error}; write one with HashPlan.to_json()") from error
-        if claimed != actual:
-            raise ValueError(f"hash plan checksum is {claimed}, its content gives {actual}: the file was altered")
-        return cls(**fields)
 
 
 def _frozen(value: Any) -> Any:
@@ -200,23 +212,22 @@ class TokenHistory:
     def __init__(self, plan: HashPlan, batch_size: int) -> None:
         # A position before the start and a DEAD one hash alike, so DEAD stands for both.
         self.ids = np.full((batch_size, plan.max_ngram - 1), DEAD, dtype=np.int64)  # [B, N-1]
+        self._size = plan.compressed_size
 
     def advance(self, compressed_ids: np.ndarray) -> None:
-        """Append a chunk [B, T] and keep what the next one needs."""
+        """Append a chunk [B, T], T = 0 included, and keep what the next one needs; ids are checked as in hashing."""
         ids = np.asarray(compressed_ids)
-        if ids.ndim != 2 or len(ids) != len(self.ids) or ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"chunk of {ids.dtype} {ids.shape}; this history follows {len(self.ids)} sequences: "
-                "give integers [B, T]"
-            )
+        if ids.ndim != 2 or len(ids) != len(self.ids):
+            raise ValueError(f"chunk of shape {ids.shape}; this history follows {len(self.ids)} sequences: [B, T]")
+        if ids.size == 0:
+            return
+        ids = check_ids(ids, self._size, least=DEAD)
         width = self.ids.shape[1]
         self.ids = np.concatenate([self.ids, ids.astype(np.int64)], axis=1)[:, -width:]
 
     def copy(self) -> TokenHistory:
         """An independent history in the same state."""
-        twin = object.__new__(TokenHistory)
-        twin.ids = self.ids.copy()
-        return twin
+        return copy.deepcopy(self)
 
 
 class NgramHasher:

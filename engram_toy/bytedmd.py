@@ -33,7 +33,7 @@ from engram_toy import stack, tally
 from engram_toy.tracked import Recorder, Tracked
 from engram_toy.wrapping import Unwrapper, Wrapper, leaves
 
-_WORTH_COMPILING = 200_000  # instructions; below this, loading numba takes longer than it saves
+_WORTH_COMPILING = 200_000  # values; below this, loading numba takes longer than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,12 @@ def _trace(
     recorder.flush()
 
     parts = leaves(returned)
-    tracked = [part.id for part in parts if isinstance(part, Tracked)]
-    live = list(dict.fromkeys(tracked))
+    ids = [part.id for part in parts if isinstance(part, Tracked)]
+    live = list(dict.fromkeys(ids))
     log = stack.Log(wrapper.inputs, recorder.left, recorder.right, recorder.third, live, argument_depth)
     if compiled is None:
-        compiled = len(log.left) >= _WORTH_COMPILING and importlib.util.find_spec("numba") is not None
+        long = log.inputs + len(log.left) >= _WORTH_COMPILING
+        compiled = long and importlib.util.find_spec("numba") is not None
     distances, counting = _engine(compiled)
     names, codes = _kind_codes(kinds, sizes, recorder.labels, len(log.left))
     unwrap = Unwrapper()
@@ -150,7 +151,7 @@ def _trace(
         kind_names=names,
         instructions=len(log.left),
         escapes=dict(recorder.escapes),
-        untracked=len(parts) - len(tracked),
+        untracked=len(parts) - len(ids),
         compiled=compiled,
     )
 

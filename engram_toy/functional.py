@@ -10,12 +10,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from engram_toy.tracked import Tracked
+
 Vector = Sequence[Any]  # [H]
 Matrix = Sequence[Vector]  # [rows][columns]
 
 
 def dot(a: Vector, b: Vector) -> Any:
     """Inner product, summed from the left."""
+    if isinstance(a[0], Tracked):  # nearly every read of the models happens here: let the tracer log it at once
+        total = a[0]._recorder.inner_product(a, b)
+        if total is not NotImplemented:
+            return total
     total = a[0] * b[0]
     for i in range(1, len(a)):
         total = total + a[i] * b[i]
@@ -54,13 +60,7 @@ def softmax(scores: Vector) -> list[Any]:
 
 def mix(weights: Vector, rows: Matrix) -> list[Any]:
     """Weighted sum of rows, column by column."""
-    out = []
-    for column in range(len(rows[0])):
-        total = weights[0] * rows[0][column]
-        for i in range(1, len(rows)):
-            total = total + weights[i] * rows[i][column]
-        out.append(total)
-    return out
+    return [dot(weights, column) for column in zip(*rows)]
 
 
 def copy(row: Vector) -> list[Any]:

@@ -9,6 +9,7 @@ is imported from the reference. `hash_columns` takes the constants as arguments:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,12 +81,7 @@ class NgramHasher:
     ) -> list[list[int]]:
         """Row indices of one sequence, [T][C]; `history` is read, not advanced."""
         layer = self.layer(layer_id)
-        size = self.plan["compressed_size"]
-        if not compressed_ids:
-            raise ValueError("no compressed ids: an empty sequence has nothing to look up")
-        for c in compressed_ids:
-            if not DEAD <= c < size:
-                raise ValueError(f"compressed ids contain {c}; the vocabulary has {DEAD} .. {size - 1}")
+        _check_ids(compressed_ids, self.plan["compressed_size"])
         return hash_columns(
             compressed_ids,
             layer["multipliers"],
@@ -101,7 +97,24 @@ class TokenHistory:
 
     def __init__(self, plan: Mapping[str, Any]) -> None:
         self.ids = [DEAD] * (plan["max_ngram"] - 1)
+        self._size = plan["compressed_size"]
 
     def advance(self, compressed_ids: Sequence[int]) -> None:
-        """Append a chunk and keep what the next one needs."""
+        """Append a chunk, an empty one included, and keep what the next one needs; ids are checked as in hashing."""
+        if compressed_ids:
+            _check_ids(compressed_ids, self._size)
         self.ids = [*self.ids, *compressed_ids][-len(self.ids) :]
+
+    def copy(self) -> TokenHistory:
+        """An independent history in the same state."""
+        return copy.deepcopy(self)
+
+
+def _check_ids(ids: Sequence[int], size: int) -> None:
+    if not ids:
+        raise ValueError("no compressed ids: an empty sequence has nothing to look up")
+    for c in ids:
+        if isinstance(c, bool) or not isinstance(c, int):
+            raise ValueError(f"compressed ids contain {c!r}: give integers")
+        if not DEAD <= c < size:
+            raise ValueError(f"compressed ids contain {c}; the vocabulary has {DEAD} .. {size - 1}")

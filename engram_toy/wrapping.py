@@ -25,7 +25,11 @@ def leaves(value: Any) -> list[Any]:
 
     def walk(container: Any) -> None:
         walked.add(id(container))
-        for item in container.flatten().tolist() if is_array(container) else container:
+        items = container.flatten().tolist() if is_array(container) else container
+        if all(issubclass(kind, Tracked) for kind in set(map(type, items))):  # a million values of padding, say
+            found.extend(items)
+            return
+        for item in items:
             if isinstance(item, Tracked) or not (isinstance(item, (list, tuple)) or is_array(item)):
                 found.append(item)
             elif id(item) not in walked:

@@ -16,6 +16,7 @@ import pytest
 
 from engram_toy import stack
 from engram_toy.bytedmd import bytedmd, label, trace, traced_eval
+from engram_toy.functional import dot
 from engram_toy.tracked import Tracked
 from tests.golden import bytedmd_programs as programs
 from tests.toy.oracle import oracle_trace
@@ -192,6 +193,36 @@ def test_texts_and_identity_are_no_reads():
         return a
 
     assert traced_eval(func, (2.5,)) == ([], 2.5)
+
+
+def inner_product_loop(a, b):
+    total = a[0] * b[0]
+    for i in range(1, len(a)):
+        total = total + a[i] * b[i]
+    return total
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 64])
+def test_an_inner_product_logs_what_its_loop_logs(length):
+    a, b = [0.1 * i for i in range(length)], [1 / (i + 1) for i in range(length)]
+
+    def twice(function):
+        return lambda a, b: (function(a, b) * function(b, b), function(a, a), a[0])
+
+    assert traced_eval(twice(dot), (a, b)) == traced_eval(twice(inner_product_loop), (a, b))
+
+
+def test_an_inner_product_across_a_block_of_numbers():
+    a, b = list(range(5000)), [1] * 5000
+    assert traced_eval(dot, (a, b)) == traced_eval(inner_product_loop, (a, b))
+
+
+def test_an_inner_product_of_mixed_values_runs_its_loop():
+    for a, b in [([1, 2], [Fraction(1, 3), 2]), ([1, 2, 3], [4, 5, 6])]:
+        constant = lambda xs, ys: dot([xs[0], 7], ys[:2])  # noqa: E731
+        literal = lambda xs, ys: inner_product_loop([xs[0], 7], ys[:2])  # noqa: E731
+        assert traced_eval(dot, (a, b)) == traced_eval(inner_product_loop, (a, b))
+        assert traced_eval(constant, (a, b)) == traced_eval(literal, (a, b))
 
 
 def test_a_tuple_result_is_stored_part_by_part():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from engram_toy.bytedmd import bytedmd
+from engram_toy.bytedmd import bytedmd, trace
+
+SIZES = (1, 4)  # bytes per value
 
 
 def random_program(seed):
@@ -20,9 +22,9 @@ def random_program(seed):
     return inputs, instructions, returned, draw.choice(reads), draw.randint(0, 10**6)
 
 
-def price(inputs, instructions, returned, copy_before=None, copied=None, bytes_per_element=1):
-    """Price of the program; optionally the value `copied` is copied just before instruction `copy_before`, and
-    that instruction and all later ones read the copy."""
+def prices(inputs, instructions, returned, copy_before=None, copied=None):
+    """Price of the program at 1 and 4 bytes a value; optionally the value `copied` is copied just before
+    instruction `copy_before`, and that instruction and all later ones read the copy."""
 
     def func(*values):
         values = list(values)
@@ -40,7 +42,8 @@ def price(inputs, instructions, returned, copy_before=None, copied=None, bytes_p
             results[inputs + i] = read[0] + read[1] if len(read) == 2 else -read[0]
         return [get(stands_for[number]) for number in returned]
 
-    return bytedmd(func, tuple(range(inputs)), bytes_per_element)
+    run = trace(func, tuple(range(inputs)))
+    return [run.cost(size) for size in SIZES]
 
 
 def earlier_read(instructions, inputs, at, value, shuffle):
@@ -55,10 +58,10 @@ def test_a_copy_never_lowers_the_price():
     for seed in range(2000):
         inputs, instructions, returned, (at, value), shuffle = random_program(seed)
         before = earlier_read(instructions, inputs, at, value, shuffle)
-        for size in (1, 4):
-            plain = price(inputs, instructions, returned, bytes_per_element=size)
-            copied = price(inputs, instructions, returned, before, value, size)
-            assert copied >= plain + size, (seed, before, value)
+        plain = prices(inputs, instructions, returned)
+        copied = prices(inputs, instructions, returned, before, value)
+        for size, without, with_copy in zip(SIZES, plain, copied):
+            assert with_copy >= without + size, (seed, before, value)
 
 
 def test_the_one_exception_squares_a_deep_value():

@@ -14,6 +14,7 @@ from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import trace, traced_eval
 from engram_toy.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.programs import BOUNDARIES, MODELS, build
+from tests.toy.oracle import oracle_trace
 
 TOKENS, WIDTH, PADDING = 6, 4, 5000
 
@@ -71,6 +72,15 @@ def test_reads_by_kind(workload, boundary):
     copies = sum(map(len, workload.row_indices())) * len(workload.table[0])
     assert prefetch.pop("staged row") == copies
     assert {k: v for k, v in prefetch.items() if k != "staged row"} == resident
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_the_literal_oracle_reads_the_same(workload, boundary):
+    """The oracle runs every loop value by value; the tracer logs inner products at once."""
+    for layout in layouts(workload):
+        program = build(workload, boundary, layout, padding=7)
+        depths, _ = traced_eval(program.function, program.arguments)
+        assert depths == oracle_trace(program.function, program.arguments)
 
 
 def first_row_depth(workload, variant, padding, hold=True):

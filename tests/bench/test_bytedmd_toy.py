@@ -1,0 +1,195 @@
+"""The command from end to end, on a small job: its evidence, its figures, its errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from bench import bytedmd_toy
+from bench.harness import cli
+from bench.harness.pricing import Job, check_against_upstream, price_job
+from bench.harness.streams import read_text, text_stream
+from bench.harness.table import groups, is_valid, verdict_table
+from engram_toy import bytedmd as own
+from engram_toy.programs import MODELS
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "bench/harness/bytedmd_toy.schema.json").read_text())
+SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
+TIMES = {"wall_time_s", "wall_time_summary_s"}
+
+
+def command(*options, cwd=ROOT):
+    script = ROOT / "bench/bytedmd_toy.py"
+    return subprocess.run([sys.executable, script, *options], cwd=cwd, capture_output=True, text=True)
+
+
+def prices(results):
+    return [{k: v for k, v in run.items() if k not in TIMES} for run in results["runs"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    done = command(*SMALL, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return done, out, json.loads((out / "results.json").read_text())
+
+
+def test_results_fit_the_schema(finished):
+    _, _, results = finished
+    jsonschema.validate(results, SCHEMA)
+    assert len(results["runs"]) == 2 * 3 * 4
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**results, "verdict": "WIN"}, SCHEMA)  # evidence holds no conclusions
+
+
+def test_every_comparison_is_valid(finished):
+    _, _, results = finished
+    assert all(is_valid(results, model, boundary) for model, boundary in groups(results))
+
+
+def test_stdout_is_the_table_and_stderr_the_progress(finished):
+    done, out, results = finished
+    assert done.stdout.rstrip("\n") == verdict_table(results)
+    assert "price 24/24" in done.stderr and str(out / "results.json") in done.stderr
+
+
+def test_figures_are_drawn(finished):
+    _, out, _ = finished
+    names = {"depths.svg", "ratios.svg", "cost_by_kind.svg", "results.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert all("<svg" in (out / name).read_text() for name in names - {"results.json"})
+
+
+def test_numbers_of_a_run_agree_with_each_other(finished):
+    _, _, results = finished
+    for run in results["runs"]:
+        assert run["cost"] == sum(run["cost_by_kind"].values())
+        assert run["reads"] == sum(run["reads_by_kind"].values())
+        for kind, reads in run["reads_by_kind"].items():
+            assert reads == sum(run["depth_histogram"][kind].values())
+
+
+def test_prices_are_the_same_every_time(finished, tmp_path):
+    _, _, results = finished
+    again = command(*SMALL, "--jobs", "1", "--out", str(tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert prices(json.loads((tmp_path / "results.json").read_text())) == prices(results)
+
+
+def test_another_seed_reads_another_text(finished, tmp_path):
+    _, _, results = finished
+    done = command(*SMALL, "--seed", "1", "--model", "engram", "--out", str(tmp_path))
+    other = json.loads((tmp_path / "results.json").read_text())
+    assert done.returncode == 0
+    assert other["stream"]["start"] != results["stream"]["start"]
+    assert other["models"]["engram"]["row_stream_sha256"] != results["models"]["engram"]["row_stream_sha256"]
+
+
+def test_the_second_definition_and_another_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    out = tmp_path / "out"
+    done = command(*SMALL, "--definition", "two-stack", "--model", "engram", "--text", str(text), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert results["stream"]["name"] == "text.txt"
+    assert all(is_valid(results, model, boundary) for model, boundary in groups(results))
+
+
+BAD_INPUT = {
+    "no such text": (["--text", "none.txt"], "No such file"),
+    "short text": (["--text", "short.txt"], "at least 12"),
+    "text not UTF-8": (["--text", "latin.txt"], "not UTF-8"),
+    "a folder as text": (["--text", "."], "directory"),
+    "no such tokenizer": (["--tokenizer", "none.json"], "no tokenizer at"),
+    "foreign tokenizer": (["--tokenizer", "foreign.json"], "not a tokenizer.json"),
+    "out is a file": (["--out", "short.txt"], "name a folder"),
+    "unknown option": (["--colour"], "unrecognized"),
+    "unknown model": (["--model", "gpt"], "invalid choice"),
+    "no tokens": (["--seq_len", "1"], "at least 2"),
+    "negative padding": (["--padding", "-1"], "at least 0"),
+    "words for numbers": (["--padding", "many"], "at least 0"),
+    "share above one": (["--hot_share", "1.5"], "in 0 .. 1"),
+    "no bytes": (["--bytes_per_element", "0"], "at least 1"),
+    "original not installed": (["--tracer", "upstream"], "pip install"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_code_2_and_nothing_written(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 500)
+    Path("foreign.json").write_text('{"not": "a tokenizer"}')
+    before = sorted(tmp_path.iterdir())
+    options, words = BAD_INPUT[case]
+    monkeypatch.setattr(sys, "argv", ["bytedmd_toy", *SMALL, "--out", "out", *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(bytedmd_toy.main, bytedmd_toy.PROG)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message.startswith("bytedmd_toy: error: ") and message.count("\n") == 1
+    assert words in message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    done = command("--text", "none.txt", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr == "bytedmd_toy: error: [Errno 2] No such file or directory: 'none.txt'\n"
+    assert done.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_help_teaches():
+    done = command("--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in (*MODELS, "resident", "lookup", "INCONCLUSIVE", "--padding"))
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(interrupted, "bytedmd_toy")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nbytedmd_toy: interrupted; nothing was written\n"
+
+
+@pytest.fixture
+def job(vocab_v4):
+    options = bytedmd_toy.parse([*SMALL, "--model", "engram"])
+    stream = text_stream(None, None, vocab_v4, 6, seed=0)
+    jobs, _ = bytedmd_toy.make_jobs(options, stream, vocab_v4)
+    return jobs[0]
+
+
+def test_the_original_is_compared_depth_by_depth(job, monkeypatch):
+    same = types.SimpleNamespace(traced_eval=own.traced_eval)
+    monkeypatch.setitem(sys.modules, "bytedmd", same)
+    upstream_job = Job(**{**vars(job), "tracer": "upstream"})
+    assert price_job(upstream_job) == price_job(job)
+
+    def off_by_one(func, args):
+        depths, result = own.traced_eval(func, args)
+        return [*depths[:-1], depths[-1] + 1], result
+
+    monkeypatch.setitem(sys.modules, "bytedmd", types.SimpleNamespace(traced_eval=off_by_one))
+    program = job.program()
+    run = own.trace(program.function, program.arguments, program.kinds)
+    with pytest.raises(ValueError, match=f"disagrees from read {len(run.depths) - 1} of engram/lookup/resident"):
+        check_against_upstream(job, run)
+
+
+def test_the_default_text_is_named():
+    name, text = read_text(None)
+    assert name == "pydoc_data.topics" and len(text) > 100_000

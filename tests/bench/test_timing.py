@@ -1,0 +1,73 @@
+"""The clock is fake, so every sample is known."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from bench.harness.timing import interleave, paired_ratio, summary
+
+
+class FakeClock:
+    """Time passes only while a case runs."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def case(self, name, durations):
+        left = iter(durations)
+
+        def run():
+            self.calls.append(name)
+            self.now += next(left)
+
+        return run
+
+
+def test_warm_up_is_dropped_and_rounds_rotate():
+    clock = FakeClock()
+    cases = {"a": clock.case("a", [100, 1, 2, 3]), "b": clock.case("b", [100, 4, 5, 6])}
+    samples = interleave(cases, repeats=3, warmup=1, clock=clock)
+    assert samples == {"a": [1, 2, 3], "b": [4, 5, 6]}
+    assert clock.calls == ["b", "a", "a", "b", "b", "a", "a", "b"]
+
+
+def test_the_collector_is_off_inside_and_back_on_after():
+    states = []
+    interleave({"a": lambda: states.append(gc.isenabled())}, repeats=2)
+    assert states == [False, False, False]
+    assert gc.isenabled()
+
+
+def test_no_repeats_is_refused():
+    with pytest.raises(ValueError, match="measure at least once"):
+        interleave({"a": lambda: None}, repeats=0)
+
+
+def test_summary():
+    assert summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "q25": 2.0, "q75": 4.0}
+    assert summary([2.0]) == {"median": 2.0, "q25": 2.0, "q75": 2.0}
+
+
+def test_paired_ratio_cancels_what_both_met():
+    drift = [1.0, 2.0, 10.0, 3.0, 5.0]
+    ratio = paired_ratio([1.5 * d for d in drift], drift)
+    assert ratio == {"median": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_paired_ratio_interval_holds_the_median_and_repeats():
+    a, b = [1.0, 1.4, 0.9, 1.2, 1.1, 1.3], [1.0] * 6
+    ratio = paired_ratio(a, b)
+    assert ratio["low"] < ratio["median"] < ratio["high"]
+    assert ratio == paired_ratio(a, b)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], [])])
+def test_unpaired_samples_are_refused(a, b):
+    with pytest.raises(ValueError, match="equally many"):
+        paired_ratio(a, b)

@@ -1,0 +1,112 @@
+"""The classification at every boundary of its thresholds, and the table that shows it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from bench.harness.table import verdict, verdict_table, wall_overhead
+from bench.harness.verdict import classify
+
+UP = 1e-9
+
+
+@pytest.mark.parametrize(
+    ("ratio", "label", "words"),
+    [
+        (0.5, "WIN", "below 2x"),
+        (2.0 - UP, "WIN", "below 2x"),
+        (2.0, "WIN", "up to 5x"),
+        (5.0, "WIN", "up to 5x"),
+        (5.0 + UP, "INCONCLUSIVE", "between"),
+        (20.0, "INCONCLUSIVE", "between"),
+        (20.0 + UP, "LOSS", "wall-time gaming"),
+    ],
+)
+def test_price_thresholds(ratio, label, words):
+    verdict = classify(ratio, wall_overhead=0.01)
+    assert verdict.label == label
+    assert words in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("overhead", "words"),
+    [(None, "half is missing"), (0.03 - UP, "gaming"), (0.03, "over 3 %"), (-0.1, "gaming"), (4.0, "over 3 %")],
+)
+def test_wall_time_decides_what_kind_of_loss(overhead, words):
+    verdict = classify(31.6, overhead)
+    assert verdict.label == "LOSS"
+    assert words in verdict.reason
+
+
+@pytest.mark.parametrize("ratio", [1.0, 10.0, 100.0])
+def test_what_is_invalid_is_never_a_win(ratio):
+    assert classify(ratio, 0.0, valid=False).label == "INVALID"
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan")])
+def test_impossible_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match="prices are positive"):
+        classify(ratio, 0.0)
+
+
+def run(variant, cost, wall, **changes):
+    record = {
+        "model": "engram",
+        "boundary": "lookup",
+        "variant": variant,
+        "cost": cost,
+        "wall_time_s": wall,
+        "escapes": {"index": 3},
+        "untracked_outputs": 0,
+        "output_sha256": "a",
+        "untraced_output_sha256": "a",
+    }
+    return {**record, **changes}
+
+
+@pytest.fixture
+def results():
+    slow = [1.5, 1.52, 1.49, 1.51, 1.5]
+    return {
+        "runs": [
+            run("resident", 100, [1.0, 1.01, 0.99, 1.0, 1.0]),
+            run("offload_naive", 3000, [1.0, 1.01, 1.0, 1.0, 0.99]),
+            run("offload_prefetch", 3100, slow),
+            run("offload_hot", 450, slow),
+        ]
+    }
+
+
+def test_the_table_shows_ratios_and_class(results):
+    header, _, row = verdict_table(results).splitlines()
+    assert header.split("  ")[0] == "model"
+    assert "30.000" in row and "31.000" in row and "4.500" in row
+    assert "LOSS" in row and "over 3 %" in row
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output_sha256": "b"},
+        {"untraced_output_sha256": "b"},
+        {"untracked_outputs": 1},
+        {"escapes": {"index": 3, "float": 1}},
+        {"escapes": {"index": 4}},
+    ],
+    ids=str,
+)
+def test_any_difference_makes_it_invalid(results, change):
+    assert verdict(results, "engram", "lookup").label == "LOSS"
+    for position in range(4):
+        broken = copy.deepcopy(results)
+        broken["runs"][position].update(change)
+        assert verdict(broken, "engram", "lookup").label == "INVALID"
+
+
+def test_wall_overhead_needs_resolution():
+    baseline = run("resident", 1, [1.0, 1.0, 1.0, 1.0, 1.0])
+    assert wall_overhead(run("x", 1, [1.5] * 5), baseline) == pytest.approx(0.5)
+    assert wall_overhead(run("x", 1, [1.01, 1.02, 0.99, 1.01, 1.0]), baseline) == pytest.approx(0.01)  # surely < 3 %
+    assert wall_overhead(run("x", 1, [0.8, 1.3, 0.9, 1.2, 1.1]), baseline) is None

@@ -1,0 +1,75 @@
+"""What several test files share: golden files, vocabularies, plans and the two backends of the hash.
+
+Imports that are not in the standard library stay inside the fixtures, so that the tests of the plain-Python
+twin also collect where none of them is installed. No test touches the network.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Read a JSON file of tests/golden by its name; every caller gets a copy of its own."""
+    return lambda name: json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """Folder of the 8,182-id tokenizer."""
+    return GOLDEN / "tokenizer_small"
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory):
+    """What XDG_CACHE_HOME is for this run of the tests; maps are kept in its folder `engram`."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def vocab_v4(cache_home):
+    from engram_ref.vocab import CompressedVocab
+
+    return CompressedVocab.from_tokenizer(cache_dir=cache_home / "engram")
+
+
+@pytest.fixture(scope="session")
+def vocab_v3(cache_home, tmp_path_factory):
+    from engram_ref.vocab import CompressedVocab
+
+    file = tmp_path_factory.mktemp("v3") / "tokenizer.json"
+    file.write_bytes(lzma.decompress((GOLDEN / "deepseek_v3_tokenizer.json.xz").read_bytes()))
+    return CompressedVocab.from_tokenizer(file, cache_dir=cache_home / "engram")
+
+
+@pytest.fixture(scope="session")
+def vocab_small(small_tokenizer, cache_home):
+    from engram_ref.vocab import CompressedVocab
+
+    return CompressedVocab.from_tokenizer(small_tokenizer, cache_dir=cache_home / "engram")
+
+
+@pytest.fixture(scope="session")
+def plans(vocab_v4):
+    """The plan of every preset with the DeepSeek-V4 vocabulary."""
+    from engram_ref.config import PRESETS, EngramConfig
+    from engram_ref.hashing import HashPlan
+
+    configs = {name: EngramConfig.preset(name) for name in PRESETS}
+    return {name: HashPlan.build(c, len(vocab_v4), vocab_v4.pad(c.pad_id)) for name, c in configs.items()}
+
+
+@pytest.fixture(params=["numpy", "numba"])
+def backend(request):
+    """Both backends of engram_ref's NgramHasher; a missing numba is an error here, not a skip."""
+    return request.param

@@ -1,0 +1,180 @@
+"""The configuration: what it costs per token, by hand-computed numbers, and what it refuses.
+
+python -m pytest tests/ref/test_config.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from engram_ref.config import PRESETS, EngramConfig
+
+# Per preset: rows and bytes per token over all layers, bytes of one row, columns and values gathered per layer.
+COSTS = {
+    "demo": (32, 4_096, 128, 16, 1024),
+    "paper-27b": (32, 5_120, 160, 16, 1280),
+    "paper-40b": (32, 5_120, 160, 16, 1280),
+    "v41-flash": (48, 12_672, 264, 24, 6144),
+    "tiny": (16, 256, 16, 16, 64),
+}
+
+
+@pytest.fixture
+def tiny():
+    return EngramConfig.preset("tiny")
+
+
+def test_every_preset_has_its_costs():
+    assert COSTS.keys() == PRESETS.keys()
+
+
+@pytest.mark.parametrize("preset", COSTS)
+def test_lookup_cost(preset):
+    config = EngramConfig.preset(preset)
+    rows, total, row, columns, width = COSTS[preset]
+    assert config.rows_per_token() == rows
+    assert config.bytes_per_token() == total
+    assert config.row_bytes() == row
+    assert config.columns == columns
+    assert config.embedding_width == width
+
+
+@pytest.mark.parametrize(
+    ("row_dtype", "total"),
+    [("float8_e4m3fn", 12_672), ("bfloat16", 24_576), ("float16", 24_576), ("float32", 49_152)],
+)
+def test_v41_in_other_row_types(row_dtype, total):
+    assert EngramConfig.preset("v41-flash").replace(row_dtype=row_dtype).bytes_per_token() == total
+
+
+def test_projection_macs():
+    assert EngramConfig.preset("v41-flash").projection_macs() == 157_286_400  # 5 * 5120 wide, 6144 in
+    assert EngramConfig.preset("demo").projection_macs() == 5_242_880  # 5 * 1024 wide, 1024 in
+
+
+def test_flops_per_token(tiny):
+    # Per layer: 2 * 64 * 64 projections, 64 inner products, 4 taps * 64; a multiply-add counts as two.
+    assert tiny.flops_per_token() == 2 * (8192 + 64 + 256)
+    assert tiny.replace(layer_ids=(1, 5)).flops_per_token() == 4 * (8192 + 64 + 256)
+    # Two layers, no convolution: 157,286,400 and 4 * 5120 inner products.
+    assert EngramConfig.preset("v41-flash").flops_per_token() == 629_227_520
+
+
+def test_orders(tiny):
+    assert tiny.orders == (2, 3)
+    assert EngramConfig.preset("v41-flash").orders == (2, 3, 4)
+
+
+def test_bigrams_alone(tiny):
+    config = tiny.replace(max_ngram=2, table_size_per_order=(1000,))
+    assert (config.orders, config.columns, config.rows_per_token()) == ((2,), 8, 8)
+
+
+def test_replace_changes_a_copy(tiny):
+    changed = tiny.replace(heads=3, row_width=32)
+    assert (changed.heads, changed.row_width, changed.hidden) == (3, 32, tiny.hidden)
+    assert tiny == EngramConfig.preset("tiny")
+    assert tiny.replace() == tiny
+
+
+def test_replace_refuses_an_unknown_field(tiny):
+    with pytest.raises(ValueError, match="no field head, width"):
+        tiny.replace(width=1, head=3)
+
+
+def test_replace_validates(tiny):
+    with pytest.raises(ValueError, match=r"2 sizes; max_ngram=4 has 3 orders"):
+        tiny.replace(max_ngram=4)
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="no preset 'v41': use one of demo, paper-27b, paper-40b, v41-flash, tiny"):
+        EngramConfig.preset("v41")
+
+
+BAD_VALUES = [
+    ("layer_ids", 1, "layer_ids=1: must be a tuple of integers"),
+    ("layer_ids", "12", "layer_ids='12': must be a tuple of integers"),
+    ("layer_ids", (), "layer_ids=(): give at least one layer, each once"),
+    ("layer_ids", (1, 2, 1), "layer_ids=(1, 2, 1): give at least one layer, each once"),
+    ("layer_ids", (-1,), "layer_ids=-1: must be an integer of at least 0"),
+    ("layer_ids", (1.0,), "layer_ids=1.0: must be an integer of at least 0"),
+    ("layer_ids", (True,), "layer_ids=True: must be an integer of at least 0"),
+    ("table_size_per_order", 1000, "table_size_per_order=1000: must be a tuple of integers"),
+    ("table_size_per_order", (1000, 1), "table_size_per_order=1: must be an integer of at least 2"),
+    ("table_size_per_order", (1000, 1e3), "table_size_per_order=1000.0: must be an integer of at least 2"),
+    ("table_size_per_order", (1000,), "has 1 sizes; max_ngram=3 has 2 orders: give one size per order"),
+    ("table_size_per_order", (9, 9, 9), "has 3 sizes; max_ngram=3 has 2 orders: give one size per order"),
+    ("row_dtype", "int8", "row_dtype='int8': use one of float32, float16, bfloat16, float8_e4m3fn"),
+    ("row_dtype", "float8_e4m3fn", "row_width=4: float8 rows need a multiple of 32, one scale per block"),
+    ("compressed_size", 0, "compressed_size=0: must be an integer of at least 1"),
+    ("compressed_size", 9.0, "compressed_size=9.0: must be an integer of at least 1"),
+]
+LEAST = {
+    "max_ngram": 2,
+    "heads": 1,
+    "row_width": 1,
+    "hidden": 1,
+    "hc_mult": 1,
+    "kernel_size": 0,
+    "pad_id": 0,
+    "seed": 0,
+}
+BAD_VALUES += [
+    (name, bad, f"{name}={bad!r}: must be an integer of at least {least}")
+    for name, least in LEAST.items()
+    for bad in (least - 1, float(least + 1), True, "3", None)
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD_VALUES, ids=lambda v: None if len(str(v)) > 30 else str(v))
+def test_bad_value_is_refused(tiny, field, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny.replace(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "least"), LEAST.items())
+def test_least_value_is_accepted(tiny, field, least):
+    changes = {field: least}
+    if field == "max_ngram":
+        changes["table_size_per_order"] = (2,)
+    assert getattr(tiny.replace(**changes), field) == least
+
+
+def test_every_field_has_a_bad_value():
+    assert {field for field, _, _ in BAD_VALUES} == {field.name for field in dataclasses.fields(EngramConfig)}
+
+
+def test_float8_rows_take_whole_blocks(tiny):
+    assert tiny.replace(row_dtype="float8_e4m3fn", row_width=96).row_bytes() == 96 + 3
+
+
+def test_lists_become_tuples(tiny):
+    config = tiny.replace(layer_ids=[1], table_size_per_order=[1000, 1000])
+    assert config == tiny and hash(config) == hash(tiny)
+    assert isinstance(config.layer_ids, tuple) and isinstance(config.table_size_per_order, tuple)
+
+
+def test_frozen(tiny):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny.heads = 4
+    assert tiny.heads == 8
+
+
+def test_fields_are_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        EngramConfig((1,), 3, 8, 4, (1000, 1000), 64)
+
+
+def test_two_configurations_side_by_side():
+    demo, v41 = EngramConfig.preset("demo"), EngramConfig.preset("v41-flash")
+    assert (demo.bytes_per_token(), v41.bytes_per_token(), demo.bytes_per_token()) == (4_096, 12_672, 4_096)
+    assert EngramConfig.preset("demo") == demo != v41
+
+
+def test_defaults_are_those_of_the_demo():
+    fields = dict(layer_ids=(1, 15), max_ngram=3, heads=8, row_width=64, hidden=1024)
+    assert EngramConfig(**fields, table_size_per_order=(129_280 * 5,) * 2) == EngramConfig.preset("demo")
