@@ -10,16 +10,18 @@ of indices with `np.empty`, which is nearly all of a call for one token; and the
 `np.copyto` moves into memory of the same size.
 
     python bench/hashing_speed.py
-    python bench/hashing_speed.py --repeats 50 --out hashing_speed.json
+    python bench/hashing_speed.py --repeats 50 --out FILE.json
+
+One token is the case of decoding: there calling Python and making an array cost more than the hash. 64 x 4096
+is the case of prefill: there writing the indices takes a good part. Close other programs: a busy machine
+changes all times, and the ratios less.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,13 +30,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from engram_ref.config import EngramConfig
+from bench.harness import cli
+from bench.harness.results import environment, git_commit, write_json
+from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan, NgramHasher
 
+PROG = "hashing_speed"
 COMPRESSED_SIZE, PAD_COMPRESSED = 98_627, 2  # DeepSeek-V3's vocabulary, the demo's tokenizer
 SIZES = ((1, 1), (1, 4096), (64, 4096))
 POOL_TOKENS = 1 << 20  # ids made before the clock starts
@@ -141,108 +147,79 @@ def copy_bandwidth(size: int, repeats: int) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile."""
     p20, p50, p80 = np.percentile(values, [20, 50, 80])
     return {"p20": float(p20), "p50": float(p50), "p80": float(p80)}
 
 
-def report(shape: tuple[int, int], times: dict[str, list[float]], written: int, bandwidth: float) -> dict[str, Any]:
-    """Print one size and give back its row for the JSON."""
-    ratios = {name: spread([slow / fast for slow, fast in zip(times["baseline"], times[name])]) for name in NAMES[1:]}
-    tokens = shape[0] * shape[1]
-    limit = written / bandwidth
-    fastest = statistics.median(times["numba"])
-    print(f"{shape[0]} x {shape[1]} tokens")
+def report(results: dict[str, Any]) -> str:
+    """Medians, ratios to the baseline and the limit, for every size."""
+    return "\n".join(line for size in results["sizes"] for line in _size_lines(size))
+
+
+def _size_lines(size: dict[str, Any]) -> list[str]:
+    """The lines of one size: a way each, then what limits it."""
+    (batch, length), times, written = size["shape"], size["samples_s"], size["bytes_written"]
     few = written < FEW_BYTES
+    lines = [f"{batch} x {length} tokens"]
     for name in NAMES if few else NAMES[:-1]:
         median = statistics.median(times[name])
-        line = f"  {name:9s} {median * 1e6:12.2f} us {median / tokens * 1e9:9.1f} ns/token"
-        if name in ratios:
-            r = ratios[name]
+        line = f"  {name:9s} {median * 1e6:12.2f} us {median / (batch * length) * 1e9:9.1f} ns/token"
+        if name != "baseline":
+            r = spread([slow / fast for slow, fast in zip(times["baseline"], times[name])])
             line += f"   x{r['p50']:.1f} (p20 x{r['p20']:.1f}, p80 x{r['p80']:.1f})"
-        print(line)
+        lines.append(line)
+    fastest, bandwidth = statistics.median(times["numba"]), size["copyto_bytes_per_second"]
+    limit = written / bandwidth
     share = f"copyto writes {bandwidth / 1e9:.1f} GB/s, {limit * 1e6:.1f} us: {100 * limit / fastest:.0f} %"
     if few:
-        share = f"the bare call is {100 * statistics.median(times['bare']) / fastest:.0f} %"
-    print(f"  {written} bytes of indices; {share} of numba's time")
-    return {
-        "shape": shape,
-        "seconds": {name: spread(times[name]) for name in NAMES},
-        "ratio_to_baseline": ratios,
-        "ns_per_token": fastest / tokens * 1e9,
-        "bytes_written": written,
-        "copyto_bytes_per_second": bandwidth,
-        "limit_share": limit / fastest,
-        "samples": times,
-    }
+        share = f"the bare call takes {100 * statistics.median(times['bare']) / fastest:.0f} %"
+    return [*lines, f"  {written} bytes of indices; {share} of numba's time"]
 
 
-def environment() -> dict[str, Any]:
-    """What the times depend on."""
-    import numba
-
-    models = [line for line in _cpuinfo().splitlines() if line.startswith("model name")]
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor() or "unknown",
-        "cpus": os.cpu_count(),
-        "system": platform.platform(),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-    }
+def parse_arguments() -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every sample and the environment here")
+    parser.add_argument("--repeats", type=cli.at_least(1), default=30, help="samples per way and size (default: 30)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="geometry to hash for (default: demo)")
+    return parser.parse_args()
 
 
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Under another name first, so that a reader never sees half a file."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Time three ways from compressed ids to row indices on one thread, and print how many times "
-        "faster than the public demo's way each is.",
-        epilog="One token is the case of decoding: there calling Python and making an array cost more than the "
-        "hash. 64 x 4096 is the case of prefill: there writing the indices takes a good part. Close other "
-        "programs: a busy machine changes all times, and the ratios less.",
-    )
-    parser.add_argument("--out", type=Path, help="write every sample and the environment to this JSON file")
-    parser.add_argument("--repeats", type=int, default=30, help="samples per way and size (default %(default)s)")
-    parser.add_argument("--preset", default="demo", help="geometry to hash for (default %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats}: give at least 1")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+def main() -> None:
+    """The command."""
+    options = parse_arguments()
     start = time.perf_counter()
     config = EngramConfig.preset(options.preset)
     size = config.compressed_size or COMPRESSED_SIZE
     plan = HashPlan.build(config, size, PAD_COMPRESSED)
     ways, layer = contenders(plan), plan.layers[0]
     ready = time.perf_counter() - start
-    card = environment()
-    print(f"{card['cpu']}, python {card['python']}, numpy {card['numpy']}, numba {card['numba']}")
-    print(f"plan and compiled loop ready after {ready:.1f} s (less once numba has cached the loop)")
-    rows = []
+    print(f"plan and compiled loop ready after {ready:.1f} s (less once numba has cached the loop)", file=sys.stderr)
+    sizes = []
     for shape in SIZES:
         pool = make_pool(shape, size)
         check_equal(ways, layer, pool)
         written = ways["numba"](pool[0], layer.layer_id).nbytes
         times = measure(ways, layer.layer_id, pool, options.repeats)
-        rows.append(report(shape, times, written, copy_bandwidth(written, options.repeats)))
+        bandwidth = copy_bandwidth(written, options.repeats)
+        sizes.append(
+            {"shape": shape, "bytes_written": written, "copyto_bytes_per_second": bandwidth, "samples_s": times}
+        )
+    results = {
+        "benchmark": PROG,
+        "preset": options.preset,
+        "repeats": options.repeats,
+        "environment": environment(),
+        "git": git_commit(),
+        "ready_seconds": ready,
+        "sizes": sizes,
+    }
     if options.out:
-        content = {"preset": options.preset, "ready_seconds": ready, "environment": card, "sizes": rows}
-        write_json(options.out, content)
+        with cli.one_line_errors(PROG):
+            write_json(options.out, results)
+    print(report(results))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, PROG)

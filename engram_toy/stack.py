@@ -176,6 +176,14 @@ class _Timeline:
         in_block = in_word.bit_count() + rank % (1 << self.shift[1])
         return in_block + sum(self.blocks[block + 1 : top + 1]) - untaken
 
+    def settle(self, floor: int, word: int, cleared: int) -> None:
+        """Write back the word that starts at slot `floor`, of which `cleared` more slots have been given up."""
+        number = floor >> _WORD_SHIFT
+        block = number >> _BLOCK_SHIFT
+        self.words[number] = word
+        self.ranks[block] -= cleared * self.below[number % len(self.shift)]
+        self.blocks[block] -= cleared
+
     def clear(self, slot: int) -> None:
         """Give up a taken slot."""
         word, block = slot >> _WORD_SHIFT, slot >> _WORD_SHIFT + _BLOCK_SHIFT
@@ -187,9 +195,13 @@ class _Timeline:
 def _replay(
     log: Log, argument_depth: Sequence[int] | None, last: array[int], slot_of: array[int], timeline: _Timeline
 ) -> array[int]:
-    """Price every instruction of the log. The loop spells out `depth` and `clear`: calls would double its time."""
+    """Price every instruction of the log.
+
+    The loop spells out what `depth` and `clear` do: calls would double its time. Most reads find their value in
+    the word that is being filled, `newest`; its changes reach the ranks and blocks only when it is settled.
+    """
     word_shift, block_shift = _WORD_SHIFT, _WORD_SHIFT + _BLOCK_SHIFT
-    word_mask, block_mask = (1 << word_shift) - 1, (1 << _BLOCK_SHIFT) - 1
+    word_slots, word_mask, block_mask = 1 << word_shift, (1 << word_shift) - 1, (1 << _BLOCK_SHIFT) - 1
     counter_mask = (1 << timeline.shift[1]) - 1
     words, ranks, blocks = timeline.words, timeline.ranks, timeline.blocks
     bits, shifts, below = timeline.bit, timeline.shift, timeline.below
@@ -197,56 +209,70 @@ def _replay(
     depths = array("i")
     charge = depths.append
     new = timeline.next
+    floor, newest, cleared = new >> word_shift << word_shift, words[new >> word_shift], 0
     value = log.inputs
     for k, a, b in zip(range(len(log.left)), log.left, log.right):
-        if a < 0 or k in third:
-            timeline.next = new
-            depths.extend(_step(log, k, argument_depth, last, slot_of, timeline))
-            new = timeline.next
-        else:
-            top = new >> block_shift
-            untaken = (top + 1 << block_shift) - new
+        if new - floor >= word_slots or a < 0 or k in third:
+            timeline.settle(floor, newest, cleared)
+            if a < 0 or k in third:
+                timeline.next = new
+                depths.extend(_step(log, k, argument_depth, last, slot_of, timeline))
+                new = timeline.next
+                a = b = -1  # done
+            floor, newest, cleared = new >> word_shift << word_shift, words[new >> word_shift], 0
+        if a >= 0:
             s = slot_of[a]
-            if s < 0:
-                depth = _first_read(a, argument_depth, k)
+            if s >= floor:
+                bit = s & word_mask
+                charge((newest >> bit).bit_count() - word_slots - floor + new)
+                newest -= bits[bit]
+                cleared += 1
+            elif s < 0:
+                charge(_first_read(a, argument_depth, k))
             else:
-                w, block, bit = s >> word_shift, s >> block_shift, s & word_mask
-                word, rank, w_in_block = words[w], ranks[block], w & block_mask
-                depth = (word >> bit).bit_count() + (rank >> shifts[w_in_block] & counter_mask) - untaken
+                w, block, bit, top = s >> word_shift, s >> block_shift, s & word_mask, new >> block_shift
+                word, rank, place = words[w], ranks[block], w & block_mask
+                above = (rank >> shifts[place] & counter_mask) - cleared - (top + 1 << block_shift) + new
                 if block != top:
-                    depth += sum(blocks[block + 1 : top + 1])
+                    above += sum(blocks[block + 1 : top + 1])
+                charge((word >> bit).bit_count() + above)
                 words[w] = word - bits[bit]
-                ranks[block] = rank - below[w_in_block]
+                ranks[block] = rank - below[place]
                 blocks[block] -= 1
-            charge(depth)
+        if b >= 0:
+            t = slot_of[b]
             if b == a:
-                charge(depth)
-            elif b >= 0:
-                t = slot_of[b]
-                if t < 0:
-                    depth = _first_read(b, argument_depth, k)
-                else:
-                    w, block, bit = t >> word_shift, t >> block_shift, t & word_mask
-                    word, rank, w_in_block = words[w], ranks[block], w & block_mask
-                    depth = (word >> bit).bit_count() + (rank >> shifts[w_in_block] & counter_mask) - untaken
-                    if block != top:
-                        depth += sum(blocks[block + 1 : top + 1])
-                    depth += s > t  # a lay above b and has given up its slot
-                    words[w] = word - bits[bit]
-                    ranks[block] = rank - below[w_in_block]
-                    blocks[block] -= 1
-                charge(depth)
-            # A value that dies here takes no slot: nothing can tell.
-            if last[a] != k:
-                slot_of[a] = new
-                new += 1
-            if b >= 0 and b != a and last[b] != k:
-                slot_of[b] = new
-                new += 1
+                charge(depths[-1])
+            elif t >= floor:
+                bit = t & word_mask
+                # If a lay above b, it has given up its slot but still counts.
+                charge((newest >> bit).bit_count() - word_slots - floor + new + (s > t))
+                newest -= bits[bit]
+                cleared += 1
+            elif t < 0:
+                charge(_first_read(b, argument_depth, k))
+            else:
+                w, block, bit, top = t >> word_shift, t >> block_shift, t & word_mask, new >> block_shift
+                word, rank, place = words[w], ranks[block], w & block_mask
+                above = (rank >> shifts[place] & counter_mask) - cleared - (top + 1 << block_shift) + new + (s > t)
+                if block != top:
+                    above += sum(blocks[block + 1 : top + 1])
+                charge((word >> bit).bit_count() + above)
+                words[w] = word - bits[bit]
+                ranks[block] = rank - below[place]
+                blocks[block] -= 1
+        # A value that dies here takes no slot: nothing can tell.
+        if a >= 0 and last[a] != k:
+            slot_of[a] = new
+            new += 1
+        if b >= 0 and b != a and last[b] != k:
+            slot_of[b] = new
+            new += 1
         if last[value] >= 0:
             slot_of[value] = new
             new += 1
         value += 1
+    timeline.settle(floor, newest, cleared)
     timeline.next = new
     return depths
 

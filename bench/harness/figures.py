@@ -9,6 +9,7 @@ cost_by_kind.svg what the price of each variant is made of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -49,10 +50,16 @@ def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
             figure = draw(results)
             path = out / f"{name}.svg"
             with atomic_path(path) as part:
-                figure.savefig(part, bbox_inches="tight", metadata={"Date": None})
+                figure.savefig(part, bbox_inches="tight", metadata={"Date": None, "Description": source(results)})
             plt.close(figure)
         paths.append(path)
     return paths
+
+
+def source(results: dict[str, Any]) -> str:
+    """What a figure says of its origin: the digest of the results that it was drawn from."""
+    canonical = json.dumps(results, sort_keys=True, separators=(",", ":"))
+    return f"results sha256 {hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def _models(results: dict[str, Any]) -> list[str]:

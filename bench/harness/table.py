@@ -57,16 +57,19 @@ def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "
 def verdict_table(results: dict[str, Any]) -> str:
     """Price ratios of every variant to `resident`, wall time of the prefetch, and its class, per boundary."""
     offloads = [name for name in variants(results) if name != "resident"]
-    head = ["model", "boundary", "resident price", *(f"{name.removeprefix('offload_')} x" for name in offloads)]
-    rows = [[*head, "prefetch wall time", "verdict on prefetch"]]
+    names = [name.removeprefix("offload_") for name in offloads]
+    rows = [["model", "boundary", "resident price", *names, "prefetch wall time", "verdict"]]
+    reasons = {}
     for model, boundary in groups(results):
         resident = find_run(results, model, boundary, "resident")
         runs = [find_run(results, model, boundary, name) for name in offloads]
         ratios = [f"{run['cost'] / resident['cost']:.3f}" for run in runs]
         wall = _wall_text(find_run(results, model, boundary, "offload_prefetch"), resident)
         label, reason = verdict(results, model, boundary)
-        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, f"{label} ({reason})"])
-    return _aligned(rows)
+        reasons[reason] = label
+        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label])
+    notes = [f"{label}: {reason}" for reason, label in reasons.items()]
+    return "\n".join([_aligned(rows), "", f"{', '.join(names)}: ByteDMD price / price of resident", *notes])
 
 
 def _wall_text(run: Run, baseline: Run) -> str:

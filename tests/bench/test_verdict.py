@@ -80,10 +80,11 @@ def results():
 
 
 def test_the_table_shows_ratios_and_class(results):
-    header, _, row = verdict_table(results).splitlines()
+    header, _, row, _, meaning, note = verdict_table(results).splitlines()
     assert header.split("  ")[0] == "model"
     assert "30.000" in row and "31.000" in row and "4.500" in row
-    assert "LOSS" in row and "over 3 %" in row
+    assert row.endswith("LOSS") and note.startswith("LOSS: ") and "over 3 %" in note
+    assert meaning == "naive, prefetch, hot: ByteDMD price / price of resident"
 
 
 @pytest.mark.parametrize(

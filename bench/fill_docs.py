@@ -1,0 +1,87 @@
+"""Fill the figures of the documents from committed results; nothing between the marks is typed by hand.
+
+    python bench/fill_docs.py             rewrite the marked blocks and the figures
+    python bench/fill_docs.py --check     say what would change, and fail if anything would
+
+A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is one of BLOCKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import hashing_speed, pricing_speed
+from bench.harness.figures import draw_all, source
+from bench.harness.table import verdict_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "docs/index.md", "docs/log.md"]
+RESULTS = ROOT / "bench" / "results"
+FIGURES = ROOT / "docs" / "figures"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed results file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where a result was measured."""
+    e = results["environment"]
+    return f"{e['cpu']}, {e['cpu_count']} cores, Python {e['python']}"
+
+
+def as_text(results: dict[str, Any], body: str) -> str:
+    """A block of printed text, and the machine it was measured on."""
+    return f"```text\n{body}\n```\n\nMeasured on: {machine(results)}."
+
+
+BLOCKS = {
+    "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
+    "pricing": lambda: as_text(load("pricing_speed"), pricing_speed.report(load("pricing_speed"))),
+    "hashing": lambda: as_text(load("hashing_speed"), hashing_speed.report(load("hashing_speed"))),
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked block replaced by what the results say."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- begin: {name} -->\n{BLOCKS[name]()}\n<!-- end: {name} -->"
+
+    return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", replace, text, flags=re.DOTALL)
+
+
+def stale() -> list[str]:
+    """Documents that are not what the results give, and figures that were drawn from others."""
+    documents = [name for name in DOCUMENTS if (text := (ROOT / name).read_text(encoding="utf-8")) != filled(text)]
+    origin = source(load("bytedmd_toy"))
+    drawn = [path for path in sorted(FIGURES.glob("*.svg")) if origin not in path.read_text(encoding="utf-8")]
+    return documents + [str(path.relative_to(ROOT)) for path in drawn]
+
+
+def main() -> None:
+    """Fill, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if something is stale")
+    if parser.parse_args().check:
+        if wrong := stale():
+            sys.exit(f"stale: {', '.join(wrong)}; run python bench/fill_docs.py")
+        return
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_all(load("bytedmd_toy"), FIGURES)
+
+
+if __name__ == "__main__":
+    main()
