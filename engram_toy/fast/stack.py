@@ -12,11 +12,14 @@ from array import array
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engram_toy.stack import Log, check_log, unfit_returned, unstored_operand
 
+_AHEAD = 16  # instructions; with millions of live values, waiting for memory is half of the time
 # What becomes of the values of an instruction, one bit each.
 _LEFT_DIES, _RIGHT_DIES, _THIRD_DIES, _RESULT_LIVES = 1, 2, 4, 8
 
@@ -33,9 +36,27 @@ def _bit_count(typing_context: Any, word: Any) -> Any:
 _popcount: Any = intrinsic(_bit_count)  # called with the word alone; its signature would say otherwise
 
 
+def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
+    """Ask the processor for one place of an array that will be read some instructions later."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        function = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(prefetch, [address, flag(1), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(values, types.int64), generate
+
+
+_prefetch: Any = intrinsic(_fetch_soon)
+
+
 @njit(cache=True)
-def _depth(words, above, slot):
-    """Count the taken slots from this one up."""
+def _count(words, above, slot):
+    """Count the taken slots from this one up, the untaken ones at the end included."""
     # Unsigned positions spare every access the test for negative ones.
     slot, one = np.uint64(slot), np.uint64(1)
     node = slot >> np.uint64(6)
@@ -48,15 +69,23 @@ def _depth(words, above, slot):
 
 
 @njit(cache=True)
-def _flip(words, above, slot, change):
-    """Take a slot (change 1) or give it up (change -1)."""
+def _clear(words, above, slot):
+    """Give up a slot."""
     slot, one = np.uint64(slot), np.uint64(1)
     word = slot >> np.uint64(6)
     words[word] ^= one << (slot & np.uint64(63))
     node = word + one
     while node > np.uint64(0):
-        above[node] += change
+        above[node] -= 1
         node &= node - one
+
+
+def _timeline(slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Words and Fenwick tree of a time axis on which every slot counts as taken: only giving one up writes."""
+    words = np.full(slots // 64 + 1, 2**64 - 1, np.uint64)
+    node = np.arange(len(words) + 1)
+    # Node n counts the words n, n + 1, ... n + lowbit(n) - 1, numbered from 1.
+    return words, (64 * np.minimum(node & -node, len(words) + 1 - node)).astype(np.int32)
 
 
 @njit(cache=True)
@@ -83,40 +112,41 @@ def _fates(inputs, left, right, third, needed, fate):
 
 
 @njit(cache=True)
-def _price(value, argument_depth, slot_of, words, above):
+def _price(value, argument_depth, slot_of, words, above, untaken):
     slot = slot_of[value]
-    return argument_depth[value] if slot < 0 else _depth(words, above, slot)
+    return argument_depth[value] if slot < 0 else _count(words, above, slot) - untaken
 
 
 @njit(cache=True)
 def _move(value, dies, slot_of, words, above, new):
     """Give up the slot of an operand; take the next one if it lives on. A dying value takes none: nothing can tell."""
     if slot_of[value] >= 0:
-        _flip(words, above, slot_of[value], -1)
-    return new if dies else _push(value, slot_of, words, above, new)
-
-
-@njit(cache=True)
-def _push(value, slot_of, words, above, new):
+        _clear(words, above, slot_of[value])
+    if dies:
+        return new
     slot_of[value] = new
-    _flip(words, above, new, 1)
     return new + 1
 
 
 @njit(cache=True)
 def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths):
-    """Price every instruction into `depths`; return how many reads there were."""
+    """Price every instruction into `depths`; return how many reads there were, and the next slot."""
     reads = 0
+    slots = 64 * len(words)
     for k in range(len(left)):
         a, b, c = left[k], right[k], third[k] if len(third) else -1
+        untaken = slots - new
+        if k + _AHEAD < len(left):
+            _prefetch(slot_of, left[k + _AHEAD])
+            _prefetch(slot_of, right[k + _AHEAD])
         if a >= 0:
-            depths[reads] = _price(a, argument_depth, slot_of, words, above)
+            depths[reads] = _price(a, argument_depth, slot_of, words, above, untaken)
             reads += 1
         if b >= 0:
-            depths[reads] = _price(b, argument_depth, slot_of, words, above)
+            depths[reads] = _price(b, argument_depth, slot_of, words, above, untaken)
             reads += 1
         if c >= 0:
-            depths[reads] = _price(c, argument_depth, slot_of, words, above)
+            depths[reads] = _price(c, argument_depth, slot_of, words, above, untaken)
             reads += 1
         if a >= 0:
             new = _move(a, fate[k] & _LEFT_DIES, slot_of, words, above, new)
@@ -125,24 +155,16 @@ def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, ab
         if c >= 0 and c != a and c != b:
             new = _move(c, fate[k] & _THIRD_DIES, slot_of, words, above, new)
         if fate[k] & _RESULT_LIVES:
-            new = _push(inputs + k, slot_of, words, above, new)
-    return reads
+            slot_of[inputs + k] = new
+            new += 1
+    return reads, new
 
 
 @njit(cache=True)
-def _push_inputs(needed, slot_of, words, above):
-    new = 0
-    for value in range(len(needed)):
-        if needed[value]:
-            new = _push(value, slot_of, words, above, new)
-    return new
-
-
-@njit(cache=True)
-def _depths_now(values, argument_depth, slot_of, words, above, depths):
+def _depths_now(values, argument_depth, slot_of, words, above, new, depths):
     """The depths of live values when nothing moves: what one last instruction reading them all is charged."""
     for i in range(len(values)):
-        depths[i] = _price(values[i], argument_depth, slot_of, words, above)
+        depths[i] = _price(values[i], argument_depth, slot_of, words, above, 64 * len(words) - new)
 
 
 def _third_column(log: Log) -> np.ndarray:
@@ -180,14 +202,16 @@ def stack_depths(log: Log, definition: str = "lru") -> array[int]:
     if early >= 0:
         raise unstored_operand(early)
 
-    slot_of = np.full(len(needed), -1, np.int64)
-    words = np.zeros((log.inputs + 3 * len(left) + len(log.third)) // 64 + 1, np.uint64)
-    above = np.zeros(len(words) + 1, np.int32)
-    new = 0 if two_stack else _push_inputs(needed[: log.inputs], slot_of, words, above)
+    slots = log.inputs + 3 * len(left) + len(log.third)
+    words, above = _timeline(slots)
+    slot_of = np.full(len(needed), -1, np.int32 if slots < 2**31 else np.int64)
+    live = np.flatnonzero(needed[: log.inputs]) if not two_stack else np.empty(0, np.int64)
+    slot_of[live] = np.arange(len(live))
     depths = np.empty(2 * len(left) + len(log.third) + two_stack * len(returned), np.int32)
-    reads = _replay(log.inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths)
+    columns = (log.inputs, left, right, third, fate, argument_depth)
+    reads, new = _replay(*columns, slot_of, words, above, len(live), depths)
     if two_stack:
-        _depths_now(returned, argument_depth, slot_of, words, above, depths[reads:])
+        _depths_now(returned, argument_depth, slot_of, words, above, new, depths[reads:])
         reads += len(returned)
     result = array("i")
     result.frombytes(depths[:reads].tobytes())
