@@ -2,7 +2,7 @@
 
 An operation on `Tracked` values computes the plain result, appends the operands' numbers to the log and wraps
 the result under the next number. Instruction k of a run stores value `inputs + k`; what it stores may be dead
-at once. A traced operation costs about ten times the plain one, and nearly all of a run's time: hence two
+at once. A traced operation costs some twenty times the plain one, and most of a run's time: hence two
 classes per run, one for numbers and texts with operators that are spelt out, one for everything else with
 operators that go through `Recorder.instruction`; and `Recorder.inner_product`, which logs a whole loop at once.
 """
@@ -89,7 +89,7 @@ class Recorder:
         return (self.plain if value.__class__ in PLAIN_TYPES else self.opaque)(value, id)
 
     def inner_product(self, a: Sequence[Any], b: Sequence[Any]) -> Any:
-        """What `total = a[0] * b[0]`, then `total = total + a[i] * b[i]`, computes and logs; five times sooner.
+        """What `total = a[0] * b[0]`, then `total = total + a[i] * b[i]`, computes and logs, in half the time.
 
         Returns NotImplemented where a value is not a plain tracked one: the loop must then be run.
         """
