@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from bench.harness.table import verdict, verdict_table, wall_overhead
+from bench.harness.table import claimed_overhead, verdict, verdict_table, wall_overhead
 from bench.harness.verdict import classify
 
 UP = 1e-9
@@ -70,12 +70,13 @@ def run(variant, cost, wall, **changes):
 def results():
     slow = [1.5, 1.52, 1.49, 1.51, 1.5]
     return {
+        "noise_floor": [{"model": "engram", "boundary": "lookup", "ratio": {"median": 1.0, "low": 0.99, "high": 1.01}}],
         "runs": [
             run("resident", 100, [1.0, 1.01, 0.99, 1.0, 1.0]),
             run("offload_naive", 3000, [1.0, 1.01, 1.0, 1.0, 0.99]),
             run("offload_prefetch", 3100, slow),
             run("offload_hot", 450, slow),
-        ]
+        ],
     }
 
 
@@ -106,8 +107,21 @@ def test_any_difference_makes_it_invalid(results, change):
         assert verdict(broken, "engram", "lookup").label == "INVALID"
 
 
-def test_wall_overhead_needs_resolution():
-    baseline = run("resident", 1, [1.0, 1.0, 1.0, 1.0, 1.0])
-    assert wall_overhead(run("x", 1, [1.5] * 5), baseline) == pytest.approx(0.5)
-    assert wall_overhead(run("x", 1, [1.01, 1.02, 0.99, 1.01, 1.0]), baseline) == pytest.approx(0.01)  # surely < 3 %
-    assert wall_overhead(run("x", 1, [0.8, 1.3, 0.9, 1.2, 1.1]), baseline) is None
+@pytest.mark.parametrize(
+    ("wall", "floor", "shown", "claimed"),
+    [
+        ([1.5] * 5, (0.98, 1.02), 0.5, 0.5),
+        ([1.5] * 5, (0.7, 1.6), None, None),  # resident differs from itself by as much
+        ([0.8] * 5, (0.98, 1.01), -0.2, 0.01),
+        ([0.8] * 5, (0.7, 1.01), None, 0.01),  # not resolved, and surely under 3 %
+        ([1.01, 1.02, 0.99, 1.01, 1.0], (0.99, 1.01), None, 0.02),
+        ([1.01, 1.02, 0.99, 1.01, 1.0], (0.99, 1.05), None, None),
+        ([0.8, 1.3, 0.9, 1.2, 1.1], (1.0, 1.0), None, None),
+    ],
+)
+def test_wall_time_needs_resolution(wall, floor, shown, claimed):
+    baseline = run("resident", 1, [1.0] * 5)
+    interval = dict(zip(("low", "high"), floor))
+    for function, expected in ((wall_overhead, shown), (claimed_overhead, claimed)):
+        found = function(run("x", 1, wall), baseline, interval)
+        assert found is None if expected is None else found == pytest.approx(expected)
