@@ -27,7 +27,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -53,7 +55,7 @@ from engram_toy.programs import BOUNDARIES, MODELS
 
 PROG = "bytedmd_toy"
 SCHEMA_VERSION = 1
-QUICK = {"seq_len": 24, "d_model": 16, "padding": 20_000, "repeats": 3}
+QUICK = {"seq_len": 16, "d_model": 8, "padding": 10_000, "repeats": 3}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,12 +141,26 @@ def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[dict[str, Any
     return records, floors
 
 
+def end_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and do not outlive it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in workers only
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
     order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
     records: list[dict[str, Any]] = [{}] * len(jobs)
     began = time.perf_counter()
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool:
         futures = {pool.submit(price_job, jobs[i]): i for i in order}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
@@ -154,7 +170,8 @@ def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
                 elapsed = time.perf_counter() - began
                 say(f"price {done:2d}/{len(jobs)}  {name:<34}{record['cost']:>15,}  {elapsed:6.1f} s")
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
             raise
     return records
 

@@ -17,11 +17,13 @@ import pytest
 from engram_toy import stack
 from engram_toy.bytedmd import bytedmd, label, trace, traced_eval
 from engram_toy.functional import dot
+from engram_toy.stack import price
 from engram_toy.tracked import Tracked
 from tests.golden import bytedmd_programs as programs
 from tests.toy.oracle import oracle_trace
 
 GOLDEN = json.loads((Path(programs.__file__).parent / "bytedmd.json").read_text())
+RECORDED_ON = (3, 11)
 CASES = [case for case in programs.cases() if case[0] in GOLDEN]
 
 
@@ -57,10 +59,14 @@ def test_every_recorded_program_is_here():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_recorded_traces(case):
-    name, _, func, make_args = case
+    name, group, func, make_args = case
     want = GOLDEN[name]
     args = make_args()
     depths, result = traced_eval(func, args)
+    if group == "cpython" and sys.version_info[:2] != RECORDED_ON:
+        # Another Python sorts and hashes with other comparisons: another program.
+        want = {**want, "t": oracle_trace(func, make_args())}
+        want["c"] = [price(want["t"], b) for b in programs.BPES]
     assert depths == want["t"]
     assert same(encode(result), want["r"])
     assert same(encode(list(args)), want["a"])
