@@ -36,9 +36,9 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> dict[str, Any]:
-    """Commit of the code that ran, and whether the tree had changes; nulls outside a git checkout."""
+    """Commit of the code that ran, and whether the code had changes since; nulls outside a git checkout."""
     commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "bench", ":!bench/results")
     return {"commit": commit or None, "dirty": None if status is None else bool(status)}
 
 
