@@ -8,6 +8,7 @@ from bench.harness.timing import paired_ratio
 from bench.harness.verdict import WALL_TIME_CLAIM, Verdict, classify
 
 Run = dict[str, Any]
+_LEAST_SAMPLES = 3  # fewer have no spread to speak of
 
 
 def find_run(results: dict[str, Any], model: str, boundary: str, variant: str) -> Run:
@@ -44,14 +45,16 @@ def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | N
     `floor` is the interval of the baseline against itself: what lies within it is noise.
     """
     ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
-    resolved = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
+    apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
+    resolved = apart and len(run["wall_time_s"]) >= _LEAST_SAMPLES
     return ratio["median"] - 1 if resolved else None
 
 
 def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
     """The overhead to hold against the claim: its upper end where that is small enough, resolved or not."""
     high = max(paired_ratio(run["wall_time_s"], baseline["wall_time_s"])["high"], floor["high"]) - 1
-    return high if high < WALL_TIME_CLAIM else wall_overhead(run, baseline, floor)
+    enough = len(run["wall_time_s"]) >= _LEAST_SAMPLES
+    return high if enough and high < WALL_TIME_CLAIM else wall_overhead(run, baseline, floor)
 
 
 def noise_floor(results: dict[str, Any], model: str, boundary: str) -> dict[str, float]:
