@@ -107,6 +107,7 @@ def trace(
     kinds = ["argument"] * len(args) if kinds is None else kinds
     if len(kinds) != len(args):
         raise ValueError(f"{len(kinds)} kinds for {len(args)} arguments: give one name per argument")
+    stack.check_definition(definition)
     # Millions of values, none of them in a cycle: the collector would walk them again and again for nothing.
     collecting = gc.isenabled()
     gc.disable()

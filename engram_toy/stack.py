@@ -69,10 +69,15 @@ def stack_depths(log: Log, definition: str = "lru") -> array[int]:
     return depths
 
 
-def check_log(log: Log, definition: str) -> None:
-    """Raise ValueError if the log cannot be replayed; single operands and returned values are checked on the way."""
+def check_definition(definition: str) -> None:
+    """Raise ValueError for a definition that is not one of DEFINITIONS."""
     if definition not in DEFINITIONS:
         raise ValueError(f"unknown definition {definition!r}: use one of {', '.join(DEFINITIONS)}")
+
+
+def check_log(log: Log, definition: str) -> None:
+    """Raise ValueError if the log cannot be replayed; single operands and returned values are checked on the way."""
+    check_definition(definition)
     instructions = len(log.left)
     if log.inputs < 0:
         raise ValueError(f"inputs is {log.inputs}: give a count of 0 or more")

@@ -1,4 +1,4 @@
-"""Counting reads with numpy: what `engram_toy.tally` counts, some ten times sooner."""
+"""Counting reads with numpy: what `engram_toy.tally` counts, sooner."""
 
 from __future__ import annotations
 

@@ -164,9 +164,11 @@ def test_wrong_number_of_kinds_is_refused():
         trace(lambda a, b: a + b, (1, 2), ["token"])
 
 
-def test_unknown_definition_is_refused():
+def test_unknown_definition_is_refused_before_the_function_runs():
+    calls = []
     with pytest.raises(ValueError, match="lru, two-stack"):
-        bytedmd(lambda a: a + 1, (1,), definition="three-stack")
+        bytedmd(calls.append, (1,), definition="three-stack")
+    assert calls == []
 
 
 def test_the_function_runs_once_and_its_error_passes_through():
