@@ -200,7 +200,10 @@ def compiled(function: Callable[..., Any], signatures: list[Any], **options: boo
     """`function` compiled for these signatures only, from numba's cache where it can have one."""
     try:
         return njit(signatures, cache=True, **options)(function)
-    except RuntimeError:  # numba may write neither beside this file nor in the user's cache
+    except (
+        RuntimeError,
+        OSError,
+    ):  # numba may write neither beside this file nor in the user's cache, or the disk is full
         return njit(signatures, **options)(function)
 
 

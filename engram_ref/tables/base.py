@@ -1,0 +1,182 @@
+"""What every placement of a table has in common: row format, the pending fetch, the interface, the checks.
+
+A table says where its rows live and hands out pending fetches; when a fetch starts is the business of a
+schedule (`engram_ref.prefetch`). To a table a row is `row_bytes` opaque bytes; only the row format knows how
+they become values.
+
+    pending = table.start(rows)     # rows: [N] row numbers, integers, repeats allowed, N = 0 included
+    values = pending.wait()         # [N, D] on table.device, equal to the bit for every placement
+
+Row numbers are given where `table.index_device` says: on the CPU for tables that the CPU gathers from, on the
+accelerator for tables that it reads by itself. A fetch is started and waited for by one thread at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engram_ref.config import EngramConfig
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the bytes of one row become its values: `width` values of `dtype`, side by side."""
+
+    dtype: torch.dtype
+    width: int
+
+    @classmethod
+    def of(cls, config: EngramConfig) -> RowFormat:
+        """The format of a configuration's rows.
+
+        Raises:
+            ValueError: rows with scales, which this format cannot decode.
+        """
+        if config.row_dtype == "float8_e4m3fn":
+            raise ValueError(f"row_dtype={config.row_dtype!r}: rows with scales are not decoded yet; use bfloat16")
+        return cls(getattr(torch, config.row_dtype), config.row_width)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return self.width * self.dtype.itemsize
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Values [N, D] of stored rows [N, row_bytes] uint8; a view, nothing is copied."""
+        return raw.view(self.dtype)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Stored rows [R, row_bytes] uint8 of values [R, D]; a view, nothing is copied.
+
+        Raises:
+            ValueError: another dtype or width, or rows that do not lie one after the other.
+        """
+        if values.dtype != self.dtype or values.ndim != 2 or values.shape[1] != self.width:
+            raise ValueError(
+                f"rows of shape {tuple(values.shape)}, {values.dtype}: "
+                f"this table has [rows, {self.width}], {self.dtype}"
+            )
+        if not values.is_contiguous():
+            raise ValueError("the rows of a table must lie one after the other: give rows.contiguous()")
+        return values.detach().view(torch.uint8)
+
+
+class Pending(Protocol):
+    """A fetch that has been started."""
+
+    def wait(self) -> Tensor:
+        """The rows, [N, D], safe to use on the current stream; raises what went wrong in the fetch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A fetch that was done when it was started."""
+
+    values: Tensor
+
+    def wait(self) -> Tensor:
+        """The rows, [N, D]."""
+        return self.values
+
+
+class Table(ABC):
+    """Rows that live somewhere.
+
+    Attributes:
+        rows: how many there are.
+        format: what a row's bytes mean.
+        device: where fetched rows arrive.
+        index_device: where `start` wants the row numbers.
+        waits: whether a fetch is mostly waiting (for a disk), so that even a small one is worth a thread.
+    """
+
+    placement: str
+    waits = False
+
+    def __init__(self, rows: int, row_format: RowFormat, device: torch.device, index_device: torch.device) -> None:
+        self.rows = rows
+        self.format = row_format
+        self.device = device
+        self.index_device = index_device
+
+    @abstractmethod
+    def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Begin to fetch.
+
+        Args:
+            rows: row numbers [N], int32 or int64, on `index_device`.
+            out: [N, D] on `device` to write into instead of new memory; nobody may still be reading it.
+
+        Raises:
+            ValueError: a row number outside 0 .. rows - 1, or the wrong dtype, shape or device.
+        """
+
+    def bytes_held(self) -> dict[str, int]:
+        """Bytes of the table by place: `device`, `host` and `disk`; staging memory is not counted."""
+        return {"device": 0, "host": 0, "disk": 0, **self._held()}
+
+    @abstractmethod
+    def _held(self) -> dict[str, int]: ...
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
+        return 0
+
+    def trim(self) -> None:  # noqa: B027, most tables have none
+        """Give back staging memory; the next fetch makes it anew."""
+
+    def close(self) -> None:
+        """Give back everything; the table cannot be used afterwards."""
+        self.trim()
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_shape(rows: Tensor, index_device: torch.device) -> None:
+    """Refuse what is not a vector of row numbers on the device that gathers."""
+    if rows.dtype not in _INTEGERS or rows.ndim != 1:
+        raise ValueError(f"row numbers of shape {tuple(rows.shape)}, {rows.dtype}: give a vector of int32 or int64")
+    if rows.device.type != index_device.type:
+        raise ValueError(f"row numbers on {rows.device}; this table looks them up on {index_device}: move them there")
+
+
+def check_rows(rows: Tensor, count: int) -> Tensor:
+    """Row numbers on the CPU, checked and contiguous.
+
+    Raises:
+        ValueError: wrong dtype, shape or device, or a row number outside 0 .. count - 1.
+    """
+    check_shape(rows, torch.device("cpu"))
+    if rows.numel():
+        low, high = (int(bound) for bound in torch.aminmax(rows))
+        if low < 0 or high >= count:
+            raise ValueError(f"row {low if low < 0 else high} does not exist; the table has rows 0 .. {count - 1}")
+    return rows.contiguous()
+
+
+def check_out(out: Tensor, count: int, row_format: RowFormat, device: torch.device) -> Tensor:
+    """A caller's buffer, refused unless the rows of one fetch fit it exactly."""
+    if tuple(out.shape) != (count, row_format.width) or out.dtype != row_format.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out of shape {tuple(out.shape)}, {out.dtype}: {count} rows need a contiguous "
+            f"[{count}, {row_format.width}], {row_format.dtype}"
+        )
+    if out.device.type != device.type:
+        raise ValueError(f"out on {out.device}; this table delivers to {device}")
+    return out

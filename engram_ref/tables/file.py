@@ -1,0 +1,191 @@
+"""Rows in a safetensors file, read when they are asked for: the placement for tables that fit nowhere else.
+
+    table = FileTable(StoredRows.find("table.safetensors"), torch.device("cuda"))
+    values = table.start(rows).wait()                   # [N, D]
+
+The row numbers of a fetch are sorted and freed of repeats, the rows are read in the order of the file (`reading`
+says how), and put where they were asked for. What was read is counted; what will be read can be computed before,
+from the row numbers alone, so that a benchmark can compare the two. `drop_cache` and `cached_share` make cold reads
+honest, and so does `direct=True`, which never touches the page cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_ref.tables import pagecache
+from engram_ref.tables.base import Pending, Table, check_rows, check_shape
+from engram_ref.tables.delivery import Delivery
+from engram_ref.tables.read_plan import plan_reads, round_up
+from engram_ref.tables.reading import RowReader
+from engram_ref.tables.stored import StoredRows, save_pieces, save_rows
+
+__all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What fetches asked for and what reads returned.
+
+    Attributes:
+        fetches: how many.
+        rows_requested, bytes_requested: with repeats.
+        rows_unique, bytes_unique: without the repeats within each fetch.
+        bytes_read: returned by reads; more than the unique ones only where whole blocks are read (`direct`).
+    """
+
+    fetches: int = 0
+    rows_requested: int = 0
+    rows_unique: int = 0
+    bytes_requested: int = 0
+    bytes_unique: int = 0
+    bytes_read: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.fetches + other.fetches,
+            self.rows_requested + other.rows_requested,
+            self.rows_unique + other.rows_unique,
+            self.bytes_requested + other.bytes_requested,
+            self.bytes_unique + other.bytes_unique,
+            self.bytes_read + other.bytes_read,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one fetch will read, known from its row numbers.
+
+    Attributes:
+        traffic: what the counters of the table will grow by.
+        bytes_paged: what the disk must deliver if nothing is in the page cache: whole pages, each once; for direct
+            reads whole blocks.
+        stretches: runs of touching pages among them: the fewest reads that the disk can do it with.
+    """
+
+    traffic: Traffic
+    bytes_paged: int
+    stretches: int
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that reads will return."""
+        return self.traffic.bytes_read
+
+
+def predict(rows: Tensor, stored: StoredRows, direct: bool = False) -> Prediction:
+    """What a fetch of `rows` (as for `FileTable.start`) will read from a file.
+
+    Raises:
+        ValueError: row numbers that the table would refuse.
+    """
+    unique = np.unique(check_rows(rows, stored.rows).numpy())
+    lengths = plan_reads(unique, stored, direct).lengths
+    traffic = _traffic(len(rows), len(unique), stored, int(lengths.sum()))
+    if direct:
+        return Prediction(traffic, int(round_up(lengths).sum()), len(lengths))
+    pages, stretches = _pages(unique, stored)
+    return Prediction(traffic, pages * mmap.PAGESIZE, stretches)
+
+
+def _pages(unique: np.ndarray, stored: StoredRows) -> tuple[int, int]:
+    """Pages of the file on which sorted rows lie, and how many runs of touching pages they form."""
+    if not len(unique):
+        return 0, 0
+    row_bytes = stored.format.row_bytes
+    start = stored.offset + unique.astype(np.int64) * row_bytes
+    first, last = start // mmap.PAGESIZE, (start + row_bytes - 1) // mmap.PAGESIZE
+    shared = first[1:] == last[:-1]  # a page on which one row ends and the next begins
+    apart = first[1:] > last[:-1] + 1
+    return int((last - first + 1).sum() - shared.sum()), 1 + int(apart.sum())
+
+
+def _traffic(requested: int, unique: int, stored: StoredRows, bytes_read: int) -> Traffic:
+    row_bytes = stored.format.row_bytes
+    return Traffic(1, requested, unique, requested * row_bytes, unique * row_bytes, bytes_read)
+
+
+class FileTable(Table):
+    """A table in a file.
+
+    Args:
+        stored: the rows.
+        device: where fetched rows arrive.
+        threads: that read at most; None takes what is fastest here (`reading`).
+        direct: read whole blocks past the page cache: always cold, and nothing else is driven out of it.
+
+    Raises:
+        ValueError: the file was changed after it was validated, or its file system cannot read directly.
+    """
+
+    placement = "file"
+    waits = True
+
+    def __init__(
+        self, stored: StoredRows, device: torch.device, threads: int | None = None, direct: bool = False
+    ) -> None:
+        super().__init__(stored.rows, stored.format, device, torch.device("cpu"))
+        self.stored = stored
+        self.direct = direct
+        self._delivery = Delivery(device, stored.format)
+        self._reader = RowReader(stored, threads, direct)
+        self._traffic = Traffic()
+
+    def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Read the rows now, in this thread, and start them on their way to the device.
+
+        Raises:
+            ValueError: row numbers that do not exist, a changed file, or a closed table.
+            OSError: the disk failed.
+        """
+        check_shape(rows, self.index_device)
+        self._reader.require_open()
+        numbers = rows.numpy()
+        places = np.argsort(numbers)
+        ordered = numbers[places].astype(np.int64, copy=False)
+        if len(ordered) and (ordered[0] < 0 or ordered[-1] >= self.rows):
+            check_rows(rows, self.rows)  # says which row
+        return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
+
+    def _fill(self, ordered: np.ndarray, places: np.ndarray, staged: Tensor) -> None:
+        unique, bytes_read = self._reader.read(ordered, places, staged.numpy())
+        self._traffic += _traffic(len(ordered), unique, self.stored, bytes_read)
+
+    def predict(self, rows: Tensor) -> Prediction:
+        """What a fetch of these rows will read."""
+        return predict(rows, self.stored, self.direct)
+
+    def report(self) -> Traffic:
+        """What was fetched so far."""
+        return self._traffic
+
+    def drop_cache(self) -> None:
+        """Make the system forget the file, so that the next fetch is cold."""
+        pagecache.drop_pages(self._reader.require_open())
+
+    def cached_share(self) -> float:
+        """Share of the file's pages that are in memory."""
+        return pagecache.cached_share(self._reader.require_open())
+
+    def _held(self) -> dict[str, int]:
+        return {"disk": self.stored.nbytes}
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
+        return self._delivery.bytes_copied
+
+    def trim(self) -> None:
+        """Give back staging memory; the next fetch makes it anew."""
+        self._delivery.trim()
+
+    def close(self) -> None:
+        """End the threads and close the file."""
+        super().close()
+        self._reader.close()

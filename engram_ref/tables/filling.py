@@ -1,0 +1,83 @@
+"""Filling a new table with normal numbers, in parallel: what makes the construction of a large layer quick.
+
+Torch draws on one thread, which for a table of ten million rows takes longer than everything else at the start.
+Here the values are cut into chunks of a fixed size, and each chunk has a generator of its own, seeded with the seed
+and the number of the chunk: however many threads share the chunks, the values are the same. They are not torch's,
+and another version of NumPy may draw or round others: what must not change is saved.
+
+NumPy's own normal numbers are drawn value by value and take three times as long as torch's. Here whole arrays of
+uniform numbers u, v become sqrt(-2 log u) * cos(2 pi v), and the same with sin: two normal numbers from two uniform
+ones (Box and Muller, 1958), in less time than torch needs.
+
+    fill_normal(values, seed=0)
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 18  # values: 1 MiB of float32, which stays in a core's cache until it is converted
+_ROUNDED = 1 << 14  # values converted at a time: few enough for torch not to start threads of its own
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def fill_normal(values: Tensor, seed: int) -> None:
+    """Draw every value from the normal distribution with mean 0 and variance 1.
+
+    Args:
+        values: any shape, on the CPU, contiguous; float32, float64, or float16 and bfloat16, rounded from float32.
+        seed: 0 or more.
+
+    Raises:
+        ValueError: another dtype or device, gaps between the values, or a negative seed.
+    """
+    if values.dtype not in _DTYPES or values.device.type != "cpu" or not values.is_contiguous():
+        raise ValueError(
+            f"values of shape {tuple(values.shape)}, {values.dtype} on {values.device}: "
+            "give contiguous floating point numbers on the CPU"
+        )
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must be at least 0")
+    chunks = list(enumerate(values.detach().view(-1).split(_CHUNK)))
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        started = [pool.submit(_fill_share, chunks[first::threads], seed) for first in range(threads)]
+    for share in started:
+        share.result()
+
+
+def _fill_share(share: list[tuple[int, Tensor]], seed: int) -> None:
+    """What one thread does; its scratch is made once, since new memory for each chunk would double the time."""
+    scratch = np.empty((3, _CHUNK), dtype=np.float32)
+    for number, chunk in share:
+        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(number,))))
+        if chunk.dtype == torch.float64:
+            generator.standard_normal(out=chunk.numpy())
+        elif chunk.dtype == torch.float32:
+            _draw(generator, chunk.numpy(), scratch)
+        else:
+            drawn = scratch[2, : len(chunk)]
+            _draw(generator, drawn, scratch)
+            for part, rounded in zip(torch.from_numpy(drawn).split(_ROUNDED), chunk.split(_ROUNDED)):
+                rounded.copy_(part)
+
+
+def _draw(generator: np.random.Generator, out: np.ndarray, scratch: np.ndarray) -> None:
+    """Normal numbers for float32 `out` [n]: the cosines first, then the sines; none is beyond 5.8."""
+    pairs = (len(out) + 1) // 2
+    radius, angle = scratch[0, :pairs], scratch[1, :pairs]
+    generator.random(dtype=np.float32, out=radius)
+    np.subtract(np.float32(1), radius, out=radius)  # in (0, 1]
+    np.log(radius, out=radius)
+    radius *= np.float32(-2)
+    np.sqrt(radius, out=radius)
+    generator.random(dtype=np.float32, out=angle)
+    angle *= np.float32(2 * np.pi)
+    np.cos(angle, out=out[:pairs])
+    np.sin(angle[: len(out) - pairs], out=out[pairs:])
+    out[:pairs] *= radius
+    out[pairs:] *= radius[: len(out) - pairs]

@@ -1,0 +1,207 @@
+"""The most frequent rows on the device, in front of any other table: what misses them goes to the table behind.
+
+Tokens follow Zipf's law and so do the rows they hash to: a few hold most of the lookups. Which rows are hot is
+decided once, from a sample of the traffic, and nothing is ever evicted, so a fetch is one look into an array with
+an entry for every row of the table: its slot among the hot rows, or that it has none. Hits are copied from the hot
+rows on the device, misses arrive from the table behind, and both are put together when they are waited for.
+
+    rows = most_frequent(sample, count=100_000, table_rows=len(weights))
+    with make_table("hot", weights, device="cuda", hot=rows) as table:
+        values = table.start(rows).wait()
+        print(table.report())
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engram_ref.tables.base import Pending, RowFormat, Table, check_out, check_rows, check_shape
+from engram_ref.tables.delivery import Arriving, Delivery
+from engram_ref.tables.memory import require_bytes
+
+_READ_BYTES = 16 << 20  # of hot rows, fetched at a time when the table is made
+_NEW, _SEEN = -1, -2  # in place of a slot: a row behind that nobody has asked for yet, one that was asked for
+_NUMBER = RowFormat(torch.int32, 1)
+
+
+@dataclass(frozen=True)
+class HotReport:
+    """What the hot rows were good for, since the table was made; all shares are 0 before the first lookup.
+
+    Attributes:
+        lookups: rows asked for, repeats counted.
+        hits: those that were hot.
+        hit_rate: hits / lookups.
+        used_share: rows of the whole table that were ever asked for.
+        hot_used_share: hot rows that were ever asked for.
+    """
+
+    lookups: int
+    hits: int
+    hit_rate: float
+    used_share: float
+    hot_used_share: float
+
+
+class HotTable(Table):
+    """A table some of whose rows are on the device.
+
+    Where the table behind wants row numbers on the device, hits and misses are told apart there, and the CPU waits
+    for the numbers, to check them and to learn how many miss.
+
+    Args:
+        behind: all rows; it is closed with this table.
+        hot: numbers of the rows to keep on the device, each once; they are read from `behind` now.
+
+    Raises:
+        ValueError: no hot row, one twice or one that does not exist, or rows that do not fit.
+    """
+
+    placement = "hot"
+
+    def __init__(self, behind: Table, hot: Tensor) -> None:
+        super().__init__(behind.rows, behind.format, behind.device, behind.index_device)
+        hot = _check_hot(hot, behind.rows).to(self.index_device)
+        require_bytes(behind.rows * _NUMBER.row_bytes, self.index_device)
+        require_bytes(len(hot) * self.format.row_bytes, self.device)
+        self.waits = behind.waits
+        self._behind = behind
+        self._slots = torch.full((behind.rows,), _NEW, dtype=torch.int32, device=self.index_device)  # [R]
+        self._slots[hot] = torch.arange(len(hot), dtype=torch.int32, device=self.index_device)
+        self._hot: Tensor | None = self._read(hot)
+        # One place for every slot; what is not hot marks the last two, which indexing by -1 and -2 means.
+        self._hot_seen = torch.zeros(len(hot) + 2, dtype=torch.bool, device=self.index_device)
+        self._lookups = self._hits = 0
+        self._numbers = Delivery(self.device, _NUMBER)
+
+    def _read(self, hot: Tensor) -> Tensor:
+        """The hot rows [K, D], a bounded number at a time."""
+        kept = torch.empty((len(hot), self.format.width), dtype=self.format.dtype, device=self.device)
+        step = max(1, _READ_BYTES // self.format.row_bytes)
+        for first in range(0, len(hot), step):
+            part = slice(first, first + step)
+            kept[part] = self._behind.start(hot[part]).wait()
+        self._behind.trim()
+        return kept
+
+    def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Tell hits from misses, and start the fetch of the misses."""
+        if self._hot is None:
+            raise ValueError("this table was closed: its memory is gone")
+        check_shape(rows, self.index_device)
+        check_rows(rows.cpu(), self.rows)
+        if out is not None:
+            check_out(out, len(rows), self.format, self.device)
+        slots = self._slots.index_select(0, rows)  # [N]
+        missed = (slots < 0).nonzero().view(-1)  # [M], places in this fetch
+        misses = rows.index_select(0, missed)
+        self._lookups += len(rows)
+        self._hits += len(rows) - len(misses)
+        self._hot_seen[slots] = True
+        self._slots[misses] = _SEEN
+        return _Mixed(self._hot, len(rows), self._send(slots, missed), self._behind.start(misses), out)
+
+    def _send(self, slots: Tensor, missed: Tensor) -> Pending:
+        """Bring both to the device, one after the other. [N + M, 1]"""
+        numbers = torch.cat([slots, missed.int()])[:, None]
+        if self.index_device.type == "cpu":
+            return self._numbers.send(len(numbers), lambda raw: raw.copy_(_NUMBER.encode(numbers)))
+        return Arriving(numbers, torch.cuda.current_stream(self.device).record_event())
+
+    def report(self) -> HotReport:
+        """Hits and use so far."""
+        hot_used = int(self._hot_seen[:-2].sum())
+        used = int((self._slots == _SEEN).sum()) + hot_used
+        return HotReport(
+            self._lookups,
+            self._hits,
+            self._hits / max(1, self._lookups),
+            used / self.rows,
+            hot_used / self.hot_rows,
+        )
+
+    def _held(self) -> dict[str, int]:
+        held = self._behind.bytes_held()
+        if self._hot is not None:
+            held["device"] += self._hot.nbytes
+            held["host" if self.index_device.type == "cpu" else "device"] += self._slots.nbytes
+        return held
+
+    @property
+    def hot_rows(self) -> int:
+        """How many rows are on the device."""
+        return len(self._hot_seen) - 2
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that copies have brought to an accelerator: misses, and the numbers that say where they go."""
+        return self._behind.bytes_copied + self._numbers.bytes_copied
+
+    def trim(self) -> None:
+        """Give back staging memory, that of the table behind too."""
+        self._numbers.trim()
+        self._behind.trim()
+
+    def close(self) -> None:
+        """Give back the hot rows and the table behind; the report stays."""
+        self._numbers.trim()
+        self._hot = None
+        self._behind.close()
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    """A fetch of which a part is on the device already."""
+
+    hot: Tensor  # [K, D]
+    count: int
+    numbers: Pending  # slots of all rows [N], then places of the misses [M]
+    misses: Pending  # [M, D]
+    out: Tensor | None
+
+    def wait(self) -> Tensor:
+        """The rows, [N, D]."""
+        numbers = self.numbers.wait().view(-1)
+        slots, missed = numbers[: self.count], numbers[self.count :]
+        anything = slots.clamp(min=0)  # a miss copies some hot row first, which the right one then overwrites
+        values = torch.index_select(self.hot, 0, anything, out=self.out)  # [N, D]
+        return values.index_copy_(0, missed.long(), self.misses.wait())
+
+
+def _check_hot(hot: Tensor, rows: int) -> Tensor:
+    hot = check_rows(hot.cpu(), rows).long()
+    if not len(hot):
+        raise ValueError("no hot rows: give at least one, or use the table behind alone")
+    numbers, times = hot.unique(return_counts=True)
+    if len(numbers) < len(hot):
+        raise ValueError(f"hot row {int(numbers[times.argmax()])} is given {int(times.max())} times: give each once")
+    return hot
+
+
+def most_frequent(rows_stream: Tensor, count: int, table_rows: int) -> Tensor:
+    """The `count` rows that a sample of the traffic asks for most; of equally frequent ones the lower number.
+
+    Args:
+        rows_stream: row numbers of any shape, int32 or int64, on the CPU.
+        count: how many to name. A sample with fewer different rows is followed by the lowest of all the others.
+        table_rows: how many rows the table has.
+
+    Returns:
+        Row numbers [count], int64, the most frequent first.
+
+    Raises:
+        ValueError: a row outside the table, or `count` outside 1 .. table_rows.
+    """
+    if not 1 <= count <= table_rows:
+        raise ValueError(f"count={count}: a table of {table_rows} rows has 1 .. {table_rows} most frequent ones")
+    stream = check_rows(rows_stream.reshape(-1), table_rows).long()
+    rows, times = stream.unique(return_counts=True)  # rows in ascending order, which a stable sort keeps
+    ranked = rows[times.argsort(descending=True, stable=True)][:count]
+    if len(ranked) == count:
+        return ranked
+    lowest = torch.arange(count)
+    unseen = lowest[~torch.isin(lowest, ranked)]
+    return torch.cat([ranked, unseen[: count - len(ranked)]])

@@ -1,0 +1,79 @@
+"""Which reads of a file bring which rows: rows that lie side by side come together, blocks are read once.
+
+reads = plan_reads(unique, stored)      # unique: row numbers, sorted, without repeats
+reads.lengths.sum()                     # bytes that the reads will return
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from engram_ref.tables.stored import StoredRows
+
+BLOCK = 4096  # direct reads begin and end at multiples of it
+_LONGEST = 1 << 17  # bytes of one read, if a row is not longer
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The reads that bring some rows, in the order of the file; all arrays are int64.
+
+    Attributes:
+        offsets: byte of the file at which each read begins, [K].
+        lengths: bytes that it must return, [K].
+        first: the first of the rows that it brings, and at the end how many rows there are, [K + 1].
+        starts: byte of the file at which each row begins, [U].
+    """
+
+    offsets: np.ndarray
+    lengths: np.ndarray
+    first: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def split(self, parts: int) -> list[Reads]:
+        """The same reads in `parts` runs, one after the other."""
+        bounds = [len(self) * part // parts for part in range(parts + 1)]
+        return [
+            Reads(self.offsets[low:high], self.lengths[low:high], self.first[low : high + 1], self.starts)
+            for low, high in itertools.pairwise(bounds)
+        ]
+
+
+def plan_reads(unique: np.ndarray, stored: StoredRows, direct: bool = False) -> Reads:
+    """The reads for row numbers that are sorted and unique, [U].
+
+    Rows that touch are read together, up to 128 KiB; with `direct`, rows touch if their blocks do.
+    """
+    row_bytes = stored.format.row_bytes
+    starts = unique.astype(np.int64) * row_bytes + stored.offset  # [U]
+    low, high, most = starts, starts + row_bytes, _LONGEST // row_bytes
+    if direct:
+        low, high, most = low // BLOCK * BLOCK, round_up(high), _LONGEST // (row_bytes + 2 * BLOCK)
+    begins = np.ones(len(unique), dtype=bool)
+    np.greater(low[1:], high[:-1], out=begins[1:])
+    if not begins.all():
+        _cut(begins, max(1, most))
+    first = np.append(np.flatnonzero(begins), len(unique))
+    offsets = low[first[:-1]]
+    lengths = np.minimum(high[first[1:] - 1], stored.file_bytes) - offsets
+    return Reads(offsets, lengths, first, starts)
+
+
+def round_up(position: Any) -> Any:
+    """The next multiple of BLOCK, of a number or of each in an array."""
+    return -(-position // BLOCK) * BLOCK
+
+
+def _cut(begins: np.ndarray, most: int) -> None:
+    """Let a new read begin after every `most` rows of a run."""
+    index = np.arange(len(begins))
+    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
+    begins |= in_run % most == 0

@@ -1,0 +1,257 @@
+"""Many small reads from one file, as fast as the disk serves them: the I/O of a table that lives in a file.
+
+A disk serves scattered reads fast only when it has many of them at a time. Threads that each wait for one are the
+usual way; here a thread asks for many without waiting. Every piece is first read with RWF_NOWAIT, which succeeds
+if it is in the page cache. For one that is not, posix_fadvise(WILLNEED) starts the disk's work; the piece is read
+when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from reading what nobody asked for.
+
+With numba this is compiled (`reading_fused`). Where the system cannot be asked ahead (macOS), and with `direct`,
+which bypasses the page cache, threads that wait read instead.
+
+    python -m pytest tests/ref/test_file_table.py
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.util
+import itertools
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engram_ref.tables.read_plan import BLOCK, Reads, plan_reads, round_up
+
+if TYPE_CHECKING:
+    from engram_ref.tables.stored import StoredRows
+
+AHEAD = 1024  # pieces that the disk is asked for before the first is waited for
+_ASKING = 4, 1024  # threads that ask ahead, and reads that are worth another one
+_WAITING = 32, 4  # the same for threads that wait for each read
+_CAN_ASK_AHEAD = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
+
+_fused: Callable[..., int] | None = None
+if _CAN_ASK_AHEAD and importlib.util.find_spec("numba"):
+    from engram_ref.tables.reading_fused import read_rows as _fused
+
+
+def read_whole(fd: int, target: memoryview, offset: int) -> int:
+    """Fill `target` from byte `offset` of a file; how many bytes that were.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    done = 0
+    while done < len(target):
+        got = os.preadv(fd, [target[done:]], offset + done)
+        if not got:
+            raise _ended(offset + done)
+        done += got
+    return done
+
+
+def _ended(position: int) -> ValueError:
+    return ValueError(f"the file ends at byte {position}, where it had rows when it was opened: write it anew")
+
+
+class RowReader:
+    """Reads rows of one file into memory, in the calling thread and, for many rows, in others.
+
+    Args:
+        stored: the rows.
+        threads: that read at most; None takes what is fastest here.
+        direct: read whole blocks, past the page cache.
+
+    Raises:
+        ValueError: no threads, a file that was changed, or one that cannot be read past the page cache.
+    """
+
+    def __init__(self, stored: StoredRows, threads: int | None = None, direct: bool = False) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads}: one at least must read")
+        self._stored = stored
+        self._row_bytes = stored.format.row_bytes
+        self._direct = direct
+        self._fd = _open_direct(stored) if direct else stored.open()
+        self._close_file = weakref.finalize(self, os.close, self._fd)
+        self._ahead = _CAN_ASK_AHEAD and not direct
+        self._now = self._ahead and _can_read_now(self._fd)
+        most, self._fewest = _ASKING if self._ahead else _WAITING
+        self._threads = threads or most
+        self._pool: ThreadPoolExecutor | None = None
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+        """Read rows to their places; how many different rows there were, and how many bytes the reads returned.
+
+        Args:
+            ordered: row numbers [N], int64, sorted, checked.
+            places: where each of them is wanted, [N], int64, each place once.
+            raw: uint8 [N, row_bytes] to write the rows into.
+
+        Raises:
+            ValueError: the file was changed, or the reader closed.
+            OSError: the disk failed.
+        """
+        self._require_same_size()
+        if not len(ordered):
+            return 0, 0
+        if _fused is not None and self._ahead:
+            total = self._read_fused(_fused, ordered, places, raw)
+            if total is not None:
+                return total // self._row_bytes, total
+        return self._read_planned(ordered, places, raw)
+
+    def _read_fused(
+        self, fused: Callable[..., int], ordered: np.ndarray, places: np.ndarray, raw: np.ndarray
+    ) -> int | None:
+        """How many bytes the compiled loop read, or None if it could not read some row."""
+        parts = self._parts(len(ordered))
+        cuts = [len(ordered) * part // parts for part in range(1, parts)]
+        bounds = [0, *np.searchsorted(ordered, ordered[cuts]).tolist(), len(ordered)]  # repeats stay together
+
+        def read(low: int, high: int) -> int:
+            return fused(self._fd, ordered[low:high], places[low:high], self._stored.offset, raw, AHEAD, self._now)
+
+        totals = self._run([functools.partial(read, *bound) for bound in itertools.pairwise(bounds)])
+        return None if min(totals) < 0 else sum(totals)
+
+    def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+        """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
+        unique, index = np.unique(ordered, return_inverse=True)
+        found = np.empty((len(unique), self._row_bytes), dtype=np.uint8)
+        reads = plan_reads(unique, self._stored, self._direct)
+        parts = reads.split(self._parts(len(reads)))
+        total = sum(self._run([functools.partial(self._read_part, part, found) for part in parts]))
+        raw[places] = found[index]
+        return len(unique), total
+
+    def _read_part(self, reads: Reads, found: np.ndarray) -> int:
+        target = found.data.cast("B")
+        if self._direct:
+            return _read_blocks(self._fd, reads, target, self._row_bytes)
+        pieces = _pieces(reads, target, self._row_bytes)
+        if self._ahead:
+            return _read_ahead(self._fd, pieces, self._now)
+        return sum(read_whole(self._fd, piece, offset) for offset, piece in pieces)
+
+    def _parts(self, count: int) -> int:
+        return min(self._threads, -(-count // self._fewest))
+
+    def _run(self, tasks: list[Callable[[], int]]) -> list[int]:
+        """What the tasks return; a single one is done in this thread."""
+        if len(tasks) == 1:
+            return [tasks[0]()]
+        pool = self._pool = self._pool or ThreadPoolExecutor(self._threads, "rows")
+        started = [pool.submit(task) for task in tasks]
+        wait(started)  # for all, so that none writes to memory that an error has handed back
+        return [task.result() for task in started]
+
+    def _require_same_size(self) -> None:
+        size = os.fstat(self.require_open()).st_size
+        if size != self._stored.file_bytes:
+            raise ValueError(
+                f"{self._stored.path} has {size} bytes now and had {self._stored.file_bytes} when it was opened: "
+                "open it anew"
+            )
+
+    def require_open(self) -> int:
+        """The descriptor.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        if not self._close_file.alive:
+            raise ValueError(f"the table in {self._stored.path} was closed: make a new one")
+        return self._fd
+
+    def close(self) -> None:
+        """End the threads and close the file; a second time does nothing."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._close_file()
+
+
+def _open_direct(stored: StoredRows) -> int:
+    refused = f"{stored.path}: its file system cannot be read past the page cache: use direct=False"
+    if not hasattr(os, "O_DIRECT"):
+        raise ValueError(refused)
+    try:
+        fd = stored.open(os.O_DIRECT)
+        try:
+            os.preadv(fd, [mmap.mmap(-1, BLOCK)], 0)  # some file systems refuse only here
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        raise ValueError(refused) from error
+    return fd
+
+
+def _can_read_now(fd: int) -> bool:
+    """Whether the file system can refuse to wait for a page that is not in memory."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
+def _pieces(reads: Reads, target: memoryview, row_bytes: int) -> Iterator[tuple[int, memoryview]]:
+    """Where each read begins in the file, and the memory that it fills."""
+    places = (reads.first[:-1] * row_bytes).tolist()
+    for offset, place, length in zip(reads.offsets.tolist(), places, reads.lengths.tolist()):
+        yield offset, target[place : place + length]
+
+
+def _read_ahead(fd: int, pieces: Iterator[tuple[int, memoryview]], now: bool) -> int:
+    """Read what is in memory at once, ask for the rest, and read it later; how many bytes that were."""
+    total = 0
+    asked: deque[tuple[int, memoryview]] = deque()
+    for offset, piece in pieces:
+        got = _read_now(fd, piece, offset) if now else 0
+        total += got
+        if got == len(piece):
+            continue
+        os.posix_fadvise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)
+        asked.append((offset + got, piece[got:]))
+        if len(asked) > AHEAD:
+            offset, piece = asked.popleft()
+            total += read_whole(fd, piece, offset)
+    return total + sum(read_whole(fd, piece, offset) for offset, piece in asked)
+
+
+def _read_now(fd: int, piece: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(fd, [piece], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+
+
+def _read_blocks(fd: int, reads: Reads, target: memoryview, row_bytes: int) -> int:
+    """Read blocks into aligned memory and copy the rows from there; how many bytes were read."""
+    total = 0
+    aligned = memoryview(mmap.mmap(-1, int(round_up(reads.lengths.max()))))
+    for offset, length, low, high in zip(reads.offsets.tolist(), reads.lengths.tolist(), reads.first, reads.first[1:]):
+        got = os.preadv(fd, [aligned[: round_up(length)]], offset)
+        if got < length:
+            raise _ended(offset + got)
+        total += got
+        for row, start in enumerate(reads.starts[low:high].tolist(), int(low)):
+            target[row * row_bytes : (row + 1) * row_bytes] = aligned[start - offset : start - offset + row_bytes]
+    return total

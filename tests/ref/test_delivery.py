@@ -1,0 +1,150 @@
+"""How rows reach a device: the ring of staging buffers, on a stand-in for a GPU whose copies run as late as they may.
+
+Every safeguard is taken away once, and rows must come out wrong. The same on a real GPU: tests/cuda.
+
+    python -m pytest tests/ref/test_delivery.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engram_ref.tables import delivery as module
+from engram_ref.tables.base import RowFormat
+from engram_ref.tables.delivery import Delivery
+from engram_ref.tables.memory import HUGE_PAGE, PIN_PIECE
+from tests.ref.fake_cuda import install_gpu
+
+FORMAT = RowFormat(torch.float32, 4)
+
+
+class Gpu:
+    """A delivery to the stand-in, and what can be observed."""
+
+    def __init__(self, monkeypatch, buffers=2):
+        self.side, self.current, self.runtime = install_gpu(monkeypatch)
+        self.delivery = Delivery(torch.device("cuda"), FORMAT, buffers)
+
+    def send(self, number, count=50, out=None):
+        """Start the delivery of `count` rows that are all `number`."""
+        return self.delivery.send(count, lambda staged: staged.view(torch.float32).fill_(number), out)
+
+    def steps(self, count=8):
+        """Send some fetches, each before the last one is used; which of them came out right."""
+        right, before = [], self.send(0)
+        for number in range(1, count + 1):
+            after = self.send(number)
+            right.append(bool((before.wait() == number - 1).all()))
+            before = after
+        return right
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+@pytest.mark.parametrize("buffers", [2, 3])
+def test_rows_are_right_however_late_the_copies_run(buffers, monkeypatch):
+    assert all(Gpu(monkeypatch, buffers).steps())
+
+
+def test_fetches_that_nobody_has_waited_for_are_right_too(gpu):
+    pending = [gpu.send(number) for number in range(7)]
+    for number, fetch in reversed(list(enumerate(pending))):
+        assert (fetch.wait() == number).all()
+
+
+def test_a_buffer_is_filled_again_only_after_its_copy(gpu, monkeypatch):
+    monkeypatch.setattr(module._Slot, "finish", lambda slot: None)
+    pending = [gpu.send(number) for number in range(4)]
+    assert [int(fetch.wait()[0, 0]) for fetch in pending] == [2, 3, 2, 3]
+
+
+def test_two_buffers_are_needed(gpu, monkeypatch):
+    monkeypatch.setattr(Delivery, "_next_slot", lambda delivery: delivery._slots[0])
+    assert not any(gpu.steps())
+
+
+def test_rows_are_used_only_after_their_copy(gpu):
+    gpu.current.wait_event = lambda event: None
+    fetch = gpu.send(5)
+    assert fetch.wait().isnan().all()
+    fetch.arrived.synchronize()
+    assert (fetch.wait() == 5).all()
+
+
+def test_the_stream_that_uses_rows_keeps_their_memory(gpu):
+    values = gpu.send(1).wait()
+    assert gpu.current.recorded == [values.data_ptr()]
+    assert gpu.side.recorded == []
+
+
+def test_the_copy_keeps_the_memory_of_the_callers_buffer(gpu):
+    out = gpu.delivery.empty(50)
+    fetch = gpu.send(3, out=out)
+    assert gpu.side.recorded == [out.data_ptr()]
+    assert fetch.wait().data_ptr() == out.data_ptr()
+    assert (out == 3).all()
+
+
+def test_no_rows_at_all(gpu):
+    assert gpu.send(1, count=0).wait().shape == (0, 4)
+
+
+def test_staging_grows_by_doubling_and_is_locked_in_one_piece(gpu):
+    pages, rows = [], HUGE_PAGE // FORMAT.row_bytes
+    for count in (1, rows + 1, rows, 2 * rows + 1, 5 * rows):
+        gpu.send(1, count), gpu.send(1, count)  # both buffers
+        pages.append(sorted(nbytes // HUGE_PAGE for nbytes in gpu.runtime.registered.values()))
+    assert pages == [[1, 1], [2, 2], [2, 2], [4, 4], [8, 8]]
+
+
+def test_a_buffer_above_the_usual_piece_is_one_piece_too(gpu):
+    slot = gpu.delivery._slots[0]
+    slot.room(PIN_PIECE + 1)
+    assert list(gpu.runtime.registered.values()) == [PIN_PIECE + HUGE_PAGE]
+    slot.free()
+
+
+def test_trimming_waits_for_the_copies_and_unlocks_everything(gpu):
+    fetches = [gpu.send(1), gpu.send(2)]
+    gpu.delivery.trim()
+    assert gpu.runtime.registered == {}
+    assert [int(fetch.values[0, 0]) for fetch in fetches] == [1, 2]
+    assert (gpu.send(3).wait() == 3).all()
+
+
+def test_a_failure_to_fill_is_raised_and_the_next_fetch_works(gpu):
+    def fail(staged):
+        raise OSError("the disk has gone")
+
+    pending = gpu.send(1)
+    for _ in range(3):
+        with pytest.raises(OSError, match="the disk has gone"):
+            gpu.delivery.send(5, fail)
+    assert (pending.wait() == 1).all()
+    assert all(gpu.steps())
+
+
+def test_one_buffer_is_refused():
+    with pytest.raises(ValueError, match="buffers=1: with fewer than 2 nothing overlaps"):
+        Delivery(torch.device("cpu"), FORMAT, buffers=1)
+
+
+# --- on a CPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [1 << 30, 0], ids=["small", "on huge pages"])
+def test_on_a_cpu_rows_are_written_where_they_are_used(fresh, monkeypatch):
+    monkeypatch.setattr(module, "_FRESH_BYTES", fresh)
+    to_cpu = Delivery(torch.device("cpu"), FORMAT)
+    for count in (3, 0):
+        first = to_cpu.send(count, lambda raw: raw.fill_(1)).wait()
+        second = to_cpu.send(count, lambda raw: raw.fill_(2)).wait()
+        assert first.shape == second.shape == (count, 4) and first.dtype == torch.float32
+        assert (first.view(torch.uint8) == 1).all() and (second.view(torch.uint8) == 2).all()
+    out = torch.empty(3, 4)
+    assert to_cpu.send(3, lambda raw: raw.fill_(3), out).wait() is out
+    assert (out.view(torch.uint8) == 3).all()

@@ -1,0 +1,373 @@
+"""Every placement gives the same bits; the factory, and what it refuses.
+
+Tables are random bytes, so that NaN with any payload, -0.0 and denormals are among the values, and are compared
+byte by byte with NumPy's indexing. Without a GPU the uva kernel runs in Triton's interpreter.
+
+    python -m pytest tests/ref/test_tables.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engram_ref.config import EngramConfig
+from engram_ref.tables import PLACEMENTS, RowFormat, Table, make_table
+from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.file import StoredRows, save_rows
+from engram_ref.tables.memory import HostMemory
+
+ROOT = Path(__file__).parents[2]
+R, D = 301, 12
+CASES = {
+    "device": {},
+    "host": {},
+    "uva": {},
+    "file": {},
+    "hot": {"hot": torch.arange(0, R, 3)},
+    "hot, file behind": {"hot": torch.arange(R - 1, 0, -7), "behind": "file"},
+    "hot, uva behind": {"hot": torch.tensor([5]), "behind": "uva"},
+    "hot, device behind": {"hot": torch.arange(R), "behind": "device"},
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def random_values(dtype: torch.dtype = torch.float32, rows: int = R, width: int = D) -> torch.Tensor:
+    """Random bytes, as values [rows, width]."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.randint(0, 256, (rows, width * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
+
+
+def random_rows(count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.randint(0, R, (count,), generator=torch.Generator().manual_seed(count)).to(dtype)
+
+
+def device_for(case: str) -> str:
+    """The CPU, but for in-place reads the GPU of a machine that has one."""
+    if "uva" not in case:
+        return "cpu"
+    pytest.importorskip("triton", reason="placement uva needs Triton (pip install 'engram-offload[test]' on Linux)")
+    from engram_ref import kernels
+
+    return "cpu" if kernels.INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(case, values): the table of that case; all are closed at the end."""
+    with contextlib.ExitStack() as tables:
+
+        def make_one(case: str, values: torch.Tensor, **options: object) -> Table:
+            content: torch.Tensor | StoredRows = values
+            if "file" in case:
+                save_rows(tmp_path / "table.safetensors", values)
+                content = StoredRows.find(tmp_path / "table.safetensors")
+            placement = case.split(",")[0]
+            return tables.enter_context(make_table(placement, content, device_for(case), **CASES[case], **options))
+
+        yield make_one
+
+
+def fetch(table: Table, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    return table.start(rows.to(table.index_device), out).wait()
+
+
+def assert_same_bits(got: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
+    """`got` is values[rows], byte by byte."""
+    assert got.dtype == values.dtype and got.shape == (len(rows), values.shape[1])
+    expected = values.view(torch.uint8).numpy()[rows.numpy()]
+    assert (got.contiguous().cpu().view(torch.uint8).numpy() == expected).all()
+
+
+# --- the same bits from everywhere ------------------------------------------------------------------------
+
+
+def test_every_placement_is_tested():
+    assert {case.split(",")[0] for case in CASES} == set(PLACEMENTS)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_bits_from_every_placement(case, dtype, make):
+    values = random_values(dtype)
+    table, rows = make(case, values), random_rows(500)
+    assert_same_bits(fetch(table, rows), values, rows)
+
+
+ROWS = {
+    "none": torch.empty(0, dtype=torch.int64),
+    "one": torch.tensor([7]),
+    "the largest": torch.tensor([R - 1]),
+    "the largest, many times": torch.full((64,), R - 1),
+    "one row, often": torch.tensor([5] * 30),
+    "all": torch.arange(R),
+    "all, backwards": torch.arange(R).flip(0),
+    "int32": random_rows(200, torch.int32),
+    "none, int32": torch.empty(0, dtype=torch.int32),
+    "every second of": random_rows(400)[::2],
+    "a column of": random_rows(400).view(100, 4)[:, 1],
+    "every second of int32": random_rows(400, torch.int32)[::2],
+}
+
+
+@every_case
+def test_all_kinds_of_row_numbers(case, make):
+    values = random_values()
+    table = make(case, values)
+    for rows in ROWS.values():
+        assert_same_bits(fetch(table, rows), values, rows)
+
+
+WRONG = {
+    "the next row": lambda values, rows: values[(rows + 1) % len(values)],
+    "sorted": lambda values, rows: values[rows.sort().values],
+    "NaN made plain": lambda values, rows: values[rows].nan_to_num(),
+    "+0.0 for -0.0": lambda values, rows: values[rows] + 0.0,
+    "one bit": lambda values, rows: flip_a_bit(values[rows]),
+    "one row missing": lambda values, rows: values[rows][:-1],
+    "another dtype": lambda values, rows: values[rows].double(),
+}
+
+
+def flip_a_bit(values: torch.Tensor) -> torch.Tensor:
+    values.view(torch.uint8)[-1, 0] ^= 1
+    return values
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_candidate_is_caught(wrong):
+    values, rows = random_values(), random_rows(500)
+    values[rows[0], 0] = -0.0
+    assert_same_bits(values[rows], values, rows)
+    with pytest.raises(AssertionError):
+        assert_same_bits(WRONG[wrong](values, rows), values, rows)
+
+
+@every_case
+def test_no_row_leaks_that_was_not_asked_for(case, make):
+    values = torch.full((R, D), float("nan"))
+    rows = torch.tensor([1, 4, 30, 31, R - 2])  # hot and not hot
+    values[rows] = torch.arange(5.0)[:, None]
+    got = fetch(make(case, values), rows.repeat(3))
+    assert got.cpu().tolist() == values[rows.repeat(3)].tolist()
+
+
+@every_case
+def test_a_buffer_of_the_callers_is_filled_again_and_again(case, make):
+    values = random_values()
+    table = make(case, values)
+    out = torch.full((40, D), float("nan"), device=table.device)
+    for seed in range(3):
+        rows = (random_rows(40) + seed) % R
+        got = fetch(table, rows, out)
+        assert got.data_ptr() == out.data_ptr()
+        assert_same_bits(out, values, rows)
+
+
+@every_case
+def test_a_fetch_is_not_changed_by_the_next_ones(case, make):
+    values = random_values()
+    table = make(case, values)
+    asked = [(random_rows(50) + seed) % R for seed in range(4)]
+    pending = [table.start(rows.to(table.index_device)) for rows in asked]
+    for rows, fetched in zip(asked, pending):
+        assert_same_bits(fetched.wait(), values, rows)
+
+
+@every_case
+def test_the_table_is_a_copy_and_survives_trimming(case, make):
+    values = random_values()
+    before, table = values.clone(), make(case, values)
+    values.zero_()
+    for _ in range(2):
+        assert_same_bits(fetch(table, ROWS["all"]), before, ROWS["all"])
+        table.trim()
+
+
+# --- what a table refuses ---------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("row", [-1, R, 2**31 - 1, -(2**31)])
+def test_a_row_that_does_not_exist_is_refused(case, row, make):
+    values = random_values()
+    table = make(case, values)
+    for dtype in (torch.int32, torch.int64):
+        rows = torch.tensor([3, row, 4], dtype=dtype)
+        with pytest.raises(ValueError) as caught:
+            fetch(table, rows)
+            fetch(table, rows)  # in-place reads on a GPU tell a little later
+        assert str(caught.value).startswith(f"row {row} does not exist; the table has rows 0 .. {R - 1}")
+        assert "\n" not in str(caught.value)
+    assert_same_bits(fetch(table, ROWS["all"]), values, ROWS["all"])
+
+
+@every_case
+@pytest.mark.parametrize("rows", [torch.tensor([1.0]), torch.tensor([[1]]), torch.tensor(1), torch.tensor([True])])
+def test_what_is_no_vector_of_row_numbers_is_refused(case, rows, make):
+    with pytest.raises(ValueError, match="give a vector of int32 or int64"):
+        fetch(make(case, random_values()), rows)
+
+
+@every_case
+def test_a_buffer_that_does_not_fit_is_refused(case, make):
+    table = make(case, random_values())
+    for out in (torch.empty(4, D), torch.empty(3, D + 1), torch.empty(3, D).double(), torch.empty(D, 3).T):
+        with pytest.raises(ValueError, match="3 rows need a contiguous"):
+            fetch(table, torch.tensor([1, 2, 3]), out.to(table.device))
+
+
+@every_case
+def test_a_closed_table_says_so(case, make):
+    table = make(case, random_values())
+    table.close()
+    with pytest.raises(ValueError, match="closed"):
+        fetch(table, torch.tensor([1]))
+    table.close()
+
+
+TABLE_BYTES, MAP_BYTES = R * D * 4, R * 4  # a hot table also has one int32 per row
+HELD = {
+    "device": {"device": TABLE_BYTES, "host": 0, "disk": 0},
+    "host": {"device": 0, "host": TABLE_BYTES, "disk": 0},
+    "uva": {"device": 0, "host": TABLE_BYTES, "disk": 0},
+    "file": {"device": 0, "host": 0, "disk": TABLE_BYTES},
+    "hot": {"device": 101 * D * 4, "host": TABLE_BYTES + MAP_BYTES, "disk": 0},
+    "hot, file behind": {"device": 43 * D * 4, "host": MAP_BYTES, "disk": TABLE_BYTES},
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_the_bytes_of_the_table_are_told_by_place(case, make):
+    assert make(case, random_values()).bytes_held() == HELD[case]
+
+
+# --- rows that are trained --------------------------------------------------------------------------------
+
+
+def test_gradients_reach_the_rows():
+    weight = torch.nn.Parameter(torch.randn(R, D, generator=torch.Generator().manual_seed(0)))
+    rows = random_rows(400, torch.int32)
+    with DeviceTable(weight) as table:
+        (fetch(table, rows) * 2).sum().backward()
+        assert weight.grad is not None
+        times = np.bincount(rows.numpy(), minlength=R)
+        assert (weight.grad == 2.0 * torch.from_numpy(times)[:, None]).all()
+        with pytest.raises(ValueError, match="does not exist"):
+            fetch(table, torch.tensor([R]))
+        with pytest.raises(ValueError, match="leave it out, or use"):
+            fetch(table, rows, torch.empty(400, D))
+
+
+def test_rows_are_used_as_they_are_now():
+    weight = torch.nn.Parameter(torch.zeros(R, D))
+    with DeviceTable(weight) as table, torch.no_grad():
+        out = torch.empty(R, D)
+        for step in range(3):
+            weight += step
+            assert not fetch(table, torch.arange(R), out).requires_grad
+            assert_same_bits(out, weight.detach(), torch.arange(R))
+
+
+# --- the factory ------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_rows_in_a_file_go_to_every_place(case, tmp_path):
+    values, rows = random_values(), random_rows(100)
+    save_rows(tmp_path / "table.safetensors", values)
+    stored = StoredRows.find(tmp_path / "table.safetensors")
+    with make_table(case.split(",")[0], stored, device_for(case), **CASES[case]) as table:
+        assert_same_bits(fetch(table, rows), values, rows)
+
+
+def test_rows_with_gaps_are_copied_without():
+    values = random_values(width=2 * D)[:, ::2]
+    for placement in ("device", "host"):
+        with make_table(placement, values) as table:
+            assert_same_bits(fetch(table, ROWS["all"]), values.contiguous(), ROWS["all"])
+
+
+REFUSED = {
+    "an unknown placement": (("gpu",), {}, "no placement 'gpu': use one of device, host, uva, hot, file"),
+    "a device without CUDA": (("host",), {"device": "cuda"}, "torch sees no CUDA device on this machine"),
+    "another accelerator": (("host",), {"device": "mps"}, "device 'mps': use 'cpu' or 'cuda'"),
+    "no device at all": (("host",), {"device": "gpu"}, "device 'gpu': use 'cpu' or 'cuda'"),
+    "hot without rows": (("hot",), {}, "needs hot=row numbers"),
+    "hot behind hot": (("hot",), {"hot": torch.tensor([1]), "behind": "hot"}, "another placement behind it"),
+    "hot rows elsewhere": (("host",), {"hot": torch.tensor([1])}, "use placement 'hot', behind='host'"),
+    "rows for file": (("file",), {}, "write them with save_rows first"),
+    "an option": (("host",), {"threads": 3}, "placement 'host' has no option threads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_factory_refuses(case, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments, options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        make_table(*arguments, random_values(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_one_dimension_is_refused():
+    with pytest.raises(ValueError, match=r"rows of shape \(301,\): a table is \[rows, values per row\]"):
+        make_table("host", torch.zeros(R))
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "uva"])
+def test_a_table_that_does_not_fit_is_refused_with_both_numbers(placement):
+    rows = torch.zeros(1, 64).expand(1 << 42, 64)  # one row in memory; a petabyte to copy
+    with pytest.raises(
+        ValueError, match=r"^1048576.00 GiB do not fit into host memory, of which \d+.\d\d GiB are free"
+    ):
+        make_table(placement, rows, device_for(placement))
+
+
+def test_a_refused_hot_table_closes_the_one_behind(monkeypatch):
+    closed = []
+    monkeypatch.setattr(HostMemory, "close", lambda memory: closed.append(memory.nbytes))
+    with pytest.raises(ValueError, match="row 301 does not exist"):
+        make_table("hot", random_values(), hot=torch.tensor([R]))
+    assert closed == [R * D * 4]
+
+
+def test_the_format_follows_the_configuration():
+    config = EngramConfig.preset("demo")
+    assert RowFormat.of(config) == RowFormat(torch.bfloat16, 64)
+    assert RowFormat.of(config).row_bytes == config.row_bytes()
+    with pytest.raises(ValueError, match="not decoded yet"):
+        RowFormat.of(EngramConfig.preset("v41-flash"))
+
+
+WITHOUT_NUMBA_AND_TRITON = """
+import sys
+sys.modules.update(numba=None, triton=None)
+import torch
+from engram_ref.tables import gather, make_table
+assert gather._copy_rows is None
+values, rows = torch.randn(50, 8), torch.tensor([3, 49, 3], dtype=torch.int32)
+for placement, options in (("device", {}), ("host", {}), ("hot", {"hot": torch.tensor([3])})):
+    with make_table(placement, values, **options) as table:
+        assert torch.equal(table.start(rows).wait(), values[rows])
+try:
+    make_table("uva", values)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_numba_and_triton_are_not_needed():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA_AND_TRITON], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("this machine cannot serve placement uva: needs a CUDA device and Triton")
+    assert run.stdout.count("\n") == 1
