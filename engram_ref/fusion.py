@@ -1,0 +1,365 @@
+"""The demo's gate and short convolution: looked-up rows and the residual stream become an update to that stream.
+
+    fusion = DemoFusion(config)
+    hidden = hidden + fusion(e, hidden)     # e: [B, T, C*D] looked-up rows, hidden: [B, T, G, H]
+
+For each residual copy g a key K_g(e) is compared with the stream, a sigmoid of the signed square root of their
+normalised inner product gates one shared value V(e), and a short causal convolution over time is added
+(public demo `deepseek-ai/Engram`; Engram paper, arXiv 2601.07372). What is done differently, for speed:
+
+- Keys and value come from one packed projection, key_0 | ... | key_{G-1} | value; the state dict has the demo's names.
+- No norm writes its result. The gate needs three sums per copy, and the convolution's norm follows from the gate and
+  the norm of the value; learned gains are multiplied into each other and into the taps.
+- The convolution is a few shifted multiply-adds, channels last; nothing is transposed.
+- Without autograd, steps are taken in blocks that stay in the cache.
+
+Float16 and bfloat16 are multiplied as they are, and everything after the projection is float32, rounded once at the
+end. To continue a sequence chunk by chunk, hand in a `ShortConvHistory`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engram_ref.config import EngramConfig, require_int
+
+CONV_NORM_EPS = 1e-5
+GATE_FLOOR = 1e-6
+# Without autograd: positions that are projected at once, and values of the stream that are then fused at once.
+# On a CPU the former are enough for the matrix product to run at full speed and the latter stay in the cache; an
+# accelerator only has its memory to save.
+CPU_BLOCKS = (1 << 10, 1 << 19)
+ACCELERATOR_BLOCKS = (1 << 14, 1 << 26)
+CPU_CONV_VALUES = 1 << 20  # convolved at once, when nothing else is done with them
+
+
+class DemoFusion(nn.Module):
+    """Gate and short convolution of the demo.
+
+    Args:
+        config: geometry; `kernel_size` 0 means that there is no convolution.
+        device, dtype: of the parameters, and of what goes in and comes out: any of torch's four real dtypes.
+    """
+
+    def __init__(
+        self, config: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        copies, hidden, taps = config.hc_mult, config.hidden, config.kernel_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.projection_weight = parameter((copies + 1) * hidden, config.embedding_width)
+        self.projection_bias = parameter((copies + 1) * hidden)
+        self.key_gain = parameter(copies, hidden)
+        self.query_gain = parameter(copies, hidden)
+        self.conv_gain = parameter(copies, hidden) if taps else None
+        self.conv_weight = parameter(copies * hidden, 1, taps) if taps else None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Weights as torch's own `Linear` and `Conv1d` begin, gains 1."""
+        bound = self.config.embedding_width**-0.5
+        nn.init.uniform_(self.projection_weight, -bound, bound, generator=generator)
+        nn.init.uniform_(self.projection_bias, -bound, bound, generator=generator)
+        if self.conv_weight is not None:
+            bound = self.config.kernel_size**-0.5
+            nn.init.uniform_(self.conv_weight, -bound, bound, generator=generator)
+        for gain in (self.key_gain, self.query_gain, self.conv_gain):
+            if gain is not None:
+                nn.init.ones_(gain)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, the input and the update."""
+        return self.projection_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.projection_weight.device
+
+    @property
+    def inner_dtype(self) -> torch.dtype:
+        """In which everything after the projection is computed: float32, or float64 for float64."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def reach(self) -> int:
+        """How many steps the convolution looks back."""
+        return max(0, self.config.kernel_size - 1) * self.config.max_ngram
+
+    def forward(self, e: Tensor, hidden: Tensor, history: ShortConvHistory | None = None) -> Tensor:
+        """What is to be added to the residual stream.
+
+        Args:
+            e: looked-up rows, [B, T, C*D].
+            hidden: residual stream, [B, T, G, H].
+            history: what came before this chunk; it is read, and moved to the end of the chunk.
+
+        Returns:
+            [B, T, G, H].
+
+        Raises:
+            ValueError: wrong shape or dtype, or a history of another batch.
+        """
+        self._check("e", e, self.config.embedding_width, hidden, history)
+        if torch.is_grad_enabled():
+            return self._combine_at_once(self.project(e), hidden, history)
+        return self._combine_in_blocks(lambda rows, steps: self.project(e[rows, steps]), hidden, history)
+
+    def project(self, e: Tensor) -> Tensor:
+        """The first half: keys and value of rows [B, T, C*D], side by side, [B, T, (G+1)*H]."""
+        return nn.functional.linear(e, self.projection_weight, self.projection_bias)
+
+    def combine(self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None = None) -> Tensor:
+        """The second half: the update, as `forward` gives it, from what `project` gave."""
+        self._check("packed", packed, len(self.projection_bias), hidden, history)
+        if torch.is_grad_enabled():
+            return self._combine_at_once(packed, hidden, history)
+        return self._combine_in_blocks(lambda rows, steps: packed[rows, steps], hidden, history)
+
+    def _combine_at_once(self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None) -> Tensor:
+        past = None if history is None else history.values
+        update, past = self._fuse(packed, hidden, self._gains(), past)
+        if history is not None:
+            history.values = past.detach().clone()
+        return update
+
+    def _combine_in_blocks(
+        self, project: Callable[[slice, slice], Tensor], hidden: Tensor, history: ShortConvHistory | None
+    ) -> Tensor:
+        """Block by block: a few short sequences together, or a long one in chunks that follow one another.
+
+        Args:
+            project: gives the packed keys and value of some sequences and steps.
+        """
+        batch, length = hidden.shape[:2]
+        gains = self._gains()
+        update = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
+        positions, values = CPU_BLOCKS if hidden.device.type == "cpu" else ACCELERATOR_BLOCKS
+        together = min(max(1, positions // max(1, length)), max(1, batch))  # sequences
+        # Fewer steps than a few times the reach would spend their time on what lies before them.
+        steps = max(values // (together * gains.gate.numel()), 4 * self.reach, 1)
+        for rows in _spans(0, batch, together):
+            past = None if history is None else history.values[rows]
+            for chunk in _spans(0, length, positions):
+                packed = project(rows, chunk)
+                for span in _spans(chunk.start, chunk.stop, steps):
+                    part = packed[:, span.start - chunk.start : span.stop - chunk.start]
+                    _, past = self._fuse(part, hidden[rows, span], gains, past, update[rows, span])
+            if history is not None:
+                assert past is not None
+                history.values[rows] = past
+        return update
+
+    def _gains(self) -> _Gains:
+        """The learned gains in the inner dtype, multiplied together where they always meet."""
+        gate = self.key_gain.to(self.inner_dtype) * self.query_gain.to(self.inner_dtype)  # [G, H]
+        if self.conv_weight is None or self.conv_gain is None:
+            return _Gains(gate, None)
+        taps = self.conv_weight.to(self.inner_dtype).view(*gate.shape, -1)  # [G, H, K]
+        taps = taps * self.conv_gain.to(self.inner_dtype).unsqueeze(-1)
+        return _Gains(gate, taps.permute(2, 0, 1).contiguous())
+
+    def _fuse(
+        self, packed: Tensor, hidden: Tensor, gains: _Gains, past: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The update of some steps, also in `out` if given, and the past of the steps that follow."""
+        hidden = hidden.to(self.inner_dtype)
+        packed = packed.to(self.inner_dtype).unflatten(-1, (-1, self.config.hidden))  # [B, T, G+1, H]
+        value = packed[..., -1:, :]  # [B, T, 1, H]
+        gate, scale = _gate_and_scale(packed, hidden, gains.gate)  # [B, T, G, 1]
+        if gains.taps is None:
+            gated = torch.mul(gate, value, out=out)
+            return gated.to(self.dtype), gated[:, :0]
+        normed = scale * value  # [B, T, G, H]
+        mixed = causal_conv(normed, gains.taps, self.config.max_ngram, past)
+        update = torch.addcmul(nn.functional.silu(mixed, inplace=True), gate, value, out=out)
+        return update.to(self.dtype), _last(past, normed, self.reach)
+
+    def _check(self, name: str, given: Tensor, width: int, hidden: Tensor, history: ShortConvHistory | None) -> None:
+        copies, size = self.config.hc_mult, self.config.hidden
+        if hidden.ndim != 4 or hidden.shape[2:] != (copies, size):
+            raise ValueError(f"hidden of shape {tuple(hidden.shape)}; this layer needs [B, T, {copies}, {size}]")
+        if given.shape != (*hidden.shape[:2], width):
+            raise ValueError(
+                f"{name} of shape {tuple(given.shape)}; hidden of shape {tuple(hidden.shape)} needs "
+                f"[{hidden.shape[0]}, {hidden.shape[1]}, {width}]"
+            )
+        for what, tensor in ((name, given), ("hidden", hidden)):
+            if tensor.dtype != self.dtype or tensor.device.type != self.device.type:
+                raise ValueError(
+                    f"{what} is {tensor.dtype} on {tensor.device}; this layer is {self.dtype} on {self.device}: "
+                    "convert one of them with .to()"
+                )
+        if history is not None:
+            history.check(self, hidden.shape[0])
+
+    # --- the demo's names -------------------------------------------------------------------------
+
+    def demo_views(self) -> dict[str, Tensor]:
+        """Every weight under the name that it has in the demo's checkpoint, as a view into the parameters."""
+        copies = range(self.config.hc_mult)
+        weights = self.projection_weight.split(self.config.hidden)
+        biases = self.projection_bias.split(self.config.hidden)
+        views: dict[str, Tensor] = {"value_proj.weight": weights[-1], "value_proj.bias": biases[-1]}
+        for g in copies:
+            views[f"key_projs.{g}.weight"] = weights[g]
+            views[f"key_projs.{g}.bias"] = biases[g]
+            views[f"norm1.{g}.weight"] = self.key_gain[g]
+            views[f"norm2.{g}.weight"] = self.query_gain[g]
+            if self.conv_gain is not None:
+                views[f"short_conv.norms.{g}.weight"] = self.conv_gain[g]
+        if self.conv_weight is not None:
+            views["short_conv.conv.weight"] = self.conv_weight
+        return views
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, view in self.demo_views().items():
+            destination[prefix + name] = view if keep_vars else view.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            error_msgs.append("assign=True: the weights of this module are packed, so they can only be copied in")
+            return
+        views = self.demo_views()
+        for name, view in views.items():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                missing_keys.extend([prefix + name] if strict else [])
+            elif given.shape != view.shape:
+                error_msgs.append(f"{prefix + name} has shape {tuple(given.shape)}, needs {tuple(view.shape)}")
+            else:
+                with torch.no_grad():
+                    view.copy_(given)
+        if strict:
+            unexpected_keys.extend(
+                key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in views
+            )
+
+
+class ShortConvHistory:
+    """What the convolution needs of each sequence's past, carried from chunk to chunk.
+
+    A new history stands before the start of its sequences; `forward` reads and advances it:
+
+        history = ShortConvHistory(fusion, batch_size)
+        for chunk in chunks:
+            update = fusion(chunk.e, chunk.hidden, history)
+
+    `copy` keeps a state to return to, for instance before tokens that may be rejected.
+
+    Attributes:
+        values: the last (K-1) * max_ngram gated values, normalised, before the norm's gain: [B, P, G, H].
+    """
+
+    def __init__(self, fusion: DemoFusion, batch_size: int) -> None:
+        require_int("batch_size", batch_size, 0)
+        shape = (batch_size, fusion.reach, fusion.config.hc_mult, fusion.config.hidden)
+        # Where nothing was, the convolution adds nothing.
+        self.values = torch.zeros(shape, dtype=fusion.inner_dtype, device=fusion.device)
+
+    def copy(self) -> ShortConvHistory:
+        """An independent history in the same state."""
+        return copy.deepcopy(self)
+
+    def check(self, fusion: DemoFusion, batch_size: int) -> None:
+        """Refuse a batch, or a layer, that this is not the history of."""
+        needed = (batch_size, fusion.reach, fusion.config.hc_mult, fusion.config.hidden)
+        if tuple(self.values.shape) != needed or self.values.dtype != fusion.inner_dtype:
+            raise ValueError(
+                f"a history of {tuple(self.values.shape)}, {self.values.dtype}; {batch_size} sequences of this layer "
+                f"need {needed}, {fusion.inner_dtype}: make one with ShortConvHistory(fusion, batch_size)"
+            )
+
+
+class _Gains(NamedTuple):
+    gate: Tensor  # [G, H], of key times query
+    taps: Tensor | None  # [K, G, H], the convolution's with its norm's gain
+
+
+def causal_conv(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None = None) -> Tensor:
+    """Depthwise convolution over time that looks back only, without bias.
+
+    Args:
+        x: [B, T, ...], channels last.
+        weight: [K, ...], one tap after the other; the last one is for the step itself.
+        dilation: steps between two taps.
+        past: [B, P, ...], the steps before x; before those there is nothing.
+
+    Returns:
+        y[t] = sum over k of weight[K-1-k] * x[t - k*dilation], [B, T, ...].
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return _shift_and_add(x, weight, dilation, past)
+    reach = (len(weight) - 1) * dilation
+    steps = max(CPU_CONV_VALUES // max(1, x[:, :1].numel()), reach, 1)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    for span in _spans(0, x.shape[1], steps):
+        before = x[:, span.start - reach : span.start] if span.start else past
+        _shift_and_add(x[:, span], weight, dilation, before, out=y[:, span])
+    return y
+
+
+def _shift_and_add(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`causal_conv` of all steps at once: one pass over them per tap."""
+    length = x.shape[1]
+    y = torch.mul(x, weight[-1], out=out)
+    for back in range(1, len(weight)):
+        tap, shift = weight[-1 - back], back * dilation
+        if shift < length:
+            y[:, shift:].addcmul_(x[:, : length - shift], tap)
+        if past is not None:
+            first = max(0, past.shape[1] - shift)  # of the past's steps, the first that this tap reaches
+            start = max(0, shift - past.shape[1])
+            count = max(0, min(shift, length) - start)
+            y[:, start : start + count].addcmul_(past[:, first : first + count], tap)
+    return y
+
+
+def _gate_and_scale(packed: Tensor, hidden: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each copy's value is let through, and what normalises the gated value: twice [B, T, G, 1].
+
+    With r(x) = rsqrt(mean(x^2) + eps) the gate's argument is r(key) * r(query) * sum(key * query * gains) / sqrt(H).
+    A value V times its gate has the mean square gate^2 * mean(V^2).
+    """
+    width = hidden.shape[-1]
+    # What RMSNorm does when it is given no eps; for float16 and bfloat16 it, too, computes in float32.
+    eps = torch.finfo(packed.dtype).eps
+    squares = torch.linalg.vector_norm(packed, dim=-1, keepdim=True).square() / width  # [B, T, G+1, 1]
+    of_keys, of_value = squares[..., :-1, :], squares[..., -1:, :]
+    of_query = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square() / width
+    score = (hidden * gains).mul_(packed[..., :-1, :]).sum(dim=-1, keepdim=True)
+    score = score * (of_keys + eps).rsqrt() * (of_query + eps).rsqrt() / math.sqrt(width)
+    gate = torch.sigmoid(score.abs().clamp_min(GATE_FLOOR).sqrt() * score.sign())
+    return gate, gate * (gate.square() * of_value + CONV_NORM_EPS).rsqrt()
+
+
+def _last(past: Tensor | None, steps: Tensor, count: int) -> Tensor:
+    """The last `count` of the steps, those of the past included; fewer where there are no more."""
+    if past is not None and steps.shape[1] < count:
+        steps = torch.cat([past, steps], dim=1)
+    return steps[:, max(0, steps.shape[1] - count) :]
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))

@@ -1,0 +1,1 @@
+"""Tests that hold the twin and the reference against each other."""

@@ -1,0 +1,298 @@
+"""The layer from row numbers on: every way to hand in rows, new layers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engram_ref import layer as layer_module
+from engram_ref.config import EngramConfig
+from engram_ref.fusion import DemoFusion, ShortConvHistory
+from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
+from engram_ref.layer import Engram, build_engram
+from engram_ref.prefetch import Prefetcher
+from engram_ref.tables import make_table
+from engram_ref.tables.base import Ready
+from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.memory import HostMemory
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
+RECORDED = EngramConfig(
+    layer_ids=(0, 3),
+    max_ngram=3,
+    heads=2,
+    row_width=32,
+    table_size_per_order=(3027, 2003),
+    hidden=64,
+    seed=7,
+    row_dtype="float32",
+)
+CONFIG = EngramConfig(
+    layer_ids=(1,),
+    max_ngram=3,
+    heads=2,
+    row_width=4,
+    table_size_per_order=(50, 50),
+    hidden=16,
+    hc_mult=2,
+    row_dtype="float32",
+)
+SIZE = 40  # of the compressed vocabulary
+PLAN = HashPlan.build(CONFIG, SIZE, 2)
+LAYER = PLAN.layer(1)
+TOLERANCE = 1e-12  # float64, as in test_fusion
+
+
+@pytest.fixture
+def weights():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(LAYER.rows, CONFIG.row_width, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def engram(weights):
+    fusion = DemoFusion(CONFIG, dtype=torch.float64)
+    fusion.reset_parameters(torch.Generator().manual_seed(0))
+    return Engram(fusion, DeviceTable(weights))
+
+
+def make_batch(batch, length, seed=0):
+    """Compressed ids, their row numbers and a residual stream."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, SIZE, (batch, length))
+    hidden = torch.from_numpy(rng.normal(size=(batch, length, CONFIG.hc_mult, CONFIG.hidden)))
+    return ids, NgramHasher(PLAN)(ids, 1), hidden
+
+
+# --- rows in, update out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.float64, TOLERANCE)], ids=str)
+@pytest.mark.parametrize("case", ["A.case0", "A.case1", "A.case2"])
+def test_the_recorded_layer_from_token_ids_on(case, dtype, limit, vocab_small):
+    recorded = load_file(GOLDEN)
+    weights = {name.removeprefix("A.weights."): tensor for name, tensor in recorded.items() if "weights" in name}
+    table = weights.pop("multi_head_embedding.embedding.weight").to(dtype)
+    weights.pop("multi_head_embedding.offsets")
+    fusion = DemoFusion(RECORDED, dtype=dtype)
+    fusion.load_state_dict(weights)
+    plan = HashPlan.build(RECORDED, len(vocab_small), vocab_small.pad(RECORDED.pad_id))
+    rows = NgramHasher(plan)(vocab_small(recorded[f"{case}.input_ids"].numpy()), 3)
+    update = Engram(fusion, DeviceTable(table))(recorded[f"{case}.hidden_states"].to(dtype), rows)
+    assert (update - recorded[f"{case}.output_f64"]).abs().max() < limit
+    wrong = Engram(fusion, DeviceTable(table))(recorded[f"{case}.hidden_states"].to(dtype), (rows + 1) % len(table))
+    assert (wrong - recorded[f"{case}.output_f64"]).abs().max() > limit
+
+
+def test_the_fusion_gets_the_rows_of_each_position_side_by_side(engram, weights):
+    _, rows, hidden = make_batch(2, 7)
+    e = torch.stack([torch.cat([weights[row] for row in position]) for position in rows.reshape(-1, 4)])
+    want = engram.fusion(e.view(2, 7, 16), hidden)
+    assert torch.equal(engram(hidden, rows), want)
+
+
+def test_every_way_to_hand_in_rows_gives_the_same_bits(engram):
+    ids, rows, hidden = make_batch(3, 9)
+    want = engram(hidden, rows)
+    assert rows.dtype == np.int32
+    assert torch.equal(engram(hidden, torch.from_numpy(rows)), want)
+    assert torch.equal(engram(hidden, torch.from_numpy(rows).long().transpose(0, 1).contiguous().transpose(0, 1)), want)
+    assert torch.equal(engram(hidden, engram.table.start(torch.from_numpy(rows).view(-1))), want)
+    with Prefetcher(NgramHasher(PLAN), {1: engram.table}) as prefetcher, prefetcher.start(ids) as fetch:
+        assert torch.equal(engram(hidden, fetch[1]), want)
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "hot"])
+def test_every_placement_gives_the_same_bits(engram, weights, placement):
+    _, rows, hidden = make_batch(2, 9)
+    options = {"hot": torch.arange(0, 100, 3)} if placement == "hot" else {}
+    with make_table(placement, weights, **options) as table:
+        assert torch.equal(Engram(engram.fusion, table)(hidden, rows), engram(hidden, rows))
+
+
+def test_rows_that_were_not_asked_for_do_not_matter(engram, weights):
+    _, rows, hidden = make_batch(1, 3)
+    poisoned = torch.full_like(weights, float("nan"))
+    poisoned[rows.reshape(-1)] = weights[rows.reshape(-1)]
+    assert torch.equal(Engram(engram.fusion, DeviceTable(poisoned))(hidden, rows), engram(hidden, rows))
+    poisoned[rows[0, 2, 1]] = float("nan")
+    assert Engram(engram.fusion, DeviceTable(poisoned))(hidden, rows)[0, 2].isnan().any()
+
+
+def test_a_stream_without_copies_keeps_its_shape(weights):
+    config = CONFIG.replace(hc_mult=1)
+    engram = Engram(DemoFusion(config, dtype=torch.float64), DeviceTable(weights))
+    _, rows, hidden = make_batch(2, 6)
+    plain = engram(hidden[:, :, 0], rows)
+    assert plain.shape == (2, 6, 16)
+    assert torch.equal(plain, engram(hidden[:, :, :1], rows)[:, :, 0])
+
+
+def test_rows_are_converted_to_the_fusions_dtype(weights):
+    _, rows, hidden = make_batch(2, 6)
+    fusion = DemoFusion(CONFIG, dtype=torch.float32)
+    stored = weights.bfloat16()
+    update = Engram(fusion, DeviceTable(stored))(hidden.float(), rows)
+    assert update.dtype == torch.float32
+    assert torch.equal(update, Engram(fusion, DeviceTable(stored.float()))(hidden.float(), rows))
+
+
+@pytest.mark.parametrize("cuts", [[], list(range(1, 20)), [12, *range(13, 20)]])
+def test_tokens_in_chunks_give_one_shot(engram, cuts):
+    """Both histories at work: of the hash and of the convolution."""
+    ids, rows, hidden = make_batch(2, 20)
+    hasher, tokens, past = NgramHasher(PLAN), TokenHistory(PLAN, 2), ShortConvHistory(engram.fusion, 2)
+    parts = []
+    with torch.no_grad():
+        for start, stop in zip([0, *cuts], [*cuts, 20]):
+            chunk = ids[:, start:stop]
+            parts.append(engram(hidden[:, start:stop], hasher(chunk, 1, history=tokens), past))
+            tokens.advance(chunk)
+    torch.testing.assert_close(torch.cat(parts, dim=1), engram(hidden, rows), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_positions_give_no_update(engram, shape):
+    rows = torch.empty((*shape, 4), dtype=torch.int32)
+    hidden = torch.empty((*shape, 2, 16), dtype=torch.float64)
+    assert engram(hidden, rows).shape == hidden.shape
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_gradients_reach_the_rows_of_the_table():
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(12, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    fusion = DemoFusion(CONFIG.replace(hidden=3), dtype=torch.float64)
+    fusion.reset_parameters(generator)
+    rows = torch.randint(0, 11, (1, 4, 4), generator=generator)  # repeats; row 11 is never read
+    hidden = torch.randn(1, 4, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, h: Engram(fusion, DeviceTable(w))(h, rows), (weights, hidden))
+    Engram(fusion, DeviceTable(weights))(hidden, rows).sum().backward()
+    read = torch.zeros(12, dtype=torch.bool)
+    read[rows.view(-1)] = True
+    assert torch.equal(weights.grad.abs().sum(dim=1) > 0, read)
+
+
+def test_a_frozen_table_still_trains_the_fusion(engram):
+    _, rows, hidden = make_batch(2, 5)
+    engram(hidden, rows).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in engram.parameters())
+
+
+def test_the_state_dict_is_the_fusions(engram):
+    assert list(engram.state_dict()) == [f"fusion.{name}" for name in engram.fusion.state_dict()]
+    again = Engram(DemoFusion(CONFIG, dtype=torch.float64), engram.table)
+    again.load_state_dict(engram.state_dict())
+    _, rows, hidden = make_batch(1, 4)
+    assert torch.equal(again(hidden, rows), engram(hidden, rows))
+
+
+# --- new layers -----------------------------------------------------------------------------------
+
+
+def fetched(engram):
+    return engram.table.start(torch.arange(engram.table.rows)).wait()
+
+
+@pytest.mark.parametrize("row_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_new_layer_has_normal_rows(placement, row_dtype):
+    config = CONFIG.replace(row_dtype=row_dtype, table_size_per_order=(5000, 5000))
+    plan = HashPlan.build(config, SIZE, 2).layer(1)
+    engram = build_engram(config, plan, placement)
+    rows = fetched(engram)
+    assert engram.table.placement == placement
+    assert rows.shape == (plan.rows, 4) and rows.dtype == getattr(torch, row_dtype)
+    # 80,000 draws: mean and variance are within 5 of their standard errors.
+    assert abs(rows.double().mean()) < 5 * 80_000**-0.5
+    assert abs(rows.double().var() - 1) < 5 * (2 / 80_000) ** 0.5
+    assert engram.fusion.dtype == torch.float32
+    engram.table.close()
+
+
+def test_a_seed_gives_the_same_layer_again():
+    _, rows, hidden = make_batch(1, 5)
+    first, again, other = (build_engram(CONFIG, LAYER, dtype=torch.float64, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first(hidden, rows), again(hidden, rows))
+    assert not torch.equal(fetched(first), fetched(other))
+    assert not torch.equal(first.fusion.projection_weight, other.fusion.projection_weight)
+
+
+def test_a_new_layer_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    first = build_engram(CONFIG, LAYER)
+    assert torch.equal(torch.rand(3), want)
+    assert torch.equal(build_engram(CONFIG, LAYER).fusion.projection_weight, first.fusion.projection_weight)
+
+
+def test_rows_can_be_left_zero():
+    engram = build_engram(CONFIG, LAYER, "host", init=False)
+    assert not fetched(engram).any() and engram.fusion.projection_weight.any()
+    engram.table.close()
+
+
+@pytest.mark.parametrize("placement", ["file", "hot", "nowhere"])
+def test_a_placement_without_rows_is_refused(placement):
+    with pytest.raises(ValueError, match=rf"placement '{placement}': .* device, host, uva"):
+        build_engram(CONFIG, LAYER, placement)
+
+
+def test_a_plan_of_another_configuration_is_refused():
+    for other in (CONFIG.replace(layer_ids=(2,)), CONFIG.replace(heads=3)):
+        with pytest.raises(ValueError, match="build the plan from the same configuration"):
+            build_engram(other, LAYER)
+
+
+def test_memory_is_given_back_when_filling_fails(monkeypatch):
+    closed = []
+    right = HostMemory.close
+    monkeypatch.setattr(HostMemory, "close", lambda self: (closed.append(self.nbytes), right(self)))
+    monkeypatch.setattr(layer_module, "fill_normal", lambda values, seed: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_engram(CONFIG, LAYER)
+    assert closed == [LAYER.rows * 16]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "message"),
+    [
+        ((2, 5, 3), (2, 5, 2, 16), r"row numbers of shape \(2, 5, 3\); hidden needs \(2, 5, 4\)"),
+        ((2, 4, 4), (2, 5, 2, 16), r"hidden needs \(2, 5, 4\)"),
+        ((40,), (2, 5, 2, 16), r"hidden needs \(2, 5, 4\)"),
+        ((2, 5, 4), (2, 5, 16), r"hidden of shape \(2, 5, 16\); this layer needs \[B, T, 2, 16\]"),
+        ((2, 5, 4), (5, 16), r"this layer needs \[B, T, 2, 16\]"),
+        ((2, 5, 4), (2, 5, 2, 17), r"this layer needs \[B, T, 2, 16\]"),
+    ],
+)
+def test_wrong_shapes_are_refused(engram, rows, hidden, message):
+    with pytest.raises(ValueError, match=message):
+        engram(torch.zeros(hidden, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(39, 4), (41, 4), (40, 5), (2, 5, 16)])
+def test_a_fetch_of_something_else_is_refused(engram, shape):
+    with pytest.raises(ValueError, match=r"hidden needs the rows of \(2, 5, 4\) and 4 values each"):
+        engram(torch.zeros(2, 5, 2, 16, dtype=torch.float64), Ready(torch.zeros(shape, dtype=torch.float64)))
+
+
+def test_a_row_that_does_not_exist_is_refused(engram):
+    _, rows, hidden = make_batch(1, 4)
+    rows[0, 3, 3] = LAYER.rows
+    with pytest.raises(ValueError, match=rf"row {LAYER.rows} does not exist; the table has rows 0 .. {LAYER.rows - 1}"):
+        engram(hidden, rows)
+
+
+def test_rows_of_another_width_are_refused(engram):
+    with pytest.raises(ValueError, match="rows of 5 values; this layer needs 4"):
+        Engram(engram.fusion, DeviceTable(torch.zeros(10, 5)))
