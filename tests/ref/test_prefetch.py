@@ -1,0 +1,298 @@
+"""The schedule of fetches: what arrives and when, what happens to errors, what breaks without a safeguard."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from engram_ref.config import EngramConfig
+from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
+from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.prefetch import Fetch, FetchError, Prefetcher
+from engram_ref.tables import RowFormat, Table, make_table
+from engram_ref.tables.base import Ready, check_rows
+
+CPU = torch.device("cpu")
+CONFIG = EngramConfig.preset("tiny").replace(layer_ids=(1, 3))
+PLAN = HashPlan.build(CONFIG, 500, 2)
+
+
+class SlowTable(Table):
+    """A table in memory that takes its time: the stand-in for whatever makes a fetch worth hiding."""
+
+    placement = "slow"
+    waits = True
+
+    def __init__(self, values, seconds=0.0, fail_at=None):
+        super().__init__(len(values), RowFormat(values.dtype, values.shape[1]), CPU, CPU)
+        self.values, self.seconds, self.fail_at = values, seconds, fail_at
+        self.fetches = self.trims = 0
+        self.threads = set()
+
+    def start(self, rows, out=None):
+        self.threads.add(threading.current_thread().name)
+        self.fetches += 1
+        if self.fetches == self.fail_at:
+            raise OSError("the disk has gone")
+        time.sleep(self.seconds)
+        check_rows(rows, self.rows)
+        return Ready(torch.index_select(self.values, 0, rows, out=out) if out is not None else self.values[rows])
+
+    def _held(self):
+        return {"host": self.values.nbytes}
+
+    def trim(self):
+        self.trims += 1
+
+
+def make_values(layer_id):
+    generator = torch.Generator().manual_seed(layer_id)
+    return torch.randn(PLAN.layer(layer_id).rows, CONFIG.row_width, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def values():
+    return {layer_id: make_values(layer_id) for layer_id in CONFIG.layer_ids}
+
+
+def slow_tables(values, seconds=0.0, fail_at=None):
+    return {layer_id: SlowTable(v, seconds, fail_at) for layer_id, v in values.items()}
+
+
+def expected(values, ids, layer_id, history=None):
+    rows = NgramHasher(PLAN, "numpy")(ids, layer_id, history=history)
+    return values[layer_id][torch.from_numpy(rows).long().reshape(-1)]
+
+
+def random_ids(seed, shape=(2, 9)):
+    return np.random.default_rng(seed).integers(0, PLAN.compressed_size, shape)
+
+
+def alive():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("engram-prefetch")]
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 2000)])
+def test_the_rows_of_every_layer_arrive(values, background, shape):
+    ids = random_ids(0, shape)
+    prefetcher = Prefetcher(NgramHasher(PLAN), slow_tables(values), background=background)
+    with prefetcher, prefetcher.start(ids) as fetch:
+        assert list(fetch) == [1, 3] and len(fetch) == 2
+        for layer_id in (3, 1):  # joined in any order
+            assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
+
+
+def test_a_wrong_hash_would_be_noticed(values):
+    ids = random_ids(0)
+    other = HashPlan.build(CONFIG.replace(seed=1), 500, 2)
+    with Prefetcher(NgramHasher(other), slow_tables(values)) as prefetcher, prefetcher.start(ids) as fetch:
+        assert not torch.equal(fetch[1].wait(), expected(values, ids, 1))
+
+
+def test_fetches_run_beside_the_caller_and_hide_their_time(values):
+    tables = slow_tables(values, seconds=0.05)
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
+        begin = time.perf_counter()
+        fetch = prefetcher.start(random_ids(1))
+        started = time.perf_counter() - begin
+        time.sleep(0.15)  # the compute that hides the fetch
+        begin = time.perf_counter()
+        fetch[1].wait(), fetch[3].wait()
+        exposed = time.perf_counter() - begin
+    assert started < 0.04 and exposed < 0.04
+    assert all("engram-prefetch" in name for table in tables.values() for name in table.threads)
+
+
+def test_without_a_background_nothing_overlaps(values):
+    tables = slow_tables(values, seconds=0.03)
+    with Prefetcher(NgramHasher(PLAN), tables, background=False) as prefetcher:
+        begin = time.perf_counter()
+        prefetcher.start(random_ids(1))
+        assert time.perf_counter() - begin >= 0.06
+    assert not alive() and all(table.threads == {"MainThread"} for table in tables.values())
+
+
+def test_ids_and_history_may_change_once_a_fetch_has_started(values):
+    history = TokenHistory(PLAN, 2)
+    ids = random_ids(2)
+    want = expected(values, ids, 3, history)
+    prefetcher = Prefetcher(NgramHasher(PLAN), slow_tables(values, seconds=0.02))
+    with prefetcher, prefetcher.start(ids, history) as fetch:
+        history.advance(ids.copy())
+        ids[:] = 0
+        assert torch.equal(fetch[3].wait(), want)
+
+
+def test_chunks_give_the_rows_of_one_shot(values):
+    ids = random_ids(3, (2, 12))
+    history, parts = TokenHistory(PLAN, 2), []
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        for chunk in np.split(ids, [1, 2, 7], axis=1):
+            with prefetcher.start(chunk, history) as fetch:
+                parts.append(fetch[1].wait().clone().reshape(2, -1, 16, CONFIG.row_width))
+            history.advance(chunk)
+    whole = expected(values, ids, 1).reshape(2, 12, 16, CONFIG.row_width)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_ten_thousand_steps_are_equal_to_the_bit(values):
+    """Two fetches in flight all the time, each used while the next one is filling the other buffers."""
+    pool = [random_ids(seed, (1, 24)) for seed in range(50)]
+    want = [expected(values, ids, 3) for ids in pool]
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        current = prefetcher.start(pool[0])
+        for step in range(10_000):
+            upcoming = prefetcher.start(pool[(step + 1) % 50])
+            rows = current[3].wait()
+            assert torch.equal(rows, want[step % 50]), step
+            current.release()
+            current = upcoming
+        current.release()
+
+
+AT_ONCE, AFTER_OTHER_FETCHES = 0.0, 0.006  # when rows are looked at; two fetches take 0.002
+
+
+def steps_gone_wrong(values, monkeypatch, damage, looked_at):
+    """Steps of 100 whose rows are not the right ones after `damage` was done to the prefetcher."""
+    pool = [random_ids(seed, (1, 300)) for seed in range(10)]
+    want = [expected(values, ids, 3) for ids in pool]
+    wrong = 0
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values, seconds=0.001)) as prefetcher:
+        damage(prefetcher, monkeypatch)
+        current = prefetcher.start(pool[0])
+        for step in range(100):
+            upcoming = prefetcher.start(pool[(step + 1) % 10])
+            rows = current[3].wait()
+            time.sleep(looked_at)
+            wrong += not torch.equal(rows, want[step % 10])
+            current.release()
+            current = upcoming
+        current.release()
+    return wrong
+
+
+@pytest.mark.parametrize("looked_at", [AT_ONCE, AFTER_OTHER_FETCHES])
+def test_nothing_goes_wrong_undamaged(values, monkeypatch, looked_at):
+    assert steps_gone_wrong(values, monkeypatch, lambda prefetcher, patch: None, looked_at) == 0
+
+
+def test_without_the_join_rows_are_wrong(values, monkeypatch):
+    def no_join(prefetcher, patch):
+        real = Fetch.__getitem__
+
+        def unjoined(fetch, layer_id):
+            join = real(fetch, layer_id)
+            room = fetch._slot.room(layer_id, prefetcher.tables[layer_id], 300 * 16)
+            patch.setattr(join, "wait", lambda: room, raising=False)
+            return join
+
+        patch.setattr(Fetch, "__getitem__", unjoined)
+
+    assert steps_gone_wrong(values, monkeypatch, no_join, AT_ONCE) > 50
+
+
+def test_without_the_second_buffer_rows_are_wrong(values, monkeypatch):
+    def one_buffer(prefetcher, patch):
+        first, second = prefetcher._slots
+        patch.setattr(second, "_arrivals", first._arrivals)
+
+    assert steps_gone_wrong(values, monkeypatch, one_buffer, AFTER_OTHER_FETCHES) > 50
+
+
+def test_an_error_in_the_background_is_raised_at_the_join(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values, fail_at=1)) as prefetcher:
+        fetch = prefetcher.start(random_ids(4, (2, 300)))
+        with pytest.raises(FetchError, match=r"layer 1 failed: the disk has gone") as caught:
+            fetch[1].wait()
+        assert isinstance(caught.value.__cause__, OSError)
+        with pytest.raises(FetchError, match="layer 3"):
+            fetch.release()  # nobody asked for layer 3, so nobody has heard of its failure yet
+        with prefetcher.start(random_ids(5)) as fetch:  # the buffers are free again
+            assert torch.equal(fetch[1].wait(), expected(values, random_ids(5), 1))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_wrong_id_is_raised_at_the_join(values, background):
+    ids = random_ids(4)
+    ids[1, 3] = 500
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values), background=background) as prefetcher:
+        fetch = prefetcher.start(ids)
+        for layer_id in fetch:
+            with pytest.raises(FetchError, match=r"contain 500; the vocabulary has -1 \.\. 499"):
+                fetch[layer_id].wait()
+        fetch.release()
+
+
+def test_staging_is_bounded(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        first = prefetcher.start(random_ids(0))
+        prefetcher.start(random_ids(1))
+        with pytest.raises(RuntimeError, match="2 fetches are in flight"):
+            prefetcher.start(random_ids(2))
+        kept = first[1].wait().data_ptr()
+        first.release()
+        with prefetcher.start(random_ids(2)) as third:
+            assert third[1].wait().data_ptr() == kept  # no new memory
+
+
+def test_closing_leaves_no_thread_and_no_memory(values):
+    tables = slow_tables(values, seconds=0.02)
+    prefetcher = Prefetcher(NgramHasher(PLAN), tables)
+    prefetcher.start(random_ids(0, (2, 50)))
+    assert len(alive()) == 1
+    prefetcher.close()
+    assert not alive() and all(table.trims == 1 for table in tables.values())
+    assert all(not slot._arrivals for slot in prefetcher._slots)
+    with pytest.raises(RuntimeError, match="closed"):
+        prefetcher.start(random_ids(0))
+
+
+def test_the_observer_hears_of_every_stage(values):
+    heard = []
+    with (
+        Prefetcher(
+            NgramHasher(PLAN), slow_tables(values, 0.01), observer=lambda *told: heard.append(told)
+        ) as prefetcher,
+        prefetcher.start(random_ids(0)) as fetch,
+    ):
+        fetch[1].wait(), fetch[3].wait()
+    assert sorted(told[:2] for told in heard) == [(s, i) for s in ("gather", "hash", "wait") for i in (1, 3)]
+    assert all(begin <= end for _, _, begin, end in heard)
+    assert all(end - begin >= 0.01 for stage, _, begin, end in heard if stage == "gather")
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "hot"])
+def test_real_tables_behind_it(values, placement):
+    options = {"hot": torch.arange(0, 5000, 3)} if placement == "hot" else {}
+    tables = {layer_id: make_table(placement, v, **options) for layer_id, v in values.items()}
+    ids = random_ids(7, (3, 40))
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher, prefetcher.start(ids) as fetch:
+        for layer_id in fetch:
+            assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
+
+
+def test_hashing_on_the_device(values):
+    ids = random_ids(8)
+    hasher = DeviceHasher(PLAN, CPU)
+    with Prefetcher(hasher, slow_tables(values)) as prefetcher, prefetcher.start(torch.from_numpy(ids)) as fetch:
+        for layer_id in fetch:
+            assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
+
+
+def test_bad_arguments(values):
+    tables = slow_tables(values)
+    with pytest.raises(ValueError, match="no tables"):
+        Prefetcher(NgramHasher(PLAN), {})
+    with pytest.raises(ValueError, match="buffers=1"):
+        Prefetcher(NgramHasher(PLAN), tables, buffers=1)
+    with pytest.raises(ValueError, match="layer_id=2"):
+        Prefetcher(NgramHasher(PLAN), {2: tables[1]})
+    tables[1].index_device = torch.device("cuda")
+    with pytest.raises(ValueError, match="use NgramHasher for the CPU, DeviceHasher for an accelerator"):
+        Prefetcher(NgramHasher(PLAN), tables)
