@@ -4,12 +4,14 @@
 #   make test    the whole test suite
 #   make check   formatter, linter, types, documentation build
 #   make speed   the benchmarks of hashing and of pricing
+#   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
+#   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check speed clean
+.PHONY: toy test check speed bench-cpu bench-layer clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -20,10 +22,10 @@ $(VENV)/stamp-%: pyproject.toml constraints.txt
 toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
-test: $(VENV)/stamp-fast,plot,test
+test: $(VENV)/stamp-fast,plot,ref,test
 	$(BIN)/python -m pytest
 
-check: $(VENV)/stamp-fast,plot,test,lint,docs
+check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -32,6 +34,13 @@ check: $(VENV)/stamp-fast,plot,test,lint,docs
 speed: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/hashing_speed.py
 	$(BIN)/python bench/pricing_speed.py
+
+bench-cpu: $(VENV)/stamp-fast,plot,ref
+	$(BIN)/python bench/gpu_wall.py --device cpu --out out/gpu_wall_cpu --table_params 1.2e9 --dtype float32 \
+		--backbone qwen3-4b --steps prefill:1x256 decode:4 --rounds 12 --seq_len 1024 --batch_size 1 --iterations 12
+
+bench-layer: $(VENV)/stamp-fast,plot,ref
+	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json
 
 clean:
 	rm -rf $(VENV) build site out *.egg-info

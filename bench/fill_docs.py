@@ -18,12 +18,15 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import hashing_speed, pricing_speed
-from bench.harness.figures import draw_all, source
+from bench import hashing_speed, layer_speed, pricing_speed
+from bench.harness import figures, wall_figures
+from bench.harness.explained import what_fits, worked_example
+from bench.harness.figures import source
 from bench.harness.table import verdict_table
+from bench.harness.wall_table import wall_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "docs/index.md", "docs/log.md"]
+DOCUMENTS = ["README.md", "docs/index.md", "docs/how-it-works.md", "docs/hardware.md", "docs/log.md"]
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "docs" / "figures"
 
@@ -48,7 +51,13 @@ BLOCKS = {
     "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
     "pricing": lambda: as_text(load("pricing_speed"), pricing_speed.report(load("pricing_speed"))),
     "hashing": lambda: as_text(load("hashing_speed"), hashing_speed.report(load("hashing_speed"))),
+    "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
+    "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
+    "example": worked_example,
+    "fits": what_fits,
 }
+# Which results each committed figure shows, and what draws them.
+DRAWN = {"bytedmd_toy": figures.draw_all, "gpu_wall_cpu": wall_figures.draw_all}
 
 
 def filled(text: str) -> str:
@@ -64,9 +73,14 @@ def filled(text: str) -> str:
 def stale() -> list[str]:
     """Documents that are not what the results give, and figures that were drawn from others."""
     documents = [name for name in DOCUMENTS if (text := (ROOT / name).read_text(encoding="utf-8")) != filled(text)]
-    origin = source(load("bytedmd_toy"))
-    drawn = [path for path in sorted(FIGURES.glob("*.svg")) if origin not in path.read_text(encoding="utf-8")]
+    origins = [source(load(name)) for name in DRAWN]
+    drawn = [path for path in sorted(FIGURES.glob("*.svg")) if not _shows_any(path, origins)]
     return documents + [str(path.relative_to(ROOT)) for path in drawn]
+
+
+def _shows_any(figure: Path, origins: list[str]) -> bool:
+    text = figure.read_text(encoding="utf-8")
+    return any(origin in text for origin in origins)
 
 
 def main() -> None:
@@ -80,7 +94,8 @@ def main() -> None:
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    draw_all(load("bytedmd_toy"), FIGURES)
+    for name, draw_all in DRAWN.items():
+        draw_all(load(name), FIGURES)
 
 
 if __name__ == "__main__":

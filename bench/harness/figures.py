@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
 
 # Okabe and Ito's palette: told apart by everyone, and on paper.
 COLOURS = {
+    "no_engram": "#999999",
     "resident": "#0072B2",
     "offload_naive": "#D55E00",
     "offload_prefetch": "#CC79A7",
     "offload_hot": "#009E73",
+    "offload_uva": "#56B4E9",
+    "offload_disk": "#E69F00",
 }
 KIND_COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#999999"]
 _BINS = 25  # powers of two of depth; deeper reads share the last
@@ -41,8 +45,13 @@ KIND_ORDER = ["row", "staged row", "weight", "activation", "token", "hash consta
 
 def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
     """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
+    return save_all({"depths": _depths, "ratios": _ratios, "cost_by_kind": _cost_by_kind}, results, out)
+
+
+def save_all(drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: dict[str, Any], out: Path) -> list[Path]:
+    """Draw each figure of these results and save it as `out`/NAME.svg; the same results give the same bytes."""
     paths = []
-    for name, draw in (("depths", _depths), ("ratios", _ratios), ("cost_by_kind", _cost_by_kind)):
+    for name, draw in drawings.items():
         # A fixed salt and no date: the same results give the same file.
         with plt.rc_context(
             {"svg.hashsalt": name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -130,7 +139,7 @@ def _ratios(results: dict[str, Any]) -> Any:
     axes[0][0].set_ylabel("ByteDMD price / price of resident")
     figure.suptitle(f"What offloading costs depends on what it is divided by\n{_caption(results)}")
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    _legend_below(figure, axes[0][0])
+    legend_below(figure, axes[0][0])
     return figure
 
 
@@ -157,23 +166,24 @@ def _cost_by_kind(results: dict[str, Any]) -> Any:
         panels[0].set_ylabel("price in millions")
     figure.suptitle(f"What the price is made of\n{_caption(results)}")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    _legend_below(figure, axes[0][0])
+    legend_below(figure, axes[0][0])
     return figure
 
 
-def _legend_below(figure: Any, axis: Any) -> None:
+def legend_below(figure: Any, axis: Any) -> None:
+    """The legend of one panel, for all, in a row at the foot of the figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=len(labels))
 
 
-def main() -> None:
-    """Draw the figures of a results file beside it."""
+def redraw(draw: Callable[[dict[str, Any], Path], list[Path]], module: str) -> None:
+    """Draw the figures of the results file that the command line names, beside it."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.harness.figures RESULTS.json")
+        sys.exit(f"usage: python -m bench.harness.{module} RESULTS.json")
     path = Path(sys.argv[1])
-    for figure in draw_all(json.loads(path.read_text(encoding="utf-8")), path.parent):
+    for figure in draw(json.loads(path.read_text(encoding="utf-8")), path.parent):
         print(figure)
 
 
 if __name__ == "__main__":
-    main()
+    redraw(draw_all, "figures")

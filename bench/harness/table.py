@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.harness.timing import paired_ratio
+from bench.harness.timing import LEAST_SAMPLES, is_resolved, paired_ratio
 from bench.harness.verdict import WALL_TIME_CLAIM, Verdict, classify
 
 Run = dict[str, Any]
-_LEAST_SAMPLES = 3  # fewer have no spread to speak of
 
 
 def find_run(results: dict[str, Any], model: str, boundary: str, variant: str) -> Run:
@@ -45,15 +44,13 @@ def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | N
     `floor` is the interval of the baseline against itself: what lies within it is noise.
     """
     ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
-    apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
-    resolved = apart and len(run["wall_time_s"]) >= _LEAST_SAMPLES
-    return ratio["median"] - 1 if resolved else None
+    return ratio["median"] - 1 if is_resolved(ratio, floor, len(run["wall_time_s"])) else None
 
 
 def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
     """The overhead to hold against the claim: its upper end where that is small enough, resolved or not."""
     high = max(paired_ratio(run["wall_time_s"], baseline["wall_time_s"])["high"], floor["high"]) - 1
-    enough = len(run["wall_time_s"]) >= _LEAST_SAMPLES
+    enough = len(run["wall_time_s"]) >= LEAST_SAMPLES
     return high if enough and high < WALL_TIME_CLAIM else wall_overhead(run, baseline, floor)
 
 
@@ -88,7 +85,14 @@ def verdict_table(results: dict[str, Any]) -> str:
         reasons[reason] = label
         rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label])
     notes = [f"{label}: {reason}" for reason, label in reasons.items()]
-    return "\n".join([_aligned(rows), "", f"{', '.join(names)}: ByteDMD price / price of resident", *notes])
+    return "\n".join(
+        [
+            aligned(rows, left={0, 1, len(rows[0]) - 1}),
+            "",
+            f"{', '.join(names)}: ByteDMD price / price of resident",
+            *notes,
+        ]
+    )
 
 
 def _wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
@@ -98,13 +102,13 @@ def _wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
     return f"not resolved {interval}" if overhead is None else f"{100 * overhead:+.1f} % {interval}"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]], left: set[int], headers: int = 1) -> str:
+    """Rows of cells as columns of equal width under a ruled head; the columns of `left` are flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = {0, 1, len(widths) - 1}
     lines = []
     for number, row in enumerate(rows):
         cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
-        if number == 0:
+        if number == headers - 1:
             lines.append("  ".join("-" * w for w in widths))
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+LEAST_SAMPLES = 3  # fewer have no spread to speak of
 _RESAMPLES = 2000
 _Case = tuple[str, Callable[[], object]]
 
@@ -52,8 +53,8 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     ordered = sorted(samples)
     return {
         "median": statistics.median(ordered),
-        "q25": _quantile(ordered, 0.25),
-        "q75": _quantile(ordered, 0.75),
+        "q25": quantile(ordered, 0.25),
+        "q75": quantile(ordered, 0.75),
     }
 
 
@@ -69,13 +70,23 @@ def paired_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int 
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
     return {
         "median": statistics.median(ratios),
-        "low": _quantile(medians, 0.025),
-        "high": _quantile(medians, 0.975),
+        "low": quantile(medians, 0.025),
+        "high": quantile(medians, 0.975),
     }
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear interpolation between the two nearest samples."""
+def is_resolved(ratio: Mapping[str, float], floor: Mapping[str, float], samples: int) -> bool:
+    """Whether a paired ratio says anything: it leaves out 1 and all of the noise floor, on enough samples.
+
+    `floor` is the paired ratio of the baseline against itself: what lies within it is noise.
+    """
+    apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
+    return apart and samples >= LEAST_SAMPLES
+
+
+def quantile(samples: Sequence[float], share: float) -> float:
+    """The value that `share` of the samples lie below; linear interpolation between the two nearest samples."""
+    ordered = sorted(samples)
     position = share * (len(ordered) - 1)
     low = int(position)
     high = min(low + 1, len(ordered) - 1)

@@ -1,0 +1,344 @@
+"""What it costs in time, and what crosses the bus, to keep Engram's table off the accelerator.
+
+  python bench/gpu_wall.py                                        on a CUDA machine: every variant, 4B-class model
+  python bench/gpu_wall.py --table_params 1e9 1e10 max            several table sizes; max is what memory holds
+  python bench/gpu_wall.py --backbone none --steps decode:1       the layer by itself, one token at a time
+  python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
+  make bench-cpu                                                  without a GPU: RAM against a real file
+
+Variants (where rows live, how they arrive):
+  resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor
+  offload_naive     host memory: CPU gather into staging, copy, wait; nothing overlaps
+  offload_prefetch  the same, started when the token ids are known, joined just before the second block
+  offload_uva       pinned host memory, read in place by a GPU kernel on a side stream
+  offload_hot       the most frequent rows on the device, the others as offload_prefetch
+  offload_disk      a safetensors file: synchronous and prefetched, page cache cold and warm
+  no_engram         the backbone by itself
+
+The run predicts (rows, bytes, measured bandwidth, hence the floor), measures all variants in interleaved rounds with
+fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with
+a 95 % interval; "not resolved" means that the interval holds 1. Without CUDA the variants are resident (RAM) and
+offload_disk, and no GPU figure follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from bench.harness import cli, components, steps, wall_figures, wall_table
+from bench.harness.accelerator import copy_bandwidth, describe
+from bench.harness.backbones import BACKBONES, Backbone, build_backbone
+from bench.harness.results import environment, git_commit, write_json
+from bench.harness.rivals import fio_random_read
+from bench.harness.timeline import SpanLog, trace_step
+from bench.harness.token_batches import Corpus, TokenBatches, standard_library, text_batches, text_file, uniform_batches
+from bench.harness.variants import TableSet, Variant
+from bench.harness.wall_options import (
+    LAYER,
+    STEPS_CPU,
+    STEPS_GPU,
+    largest,
+    pick_device,
+    require_disk,
+    step_shape,
+    table_config,
+    table_params,
+    wanted_variants,
+)
+from bench.harness.wall_records import run_record
+from engram_ref.config import PRESETS, EngramConfig
+from engram_ref.fusion import DemoFusion
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.tables.memory import require_bytes
+from engram_ref.vocab import CompressedVocab
+
+PROG = "gpu_wall"
+DTYPES = ("float32", "float16", "bfloat16")
+FIO_SECONDS = 4
+HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
+COPY_BYTES, COPIES = 1 << 28, 9  # of the copies that bandwidth is measured with
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/gpu_wall"), metavar="DIR", help="results, figures and the table's file")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of model and table (default: bfloat16)")
+    add("--seed", type=cli.at_least(0), default=0)
+
+    steps_group = parser.add_argument_group("steps of a model with an Engram layer")
+    add = steps_group.add_argument
+    add("--variants", nargs="+", metavar="NAME", help="default: all that this machine can serve; none for no steps")
+    add("--table_params", nargs="+", type=table_params, default=[1e9], metavar="N", help="1e9 ... 1e11, or max")
+    add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
+    add("--preset", choices=[name for name in PRESETS if name != "v41-flash"], default="paper-27b", help="geometry")
+    add("--backbone", default="qwen3-4b", metavar="NAME", help=f"{', '.join(BACKBONES)}, or a transformers config.json")
+    add("--blocks", type=cli.at_least(2), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
+    add("--steps", nargs="+", type=step_shape, metavar="SHAPE", help="prefill:BATCHxTOKENS or decode:BATCH")
+    add("--context", type=cli.at_least(0), default=512, help="tokens before a decode step (default: 512)")
+    add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
+    add("--text", type=Path, metavar="FILE", help="UTF-8 text for the stream (default: the standard library's sources)")
+    add("--page_cache", nargs="+", choices=("cold", "warm"), default=["cold", "warm"], help="for offload_disk")
+    add(
+        "--hot_share", type=cli.share, default=0.1, help="of the rows, kept on the device by offload_hot (default: 0.1)"
+    )
+    add("--rounds", type=cli.at_least(1), default=20, help="samples per variant and shape (default: 20)")
+    add("--warmup", type=cli.at_least(1), default=2, help="rounds that are not kept (default: 2)")
+    add("--energy", action="store_true", help="board energy over windows of 10 s per variant and shape (CUDA)")
+    add("--profile", type=Path, metavar="FILE.json", help="write a Chrome trace of one step per variant")
+
+    parts_group = parser.add_argument_group("component cases")
+    add = parts_group.add_argument
+    add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="default: all")
+    add("--iterations", type=cli.at_least(1), default=50, help="samples per case (default: 50)")
+    add("--batch_size", type=cli.at_least(1), default=64, help="default: 64")
+    add("--seq_len", type=cli.at_least(1), default=4096, help="default: 4096")
+    return complete(parser.parse_args())
+
+
+def complete(options: argparse.Namespace) -> argparse.Namespace:
+    """Defaults that depend on the machine or on other options."""
+    with cli.one_line_errors(PROG):
+        on_gpu = pick_device(options.device).type == "cuda"
+        options.table_params = [largest(options.dtype) if n == "max" else n for n in options.table_params]
+    if options.steps is None:
+        options.steps = [step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
+    options.steps = [replace(s, context=options.context) if s.phase == "decode" else s for s in options.steps]
+    if options.blocks is None and not on_gpu:
+        options.blocks = 2
+    if "all" in options.cases:
+        options.cases = list(components.CASES)
+    options.cases = [case for case in options.cases if case != "none"]
+    return options
+
+
+def main() -> None:
+    """The command."""
+    options = parse_arguments()
+    with cli.one_line_errors(PROG):
+        results = Benchmark(options).run()
+        print(f"\n{wall_table.wall_table(results)}\n\n{options.out / 'results.json'}")
+        for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
+            print(figure)
+
+
+class Benchmark:
+    """One run of the program: what is the same for all table sizes and shapes, and the results so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = pick_device(options.device)
+        self.dtype = getattr(torch, options.dtype)
+        self.variants = wanted_variants(options.variants, self.device)
+        self.vocab = CompressedVocab.from_tokenizer()
+        tell("tokenizing the text")
+        whole = text_file(options.text, self.vocab) if options.text else standard_library(self.vocab)
+        half = len(whole.ids) // 2
+        self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
+        self.corpus = Corpus(whole.name, whole.sha256, whole.ids[half:])
+        self.results = self.head()
+
+    def head(self) -> dict[str, Any]:
+        """Everything of the results that is known before the first step."""
+        options = {name: plain(value) for name, value in vars(self.options).items()}
+        accelerator = describe(self.device)
+        machine = environment()
+        stream = self.batches(1, 1024)
+        return {
+            "benchmark": PROG,
+            "device": self.device.type,
+            "device_name": accelerator["name"] if accelerator else machine["cpu"],
+            "configuration": {**options, "device": self.device.type},
+            "environment": {
+                **machine,
+                "accelerator": accelerator,
+                "huge_pages": None,
+                "page_size": os.sysconf("SC_PAGE_SIZE"),
+                "pinned": self.device.type == "cuda",
+            },
+            "git": git_commit(),
+            "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens},
+            "limits": {
+                **copy_bandwidth(self.device, COPY_BYTES, COPIES),
+                "disk": {"reads_per_s": None, "why": "no file was read"},
+            },
+            "steps": [],
+            "components": [],
+            "components_skipped": [],
+        }
+
+    def batches(self, batch: int, tokens: int, plan: HashPlan | None = None) -> TokenBatches:
+        """Token ids of the chosen stream; with a plan, sequences that go on from step to step."""
+        if self.options.stream == "uniform":
+            return uniform_batches(self.vocab, batch, tokens, self.options.seed, plan)
+        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.corpus)
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything; the file is written after each table size, complete each time."""
+        print(wall_table.measured_on(self.results), flush=True)
+        if self.variants:
+            backbone = self.build_backbone()
+            for params in self.options.table_params:
+                self.measure_table(backbone, params)
+                self.save()
+            del backbone
+        self.measure_components()
+        self.save()
+        return self.results
+
+    def save(self) -> None:
+        """Write the results so far."""
+        write_json(self.options.out / "results.json", self.results)
+
+    def build_backbone(self) -> Backbone:
+        """The blocks around the Engram layer."""
+        tell(f"building {self.options.backbone}")
+        hidden = EngramConfig.preset(self.options.preset).hidden
+        return build_backbone(self.options.backbone, self.options.blocks, self.device, self.dtype, hidden)
+
+    def measure_table(self, backbone: Backbone, params: float) -> None:
+        """All steps on one table size."""
+        options = self.options
+        config = table_config(options.preset, params, backbone.hidden, options.dtype)
+        plan = HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
+        names = self.fitting(config, plan)
+        hot = self.hot_rows(plan) if "offload_hot" in names else None
+        tell(f"building a table of {plan.layers[0].rows * config.row_bytes() / 2**30:.2f} GiB: {', '.join(names)}")
+        log = SpanLog()
+        with TableSet(
+            config, plan, names, self.device, options.out, options.seed, hot, options.page_cache, log
+        ) as tables:
+            self.results["environment"]["huge_pages"] = tables.memory.huge_page_share()
+            self.measure_disk_limit(tables)
+            fusion = DemoFusion(config, device=self.device, dtype=self.dtype).eval()
+            for shape in options.steps:
+                decode = plan if shape.phase == "decode" else None
+                batches = self.batches(shape.batch, shape.tokens, decode)
+                stepper = steps.Stepper(tables, fusion, backbone, shape, batches)
+                self.measure_step(stepper, config, params, log)
+
+    def fitting(self, config: EngramConfig, plan: HashPlan) -> list[str]:
+        """The variants whose table fits; the others are refused, or with --fit named and left out."""
+        fit = []
+        nbytes = plan.layers[0].rows * config.row_bytes()
+        for name in self.variants:
+            try:
+                if name == "offload_disk":
+                    require_disk(nbytes, self.options.out)
+                if name == "resident" and self.device.type == "cuda":
+                    require_bytes(nbytes, self.device)
+                fit.append(name)
+            except ValueError as error:
+                if not self.options.fit:
+                    raise
+                print(f"{name} is left out: {error}", flush=True)
+        return fit
+
+    def hot_rows(self, plan: HashPlan) -> tuple[torch.Tensor, int]:
+        """Row numbers of calibration text, and how many of the most frequent to keep on the device."""
+        rows = NgramHasher(plan)(self.calibration[None, :HOT_TOKENS], LAYER)
+        return torch.from_numpy(rows), max(1, int(self.options.hot_share * plan.layers[0].rows))
+
+    def measure_disk_limit(self, tables: TableSet) -> None:
+        """What the device under the table's file can do, once per run."""
+        files = [found for found in map(steps.file_behind, tables.variants) if found is not None]
+        if files and self.results["limits"]["disk"]["reads_per_s"] is None:
+            tell("measuring random reads with fio")
+            self.results["limits"]["disk"] = fio_random_read(files[0].stored.path, FIO_SECONDS)
+
+    def measure_step(self, stepper: steps.Stepper, config: EngramConfig, params: float, log: SpanLog) -> None:
+        """Predict, print, measure and record one shape."""
+        tables, shape, backbone = stepper.tables, stepper.shape, stepper.backbone
+        variants = [*([steps.control()] if backbone.blocks else []), *tables.variants]
+        step = {
+            "shape": asdict(shape),
+            "table": {
+                "params": params,
+                "rows": tables.rows,
+                "row_bytes": tables.format.row_bytes,
+                "bytes": tables.nbytes,
+                "columns": config.columns,
+                "layer_ids": list(config.layer_ids),
+            },
+            "backbone": self.options.backbone,
+            "blocks": backbone.blocks,
+            "dtype": self.options.dtype,
+            "device": self.device.type,
+            "prediction": stepper.predict(),
+            "runs": [],
+        }
+        digest = tables.check(stepper.next_ids()[0])  # rows that differ are never timed
+        print("\n".join(wall_table.step_header(self.results, step)))
+        print(wall_table.prediction(self.results, step), flush=True)
+        samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
+        for variant in variants:
+            counted = steps.count_on_bus(stepper, variant, self.options.energy)
+            spans = trace_step(stepper, variant, log, self.chrome_trace(variant))
+            step["runs"].append(
+                run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, spans)
+            )
+        self.results["steps"].append(step)
+
+    def chrome_trace(self, variant: Variant) -> Path | None:
+        """Where `--profile` wants the trace of a variant."""
+        path = self.options.profile
+        return path and path.with_name(f"{path.stem}-{variant.label.replace(' ', '-')}.json")
+
+    def measure_components(self) -> None:
+        """The component cases that this machine can run."""
+        options = self.options
+        runnable = components.CASES if self.device.type == "cuda" else components.ON_CPU
+        for case in options.cases:
+            if case not in runnable:
+                self.results["components_skipped"].append({"case": case, "why": "there is no CUDA device to upload to"})
+        cases = [case for case in options.cases if case in runnable]
+        if not cases:
+            return
+        tell(f"components {', '.join(cases)}: {options.batch_size} x {options.seq_len} tokens")
+        config = EngramConfig.preset("demo").replace(row_dtype=options.dtype)
+        plan = HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
+        batches = self.batches(options.batch_size, options.seq_len)
+        memory = copy_bandwidth(torch.device("cpu"), COPY_BYTES, COPIES)["copy"]
+        assert memory is not None
+        rates = components.Rates(
+            memcpy=memory["bytes_per_s"],
+            upload=self.results["limits"]["copy"]["bytes_per_s"] if self.device.type == "cuda" else None,
+            matmul=components.matmul_rate(self.dtype),
+        )
+        parts = components.Components(config, plan, batches, self.device, self.dtype)
+        try:
+            self.results["components"] = components.measure(parts, cases, options.iterations, rates)
+        finally:
+            parts.close()
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON holds it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, steps.Shape):
+        return str(value)
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def tell(text: str) -> None:
+    """Progress on stderr; on a terminal one line that is overwritten."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,213 @@
+"""The variants of the hardware benchmark: one table content, every placement and schedule, rows checked first.
+
+A variant is a table (where rows live), a prefetcher (when they are fetched) and, for a file, a state of the page
+cache. They share the memory that they can share, so that the largest table is there once in host memory, once
+on the device and once on disk. Names as in the twin: `engram_toy/layouts.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.harness import synthetic
+from engram_ref.config import EngramConfig
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.prefetch import Observer, Prefetcher
+from engram_ref.tables.base import RowFormat, Table
+from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.file import FileTable, StoredRows, save_rows
+from engram_ref.tables.host import HostTable
+from engram_ref.tables.hot import HotTable, most_frequent
+from engram_ref.tables.memory import HostMemory, require_bytes
+
+VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
+ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
+CONTROL = "no_engram"  # the backbone by itself
+_CHECKED_ROWS = 4096
+_PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to have the rows.
+
+    Attributes:
+        name: of VARIANTS, or CONTROL.
+        schedule: synchronous, prefetched or in place.
+        page_cache: cold or warm for a file, else None.
+        repeat: 1 for the second measurement of `resident`, the noise floor.
+    """
+
+    name: str
+    schedule: str
+    page_cache: str | None = None
+    repeat: int = 0
+    table: Table | None = None
+    prefetcher: Prefetcher | None = None
+
+    @property
+    def label(self) -> str:
+        """All that tells it from the others."""
+        parts = [self.name, self.schedule, self.page_cache, "again" if self.repeat else None]
+        return " ".join(part for part in parts if part)
+
+
+class TableSet:
+    """One table content in every placement that the chosen variants need; a context manager that gives all back.
+
+    Args:
+        config, plan: one Engram layer; its table is built.
+        names: variants wanted.
+        device: where rows are used.
+        folder: where the table's file goes.
+        seed: of the content.
+        hot: for `offload_hot`, a stream of row numbers to choose the most frequent from, and how many to keep.
+        caches: states of the page cache to measure a file in.
+        observer: given to every prefetcher.
+    """
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        plan: HashPlan,
+        names: Sequence[str],
+        device: torch.device,
+        folder: Path,
+        seed: int,
+        hot: tuple[Tensor, int] | None,
+        caches: Sequence[str],
+        observer: Observer | None = None,
+    ) -> None:
+        self.layer_id = plan.layers[0].layer_id
+        self.rows = plan.layers[0].rows
+        self.format = RowFormat.of(config)
+        self.device = device
+        self._plan = plan
+        self._seed = seed
+        self._observer = observer
+        self._stack = ExitStack()
+        try:
+            self._build(names, folder, hot, caches)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.rows * self.format.row_bytes
+
+    def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
+        if self.device.type == "cuda" and "resident" in names:
+            require_bytes(self.nbytes, self.device)
+        self.memory = self._keep(HostMemory(self.nbytes, pinned=self.device.type == "cuda"))
+        raw = self.memory.bytes.view(self.rows, self.format.row_bytes)
+        synthetic.fill(raw, self.format.dtype, self._seed)
+        self._values = self.format.decode(raw)  # [R, D]
+        builders: dict[str, Callable[[], list[Variant]]] = {
+            "resident": self._resident,
+            "offload_naive": lambda: [self._host("offload_naive", "synchronous")],
+            "offload_prefetch": lambda: [self._host("offload_prefetch", "prefetched")],
+            "offload_uva": self._uva,
+            "offload_hot": lambda: [self._hot(*_given(hot))],
+            "offload_disk": lambda: self._disk(folder, caches),
+        }
+        self.variants = [variant for name in names for variant in builders[name]()]
+
+    def _keep(self, resource: Any) -> Any:
+        return self._stack.enter_context(resource)
+
+    def _on(self, table: Table, background: bool) -> Prefetcher:
+        hasher: NgramHasher | DeviceHasher = NgramHasher(self._plan)
+        if table.index_device.type == "cuda":
+            hasher = DeviceHasher(self._plan, table.index_device)
+        tables = {self.layer_id: table}
+        return self._keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
+
+    def _resident(self) -> list[Variant]:
+        values = self._values if self.device.type == "cpu" else _to_device(self._values, self.device)
+        table = self._keep(DeviceTable(values))
+        prefetcher = self._on(table, background=False)
+        return [Variant("resident", "in place", None, repeat, table, prefetcher) for repeat in (0, 1)]
+
+    def _host(self, name: str, schedule: str) -> Variant:
+        table = self._keep(HostTable(self._values, self.device))
+        return Variant(name, schedule, None, 0, table, self._on(table, schedule == "prefetched"))
+
+    def _uva(self) -> list[Variant]:
+        from engram_ref.tables.uva import UvaTable  # needs Triton
+
+        table = self._keep(UvaTable(self._values, self.device))
+        return [Variant("offload_uva", "prefetched", None, 0, table, self._on(table, True))]
+
+    def _hot(self, stream: Tensor, count: int) -> Variant:
+        rows = most_frequent(stream, count, self.rows)
+        table = self._keep(HotTable(HostTable(self._values, self.device), rows))
+        return Variant("offload_hot", "prefetched", None, 0, table, self._on(table, True))
+
+    def _disk(self, folder: Path, caches: Sequence[str]) -> list[Variant]:
+        path = folder / f"table-{self.rows}x{self.format.row_bytes}-{self._seed}.safetensors"
+        save_rows(path, self._values)
+        self._stack.callback(path.unlink)
+        table = self._keep(FileTable(StoredRows.find(path), self.device))
+        table.drop_cache()
+        prefetchers = {"synchronous": self._on(table, False), "prefetched": self._on(table, True)}
+        return [
+            Variant("offload_disk", schedule, cache, 0, table, prefetcher)
+            for cache in caches
+            for schedule, prefetcher in prefetchers.items()
+        ]
+
+    def check(self, ids: np.ndarray) -> str:
+        """Fetch one batch [B, T] from every variant; the digest of its rows, equal to the content's formula.
+
+        Raises:
+            ValueError: a variant returned other bytes: then nothing may be timed.
+        """
+        numbers = NgramHasher(self._plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
+        want = synthetic.expected_rows(torch.from_numpy(numbers), self.format.row_bytes, self.format.dtype, self._seed)
+        digest = hashlib.sha256(want.numpy().tobytes()).hexdigest()
+        for variant in self.variants:
+            got = hashlib.sha256(_fetch_bytes(variant, ids, self.layer_id, len(numbers))).hexdigest()
+            if got != digest:
+                raise ValueError(f"{variant.label} returned other rows than were written: nothing was measured")
+        return digest
+
+    def __enter__(self) -> TableSet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def _given(hot: tuple[Tensor, int] | None) -> tuple[Tensor, int]:
+    if hot is None:
+        raise ValueError("offload_hot needs a stream to choose the most frequent rows from")
+    return hot
+
+
+def _fetch_bytes(variant: Variant, ids: np.ndarray, layer_id: int, count: int) -> bytes:
+    assert variant.prefetcher is not None
+    hasher = variant.prefetcher.hasher
+    given = torch.from_numpy(ids).to(hasher.device) if isinstance(hasher, DeviceHasher) else ids
+    with variant.prefetcher.start(given) as fetch:
+        return fetch[layer_id].wait()[:count].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, made in pieces: one copy may not span two page-locked regions."""
+    source = values.view(torch.uint8).view(-1)
+    target = torch.empty(source.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(source), _PIECE):
+        target[start : start + _PIECE].copy_(source[start : start + _PIECE])
+    return target.view(values.shape[0], -1).view(values.dtype)

@@ -1,0 +1,113 @@
+"""Command-line options of the hardware benchmark that need more than a type: shapes, sizes, devices, what fits."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.harness.steps import Shape
+from bench.harness.variants import ON_CPU, VARIANTS
+from engram_ref.config import VALUE_BYTES, EngramConfig
+from engram_ref.tables.memory import free_host_bytes
+
+LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
+STEPS_GPU = ["prefill:1x4096", "prefill:8x4096", "decode:1", "decode:16", "decode:64", "decode:256"]
+STEPS_CPU = ["prefill:1x256", "decode:4"]
+_MAX_SHARE = 0.85  # of free host memory that a table called max takes
+_DISK_HEADROOM = 1 << 28
+
+
+def step_shape(text: str) -> Shape:
+    """An argument type: `prefill:BATCHxTOKENS` or `decode:BATCH`."""
+    prefill = re.fullmatch(r"prefill:([1-9]\d*)x([1-9]\d*)", text)
+    decode = re.fullmatch(r"decode:([1-9]\d*)", text)
+    if prefill:
+        return Shape("prefill", int(prefill[1]), int(prefill[2]))
+    if decode:
+        return Shape("decode", int(decode[1]), 1)
+    raise argparse.ArgumentTypeError(f"{text!r} must be prefill:BATCHxTOKENS or decode:BATCH")
+
+
+def table_params(text: str) -> float | str:
+    """An argument type: parameters of a table, such as 1e9, or `max`."""
+    if text == "max":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e5 <= value <= 1e12:
+        raise argparse.ArgumentTypeError(f"{text!r} must be max or a number of parameters from 1e5 to 1e12")
+    return value
+
+
+def largest(dtype: str) -> float:
+    """Parameters of the largest table that host memory holds with room to spare.
+
+    Raises:
+        ValueError: the system does not say how much memory is free.
+    """
+    free = free_host_bytes()
+    if free is None:
+        raise ValueError("this system does not say how much memory is free: give --table_params a number")
+    return float(int(_MAX_SHARE * free / VALUE_BYTES[dtype]))
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, cuda, or auto: CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def wanted_variants(names: Sequence[str] | None, device: torch.device) -> list[str]:
+    """The variants to run; by default all that make sense on the device.
+
+    Raises:
+        ValueError: a variant that needs an accelerator, on a CPU.
+    """
+    possible = VARIANTS if device.type == "cuda" else ON_CPU
+    if names is None:
+        return list(possible)
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in possible:
+            raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}, or none")
+    return [name for name in possible if name in names]
+
+
+def table_config(preset: str, params: float, hidden: int, dtype: str) -> EngramConfig:
+    """The preset's geometry with one layer of about `params` parameters, on one residual stream of `hidden` values."""
+    config = EngramConfig.preset(preset).replace(layer_ids=(LAYER,), compressed_size=None)
+    per_column = max(2, round(params / (config.columns * config.row_width)))
+    return config.replace(
+        hidden=hidden,
+        hc_mult=1,
+        row_dtype=dtype,
+        table_size_per_order=(per_column,) * len(config.orders),
+    )
+
+
+def require_disk(nbytes: int, folder: Path) -> None:
+    """Refuse with both numbers a file that the disk under `folder` cannot hold.
+
+    Raises:
+        ValueError: fewer than `nbytes` are free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if nbytes + _DISK_HEADROOM > free:
+        raise ValueError(
+            f"{nbytes / 2**30:.2f} GiB do not fit onto the disk of {folder}, of which {free / 2**30:.2f} GiB are free: "
+            "take a smaller table or another --out"
+        )

@@ -1,0 +1,212 @@
+"""The hardware benchmark end to end where there is no GPU: what it measures, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+from bench import gpu_wall
+from bench.harness import wall_options
+from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
+from engram_ref.tables.file import FileTable
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "bench/harness/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tale.txt"
+    words = ["river", "stone", "Lantern", "north", "of", "the", "seventh", "bridge", "sleeps", "until", "rain"]
+    path.write_text(" ".join(words[i * i % 11] + words[i * 7 % 11][: i % 5] for i in range(6000)), encoding="utf-8")
+    return path
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments)])
+    monkeypatch.setattr(gpu_wall, "COPY_BYTES", 1 << 20)
+    gpu_wall.main()
+
+
+@pytest.fixture(scope="module")
+def results(text, tmp_path_factory, cache_home):
+    """One small run: every CPU variant, both phases, the two component cases that a CPU can run."""
+    out = tmp_path_factory.mktemp("wall")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        patch.setattr(gpu_wall, "FIO_SECONDS", 0.2)
+        shapes = ["--steps", "prefill:2x40", "decode:3", "--rounds", 4, "--warmup", 1, "--text", text]
+        parts = ["--batch_size", 1, "--seq_len", 16, "--iterations", 2]
+        run_main(patch, *SMALL, *shapes, *parts, "--out", out, "--profile", out / "trace.json")
+    return out, json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_results_fit_the_schema(results):
+    jsonschema.validate(results[1], SCHEMA)
+
+
+def test_every_variant_of_a_cpu_is_measured_in_every_step(results):
+    _, found = results
+    assert [step["shape"]["phase"] for step in found["steps"]] == ["prefill", "decode"]
+    disk = [
+        ("offload_disk", schedule, cache) for cache in ("cold", "warm") for schedule in ("synchronous", "prefetched")
+    ]
+    for step in found["steps"]:
+        names = [(run["variant"], run["schedule"], run["page_cache"]) for run in step["runs"]]
+        assert names == [("resident", "in place", None)] * 2 + disk
+        assert all(len(run["step_s"]) == len(run["exposed_s"]) == 4 for run in step["runs"])
+        assert all(0 < exposed < step for run in step["runs"] for exposed, step in zip(run["exposed_s"], run["step_s"]))
+
+
+def test_bytes_read_are_bytes_predicted(results):
+    for step in results[1]["steps"]:
+        assert rows_agree(step)
+        for run in step["runs"]:
+            if run["variant"] == "offload_disk":
+                assert bytes_agree(run) and run["bytes"]["copied"] == run["bytes"]["from_ids"]
+
+
+def test_fresh_ids_every_step(results):
+    for run in results[1]["steps"][0]["runs"]:
+        assert len(set(run["bytes"]["from_ids"])) > 1
+
+
+def test_a_cpu_time_is_never_a_gpu_time(results):
+    _, found = results
+    assert found["device"] == "cpu" and found["environment"]["accelerator"] is None
+    assert {step["device"] for step in found["steps"]} == {part["device"] for part in found["components"]} == {"cpu"}
+    skipped = {entry["case"]: entry["why"] for entry in found["components_skipped"]}
+    assert sorted(skipped) == ["full", "up_embed", "up_kv"] and set(skipped.values()) == {
+        "there is no CUDA device to upload to"
+    }
+
+
+def test_the_component_cases_count_their_work(results):
+    parts = {part["case"]: part for part in results[1]["components"]}
+    assert sorted(parts) == ["compute", "hash"]
+    assert parts["hash"]["bytes"] == 16 * 16 * 64 * 4  # tokens, columns, values, bytes
+    assert parts["compute"]["flops"] == 2 * 16 * 1024 * 5 * 1024
+
+
+def test_figures_traces_and_nothing_else_are_left(results):
+    out, found = results
+    names = {path.name for path in out.iterdir()}
+    traces = {name for name in names if name.startswith("trace-")}
+    assert names - traces == {"results.json", "timeline.svg", "overhead.svg", "bandwidth.svg"}
+    assert "trace-offload_disk-prefetched-cold.json" in traces
+    assert "engram_step" in (out / "trace-resident-in-place.json").read_text(encoding="utf-8")
+    lanes = {tuple(span[:2]) for run in found["steps"][0]["runs"] for span in run["spans"]}
+    assert {("hash", "background"), ("gather", "background"), ("compute", "main"), ("wait", "main")} <= lanes
+
+
+def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache_home):
+    """A backbone that takes longer than the fetch: what is exposed is a small share of the synchronous wait."""
+    import time
+
+    from bench.harness.backbones import Backbone
+
+    class Sleeping(Backbone):
+        def step(self, embeds, cache, before_second):
+            time.sleep(0.05)
+            return super().step(embeds, cache, before_second)
+
+    real = FileTable.start
+    monkeypatch.setattr(FileTable, "start", lambda table, rows, out=None: (time.sleep(0.02), real(table, rows, out))[1])
+    monkeypatch.setattr(gpu_wall, "build_backbone", lambda name, blocks, device, dtype, width: Sleeping(name, width))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    only = ["--variants", "offload_disk", "--page_cache", "cold", "--steps", "prefill:1x8", "--rounds", 3]
+    run_main(monkeypatch, *SMALL, *only, "--cases", "none", "--text", text, "--out", tmp_path)
+    step = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["steps"][0]
+    assert hidden_share(step, run_of(step, "offload_disk", "prefetched")) > 0.8
+    assert min(run_of(step, "offload_disk", "synchronous")["exposed_s"]) >= 0.02
+
+
+REFUSED = {
+    "--variants offload_uva": "--variants offload_uva: this machine can serve resident, offload_disk, or none",
+    "--variants resident --table_params 5e10": "GiB do not fit into host memory, of which",
+    "--variants offload_disk --table_params 5e10": "GiB do not fit onto the disk of",
+    "--table_params 1": "'1' must be max or a number of parameters from 1e5 to 1e12",
+    "--steps prefill:4096": "'prefill:4096' must be prefill:BATCHxTOKENS or decode:BATCH",
+    "--backbone gpt-9": "no backbone 'gpt-9': use one of none, qwen3-4b, qwen3-8b, or the path of a config.json",
+    "--blocks 1": "'1' must be an integer of at least 2",
+    "--text /nowhere.txt": "No such file or directory: '/nowhere.txt'",
+    "--steps prefill:1x400000": "take a longer text or a smaller batch",
+    "--out /proc/nothing": "/proc/nothing",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_bad_input_is_one_line(arguments, tmp_path, text, monkeypatch, capsys, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *SMALL, "--cases", "none", "--text", text, "--out", tmp_path, *arguments.split())
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("gpu_wall: error: ") and REFUSED[arguments] in last
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--device", "cuda", "--out", tmp_path)
+    assert "torch sees no CUDA device on this machine; use --device cpu" in capsys.readouterr().err
+
+
+def test_wrong_rows_are_never_timed(tmp_path, text, monkeypatch, capsys, cache_home):
+    real = FileTable.start
+
+    def damaged(table, rows, out=None):
+        pending = real(table, rows, out)
+        pending.wait().view(torch.uint8)[-1, -1] ^= 1
+        return pending
+
+    monkeypatch.setattr(FileTable, "start", damaged)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *SMALL, "--steps", "prefill:1x8", "--cases", "none", "--text", text, "--out", tmp_path)
+    assert "returned other rows than were written: nothing was measured" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process can grow beyond 40 kB; the kernel's signal for that is ignored by Python."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("variant", ["resident", "offload_disk"])
+def test_a_full_disk_leaves_nothing_behind(variant, tmp_path, text, monkeypatch, capsys, cache_home, full_disk):
+    """Neither the results (many samples of a resident table) nor a table's file fit; an older file stays."""
+    (tmp_path / "results.json").write_text("older")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    arguments = ["--cases", "none", "--variants", variant, "--steps", "prefill:1x8", "--rounds", 800]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *SMALL, *arguments, "--text", text, "--out", tmp_path)
+    assert stopped.value.code == 2
+    assert "File too large" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("results.json", "older")]
+
+
+@pytest.mark.parametrize(("text", "shape"), [("prefill:2x7", ("prefill", 2, 7)), ("decode:64", ("decode", 64, 1))])
+def test_shapes(text, shape):
+    found = wall_options.step_shape(text)
+    assert (found.phase, found.batch, found.tokens) == shape
+
+
+@pytest.mark.parametrize("params", [1e6, 5.37e8, 1e11])
+def test_a_table_has_about_the_parameters_that_were_asked_for(params):
+    config = wall_options.table_config("paper-27b", params, 2560, "bfloat16")
+    assert config.hidden == 2560 and config.hc_mult == 1 and config.layer_ids == (1,)
+    sizes = sum(size * config.heads for size in config.table_size_per_order)
+    assert sizes * config.row_width == pytest.approx(params, rel=0.001)
