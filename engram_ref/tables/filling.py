@@ -51,7 +51,7 @@ def fill_normal(values: Tensor, seed: int) -> None:
 
 
 def _fill_share(share: list[tuple[int, Tensor]], seed: int) -> None:
-    """What one thread does; its scratch is made once, since new memory for each chunk would double the time."""
+    """What one thread does, with one scratch memory for all its chunks."""
     scratch = np.empty((3, _CHUNK), dtype=np.float32)
     for number, chunk in share:
         generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(number,))))

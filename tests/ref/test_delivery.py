@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engram_ref.tables import delivery as module
+from engram_ref.tables import make_table
 from engram_ref.tables.base import RowFormat
 from engram_ref.tables.delivery import Delivery
 from engram_ref.tables.memory import HUGE_PAGE, PIN_PIECE
@@ -131,6 +132,21 @@ def test_a_failure_to_fill_is_raised_and_the_next_fetch_works(gpu):
 def test_one_buffer_is_refused():
     with pytest.raises(ValueError, match="buffers=1: with fewer than 2 nothing overlaps"):
         Delivery(torch.device("cpu"), FORMAT, buffers=1)
+
+
+def test_a_table_in_host_memory_serves_the_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    asked = [torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    with make_table("host", values, "cuda") as table:
+        assert list(gpu.runtime.registered.values()) == [values.nbytes]  # the table itself
+        pending = [table.start(rows) for rows in asked]
+        for rows, fetch in zip(asked, pending):
+            assert (fetch.wait() == values[rows]).all()
+        assert len(gpu.runtime.registered) == 3
+        table.trim()
+        assert list(gpu.runtime.registered.values()) == [values.nbytes]
+    assert gpu.runtime.registered == {}
 
 
 # --- on a CPU ---------------------------------------------------------------------------------------------

@@ -233,6 +233,14 @@ def test_a_closed_table_says_so(case, make):
     table.close()
 
 
+@pytest.mark.parametrize("case", ["device", "host", "uva", "hot"])
+def test_closing_a_table_closes_its_memory(case, make, monkeypatch):
+    closed, real = [], HostMemory.close
+    monkeypatch.setattr(HostMemory, "close", lambda memory: closed.append(memory.nbytes) or real(memory))
+    make(case, random_values()).close()
+    assert closed == [R * D * 4]
+
+
 TABLE_BYTES, MAP_BYTES = R * D * 4, R * 4  # a hot table also has one int32 per row
 HELD = {
     "device": {"device": TABLE_BYTES, "host": 0, "disk": 0},
