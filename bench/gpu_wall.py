@@ -30,6 +30,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+# Threads that spin while they wait stall everybody for milliseconds when another program needs a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
