@@ -37,7 +37,7 @@ speed: $(VENV)/stamp-fast,plot
 
 bench-cpu: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/gpu_wall.py --device cpu --out out/gpu_wall_cpu --table_params 6e8 --dtype float32 \
-		--backbone qwen3-4b --steps prefill:1x64 decode:4 --rounds 15 --seq_len 1024 --batch_size 1 --iterations 12
+		--backbone qwen3-4b --steps prefill:1x64 decode:4 --rounds 30 --seq_len 1024 --batch_size 1 --iterations 12
 
 bench-layer: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json

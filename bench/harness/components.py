@@ -58,8 +58,8 @@ class Rates:
     matmul: float
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """Operations per second of a square product on the CPU, the best of a few."""
+def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 9) -> float:
+    """Operations per second of a square product on the CPU, the best of a few: what no part can exceed."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
     return max(2 * size**3 / _clocked(lambda: a @ b) for _ in range(repeats + 1))
 
