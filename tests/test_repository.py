@@ -13,6 +13,8 @@ import pytest
 
 from bench import fill_docs
 from bench.harness.figures import source
+from bench.harness.timing import paired_ratio
+from bench.harness.wall_numbers import bytes_agree, hidden_share, overhead, rows_agree, run_of
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy.bytedmd import bytedmd, traced_eval
 
@@ -73,16 +75,47 @@ def test_a_changed_number_is_noticed(monkeypatch):
     assert set(fill_docs.stale()) >= {"README.md", "docs/index.md", "docs/log.md", "docs/figures/ratios.svg"}
 
 
+FIGURES = {
+    "bytedmd_toy": ["cost_by_kind.svg", "depths.svg", "ratios.svg"],
+    "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
+}
+
+
 def test_the_figures_name_their_results():
-    origin = source(fill_docs.load("bytedmd_toy"))
-    figures = sorted((ROOT / "docs/figures").glob("*.svg"))
-    assert [figure.name for figure in figures] == ["cost_by_kind.svg", "depths.svg", "ratios.svg"]
-    assert all(origin in figure.read_text(encoding="utf-8") for figure in figures)
+    folder = ROOT / "docs/figures"
+    named = sorted(figure for figures in FIGURES.values() for figure in figures)
+    assert sorted(path.name for path in folder.glob("*.svg")) == named
+    for name, figures in FIGURES.items():
+        origin = source(fill_docs.load(name))
+        assert all(origin in (folder / figure).read_text(encoding="utf-8") for figure in figures)
 
 
-def test_committed_results_fit_the_schema():
-    schema = json.loads((ROOT / "bench/harness/bytedmd_toy.schema.json").read_text())
-    jsonschema.validate(fill_docs.load("bytedmd_toy"), schema)
+@pytest.mark.parametrize(("results", "schema"), [("bytedmd_toy", "bytedmd_toy"), ("gpu_wall_cpu", "gpu_wall")])
+def test_committed_results_fit_the_schema(results, schema):
+    rules = json.loads((ROOT / f"bench/harness/{schema}.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(fill_docs.load(results), rules)
+
+
+def test_the_cpu_example_read_what_was_predicted_and_hid_it():
+    """What docs/hardware.md and the log say of it."""
+    for step in fill_docs.load("gpu_wall_cpu")["steps"]:
+        assert step["table"]["bytes"] > 2 << 30 and rows_agree(step)
+        for schedule in ("synchronous", "prefetched"):
+            cold = run_of(step, "offload_disk", schedule, "cold")
+            extra = [c - p for c, p in zip(cold["bytes"]["counter"], cold["bytes"]["predicted_counter"])]
+            assert bytes_agree(cold) and min(extra) == 0 and sum(map(bool, extra)) <= 1
+        assert hidden_share(step, run_of(step, "offload_disk", "prefetched", "cold")) > 0.9
+    prefill = fill_docs.load("gpu_wall_cpu")["steps"][0]
+    left = overhead(prefill, run_of(prefill, "offload_disk", "prefetched", "cold"))
+    assert left.resolved and left.low > 0  # hidden, and yet not free
+
+
+@pytest.mark.parametrize(
+    ("case", "at_least"), [("gather", 2.5), ("convolution", 8), ("layer", 1.3), ("construction", 3), ("cold", 4)]
+)
+def test_the_layer_is_as_much_faster_as_was_aimed_at(case, at_least):
+    found = next(entry for entry in fill_docs.load("layer_speed")["cases"] if entry["case"] == case)
+    assert paired_ratio(found["samples_s"][found["rival"]], found["samples_s"]["ours"])["median"] >= at_least
 
 
 def test_the_readme_names_files_that_exist():
