@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in under ten minutes: the tests under tests/cuda (stress and negative controls
-# among them), then the hardware benchmark over table sizes and shapes. Ends with a readable summary.
+# among them), then the hardware benchmark over table sizes and shapes, with a file and the component cases once. Ends
+# with one results file and a readable summary of it.
 #
 #   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks
 #
@@ -42,16 +43,17 @@ step() { # step SECONDS NAME COMMAND...: run, keep the log, go on after a failur
   [ "$code" -eq 0 ] || { failed=1; echo "== $name ended with $code"; }
 }
 
-step 170 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
+step 150 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
   tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_hashing_torch.py
-step 330 wall $PYTHON bench/gpu_wall.py --out "$OUT" --cases none --fit \
-  --table_params 5.37e8 1.718e10 max --rounds 12 --steps prefill:1x4096 prefill:8x4096 decode:1 decode:16 decode:64 decode:256
-step 60 components $PYTHON bench/gpu_wall.py --out "$OUT/components" --variants none --cases all --iterations 5 \
-  --batch_size 16 --seq_len 4096
-step 45 trace $PYTHON bench/gpu_wall.py --out "$OUT/trace" --cases none --table_params 5.37e8 --rounds 3 \
-  --steps prefill:1x4096 --variants resident offload_prefetch --profile "$OUT/trace/profile.json"
+# 1 GiB, 32 GiB and the largest that fits, in bfloat16; half of the model's blocks, so that there is time for all.
+step 330 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 8 \
+  --variants resident offload_naive offload_prefetch offload_uva offload_hot --table_params 5.37e8 1.718e10 max \
+  --steps prefill:1x4096 prefill:8x4096 decode:1 decode:16 decode:64 decode:256
+step 60 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
+  --table_params 5.37e8 --steps prefill:1x512 decode:16 --cases all --iterations 5 --batch_size 8 --seq_len 4096 \
+  --profile "$OUT/disk/trace.json"
+step 20 summary $PYTHON -m bench.harness.merge "$OUT/results.json" "$OUT/wall/results.json" "$OUT/disk/results.json"
 
-echo "== summary"
 tail -n 3 "$OUT/tests.log"
 [ "$failed" -eq 0 ] && echo "gpu_checks: every check passed" || echo "gpu_checks: something failed: see the logs in $OUT"
 exit "$failed"

@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parts_group.add_argument
     add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="default: all")
     add("--iterations", type=cli.at_least(1), default=50, help="samples per case (default: 50)")
-    add("--batch_size", type=cli.at_least(1), default=64, help="default: 64")
+    add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
     add("--seq_len", type=cli.at_least(1), default=4096, help="default: 4096")
     return complete(parser.parse_args())
 
@@ -119,6 +119,7 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     options.steps = [replace(s, context=options.context) if s.phase == "decode" else s for s in options.steps]
     if options.blocks is None and not on_gpu:
         options.blocks = 2
+    options.batch_size = options.batch_size or (64 if on_gpu else 1)
     if "all" in options.cases:
         options.cases = list(components.CASES)
     options.cases = [case for case in options.cases if case != "none"]
@@ -284,9 +285,11 @@ class Benchmark:
         print("\n".join(wall_table.step_header(self.results, step)))
         print(wall_table.prediction(self.results, step), flush=True)
         samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
+        # A profiled step takes a second: one step of each phase shows what there is to see.
+        traced = shape.phase not in {done["shape"]["phase"] for done in self.results["steps"]}
         for variant in variants:
             counted = steps.count_on_bus(stepper, variant, self.options.energy)
-            spans = trace_step(stepper, variant, log, self.chrome_trace(variant))
+            spans = trace_step(stepper, variant, log, self.chrome_trace(variant)) if traced else []
             step["runs"].append(
                 run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, spans)
             )
@@ -320,7 +323,7 @@ class Benchmark:
         )
         parts = components.Components(config, plan, batches, self.device, self.dtype)
         try:
-            self.results["components"] = components.measure(parts, cases, options.iterations, rates)
+            self.results["components"] = components.measure(parts, cases, options.iterations, rates, tell)
         finally:
             parts.close()
 
@@ -343,4 +346,4 @@ def tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, PROG)
+    cli.run(main, PROG, left="results.json, if there is one, holds the table sizes that were finished")

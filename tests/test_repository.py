@@ -15,7 +15,6 @@ from bench import fill_docs
 from bench.harness.figures import source
 from bench.harness.timing import paired_ratio
 from bench.harness.wall_numbers import bytes_agree, hidden_share, overhead, rows_agree, run_of
-from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy.bytedmd import bytedmd, traced_eval
 
 ROOT = Path(__file__).parents[1]
@@ -129,11 +128,20 @@ def test_the_readme_names_files_that_exist():
             folder = path.parent if path.is_file() else ROOT
 
 
-def test_the_readme_examples(vocab_v4):
-    from engram_ref.config import EngramConfig
+@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md"])
+def test_the_examples_of_the_documents_run(document, monkeypatch, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        names: dict = {}
+        exec(block, names)
+        if "rows" in names:
+            assert names["rows"].shape == (1, 3, 24)
+        if "hidden" in names:
+            assert names["hidden"].shape == (1, 8, 64) and names["hidden"].isfinite().all()
 
-    config = EngramConfig.preset("v41-flash")
-    plan = HashPlan.build(config, len(vocab_v4), vocab_v4.pad(config.pad_id))
-    assert NgramHasher(plan)(vocab_v4([[22898, 19737, 270]]), layer_id=1).shape == (1, 3, 24)
+
+def test_the_numbers_beside_the_tracer_example():
     assert bytedmd(lambda a, b, c: (a + b) + c, (1, 2, 3)) == 6
     assert traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3)) == ([1, 2, 1, 2], 6)

@@ -56,11 +56,11 @@ def one_line_errors(prog: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def run(main: Callable[[], None], prog: str) -> NoReturn:
-    """Run a command; Ctrl-C ends it in one line."""
+def run(main: Callable[[], None], prog: str, left: str = "nothing was written") -> NoReturn:
+    """Run a command; Ctrl-C ends it in one line, which says what is `left` of the run."""
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; nothing was written", file=sys.stderr)
+        print(f"\n{prog}: interrupted; {left}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

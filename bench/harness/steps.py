@@ -29,7 +29,7 @@ from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
 
 IO_COUNTER = "/proc/self/io read_bytes"
-BUS_SECONDS = 0.5  # of steps under the bus counter, whose resolution is about 20 ms
+BUS_SECONDS = 0.3  # of steps under the bus counter, whose resolution is about 20 ms
 TELL_SECONDS = 2.0  # between two lines of progress
 _PREDICTED_STEPS = 3
 

@@ -71,10 +71,11 @@ def _compute_spans(marks: dict[str, float]) -> list[Span]:
 def _device_spans(profile: Any, began: float) -> list[Span]:
     """Kernels and copies of the step; `began` is when its clock started, in seconds after it was entered."""
     events = profile.events()
-    entered = next(event.time_range.start for event in events if event.name == _STEP)  # microseconds
+    cuda = torch.autograd.DeviceType.CUDA
+    entered = next(e.time_range.start for e in events if e.name == _STEP and e.device_type != cuda)  # microseconds
     spans = []
     for event in events:
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.name == _STEP:
+        if event.device_type != cuda or event.name == _STEP:
             continue
         what = "copy" if "Memcpy" in event.name else "gather" if "gather" in event.name.lower() else "compute"
         begin, end = (1e-6 * (at - entered) - began for at in (event.time_range.start, event.time_range.end))

@@ -110,9 +110,11 @@ class TableSet:
     def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
         if self.device.type == "cuda" and "resident" in names:
             require_bytes(self.nbytes, self.device)
-        self.memory = self._keep(HostMemory(self.nbytes, pinned=self.device.type == "cuda"))
+        self.memory = self._keep(HostMemory(self.nbytes))
         raw = self.memory.bytes.view(self.rows, self.format.row_bytes)
         synthetic.fill(raw, self.format.dtype, self._seed)
+        if self.device.type == "cuda":
+            self.memory.pin()  # after the first touch, which many threads share
         self._values = self.format.decode(raw)  # [R, D]
         builders: dict[str, Callable[[], list[Variant]]] = {
             "resident": self._resident,

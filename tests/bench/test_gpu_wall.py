@@ -128,6 +128,20 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
     assert min(run_of(step, "offload_disk", "synchronous")["exposed_s"]) >= 0.02
 
 
+def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch, cache_home):
+    """All variants on a CPU, the in-place one in Triton's interpreter: what a GPU adds is streams and their clocks."""
+    monkeypatch.setattr(wall_options, "ON_CPU", wall_options.VARIANTS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    shapes = ["--steps", "prefill:1x5", "decode:2", "--rounds", 2, "--cases", "none", "--page_cache", "warm"]
+    run_main(monkeypatch, *SMALL, *shapes, "--text", text, "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    jsonschema.validate(results, SCHEMA)
+    for step in results["steps"]:
+        assert {run["variant"] for run in step["runs"]} == set(wall_options.VARIANTS) and rows_agree(step)
+        hot = run_of(step, "offload_hot")["hot"]
+        assert hot["hot_rows"] == step["table"]["rows"] // 10 and hot["hit_rate"] > 0.1
+
+
 REFUSED = {
     "--variants offload_uva": "--variants offload_uva: this machine can serve resident, offload_disk, or none",
     "--variants resident --table_params 5e10": "GiB do not fit into host memory, of which",
