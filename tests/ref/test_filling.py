@@ -80,11 +80,18 @@ def test_a_larger_table_begins_like_a_smaller_one(monkeypatch):
     assert torch.equal(filled((2000, 4))[:250], filled((250, 4)))
 
 
+def uniform(generator: np.random.Generator, n: int) -> list[float]:
+    """The low 24 bits of each half of the generator's words, the lower half first."""
+    words = generator.bit_generator.random_raw((n + 1) // 2).tolist()
+    halves = [half for word in words for half in (word & 0xFFFFFFFF, word >> 32)]
+    return [(half & 0xFFFFFF) / 2**24 for half in halves[:n]]
+
+
 def box_muller(n: int, seed: int, number: int) -> np.ndarray:
     """What a chunk should hold, one value after the other in float64."""
     generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(number,))))
     pairs = (n + 1) // 2
-    u, v = (generator.random(pairs, dtype=np.float32).astype(np.float64).tolist() for _ in range(2))
+    u, v = (uniform(generator, pairs) for _ in range(2))
     radii = [math.sqrt(-2 * math.log(1 - x)) for x in u]
     cosines = [r * math.cos(2 * math.pi * x) for r, x in zip(radii, v)]
     return np.array((cosines + [r * math.sin(2 * math.pi * x) for r, x in zip(radii, v)])[:n])
