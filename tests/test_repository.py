@@ -14,7 +14,7 @@ import pytest
 from bench import fill_docs
 from bench.harness.figures import source
 from bench.harness.timing import paired_ratio
-from bench.harness.wall_numbers import bytes_agree, hidden_share, overhead, rows_agree, run_of
+from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_toy.bytedmd import bytedmd, traced_eval
 
 ROOT = Path(__file__).parents[1]
@@ -101,12 +101,8 @@ def test_the_cpu_example_read_what_was_predicted_and_hid_it():
         assert step["table"]["bytes"] > 2 << 30 and rows_agree(step)
         for schedule in ("synchronous", "prefetched"):
             cold = run_of(step, "offload_disk", schedule, "cold")
-            extra = [c - p for c, p in zip(cold["bytes"]["counter"], cold["bytes"]["predicted_counter"])]
-            assert bytes_agree(cold) and min(extra) == 0 and sum(map(bool, extra)) <= 1
+            assert bytes_agree(cold) and cold["bytes"]["counter"] == cold["bytes"]["predicted_counter"]
         assert hidden_share(step, run_of(step, "offload_disk", "prefetched", "cold")) > 0.9
-    prefill = fill_docs.load("gpu_wall_cpu")["steps"][0]
-    left = overhead(prefill, run_of(prefill, "offload_disk", "prefetched", "cold"))
-    assert left.resolved and left.low > 0  # hidden, and yet not free
 
 
 @pytest.mark.parametrize(
