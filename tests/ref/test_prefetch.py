@@ -95,16 +95,16 @@ def test_a_wrong_hash_would_be_noticed(values):
 
 
 def test_fetches_run_beside_the_caller_and_hide_their_time(values):
-    tables = slow_tables(values, seconds=0.05)
+    tables = slow_tables(values, seconds=0.15)
     with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
         begin = time.perf_counter()
         fetch = prefetcher.start(random_ids(1))
         started = time.perf_counter() - begin
-        time.sleep(0.15)  # the compute that hides the fetch
+        time.sleep(0.6)  # the compute that hides the fetch
         begin = time.perf_counter()
         fetch[1].wait(), fetch[3].wait()
         exposed = time.perf_counter() - begin
-    assert started < 0.04 and exposed < 0.04
+    assert started < 0.1 and exposed < 0.1  # of 0.3
     assert all("engram-prefetch" in name for table in tables.values() for name in table.threads)
 
 
@@ -194,7 +194,7 @@ def test_without_the_join_rows_are_wrong(values, monkeypatch):
 
         patch.setattr(Fetch, "__getitem__", unjoined)
 
-    assert steps_gone_wrong(values, monkeypatch, no_join, AT_ONCE) > 50
+    assert steps_gone_wrong(values, monkeypatch, no_join, AT_ONCE) > 10
 
 
 def test_without_the_second_buffer_rows_are_wrong(values, monkeypatch):
@@ -202,7 +202,7 @@ def test_without_the_second_buffer_rows_are_wrong(values, monkeypatch):
         first, second = prefetcher._slots
         patch.setattr(second, "_arrivals", first._arrivals)
 
-    assert steps_gone_wrong(values, monkeypatch, one_buffer, AFTER_OTHER_FETCHES) > 50
+    assert steps_gone_wrong(values, monkeypatch, one_buffer, AFTER_OTHER_FETCHES) > 10
 
 
 def test_an_error_in_the_background_is_raised_at_the_join(values):
