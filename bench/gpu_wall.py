@@ -74,7 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out/gpu_wall"), metavar="DIR", help="results, figures and the table's file")
+    add(
+        "--out",
+        type=Path,
+        default=Path("out/gpu_wall"),
+        metavar="DIR",
+        help="results, figures and the table's file (default: out/gpu_wall)",
+    )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of model and table (default: bfloat16)")
     add("--seed", type=cli.at_least(0), default=0)
@@ -82,12 +88,35 @@ def parse_arguments() -> argparse.Namespace:
     steps_group = parser.add_argument_group("steps of a model with an Engram layer")
     add = steps_group.add_argument
     add("--variants", nargs="+", metavar="NAME", help="default: all that this machine can serve; none for no steps")
-    add("--table_params", nargs="+", type=table_params, default=[1e9], metavar="N", help="1e9 ... 1e11, or max")
+    add(
+        "--table_params",
+        nargs="+",
+        type=table_params,
+        default=[1e9],
+        metavar="N",
+        help="1e9 ... 1e11, or max (default: 1e9)",
+    )
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
-    add("--preset", choices=[name for name in PRESETS if name != "v41-flash"], default="paper-27b", help="geometry")
-    add("--backbone", default="qwen3-4b", metavar="NAME", help=f"{', '.join(BACKBONES)}, or a transformers config.json")
+    add(
+        "--preset",
+        choices=[name for name in PRESETS if name != "v41-flash"],
+        default="paper-27b",
+        help="geometry (default: paper-27b)",
+    )
+    add(
+        "--backbone",
+        default="qwen3-4b",
+        metavar="NAME",
+        help=f"{', '.join(BACKBONES)} or a config.json (default: qwen3-4b)",
+    )
     add("--blocks", type=cli.at_least(2), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
-    add("--steps", nargs="+", type=step_shape, metavar="SHAPE", help="prefill:BATCHxTOKENS or decode:BATCH")
+    add(
+        "--steps",
+        nargs="+",
+        type=step_shape,
+        metavar="SHAPE",
+        help="prefill:BATCHxTOKENS, decode:BATCH (default: six on CUDA, two on a CPU)",
+    )
     add("--context", type=cli.at_least(0), default=512, help="tokens before a decode step (default: 512)")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text for the stream (default: the standard library's sources)")
@@ -97,8 +126,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--rounds", type=cli.at_least(1), default=20, help="samples per variant and shape (default: 20)")
     add("--warmup", type=cli.at_least(1), default=2, help="rounds that are not kept (default: 2)")
-    add("--energy", action="store_true", help="board energy over windows of 10 s per variant and shape (CUDA)")
-    add("--profile", type=Path, metavar="FILE.json", help="write a Chrome trace of one step per variant")
+    add("--energy", action="store_true", help="board energy, 30 s per variant and shape (CUDA); try --backbone none")
+    add("--profile", type=Path, metavar="FILE.json", help="a Chrome trace per phase and variant, beside FILE")
 
     parts_group = parser.add_argument_group("component cases")
     add = parts_group.add_argument
@@ -235,13 +264,17 @@ class Benchmark:
         """The variants whose table fits; the others are refused, or with --fit named and left out."""
         fit = []
         nbytes = plan.layers[0].rows * config.row_bytes()
+        on_device = 0  # of the variants so far: they are all there at once
         for name in self.variants:
+            share = {"resident": 1.0, "offload_hot": self.options.hot_share}.get(name, 0.0)
+            needed = int(share * nbytes) if self.device.type == "cuda" else 0
             try:
                 if name == "offload_disk":
                     require_disk(nbytes, self.options.out)
-                if name == "resident" and self.device.type == "cuda":
-                    require_bytes(nbytes, self.device)
+                if needed:
+                    require_bytes(on_device + needed, self.device)
                 fit.append(name)
+                on_device += needed
             except ValueError as error:
                 if not self.options.fit:
                     raise
@@ -289,16 +322,16 @@ class Benchmark:
         traced = shape.phase not in {done["shape"]["phase"] for done in self.results["steps"]}
         for variant in variants:
             counted = steps.count_on_bus(stepper, variant, self.options.energy)
-            spans = trace_step(stepper, variant, log, self.chrome_trace(variant)) if traced else []
+            spans = trace_step(stepper, variant, log, self.chrome_trace(shape, variant)) if traced else []
             step["runs"].append(
                 run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, spans)
             )
         self.results["steps"].append(step)
 
-    def chrome_trace(self, variant: Variant) -> Path | None:
-        """Where `--profile` wants the trace of a variant."""
+    def chrome_trace(self, shape: steps.Shape, variant: Variant) -> Path | None:
+        """Where `--profile` wants the trace of a variant in a phase."""
         path = self.options.profile
-        return path and path.with_name(f"{path.stem}-{variant.label.replace(' ', '-')}.json")
+        return path and path.with_name(f"{path.stem}-{shape.phase}-{variant.label.replace(' ', '-')}.json")
 
     def measure_components(self) -> None:
         """The component cases that this machine can run."""

@@ -57,6 +57,12 @@ def test_nothing_imports_bench():
     assert [path.name for path in packages if re.search(r"^\s*(from|import) bench", path.read_text(), re.M)] == []
 
 
+@pytest.mark.parametrize(("package", "only"), [("triton", "kernels.py"), ("pynvml", "accelerator.py")])
+def test_optional_packages_are_imported_in_one_file(package, only):
+    pattern = re.compile(rf"""^\s*(from|import) {package}\b|import_module\("{package}"\)""", re.M)
+    assert [path.name for path in CODE if pattern.search(path.read_text(encoding="utf-8"))] == [only]
+
+
 def test_documents_show_what_was_measured():
     assert fill_docs.stale() == []
 

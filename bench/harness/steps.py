@@ -58,7 +58,6 @@ class Samples:
     predicted: list[int] = field(default_factory=list)
     counter: list[int] = field(default_factory=list)
     predicted_counter: list[int] = field(default_factory=list)
-    spans: list[tuple[str, str, float, float]] = field(default_factory=list)
 
 
 class Stepper:
@@ -83,7 +82,7 @@ class Stepper:
         self._embeds = torch.randn(size, generator=generator, device=device, dtype=dtype)  # [B, T, H]
         self._cache = backbone.new_cache(shape.batch, shape.context)
         self._timer = step_timer(device)
-        self._hasher = NgramHasher(tables._plan)
+        self._hasher = NgramHasher(tables.plan)
         self._conv = ShortConvHistory(fusion, shape.batch) if shape.phase == "decode" else None
 
     def next_ids(self) -> tuple[np.ndarray, Any]:

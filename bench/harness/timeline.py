@@ -77,7 +77,8 @@ def _device_spans(profile: Any, began: float) -> list[Span]:
     for event in events:
         if event.device_type != cuda or event.name == _STEP:
             continue
-        what = "copy" if "Memcpy" in event.name else "gather" if "gather" in event.name.lower() else "compute"
+        name = event.name.lower()
+        what = "copy" if "memcpy" in name else "gather" if "gather" in name or "indexselect" in name else "compute"
         begin, end = (1e-6 * (at - entered) - began for at in (event.time_range.start, event.time_range.end))
         spans.append((what, "stream", begin, end))
     return spans

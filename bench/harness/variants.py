@@ -92,7 +92,7 @@ class TableSet:
         self.rows = plan.layers[0].rows
         self.format = RowFormat.of(config)
         self.device = device
-        self._plan = plan
+        self.plan = plan
         self._seed = seed
         self._observer = observer
         self._stack = ExitStack()
@@ -130,9 +130,9 @@ class TableSet:
         return self._stack.enter_context(resource)
 
     def _on(self, table: Table, background: bool) -> Prefetcher:
-        hasher: NgramHasher | DeviceHasher = NgramHasher(self._plan)
+        hasher: NgramHasher | DeviceHasher = NgramHasher(self.plan)
         if table.index_device.type == "cuda":
-            hasher = DeviceHasher(self._plan, table.index_device)
+            hasher = DeviceHasher(self.plan, table.index_device)
         tables = {self.layer_id: table}
         return self._keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
 
@@ -176,7 +176,7 @@ class TableSet:
         Raises:
             ValueError: a variant returned other bytes: then nothing may be timed.
         """
-        numbers = NgramHasher(self._plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
+        numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
         want = synthetic.expected_rows(torch.from_numpy(numbers), self.format.row_bytes, self.format.dtype, self._seed)
         digest = hashlib.sha256(want.numpy().tobytes()).hexdigest()
         for variant in self.variants:

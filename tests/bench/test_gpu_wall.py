@@ -100,8 +100,8 @@ def test_figures_traces_and_nothing_else_are_left(results):
     names = {path.name for path in out.iterdir()}
     traces = {name for name in names if name.startswith("trace-")}
     assert names - traces == {"results.json", "timeline.svg", "overhead.svg", "bandwidth.svg"}
-    assert "trace-offload_disk-prefetched-cold.json" in traces
-    assert "engram_step" in (out / "trace-resident-in-place.json").read_text(encoding="utf-8")
+    assert {f"trace-{phase}-offload_disk-prefetched-cold.json" for phase in ("prefill", "decode")} <= traces
+    assert "engram_step" in (out / "trace-prefill-resident-in-place.json").read_text(encoding="utf-8")
     lanes = {tuple(span[:2]) for run in found["steps"][0]["runs"] for span in run["spans"]}
     assert {("hash", "background"), ("gather", "background"), ("compute", "main"), ("wait", "main")} <= lanes
 
