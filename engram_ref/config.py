@@ -20,6 +20,7 @@ from typing import Any
 # Bytes of one value. A float8 row also carries one scale byte per SCALE_BLOCK values.
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE_BLOCK = 32
+FORMS = ("demo", "v41")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class EngramConfig:
         pad_id: token id (not compressed) that stands before the start of a sequence.
         seed: seed of the hash multipliers.
         row_dtype: how a row is stored: float32, float16, bfloat16 or float8_e4m3fn.
+        form: how rows become an update: "demo" (key and value projections with bias, short convolution) or "v41"
+            (one projection without bias, no convolution, one rounding).
         compressed_size: the size that the compressed vocabulary must have, or None where no trained
             table depends on it. Every multiplier derives from it, so a trained table allows one value.
 
@@ -56,6 +59,7 @@ class EngramConfig:
     pad_id: int = 2
     seed: int = 0
     row_dtype: str = "bfloat16"
+    form: str = "demo"
     compressed_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +84,10 @@ class EngramConfig:
             raise ValueError(
                 f"row_width={self.row_width}: float8 rows need a multiple of {SCALE_BLOCK}, one scale per block"
             )
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}: use one of {', '.join(FORMS)}")
+        if self.form == "v41" and self.kernel_size:
+            raise ValueError(f"kernel_size={self.kernel_size}: form v41 has no convolution, use 0")
         if self.compressed_size is not None:
             require_int("compressed_size", self.compressed_size, 1)
 
@@ -173,6 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         table_size_per_order=(16_000_000, 16_000_000, 16_000_000),
         hidden=5120,
         kernel_size=0,
+        form="v41",
         row_dtype="float8_e4m3fn",
         compressed_size=99_092,
     ),
