@@ -3,10 +3,15 @@
     python bench/bytedmd_toy.py                    about a minute; prints a table, writes out/bytedmd_toy/
     python bench/bytedmd_toy.py --quick            a small version in seconds
     python bench/bytedmd_toy.py --text FILE        your own text
+    python bench/bytedmd_toy.py --preset v41-flash DeepSeek-V4.1-Flash's form of Engram; two minutes and 4 GB, two cores
 
 Text goes through DeepSeek's tokenizer and Engram's hash; the rows that it names are read by two small models
 written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at depth d of one LRU stack.
 
+  presets     tiny       a small Engram in the demo's form, with one residual copy
+              v41-flash  orders 2 to 4, 24 fp8 rows a token with block scales, one projection, no convolution; cut to
+                         what a laptop traces, by the scale that every line of the table states. A stored byte is one
+                         value here. It has no kv-bank.
   models      engram   hash, rows, gate, short convolution: the twin of the real layer
               kv-bank  attention over the key-and-value rows that the same kind of lookup names
   variants    resident          the table above the padding: the baseline
@@ -40,13 +45,14 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness import cli
 from bench.harness.pricing import Job, output_digest, price_job, upstream
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.streams import Stream, text_stream
 from bench.harness.table import verdict_table
 from bench.harness.timing import interleave, paired_ratio, summary
-from bench.harness.workloads import digest, make_workload, row_stream, toy_config
+from bench.harness.workloads import CUTS, digest, make_workload, row_stream, scale_of, toy_config
+from engram_ref import cli
+from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab
 from engram_toy.hashing import NgramHasher
@@ -62,7 +68,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add("--model", choices=[*MODELS, "both"], default="both", help="which model to price (default: both)")
+    add("--preset", choices=CUTS, default="tiny", help="form of Engram (default: tiny)")
+    add("--model", choices=[*MODELS, "both"], default="both", help="default: both; with preset v41-flash engram alone")
     add("--text", metavar="FILE", help="a UTF-8 text file (default: Python's help topics, pydoc_data.topics)")
     add(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
@@ -82,6 +89,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     first, _ = parser.parse_known_args(argv)
+    if first.preset == "v41-flash":
+        parser.set_defaults(model="engram")
     if first.quick:
         parser.set_defaults(**QUICK)
     return parser.parse_args(argv)
@@ -92,11 +101,16 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def configs_of(options: argparse.Namespace) -> dict[str, EngramConfig]:
+    """The geometry of every model that is to be priced."""
+    models = MODELS if options.model == "both" else (options.model,)
+    return {model: toy_config(model, options.d_model, options.preset) for model in models}
+
+
 def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVocab) -> tuple[list[Job], dict[str, Any]]:
     """Every program to price, and per model what it reads (for the results file)."""
     jobs, models = [], {}
-    for model in MODELS if options.model == "both" else [options.model]:
-        config = toy_config(model, options.d_model)
+    for model, config in configs_of(options).items():
         plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
         layer = plan.layer(config.layer_ids[0])
         workload = make_workload(model, config, plan, stream.measured, options.seed)
@@ -113,6 +127,8 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
             "distinct_rows": len(set(indices.ravel().tolist())),
             "hot_rows": len(hot),
         }
+        if CUTS[options.preset]:
+            models[model]["scale"] = scale_of(config, plan, options.preset)
         for boundary in BOUNDARIES:
             for variant in VARIANTS:
                 layout = Layout.variant(variant, layer.rows, hot)
@@ -182,6 +198,9 @@ def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models
     walls, floors = measure_wall_time(jobs, options.repeats)
     prices = price_all(jobs, options.jobs)
     runs = [{**price, "cost_per_token": price["cost"] / options.seq_len, **wall} for price, wall in zip(prices, walls)]
+    for run in runs:
+        if "scale" in models[run["model"]]:
+            run["scale"] = models[run["model"]]["scale"]
     configuration = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -215,14 +234,13 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":
             _check_upstream(options)
+        configs_of(options)  # refuses before anything is read
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is a file: name a folder")
         vocab = CompressedVocab.from_tokenizer(options.tokenizer)
         stream = text_stream(options.text, options.tokenizer, vocab, options.seq_len, options.seed)
-        say(
-            f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}"
-        )
         jobs, models = make_jobs(options, stream, vocab)
+    say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")
     results = measure(options, stream, jobs, models)
     with cli.one_line_errors(PROG):
         path = options.out / "results.json"

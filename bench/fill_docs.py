@@ -20,13 +20,14 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 from bench import hashing_speed, layer_speed, pricing_speed
 from bench.harness import figures, wall_figures
-from bench.harness.explained import what_fits, worked_example
+from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
 from bench.harness.table import verdict_table
 from bench.harness.wall_table import wall_table
+from examples.same_rows import report_on_sample
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "docs/index.md", "docs/how-it-works.md", "docs/hardware.md", "docs/log.md"]
+DOCUMENTS = ["README.md", "docs/index.md", "docs/how-it-works.md", "docs/forms.md", "docs/hardware.md", "docs/log.md"]
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "docs" / "figures"
 
@@ -55,6 +56,8 @@ BLOCKS = {
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
     "example": worked_example,
     "fits": what_fits,
+    "forms": published_forms,
+    "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 # Which results each committed figure shows, and what draws them.
 DRAWN = {"bytedmd_toy": figures.draw_all, "gpu_wall_cpu": wall_figures.draw_all}

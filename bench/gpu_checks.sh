@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in under ten minutes: the tests under tests/cuda (stress and negative controls
-# among them), then the hardware benchmark over table sizes and shapes, with a file and the component cases once. Ends
-# with one results file and a readable summary of it.
+# among them), then the hardware benchmark over table sizes and shapes, with DeepSeek-V4.1-Flash's fp8 rows, a file and
+# the component cases once. Ends with one results file and a readable summary of it.
 #
 #   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks; the result is OUT/results.json
 #
@@ -44,15 +44,18 @@ step() { # step SECONDS NAME COMMAND...: run, keep the log, go on after a failur
 }
 
 step 150 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
-  tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_hashing_torch.py
+  tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_in_place.py tests/ref/test_hashing_torch.py
 # 1 GiB, 32 GiB and the largest that fits, in bfloat16; half of the model's blocks, so that there is time for all.
-step 330 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 8 \
+step 240 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 8 \
   --variants resident offload_naive offload_prefetch offload_uva offload_hot --table_params 5.37e8 1.718e10 max \
-  --steps prefill:1x4096 prefill:8x4096 decode:1 decode:16 decode:64 decode:256
+  --steps prefill:1x4096 prefill:8x4096 decode:1 decode:64
+step 80 v41 $PYTHON bench/gpu_wall.py --out "$OUT/v41" --cases none --fit --blocks 18 --rounds 8 --preset v41-flash \
+  --variants resident offload_naive offload_prefetch offload_uva --table_params 8e9 --steps prefill:1x4096 decode:64
 step 60 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
   --table_params 5.37e8 --steps prefill:1x512 decode:16 --cases all --iterations 5 --batch_size 8 --seq_len 4096 \
   --profile "$OUT/disk/trace.json"
-step 20 summary $PYTHON -m bench.harness.merge "$OUT/results.json" "$OUT/wall/results.json" "$OUT/disk/results.json"
+step 20 summary $PYTHON -m bench.harness.merge "$OUT/results.json" \
+  "$OUT/wall/results.json" "$OUT/v41/results.json" "$OUT/disk/results.json"
 
 tail -n 3 "$OUT/tests.log"
 [ "$failed" -eq 0 ] && echo "gpu_checks: every check passed" || echo "gpu_checks: something failed: see the logs in $OUT"

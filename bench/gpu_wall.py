@@ -2,6 +2,7 @@
 
   python bench/gpu_wall.py                                        on a CUDA machine: every variant, 4B-class model
   python bench/gpu_wall.py --table_params 1e9 1e10 max            several table sizes; max is what memory holds
+  python bench/gpu_wall.py --preset v41-flash --rows split        DeepSeek-V4.1-Flash: 4-grams, 24 columns, fp8 rows
   python bench/gpu_wall.py --backbone none --steps decode:1       the layer by itself, one token at a time
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
   make bench-cpu                                                  without a GPU: RAM against a real file
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from bench.harness import cli, components, steps, wall_figures, wall_table
+from bench.harness import components, steps, wall_figures, wall_table
 from bench.harness.accelerator import copy_bandwidth, describe
 from bench.harness.backbones import BACKBONES, Backbone, build_backbone
 from bench.harness.results import environment, git_commit, write_json
@@ -46,20 +47,23 @@ from bench.harness.token_batches import Corpus, TokenBatches, standard_library, 
 from bench.harness.variants import TableSet, Variant
 from bench.harness.wall_options import (
     LAYER,
+    LAYOUTS,
     STEPS_CPU,
     STEPS_GPU,
     largest,
     pick_device,
     require_disk,
+    row_layout,
     step_shape,
     table_config,
     table_params,
     wanted_variants,
 )
 from bench.harness.wall_records import run_record
+from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.layer import make_fusion
 from engram_ref.tables.memory import require_bytes
 from engram_ref.vocab import CompressedVocab
 
@@ -82,7 +86,12 @@ def parse_arguments() -> argparse.Namespace:
         help="results, figures and the table's file (default: out/gpu_wall)",
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of model and table (default: bfloat16)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the model, and of the table where the preset has no fp8 rows (default: bfloat16)",
+    )
     add("--seed", type=cli.at_least(0), default=0)
 
     steps_group = parser.add_argument_group("steps of a model with an Engram layer")
@@ -94,14 +103,14 @@ def parse_arguments() -> argparse.Namespace:
         type=table_params,
         default=[1e9],
         metavar="N",
-        help="1e9 ... 1e11, or max (default: 1e9)",
+        help="values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)",
     )
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
+    add("--preset", choices=list(PRESETS), default="paper-27b", help="geometry (default: paper-27b)")
     add(
-        "--preset",
-        choices=[name for name in PRESETS if name != "v41-flash"],
-        default="paper-27b",
-        help="geometry (default: paper-27b)",
+        "--rows",
+        choices=LAYOUTS,
+        help="v41-flash only: scales of a row beside its codes, or apart from them (default: packed)",
     )
     add(
         "--backbone",
@@ -142,7 +151,9 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults that depend on the machine or on other options."""
     with cli.one_line_errors(PROG):
         on_gpu = pick_device(options.device).type == "cuda"
-        options.table_params = [largest(options.dtype) if n == "max" else n for n in options.table_params]
+        options.rows = row_layout(options.preset, options.rows)
+        preset, dtype = options.preset, options.dtype
+        options.table_params = [largest(preset, dtype) if n == "max" else n for n in options.table_params]
     if options.steps is None:
         options.steps = [step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
     options.steps = [replace(s, context=options.context) if s.phase == "decode" else s for s in options.steps]
@@ -174,6 +185,7 @@ class Benchmark:
         self.dtype = getattr(torch, options.dtype)
         self.variants = wanted_variants(options.variants, self.device)
         self.vocab = CompressedVocab.from_tokenizer()
+        self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")
         whole = text_file(options.text, self.vocab) if options.text else standard_library(self.vocab)
         half = len(whole.ids) // 2
@@ -243,22 +255,27 @@ class Benchmark:
         """All steps on one table size."""
         options = self.options
         config = table_config(options.preset, params, backbone.hidden, options.dtype)
-        plan = HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
+        plan = self.plan_of(config)
         names = self.fitting(config, plan)
         hot = self.hot_rows(plan) if "offload_hot" in names else None
         tell(f"building a table of {plan.layers[0].rows * config.row_bytes() / 2**30:.2f} GiB: {', '.join(names)}")
         log = SpanLog()
+        packed = options.rows != "split"
         with TableSet(
-            config, plan, names, self.device, options.out, options.seed, hot, options.page_cache, log
+            config, plan, names, self.device, options.out, options.seed, hot, options.page_cache, log, packed
         ) as tables:
             self.results["environment"]["huge_pages"] = tables.memory.huge_page_share()
             self.measure_disk_limit(tables)
-            fusion = DemoFusion(config, device=self.device, dtype=self.dtype).eval()
+            fusion = make_fusion(config, self.device, self.dtype).eval()
             for shape in options.steps:
                 decode = plan if shape.phase == "decode" else None
                 batches = self.batches(shape.batch, shape.tokens, decode)
                 stepper = steps.Stepper(tables, fusion, backbone, shape, batches)
                 self.measure_step(stepper, config, params, log)
+
+    def plan_of(self, config: EngramConfig) -> HashPlan:
+        """The hash plan of a geometry with this run's vocabulary."""
+        return HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
 
     def fitting(self, config: EngramConfig, plan: HashPlan) -> list[str]:
         """The variants whose table fits; the others are refused, or with --fit named and left out."""
@@ -291,7 +308,7 @@ class Benchmark:
         files = [found for found in map(steps.file_behind, tables.variants) if found is not None]
         if files and self.results["limits"]["disk"]["reads_per_s"] is None:
             tell("measuring random reads with fio")
-            self.results["limits"]["disk"] = fio_random_read(files[0].stored.path, FIO_SECONDS)
+            self.results["limits"]["disk"] = fio_random_read(files[0].source.path, FIO_SECONDS)
 
     def measure_step(self, stepper: steps.Stepper, config: EngramConfig, params: float, log: SpanLog) -> None:
         """Predict, print, measure and record one shape."""
@@ -306,6 +323,10 @@ class Benchmark:
                 "bytes": tables.nbytes,
                 "columns": config.columns,
                 "layer_ids": list(config.layer_ids),
+                "preset": self.options.preset,
+                "published_rows": self.published_rows,
+                "row_dtype": config.row_dtype,
+                "layout": tables.layout,
             },
             "backbone": self.options.backbone,
             "blocks": backbone.blocks,
@@ -345,7 +366,7 @@ class Benchmark:
             return
         tell(f"components {', '.join(cases)}: {options.batch_size} x {options.seq_len} tokens")
         config = EngramConfig.preset("demo").replace(row_dtype=options.dtype)
-        plan = HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
+        plan = self.plan_of(config)
         batches = self.batches(options.batch_size, options.seq_len)
         memory = copy_bandwidth(torch.device("cpu"), COPY_BYTES, COPIES)["copy"]
         assert memory is not None

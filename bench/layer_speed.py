@@ -4,12 +4,13 @@
   convolution   causal, channel last, against Conv1d on the transposed tensor, (1, 1024, 4, 1024) float32
   layer         hash, gather and fusion at the demo's size, against an implementation done the demo's way
   construction  the demo-size layer with N(0, 1) rows, against nn.Embedding's default initialisation
+  fp8_gather    rows of 256 values as fp8, packed and split, stored and decoded, against bfloat16 rows and torch's own
   cold          12,288 random rows of 256 B from a 2 GiB file, page cache dropped, against a purpose-built store
 
 Outputs are compared before anything is timed. Ratios are medians of paired samples with a 95 % interval; each case
 states its limit: memcpy of the output, the first touch of the memory, the disk's random reads (fio).
 
-    python bench/layer_speed.py                                     the first four, two minutes, 12 GiB of memory
+    python bench/layer_speed.py                                     the first five, three minutes, 12 GiB of memory
     python bench/layer_speed.py --cases cold --store SITE-PACKAGES  with engramdb-python installed in a folder apart
 """
 
@@ -33,13 +34,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.harness import cli, synthetic
+from bench.harness import fp8_gather, synthetic
 from bench.harness.demo_way import DemoWay, transposed_conv
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import STORE, ColdRace, Way, prepared_samples
 from bench.harness.timing import interleave, paired_ratio
 from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
+from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, causal_conv
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -50,7 +52,7 @@ from engram_ref.tables.host import HostTable
 from engram_ref.tables.memory import HUGE_PAGE, HostMemory
 
 PROG = "layer_speed"
-CASES = ("gather", "convolution", "layer", "construction", "cold")
+CASES = ("gather", "convolution", "layer", "construction", fp8_gather.CASE, "cold")
 GATHER_ROWS = 1 << 19  # 64 MiB of rows
 COLD_TABLE_ROWS, COLD_ROW_BYTES = 1 << 23, 256
 COLD_ROWS = (12_288, 1_536, 48)  # fetched at once
@@ -63,9 +65,9 @@ def gather_case(repeats: int) -> dict[str, Any]:
     row_format = RowFormat(torch.bfloat16, 64)
     rows = (4 << 30) // row_format.row_bytes
     with HostMemory(rows * row_format.row_bytes) as memory:
-        raw = memory.bytes.view(rows, row_format.row_bytes)
-        synthetic.fill(raw, row_format.dtype, seed=0)
-        values = row_format.decode(raw)
+        content = synthetic.rows_in(memory.bytes, row_format, rows)
+        synthetic.fill(content, seed=0)
+        values = content.values()
         ordinary = values.clone()
         table, out = HostTable(values, "cpu"), torch.empty((GATHER_ROWS, 64), dtype=torch.bfloat16)
         draw = np.random.default_rng(0)
@@ -129,8 +131,9 @@ def layer_case(repeats: int) -> dict[str, Any]:
     with HostMemory(layer.rows * config.row_bytes()) as memory, torch.inference_mode():
         values = memory.bytes.view(torch.float32).view(layer.rows, config.row_width)
         fill_normal(values, seed=0)
-        ours = Engram(DemoFusion(config), HostTable(values, "cpu"))
-        as_demo = demo_layer(ours.fusion, plan, values.clone())
+        fusion = DemoFusion(config)
+        ours = Engram(fusion, HostTable(values, "cpu"))
+        as_demo = demo_layer(fusion, plan, values.clone())
 
         def as_ours(ids: np.ndarray) -> Tensor:
             return ours(hidden, hasher(ids, layer.layer_id))
@@ -140,7 +143,7 @@ def layer_case(repeats: int) -> dict[str, Any]:
         ways: Ways = {
             "ours": lambda: as_ours(next(pool)),
             "the demo's way": lambda: as_demo(next(pool), hidden),
-            "projections alone": lambda: F.linear(e, ours.fusion.projection_weight, ours.fusion.projection_bias),
+            "projections alone": lambda: F.linear(e, fusion.projection_weight, fusion.projection_bias),
         }
         samples = interleave(ways, repeats, warmup=2)
     return record("layer", samples, "the demo's way", {"tokens": TOKENS, "preset": "demo"})
@@ -155,7 +158,7 @@ def demo_layer(fusion: DemoFusion, plan: HashPlan, weight: Tensor) -> Callable[[
     def run(ids: np.ndarray, hidden: Tensor) -> Tensor:
         # The demo hashes for all layers in every layer, and keeps one.
         rows = {x.layer_id: hash_as_demo(plan, ids, x.layer_id) for x in plan.layers}[layer.layer_id]
-        return plain(F.embedding(torch.from_numpy(rows) + offsets, weight).flatten(-2), hidden)
+        return hidden + plain(F.embedding(torch.from_numpy(rows) + offsets, weight).flatten(-2), hidden)
 
     return run
 
@@ -227,6 +230,8 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _case_lines(case: dict[str, Any]) -> list[str]:
+    if case["case"] == fp8_gather.CASE:
+        return fp8_gather.lines(case)
     samples, rival = case["samples_s"], case["rival"]
     ours = statistics.median(samples["ours"])
     lines = [_title(case)]
@@ -254,7 +259,7 @@ def _title(case: dict[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES[:4]), help="default: all but cold")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES[:-1]), help="default: all but cold")
     parser.add_argument("--repeats", type=cli.at_least(1), default=9, help="samples per way (default: 9)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="folder in which engramdb-python is installed")
     parser.add_argument("--folder", type=Path, default=Path("out/cold"), metavar="DIR", help="for the files of `cold`")
@@ -273,6 +278,7 @@ def main() -> None:
         "convolution": lambda: [convolution_case(3 * options.repeats)],
         "layer": lambda: [layer_case(options.repeats)],
         "construction": lambda: [construction_case(options.repeats)],
+        fp8_gather.CASE: lambda: fp8_gather.measure(options.repeats),
         "cold": lambda: cold_cases(options.folder, options.store, options.repeats),
     }
     results: dict[str, Any] = {

@@ -24,9 +24,10 @@ from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import LayerPlan
 from engram_ref.layer import Engram, check_plan
+from engram_ref.replacing import replacing
 from engram_ref.tables import RowFormat, make_table
 from engram_ref.tables.stored import ROW_DTYPES, StoredRows
-from engram_ref.tables.writing import DTYPES, make_header, replacing
+from engram_ref.tables.writing import DTYPES, make_header
 
 TABLE = "multi_head_embedding.embedding.weight"
 OFFSETS = "multi_head_embedding.offsets"
@@ -47,9 +48,10 @@ def save_layer(
         prefix: in front of every name, for instance "layers.3.engram.".
 
     Raises:
-        ValueError: a plan or a table of another geometry.
+        ValueError: a layer of another form than the demo's, or a plan or a table of another geometry.
         OSError: it cannot be written; then nothing is left behind, and an older file stays.
     """
+    _check_form(fusion.config)
     check_plan(fusion.config, layer_plan)
     table_format = RowFormat(table_values.dtype, table_values.shape[-1])
     _check_table("table_values", len(table_values), table_format, fusion.config, layer_plan)
@@ -95,10 +97,11 @@ def load_layer(
         options: those of `make_table`, for instance `hot=` row numbers.
 
     Raises:
-        ValueError: missing or unexpected names, other shapes or dtypes than the configuration's, a table that
-            belongs to another plan, or no safetensors file.
+        ValueError: another form than the demo's, missing or unexpected names, other shapes or dtypes than the
+            configuration's, a table that belongs to another plan, or no safetensors file.
         OSError: the file cannot be opened.
     """
+    _check_form(config)
     check_plan(config, layer_plan)
     stored = StoredRows.find(path, prefix + TABLE)
     _check_table(str(path), stored.rows, stored.format, config, layer_plan)
@@ -113,9 +116,16 @@ def load_layer(
     return Engram(fusion, make_table(placement, stored, device, **options))
 
 
+def _check_form(config: EngramConfig) -> None:
+    if config.form != "demo":
+        raise ValueError(
+            f"a configuration of form {config.form!r}: a file under the demo's names holds a layer of form 'demo'"
+        )
+
+
 def _check_table(what: str, rows: int, row_format: RowFormat, config: EngramConfig, layer_plan: LayerPlan) -> None:
     needed = RowFormat.of(config)
-    if row_format.dtype != needed.dtype:
+    if (row_format.dtype, row_format.scaled) != (needed.dtype, needed.scaled):
         raise ValueError(
             f"{what}: rows of {row_format.dtype}, the configuration says {config.row_dtype}: "
             f"use config.replace(row_dtype={str(row_format.dtype).removeprefix('torch.')!r})"

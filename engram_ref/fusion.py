@@ -21,37 +21,36 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig, require_int
+from engram_ref.fusion_common import GATE_FLOOR, Fusion, block_sizes, mean_square, spans
 
 CONV_NORM_EPS = 1e-5
-GATE_FLOOR = 1e-6
-# Without autograd: positions that are projected at once, and values of the stream that are then fused at once.
-# On a CPU the former are enough for the matrix product to run at full speed and the latter stay in the cache; an
-# accelerator only has its memory to save.
-CPU_BLOCKS = (1 << 10, 1 << 19)
-ACCELERATOR_BLOCKS = (1 << 14, 1 << 26)
 CPU_CONV_VALUES = 1 << 20  # convolved at once, when nothing else is done with them
 
 
-class DemoFusion(nn.Module):
+class DemoFusion(Fusion):
     """Gate and short convolution of the demo.
 
     Args:
         config: geometry; `kernel_size` 0 means that there is no convolution.
         device, dtype: of the parameters, and of what goes in and comes out: any of torch's four real dtypes.
+
+    Raises:
+        ValueError: a configuration of another form.
     """
+
+    form = "demo"
 
     def __init__(
         self, config: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         copies, hidden, taps = config.hc_mult, config.hidden, config.kernel_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -88,11 +87,6 @@ class DemoFusion(nn.Module):
         return self.projection_weight.device
 
     @property
-    def inner_dtype(self) -> torch.dtype:
-        """In which everything after the projection is computed: float32, or float64 for float64."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
     def reach(self) -> int:
         """How many steps the convolution looks back."""
         return max(0, self.config.kernel_size - 1) * self.config.max_ngram
@@ -111,10 +105,23 @@ class DemoFusion(nn.Module):
         Raises:
             ValueError: wrong shape or dtype, or a history of another batch.
         """
-        self._check("e", e, self.config.embedding_width, hidden, history)
+        self._check("e", e, self.config.embedding_width, hidden)
+        self._check_history(hidden, history)
         if torch.is_grad_enabled():
             return self._combine_at_once(self.project(e), hidden, history)
         return self._combine_in_blocks(lambda rows, steps: self.project(e[rows, steps]), hidden, history)
+
+    def add_to(
+        self, hidden: Tensor, e: Tensor, history: ShortConvHistory | None = None, dead: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream after the layer: `hidden` and what `forward` gives.
+
+        Raises:
+            ValueError: as `forward`, or dead positions, which the demo's form does not know.
+        """
+        if dead is not None:
+            raise ValueError("dead positions: the demo's form knows none; leave dead out, or use form v41")
+        return hidden + self(e, hidden, history)
 
     def project(self, e: Tensor) -> Tensor:
         """The first half: keys and value of rows [B, T, C*D], side by side, [B, T, (G+1)*H]."""
@@ -122,7 +129,8 @@ class DemoFusion(nn.Module):
 
     def combine(self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None = None) -> Tensor:
         """The second half: the update, as `forward` gives it, from what `project` gave."""
-        self._check("packed", packed, len(self.projection_bias), hidden, history)
+        self._check("packed", packed, len(self.projection_bias), hidden)
+        self._check_history(hidden, history)
         if torch.is_grad_enabled():
             return self._combine_at_once(packed, hidden, history)
         return self._combine_in_blocks(lambda rows, steps: packed[rows, steps], hidden, history)
@@ -145,15 +153,15 @@ class DemoFusion(nn.Module):
         batch, length = hidden.shape[:2]
         gains = self._gains()
         update = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
-        positions, values = CPU_BLOCKS if hidden.device.type == "cpu" else ACCELERATOR_BLOCKS
+        positions, values = block_sizes(hidden.device)
         together = min(max(1, positions // max(1, length)), max(1, batch))  # sequences
         # Fewer steps than a few times the reach would spend their time on what lies before them.
         steps = max(values // (together * gains.gate.numel()), 4 * self.reach, 1)
-        for rows in _spans(0, batch, together):
+        for rows in spans(0, batch, together):
             past = None if history is None else history.values[rows]
-            for chunk in _spans(0, length, positions):
+            for chunk in spans(0, length, positions):
                 packed = project(rows, chunk)
-                for span in _spans(chunk.start, chunk.stop, steps):
+                for span in spans(chunk.start, chunk.stop, steps):
                     part = packed[:, span.start - chunk.start : span.stop - chunk.start]
                     _, past = self._fuse(part, hidden[rows, span], gains, past, update[rows, span])
             if history is not None:
@@ -186,21 +194,7 @@ class DemoFusion(nn.Module):
         update = torch.addcmul(nn.functional.silu(mixed, inplace=True), gate, value, out=out)
         return update.to(self.dtype), _last(past, normed, self.reach)
 
-    def _check(self, name: str, given: Tensor, width: int, hidden: Tensor, history: ShortConvHistory | None) -> None:
-        copies, size = self.config.hc_mult, self.config.hidden
-        if hidden.ndim != 4 or hidden.shape[2:] != (copies, size):
-            raise ValueError(f"hidden of shape {tuple(hidden.shape)}; this layer needs [B, T, {copies}, {size}]")
-        if given.shape != (*hidden.shape[:2], width):
-            raise ValueError(
-                f"{name} of shape {tuple(given.shape)}; hidden of shape {tuple(hidden.shape)} needs "
-                f"[{hidden.shape[0]}, {hidden.shape[1]}, {width}]"
-            )
-        for what, tensor in ((name, given), ("hidden", hidden)):
-            if tensor.dtype != self.dtype or tensor.device.type != self.device.type:
-                raise ValueError(
-                    f"{what} is {tensor.dtype} on {tensor.device}; this layer is {self.dtype} on {self.device}: "
-                    "convert one of them with .to()"
-                )
+    def _check_history(self, hidden: Tensor, history: ShortConvHistory | None) -> None:
         if history is not None:
             history.check(self, hidden.shape[0])
 
@@ -313,7 +307,7 @@ def causal_conv(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None = 
     reach = (len(weight) - 1) * dilation
     steps = max(CPU_CONV_VALUES // max(1, x[:, :1].numel()), reach, 1)
     y = torch.empty(x.shape, dtype=x.dtype)
-    for span in _spans(0, x.shape[1], steps):
+    for span in spans(0, x.shape[1], steps):
         before = x[:, span.start - reach : span.start] if span.start else past
         _shift_and_add(x[:, span], weight, dilation, before, out=y[:, span])
     return y
@@ -344,9 +338,9 @@ def _gate_and_scale(packed: Tensor, hidden: Tensor, gains: Tensor) -> tuple[Tens
     width = hidden.shape[-1]
     # What RMSNorm does when it is given no eps; for float16 and bfloat16 it, too, computes in float32.
     eps = torch.finfo(packed.dtype).eps
-    squares = torch.linalg.vector_norm(packed, dim=-1, keepdim=True).square() / width  # [B, T, G+1, 1]
+    squares = mean_square(packed)  # [B, T, G+1, 1]
     of_keys, of_value = squares[..., :-1, :], squares[..., -1:, :]
-    of_query = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square() / width
+    of_query = mean_square(hidden)
     score = (hidden * gains).mul_(packed[..., :-1, :]).sum(dim=-1, keepdim=True)
     score = score * (of_keys + eps).rsqrt() * (of_query + eps).rsqrt() / math.sqrt(width)
     gate = torch.sigmoid(score.abs().clamp_min(GATE_FLOOR).sqrt() * score.sign())
@@ -358,8 +352,3 @@ def _last(past: Tensor | None, steps: Tensor, count: int) -> Tensor:
     if past is not None and steps.shape[1] < count:
         steps = torch.cat([past, steps], dim=1)
     return steps[:, max(0, steps.shape[1] - count) :]
-
-
-def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
-    for first in range(start, stop, step):
-        yield slice(first, min(first + step, stop))

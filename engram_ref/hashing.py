@@ -138,7 +138,7 @@ class HashPlan:
     def to_json(self) -> str:
         """The plan as JSON, with a sha256 over its canonical form under `checksum`."""
         body = asdict(self)
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+        return json.dumps({**body, "checksum": checksum(body)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> HashPlan:
@@ -146,7 +146,7 @@ class HashPlan:
         try:
             body = json.loads(text)
             claimed = body.pop("checksum")
-            actual = _checksum(body)
+            actual = checksum(body)
             if claimed != actual:
                 raise ValueError(f"its checksum is {claimed}, its content gives {actual}: it was altered")
             layers = tuple(LayerPlan(**{k: _frozen(v) for k, v in x.items()}) for x in body.pop("layers"))
@@ -159,7 +159,8 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def checksum(body: dict[str, Any]) -> str:
+    """sha256 of a JSON object in its canonical form: sorted keys, no white space, ASCII."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

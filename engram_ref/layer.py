@@ -1,13 +1,14 @@
-"""The whole layer from row numbers on: rows of a table become an update to the residual stream.
+"""The whole layer from row numbers on: the residual stream before it becomes the stream after it.
 
     engram = build_engram(config, plan.layer(1))
     rows = NgramHasher(plan)(compressed_ids, layer_id=1)            # [B, T, C]
-    hidden = hidden + engram(hidden, rows)                          # fetched now, and waited for
-    hidden = hidden + engram(hidden, fetch[1])                      # or when a `Prefetcher` began before
+    hidden = engram(hidden, rows)                                   # fetched now, and waited for
+    hidden = engram(hidden, fetch[1])                               # or when a `Prefetcher` began before
 
-The update is added before the decoder block's attention. A table is not a module and not moved by `.to()`: it is made
-for the device on which its rows are wanted. To train the rows, keep them: `Engram(fusion, DeviceTable(weight))` with a
-`weight` that requires gradients, and give it to the optimizer beside `engram.parameters()`.
+It stands before the decoder block's attention. `make_fusion` picks what is done with the rows by the configuration's
+form. A table is not a module and not moved by `.to()`: it is made for the device on which its rows are wanted. To train
+the rows, keep them: `Engram(fusion, DeviceTable(weight))` with a `weight` that requires gradients, and give it to the
+optimizer beside `engram.parameters()`.
 """
 
 from __future__ import annotations
@@ -20,29 +21,34 @@ from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory
+from engram_ref.fusion_common import Fusion
+from engram_ref.fusion_v41 import V41Fusion
 from engram_ref.hashing import LayerPlan
 from engram_ref.tables import Pending, RowFormat, Table, make_table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.filling import fill_normal
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.memory import HostMemory
+from engram_ref.tables.rows import Rows
 from engram_ref.tables.uva import UvaTable
 
 FRESH_PLACEMENTS = ("device", "host", "uva")
+# Scaled rows that are drawn and encoded together; of 32 values or more, they are whole chunks for `fill_normal`.
+_ENCODED = 1 << 14
 
 
 class Engram(nn.Module):
     """A fusion and the table that its rows come from.
 
     Args:
-        fusion: gate and short convolution.
+        fusion: what is done with the rows (`make_fusion`).
         table: of this layer; it stays the caller's to close.
 
     Raises:
         ValueError: rows of another width.
     """
 
-    def __init__(self, fusion: DemoFusion, table: Table) -> None:
+    def __init__(self, fusion: Fusion, table: Table) -> None:
         super().__init__()
         if table.format.width != fusion.config.row_width:
             raise ValueError(f"rows of {table.format.width} values; this layer needs {fusion.config.row_width}")
@@ -50,20 +56,27 @@ class Engram(nn.Module):
         self.table = table
 
     def forward(
-        self, hidden: Tensor, rows: Tensor | np.ndarray | Pending, history: ShortConvHistory | None = None
+        self,
+        hidden: Tensor,
+        rows: Tensor | np.ndarray | Pending,
+        history: ShortConvHistory | None = None,
+        dead: Tensor | np.ndarray | None = None,
     ) -> Tensor:
-        """What is to be added to the residual stream.
+        """The residual stream after the layer.
 
         Args:
             hidden: residual stream, [B, T, G, H], or [B, T, H] where there is one copy.
             rows: row numbers [B, T, C], which are fetched now, or the fetch of them that was started before.
-            history: what came before this chunk; it is read and advanced.
+            history: of the demo's convolution, what came before this chunk; it is read and advanced.
+            dead: in the form v41, booleans [B, T], `compressed_ids == DEAD`; where true the stream passes through bit
+                for bit.
 
         Returns:
             As `hidden`.
 
         Raises:
-            ValueError: wrong shape, dtype or device, or a row that does not exist.
+            ValueError: wrong shape, dtype or device, a row that does not exist, or an argument that the form does not
+                know.
         """
         config = self.fusion.config
         plain = hidden.ndim == 3 and config.hc_mult == 1
@@ -72,8 +85,10 @@ class Engram(nn.Module):
             raise ValueError(
                 f"hidden of shape {tuple(hidden.shape)}; this layer needs [B, T, {config.hc_mult}, {config.hidden}]"
             )
-        update = self.fusion(self._look_up(rows, stream), stream, history)
-        return update.squeeze(2) if plain else update
+        if isinstance(dead, np.ndarray):
+            dead = torch.from_numpy(dead).to(stream.device)
+        stream = self.fusion.add_to(stream, self._look_up(rows, stream), history, dead)
+        return stream.squeeze(2) if plain else stream
 
     def _look_up(self, rows: Tensor | np.ndarray | Pending, stream: Tensor) -> Tensor:
         """The rows of every position side by side, [B, T, C*D], in the fusion's dtype."""
@@ -93,6 +108,29 @@ class Engram(nn.Module):
         if values.device.type != stream.device.type:
             raise ValueError(f"rows on {values.device}, hidden on {stream.device}: make the table for that device")
         return values.view(batch, length, config.embedding_width).to(self.fusion.dtype)
+
+
+def make_fusion(
+    config: EngramConfig,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    fp8: bool = False,
+) -> DemoFusion | V41Fusion:
+    """A fusion of the configuration's form.
+
+    Args:
+        config: geometry.
+        device, dtype: of the parameters, and of what goes in and comes out.
+        fp8: in the form v41, keep the projection as fp8 codes and scales.
+
+    Raises:
+        ValueError: fp8 weights for the demo's form, or for a projection that is not made of 32 x 32 blocks.
+    """
+    if config.form == "v41":
+        return V41Fusion(config, device, dtype, fp8)
+    if fp8:
+        raise ValueError("fp8=True: the demo's form has no fp8 weights; use fp8=False, or form v41")
+    return DemoFusion(config, device, dtype)
 
 
 def build_engram(
@@ -121,29 +159,41 @@ def build_engram(
     check_plan(config, layer_plan)
     if placement not in FRESH_PLACEMENTS:
         raise ValueError(f"placement {placement!r}: a new table is made as one of {', '.join(FRESH_PLACEMENTS)}")
-    fusion = DemoFusion(config, "meta", dtype).to_empty(device="cpu")
+    fusion = make_fusion(config, "meta", dtype).to_empty(device="cpu")
     fusion.reset_parameters(torch.Generator().manual_seed(seed))
     fusion = fusion.to(device)
     with ExitStack() as undo:
         row_format = RowFormat.of(config)
         memory = undo.enter_context(HostMemory(layer_plan.rows * row_format.row_bytes))
-        values = row_format.decode(memory.bytes.view(layer_plan.rows, row_format.row_bytes))  # [R, D]
+        rows = Rows(row_format, (memory.bytes.view(layer_plan.rows, row_format.row_bytes),))
         if init:
-            fill_normal(values, seed)
+            _fill(rows, seed)
         if placement == "device" and fusion.device.type != "cpu":
-            return Engram(fusion, make_table(placement, values, device))  # copied; the memory is not needed any more
-        engram = Engram(fusion, _adopt(placement, values, fusion.device, memory))
+            return Engram(fusion, make_table(placement, rows, device))  # copied; the memory is not needed any more
+        engram = Engram(fusion, _adopt(placement, rows, fusion.device, memory))
         undo.pop_all()
     return engram
 
 
-def _adopt(placement: str, values: Tensor, device: torch.device, memory: HostMemory) -> Table:
+def _fill(rows: Rows, seed: int) -> None:
+    """Draw all rows, which are in one part; scaled ones a few at a time, since their values take far more memory."""
+    (raw,) = rows.parts
+    if not rows.format.scaled:
+        return fill_normal(rows.values(), seed)
+    for first in range(0, len(rows), _ENCODED):
+        piece = raw[first : first + _ENCODED]
+        values = torch.empty((len(piece), rows.format.width), dtype=rows.format.dtype)
+        fill_normal(values, seed, start=first * rows.format.width)
+        piece.copy_(rows.format.encode(values))
+
+
+def _adopt(placement: str, rows: Rows, device: torch.device, memory: HostMemory) -> Table:
     """A table of rows that lie where they are to stay."""
     if device.type == "cuda":
         memory.pin()
     if placement == "device":
-        return DeviceTable(values, memory)
-    return (HostTable if placement == "host" else UvaTable)(values, device, memory)
+        return DeviceTable(rows, memory)
+    return (HostTable if placement == "host" else UvaTable)(rows, device, memory)
 
 
 def check_plan(config: EngramConfig, layer_plan: LayerPlan) -> None:

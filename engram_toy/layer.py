@@ -43,13 +43,18 @@ def gate(key: Vector, query: Vector) -> Any:
 
 def signed_sqrt(x: Any) -> Any:
     """sign(x) * sqrt(max(|x|, GATE_FLOOR)), with sign(0) = 0."""
-    magnitude = abs(x)
-    if magnitude < GATE_FLOOR:
-        magnitude = magnitude * 0.0 + GATE_FLOOR  # a constant that the tracer still sees
-    root = magnitude**0.5
+    root = floored_root(x)
     if x > 0:
         return root
     return -root if x < 0 else root * 0.0
+
+
+def floored_root(x: Any) -> Any:
+    """sqrt(max(|x|, GATE_FLOOR))."""
+    magnitude = abs(x)
+    if magnitude < GATE_FLOOR:
+        magnitude = magnitude * 0.0 + GATE_FLOOR  # a constant that the tracer still sees
+    return magnitude**0.5
 
 
 def gated_value(e: Vector, hidden: Matrix, weights: EngramWeights) -> list[list[Any]]:

@@ -4,15 +4,18 @@
     layer    hash, rows, projections, gate, convolution (kv-bank: hash, rows, projections, attention over them)
     block    the layer, its residual addition, and causal self-attention
 
-A ratio between two layouts says nothing without the boundary: each adds reads that both layouts share.
+A ratio between two layouts says nothing without the boundary: each adds reads that both layouts share. Engram comes in
+two forms, the demo's and DeepSeek-V4.1's. The latter decodes its rows within the lookup, and its layer has no
+convolution but does the residual addition itself. Which form it is, the weights say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engram_toy import layer_v41
 from engram_toy.attention import AttentionWeights, attention
 from engram_toy.bytedmd import label
 from engram_toy.functional import Matrix, Vector
@@ -34,7 +37,7 @@ class Workload:
         plan: the hash plan, as `HashPlan.to_json` writes it.
         layer_id: the layer of the plan that is looked up.
         compressed_ids: the text, [T].
-        table: [rows][D] for engram, [rows][2H] for kv-bank.
+        table: [rows][D] for engram, [rows][D + D/32] codes and scales for its V4.1 form, [rows][2H] for kv-bank.
         hidden: residual stream before the layer, [T][H]; one copy.
         layer: weights of the layer.
         attention: weights of the attention behind it.
@@ -46,7 +49,7 @@ class Workload:
     compressed_ids: Sequence[int]
     table: Matrix
     hidden: Matrix
-    layer: EngramWeights | BankWeights
+    layer: EngramWeights | layer_v41.V41Weights | BankWeights
     attention: AttentionWeights
 
     def row_indices(self) -> list[list[int]]:
@@ -73,7 +76,7 @@ def build(workload: Workload, boundary: str, layout: Layout, padding: int, hold:
     above, below = layout.split(workload.table)
     pad = [0] * padding
     if boundary == "lookup":
-        function = _lookup(workload.row_indices(), layout, hold)
+        function = _lookup(type(workload.layer), workload.row_indices(), layout, hold)
         return Program(function, (above, pad, below), ("row", "pad", "row"))
     if boundary not in BOUNDARIES:
         raise ValueError(f"no boundary {boundary!r}: use one of {', '.join(BOUNDARIES)}")
@@ -91,21 +94,23 @@ def build(workload: Workload, boundary: str, layout: Layout, padding: int, hold:
         "pad": ("pad", pad),
         "below": ("row", below),
     }
-    function = _layer(workload.model, workload.plan["max_ngram"], layout, boundary == "block", hold)
+    function = _layer(type(workload.layer), workload.plan["max_ngram"], layout, boundary == "block", hold)
     kinds, values = zip(*arguments.values())
     return Program(function, values, kinds)
 
 
-def _lookup(indices: Sequence[Sequence[int]], layout: Layout, hold: bool) -> Callable[..., Any]:
+def _lookup(form: type, indices: Sequence[Sequence[int]], layout: Layout, hold: bool) -> Callable[..., Any]:
+    deliver = layer_v41.embed if form is layer_v41.V41Weights else embed
+
     def function(above: Matrix, pad: Vector, below: Matrix) -> Any:
         table = layout.join(above, below)
-        delivered = [embed(rows) for rows in layout.lookups(table, indices)]
+        delivered = [deliver(rows) for rows in layout.lookups(table, indices)]
         return (delivered, pad) if hold else (delivered,)
 
     return function
 
 
-def _layer(model: str, max_ngram: int, layout: Layout, with_attention: bool, hold: bool) -> Callable[..., Any]:
+def _layer(form: type, max_ngram: int, layout: Layout, with_attention: bool, hold: bool) -> Callable[..., Any]:
     def function(
         tokens: Vector,
         multipliers: Vector,
@@ -121,15 +126,21 @@ def _layer(model: str, max_ngram: int, layout: Layout, with_attention: bool, hol
     ) -> Any:
         indices = label(hash_columns(tokens, multipliers, primes, offsets, pad_id), "row index")
         lookups = layout.lookups(layout.join(above, below), indices)
-        if model == "engram":
-            streams = [[x] for x in hidden]  # one residual copy
-            update = [copies[0] for copies in engram(streams, lookups, EngramWeights(*layer), max_ngram)]
-        else:
-            update = kv_bank(hidden, lookups, BankWeights(*layer))
-        out = update
+        out = _apply(form(*layer), hidden, lookups, max_ngram)
         if with_attention:
-            stream = [[a + b for a, b in zip(x, u)] for x, u in zip(hidden, update)]
+            adds = form is layer_v41.V41Weights  # by itself
+            stream = out if adds else [[a + b for a, b in zip(x, u)] for x, u in zip(hidden, out)]
             out = attention(stream, AttentionWeights(*attention_weights))
         return (out, pad) if hold else (out,)
 
     return function
+
+
+def _apply(weights: Any, hidden: Matrix, lookups: Iterable[Sequence[Vector]], max_ngram: int) -> list[list[Any]]:
+    """The layer on one residual copy, [T][H]: an update to the stream, or in the V4.1 form the stream after it."""
+    if isinstance(weights, BankWeights):
+        return kv_bank(hidden, lookups, weights)
+    copies = [[x] for x in hidden]
+    if isinstance(weights, layer_v41.V41Weights):
+        return [one for (one,) in layer_v41.engram_v41(copies, lookups, weights)]
+    return [one for (one,) in engram(copies, lookups, weights, max_ngram)]

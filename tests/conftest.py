@@ -71,6 +71,18 @@ def plans(vocab_v4):
     return {name: HashPlan.build(c, len(vocab_v4), vocab_v4.pad(c.pad_id)) for name, c in configs.items()}
 
 
+@pytest.fixture(scope="session")
+def sample_folder(tmp_path_factory, cache_home):
+    """A small checkpoint in DeepSeek-V4.1's layout, seed 3; tests do not change it."""
+    from engram_ref.sample_checkpoint import sample_config, write_sample
+
+    folder = tmp_path_factory.mktemp("sample") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        write_sample(folder, sample_config(first_prime=31, hidden=32), seed=3)
+    return folder
+
+
 @pytest.fixture(params=["numpy", "numba"])
 def backend(request):
     """Both backends of engram_ref's NgramHasher; a missing numba is an error here, not a skip."""

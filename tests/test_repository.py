@@ -119,6 +119,15 @@ def test_the_layer_is_as_much_faster_as_was_aimed_at(case, at_least):
     assert paired_ratio(found["samples_s"][found["rival"]], found["samples_s"]["ours"])["median"] >= at_least
 
 
+@pytest.mark.parametrize("tokens", [512, 4096])  # fewer are bounded by the call, not by the memory
+def test_fp8_rows_are_gathered_as_much_faster_as_was_aimed_at(tokens):
+    cases = [entry for entry in fill_docs.load("layer_speed")["cases"] if entry["case"] == "fp8_gather"]
+    if not cases:
+        pytest.skip("bench/results/layer_speed.json has no fp8_gather: python bench/layer_speed.py --cases fp8_gather")
+    found = next(entry for entry in cases if entry["tokens"] == tokens)
+    assert paired_ratio(found["samples_s"][found["rival"]], found["samples_s"][found["ours"]])["median"] >= 1.5
+
+
 def test_the_readme_names_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("## Map") : text.index("## Use it")]

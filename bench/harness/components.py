@@ -94,9 +94,9 @@ class Components:
         self._row_format = RowFormat(dtype, config.row_width)
         self._cuda = device.type == "cuda"
         self._memory = HostMemory(self._layer.rows * self._row_format.row_bytes)
-        raw = self._memory.bytes.view(self._layer.rows, self._row_format.row_bytes)
-        synthetic.fill(raw, dtype, seed=0)
-        self._table = HostTable(self._row_format.decode(raw), torch.device("cpu"))
+        rows = synthetic.rows_in(self._memory.bytes, self._row_format, self._layer.rows)
+        synthetic.fill(rows, seed=0)
+        self._table = HostTable(rows, torch.device("cpu"))
         ids = batches.next()
         self.batch, self.tokens = ids.shape
         self._buffers = self._make_buffers(dtype)

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 
 from bench.harness.results import atomic_path
-from bench.harness.table import find_run, groups, variants
+from bench.harness.table import find_run, groups, scale_text, variants
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
 
 # Okabe and Ito's palette: told apart by everyone, and on paper.
@@ -81,9 +81,11 @@ def _boundaries(results: dict[str, Any]) -> list[str]:
 
 def _caption(results: dict[str, Any]) -> str:
     c, s = results["configuration"], results["stream"]
+    scale = scale_text(results["runs"][0])
     return (
         f"{s['name']}, {c['seq_len']} tokens, width {c['d_model']}, padding {c['padding']:,}, "
         f"definition {c['definition']}, {c['bytes_per_element']} B per value, seed {c['seed']}"
+        + (f"\n{c['preset']}: {scale}" if scale else "")
     )
 
 

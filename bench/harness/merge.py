@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.harness import cli, wall_figures
+from bench.harness import wall_figures
 from bench.harness.results import write_json
 from bench.harness.wall_table import wall_table
+from engram_ref import cli
 
 PROG = "merge"
 _SAME = ("benchmark", "device", "device_name", "git")

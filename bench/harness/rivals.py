@@ -34,11 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import cli, synthetic
+from bench.harness import synthetic
 from bench.harness.timing import paired_ratio
+from engram_ref import cli
 from engram_ref.tables import pagecache
 from engram_ref.tables.base import RowFormat
 from engram_ref.tables.file import FileTable, StoredRows, save_pieces
+from engram_ref.tables.rows import Rows
 
 PROG = "rivals"
 OURS, STORE, DISK = "ours", "EngramDB Store.fetch", "fio, 4 KiB random reads"
@@ -129,12 +131,17 @@ def _import_engramdb(site: Path | None) -> Any:
     return engramdb
 
 
+def _row_format(row_bytes: int) -> RowFormat:
+    return RowFormat(_DTYPE, row_bytes // _DTYPE.itemsize)
+
+
 def _content(rows: int, row_bytes: int) -> Iterator[torch.Tensor]:
     """Stored rows of the table, uint8 [n, row_bytes], piece by piece; every piece is overwritten by the next."""
+    row_format = _row_format(row_bytes)
     memory = torch.empty((max(1, _PIECE // row_bytes), row_bytes), dtype=torch.uint8)
     for first in range(0, rows, len(memory)):
         piece = memory[: min(len(memory), rows - first)]
-        synthetic.fill(piece, _DTYPE, _SEED, first)
+        synthetic.fill(Rows(row_format, (piece,)), _SEED, first)
         yield piece
 
 
@@ -198,7 +205,7 @@ class ColdRace:
             self.store = StoreRival(folder / f"store-{os.getpid()}", rows, row_bytes, site)
             undo.callback(self.store.close)
             self.path = folder / f"table-{os.getpid()}.safetensors"
-            row_format = RowFormat(_DTYPE, row_bytes // _DTYPE.itemsize)
+            row_format = _row_format(row_bytes)
             save_pieces(self.path, rows, row_format, map(row_format.decode, _content(rows, row_bytes)))
             undo.callback(self.path.unlink)
             self.table = FileTable(StoredRows.find(self.path), torch.device("cpu"), threads)
@@ -209,7 +216,8 @@ class ColdRace:
 
     def _require_equal(self) -> None:
         rows = self.fresh(_CHECKED_ROWS)
-        expected = synthetic.expected_rows(torch.from_numpy(rows), self.row_bytes, _DTYPE, _SEED).numpy().tobytes()
+        row_format = _row_format(self.row_bytes)
+        expected = synthetic.expected_rows(torch.from_numpy(rows), row_format, _SEED).numpy().tobytes()
         ours = self.table.start(torch.from_numpy(rows)).wait().view(torch.uint8).numpy().tobytes()
         for name, found in ((OURS, ours), (STORE, self.store.fetch(rows.tolist()))):
             if found != expected:

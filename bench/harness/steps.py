@@ -22,6 +22,7 @@ from bench.harness.backbones import Backbone
 from bench.harness.token_batches import TokenBatches
 from bench.harness.variants import CONTROL, TableSet, Variant
 from engram_ref.fusion import DemoFusion, ShortConvHistory
+from engram_ref.fusion_common import Fusion
 from engram_ref.hashing import NgramHasher
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory
 from engram_ref.prefetch import Fetch
@@ -65,25 +66,27 @@ class Stepper:
 
     Args:
         tables: the content and its variants.
-        fusion: the gate and convolution, shared by all variants.
+        fusion: what is done with the rows, shared by all variants.
         backbone: the blocks around the layer.
         shape: of a step.
         batches: token ids, fresh every step.
     """
 
     def __init__(
-        self, tables: TableSet, fusion: DemoFusion, backbone: Backbone, shape: Shape, batches: TokenBatches
+        self, tables: TableSet, fusion: Fusion, backbone: Backbone, shape: Shape, batches: TokenBatches
     ) -> None:
         self.tables, self.fusion, self.backbone, self.shape = tables, fusion, backbone, shape
         self._batches = batches
-        device, dtype = tables.device, next(fusion.parameters()).dtype
+        device, dtype = tables.device, fusion.dtype
         generator = torch.Generator(device).manual_seed(0)
         size = (shape.batch, shape.tokens, backbone.hidden)
         self._embeds = torch.randn(size, generator=generator, device=device, dtype=dtype)  # [B, T, H]
         self._cache = backbone.new_cache(shape.batch, shape.context)
         self._timer = step_timer(device)
         self._hasher = NgramHasher(tables.plan)
-        self._conv = ShortConvHistory(fusion, shape.batch) if shape.phase == "decode" else None
+        self._conv: ShortConvHistory | None = None
+        if shape.phase == "decode" and isinstance(fusion, DemoFusion):  # the form with a convolution
+            self._conv = ShortConvHistory(fusion, shape.batch)
 
     def next_ids(self) -> tuple[np.ndarray, Any]:
         """Compressed ids [B, T] of a fresh step, and the history before them (None for a prefill)."""
@@ -160,7 +163,7 @@ class Stepper:
                 return hidden
             timer.mark("join1")
             with fetch or variant.prefetcher.start(ids, history) as ready:
-                return hidden + self._engram(hidden, ready)
+                return self._engram(hidden, ready)
 
         with torch.inference_mode():
             self.backbone.step(self._embeds, self._cache, before_second)
@@ -171,7 +174,7 @@ class Stepper:
         self._timer.mark("joined1")
         e = values.to(hidden.dtype).view(*hidden.shape[:2], -1)  # [B, T, C*D]
         history = self._conv.copy() if self._conv is not None else None
-        return self.fusion(e, hidden.unsqueeze(2), history).squeeze(2)
+        return self.fusion.add_to(hidden.unsqueeze(2), e, history).squeeze(2)
 
 
 class Counted:

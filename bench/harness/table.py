@@ -69,11 +69,27 @@ def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "
     return classify(run["cost"] / resident["cost"], overhead, is_valid(results, model, boundary))
 
 
+def scale_text(run: Run) -> str:
+    """By how much a run is smaller than the model that it stands for; empty where nothing was cut."""
+    if "scale" not in run:
+        return ""
+    scale = run["scale"]
+    rows, full_rows = scale["table_rows"]
+    of = {name: f"{here:,} of {full:,}" for name, (here, full) in scale.items()}
+    return (
+        f"table 1/{round(full_rows / rows):,}, row {of['row_width']} values, hidden {of['hidden']}, "
+        f"copies {of['hc_mult']}, layers {of['layers']}"
+    )
+
+
 def verdict_table(results: dict[str, Any]) -> str:
-    """Price ratios of every variant to `resident`, wall time of the prefetch, and its class, per boundary."""
+    """Price ratios of every variant to `resident`, wall time of the prefetch, and its class, per boundary.
+
+    Lines of a model that was cut say by how much.
+    """
     offloads = [name for name in variants(results) if name != "resident"]
     names = [name.removeprefix("offload_") for name in offloads]
-    rows = [["model", "boundary", "resident price", *names, "prefetch wall time", "verdict"]]
+    rows = [["model", "boundary", "resident price", *names, "prefetch wall time", "verdict", "scale"]]
     reasons = {}
     for model, boundary in groups(results):
         resident = find_run(results, model, boundary, "resident")
@@ -83,11 +99,13 @@ def verdict_table(results: dict[str, Any]) -> str:
         wall = _wall_text(find_run(results, model, boundary, "offload_prefetch"), resident, floor)
         label, reason = verdict(results, model, boundary)
         reasons[reason] = label
-        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label])
+        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label, scale_text(resident)])
+    if not any(row[-1] for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
     notes = [f"{label}: {reason}" for reason, label in reasons.items()]
     return "\n".join(
         [
-            aligned(rows, left={0, 1, len(rows[0]) - 1}),
+            aligned(rows, left={0, 1, *range(len(names) + 4, len(rows[0]))}),
             "",
             f"{', '.join(names)}: ByteDMD price / price of resident",
             *notes,

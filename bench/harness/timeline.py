@@ -19,6 +19,7 @@ from bench.harness.variants import Variant
 
 Span = tuple[str, str, float, float]  # what, lane, begin and end in seconds
 _STEP = "engram_step"
+_FETCHES = ("gather", "indexselect", "dequantise")  # in the names of kernels that fetch rows, decoding included
 
 
 class SpanLog:
@@ -78,7 +79,7 @@ def _device_spans(profile: Any, began: float) -> list[Span]:
         if event.device_type != cuda or event.name == _STEP:
             continue
         name = event.name.lower()
-        what = "copy" if "memcpy" in name else "gather" if "gather" in name or "indexselect" in name else "compute"
+        what = "copy" if "memcpy" in name else "gather" if any(word in name for word in _FETCHES) else "compute"
         begin, end = (1e-6 * (at - entered) - began for at in (event.time_range.start, event.time_range.end))
         spans.append((what, "stream", begin, end))
     return spans

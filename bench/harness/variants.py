@@ -29,6 +29,7 @@ from engram_ref.tables.file import FileTable, StoredRows, save_rows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable, most_frequent
 from engram_ref.tables.memory import HostMemory, require_bytes
+from engram_ref.tables.rows import Rows
 
 VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
@@ -74,6 +75,10 @@ class TableSet:
         hot: for `offload_hot`, a stream of row numbers to choose the most frequent from, and how many to keep.
         caches: states of the page cache to measure a file in.
         observer: given to every prefetcher.
+        packed: lay codes and scales of an fp8 row side by side, everywhere; False lays them apart.
+
+    Attributes:
+        layout: how a row lies: plain, packed or split.
     """
 
     def __init__(
@@ -87,10 +92,13 @@ class TableSet:
         hot: tuple[Tensor, int] | None,
         caches: Sequence[str],
         observer: Observer | None = None,
+        packed: bool = True,
     ) -> None:
         self.layer_id = plan.layers[0].layer_id
         self.rows = plan.layers[0].rows
         self.format = RowFormat.of(config)
+        self._packed = packed
+        self.layout = "plain" if not self.format.scaled else "packed" if packed else "split"
         self.device = device
         self.plan = plan
         self._seed = seed
@@ -111,11 +119,10 @@ class TableSet:
         if self.device.type == "cuda" and "resident" in names:
             require_bytes(self.nbytes, self.device)
         self.memory = self._keep(HostMemory(self.nbytes))
-        raw = self.memory.bytes.view(self.rows, self.format.row_bytes)
-        synthetic.fill(raw, self.format.dtype, self._seed)
+        self._in_host = self._laid_out(self.memory.bytes)
+        synthetic.fill(self._in_host, self._seed)
         if self.device.type == "cuda":
             self.memory.pin()  # after the first touch, which many threads share
-        self._values = self.format.decode(raw)  # [R, D]
         builders: dict[str, Callable[[], list[Variant]]] = {
             "resident": self._resident,
             "offload_naive": lambda: [self._host("offload_naive", "synchronous")],
@@ -125,6 +132,9 @@ class TableSet:
             "offload_disk": lambda: self._disk(folder, caches),
         }
         self.variants = [variant for name in names for variant in builders[name]()]
+
+    def _laid_out(self, memory: Tensor) -> Rows:
+        return synthetic.rows_in(memory, self.format, self.rows, self._packed)
 
     def _keep(self, resource: Any) -> Any:
         return self._stack.enter_context(resource)
@@ -137,29 +147,30 @@ class TableSet:
         return self._keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
 
     def _resident(self) -> list[Variant]:
-        values = self._values if self.device.type == "cpu" else _to_device(self._values, self.device)
-        table = self._keep(DeviceTable(values))
+        on_cpu = self.device.type == "cpu"
+        rows = self._in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
+        table = self._keep(DeviceTable(rows))
         prefetcher = self._on(table, background=False)
         return [Variant("resident", "in place", None, repeat, table, prefetcher) for repeat in (0, 1)]
 
     def _host(self, name: str, schedule: str) -> Variant:
-        table = self._keep(HostTable(self._values, self.device))
+        table = self._keep(HostTable(self._in_host, self.device))
         return Variant(name, schedule, None, 0, table, self._on(table, schedule == "prefetched"))
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
 
-        table = self._keep(UvaTable(self._values, self.device))
+        table = self._keep(UvaTable(self._in_host, self.device))
         return [Variant("offload_uva", "prefetched", None, 0, table, self._on(table, True))]
 
     def _hot(self, stream: Tensor, count: int) -> Variant:
         rows = most_frequent(stream, count, self.rows)
-        table = self._keep(HotTable(HostTable(self._values, self.device), rows))
+        table = self._keep(HotTable(HostTable(self._in_host, self.device), rows))
         return Variant("offload_hot", "prefetched", None, 0, table, self._on(table, True))
 
     def _disk(self, folder: Path, caches: Sequence[str]) -> list[Variant]:
         path = folder / f"table-{self.rows}x{self.format.row_bytes}-{self._seed}.safetensors"
-        save_rows(path, self._values)
+        save_rows(path, self._in_host)
         self._stack.callback(path.unlink)
         table = self._keep(FileTable(StoredRows.find(path), self.device))
         table.drop_cache()
@@ -171,14 +182,14 @@ class TableSet:
         ]
 
     def check(self, ids: np.ndarray) -> str:
-        """Fetch one batch [B, T] from every variant; the digest of its rows, equal to the content's formula.
+        """Fetch one batch [B, T] from every variant; the digest of its values, equal to the content's formula.
 
         Raises:
-            ValueError: a variant returned other bytes: then nothing may be timed.
+            ValueError: a variant returned other bits: then nothing may be timed.
         """
         numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
-        want = synthetic.expected_rows(torch.from_numpy(numbers), self.format.row_bytes, self.format.dtype, self._seed)
-        digest = hashlib.sha256(want.numpy().tobytes()).hexdigest()
+        want = synthetic.expected_values(torch.from_numpy(numbers), self.format, self._seed)
+        digest = hashlib.sha256(_bytes(want)).hexdigest()
         for variant in self.variants:
             got = hashlib.sha256(_fetch_bytes(variant, ids, self.layer_id, len(numbers))).hexdigest()
             if got != digest:
@@ -203,13 +214,16 @@ def _fetch_bytes(variant: Variant, ids: np.ndarray, layer_id: int, count: int) -
     hasher = variant.prefetcher.hasher
     given = torch.from_numpy(ids).to(hasher.device) if isinstance(hasher, DeviceHasher) else ids
     with variant.prefetcher.start(given) as fetch:
-        return fetch[layer_id].wait()[:count].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        return _bytes(fetch[layer_id].wait()[:count].contiguous().cpu())
 
 
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, made in pieces: one copy may not span two page-locked regions."""
-    source = values.view(torch.uint8).view(-1)
-    target = torch.empty(source.shape, dtype=torch.uint8, device=device)
-    for start in range(0, len(source), _PIECE):
-        target[start : start + _PIECE].copy_(source[start : start + _PIECE])
-    return target.view(values.shape[0], -1).view(values.dtype)
+def _bytes(values: Tensor) -> bytes:
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+def _to_device(memory: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, made in pieces from the beginning: one copy may not span two page-locked regions."""
+    target = torch.empty(memory.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(memory), _PIECE):
+        target[start : start + _PIECE].copy_(memory[start : start + _PIECE])
+    return target

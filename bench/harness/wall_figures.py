@@ -255,7 +255,9 @@ def _disk_panel(results: Results) -> _Rates:
     disk = results["limits"]["disk"]
     fetches = _fetches(results, lambda run: run["page_cache"] is not None)
     limit = disk["reads_per_s"]
-    origin = f"dashed: {limit:,.0f} reads/s of one row or more, {disk['what']}" if limit else f"no limit: {disk['why']}"
+    apart = any(step["table"].get("layout") == "split" for step, _ in fetches)
+    least = "one part of a row" if apart else "one row"
+    origin = f"dashed: {limit:,.0f} reads/s of {least} or more, {disk['what']}" if limit else f"no limit: {disk['why']}"
     return _Rates(fetches, lambda step: step["table"]["row_bytes"], "rows/s", limit, origin)
 
 

@@ -12,12 +12,14 @@ import torch
 
 from bench.harness.steps import Shape
 from bench.harness.variants import ON_CPU, VARIANTS
-from engram_ref.config import VALUE_BYTES, EngramConfig
+from engram_ref.config import EngramConfig
+from engram_ref.tables.base import RowFormat
 from engram_ref.tables.memory import free_host_bytes
 
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
 STEPS_GPU = ["prefill:1x4096", "prefill:8x4096", "decode:1", "decode:16", "decode:64", "decode:256"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
+LAYOUTS = ("packed", "split")
 _MAX_SHARE = 0.85  # of free host memory that a table called max takes
 _DISK_HEADROOM = 1 << 28
 
@@ -46,8 +48,8 @@ def table_params(text: str) -> float | str:
     return value
 
 
-def largest(dtype: str) -> float:
-    """Parameters of the largest table that host memory holds with room to spare.
+def largest(preset: str, dtype: str) -> float:
+    """Parameters of the largest table that host memory holds with room to spare; scales of fp8 rows take their part.
 
     Raises:
         ValueError: the system does not say how much memory is free.
@@ -55,7 +57,31 @@ def largest(dtype: str) -> float:
     free = free_host_bytes()
     if free is None:
         raise ValueError("this system does not say how much memory is free: give --table_params a number")
-    return float(int(_MAX_SHARE * free / VALUE_BYTES[dtype]))
+    config = EngramConfig.preset(preset)
+    row_bytes = config.replace(row_dtype=stored_dtype(preset, dtype)).row_bytes()
+    return float(int(_MAX_SHARE * free * config.row_width / row_bytes))
+
+
+def stored_dtype(preset: str, dtype: str) -> str:
+    """How the rows of a table are stored: fp8 where the preset's are, else in the dtype of the model."""
+    config = EngramConfig.preset(preset)
+    return config.row_dtype if RowFormat.of(config).scaled else dtype
+
+
+def row_layout(preset: str, wanted: str | None) -> str:
+    """How the rows of a table lie: as wanted, packed if nothing is wanted; plain rows have one part.
+
+    Raises:
+        ValueError: a layout is wanted of rows that have no scales.
+    """
+    if RowFormat.of(EngramConfig.preset(preset)).scaled:
+        return wanted or LAYOUTS[0]
+    if wanted is not None:
+        raise ValueError(
+            f"--rows {wanted}: the rows of {preset} have no scales to lay beside or apart; leave --rows out, or take "
+            "--preset v41-flash"
+        )
+    return "plain"
 
 
 def pick_device(name: str) -> torch.device:
@@ -93,7 +119,7 @@ def table_config(preset: str, params: float, hidden: int, dtype: str) -> EngramC
     return config.replace(
         hidden=hidden,
         hc_mult=1,
-        row_dtype=dtype,
+        row_dtype=stored_dtype(preset, dtype),
         table_size_per_order=(per_column,) * len(config.orders),
     )
 

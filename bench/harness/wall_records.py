@@ -38,6 +38,7 @@ def run_record(
         "schedule": variant.schedule,
         "page_cache": variant.page_cache,
         "repeat": variant.repeat,
+        "table": _table(step["table"]),
         "step_s": samples.step_s,
         "exposed_s": samples.exposed_s if rows else [],
         "limit_s": limit,
@@ -50,6 +51,12 @@ def run_record(
         "spans": [list(span) for span in spans],
         "rows_sha256": digest if rows else None,
     }
+
+
+def _table(table: dict[str, Any]) -> dict[str, Any]:
+    """What every row of the results says of its table: how rows are stored, and how much of the published one it is."""
+    share = table["rows"] / table["published_rows"]
+    return {"preset": table["preset"], "share": share, "row_dtype": table["row_dtype"], "layout": table["layout"]}
 
 
 def _no_bytes() -> dict[str, Any]:

@@ -67,11 +67,18 @@ def device_label(results: dict[str, Any]) -> str:
 
 def step_label(step: Step) -> str:
     """Shape, table size and backbone of a step, in a few words."""
-    shape = step["shape"]
+    shape, table = step["shape"], step["table"]
+    scale = f" ({scale_label(table)})" if "preset" in table else ""
     return (
         f"{shape['phase']} {shape['batch']} x {shape['tokens']}, "
-        f"{step['table']['params'] / 1e9:g}e9 parameters, backbone {step['backbone']}"
+        f"{table['params'] / 1e9:g}e9 parameters{scale}, backbone {step['backbone']}"
     )
+
+
+def scale_label(table: dict[str, Any]) -> str:
+    """How much of the published table of its preset a step's table is: "1/640 of v41-flash's table"."""
+    share = table["rows"] / table["published_rows"]
+    return f"{fraction(share)}{'' if share > 1 else ' of'} {table['preset']}'s table"
 
 
 def run_label(run: Run) -> str:
@@ -132,7 +139,17 @@ def step_header(results: dict[str, Any], step: Step) -> list[str]:
         f"   table {table['params'] / 1e9:g}e9 parameters, {gib(table['bytes'])}, {table['rows']:,} rows of "
         f"{table['row_bytes']} B, {table['columns']} columns, layers {', '.join(map(str, table['layer_ids']))}; "
         f"backbone {step['backbone']}, {step['blocks']} blocks",
+        *(_stored(table) if "preset" in table else []),
     ]
+
+
+def _stored(table: dict[str, Any]) -> list[str]:
+    """How a table relates to the published one, and how its rows are stored."""
+    stored = {"plain": "", "packed": ", scales beside their codes", "split": ", scales apart from their codes"}
+    return _wrapped(
+        f"   {scale_label(table)}, of which one layer has {table['published_rows']:,} rows; "
+        f"rows stored as {table['row_dtype']}{stored[table['layout']]}"
+    )
 
 
 def prediction(results: dict[str, Any], step: Step) -> str:
@@ -155,10 +172,13 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         (name, byte_unit, lambda run, source=source: short(median_bytes(run, source) / nbytes))
         for name, source in (("from ids", "from_ids"), ("copied", "copied"), ("counter", "counter"))
     ]
+    preset = step["table"].get("preset")  # older results say nothing of it
+    scale = [("table", f"of {preset}", lambda run: fraction(run["table"]["share"]))] if preset else []
     return [
         ("variant", "", lambda run: run["variant"] + (" again" if run["repeat"] else "")),
         ("schedule", "", _schedule),
         ("on", "", lambda run: step["device"]),
+        *scale,
         ("median", time_unit, lambda run: short(statistics.median(run["step_s"]) / seconds)),
         ("p20-p80", time_unit, lambda run: _spread(run["step_s"], seconds)),
         ("overhead", "% of resident", lambda run: _overhead(step, run)),
@@ -311,6 +331,15 @@ def short(value: float, digits: int = 4) -> str:
     if value >= 1000 or value == 0:
         return f"{value:.0f}"
     return f"{value:.{digits}g}" if value >= 1e-4 else "<0.0001"
+
+
+def fraction(share: float) -> str:
+    """A part or a multiple of a whole: 1/640, 42 %, all, 4.5 x."""
+    if share == 1:
+        return "all"
+    if share > 1:
+        return f"{short(share, digits=2)} x"
+    return f"{short(100 * share, digits=3)} %" if share > 0.1 else f"1/{1 / share:,.0f}"
 
 
 def percent(share: float) -> str:

@@ -1,4 +1,8 @@
-"""The two toy models, filled with reproducible numbers: same seed, same bits on every machine."""
+"""The toy models, filled with reproducible numbers: same seed, same bits on every machine.
+
+Each has the form of a preset of `engram_ref.config`. V4.1-Flash is scaled down to what a laptop traces; `scale_of` says
+by how much. Its rows hold one number per stored byte: codes, then a scale for each 32 of them.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,48 @@ import json
 import random
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from engram_ref.config import EngramConfig
+from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_toy import fp8
 from engram_toy.attention import AttentionWeights
 from engram_toy.kv_bank import BankWeights
 from engram_toy.layer import EngramWeights
-from engram_toy.programs import Workload
+from engram_toy.layer_v41 import V41Weights
+from engram_toy.programs import MODELS, Workload
+
+# What each preset is cut to; the orders, the heads and the form stay.
+CUTS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "v41-flash": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": (1000, 1000, 1000)},
+}
+MODELS_OF = {"tiny": MODELS, "v41-flash": ("engram",)}  # DeepSeek-V4.1 has nothing like the bank
 
 
-def toy_config(model: str, hidden: int) -> EngramConfig:
-    """The toy's geometry: 16 narrow rows a position for Engram, 8 key-and-value rows for the bank."""
-    tiny = EngramConfig.preset("tiny").replace(hidden=hidden)
+def toy_config(model: str, hidden: int, preset: str = "tiny") -> EngramConfig:
+    """The toy's geometry: 16 narrow rows a position for Engram, or V4.1-Flash's 24; 8 key-and-value rows for the bank.
+
+    Raises:
+        ValueError: a model that the preset does not have.
+    """
+    if model not in MODELS_OF[preset]:
+        raise ValueError(f"model {model} has no form of preset {preset}: use {' or '.join(MODELS_OF[preset])}")
+    config = EngramConfig.preset(preset).replace(hidden=hidden, **CUTS[preset])
     if model == "engram":
-        return tiny
-    return tiny.replace(heads=4, table_size_per_order=(64, 64), row_width=2 * hidden)
+        return config
+    return config.replace(heads=4, table_size_per_order=(64, 64), row_width=2 * hidden)
+
+
+def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> dict[str, list[int]]:
+    """What was cut, as pairs: here, and in the preset as published. Rows are those of the one layer that is run."""
+    full, layer_id = EngramConfig.preset(preset), config.layer_ids[0]
+    full_plan = HashPlan.build(full, plan.compressed_size, plan.pad_compressed)
+    pairs = {name: [getattr(config, name), getattr(full, name)] for name in ("row_width", "hidden", "hc_mult")}
+    rows = [plan.layer(layer_id).rows, full_plan.layer(layer_id).rows]
+    return {"table_rows": rows, **pairs, "layers": [1, len(full.layer_ids)]}
 
 
 class Numbers:
@@ -41,26 +70,41 @@ class Numbers:
         scale = width**-0.5 if scale is None else scale
         return [self.vector(width, scale) for _ in range(rows)]
 
+    def scaled_row(self, width: int) -> list[float]:
+        """`width` codes, any but NaN, then a scale of 2^-9 .. 2^-6 for each 32 of them; the values are at most 7."""
+        codes = [int(self._random() * 254) for _ in range(width)]  # 0 .. 253: the sign is the last bit
+        scales = [118 + int(self._random() * 4) for _ in range(width // SCALE_BLOCK)]
+        return fp8.numbers([code >> 1 | (code & 1) << 7 for code in codes] + scales)
+
 
 def make_workload(model: str, config: EngramConfig, plan: HashPlan, ids: Sequence[int], seed: int) -> Workload:
     """A model with random weights and a random table, about to read the compressed ids `ids`."""
     numbers = Numbers(seed)
     layer_id = config.layer_ids[0]
-    hidden = config.hidden
+    hidden, rows = config.hidden, plan.layer(layer_id).rows
+    if config.row_dtype == "float8_e4m3fn":
+        table = [numbers.scaled_row(config.row_width) for _ in range(rows)]
+    else:
+        table = numbers.matrix(rows, config.row_width, scale=1.0)
     return Workload(
         model=model,
         plan=json.loads(plan.to_json()),
         layer_id=layer_id,
         compressed_ids=ids,
-        table=numbers.matrix(plan.layer(layer_id).rows, config.row_width, scale=1.0),
+        table=table,
         hidden=numbers.matrix(len(ids), hidden, scale=1.0),
-        layer=_engram_weights(numbers, config) if model == "engram" else _bank_weights(numbers, hidden),
+        layer=_layer_weights(model, numbers, config),
         attention=AttentionWeights(*(numbers.matrix(hidden, hidden) for _ in range(4))),
     )
 
 
-def _engram_weights(numbers: Numbers, config: EngramConfig) -> EngramWeights:
+def _layer_weights(model: str, numbers: Numbers, config: EngramConfig) -> EngramWeights | V41Weights | BankWeights:
     copies, hidden, width = range(config.hc_mult), config.hidden, config.embedding_width
+    if model == "kv-bank":
+        return BankWeights(numbers.matrix(hidden, hidden), numbers.matrix(hidden, hidden))
+    if config.form == "v41":
+        wkv = numbers.matrix((config.hc_mult + 1) * hidden, width)
+        return V41Weights(wkv, [numbers.vector(hidden) for _ in copies], [numbers.vector(hidden) for _ in copies])
     return EngramWeights(
         key_projs_weight=[numbers.matrix(hidden, width) for _ in copies],
         key_projs_bias=[numbers.vector(hidden) for _ in copies],
@@ -71,10 +115,6 @@ def _engram_weights(numbers: Numbers, config: EngramConfig) -> EngramWeights:
         short_conv_norms=[numbers.vector(hidden) for _ in copies],
         short_conv_conv=[numbers.matrix(hidden, config.kernel_size) for _ in copies],
     )
-
-
-def _bank_weights(numbers: Numbers, hidden: int) -> BankWeights:
-    return BankWeights(numbers.matrix(hidden, hidden), numbers.matrix(hidden, hidden))
 
 
 def row_stream(plan: HashPlan, layer_id: int, ids: Sequence[int]) -> np.ndarray:

@@ -152,6 +152,14 @@ class Table(ABC):
             ValueError: a row number outside 0 .. rows - 1, or the wrong dtype, shape or device.
         """
 
+    @abstractmethod
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, without haste: uint8 [N, row_bytes], in host memory.
+
+        Args:
+            rows: row numbers [N], as for `start`, on the CPU.
+        """
+
     def bytes_held(self) -> dict[str, int]:
         """Bytes of the table by place: `device`, `host` and `disk`; staging memory is not counted."""
         return {"device": 0, "host": 0, "disk": 0, **self._held()}

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from engram_ref.tables.base import Pending, Ready, RowFormat, check_out
+from engram_ref.tables.decoding import gather_values
+from engram_ref.tables.gather import gather_parts
 from engram_ref.tables.memory import HUGE_PAGE, HostMemory
+from engram_ref.tables.rows import Rows
 
 Fill = Callable[[Tensor], object]  # writes the stored rows of one fetch into uint8 [N, row_bytes]
 STAGING_BUFFERS = 2
@@ -53,14 +56,29 @@ class Delivery:
         if self._cuda:
             return self._send_to_gpu(count, fill, out)
         values = self.empty(count) if out is None else out
-        fill(values.view(torch.uint8))
+        if not self.format.scaled:
+            fill(values.view(torch.uint8))
+            return Ready(values)
+        raw = torch.empty((count, self.format.row_bytes), dtype=torch.uint8)
+        fill(raw)
+        return Ready(self.format.decode(raw, values))
+
+    def take(self, table: Rows, rows: Tensor, out: Tensor | None = None) -> Ready:
+        """On a CPU: gather rows of a table in memory straight to where they are wanted, decoded on the way."""
+        if out is not None:
+            check_out(out, len(rows), self.format, self.device)
+        values = self.empty(len(rows)) if out is None else out
+        if self.format.scaled:
+            gather_values(table.parts, rows, values)
+        else:
+            gather_parts(table.parts, rows, values.view(torch.uint8))
         return Ready(values)
 
     def empty(self, count: int) -> Tensor:
         """New memory for the rows of a fetch."""
-        nbytes = count * self.format.row_bytes
+        nbytes = count * self.format.width * self.format.dtype.itemsize
         if self.device.type == "cpu" and nbytes >= _FRESH_BYTES:
-            return self.format.decode(HostMemory(nbytes).bytes.view(count, self.format.row_bytes))
+            return HostMemory(nbytes).bytes.view(self.format.dtype).view(count, self.format.width)
         return torch.empty((count, self.format.width), dtype=self.format.dtype, device=self.device)
 
     def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None) -> Pending:
@@ -69,7 +87,10 @@ class Delivery:
         fill(staged)
         with torch.cuda.stream(self._stream):
             values = self.empty(count) if out is None else out
-            values.view(torch.uint8).copy_(staged, non_blocking=True)
+            raw = torch.empty_like(staged, device=self.device) if self.format.scaled else values.view(torch.uint8)
+            raw.copy_(staged, non_blocking=True)
+            if self.format.scaled:
+                self.format.decode(raw, values)
             self.bytes_copied += staged.nbytes
             slot.copied = torch.cuda.Event()
             slot.copied.record(self._stream)

@@ -1,7 +1,8 @@
 """Rows in the memory of the device that uses them: the resident table, which every other placement is held against.
 
-On a CPU the compiled gather fetches them. On CUDA a fetch is one kernel on the current stream; which stream that
-is, is the schedule's business. Rows that are being trained are fetched so that gradients reach them.
+On a CPU the compiled gather fetches them. On CUDA a fetch is one kernel on the current stream, which decodes fp8 rows
+on the way (without Triton it takes several); which stream that is, is the schedule's business. Rows that are being
+trained are fetched so that gradients reach them.
 
     with DeviceTable(weights) as table:
         values = table.start(rows).wait()
@@ -13,39 +14,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram_ref.tables.base import Pending, Ready, RowFormat, Table, check_out, check_rows, check_shape
+from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
+from engram_ref.tables.decoding import kernels_for
 from engram_ref.tables.delivery import Delivery
-from engram_ref.tables.gather import gather
+from engram_ref.tables.in_place import InPlace
 from engram_ref.tables.memory import HostMemory
+from engram_ref.tables.rows import Rows
 
 
 class DeviceTable(Table):
     """A table in the memory of its device.
 
     Args:
-        values: the rows [R, D], contiguous; they are used as they are. If they require gradients, rows fetched
-            while gradients are on pass them back.
-        memory: what `values` lies in; it is closed with the table.
+        rows: plain values [R, D], contiguous, or `Rows`; they are used as they are. If values require gradients, rows
+            fetched while gradients are on pass them back.
+        memory: what they lie in; it is closed with the table.
     """
 
     placement = "device"
 
-    def __init__(self, values: Tensor, memory: HostMemory | None = None) -> None:
-        row_format = RowFormat(values.dtype, values.shape[-1])
-        row_format.encode(values)  # refuses what is not a table
-        super().__init__(len(values), row_format, values.device, values.device)
-        self._values: Tensor | None = values
+    def __init__(self, rows: Tensor | Rows, memory: HostMemory | None = None) -> None:
+        self._trained = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        super().__init__(len(rows), rows.format, rows.device, rows.device)
+        self._rows: Rows | None = rows
         self._memory = memory
-        self._delivery = Delivery(values.device, row_format) if values.device.type == "cpu" else None
+        kernels = kernels_for(rows.device) if rows.format.scaled else None
+        self._in_place = None if kernels is None else InPlace(rows, rows.device, kernels)
+        gathered = rows.device.type == "cpu" and self._in_place is None
+        self._delivery = Delivery(rows.device, rows.format) if gathered else None
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Fetch now, on the current stream.
 
         On CUDA a row number outside the table stops the device with an assertion of the kernel's: to look at the
-        numbers beforehand, the CPU would have to wait for them.
+        numbers beforehand, the CPU would have to wait for them. If it is one of fp8 rows, its row is bytes 0xFF, and it
+        is raised later: by this fetch's `wait`, the next `start` or `close`.
         """
-        values = self._values
-        if values is None:
+        table = self._rows
+        if table is None:
             raise ValueError("this table was closed: its memory is gone")
         if self._delivery is None:
             check_shape(rows, self.index_device)
@@ -53,20 +60,35 @@ class DeviceTable(Table):
             rows = check_rows(rows, self.rows)
         if out is not None:
             check_out(out, len(rows), self.format, self.device)
-        if values.requires_grad and torch.is_grad_enabled():
+        if self._trained is not None and torch.is_grad_enabled():
             if out is not None:
                 raise ValueError("out= given for rows that pass gradients back: leave it out, or use torch.no_grad()")
-            return Ready(F.embedding(rows, values))
-        if self._delivery is None:
-            return Ready(torch.index_select(values.detach(), 0, rows, out=out))
-        raw = self.format.encode(values)
-        return self._delivery.send(len(rows), lambda arrived: gather(raw, rows, arrived), out)
+            return Ready(F.embedding(rows, self._trained))
+        if self._delivery is not None:
+            return self._delivery.take(table, rows, out)
+        if self._in_place is not None:
+            self._in_place.admit(rows)
+            return self._in_place.checked(Ready(self._in_place.read(rows, out)))
+        if not self.format.scaled:
+            return Ready(torch.index_select(table.values(), 0, rows, out=out))
+        found = [torch.index_select(part, 0, rows) for part in table.parts]
+        return Ready(self.format.decode(torch.cat(found, dim=1), out))
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
+        if self._rows is None:
+            raise ValueError("this table was closed: its memory is gone")
+        return self._rows.take(check_rows(rows, self.rows))
 
     def _held(self) -> dict[str, int]:
-        return {"device": 0 if self._values is None else self._values.nbytes}
+        return {"device": 0 if self._rows is None else self._rows.nbytes}
 
     def close(self) -> None:
-        """Let go of the rows."""
-        self._values = None
+        """Let go of the rows, and raise a bad row number that nobody has heard of yet."""
+        in_place, self._in_place = self._in_place, None
+        self._rows = self._trained = None
         if self._memory is not None:
             self._memory.close()
+        if in_place is not None:
+            in_place.finish()
+            in_place.check()

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_ref.tables.base import RowFormat, Table
+from engram_ref.tables.base import Table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import FileTable, StoredRows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable
 from engram_ref.tables.memory import HostMemory, require_bytes
+from engram_ref.tables.rows import Rows
 from engram_ref.tables.uva import UvaTable, require_uva
 
 PLACEMENTS = ("device", "host", "uva", "hot", "file")
@@ -21,9 +22,10 @@ PLACEMENTS = ("device", "host", "uva", "hot", "file")
 
 def make_table(
     placement: str,
-    rows: Tensor | StoredRows,
+    rows: Tensor | Rows | StoredRows,
     device: str | torch.device = "cpu",
     *,
+    packed: bool | None = None,
     hot: Tensor | None = None,
     behind: str = "host",
     **options: Any,
@@ -32,8 +34,10 @@ def make_table(
 
     Args:
         placement: device, host, uva, hot or file.
-        rows: [R, D], or rows that lie in a safetensors file (`StoredRows.find`). They are copied to their new place;
-            for `file` they stay where they are.
+        rows: plain values [R, D]; `Rows`, which may be fp8; or rows that lie in a safetensors file
+            (`StoredRows.find`). They are copied to their new place; for `file` they stay where they are.
+        packed: of fp8 rows: True lays codes and scales of each row side by side, so that a row is one scattered read,
+            False lays them apart; None leaves them as they are.
         hot: for `hot`, the row numbers to keep on the device (`most_frequent`).
         behind: for `hot`, the placement of all the others.
         options: for `file`, also behind `hot`, those of `FileTable`.
@@ -47,20 +51,22 @@ def make_table(
     if isinstance(rows, Tensor) and rows.ndim != 2:
         raise ValueError(f"rows of shape {tuple(rows.shape)}: a table is [rows, values per row]")
     if placement == "hot":
-        return _hot(rows, target, hot, behind, options)
+        return _hot(rows, target, hot, behind, {"packed": packed, **options})
     if hot is not None:
         raise ValueError(f"placement {placement!r} keeps no hot rows: use placement 'hot', behind={placement!r}")
     if placement == "file":
         if not isinstance(rows, StoredRows):
             raise ValueError("placement 'file' needs rows that lie in a file: write them with save_rows first")
+        if packed is not None:
+            raise ValueError("placement 'file' leaves rows as they lie: save_rows(path, rows.packed()) lays them anew")
         return FileTable(rows, target, **options)
     if options:
         raise ValueError(f"placement {placement!r} has no option {', '.join(options)}")
     if placement == "uva":
         require_uva(target, rows.nbytes)
     if placement == "device" and target.type == "cuda":
-        return DeviceTable(_copy_to_device(rows, target))
-    return _in_host_memory(placement, rows, target)
+        return DeviceTable(_copy_to_device(rows, target, packed))
+    return _in_host_memory(placement, rows, target, packed)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -76,7 +82,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _hot(
-    rows: Tensor | StoredRows, target: torch.device, hot: Tensor | None, behind: str, options: dict[str, Any]
+    rows: Tensor | Rows | StoredRows, target: torch.device, hot: Tensor | None, behind: str, options: dict[str, Any]
 ) -> HotTable:
     if hot is None or behind == "hot":
         raise ValueError("placement 'hot' needs hot=row numbers, and another placement behind it")
@@ -87,33 +93,50 @@ def _hot(
     return table
 
 
-def _copy_to_device(rows: Tensor | StoredRows, device: torch.device) -> Tensor:
+def _copy_to_device(rows: Tensor | Rows | StoredRows, device: torch.device, packed: bool | None) -> Rows:
     require_bytes(rows.nbytes, device)
-    if isinstance(rows, StoredRows):
-        return rows.read().to(device)
-    return rows.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+    if isinstance(rows, Tensor):
+        return Rows.of(rows.detach().to(device, copy=True, memory_format=torch.contiguous_format))
+    found = _laid(rows.read() if isinstance(rows, StoredRows) else rows, packed)
+    return Rows(found.format, tuple(part.to(device, copy=True) for part in found.parts))
 
 
-def _in_host_memory(placement: str, rows: Tensor | StoredRows, target: torch.device) -> Table:
+def _in_host_memory(
+    placement: str, rows: Tensor | Rows | StoredRows, target: torch.device, packed: bool | None
+) -> Table:
     with ExitStack() as undo:
         memory = undo.enter_context(HostMemory(rows.nbytes))
-        values = _copy_to_host(rows, memory)
+        found = _copy_to_host(rows, memory, packed)
         if target.type == "cuda":
             memory.pin()  # after the rows came: a copy from a device could not reach over two pieces
         if placement == "device":
-            table: Table = DeviceTable(values, memory)
+            table: Table = DeviceTable(found, memory)
         else:
-            table = (HostTable if placement == "host" else UvaTable)(values, target, memory)
+            table = (HostTable if placement == "host" else UvaTable)(found, target, memory)
         undo.pop_all()
     return table
 
 
-def _copy_to_host(rows: Tensor | StoredRows, memory: HostMemory) -> Tensor:
+def _copy_to_host(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: bool | None) -> Rows:
+    """The rows in new memory, laid as wanted."""
+    if isinstance(rows, Tensor):
+        values = memory.bytes.view(rows.dtype).view(rows.shape)
+        return Rows.of(values.copy_(rows.detach()))
+    widths = [rows.format.row_bytes] if packed else rows.format.split_bytes
+    if packed is None:
+        widths = [part.shape[1] if isinstance(part, Tensor) else part.row_bytes for part in rows.parts]
+    count = rows.rows if isinstance(rows, StoredRows) else len(rows)
+    pieces = memory.bytes.split([count * width for width in widths])  # one behind the other
+    found = Rows(rows.format, tuple(piece.view(count, width) for piece, width in zip(pieces, widths)))
     if isinstance(rows, StoredRows):
-        raw = memory.bytes.view(rows.rows, rows.format.row_bytes)
-        rows.read_into(raw)
-        return rows.format.decode(raw)
-    row_format = RowFormat(rows.dtype, rows.shape[1])
-    raw = memory.bytes.view(len(rows), row_format.row_bytes)
-    raw.copy_(row_format.encode(rows.detach().contiguous()))
-    return row_format.decode(raw)
+        rows.read_into(found.parts)
+    else:
+        for part, given in zip(found.parts, _laid(rows, packed).parts):
+            part.copy_(given)
+    return found
+
+
+def _laid(rows: Rows, packed: bool | None) -> Rows:
+    if packed is None:
+        return rows
+    return rows.packed() if packed else rows.split()

@@ -6,13 +6,16 @@
 The row numbers of a fetch are sorted and freed of repeats, the rows are read in the order of the file (`reading`
 says how), and put where they were asked for. What was read is counted; what will be read can be computed before,
 from the row numbers alone, so that a benchmark can compare the two. `drop_cache` and `cached_share` make cold reads
-honest, and so does `direct=True`, which never touches the page cache.
+honest, and so does `direct=True`, which never touches the page cache. fp8 rows that hold NaN are refused when they are
+fetched.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +25,11 @@ from torch import Tensor
 from engram_ref.tables import pagecache
 from engram_ref.tables.base import Pending, Table, check_rows, check_shape
 from engram_ref.tables.delivery import Delivery
+from engram_ref.tables.nan_check import refuse_nan
 from engram_ref.tables.read_plan import plan_reads, round_up
 from engram_ref.tables.reading import RowReader
-from engram_ref.tables.stored import StoredRows, save_pieces, save_rows
+from engram_ref.tables.stored import StoredPart, StoredRows
+from engram_ref.tables.writing import save_pieces, save_rows
 
 __all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
 
@@ -80,27 +85,28 @@ class Prediction:
 
 
 def predict(rows: Tensor, stored: StoredRows, direct: bool = False) -> Prediction:
-    """What a fetch of `rows` (as for `FileTable.start`) will read from a file.
+    """What a fetch of `rows` (as for `FileTable.start`) will read from a table's files.
 
     Raises:
         ValueError: row numbers that the table would refuse.
     """
     unique = np.unique(check_rows(rows, stored.rows).numpy())
-    lengths = plan_reads(unique, stored, direct).lengths
+    lengths = np.concatenate([plan_reads(unique, part, direct).lengths for part in stored.parts])
     traffic = _traffic(len(rows), len(unique), stored, int(lengths.sum()))
     if direct:
         return Prediction(traffic, int(round_up(lengths).sum()), len(lengths))
-    pages, stretches = _pages(unique, stored)
-    return Prediction(traffic, pages * mmap.PAGESIZE, stretches)
+    in_order = sorted(stored.parts, key=lambda part: (part.stamp, part.offset))
+    files = [_pages(unique, list(parts)) for _, parts in itertools.groupby(in_order, key=lambda part: part.stamp)]
+    return Prediction(traffic, mmap.PAGESIZE * sum(pages for pages, _ in files), sum(runs for _, runs in files))
 
 
-def _pages(unique: np.ndarray, stored: StoredRows) -> tuple[int, int]:
-    """Pages of the file on which sorted rows lie, and how many runs of touching pages they form."""
+def _pages(unique: np.ndarray, parts: Sequence[StoredPart]) -> tuple[int, int]:
+    """Pages of a file on which sorted rows lie, in its parts in order, and how many runs of touching ones they form."""
     if not len(unique):
         return 0, 0
-    row_bytes = stored.format.row_bytes
-    start = stored.offset + unique.astype(np.int64) * row_bytes
-    first, last = start // mmap.PAGESIZE, (start + row_bytes - 1) // mmap.PAGESIZE
+    numbers = unique.astype(np.int64)
+    first = np.concatenate([(part.offset + numbers * part.row_bytes) // mmap.PAGESIZE for part in parts])
+    last = np.concatenate([(part.offset + (numbers + 1) * part.row_bytes - 1) // mmap.PAGESIZE for part in parts])
     shared = first[1:] == last[:-1]  # a page on which one row ends and the next begins
     apart = first[1:] > last[:-1] + 1
     return int((last - first + 1).sum() - shared.sum()), 1 + int(apart.sum())
@@ -131,7 +137,7 @@ class FileTable(Table):
         self, stored: StoredRows, device: torch.device, threads: int | None = None, direct: bool = False
     ) -> None:
         super().__init__(stored.rows, stored.format, device, torch.device("cpu"))
-        self.stored = stored
+        self.source = stored
         self.direct = direct
         self._delivery = Delivery(device, stored.format)
         self._reader = RowReader(stored, threads, direct)
@@ -153,28 +159,40 @@ class FileTable(Table):
             check_rows(rows, self.rows)  # says which row
         return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
 
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; counted like any fetch."""
+        numbers = check_rows(rows, self.rows).numpy()
+        places = np.argsort(numbers)
+        raw = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8)
+        self._fill(numbers[places].astype(np.int64, copy=False), places, raw)
+        return raw
+
     def _fill(self, ordered: np.ndarray, places: np.ndarray, staged: Tensor) -> None:
-        unique, bytes_read = self._reader.read(ordered, places, staged.numpy())
-        self._traffic += _traffic(len(ordered), unique, self.stored, bytes_read)
+        raw = staged.numpy()
+        unique, bytes_read = self._reader.read(ordered, places, raw)
+        if self.format.scaled:
+            refuse_nan(self.source.path, raw, self.format.width, lambda at: int(ordered[places == at][0]))
+        self._traffic += _traffic(len(ordered), unique, self.source, bytes_read)
 
     def predict(self, rows: Tensor) -> Prediction:
         """What a fetch of these rows will read."""
-        return predict(rows, self.stored, self.direct)
+        return predict(rows, self.source, self.direct)
 
     def report(self) -> Traffic:
         """What was fetched so far."""
         return self._traffic
 
     def drop_cache(self) -> None:
-        """Make the system forget the file, so that the next fetch is cold."""
-        pagecache.drop_pages(self._reader.require_open())
+        """Make the system forget the files, so that the next fetch is cold."""
+        for fd in self._reader.require_open():
+            pagecache.drop_pages(fd)
 
     def cached_share(self) -> float:
-        """Share of the file's pages that are in memory."""
-        return pagecache.cached_share(self._reader.require_open())
+        """Share of the files' pages that are in memory."""
+        return pagecache.cached_share(*self._reader.require_open())
 
     def _held(self) -> dict[str, int]:
-        return {"disk": self.stored.nbytes}
+        return {"disk": self.source.nbytes}
 
     @property
     def bytes_copied(self) -> int:
@@ -186,6 +204,6 @@ class FileTable(Table):
         self._delivery.trim()
 
     def close(self) -> None:
-        """End the threads and close the file."""
+        """End the threads and close the files."""
         super().close()
         self._reader.close()

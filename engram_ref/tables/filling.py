@@ -10,6 +10,8 @@ uniform numbers u, v become sqrt(-2 log u) * cos(2 pi v), and the same with sin:
 ones (Box and Muller, 1958), in less time than torch needs.
 
     fill_normal(values, seed=0)
+
+What does not fit into memory at once is drawn piece by piece, each told how many values come before it.
 """
 
 from __future__ import annotations
@@ -25,15 +27,17 @@ _ROUNDED = 1 << 14  # values converted at a time: few enough for torch not to st
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def fill_normal(values: Tensor, seed: int) -> None:
+def fill_normal(values: Tensor, seed: int, start: int = 0) -> None:
     """Draw every value from the normal distribution with mean 0 and variance 1.
 
     Args:
         values: any shape, on the CPU, contiguous; float32, float64, or float16 and bfloat16, rounded from float32.
         seed: 0 or more.
+        start: how many values of the same table come before these. Pieces that are filled one by one hold what the
+            whole table would, if each begins at a multiple of 2^18 values.
 
     Raises:
-        ValueError: another dtype or device, gaps between the values, or a negative seed.
+        ValueError: another dtype or device, gaps between the values, a negative seed, or a start within a chunk.
     """
     if values.dtype not in _DTYPES or values.device.type != "cpu" or not values.is_contiguous():
         raise ValueError(
@@ -42,7 +46,9 @@ def fill_normal(values: Tensor, seed: int) -> None:
         )
     if seed < 0:
         raise ValueError(f"seed={seed}: must be at least 0")
-    chunks = list(enumerate(values.detach().view(-1).split(_CHUNK)))
+    if start < 0 or start % _CHUNK:
+        raise ValueError(f"start={start}: pieces begin at multiples of {_CHUNK} values")
+    chunks = list(enumerate(values.detach().view(-1).split(_CHUNK), start // _CHUNK))
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         started = [pool.submit(_fill_share, chunks[first::threads], seed) for first in range(threads)]

@@ -10,7 +10,7 @@ may use; they are ordinary threads that end, not a pool that spins on processors
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -21,9 +21,10 @@ from torch import Tensor
 _copy_rows: Callable[..., Any] | None = None
 if importlib.util.find_spec("numba"):
     from engram_ref.tables.gather_fused import copy_rows as _copy_rows
+    from engram_ref.tables.gather_fused import stream_rows as _stream_rows
 
-_CACHE_LINE = 64
-_STREAM_BYTES = 8 << 20  # an output that would push everything else out of the caches is written past them
+CACHE_LINE = 64
+STREAM_BYTES = 8 << 20  # an output that would push everything else out of the caches is written past them
 _THREAD_BYTES = 4 << 20  # of output for each thread: 0.3 ms or more, against 0.1 ms to start one
 
 
@@ -33,27 +34,46 @@ def gather(table: Tensor, rows: Tensor, out: Tensor) -> None:
     Args:
         table: [R, row_bytes] uint8 on the CPU, contiguous.
         rows: row numbers [N], int32 or int64, contiguous, checked: `check_rows` has seen them.
-        out: [N, row_bytes] uint8 on the CPU, contiguous.
+        out: [N, row_bytes] uint8 on the CPU; between its rows there may be gaps.
     """
     count, row_bytes = out.shape
-    assert table.is_contiguous() and rows.is_contiguous() and out.is_contiguous()
+    assert table.is_contiguous() and rows.is_contiguous() and out.stride(1) == 1
     assert len(rows) == count and table.shape[1] == row_bytes and table.dtype == out.dtype == torch.uint8
     if _copy_rows is None:
-        torch.index_select(table, 0, rows, out=out)
+        out.copy_(torch.index_select(table, 0, rows))
         return
-    target = out.data_ptr()
-    nbytes = count * row_bytes
-    past_caches = nbytes >= _STREAM_BYTES and row_bytes % _CACHE_LINE == 0 and target % _CACHE_LINE == 0
+    target, stride = out.data_ptr(), out.stride(0)
     addresses = table.data_ptr(), rows.data_ptr(), rows.dtype == torch.int64
+    nbytes = count * row_bytes
+    if nbytes >= STREAM_BYTES and stride == row_bytes and target % CACHE_LINE == 0:
+        in_threads(lambda first, last: _stream_rows(*addresses, first, last, row_bytes, target), count, nbytes)
+    else:
+        in_threads(lambda first, last: _copy_rows(*addresses, first, last, row_bytes, target, stride), count, nbytes)
+
+
+def gather_parts(parts: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
+    """The same for rows that lie in several parts: side by side in `out` [N, bytes of all parts]."""
+    first = 0
+    for part in parts:
+        width = part.shape[1]
+        gather(part, rows, out[:, first : first + width])
+        first += width
+
+
+def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> None:
+    """Let `work(first, last)` do all of 0 .. count - 1: at once, or in several threads if there is much to write.
+
+    Args:
+        work: lets other threads run meanwhile. Each share begins at a multiple of CACHE_LINE.
+        count: of whatever is worked on.
+        nbytes: that will be written.
+    """
     threads = min(torch.get_num_threads(), nbytes // _THREAD_BYTES)
     if threads < 2:
-        _copy_rows(*addresses, 0, count, row_bytes, target, past_caches)
+        work(0, count)
         return
-    bounds = [count * i // threads for i in range(threads + 1)]
+    bounds = [count * i // threads // CACHE_LINE * CACHE_LINE for i in range(threads)] + [count]
     with ThreadPoolExecutor(threads) as pool:
-        started = [
-            pool.submit(_copy_rows, *addresses, first, last, row_bytes, target, past_caches)
-            for first, last in pairwise(bounds)
-        ]
+        started = [pool.submit(work, first, last) for first, last in pairwise(bounds)]
     for share in started:
         share.result()

@@ -2,8 +2,8 @@
 
 A row of a table of gigabytes is in no cache, so copying rows one by one waits for memory once per row. Here the
 processor is told of rows some way ahead, so that several are on their way at once, and a large output is written
-past the caches, which saves reading each of its lines before overwriting it. Rows are bytes: their width is free,
-but only whole cache lines are written past the caches (smaller pieces were no faster than an ordinary copy).
+past the caches, which saves reading each of its lines before overwriting it. Only whole cache lines can be written so;
+rows that are not made of them (264 bytes of fp8) are put side by side in the nearest cache until they fill some.
 
 The loop is given addresses, because unpacking three arrays takes numba longer than copying a few rows; it checks
 nothing. `engram_ref.tables.gather` does, and is what to call. Compiled once, then kept on disk by numba.
@@ -15,8 +15,6 @@ nothing. `engram_ref.tables.gather` does, and is what to call. Compiled once, th
 # (the signatures of functions that numba compiles are not those that mypy sees)
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -78,7 +76,7 @@ def _stream(typing_context, target, source):
 
 
 @intrinsic
-def _fence(typing_context):
+def fence(typing_context):
     """What was written past the caches is in memory before anything that follows."""
 
     def generate(context, builder, signature, arguments):
@@ -89,7 +87,8 @@ def _fence(typing_context):
 
 
 @njit(inline="always")
-def _ask(row, row_bytes):
+def ask(row, row_bytes):
+    """Ask for the cache lines of the bytes from an address on."""
     for line in range(0, row_bytes, CACHE_LINE):
         _prefetch(row + line)
 
@@ -102,26 +101,63 @@ def _place(table, rows, is_int64, at, row_bytes):
     return table + np.int64(pointer(rows, np.int32(0))[at]) * row_bytes
 
 
-def _copy_rows(table, rows, is_int64, first, last, row_bytes, out, past_caches):
+@njit(inline="always")
+def _stream_whole(target, source, nbytes):
+    for offset in range(0, nbytes, CACHE_LINE):
+        _stream(target + offset, source + offset)
+
+
+@njit
+def _lines_end_after(row_bytes):
+    """The fewest rows that fill whole cache lines."""
+    rows = 1
+    while rows * row_bytes % CACHE_LINE:
+        rows *= 2
+    return rows
+
+
+def _copy_rows(table, rows, is_int64, first, last, row_bytes, out, out_stride):
     ahead = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // row_bytes))
     for at in range(first, min(first + ahead, last)):
-        _ask(_place(table, rows, is_int64, at, row_bytes), row_bytes)
-    target = out + first * row_bytes
+        ask(_place(table, rows, is_int64, at, row_bytes), row_bytes)
+    target = out + first * out_stride
     for at in range(first, last):
         if at + ahead < last:
-            _ask(_place(table, rows, is_int64, at + ahead, row_bytes), row_bytes)
-        source = _place(table, rows, is_int64, at, row_bytes)
-        if past_caches:
-            for offset in range(0, row_bytes, CACHE_LINE):
-                _stream(target + offset, source + offset)
-        else:
-            _copy(target, source, row_bytes)
-        target += row_bytes
-    _fence()
+            ask(_place(table, rows, is_int64, at + ahead, row_bytes), row_bytes)
+        _copy(target, _place(table, rows, is_int64, at, row_bytes), row_bytes)
+        target += out_stride
 
 
-# copy_rows(address of the table, address of the row numbers, whether they are int64 (else int32), first and last:
-# which of them to do, bytes of a row, address of the output, whether to write past the caches: only where
-# CACHE_LINE divides the row and the output's address).
-_ARGUMENTS: list[Any] = ["void(int64, int64, boolean, int64, int64, int64, int64, boolean)"]
-copy_rows = compiled(_copy_rows, _ARGUMENTS, nogil=True)
+def _stream_rows(table, rows, is_int64, first, last, row_bytes, out):
+    group = _lines_end_after(row_bytes)
+    lines = np.empty(group * row_bytes + CACHE_LINE, dtype=np.uint8)
+    gathered = lines.ctypes.data + -lines.ctypes.data % CACHE_LINE
+    ahead = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // row_bytes))
+    for at in range(first, min(first + ahead, last)):
+        ask(_place(table, rows, is_int64, at, row_bytes), row_bytes)
+    target = out + first * row_bytes
+    for start in range(first, last, group):
+        stop = min(start + group, last)
+        for at in range(start, stop):
+            if at + ahead < last:
+                ask(_place(table, rows, is_int64, at + ahead, row_bytes), row_bytes)
+            source = _place(table, rows, is_int64, at, row_bytes)
+            if group == 1:
+                _stream_whole(target, source, row_bytes)
+            else:
+                _copy(gathered + (at - start) * row_bytes, source, row_bytes)
+        nbytes = (stop - start) * row_bytes
+        if group > 1:
+            whole = nbytes // CACHE_LINE * CACHE_LINE
+            _stream_whole(target, gathered, whole)
+            _copy(target + whole, gathered + whole, nbytes - whole)
+        target += nbytes
+    fence()
+
+
+# Of both: address of the table, address of the row numbers, whether they are int64 (else int32), first and last: which
+# of them to do, bytes of a row, address of the output. copy_rows writes a row every so many bytes; stream_rows writes
+# them side by side, past the caches: the output, and in it row `first`, must begin where a cache line does.
+_ARGUMENTS = "int64, int64, boolean, int64, int64, int64, int64"
+copy_rows = compiled(_copy_rows, [f"void({_ARGUMENTS}, int64)"], nogil=True)
+stream_rows = compiled(_stream_rows, [f"void({_ARGUMENTS})"], nogil=True)

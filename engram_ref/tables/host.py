@@ -10,43 +10,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram_ref.tables.base import Pending, RowFormat, Table, check_rows
+from engram_ref.tables.base import Pending, Table, check_rows
 from engram_ref.tables.delivery import Delivery
-from engram_ref.tables.gather import gather
+from engram_ref.tables.gather import gather_parts
 from engram_ref.tables.memory import HostMemory
+from engram_ref.tables.rows import Rows
 
 
 class HostTable(Table):
     """A table in host memory.
 
     Args:
-        values: the rows [R, D] on the CPU, contiguous; they are used as they are.
+        rows: on the CPU; plain values [R, D], contiguous, or `Rows`. They are used as they are.
         device: where fetched rows are wanted.
-        memory: what `values` lies in; it is closed with the table.
+        memory: what they lie in; it is closed with the table.
     """
 
     placement = "host"
 
-    def __init__(self, values: Tensor, device: str | torch.device, memory: HostMemory | None = None) -> None:
+    def __init__(self, rows: Tensor | Rows, device: str | torch.device, memory: HostMemory | None = None) -> None:
         cpu = torch.device("cpu")
-        if values.device != cpu:
-            raise ValueError(f"rows on {values.device}: a host table has them on the CPU; use placement device")
-        row_format = RowFormat(values.dtype, values.shape[-1])
-        self._raw: Tensor | None = row_format.encode(values)  # [R, row_bytes]
-        super().__init__(len(values), row_format, torch.device(device), cpu)
+        if rows.device != cpu:
+            raise ValueError(f"rows on {rows.device}: a host table has them on the CPU; use placement device")
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        super().__init__(len(rows), rows.format, torch.device(device), cpu)
+        self._rows: Rows | None = rows
         self._memory = memory
-        self._delivery = Delivery(self.device, row_format)
+        self._delivery = Delivery(self.device, rows.format)
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Gather, and start the copy to the device."""
-        raw = self._raw
-        if raw is None:
+        table = self._rows
+        if table is None:
             raise ValueError("this table was closed: its memory is gone")
         rows = check_rows(rows, self.rows)
-        return self._delivery.send(len(rows), lambda staged: gather(raw, rows, staged), out)
+        if self.device.type == "cpu":
+            return self._delivery.take(table, rows, out)
+        return self._delivery.send(len(rows), lambda staged: gather_parts(table.parts, rows, staged), out)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
+        if self._rows is None:
+            raise ValueError("this table was closed: its memory is gone")
+        return self._rows.take(check_rows(rows, self.rows))
 
     def _held(self) -> dict[str, int]:
-        return {"host": 0 if self._raw is None else self._raw.nbytes}
+        return {"host": 0 if self._rows is None else self._rows.nbytes}
 
     @property
     def bytes_copied(self) -> int:
@@ -60,6 +69,6 @@ class HostTable(Table):
     def close(self) -> None:
         """Give back staging buffers and memory."""
         self.trim()
-        self._raw = None
+        self._rows = None
         if self._memory is not None:
             self._memory.close()

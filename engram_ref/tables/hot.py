@@ -20,7 +20,9 @@ from torch import Tensor
 
 from engram_ref.tables.base import Pending, RowFormat, Table, check_out, check_rows, check_shape
 from engram_ref.tables.delivery import Arriving, Delivery
+from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.memory import require_bytes
+from engram_ref.tables.rows import Rows
 
 _READ_BYTES = 16 << 20  # of hot rows, fetched at a time when the table is made
 _NEW, _SEEN = -1, -2  # in place of a slot: a row behind that nobody has asked for yet, one that was asked for
@@ -52,6 +54,8 @@ class HotTable(Table):
     Where the table behind wants row numbers on the device, hits and misses are told apart there, and the CPU waits
     for the numbers, to check them and to learn how many miss.
 
+    Hot rows are kept as they are stored: fp8 rows as fp8.
+
     Args:
         behind: all rows; it is closed with this table.
         hot: numbers of the rows to keep on the device, each once; they are read from `behind` now.
@@ -71,21 +75,21 @@ class HotTable(Table):
         self._behind = behind
         self._slots = torch.full((behind.rows,), _NEW, dtype=torch.int32, device=self.index_device)  # [R]
         self._slots[hot] = torch.arange(len(hot), dtype=torch.int32, device=self.index_device)
-        self._hot: Tensor | None = self._read(hot)
+        self._hot: DeviceTable | None = DeviceTable(self._read(hot))
         # One place for every slot; what is not hot marks the last two, which indexing by -1 and -2 means.
         self._hot_seen = torch.zeros(len(hot) + 2, dtype=torch.bool, device=self.index_device)
         self._lookups = self._hits = 0
         self._numbers = Delivery(self.device, _NUMBER)
 
-    def _read(self, hot: Tensor) -> Tensor:
-        """The hot rows [K, D], a bounded number at a time."""
-        kept = torch.empty((len(hot), self.format.width), dtype=self.format.dtype, device=self.device)
+    def _read(self, hot: Tensor) -> Rows:
+        """The hot rows as they are stored, a bounded number at a time."""
+        kept = torch.empty((len(hot), self.format.row_bytes), dtype=torch.uint8, device=self.device)
         step = max(1, _READ_BYTES // self.format.row_bytes)
         for first in range(0, len(hot), step):
             part = slice(first, first + step)
-            kept[part] = self._behind.start(hot[part]).wait()
+            kept[part] = self._behind.stored(hot[part].cpu())
         self._behind.trim()
-        return kept
+        return Rows(self.format, (kept,))
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Tell hits from misses, and start the fetch of the misses."""
@@ -111,6 +115,10 @@ class HotTable(Table):
             return self._numbers.send(len(numbers), lambda raw: raw.copy_(_NUMBER.encode(numbers)))
         return Arriving(numbers, torch.cuda.current_stream(self.device).record_event())
 
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory: those behind."""
+        return self._behind.stored(rows)
+
     def report(self) -> HotReport:
         """Hits and use so far."""
         hot_used = int(self._hot_seen[:-2].sum())
@@ -126,7 +134,7 @@ class HotTable(Table):
     def _held(self) -> dict[str, int]:
         held = self._behind.bytes_held()
         if self._hot is not None:
-            held["device"] += self._hot.nbytes
+            held["device"] += self._hot.bytes_held()["device"]
             held["host" if self.index_device.type == "cpu" else "device"] += self._slots.nbytes
         return held
 
@@ -156,7 +164,7 @@ class HotTable(Table):
 class _Mixed:
     """A fetch of which a part is on the device already."""
 
-    hot: Tensor  # [K, D]
+    hot: DeviceTable
     count: int
     numbers: Pending  # slots of all rows [N], then places of the misses [M]
     misses: Pending  # [M, D]
@@ -167,7 +175,7 @@ class _Mixed:
         numbers = self.numbers.wait().view(-1)
         slots, missed = numbers[: self.count], numbers[self.count :]
         anything = slots.clamp(min=0)  # a miss copies some hot row first, which the right one then overwrites
-        values = torch.index_select(self.hot, 0, anything, out=self.out)  # [N, D]
+        values = self.hot.start(anything, self.out).wait()  # [N, D]
         return values.index_copy_(0, missed.long(), self.misses.wait())
 
 

@@ -23,17 +23,20 @@ def drop_pages(fd: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def cached_share(fd: int) -> float:
-    """Share of a file's pages that are in memory, 0.0 .. 1.0; nothing is read to find out.
+def cached_share(*fds: int) -> float:
+    """Share of the pages of some files that are in memory, 0.0 .. 1.0; nothing is read to find out.
 
     Linux tells it to those who may write the file, and tells all others 1.0.
 
     Raises:
         OSError: the system does not say.
     """
-    size = os.fstat(fd).st_size
-    cached = sum(_cached_pages(fd, start, min(_WINDOW, size - start)) for start in range(0, size, _WINDOW))
-    return cached / -(-size // mmap.PAGESIZE)
+    sizes = [os.fstat(fd).st_size for fd in fds]
+    pages = sum(-(-size // mmap.PAGESIZE) for size in sizes)
+    cached = 0
+    for fd, size in zip(fds, sizes):
+        cached += sum(_cached_pages(fd, start, min(_WINDOW, size - start)) for start in range(0, size, _WINDOW))
+    return cached / pages
 
 
 def _cached_pages(fd: int, start: int, length: int) -> int:

@@ -1,6 +1,6 @@
 """Which reads of a file bring which rows: rows that lie side by side come together, blocks are read once.
 
-reads = plan_reads(unique, stored)      # unique: row numbers, sorted, without repeats
+reads = plan_reads(unique, part)        # unique: row numbers, sorted, without repeats; part: of a stored table
 reads.lengths.sum()                     # bytes that the reads will return
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from engram_ref.tables.stored import StoredRows
+    from engram_ref.tables.stored import StoredPart
 
 BLOCK = 4096  # direct reads begin and end at multiples of it
 _LONGEST = 1 << 17  # bytes of one read, if a row is not longer
@@ -47,23 +47,22 @@ class Reads:
         ]
 
 
-def plan_reads(unique: np.ndarray, stored: StoredRows, direct: bool = False) -> Reads:
+def plan_reads(unique: np.ndarray, part: StoredPart, direct: bool = False) -> Reads:
     """The reads for row numbers that are sorted and unique, [U].
 
     Rows that touch are read together, up to 128 KiB; with `direct`, rows touch if their blocks do.
     """
-    row_bytes = stored.format.row_bytes
-    starts = unique.astype(np.int64) * row_bytes + stored.offset  # [U]
-    low, high, most = starts, starts + row_bytes, _LONGEST // row_bytes
+    starts = unique.astype(np.int64) * part.row_bytes + part.offset  # [U]
+    low, high = starts, starts + part.row_bytes
     if direct:
-        low, high, most = low // BLOCK * BLOCK, round_up(high), _LONGEST // (row_bytes + 2 * BLOCK)
+        low, high = low // BLOCK * BLOCK, round_up(high)
     begins = np.ones(len(unique), dtype=bool)
     np.greater(low[1:], high[:-1], out=begins[1:])
     if not begins.all():
-        _cut(begins, max(1, most))
+        _cut(begins, low, max(1, _LONGEST - int((high - low).max())))
     first = np.append(np.flatnonzero(begins), len(unique))
     offsets = low[first[:-1]]
-    lengths = np.minimum(high[first[1:] - 1], stored.file_bytes) - offsets
+    lengths = np.minimum(high[first[1:] - 1], part.file_bytes) - offsets
     return Reads(offsets, lengths, first, starts)
 
 
@@ -72,8 +71,7 @@ def round_up(position: Any) -> Any:
     return -(-position // BLOCK) * BLOCK
 
 
-def _cut(begins: np.ndarray, most: int) -> None:
-    """Let a new read begin after every `most` rows of a run."""
-    index = np.arange(len(begins))
-    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
-    begins |= in_run % most == 0
+def _cut(begins: np.ndarray, low: np.ndarray, most: int) -> None:
+    """Let a new read begin after every `most` bytes of a run."""
+    in_run = low - np.maximum.accumulate(np.where(begins, low, 0))
+    begins[1:] |= in_run[1:] // most != in_run[:-1] // most

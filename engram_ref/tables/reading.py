@@ -1,9 +1,10 @@
-"""Many small reads from one file, as fast as the disk serves them: the I/O of a table that lives in a file.
+"""Many small reads from a file, as fast as the disk serves them: the I/O of a table that lives in a file.
 
 A disk serves scattered reads fast only when it has many of them at a time. Threads that each wait for one are the
 usual way; here a thread asks for many without waiting. Every piece is first read with RWF_NOWAIT, which succeeds
 if it is in the page cache. For one that is not, posix_fadvise(WILLNEED) starts the disk's work; the piece is read
-when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from reading what nobody asked for.
+when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from reading what nobody asked for. Rows
+in two parts, codes and scales, are asked for in both before either is waited for.
 
 With numba this is compiled (`reading_fused`). Where the system cannot be asked ahead (macOS), and with `direct`,
 which bypasses the page cache, threads that wait read instead.
@@ -21,8 +22,9 @@ import mmap
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +32,8 @@ import numpy as np
 from engram_ref.tables.read_plan import BLOCK, Reads, plan_reads, round_up
 
 if TYPE_CHECKING:
-    from engram_ref.tables.stored import StoredRows
+    from engram_ref.tables.headers import Stamp
+    from engram_ref.tables.stored import StoredPart, StoredRows
 
 AHEAD = 1024  # pieces that the disk is asked for before the first is waited for
 _ASKING = 4, 1024  # threads that ask ahead, and reads that are worth another one
@@ -62,7 +65,7 @@ def _ended(position: int) -> ValueError:
 
 
 class RowReader:
-    """Reads rows of one file into memory, in the calling thread and, for many rows, in others.
+    """Reads rows of a table's files into memory, in the calling thread and, for many rows, in others.
 
     Args:
         stored: the rows.
@@ -76,18 +79,26 @@ class RowReader:
     def __init__(self, stored: StoredRows, threads: int | None = None, direct: bool = False) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: one at least must read")
-        self._stored = stored
-        self._row_bytes = stored.format.row_bytes
+        self._parts = stored.parts
         self._direct = direct
-        self._fd = _open_direct(stored) if direct else stored.open()
-        self._close_file = weakref.finalize(self, os.close, self._fd)
+        self._files: dict[Stamp, int] = {}
+        with ExitStack() as undo:
+            for part in stored.parts:
+                if part.stamp not in self._files:
+                    self._files[part.stamp] = _open_direct(part) if direct else part.open()
+                    undo.callback(os.close, self._files[part.stamp])
+            self._close_files = weakref.finalize(self, undo.pop_all().close)
+        self._fds = [self._files[part.stamp] for part in stored.parts]
+        places = [(fd, part.offset, part.columns[0], part.row_bytes) for fd, part in zip(self._fds, stored.parts)]
+        self._places = np.array(places, dtype=np.int64)  # [P, 4], as the compiled loop wants them
         self._ahead = _CAN_ASK_AHEAD and not direct
-        self._now = self._ahead and _can_read_now(self._fd)
+        self._now = self._ahead and all(map(_can_read_now, self._files.values()))
         most, self._fewest = _ASKING if self._ahead else _WAITING
         self._threads = threads or most
         self._pool: ThreadPoolExecutor | None = None
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+            for fd in self._files.values():
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read rows to their places; how many different rows there were, and how many bytes the reads returned.
@@ -95,58 +106,62 @@ class RowReader:
         Args:
             ordered: row numbers [N], int64, sorted, checked.
             places: where each of them is wanted, [N], int64, each place once.
-            raw: uint8 [N, row_bytes] to write the rows into.
+            raw: uint8 [N, row_bytes] to write the rows into, contiguous.
 
         Raises:
-            ValueError: the file was changed, or the reader closed.
+            ValueError: a file was changed, or the reader closed.
             OSError: the disk failed.
         """
         self._require_same_size()
         if not len(ordered):
             return 0, 0
         if _fused is not None and self._ahead:
-            total = self._read_fused(_fused, ordered, places, raw)
-            if total is not None:
-                return total // self._row_bytes, total
+            unique = self._read_fused(_fused, ordered, places, raw)
+            if unique is not None:
+                return unique, unique * raw.shape[1]
         return self._read_planned(ordered, places, raw)
 
     def _read_fused(
         self, fused: Callable[..., int], ordered: np.ndarray, places: np.ndarray, raw: np.ndarray
     ) -> int | None:
-        """How many bytes the compiled loop read, or None if it could not read some row."""
-        parts = self._parts(len(ordered))
-        cuts = [len(ordered) * part // parts for part in range(1, parts)]
+        """How many different rows the compiled loop read, or None if it could not read some row."""
+        shares = self._shares(len(ordered) * len(self._parts))
+        cuts = [len(ordered) * share // shares for share in range(1, shares)]
         bounds = [0, *np.searchsorted(ordered, ordered[cuts]).tolist(), len(ordered)]  # repeats stay together
+        ahead = max(1, AHEAD // len(self._parts))
 
         def read(low: int, high: int) -> int:
-            return fused(self._fd, ordered[low:high], places[low:high], self._stored.offset, raw, AHEAD, self._now)
+            return fused(self._places, ordered[low:high], places[low:high], raw, ahead, self._now)
 
-        totals = self._run([functools.partial(read, *bound) for bound in itertools.pairwise(bounds)])
-        return None if min(totals) < 0 else sum(totals)
+        unique = self._run([functools.partial(read, *bound) for bound in itertools.pairwise(bounds)])
+        return None if min(unique) < 0 else sum(unique)
 
     def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
         unique, index = np.unique(ordered, return_inverse=True)
-        found = np.empty((len(unique), self._row_bytes), dtype=np.uint8)
-        reads = plan_reads(unique, self._stored, self._direct)
-        parts = reads.split(self._parts(len(reads)))
-        total = sum(self._run([functools.partial(self._read_part, part, found) for part in parts]))
-        raw[places] = found[index]
+        found = [np.empty((len(unique), part.row_bytes), dtype=np.uint8) for part in self._parts]
+        plans = [plan_reads(unique, part, self._direct) for part in self._parts]
+        shares = self._shares(sum(map(len, plans)))
+        split = zip(*(plan.split(shares) for plan in plans))
+        total = sum(self._run([functools.partial(self._read_share, reads, found) for reads in split]))
+        for part, rows in zip(self._parts, found):
+            raw[places, slice(*part.columns)] = rows[index]
         return len(unique), total
 
-    def _read_part(self, reads: Reads, found: np.ndarray) -> int:
-        target = found.data.cast("B")
+    def _read_share(self, reads: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
+        """Do some of the reads of each part; how many bytes they returned."""
         if self._direct:
-            return _read_blocks(self._fd, reads, target, self._row_bytes)
-        pieces = _pieces(reads, target, self._row_bytes)
+            return sum(map(_read_blocks, self._fds, reads, found))
+        pieces = itertools.chain.from_iterable(map(_pieces, self._fds, reads, found))
         if self._ahead:
-            return _read_ahead(self._fd, pieces, self._now)
-        return sum(read_whole(self._fd, piece, offset) for offset, piece in pieces)
+            return _read_ahead(pieces, self._now)
+        return sum(read_whole(fd, piece, offset) for fd, offset, piece in pieces)
 
-    def _parts(self, count: int) -> int:
+    def _shares(self, count: int) -> int:
+        """Into how many shares so many reads are split, one for each thread."""
         return min(self._threads, -(-count // self._fewest))
 
-    def _run(self, tasks: list[Callable[[], int]]) -> list[int]:
+    def _run(self, tasks: Sequence[Callable[[], int]]) -> list[int]:
         """What the tasks return; a single one is done in this thread."""
         if len(tasks) == 1:
             return [tasks[0]()]
@@ -156,37 +171,38 @@ class RowReader:
         return [task.result() for task in started]
 
     def _require_same_size(self) -> None:
-        size = os.fstat(self.require_open()).st_size
-        if size != self._stored.file_bytes:
-            raise ValueError(
-                f"{self._stored.path} has {size} bytes now and had {self._stored.file_bytes} when it was opened: "
-                "open it anew"
-            )
+        self.require_open()
+        for fd, part in zip(self._fds, self._parts):
+            size = os.fstat(fd).st_size
+            if size != part.file_bytes:
+                raise ValueError(
+                    f"{part.path} has {size} bytes now and had {part.file_bytes} when it was opened: open it anew"
+                )
 
-    def require_open(self) -> int:
-        """The descriptor.
+    def require_open(self) -> list[int]:
+        """The descriptors, one for each file.
 
         Raises:
-            ValueError: it was closed.
+            ValueError: they were closed.
         """
-        if not self._close_file.alive:
-            raise ValueError(f"the table in {self._stored.path} was closed: make a new one")
-        return self._fd
+        if not self._close_files.alive:
+            raise ValueError(f"the table in {self._parts[0].path} was closed: make a new one")
+        return list(self._files.values())
 
     def close(self) -> None:
-        """End the threads and close the file; a second time does nothing."""
+        """End the threads and close the files; a second time does nothing."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        self._close_file()
+        self._close_files()
 
 
-def _open_direct(stored: StoredRows) -> int:
-    refused = f"{stored.path}: its file system cannot be read past the page cache: use direct=False"
+def _open_direct(part: StoredPart) -> int:
+    refused = f"{part.path}: its file system cannot be read past the page cache: use direct=False"
     if not hasattr(os, "O_DIRECT"):
         raise ValueError(refused)
     try:
-        fd = stored.open(os.O_DIRECT)
+        fd = part.open(os.O_DIRECT)
         try:
             os.preadv(fd, [mmap.mmap(-1, BLOCK)], 0)  # some file systems refuse only here
         except OSError:
@@ -212,28 +228,29 @@ def _can_read_now(fd: int) -> bool:
     return True
 
 
-def _pieces(reads: Reads, target: memoryview, row_bytes: int) -> Iterator[tuple[int, memoryview]]:
-    """Where each read begins in the file, and the memory that it fills."""
+def _pieces(fd: int, reads: Reads, found: np.ndarray) -> Iterator[tuple[int, int, memoryview]]:
+    """File, position in it, and the memory that it fills, of each read."""
+    target, row_bytes = found.data.cast("B"), found.shape[1]
     places = (reads.first[:-1] * row_bytes).tolist()
     for offset, place, length in zip(reads.offsets.tolist(), places, reads.lengths.tolist()):
-        yield offset, target[place : place + length]
+        yield fd, offset, target[place : place + length]
 
 
-def _read_ahead(fd: int, pieces: Iterator[tuple[int, memoryview]], now: bool) -> int:
+def _read_ahead(pieces: Iterator[tuple[int, int, memoryview]], now: bool) -> int:
     """Read what is in memory at once, ask for the rest, and read it later; how many bytes that were."""
     total = 0
-    asked: deque[tuple[int, memoryview]] = deque()
-    for offset, piece in pieces:
+    asked: deque[tuple[int, int, memoryview]] = deque()
+    for fd, offset, piece in pieces:
         got = _read_now(fd, piece, offset) if now else 0
         total += got
         if got == len(piece):
             continue
         os.posix_fadvise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)
-        asked.append((offset + got, piece[got:]))
+        asked.append((fd, offset + got, piece[got:]))
         if len(asked) > AHEAD:
-            offset, piece = asked.popleft()
+            fd, offset, piece = asked.popleft()
             total += read_whole(fd, piece, offset)
-    return total + sum(read_whole(fd, piece, offset) for offset, piece in asked)
+    return total + sum(read_whole(fd, piece, offset) for fd, offset, piece in asked)
 
 
 def _read_now(fd: int, piece: memoryview, offset: int) -> int:
@@ -243,9 +260,12 @@ def _read_now(fd: int, piece: memoryview, offset: int) -> int:
         return 0
 
 
-def _read_blocks(fd: int, reads: Reads, target: memoryview, row_bytes: int) -> int:
+def _read_blocks(fd: int, reads: Reads, found: np.ndarray) -> int:
     """Read blocks into aligned memory and copy the rows from there; how many bytes were read."""
+    if not len(reads):
+        return 0
     total = 0
+    target, row_bytes = found.data.cast("B"), found.shape[1]
     aligned = memoryview(mmap.mmap(-1, int(round_up(reads.lengths.max()))))
     for offset, length, low, high in zip(reads.offsets.tolist(), reads.lengths.tolist(), reads.first, reads.first[1:]):
         got = os.preadv(fd, [aligned[: round_up(length)]], offset)

@@ -10,6 +10,8 @@ rows are one scattered read, split rows are two; `packed` and `split` make one o
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,10 @@ from torch import Tensor
 from engram_ref import fp8
 from engram_ref.config import SCALE_BLOCK
 from engram_ref.tables.base import RowFormat
+from engram_ref.tables.gather import gather_parts
+from engram_ref.tables.nan_check import refuse_nan
 
-_CHECKED = 1 << 20  # rows looked at together when NaN is searched for
+_CHECKED = 1 << 20  # rows on an accelerator that are brought together to be looked at
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,15 @@ class Rows:
         """Where the rows are."""
         return self.parts[0].device
 
+    def take(self, numbers: Tensor) -> Tensor:
+        """The bytes of some rows, uint8 [N, row_bytes], in host memory; the numbers, on the CPU, were checked."""
+        if self.device.type == "cpu":
+            out = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8)
+            gather_parts(self.parts, numbers, out)
+            return out
+        numbers = numbers.to(self.device)
+        return torch.cat([part.index_select(0, numbers) for part in self.parts], dim=1).cpu()
+
     def packed(self) -> Rows:
         """The same rows in one part; themselves if they are."""
         if len(self.parts) == 1:
@@ -125,9 +138,8 @@ class Rows:
         """
         if not self.format.scaled:
             return
+        codes = (self.format.width, 0)  # how many bytes of each part are codes; the others are scales
         for first in range(0, len(self), _CHECKED):
-            piece = Rows(self.format, tuple(part[first : first + _CHECKED] for part in self.parts)).split()
-            if fp8.has_nan(*piece.parts):
-                codes, scales = piece.parts
-                bad = ((codes & fp8.NAN_CODE) == fp8.NAN_CODE).any(1) | (scales == fp8.NAN_SCALE).any(1)
-                raise ValueError(f"row {first + int(bad.nonzero()[0])} has a code or a scale that is NaN: not fp8 rows")
+            number = functools.partial(operator.add, first)
+            for part, count in zip(self.parts, codes):
+                refuse_nan("these rows", part[first : first + _CHECKED].cpu().numpy(), count, number)

@@ -1,92 +1,79 @@
-"""Rows that lie in a safetensors file: found and validated, read whole, and written.
+"""Rows that lie in safetensors files: found and validated, and read whole.
 
-    save_rows("table.safetensors", values)              # values: [R, D]
     stored = StoredRows.find("table.safetensors")       # reads the header only
-    values = stored.read()                              # [R, D]
+    rows = stored.read()                                # `Rows`; rows.values(): [R, D]
     table = make_table("file", stored, device="cuda")   # or leave them where they are
 
-The header is validated by the safetensors library before a row is read: a truncated file, one that lies about its
-sizes and one that is something else are refused. Files written here begin their rows at a multiple of 4096 bytes,
-so that no row of 128 or 256 bytes lies on two pages.
+    stored = StoredRows.find("model-00001.safetensors", "layers.1.engram.embed.weight")     # fp8, and its scales
+
+Plain rows are one tensor. fp8 rows are two, the codes `weight` and the scales `scale`, which may lie in different
+files, or one tensor of bytes that the file's metadata mark as packed rows. fp8 rows with a NaN are refused while they
+are read. `writing` makes such files.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-import stat
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engram_ref.config import SCALE_BLOCK
 from engram_ref.tables.base import RowFormat
+from engram_ref.tables.headers import Header, Stamp, open_same
 from engram_ref.tables.memory import require_host_bytes
+from engram_ref.tables.nan_check import refuse_nan
 from engram_ref.tables.reading import read_whole
-from engram_ref.tables.writing import DTYPES, LENGTH_BYTES, make_header, replacing
+from engram_ref.tables.rows import Rows
+from engram_ref.tables.writing import DTYPES, ROW_DTYPES, packed_mark, scale_name
 
-ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _ROW_NAMES = [name for name, dtype in DTYPES.items() if dtype in ROW_DTYPES]
-_PIECE = 8 << 20  # bytes of one read or write
+_CODES, _SCALES, _PACKED = "F8_E4M3", "F8_E8M0", "U8"
+_PIECE = 8 << 20  # bytes of one read
 _READERS = 4
-_Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class StoredRows:
-    """One tensor [R, D] of a safetensors file.
+class StoredPart:
+    """One tensor of a safetensors file: the rows, or the codes or the scales of them.
 
     Attributes:
         path: the file.
         name: of the tensor.
         rows: how many there are.
-        format: what a row's bytes mean.
+        columns: first and last (excluded) byte of a row that lie here.
         offset: byte of the file at which the first row begins.
-        file_bytes: size of the whole file.
+        stamp: of the file when it was validated.
     """
 
     path: Path
     name: str
     rows: int
-    format: RowFormat
+    columns: tuple[int, int]
     offset: int
-    file_bytes: int
-    _stamp: _Stamp = field(repr=False)
+    stamp: Stamp = field(repr=False)
 
-    @classmethod
-    def find(cls, path: str | Path, name: str | None = None) -> StoredRows:
-        """Find the rows of a table in a file.
-
-        Args:
-            path: a safetensors file.
-            name: of the tensor; may be left out where the file has only one tensor with two dimensions.
-
-        Raises:
-            ValueError: not a whole safetensors file, no such tensor, or not rows of floating-point numbers.
-            OSError: the file cannot be opened.
-        """
-        path = Path(path)
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path} is not a regular file: give a safetensors file")
-        _require_safetensors(path)
-        data, header = _read_header(path, _stamp(found))
-        name = _only_matrix(path, header) if name is None else name
-        if name not in header:
-            raise ValueError(f"{path} has no tensor {name!r}: it has {', '.join(header) or 'none'}")
-        entry = header[name]
-        rows, row_format = _rows_and_format(f"{path}, tensor {name!r}", entry)
-        return cls(path, name, rows, row_format, data + entry["data_offsets"][0], found.st_size, _stamp(found))
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of each row, in this part."""
+        return self.columns[1] - self.columns[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.rows * self.format.row_bytes
+        """Bytes of all rows, in this part."""
+        return self.rows * self.row_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return self.stamp.nbytes
 
     def open(self, flags: int = 0) -> int:
         """A descriptor of the file, for reading.
@@ -94,133 +81,196 @@ class StoredRows:
         Raises:
             ValueError: it is not the file any more that was validated.
         """
-        return _open_same(self.path, self._stamp, flags)
+        return open_same(self.path, self.stamp, flags)
 
-    def read(self) -> Tensor:
-        """All rows, [R, D].
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows [R, D] in one tensor or, fp8 rows, in two.
+
+    Attributes:
+        format: what a row's bytes mean.
+        parts: where they lie; a row's bytes are its parts side by side.
+    """
+
+    format: RowFormat
+    parts: tuple[StoredPart, ...]
+
+    @classmethod
+    def find(
+        cls,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        scale: str | None = None,
+        scale_path: str | Path | None = None,
+    ) -> StoredRows:
+        """Find the rows of a table in a file.
+
+        Args:
+            path: a safetensors file.
+            name: of the tensor, of fp8 rows that of the codes; may be left out where the file has only one tensor
+                with two dimensions, scales not counted.
+            scale: name of the scales; None takes `name` with `scale` in place of `weight`.
+            scale_path: the file that has the scales; None takes `path`.
 
         Raises:
-            ValueError: they do not fit into memory, or the file was changed.
+            ValueError: not a whole safetensors file, no such tensor, not rows of floating-point numbers, or scales
+                that do not fit.
+            OSError: a file cannot be opened.
+        """
+        header = Header.read(path)
+        name = _only_table(header) if name is None else name
+        dtype, (_, width) = header.matrix(name)
+        if dtype == _CODES:
+            there = header if scale_path is None else Header.read(scale_path)
+            scale = _scale_of(header, name) if scale is None else scale
+            _check_scales(header, name, there, scale)
+            row_format = RowFormat(torch.bfloat16, width, scaled=True)
+            return cls(row_format, tuple(_parts(row_format.split_bytes, (header, name), (there, scale))))
+        if scale is not None or scale_path is not None:
+            raise ValueError(f"{header.what(name)} is {dtype}: only codes, {_CODES}, have scales")
+        row_format = _packed_format(header, name) if dtype == _PACKED else _plain_format(header, name)
+        return cls(row_format, tuple(_parts((row_format.row_bytes,), (header, name))))
+
+    @property
+    def path(self) -> Path:
+        """The file; of fp8 rows in two parts, that of the codes."""
+        return self.parts[0].path
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, or of the codes."""
+        return self.parts[0].name
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.parts[0].rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(part.nbytes for part in self.parts)
+
+    def read(self) -> Rows:
+        """All rows, in memory as in the file.
+
+        Raises:
+            ValueError: they do not fit into memory, a file was changed, or fp8 rows hold NaN.
         """
         require_host_bytes(self.nbytes)
-        values = torch.empty((self.rows, self.format.width), dtype=self.format.dtype)
-        self.read_into(values.view(torch.uint8))
-        return values
+        parts = tuple(torch.empty((self.rows, part.row_bytes), dtype=torch.uint8) for part in self.parts)
+        self.read_into(parts)
+        return Rows(self.format, parts)
 
-    def read_into(self, raw: Tensor) -> None:
-        """Read all rows into uint8 [R, row_bytes] on the CPU, in large pieces, several at a time.
+    def read_into(self, parts: Sequence[Tensor]) -> None:
+        """Read all rows into memory, in large pieces, several at a time.
+
+        Args:
+            parts: uint8 [R, w] each, contiguous, on the CPU: as the rows lie in the file, or packed, or split.
 
         Raises:
-            ValueError: memory of another shape, or the file was changed.
+            ValueError: memory of another shape, a file that was changed, or fp8 rows that hold NaN.
         """
-        if tuple(raw.shape) != (self.rows, self.format.row_bytes) or raw.dtype != torch.uint8 or raw.is_cuda:
-            raise ValueError(
-                f"memory of shape {tuple(raw.shape)}, {raw.dtype}, {raw.device}: "
-                f"the rows of {self.path} need [{self.rows}, {self.format.row_bytes}], uint8, on the CPU"
-            )
-        if not raw.is_contiguous():
-            raise ValueError("memory for rows must be contiguous: they are read one after the other")
-        target = raw.numpy().data.cast("B")
-        fd = self.open()
-
-        def read_piece(start: int) -> None:
-            piece = target[start : start + _PIECE]
-            read_whole(fd, piece, self.offset + start)
-
-        try:
+        self._check_memory(parts)
+        targets = dict(zip(_columns([part.shape[1] for part in parts]), [part.numpy() for part in parts]))
+        with ExitStack() as undo:
+            pieces: list[tuple[StoredPart, int, slice]] = []
+            for part in self.parts:
+                fd = part.open()
+                undo.callback(os.close, fd)
+                step = max(1, _PIECE // part.row_bytes)
+                pieces += [(part, fd, slice(first, first + step)) for first in range(0, self.rows, step)]
             with ThreadPoolExecutor(_READERS) as pool:
-                for _ in pool.map(read_piece, range(0, self.nbytes, _PIECE)):
+                for _ in pool.map(lambda piece: self._read_piece(targets, *piece), pieces):
                     pass
-        finally:
-            os.close(fd)
+
+    def _read_piece(
+        self, targets: Mapping[tuple[int, int], np.ndarray], part: StoredPart, fd: int, rows: slice
+    ) -> None:
+        """Read some rows of a part: straight to their place if a target [R, w] has just its columns, or copy them."""
+        straight = targets.get(part.columns)
+        count = len(range(self.rows)[rows])
+        raw = np.empty((count, part.row_bytes), dtype=np.uint8) if straight is None else straight[rows]
+        read_whole(fd, raw.data.cast("B"), part.offset + rows.start * part.row_bytes)
+        low, high = part.columns
+        if self.format.scaled:
+            codes = max(0, min(self.format.width, high) - low)
+            refuse_nan(part.path, raw, codes, lambda at: rows.start + at)
+        if straight is None:
+            for (left, right), target in targets.items():
+                first, last = max(low, left), min(high, right)
+                target[rows, first - left : last - left] = raw[:, first - low : last - low]
+
+    def _check_memory(self, parts: Sequence[Tensor]) -> None:
+        widths = dict.fromkeys([(self.format.row_bytes,), self.format.split_bytes])
+        wanted = [[[self.rows, width] for width in layout] for layout in widths]
+        fits = [list(part.shape) for part in parts] in wanted
+        if not fits or any(part.dtype != torch.uint8 or part.is_cuda for part in parts):
+            given = " and ".join(f"{list(part.shape)}, {part.dtype}, {part.device}" for part in parts)
+            needed = " or ".join(" and ".join(map(str, layout)) for layout in wanted)
+            raise ValueError(f"memory of {given}: the rows of {self.path} need {needed}, uint8, on the CPU")
+        if not all(part.is_contiguous() for part in parts):
+            raise ValueError("memory for rows must be contiguous: they are read one after the other")
 
 
-def _stamp(found: os.stat_result) -> _Stamp:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _columns(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last byte of each part in a row, of parts with these widths."""
+    return list(itertools.pairwise([0, *itertools.accumulate(widths)]))
 
 
-def _open_same(path: Path, stamp: _Stamp, flags: int = 0) -> int:
-    fd = os.open(path, os.O_RDONLY | flags)
-    if _stamp(os.fstat(fd)) != stamp:
-        os.close(fd)
-        raise ValueError(f"{path} was changed after it was validated: call StoredRows.find again")
-    return fd
+def _parts(widths: Sequence[int], *tensors: tuple[Header, str]) -> Iterator[StoredPart]:
+    for (header, name), columns in zip(tensors, _columns(widths)):
+        tensor = header.tensors[name]
+        yield StoredPart(header.path, name, tensor.shape[0], columns, tensor.offset, header.stamp)
 
 
-def _require_safetensors(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+def _only_table(header: Header) -> str:
+    tensors = header.tensors.values()
+    tables = [tensor.name for tensor in tensors if len(tensor.shape) == 2 and tensor.dtype != _SCALES]
+    if len(tables) != 1:
+        raise ValueError(f"{header.path} has {len(tables)} tensors with two dimensions: give the name of one")
+    return tables[0]
 
 
-def _read_header(path: Path, stamp: _Stamp) -> tuple[int, dict[str, Any]]:
-    """The byte at which the data begin, and the entries of the tensors, of a validated file."""
-    with open(_open_same(path, stamp), "rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return LENGTH_BYTES + length, header
+def _plain_format(header: Header, name: str) -> RowFormat:
+    dtype, (_, width) = header.matrix(name)
+    if dtype not in _ROW_NAMES:
+        raise ValueError(f"{header.what(name)} is {dtype}: rows are one of {', '.join(_ROW_NAMES)}, {_CODES}")
+    return RowFormat(DTYPES[dtype], width)
 
 
-def _only_matrix(path: Path, header: dict[str, Any]) -> str:
-    matrices = [name for name, entry in header.items() if len(entry["shape"]) == 2]
-    if len(matrices) != 1:
-        raise ValueError(f"{path} has {len(matrices)} tensors with two dimensions: give the name of one")
-    return matrices[0]
+def _packed_format(header: Header, name: str) -> RowFormat:
+    _, (_, row_bytes) = header.matrix(name)
+    if not packed_mark(name).items() <= header.metadata.items():
+        raise ValueError(
+            f"{header.what(name)} is {_PACKED}, and the file's metadata do not say that it has packed fp8 rows: "
+            "write them with save_rows"
+        )
+    blocks, rest = divmod(row_bytes, SCALE_BLOCK + 1)
+    if rest:
+        raise ValueError(f"{header.what(name)} has rows of {row_bytes} B: packed ones have 33 B for every 32 values")
+    return RowFormat(torch.bfloat16, blocks * SCALE_BLOCK, scaled=True)
 
 
-def _rows_and_format(what: str, entry: dict[str, Any]) -> tuple[int, RowFormat]:
-    shape = entry["shape"]
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype not in ROW_DTYPES:
-        raise ValueError(f"{what} is {entry['dtype']}: rows are one of {', '.join(_ROW_NAMES)}")
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{what} has shape {tuple(shape)}: a table is [rows, width], with one row at least")
-    return shape[0], RowFormat(dtype, shape[1])
+def _scale_of(header: Header, name: str) -> str:
+    scale = scale_name(name)
+    if scale is None:
+        raise ValueError(f"{header.what(name)} is {_CODES} and is not called 'weight': name its scales, with scale=")
+    return scale
 
 
-def save_rows(path: str | Path, values: Tensor, name: str = "weight") -> None:
-    """Write a table [R, D] to a safetensors file, complete or not at all.
-
-    Raises:
-        ValueError: not two-dimensional, empty, or not a floating-point dtype.
-        OSError: it cannot be written (a full disk); then nothing is left behind, and an older file stays.
-    """
-    if values.ndim != 2:
-        raise ValueError(f"values of shape {tuple(values.shape)}: a table is [rows, width]")
-    row_format = RowFormat(values.dtype, values.shape[1])
-    step = max(1, _PIECE // max(1, row_format.row_bytes))
-    save_pieces(path, len(values), row_format, values.split(step), name)
-
-
-def save_pieces(
-    path: str | Path, rows: int, row_format: RowFormat, pieces: Iterable[Tensor], name: str = "weight"
-) -> None:
-    """The same for a table that is made piece by piece, and so may be larger than memory.
-
-    Args:
-        path: the file to write.
-        rows: how many rows the pieces have together.
-        row_format: of every piece.
-        pieces: [n, D] each, on any device.
-        name: of the tensor.
-
-    Raises:
-        ValueError: a piece of another format, or not `rows` rows.
-        OSError: it cannot be written.
-    """
-    if row_format.dtype not in ROW_DTYPES:
-        raise ValueError(f"rows of {row_format.dtype}: a table's are one of {', '.join(map(str, ROW_DTYPES))}")
-    if rows < 1 or row_format.width < 1:
-        raise ValueError(f"a table of {rows} rows of {row_format.width} values: it needs one of each at least")
-    header = make_header({name: (row_format.dtype, (rows, row_format.width))})
-    written = 0
-    with replacing(Path(path)) as file:
-        file.write(header)
-        for piece in pieces:
-            file.write(row_format.encode(piece.detach().cpu().contiguous()).numpy().data)
-            written += len(piece)
-        if written != rows:
-            raise ValueError(f"the pieces have {written} rows together: {rows} were announced")
+def _check_scales(header: Header, name: str, there: Header, scale: str) -> None:
+    """Refuse scales that are not those of these codes: other ones give wrong rows and no error."""
+    _, (rows, width) = header.matrix(name)
+    if width % SCALE_BLOCK:
+        raise ValueError(f"{header.what(name)} has {width} codes a row: {SCALE_BLOCK} of them share a scale")
+    dtype, shape = there.matrix(scale, mend="; codes need their scales: give scale= or scale_path=")
+    if dtype != _SCALES:
+        raise ValueError(f"{there.what(scale)} is {dtype}: the scales of rows are {_SCALES}")
+    if shape != (rows, width // SCALE_BLOCK):
+        raise ValueError(
+            f"{there.what(scale)} has shape {shape} for codes of shape {(rows, width)}: "
+            f"there is one scale for every {SCALE_BLOCK} codes of a row"
+        )

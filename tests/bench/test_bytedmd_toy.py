@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from bench import bytedmd_toy
-from bench.harness import cli
+from bench.harness import workloads
 from bench.harness.pricing import Job, check_against_upstream, price_job
 from bench.harness.streams import read_text, text_stream
 from bench.harness.table import groups, is_valid, verdict_table
+from engram_ref import cli
+from engram_ref.config import EngramConfig
 from engram_toy import bytedmd as own
-from engram_toy.programs import MODELS
+from engram_toy.programs import BOUNDARIES, MODELS
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "bench/harness/bytedmd_toy.schema.json").read_text())
 SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
+SMALL_TOKENIZER = ROOT / "tests/golden/tokenizer_small"
 TIMES = {"wall_time_s", "wall_time_summary_s"}
 
 
@@ -105,6 +111,77 @@ def test_the_second_definition_and_another_text(tmp_path):
     assert all(is_valid(results, model, boundary) for model, boundary in groups(results))
 
 
+# --- DeepSeek-V4.1-Flash's form ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut_down(tmp_path_factory, cache_home):
+    """A run of the preset with an even smaller table: its output, and its results."""
+    out = tmp_path_factory.mktemp("v41")
+    options = [*SMALL, "--preset", "v41-flash", "--jobs", "1", "--out", str(out)]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        patch.setitem(workloads.CUTS["v41-flash"], "table_size_per_order", (50, 50, 50))
+        patch.setattr(sys, "argv", ["bytedmd_toy", *options])
+        bytedmd_toy.main()
+    return printed.getvalue(), out, json.loads((out / "results.json").read_text())
+
+
+def test_v41_runs_engram_alone_and_fits_the_schema(cut_down):
+    _, out, results = cut_down
+    jsonschema.validate(results, SCHEMA)
+    assert (results["configuration"]["preset"], results["configuration"]["model"]) == ("v41-flash", "engram")
+    assert groups(results) == [("engram", boundary) for boundary in BOUNDARIES] and len(results["runs"]) == 3 * 4
+    assert all(is_valid(results, model, boundary) for model, boundary in groups(results))
+    assert all((out / name).exists() for name in ("depths.svg", "ratios.svg", "cost_by_kind.svg"))
+
+
+def test_v41_has_the_presets_form(cut_down):
+    _, _, results = cut_down
+    config, full = results["models"]["engram"]["config"], asdict(EngramConfig.preset("v41-flash"))
+    cut = {"hidden", "hc_mult", "row_width", "table_size_per_order"}
+    assert {name for name in full if json.loads(json.dumps(full[name])) != config[name]} == cut
+    assert results["models"]["engram"]["lookups"] == 6 * 24
+    layer = results["models"]["engram"]["plan"]["layers"][0]
+    assert layer["multipliers"] == [76632096046245, 4839876093313, 35959672319349, 73987337458391]
+
+
+def test_v41_states_its_scale_in_every_line(cut_down):
+    printed, out, results = cut_down
+    rows = results["models"]["engram"]["plan"]["layers"][0]["primes"]
+    scale = {
+        "table_rows": [sum(rows), 384_006_168],
+        "row_width": [32, 256],
+        "hidden": [4, 5120],
+        "hc_mult": [1, 4],
+        "layers": [1, 2],
+    }
+    assert [run["scale"] for run in results["runs"]] == [scale] * 12
+    text = "row 32 of 256 values, hidden 4 of 5,120, copies 1 of 4, layers 1 of 2"
+    text = f"table 1/{round(384_006_168 / sum(rows)):,}, {text}"
+    assert 100_000 < 384_006_168 / sum(rows) < 300_000
+    assert printed.rstrip("\n") == verdict_table(results)
+    head, _, *lines = printed.splitlines()
+    assert head.endswith("  scale") and [line.endswith(f"  {text}") for line in lines[:3]] == [True] * 3
+    assert text in (out / "ratios.svg").read_text()
+
+
+def test_what_is_not_cut_states_no_scale(finished):
+    done, _, results = finished
+    assert results["configuration"]["preset"] == "tiny"
+    assert not any("scale" in record for record in [*results["runs"], *results["models"].values()])
+    assert "scale" not in done.stdout and "table 1/" not in done.stdout
+
+
+def test_defaults_of_the_presets():
+    tiny, v41 = bytedmd_toy.parse([]), bytedmd_toy.parse(["--preset", "v41-flash"])
+    assert (tiny.model, tiny.seq_len, tiny.d_model, tiny.padding) == ("both", 128, 64, 10**6)
+    assert vars(v41) == {**vars(tiny), "preset": "v41-flash", "model": "engram"}
+    assert bytedmd_toy.parse(["--preset", "v41-flash", "--quick"]).seq_len == 16
+    assert bytedmd_toy.parse(["--preset", "v41-flash", "--seq_len", "9"]).seq_len == 9
+
+
 BAD_INPUT = {
     "no such text": (["--text", "none.txt"], "No such file"),
     "short text": (["--text", "short.txt"], "at least 12"),
@@ -115,6 +192,10 @@ BAD_INPUT = {
     "out is a file": (["--out", "short.txt"], "name a folder"),
     "unknown option": (["--colour"], "unrecognized"),
     "unknown model": (["--model", "gpt"], "invalid choice"),
+    "unknown preset": (["--preset", "demo"], "invalid choice"),
+    "a bank for v41": (["--preset", "v41-flash", "--model", "kv-bank"], "kv-bank has no form of preset v41-flash"),
+    "both for v41": (["--preset", "v41-flash", "--model", "both"], "kv-bank has no form of preset v41-flash"),
+    "v41 with a small tokenizer": (["--preset", "v41-flash", "--tokenizer", str(SMALL_TOKENIZER)], "exactly 99092"),
     "no tokens": (["--seq_len", "1"], "at least 2"),
     "negative padding": (["--padding", "-1"], "at least 0"),
     "words for numbers": (["--padding", "many"], "at least 0"),
@@ -152,7 +233,8 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 def test_help_teaches():
     done = command("--help")
     assert done.returncode == 0
-    assert all(word in done.stdout for word in (*MODELS, "resident", "lookup", "INCONCLUSIVE", "--padding"))
+    words = (*MODELS, "resident", "lookup", "INCONCLUSIVE", "--padding", "v41-flash")
+    assert all(word in done.stdout for word in words)
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

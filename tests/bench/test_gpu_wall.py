@@ -13,12 +13,20 @@ import torch
 
 from bench import gpu_wall
 from bench.harness import wall_options
+from bench.harness.variants import TableSet
 from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
+from engram_ref.config import EngramConfig
+from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.hashing import HashPlan
 from engram_ref.tables.file import FileTable
+from tests.bench.test_backbones import TINY
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "bench/harness/gpu_wall.schema.json").read_text(encoding="utf-8"))
 SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
+
+
+V41 = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "v41-flash", "--cases", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +150,74 @@ def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch,
         assert hot["hot_rows"] == step["table"]["rows"] // 10 and hot["hit_rate"] > 0.1
 
 
+@pytest.mark.parametrize("layout", ["packed", "split"])
+def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypatch, cache_home):
+    """Four orders, 24 columns, fp8 rows both ways, form v41 around a small backbone: equal bits from all variants."""
+    monkeypatch.setattr(wall_options, "ON_CPU", wall_options.VARIANTS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    fused = []
+    real = V41Fusion.forward
+    monkeypatch.setattr(V41Fusion, "forward", lambda self, e, *given: (fused.append(e), real(self, e, *given))[1])
+    backbone = tmp_path / "config.json"
+    backbone.write_text(json.dumps(TINY))
+    shapes = ["--steps", "prefill:1x5", "decode:2", "--context", 4, "--rounds", 2, "--page_cache", "cold"]
+    out = tmp_path / "out"
+    run_main(monkeypatch, *V41, "--rows", layout, "--backbone", backbone, *shapes, "--text", text, "--out", out)
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    jsonschema.validate(results, SCHEMA)
+    assert {tuple(e.shape[1:]) for e in fused} == {(5, 24 * 256), (1, 24 * 256)}
+    assert all(e.dtype == torch.float32 for e in fused)
+    assert [step["prediction"]["rows"] for step in results["steps"]] == [5 * 24, 2 * 24]
+    assert results["configuration"]["rows"] == layout
+    for step in results["steps"]:
+        assert {run["variant"] for run in step["runs"]} == {"no_engram", *wall_options.VARIANTS} and rows_agree(step)
+        table = step["table"]
+        assert (table["row_bytes"], table["columns"], table["published_rows"]) == (264, 24, 384_006_168)
+        assert table["bytes"] == 264 * table["rows"] and table["layout"] == layout
+        stored = {"preset": "v41-flash", "row_dtype": "float8_e4m3fn", "layout": layout}
+        assert all(run["table"] == {**stored, "share": table["rows"] / 384_006_168} for run in step["runs"])
+        disk = run_of(step, "offload_disk", "synchronous")
+        assert bytes_agree(disk) and all(count % 264 == 0 for count in disk["bytes"]["from_ids"])
+        assert step["prediction"]["bytes_requested"] == 264 * step["prediction"]["rows"]
+        assert run_of(step, "resident")["held"]["device"] == table["bytes"]
+
+
+def test_one_wrong_scale_is_seen(tmp_path):
+    """What `check` compares is decoded: the smallest change of a stored row must still be refused."""
+    config = wall_options.table_config("v41-flash", 3e5, 64, "bfloat16")
+    plan = HashPlan.build(config, 1000, 0)
+    ids = torch.arange(10).view(1, 10).numpy()
+    with TableSet(config, plan, ["resident"], torch.device("cpu"), tmp_path, 0, None, ["cold"], packed=False) as tables:
+        assert tables.check(ids)
+        codes, scales = tables._in_host.parts
+        codes[:, 255] ^= 1
+        with pytest.raises(ValueError, match="resident in place returned other rows than were written"):
+            tables.check(ids)
+        codes[:, 255] ^= 1
+        scales[:, 7] ^= 1
+        with pytest.raises(ValueError, match="returned other rows than were written"):
+            tables.check(ids)
+
+
+@pytest.mark.parametrize("layout", ["packed", "split"])
+def test_a_table_is_moved_to_a_device_with_its_parts(layout, tmp_path, monkeypatch):
+    """The copy in pieces knows nothing of the parts, which need not begin where a piece does."""
+    from bench.harness import variants
+
+    monkeypatch.setattr(variants, "_PIECE", 1000)
+    config = wall_options.table_config("v41-flash", 3e5, 64, "bfloat16")
+    plan = HashPlan.build(config, 1000, 0)
+    packed = layout == "packed"
+    with TableSet(config, plan, [], torch.device("cpu"), tmp_path, 0, None, [], packed=packed) as tables:
+        moved = tables._laid_out(variants._to_device(tables.memory.bytes, torch.device("cpu")))
+        assert len(moved.parts) == (1 if packed else 2) and tables.layout == layout
+        assert all(torch.equal(a, b) for a, b in zip(moved.parts, tables._in_host.parts))
+        assert moved.parts[0].data_ptr() != tables._in_host.parts[0].data_ptr()
+
+
 REFUSED = {
+    "--rows split": "--rows split: the rows of tiny have no scales to lay beside or apart; leave --rows out, or take",
+    "--rows loose": "argument --rows: invalid choice: 'loose'",
     "--variants offload_uva": "--variants offload_uva: this machine can serve resident, offload_disk, or none",
     "--variants resident --table_params 5e10": "GiB do not fit into host memory, of which",
     "--variants offload_disk --table_params 5e10": "GiB do not fit onto the disk of",
@@ -224,3 +299,28 @@ def test_a_table_has_about_the_parameters_that_were_asked_for(params):
     assert config.hidden == 2560 and config.hc_mult == 1 and config.layer_ids == (1,)
     sizes = sum(size * config.heads for size in config.table_size_per_order)
     assert sizes * config.row_width == pytest.approx(params, rel=0.001)
+
+
+def test_v41_flash_keeps_its_geometry_and_its_rows():
+    config = wall_options.table_config("v41-flash", 1e9, 2560, "float32")
+    published = EngramConfig.preset("v41-flash")
+    kept = ("max_ngram", "heads", "row_width", "kernel_size", "pad_id", "seed", "row_dtype", "form", "columns")
+    assert all(getattr(config, name) == getattr(published, name) for name in kept)
+    assert (config.hidden, config.hc_mult, config.layer_ids) == (2560, 1, (1,))
+    assert sum(size * config.heads for size in config.table_size_per_order) * 256 == pytest.approx(1e9, rel=0.001)
+
+
+def test_max_counts_the_bytes_that_are_stored(monkeypatch):
+    monkeypatch.setattr(wall_options, "free_host_bytes", lambda: 264 * 10**6)
+    assert wall_options.largest("v41-flash", "float32") == 0.85 * 256 * 10**6
+    assert wall_options.largest("paper-27b", "float32") == 0.85 * 66 * 10**6
+    assert wall_options.largest("paper-27b", "bfloat16") == 0.85 * 132 * 10**6
+
+
+def test_how_rows_lie():
+    assert [wall_options.row_layout("v41-flash", wanted) for wanted in (None, "packed", "split")] == [
+        "packed",
+        "packed",
+        "split",
+    ]
+    assert wall_options.row_layout("paper-27b", None) == "plain"

@@ -167,7 +167,7 @@ def test_nothing_is_measured_when_rows_differ(fake_engramdb, monkeypatch, tmp_pa
 
 
 def test_nothing_is_measured_that_is_not_cold(fake_engramdb, monkeypatch, tmp_path):
-    monkeypatch.setattr(rivals.FileTable, "drop_cache", lambda table: table.stored.read())
+    monkeypatch.setattr(rivals.FileTable, "drop_cache", lambda table: table.source.read())
     monkeypatch.setattr(rivals.FileTable, "cached_share", lambda table: 0.25)
     with ColdRace(tmp_path, ROWS, ROW_BYTES) as race, pytest.raises(ValueError, match=r"25.00% of the file stay"):
         race.samples(50, 1)

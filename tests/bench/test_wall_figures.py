@@ -80,16 +80,28 @@ def test_the_noise_floor_is_shaded(results):
 
 def test_bandwidth_stands_against_the_measured_limit(results):
     memory, disk = bandwidth(results).axes
-    assert rows_of(memory) == {
-        "prefill 1 x 4096, 1e9 parameters, backbone none: offload_naive": "2.5 GB/s = 25 % of the limit"
-    }
+    what = "prefill 1 x 4096, 1e9 parameters (1/640 of v41-flash's table), backbone none"
+    assert rows_of(memory) == {f"{what}: offload_naive": "2.5 GB/s = 25 % of the limit"}
     assert [line.get_xdata()[0] for line in memory.lines if line.get_linestyle() == "--"] == [pytest.approx(10.0)]
-    label = "prefill 1 x 4096, 1e9 parameters, backbone none: offload_disk"
     assert rows_of(disk) == {
-        f"{label} cold": "2,000,000 rows/s",  # 10,000 in 5 ms
-        f"{label} warm": "5,000,000 rows/s",
+        f"{what}: offload_disk cold": "2,000,000 rows/s",  # 10,000 in 5 ms
+        f"{what}: offload_disk warm": "5,000,000 rows/s",
     }
     assert "dashed: 4,000,000 reads/s of one row or more, fio" in disk.get_title()
+
+
+def test_a_read_of_split_rows_brings_a_part_of_one(results):
+    results["steps"][0]["table"]["layout"] = "split"
+    _, disk = bandwidth(results).axes
+    assert "dashed: 4,000,000 reads/s of one part of a row or more, fio" in disk.get_title()
+
+
+def test_every_caption_says_how_much_of_the_published_table_it_is(results):
+    for draw in (timeline, overheads):
+        (axis,) = draw(results).axes
+        assert "(1/640 of v41-flash's table)" in axis.get_title()
+    for axis in bandwidth(results).axes:
+        assert all("(1/640 of v41-flash's table)" in label.get_text() for label in axis.get_yticklabels())
 
 
 def test_an_unknown_limit_is_said_and_not_drawn(results):

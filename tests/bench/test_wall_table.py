@@ -25,8 +25,20 @@ from bench.harness.wall_numbers import (
     run_of,
     synchronous_run,
 )
-from bench.harness.wall_table import gib, measured_on, percent, prediction, run_label, short, step_table, wall_table
-from tests.bench.wall_example import COPY, DRIFT, UNIQUE_BYTES, example
+from bench.harness.wall_table import (
+    fraction,
+    gib,
+    measured_on,
+    percent,
+    prediction,
+    run_label,
+    scale_label,
+    short,
+    step_label,
+    step_table,
+    wall_table,
+)
+from tests.bench.wall_example import COPY, DRIFT, UNIQUE_BYTES, example, older
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/gpu_wall.schema.json").read_text(encoding="utf-8"))
 
@@ -274,7 +286,8 @@ def test_cpu_times_are_never_passed_off_as_gpu_times():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_lines_fit_a_terminal(device):
     lines = wall_table(example(device, steps=4)).splitlines()
-    assert max(len(line) for line in lines) <= 152
+    assert max(len(line) for line in lines) <= 168
+    assert max(len(line) for line in wall_table(older(example(device, steps=4))).splitlines()) <= 152
 
 
 def test_the_prediction_stands_before_the_measurement(results, step):
@@ -307,7 +320,37 @@ RUN_LINES = {
 def test_a_run_is_one_line(results, step, names):
     words = names.split()
     line = line_of(step_table(results, step).split("\n   noise floor")[0], *words)
-    assert line.split()[len(words) :] == ["cuda", *RUN_LINES[names].split()]
+    assert line.split()[len(words) :] == ["cuda", "1/640", *RUN_LINES[names].split()]
+
+
+def test_every_row_says_how_much_of_the_published_table_it_is(results, step):
+    text = step_table(results, step)
+    assert "1/640 of v41-flash's table, of which one layer has 6,871,947,520 rows;" in text
+    assert "rows stored as float8_e4m3fn, scales beside their codes" in text
+    lines = [line for line in text.splitlines() if line.startswith(("no_engram ", "resident ", "offload_"))]
+    lines = [line for line in lines if " cuda " in line]
+    assert len(lines) == len(step["runs"]) and all(" 1/640 " in line for line in lines)
+    assert " of v41-flash " in text
+    for layout, words in (("split", "scales apart from their codes"), ("plain", "bfloat16\n")):
+        step["table"].update(layout=layout, row_dtype="bfloat16" if layout == "plain" else "float8_e4m3fn")
+        assert words in step_table(results, step)
+
+
+def test_the_share_of_the_published_table_is_that_of_its_rows(step):
+    shown = {1 / 640: "1/640", 0.05: "1/20", 0.42: "42 %", 1: "all", 4.5: "4.5 x", 1 / 4776.2: "1/4,776"}
+    assert {share: fraction(share) for share in shown} == shown
+    assert step_label(step) == "prefill 1 x 4096, 1e9 parameters (1/640 of v41-flash's table), backbone none"
+    step["table"].update(published_rows=step["table"]["rows"])
+    assert scale_label(step["table"]) == "all of v41-flash's table"
+    step["table"].update(rows=9, published_rows=2)
+    assert scale_label(step["table"]) == "4.5 x v41-flash's table"
+
+
+def test_older_results_say_nothing_of_a_published_table():
+    results = older(example("cuda"))
+    text = wall_table(results)
+    assert "published" not in text and "v41-flash" not in text and "1/640" not in text
+    assert step_label(results["steps"][0]) == "prefill 1 x 4096, 1e9 parameters, backbone none"
 
 
 def test_every_missing_number_has_a_reason(results, step):
@@ -395,6 +438,7 @@ def test_labels(step):
 def test_the_example_fits_the_schema(device):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(example(device, steps=2), SCHEMA)
+    jsonschema.validate(older(example(device, steps=2)), SCHEMA)
 
 
 DAMAGES = {
@@ -431,6 +475,12 @@ DAMAGES = {
     "an unknown phase": lambda r, run: r["steps"][0]["shape"].update(phase="training"),
     "a step without runs": lambda r, run: r["steps"][0].update(runs=[]),
     "a component without a floor's reason": lambda r, run: r["components"][0].pop("limit_why"),
+    "a preset without its rows": lambda r, run: r["steps"][0]["table"].pop("published_rows"),
+    "a preset without a layout": lambda r, run: r["steps"][0]["table"].pop("layout"),
+    "rows that lie some other way": lambda r, run: run["table"].update(layout="interleaved"),
+    "rows of an unknown dtype": lambda r, run: run["table"].update(row_dtype="int8"),
+    "a run of no share": lambda r, run: run["table"].update(share=0),
+    "a run without a preset": lambda r, run: run["table"].pop("preset"),
     "a skip without a reason": lambda r, run: r["components_skipped"].append({"case": "hash"}),
 }
 

@@ -1,7 +1,8 @@
 """Both twins compute the same layer: plain Python, one position at a time, and the reference, in float64.
 
-From compressed ids to the update: each hashes by itself, reads the rows of one table, gates and convolves. Shapes
-are the edges of the configuration: one copy or four, with and without a convolution, orders up to 2, 3 and 4.
+From compressed ids to the stream after the layer: each hashes by itself, reads the rows of one table, gates and
+convolves. Shapes are the edges of the configuration: one copy or four, with and without a convolution, orders up to 2,
+3 and 4.
 
     python -m pytest tests/cross/test_layer.py
 """
@@ -67,18 +68,18 @@ def weights_of(fusion):
 
 
 def run_twin(plan, ids, hidden, values, weights, dilation):
+    """The stream after the layer; the twin's own result is what is added to it."""
     hasher = toy_hashing.NgramHasher(json.loads(plan.to_json()))
     table = values.tolist()
-    return np.array(
-        [
-            engram(stream.tolist(), [[table[row] for row in rows] for rows in hasher(sequence, 2)], weights, dilation)
-            for sequence, stream in zip(ids.tolist(), hidden)
-        ]
-    )
+    updates = [
+        engram(stream.tolist(), [[table[row] for row in rows] for rows in hasher(sequence, 2)], weights, dilation)
+        for sequence, stream in zip(ids.tolist(), hidden)
+    ]
+    return hidden.numpy() + np.array(updates)
 
 
 def run_both(config, batch, length, seed):
-    """The update of the twin and of the reference, and what the twin computed it from."""
+    """The stream after the layer of the twin and of the reference, and what the twin computed its own from."""
     plan = HashPlan.build(config, SIZE, 2)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, SIZE, (batch, length))
@@ -86,9 +87,9 @@ def run_both(config, batch, length, seed):
     fusion, values = random_layer(config, plan, seed)
     reference = Engram(fusion, DeviceTable(values))
     with torch.no_grad():
-        update = reference(hidden, NgramHasher(plan)(ids, 2))
+        stream = reference(hidden, NgramHasher(plan)(ids, 2))
     inputs = (plan, ids, hidden, values, weights_of(fusion), config.max_ngram)
-    return run_twin(*inputs), update.numpy(), inputs
+    return run_twin(*inputs), stream.numpy(), inputs
 
 
 @pytest.mark.parametrize("batch, length", [(1, 1), (2, 15)])

@@ -16,7 +16,7 @@ import torch
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
-from engram_ref.tables import make_table, memory, uva
+from engram_ref.tables import make_table, uva
 from engram_ref.tables.memory import PIN_PIECE, HostMemory
 from engram_ref.tables.uva import UvaTable
 
@@ -144,9 +144,11 @@ def test_token_ids_are_compressed_on_the_device(vocab_v4, device):
 # --- rows read in place ---------------------------------------------------------------------------
 
 
-def filled(nbytes: int) -> HostMemory:
-    """Page-locked memory of random bytes."""
-    host = HostMemory(nbytes, pinned=True)
+def filled(nbytes: int, piece: int) -> HostMemory:
+    """Random bytes, page-locked so many at a time."""
+    host = HostMemory(nbytes)
+    host.pin(piece)
+    assert len(host._pieces) == -(-nbytes // piece) > 1
     # By way of pageable memory: one copy to or from a GPU may not span two registered pieces.
     host.bytes.copy_(torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda").cpu())
     return host
@@ -160,7 +162,7 @@ def boundary_rows(rows: int, row_bytes: int, piece: int) -> torch.Tensor:
 
 def assert_rows_at_boundaries(row_bytes: int, nbytes: int, piece: int, device: torch.device) -> None:
     rows = nbytes // row_bytes
-    host = filled(rows * row_bytes)
+    host = filled(rows * row_bytes, piece)
     values = host.bytes.view(rows, row_bytes)
     wanted = torch.cat([boundary_rows(rows, row_bytes, piece), torch.randint(0, rows, (5000,))])
     expected = values[wanted]
@@ -174,7 +176,6 @@ def assert_rows_at_boundaries(row_bytes: int, nbytes: int, piece: int, device: t
 @pytest.mark.parametrize("row_bytes", [128, 160, 256, 264])
 def test_memory_registered_in_many_pieces(row_bytes, device, monkeypatch):
     piece = 4 << 20
-    monkeypatch.setattr(memory, "PIN_PIECE", piece)
     monkeypatch.setattr(uva, "PIN_PIECE", piece)
     assert_rows_at_boundaries(row_bytes, 9 * piece + 1000, piece, device)
 

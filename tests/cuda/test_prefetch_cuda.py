@@ -6,6 +6,8 @@ must be waited for is delayed, a consumer that still needs its rows is delayed.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.delivery import Delivery
+from tests.ref.fp8_pairs import random_rows, rows_of
 
 pytestmark = pytest.mark.cuda
 
@@ -26,8 +29,15 @@ DELAY = 2_000_000  # GPU clock cycles: about a millisecond
 
 
 @pytest.fixture(scope="module")
-def values():
-    return torch.randn(PLAN.layer(LAYER).rows, 64, generator=torch.Generator().manual_seed(0))
+def coded():
+    """fp8 rows."""
+    return rows_of(random_rows(PLAN.layer(LAYER).rows, 64))
+
+
+@pytest.fixture(scope="module")
+def values(coded):
+    """The same as plain rows, float32."""
+    return coded.values().float()
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +70,42 @@ def run_steps(prefetcher, pool, want, steps, before_use=lambda: None):
     return int(wrong.sum())
 
 
-@pytest.fixture(params=["device", "host", "uva", "hot"])
-def prefetcher(request, values, device):
-    placement = request.param
-    options = {"hot": torch.arange(0, len(values), 3)} if placement == "hot" else {}
+@contextmanager
+def prefetching(placement, rows, device):
+    options = {"hot": torch.arange(0, len(rows), 3)} if placement == "hot" else {}
     on_device = placement in ("device", "uva")
     hasher = DeviceHasher(PLAN, device) if on_device else NgramHasher(PLAN)
-    with make_table(placement, values, device, **options) as table, Prefetcher(hasher, {LAYER: table}) as made:
+    with make_table(placement, rows, device, **options) as table, Prefetcher(hasher, {LAYER: table}) as made:
+        yield made
+
+
+@pytest.fixture(params=["device", "host", "uva", "hot"])
+def placement(request):
+    return request.param
+
+
+@pytest.fixture
+def prefetcher(placement, values, device):
+    with prefetching(placement, values, device) as made:
+        yield made
+
+
+@pytest.fixture(params=[False, True], ids=["packed", "split"])
+def fp8_prefetcher(request, placement, coded, device):
+    with prefetching(placement, coded.split() if request.param else coded, device) as made:
         yield made
 
 
 def test_ten_thousand_steps_are_equal_to_the_bit(prefetcher, pool, want):
     assert run_steps(prefetcher, pool, want, 10_000) == 0
+
+
+def test_two_thousand_steps_with_fp8_rows(fp8_prefetcher, pool, want):
+    assert run_steps(fp8_prefetcher, pool, want, 2000) == 0
+
+
+def test_a_busy_gpu_changes_nothing_of_fp8_rows(fp8_prefetcher, pool, want):
+    assert run_steps(fp8_prefetcher, pool, want, 200, before_use=lambda: torch.cuda._sleep(DELAY)) == 0
 
 
 def test_a_busy_gpu_changes_nothing(prefetcher, pool, want):

@@ -16,6 +16,7 @@ from bench.harness.demo_way import DemoWay
 from engram_ref.checkpoint import OFFSETS, TABLE, load_layer, save_layer
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion
+from engram_ref.fusion_v41 import V41Fusion
 from engram_ref.hashing import HashPlan
 from engram_ref.tables.stored import StoredRows
 
@@ -147,7 +148,7 @@ def test_a_table_with_gaps_is_written_as_what_it_shows(tmp_path):
 
 
 def test_rows_begin_on_a_page(saved):
-    assert StoredRows.find(saved, TABLE).offset % 4096 == 0
+    assert StoredRows.find(saved, TABLE).parts[0].offset % 4096 == 0
 
 
 # --- the demo's checkpoint ------------------------------------------------------------------------
@@ -159,8 +160,9 @@ def test_the_recorded_layer_loads_and_agrees(case, placement):
     recorded = load_file(GOLDEN)
     engram = load_layer(GOLDEN, RECORDED, RECORDED_LAYER, placement, prefix="A.weights.")
     rows = recorded[f"{case}.hash_ids"] + recorded["A.weights.multi_head_embedding.offsets"]
-    update = engram(recorded[f"{case}.hidden_states"], rows)
-    assert (update - recorded[f"{case}.output_f64"]).abs().max() < 5e-6  # the record itself is within 1.2e-6
+    hidden = recorded[f"{case}.hidden_states"]
+    want = hidden + recorded[f"{case}.output_f64"]  # the record itself is within 1.2e-6
+    assert (engram(hidden, rows) - want).abs().max() < 5e-6
     engram.table.close()
 
 
@@ -182,7 +184,7 @@ def test_a_checkpoint_of_the_plain_way_drops_in(tmp_path):
     engram = load_layer(tmp_path / "x", CONFIG, LAYER)
     rows = torch.arange(80).view(2, 10, 4)
     hidden = torch.randn(2, 10, 2, 16, generator=torch.Generator().manual_seed(2))
-    want = plain(values[rows].flatten(2), hidden)
+    want = hidden + plain(values[rows].flatten(2), hidden)
     torch.testing.assert_close(engram(hidden, rows), want, rtol=0, atol=5e-6)
 
 
@@ -267,7 +269,7 @@ def test_integer_weights_are_refused(saved):
 
 def test_a_truncated_file_is_refused(saved):
     os.truncate(saved, saved.stat().st_size - 1)
-    refuse(saved, "not a whole safetensors file")
+    refuse(saved, "the file is cut off")
 
 
 def test_a_plan_of_another_configuration_is_refused(saved):
@@ -276,6 +278,23 @@ def test_a_plan_of_another_configuration_is_refused(saved):
         load_layer(saved, CONFIG, other)
     with pytest.raises(ValueError, match="build the plan from the same configuration"):
         save_layer(saved, *make_layer(), other)
+
+
+def test_the_form_v41_is_refused(saved, tmp_path):
+    config = CONFIG.replace(form="v41", kernel_size=0)
+    message = "form 'v41': a file under the demo's names holds a layer of form 'demo'"
+    with pytest.raises(ValueError, match=message):
+        load_layer(saved, config, LAYER)
+    with pytest.raises(ValueError, match=message):
+        save_layer(tmp_path / "x", V41Fusion(config), torch.zeros(LAYER.rows, 4), LAYER)
+    assert not (tmp_path / "x").exists()
+
+
+def test_plain_rows_are_refused_where_fp8_is_configured(tmp_path):
+    config = CONFIG.replace(row_width=32)
+    plan = HashPlan.build(config, 40, 2).layer(1)
+    save_layer(tmp_path / "x", *make_layer(config.replace(row_dtype="bfloat16"), plan), plan)
+    refuse(tmp_path / "x", r"replace\(row_dtype='bfloat16'\)", config.replace(row_dtype="float8_e4m3fn"), plan)
 
 
 def test_an_unknown_placement_is_refused(saved):

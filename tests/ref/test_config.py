@@ -110,6 +110,8 @@ BAD_VALUES = [
     ("table_size_per_order", (9, 9, 9), "has 3 sizes; max_ngram=3 has 2 orders: give one size per order"),
     ("row_dtype", "int8", "row_dtype='int8': use one of float32, float16, bfloat16, float8_e4m3fn"),
     ("row_dtype", "float8_e4m3fn", "row_width=4: float8 rows need a multiple of 32, one scale per block"),
+    ("form", "v4", "form='v4': use one of demo, v41"),
+    ("form", "v41", "kernel_size=4: form v41 has no convolution, use 0"),
     ("compressed_size", 0, "compressed_size=0: must be an integer of at least 1"),
     ("compressed_size", 9.0, "compressed_size=9.0: must be an integer of at least 1"),
 ]

@@ -80,6 +80,21 @@ def test_a_larger_table_begins_like_a_smaller_one(monkeypatch):
     assert torch.equal(filled((2000, 4))[:250], filled((250, 4)))
 
 
+def test_pieces_are_what_the_whole_holds(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 1000)
+    whole, pieces = filled((2300, 2), seed=3), torch.empty(2300, 2)
+    for first, last in ((0, 1000), (1000, 1500), (1500, 2300)):
+        fill_normal(pieces[first:last], 3, start=2 * first)
+    assert torch.equal(pieces, whole)
+
+
+@pytest.mark.parametrize("start", [-1000, 1, 1500])
+def test_a_piece_that_begins_within_a_chunk_is_refused(start, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 1000)
+    with pytest.raises(ValueError, match=rf"start={start}: pieces begin at multiples of 1000 values"):
+        fill_normal(torch.empty(5), 0, start)
+
+
 def uniform(generator: np.random.Generator, n: int) -> list[float]:
     """The low 24 bits of each half of the generator's words, the lower half first."""
     words = generator.bit_generator.random_raw((n + 1) // 2).tolist()

@@ -12,6 +12,7 @@ from torch import nn
 
 from bench.harness.demo_way import DemoWay, transposed_conv
 from engram_ref import fusion as fusion_module
+from engram_ref import fusion_common
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory, causal_conv
 
@@ -82,7 +83,7 @@ def one_thread():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that every sequence is cut: 13 positions are projected, and 40 values fused, at once."""
-    monkeypatch.setattr(fusion_module, "CPU_BLOCKS", (13, 40))
+    monkeypatch.setattr(fusion_common, "CPU_BLOCKS", (13, 40))
     monkeypatch.setattr(fusion_module, "CPU_CONV_VALUES", 1)
 
 

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("numba", reason="the compiled gather needs numba (pip install 'engram-offload[ref]')")
 
 from engram_ref.tables import gather as module
-from engram_ref.tables.gather import gather
+from engram_ref.tables.gather import gather, gather_parts
 
 WIDTHS = [1, 3, 8, 16, 48, 64, 128, 160, 256, 264, 1000]
 COUNTS = [0, 1, 2, 63, 64, 65, 1000]  # around the number of rows that are asked for ahead
@@ -32,27 +32,29 @@ def random_rows(count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return rows.to(dtype)
 
 
-def gathered(table: torch.Tensor, rows: torch.Tensor, shift: int = 0) -> torch.Tensor:
-    """Gather into memory that begins `shift` bytes after a multiple of 64; the bytes around it must stay."""
-    nbytes = len(rows) * table.shape[1]
+def gathered(table: torch.Tensor, rows: torch.Tensor, shift: int = 0, gap: int = 0) -> torch.Tensor:
+    """Gather into memory that begins `shift` bytes after a multiple of 64, with gaps; the bytes around must stay."""
+    width = table.shape[1]
+    nbytes = len(rows) * (width + gap)
     around = torch.full((nbytes + 256,), CANARY, dtype=torch.uint8)
     start = 64 + -around.data_ptr() % 64 + shift
-    out = around[start : start + nbytes].view(len(rows), table.shape[1])
-    gather(table, rows, out)
+    wide = around[start : start + nbytes].view(len(rows), width + gap)
+    gather(table, rows, wide[:, :width])
     assert (around[:start] == CANARY).all() and (around[start + nbytes :] == CANARY).all()
-    return out
+    assert (wide[:, width:] == CANARY).all()
+    return wide[:, :width]
 
 
 def assert_gathered(got: torch.Tensor, table: torch.Tensor, rows: torch.Tensor) -> None:
     assert (got.numpy() == table.numpy()[rows.numpy()]).all()
 
 
-@pytest.fixture(params=["compiled", "past the caches", "two threads", "index_select"])
+@pytest.fixture(params=["compiled", "past the caches", "two threads", "two threads past the caches", "index_select"])
 def way(request, monkeypatch):
     """Every way that `gather` can go, on rows few enough for a test."""
-    if request.param == "past the caches":
-        monkeypatch.setattr(module, "_STREAM_BYTES", 0)
-    if request.param == "two threads":
+    if "past the caches" in request.param:
+        monkeypatch.setattr(module, "STREAM_BYTES", 0)
+    if "two threads" in request.param:
         monkeypatch.setattr(module, "_THREAD_BYTES", 1000)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     if request.param == "index_select":
@@ -66,8 +68,8 @@ def test_the_bytes_are_right(way, row_bytes, dtype):
     table = random_table(row_bytes)
     for count in COUNTS:
         rows = random_rows(count, dtype)
-        for shift in (0, 32, 7):
-            assert_gathered(gathered(table, rows, shift), table, rows)
+        for shift, gap in ((0, 0), (32, 0), (7, 0), (0, 8)):
+            assert_gathered(gathered(table, rows, shift, gap), table, rows)
 
 
 def test_a_wrong_candidate_is_caught():
@@ -80,15 +82,29 @@ def test_a_wrong_candidate_is_caught():
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "shift", "past_caches"), [(128, 0, True), (128, 32, False), (160, 0, False), (264, 0, False)]
+    ("row_bytes", "shift", "gap", "past_caches"),
+    [(128, 0, 0, True), (160, 0, 0, True), (264, 0, 0, True), (128, 32, 0, False), (128, 0, 64, False)],
 )
-def test_only_whole_cache_lines_are_written_past_the_caches(row_bytes, shift, past_caches, monkeypatch):
-    monkeypatch.setattr(module, "_STREAM_BYTES", 40 * row_bytes)
-    calls, real = [], module._copy_rows
-    monkeypatch.setattr(module, "_copy_rows", lambda *arguments: calls.append(arguments) or real(*arguments))
+def test_whole_cache_lines_are_written_past_the_caches(row_bytes, shift, gap, past_caches, monkeypatch):
+    monkeypatch.setattr(module, "STREAM_BYTES", 40 * row_bytes)
+    calls = []
+    for name in ("_copy_rows", "_stream_rows"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, name=name, real=real: calls.append(name) or real(*given))
     for count in (39, 40):
-        gathered(random_table(row_bytes), random_rows(count), shift)
-    assert [arguments[-1] for arguments in calls] == [False, past_caches]
+        table, rows = random_table(row_bytes), random_rows(count)
+        assert_gathered(gathered(table, rows, shift, gap), table, rows)
+    assert calls == ["_copy_rows", "_stream_rows" if past_caches else "_copy_rows"]
+
+
+@pytest.mark.parametrize("widths", [(256, 8), (32, 1), (64, 128, 3)], ids=str)
+def test_parts_come_side_by_side(way, widths):
+    parts = [random_table(width) for width in widths]
+    for count in (0, 1, 65):
+        rows = random_rows(count)
+        out = torch.empty((count, sum(widths)), dtype=torch.uint8)
+        gather_parts(parts, rows, out)
+        assert_gathered(out, torch.cat(parts, dim=1), rows)
 
 
 def record_shares(monkeypatch) -> list[tuple[str, int, int]]:
@@ -116,7 +132,7 @@ def test_many_rows_are_shared_without_gap_or_overlap(monkeypatch):
     shares = record_shares(monkeypatch)
     gathered(random_table(16), random_rows(1000))
     bounds = sorted(share[1:] for share in shares)
-    assert bounds == [(0, 333), (333, 666), (666, 1000)]
+    assert bounds == [(0, 320), (320, 640), (640, 1000)]  # shares begin where cache lines do
     assert threading.current_thread().name not in {share[0] for share in shares}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory, _checksum
+from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory, checksum
 
 REGENERATE = Path(__file__).parents[1] / "golden" / "regenerate.py"
 DEMO_CONFIGS = ["demo_default", "small", "ngram4", "pad_other"]
@@ -470,7 +470,7 @@ def test_tampered_json_is_refused(path, change, tiny_plan):
 
 def signed(body):
     """JSON of a plan whose checksum fits, whatever is in it."""
-    return json.dumps({**body, "checksum": _checksum(body)})
+    return json.dumps({**body, "checksum": checksum(body)})
 
 
 @pytest.mark.parametrize(
@@ -532,44 +532,8 @@ def test_text_that_is_no_plan_is_refused(text):
         HashPlan.from_json(text)
 
 
-# --- chunks ---------------------------------------------------------------------------------------
-
-
-def hash_in_chunks(hasher: NgramHasher, ids: np.ndarray, layer_id: int, cuts: list[int]) -> np.ndarray:
-    history = TokenHistory(hasher.plan, len(ids))
-    rows = []
-    for chunk in np.split(ids, cuts, axis=1):
-        if chunk.size:
-            rows.append(hasher(chunk, layer_id, history=history))
-        history.advance(chunk)
-    return np.concatenate(rows, axis=1)
-
-
-@pytest.fixture(params=[0.0, 0.2], ids=["plain", "with DEAD"])
-def stream(request, v41):
-    return random_ids(v41.compressed_size, (2, 64), request.param)
-
-
-def test_every_split_equals_one_shot(stream, v41, backend):
-    hasher = NgramHasher(v41, backend)
-    for layer_id in plan_layers(v41):
-        whole = hasher(stream, layer_id)
-        for cut in range(65):
-            assert_rows(hash_in_chunks(hasher, stream, layer_id, [cut]), whole)
-
-
-@pytest.mark.parametrize("cuts", [list(range(1, 64)), [1, 2, 4, 8, 16, 32], [3, 3, 5, 6, 60]], ids=str)
-def test_many_chunks_equal_one_shot(cuts, stream, v41, backend):
-    hasher = NgramHasher(v41, backend)
-    for layer_id in plan_layers(v41):
-        assert_rows(hash_in_chunks(hasher, stream, layer_id, cuts), hasher(stream, layer_id))
-
-
-def test_lost_history_changes_three_tokens(v41, backend):
-    ids = random_ids(v41.compressed_size, (1, 64))
-    hasher = NgramHasher(v41, backend)
-    parts = np.concatenate([hasher(ids[:, :32], 1), hasher(ids[:, 32:], 1)], axis=1)
-    assert np.flatnonzero((parts != hasher(ids, 1)).any(axis=2)).tolist() == [32, 33, 34]
+# --- histories ------------------------------------------------------------------------------------
+# That chunks equal one shot, and how far a DEAD token reaches, is shown in tests/cross/test_hash_v41.py.
 
 
 def test_history_keeps_the_last_ids(v41):
@@ -634,24 +598,6 @@ def test_hasher_refuses_a_history_of_other_sequences(sequences, v41, backend):
 
 
 # --- DEAD tokens ----------------------------------------------------------------------------------
-
-
-def test_dead_token_changes_its_own_rows_and_the_next(v41, backend):
-    ids = random_ids(v41.compressed_size, (1, 12))
-    hasher = NgramHasher(v41, backend)
-    before = hasher(ids, 14)
-    for p in range(12):
-        masked = ids.copy()
-        masked[0, p] = DEAD
-        changed = (hasher(masked, 14) != before).any(axis=2)[0]
-        assert np.flatnonzero(changed).tolist() == list(range(p, min(12, p + v41.max_ngram)))
-
-
-def test_dead_token_is_the_start_of_a_sequence(v41, backend):
-    ids = random_ids(v41.compressed_size, (1, 9))
-    ids[0, 3] = DEAD
-    hasher = NgramHasher(v41, backend)
-    assert_rows(hasher(ids, 1)[:, 4:], hasher(ids[:, 4:], 1))
 
 
 def test_only_pads_give_the_row_of_a_dead_token(v41, backend):

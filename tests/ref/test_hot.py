@@ -38,6 +38,10 @@ class Behind(Table):
         self.asked.append(check_rows(rows, self.rows).tolist())
         return Ready(self.values[rows.long()])
 
+    def stored(self, rows):
+        self.asked.append(check_rows(rows, self.rows).tolist())
+        return self.values[rows.long()].view(torch.uint8)
+
     def _held(self):
         return {"host": self.values.nbytes}
 

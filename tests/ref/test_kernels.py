@@ -1,4 +1,4 @@
-"""The Triton kernels themselves: remainders, strides, row widths, poisoned rows, and what compiles for a GPU.
+"""The Triton kernels themselves: remainders, strides, row widths, fp8 pairs, poisoned rows, what compiles for a GPU.
 
 Without a GPU they run in Triton's interpreter, on the CPU; with one, on it. What the interpreter cannot show,
 that they compile and which accesses they make, is read off the code that Triton makes for GPUs that are not here.
@@ -20,8 +20,13 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import kernels
+from engram_ref import fp8, kernels
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
+from engram_ref.tables.rows import Rows
+from tests.ref.fp8_pairs import BLOCK, assert_bits, pair_rows, random_rows, rows_of
+
+# The interpreter multiplies with NumPy, which speaks of an overflow where fp8 rows have infinity for a value.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in multiply")
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cpu" if kernels.INTERPRETED else "cuda", None if kernels.INTERPRETED else 0)
@@ -223,6 +228,170 @@ def test_poisoned_rows_leave_the_others_alone():
     assert not got.view(torch.float32).isnan().any()
 
 
+# --- fp8 rows -------------------------------------------------------------------------------------
+
+
+def located(raw: torch.Tensor, split: bool) -> Rows:
+    """Packed bytes as rows of a table, where a kernel can read them."""
+    rows = rows_of(raw, split)
+    return Rows(rows.format, tuple(pinned(part) for part in rows.parts))
+
+
+def decoded(table: Rows, numbers: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Values of some rows, and a bad row number or 0; nothing is written before or behind them."""
+    width = table.format.width
+    around = torch.full((len(numbers) + 2, width), 3.0, dtype=torch.bfloat16, device=DEVICE)
+    bad_row = pinned(torch.zeros(1, dtype=torch.int64))
+    kernels.gather_scaled(table, numbers.to(DEVICE), around[1:-1], bad_row)
+    result = around.cpu()
+    assert (result[[0, -1]] == 3.0).all()
+    return result[1:-1], int(bad_row)
+
+
+def in_order(raw: torch.Tensor, width: int) -> torch.Tensor:
+    """Values of all rows."""
+    around = torch.full((len(raw) + 2, width), 3.0, dtype=torch.bfloat16, device=DEVICE)
+    kernels.dequantise_rows(raw.to(DEVICE), width, around[1:-1])
+    result = around.cpu()
+    assert (result[[0, -1]] == 3.0).all()
+    return result[1:-1]
+
+
+def test_the_pairs_are_all_there_and_the_definition_agrees():
+    raw = pair_rows()
+    codes, scales = rows_of(raw, split=True).parts
+    assert len(torch.unique(codes.int() * 256 + scales.int().repeat_interleave(BLOCK, dim=1))) == 65_536
+    assert_bits(fp8.dequantise(codes.view(fp8.CODE_DTYPE), scales.view(fp8.SCALE_DTYPE)), raw)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_every_pair_gathered(split):
+    raw, rows = pair_rows(), torch.arange(255, -1, -1)
+    got, bad = decoded(located(raw, split), rows)
+    assert bad == 0
+    assert_bits(got, raw[rows])
+    with pytest.raises(AssertionError):
+        assert_bits(got, raw)
+
+
+def test_every_pair_in_order():
+    assert_bits(in_order(pair_rows(), 256), pair_rows())
+
+
+def exact(raw: torch.Tensor) -> torch.Tensor:
+    """Values as float32, in which no product is rounded."""
+    codes, scales = rows_of(raw, split=True).parts
+    return fp8.dequantise(codes.view(fp8.CODE_DTYPE), scales.view(fp8.SCALE_DTYPE), dtype=torch.float32)
+
+
+def upper_half(values: torch.Tensor, added: int) -> torch.Tensor:
+    """float32 to bfloat16, by so much added to its bits."""
+    bits = (values.view(torch.int32) + added) >> 16
+    return torch.where(values.isnan(), torch.nan, bits.short().view(torch.bfloat16))
+
+
+WRONG = {
+    "scales skipped": lambda raw: exact(torch.cat([raw[:, :256], torch.full_like(raw[:, 256:], 127)], dim=1)),
+    "a scale for 64": lambda raw: exact(torch.cat([raw[:, :256], raw[:, 256::2].repeat_interleave(2, dim=1)], dim=1)),
+    "a bias of 128": lambda raw: exact(raw) / 2,
+    "truncated": lambda raw: upper_half(exact(raw), 0),
+    "ties away from zero": lambda raw: upper_half(exact(raw), 0x8000),
+    "subnormal values flushed": lambda raw: exact(raw).masked_fill(exact(raw).abs() < 2.0**-126, 0),
+    "subnormal codes flushed": lambda raw: exact(raw).masked_fill((raw[:, :256] & 0x78) == 0, 0),
+    "no infinity": lambda raw: exact(raw).clamp(-3.38953139e38, 3.38953139e38),
+    "a NaN code is 480": lambda raw: exact(raw).nan_to_num(480.0),
+    "a sign lost": lambda raw: exact(raw).where(exact(raw) != 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_decoding_would_be_noticed(wrong):
+    with pytest.raises(AssertionError):
+        assert_bits(wrong(pair_rows()).to(torch.bfloat16), pair_rows())
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 256, 1024])
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_fp8_rows_of_every_width(width, split):
+    raw = random_rows(50, width)
+    table = located(raw, split)
+    for dtype in (torch.int32, torch.int64):
+        rows = torch.tensor([49, 0, 7, 7, 31, 48], dtype=dtype)  # repeats, the first and the last
+        got, bad = decoded(table, rows)
+        assert bad == 0
+        assert_bits(got, raw[rows.long()])
+        with pytest.raises(AssertionError):
+            assert_bits(got, raw[(rows.long() + 1) % 50])
+    assert_bits(in_order(raw, width), raw)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5])
+def test_counts_about_the_tile_of_fp8_rows(count):
+    raw = random_rows(9, 64)
+    got, bad = decoded(located(raw, split=False), torch.arange(count))
+    assert bad == 0
+    assert_bits(got, raw[:count])
+    assert_bits(in_order(raw[:count], 64), raw[:count])
+
+
+@pytest.mark.parametrize(("shift", "aligned"), [(0, 8), (1, 1), (2, 2), (4, 4), (8, 8), (264, 8)])
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_fp8_rows_that_are_not_aligned(shift, aligned, split):
+    """Codes, scales and results at odd addresses: requests get narrower, values stay the same."""
+    raw = random_rows(20, 256)
+
+    def shifted(part: torch.Tensor) -> torch.Tensor:
+        return pinned(torch.cat([torch.full((shift,), 0xFF, dtype=torch.uint8), part.flatten()]))[shift:].view_as(part)
+
+    parts = tuple(shifted(part) for part in rows_of(raw, split).parts)
+    out = torch.zeros(3 * 256 + shift, dtype=torch.bfloat16, device=DEVICE)[shift:].view(3, 256)
+    shape = kernels._scaled_shape(parts, out)  # a GPU faults on what is wider than it is aligned
+    assert (shape["ALIGNED"], shape["OUT_ALIGNED"]) == (aligned, min(2 * aligned, 16))
+    rows = torch.tensor([19, 0, 4], device=DEVICE)
+    table = Rows(rows_of(raw).format, parts)
+    kernels.gather_scaled(table, rows, out, pinned(torch.zeros(1, dtype=torch.int64)))
+    assert_bits(out, raw[rows.cpu()])
+
+
+@pytest.mark.parametrize("bad", [-1, 10, -(2**63), INT64_MAX, 2**32])
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_an_fp8_row_outside_the_table_is_not_read(bad, split):
+    surroundings = located(random_rows(30, 64), split)  # rows 10 .. 19 are the table
+    table = Rows(surroundings.format, tuple(part[10:20] for part in surroundings.parts))
+    got, remembered = decoded(table, torch.tensor([3, bad, 9]))
+    assert remembered == bad
+    assert (got[1].view(torch.uint8) == 0xFF).all()
+    assert_bits(got[[0, 2]], table.packed().parts[0][[3, 9]])
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_fp8_rows_beyond_four_gigabytes(split):
+    count = 2**32 // 256 + 2
+    widths = (256, 8) if split else (264,)
+    parts = tuple(torch.empty(count, width, dtype=torch.uint8, device=DEVICE) for width in widths)
+    ends = [0, count - 1, *(2**31 * k // width for k in (1, 2) for width in (256, 264))]
+    rows = torch.tensor(sorted({row + d for row in ends for d in (-1, 0, 1) if 0 <= row + d < count}))
+    raw = random_rows(len(rows), 256)
+    for part, content in zip(parts, rows_of(raw, split).parts):
+        part[rows.to(DEVICE)] = content.to(DEVICE)  # a CPU takes no memory for pages that nobody touches
+    got, bad = decoded(Rows(rows_of(raw).format, parts), rows.int())
+    assert bad == 0
+    assert_bits(got, raw)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_poisoned_fp8_rows_leave_the_others_alone(split):
+    raw = random_rows(40, 96)
+    poisoned = raw.clone()
+    poisoned[::2] = 0xFF
+    table, rows = located(poisoned, split), torch.tensor([5, 1, 39, 5])
+    got, bad = decoded(table, rows)
+    assert bad == 0
+    assert_bits(got, raw[rows])
+    assert not got.isnan().any()
+    assert decoded(table, torch.tensor([5, 38]))[0][1].isnan().all()
+
+
 # --- where they run, and what they compile to -----------------------------------------------------
 
 
@@ -234,7 +403,7 @@ def test_they_run_on_a_cpu_in_the_interpreter_only(monkeypatch):
 
 
 COMPILE = """
-import json, re, sys, triton
+import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from engram_ref import kernels as k
@@ -249,12 +418,20 @@ def accesses(kernel, types, constants, aligned, capability):
         {(number(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    return re.findall(r"(?:ld|st)\\.global\\S*|(?:div|rem)\\.[us]64", code)
+    return re.findall(r"(?:ld|st)\\.(?:global|shared)\\S*|(?:div|rem)\\.[us]64|\\S*ftz\\S*", code)
 
 found = {}
 for width in (160, 256, 264):
     types = dict(table="*i64", rows="*i32", out="*i64", bad_row="*i64", count="i32", table_rows="i64")
     found[width] = accesses(k._gather, types, k._gather_shape(width // 8, width), ["table", "out"], 80)
+for name, widths in dict(packed=[264], split=[256, 8]).items():
+    out = torch.empty(4, 256, dtype=torch.bfloat16)
+    shape = k._scaled_shape([torch.empty(4, width, dtype=torch.uint8) for width in widths], out)
+    types = dict(codes="*i8", scales="*u8", rows="*i32", out="*i16", bad_row="*i64", count="i32", table_rows="i64")
+    found[name] = accesses(k._gather_scaled, types, dict(shape), [], 70)
+    if name == "packed":
+        types = dict(codes="*i8", scales="*u8", out="*i16", count="i32")
+        found["in order"] = accesses(k._dequantise, types, dict(shape), [], 90)
 types = dict(ids="*i64", ids_b="i32", ids_t="i32", before="*i64", before_b="i32", constants="*i64", rows="*i32",
              bad_id="*i64", length="i32", tiles="i32", tokens="i32", size="i32", pad="i32")
 constants = dict(N=4, HEADS=8, COLUMNS=24, TILE=16, LANES=32)
@@ -265,7 +442,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Memory accesses and divisions of the kernels as compiled for an A100 (gather) and an H100 (hash)."""
+    """Memory accesses, divisions and flushing operations of the kernels as compiled for a V100 (gather of fp8 rows),
+    an A100 (gather of plain ones) and an H100 (decoding in order, hash)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
@@ -280,6 +458,16 @@ def test_rows_cross_the_bus_in_16_byte_words(width, compiled):
 
 def test_rows_that_no_16_divides_cross_in_8_byte_words(compiled):
     assert "ld.global.b64" in compiled["264"] and "ld.global.b8" not in compiled["264"]
+
+
+@pytest.mark.parametrize("way", ["packed", "split", "in order"])
+def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
+    assert "ld.global.v2.b32" in compiled[way] and "st.global.v4.b32" in compiled[way]
+    assert not [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
+
+
+def test_no_kernel_flushes_subnormal_numbers(compiled):
+    assert [op for ops in compiled.values() for op in ops if "ftz" in op] == []
 
 
 def test_no_kernel_divides_64_bit_numbers(compiled):

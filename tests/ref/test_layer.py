@@ -1,4 +1,4 @@
-"""The layer from row numbers on: every way to hand in rows, new layers, and what is refused."""
+"""The layer from row numbers on, in both forms: every way to hand in rows, new layers, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from safetensors.torch import load_file
 from engram_ref import layer as layer_module
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
+from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.layer import Engram, build_engram
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
-from engram_ref.tables.base import Ready
+from engram_ref.tables.base import Ready, RowFormat
 from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.filling import fill_normal
 from engram_ref.tables.memory import HostMemory
+from engram_ref.tables.rows import Rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
+GOLDEN_V41 = GOLDEN.with_name("layer_v41.safetensors")
 RECORDED = EngramConfig(
     layer_ids=(0, 3),
     max_ngram=3,
@@ -44,6 +48,7 @@ CONFIG = EngramConfig(
 SIZE = 40  # of the compressed vocabulary
 PLAN = HashPlan.build(CONFIG, SIZE, 2)
 LAYER = PLAN.layer(1)
+CONFIG_V41 = CONFIG.replace(form="v41", kernel_size=0, row_width=32, row_dtype="float8_e4m3fn", hidden=32)
 TOLERANCE = 1e-12  # float64, as in test_fusion
 
 
@@ -68,7 +73,7 @@ def make_batch(batch, length, seed=0):
     return ids, NgramHasher(PLAN)(ids, 1), hidden
 
 
-# --- rows in, update out --------------------------------------------------------------------------
+# --- rows in, residual stream out -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.float64, TOLERANCE)], ids=str)
@@ -82,16 +87,16 @@ def test_the_recorded_layer_from_token_ids_on(case, dtype, limit, vocab_small):
     fusion.load_state_dict(weights)
     plan = HashPlan.build(RECORDED, len(vocab_small), vocab_small.pad(RECORDED.pad_id))
     rows = NgramHasher(plan)(vocab_small(recorded[f"{case}.input_ids"].numpy()), 3)
-    update = Engram(fusion, DeviceTable(table))(recorded[f"{case}.hidden_states"].to(dtype), rows)
-    assert (update - recorded[f"{case}.output_f64"]).abs().max() < limit
-    wrong = Engram(fusion, DeviceTable(table))(recorded[f"{case}.hidden_states"].to(dtype), (rows + 1) % len(table))
-    assert (wrong - recorded[f"{case}.output_f64"]).abs().max() > limit
+    hidden = recorded[f"{case}.hidden_states"].to(dtype)
+    want = hidden + recorded[f"{case}.output_f64"]  # what is recorded leaves the stream out
+    assert (Engram(fusion, DeviceTable(table))(hidden, rows) - want).abs().max() < limit
+    assert (Engram(fusion, DeviceTable(table))(hidden, (rows + 1) % len(table)) - want).abs().max() > limit
 
 
 def test_the_fusion_gets_the_rows_of_each_position_side_by_side(engram, weights):
     _, rows, hidden = make_batch(2, 7)
     e = torch.stack([torch.cat([weights[row] for row in position]) for position in rows.reshape(-1, 4)])
-    want = engram.fusion(e.view(2, 7, 16), hidden)
+    want = hidden + engram.fusion(e.view(2, 7, 16), hidden)
     assert torch.equal(engram(hidden, rows), want)
 
 
@@ -136,9 +141,9 @@ def test_rows_are_converted_to_the_fusions_dtype(weights):
     _, rows, hidden = make_batch(2, 6)
     fusion = DemoFusion(CONFIG, dtype=torch.float32)
     stored = weights.bfloat16()
-    update = Engram(fusion, DeviceTable(stored))(hidden.float(), rows)
-    assert update.dtype == torch.float32
-    assert torch.equal(update, Engram(fusion, DeviceTable(stored.float()))(hidden.float(), rows))
+    after = Engram(fusion, DeviceTable(stored))(hidden.float(), rows)
+    assert after.dtype == torch.float32
+    assert torch.equal(after, Engram(fusion, DeviceTable(stored.float()))(hidden.float(), rows))
 
 
 @pytest.mark.parametrize("cuts", [[], list(range(1, 20)), [12, *range(13, 20)]])
@@ -156,7 +161,7 @@ def test_tokens_in_chunks_give_one_shot(engram, cuts):
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
-def test_no_positions_give_no_update(engram, shape):
+def test_no_positions_give_no_stream(engram, shape):
     rows = torch.empty((*shape, 4), dtype=torch.int32)
     hidden = torch.empty((*shape, 2, 16), dtype=torch.float64)
     assert engram(hidden, rows).shape == hidden.shape
@@ -261,6 +266,127 @@ def test_memory_is_given_back_when_filling_fails(monkeypatch):
     assert closed == [LAYER.rows * 16]
 
 
+# --- the form v41 ---------------------------------------------------------------------------------
+
+
+def scaled_rows(count=LAYER.rows):
+    """Rows whose blocks have scales of all sizes."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = torch.exp2(torch.randint(-8, 4, (count, 1), generator=generator))
+    return Rows.from_packed(
+        RowFormat.of(CONFIG_V41).encode((torch.randn(count, 32, generator=generator) * sizes).bfloat16())
+    )
+
+
+def make_v41(table=None, config=CONFIG_V41, fp8=False):
+    fusion = V41Fusion(config, dtype=torch.bfloat16, fp8=fp8)
+    fusion.reset_parameters(torch.Generator().manual_seed(0))
+    return Engram(fusion, table or DeviceTable(scaled_rows()))
+
+
+def make_masked_batch(batch, length):
+    """Compressed ids with dead positions, their row numbers, a bfloat16 stream, and where it is dead."""
+    ids, _, _ = make_batch(batch, length)
+    dead = np.random.default_rng(9).random((batch, length)) < 0.3
+    ids[dead] = DEAD
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(batch, length, 2, 32, generator=generator).bfloat16()
+    return ids, NgramHasher(PLAN)(ids, 1), hidden, torch.from_numpy(dead)
+
+
+def as_bytes(tensor):
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_the_recorded_v41_layer_from_row_numbers_on(placement, packed):
+    recorded = load_file(GOLDEN_V41)
+    codes = recorded["row_codes_e4m3"].view(torch.float8_e4m3fn)
+    stored = Rows.from_split(codes, recorded["row_scales_e8m0"].view(torch.float8_e8m0fnu))
+    config = CONFIG_V41.replace(
+        max_ngram=4, heads=4, row_width=64, table_size_per_order=(50, 50, 50), hidden=80, hc_mult=4
+    )
+    fusion = V41Fusion(config, dtype=torch.float64)
+    names = {"wkv.weight": "wkv_weight", "q_weight": "q_weight", "k_weight": "k_weight"}
+    fusion.load_state_dict({ours: recorded[theirs] for ours, theirs in names.items()})
+    hidden, rows, dead = recorded["hidden"].double()[None], recorded["rows"][None], recorded["dead"].bool()[None]
+    with make_table(placement, stored, packed=packed) as table:
+        after = Engram(fusion, table)(hidden, rows, dead=dead)
+        wrong = Engram(fusion, table)(hidden, (rows + 1) % 64, dead=dead)
+    assert (after[0] - recorded["output_f64"]).abs().max() < 1e-11  # as in test_fusion_v41
+    assert (wrong[0] - recorded["output_f64"]).abs().max() > 1e-11
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("placement", ["device", "host", "hot"])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_every_placement_of_scaled_rows_gives_the_same_bits(fp8, placement, packed):
+    _, rows, hidden, dead = make_masked_batch(2, 9)
+    options = {"hot": torch.arange(0, 100, 3)} if placement == "hot" else {}
+    engram = make_v41(fp8=fp8)
+    want = engram(hidden, rows, dead=dead)
+    assert want.dtype == torch.bfloat16 and not torch.equal(want, hidden)
+    with make_table(placement, scaled_rows(), packed=packed, **options) as table:
+        assert torch.equal(as_bytes(Engram(engram.fusion, table)(hidden, rows, dead=dead)), as_bytes(want))
+
+
+def test_the_v41_fusion_gets_decoded_rows_side_by_side():
+    _, rows, hidden, dead = make_masked_batch(2, 7)
+    engram = make_v41()
+    e = scaled_rows().values()[torch.from_numpy(rows).long()].flatten(2)
+    assert torch.equal(engram(hidden, rows, dead=dead), engram.fusion(e, hidden, dead))
+
+
+def test_a_prefetched_layer_passes_dead_positions_through():
+    ids, rows, hidden, dead = make_masked_batch(3, 9)
+    engram = make_v41()
+    with Prefetcher(NgramHasher(PLAN), {1: engram.table}) as prefetcher, prefetcher.start(ids) as fetch:
+        after = engram(hidden, fetch[1], dead=dead)
+    assert torch.equal(after, engram(hidden, rows, dead=dead.numpy()))
+    assert torch.equal(as_bytes(after[dead]), as_bytes(hidden[dead]))
+    assert (after[~dead] != hidden[~dead]).any()
+    assert (engram(hidden, rows)[dead] != hidden[dead]).any()
+
+
+def test_scaled_rows_that_were_not_asked_for_do_not_matter():
+    _, rows, hidden, _ = make_masked_batch(1, 3)
+    engram, numbers = make_v41(), torch.from_numpy(rows).long().reshape(-1)
+    raw = torch.full_like(scaled_rows().parts[0], 0xFF)  # every code and every scale is NaN
+    raw[numbers] = scaled_rows().parts[0][numbers]
+    poisoned = Rows(RowFormat.of(CONFIG_V41), (raw,))
+    assert torch.equal(make_v41(DeviceTable(poisoned))(hidden, rows), engram(hidden, rows))
+    raw[numbers[-1]] = 0xFF
+    assert make_v41(DeviceTable(poisoned))(hidden, rows)[0, 2].isnan().any()
+
+
+def test_a_v41_stream_without_copies_keeps_its_shape():
+    engram = make_v41(config=CONFIG_V41.replace(hc_mult=1))
+    _, rows, hidden, dead = make_masked_batch(2, 6)
+    plain = engram(hidden[:, :, 0], rows, dead=dead)
+    assert plain.shape == (2, 6, 32)
+    assert torch.equal(plain, engram(hidden[:, :, :1], rows, dead=dead)[:, :, 0])
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_new_v41_layer_has_normal_rows_in_fp8(placement, monkeypatch):
+    """The rows that a plain table would have, quantised; drawn in pieces."""
+    monkeypatch.setattr(layer_module, "_ENCODED", 1 << 13)  # of 32 values: one chunk of numbers
+    config = CONFIG_V41.replace(table_size_per_order=(5000, 5000))
+    plan = HashPlan.build(config, SIZE, 2).layer(1)
+    engram = build_engram(config, plan, placement, dtype=torch.bfloat16, seed=3)
+    assert plan.rows > 2 << 13 and engram.table.format == RowFormat(torch.bfloat16, 32, scaled=True)
+    assert engram.table.placement == placement and isinstance(engram.fusion, V41Fusion)
+    want = torch.empty(plan.rows, 32, dtype=torch.bfloat16)
+    fill_normal(want, 3)
+    assert torch.equal(fetched(engram), engram.table.format.decode(engram.table.format.encode(want)))
+    assert sum(engram.table.bytes_held().values()) == plan.rows * 33
+    engram.table.close()
+    empty = build_engram(config, plan, placement, init=False)
+    assert not fetched(empty).any()
+    empty.table.close()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -296,3 +422,15 @@ def test_a_row_that_does_not_exist_is_refused(engram):
 def test_rows_of_another_width_are_refused(engram):
     with pytest.raises(ValueError, match="rows of 5 values; this layer needs 4"):
         Engram(engram.fusion, DeviceTable(torch.zeros(10, 5)))
+    with pytest.raises(ValueError, match="rows of 64 values; this layer needs 32"):
+        make_v41(DeviceTable(Rows.from_packed(torch.zeros(10, 66, dtype=torch.uint8))))
+
+
+def test_each_form_refuses_what_it_does_not_know(engram):
+    _, rows, hidden, dead = make_masked_batch(2, 5)
+    with pytest.raises(ValueError, match="leave dead out, or use form v41"):
+        engram(torch.zeros(2, 5, 2, 16, dtype=torch.float64), rows, dead=dead)
+    with pytest.raises(ValueError, match="leave history out"):
+        make_v41()(hidden, rows, ShortConvHistory(engram.fusion, 2))
+    with pytest.raises(ValueError, match=r"hidden needs booleans \[2, 5\] on cpu"):
+        make_v41()(hidden, rows, dead=dead[:1])

@@ -42,6 +42,9 @@ class SlowTable(Table):
         check_rows(rows, self.rows)
         return Ready(torch.index_select(self.values, 0, rows, out=out) if out is not None else self.values[rows])
 
+    def stored(self, rows):
+        return self.values[rows].view(torch.uint8)
+
     def _held(self):
         return {"host": self.values.nbytes}
 

@@ -22,6 +22,8 @@ from engram_ref.tables import PLACEMENTS, RowFormat, Table, make_table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.memory import HostMemory
+from tests.ref.fp8_pairs import assert_bits, rows_of
+from tests.ref.fp8_pairs import random_rows as random_fp8_rows
 
 ROOT = Path(__file__).parents[2]
 R, D = 301, 12
@@ -84,6 +86,62 @@ def assert_same_bits(got: torch.Tensor, values: torch.Tensor, rows: torch.Tensor
     assert got.dtype == values.dtype and got.shape == (len(rows), values.shape[1])
     expected = values.view(torch.uint8).numpy()[rows.numpy()]
     assert (got.contiguous().cpu().view(torch.uint8).numpy() == expected).all()
+
+
+# --- fp8 rows ---------------------------------------------------------------------------------------------
+
+FP8 = random_fp8_rows(R, 64)  # any code with any scale but NaN, packed
+
+
+@every_case
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+def test_fp8_rows_are_the_same_from_every_placement(case, split, make):
+    table = make(case, rows_of(FP8, split))
+    assert table.format.scaled and table.format.row_bytes == 66
+    for count in (500, 1, 0):
+        rows = random_rows(count)
+        assert_bits(fetch(table, rows), FP8[rows])
+        assert torch.equal(table.stored(rows), FP8[rows])
+    out = torch.empty(4, 64, dtype=torch.bfloat16, device=table.device)
+    assert fetch(table, torch.tensor([3, 0, R - 1, 3]), out).data_ptr() == out.data_ptr()
+    assert_bits(out, FP8[[3, 0, R - 1, 3]])
+
+
+@pytest.mark.parametrize("case", ["device", "host", "hot"])
+@pytest.mark.parametrize("split", [False, True], ids=["from packed", "from split"])
+@pytest.mark.parametrize("packed", [False, True], ids=["to split", "to packed"])
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
+def test_fp8_rows_are_laid_as_wanted(case, split, packed, stored, tmp_path):
+    content = rows_of(FP8, split)
+    if stored:
+        save_rows(tmp_path / "t.safetensors", content)
+        content = StoredRows.find(tmp_path / "t.safetensors")
+    with make_table(case, content, packed=packed, **CASES[case]) as table:
+        held = (table._behind if case == "hot" else table)._rows
+        assert [part.shape[1] for part in held.parts] == ([66] if packed else [64, 2])
+        assert_bits(fetch(table, random_rows(100)), FP8[random_rows(100)])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "file" not in case])  # files: test_file_table.py
+def test_fp8_rows_that_were_not_asked_for_may_be_anything(case, make):
+    poisoned = FP8.clone()
+    poisoned[1::2] = 0xFF
+    poisoned[CASES[case].get("hot", torch.tensor([0]))] = FP8[CASES[case].get("hot", torch.tensor([0]))]
+    table, rows = make(case, rows_of(poisoned)), random_rows(300) // 2 * 2
+    assert_bits(fetch(table, rows), FP8[rows])
+
+
+@every_case
+def test_a_table_of_fp8_rows_holds_their_bytes_and_no_more(case, make):
+    held = make(case, rows_of(FP8)).bytes_held()
+    hot = len(CASES[case]["hot"]) * 66 + 4 * R if "hot" in CASES[case] else 0
+    assert sum(held.values()) == R * 66 + hot
+
+
+def test_a_file_is_not_laid_anew(tmp_path):
+    save_rows(tmp_path / "t.safetensors", rows_of(FP8))
+    with pytest.raises(ValueError, match="'file' leaves rows as they lie"):
+        make_table("file", StoredRows.find(tmp_path / "t.safetensors"), packed=False)
 
 
 # --- the same bits from everywhere ------------------------------------------------------------------------

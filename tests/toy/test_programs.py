@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -11,20 +12,50 @@ import pytest
 from bench.harness.pricing import output_digest
 from bench.harness.workloads import make_workload, toy_config
 from engram_ref.hashing import HashPlan
+from engram_toy.attention import attention
 from engram_toy.bytedmd import trace, traced_eval
+from engram_toy.fp8 import dequantise
 from engram_toy.layouts import VARIANTS, Layout, most_frequent
-from engram_toy.programs import BOUNDARIES, MODELS, build
+from engram_toy.programs import BOUNDARIES, build
 from tests.toy.oracle import oracle_trace
 
 TOKENS, WIDTH, PADDING = 6, 4, 5000
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def workload(request):
-    config = toy_config(request.param, WIDTH).replace(table_size_per_order=(20, 20))
+CASES = [("engram", "tiny"), ("kv-bank", "tiny"), ("engram", "v41-flash")]
+# ByteDMD prices of the variants, in their order: they do not depend on the machine, and are not to move.
+PRICES = {
+    ("engram", "tiny", "lookup"): [6443, 24955, 30430, 24219],
+    ("engram", "tiny", "layer"): [140822, 154975, 168323, 154385],
+    ("engram", "tiny", "block"): [150458, 164709, 178437, 164109],
+    ("kv-bank", "tiny", "lookup"): [6571, 25704, 31097, 24203],
+    ("kv-bank", "tiny", "layer"): [12568, 32456, 38070, 31022],
+    ("kv-bank", "tiny", "block"): [22058, 41958, 47567, 40503],
+}
+
+
+def make_config(model, preset):
+    """The toy's geometry with a smaller table, for any vocabulary; of the many wide rows of V4.1, one per order."""
+    config = toy_config(model, WIDTH, preset)
+    config = config.replace(table_size_per_order=(20,) * (config.max_ngram - 1), compressed_size=None)
+    return config.replace(heads=1) if preset == "v41-flash" else config
+
+
+def workload_of(model, preset, seed=5):
+    config = make_config(model, preset)
     plan = HashPlan.build(config, compressed_size=50, pad_compressed=2)
-    ids = [7, 8, 7, 8, 49, 0]
-    return make_workload(request.param, config, plan, ids[:TOKENS], seed=5)
+    return make_workload(model, config, plan, [7, 8, 7, 8, 49, 0], seed)
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
+    """Model and preset."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def workload(case):
+    return workload_of(*case)
 
 
 def layouts(workload):
@@ -70,15 +101,16 @@ def test_reads_by_kind(workload, boundary):
     assert resident == naive == hot
     assert resident["pad"] == 0
     copies = sum(map(len, workload.row_indices())) * len(workload.table[0])
-    assert prefetch.pop("staged row") == copies
-    assert {k: v for k, v in prefetch.items() if k != "staged row"} == resident
+    assert prefetch.pop("staged row") == resident["row"]  # a scale is copied once and read with each of its codes
+    assert prefetch == {**resident, "row": copies}
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_the_literal_oracle_reads_the_same(workload, boundary):
     """The oracle runs every loop value by value; the tracer logs inner products at once."""
-    for layout in layouts(workload):
-        program = build(workload, boundary, layout, padding=7)
+    short = dataclasses.replace(workload, compressed_ids=workload.compressed_ids[:3], hidden=workload.hidden[:3])
+    for layout in layouts(short):
+        program = build(short, boundary, layout, padding=7)
         depths, _ = traced_eval(program.function, program.arguments)
         assert depths == oracle_trace(program.function, program.arguments)
 
@@ -115,6 +147,32 @@ def test_prefetching_costs_more_than_it_saves(workload):
     assert prefetch > naive
 
 
+@pytest.mark.parametrize(("model", "preset", "boundary"), PRICES)
+def test_prices_do_not_move(model, preset, boundary):
+    workload = workload_of(model, preset)
+    prices = [run(workload, boundary, layout).cost() for layout in layouts(workload)]
+    assert prices == PRICES[model, preset, boundary]
+
+
+def test_scaled_rows_are_read_byte_by_byte():
+    """In the V4.1 form a row has as many numbers as bytes; each code is read once, each scale with 32 codes."""
+    workload, config = workload_of("engram", "v41-flash"), make_config("engram", "v41-flash")
+    assert {len(row) for row in workload.table} == {config.row_bytes()} == {33}
+    traced = run(workload, "lookup", layouts(workload)[0])
+    assert sum(traced.tally()["row"].values()) == TOKENS * config.columns * 2 * config.row_width
+    values = [value for row in workload.table for value in dequantise(row)]
+    assert max(map(abs, values)) <= 7 and len(set(values)) > 200 and min(values) < 0 < max(values)
+
+
+def test_the_block_of_v41_attends_over_the_stream_after_the_layer():
+    """It adds the stream itself, so that the block must not add it again."""
+    workload = workload_of("engram", "v41-flash")
+    layer, block = (build(workload, boundary, layouts(workload)[0], 0) for boundary in ("layer", "block"))
+    (stream, _), (out, _) = (program.function(*program.arguments) for program in (layer, block))
+    assert out == attention(stream, workload.attention)
+    assert stream != workload.hidden
+
+
 def test_hot_rows_are_cheaper_than_none_and_dearer_than_all(workload):
     resident, naive, _, hot = (run(workload, "lookup", layout).cost() for layout in layouts(workload))
     assert resident < hot < naive
@@ -140,6 +198,11 @@ def test_layouts_split_and_join():
     assert Layout.variant("offload_hot", 10, [3, 7]).split(table)[0] == [[3, 3.5], [7, 7.5]]
 
 
+def test_a_model_that_the_preset_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="model kv-bank has no form of preset v41-flash: use engram"):
+        toy_config("kv-bank", WIDTH, "v41-flash")
+
+
 def test_unknown_names_are_refused(workload):
     with pytest.raises(ValueError, match="use one of resident"):
         Layout.variant("offload", 3)
@@ -151,11 +214,8 @@ def test_most_frequent_breaks_ties_by_number():
     assert most_frequent([[5, 2], [2, 9], [9, 5], [1, 2]], 3) == [2, 5, 9]
 
 
-def test_a_workload_is_the_same_every_time(workload):
-    config = toy_config(workload.model, WIDTH).replace(table_size_per_order=(20, 20))
-    plan = HashPlan.build(config, 50, 2)
-    again = make_workload(workload.model, config, plan, workload.compressed_ids, seed=5)
-    other = make_workload(workload.model, config, plan, workload.compressed_ids, seed=6)
-    assert again == workload != other
+def test_a_workload_is_the_same_every_time(case, workload):
+    assert workload_of(*case) == workload != workload_of(*case, seed=6)
+    plan = HashPlan.build(make_config(*case), 50, 2)
     assert json.loads(plan.to_json()) == workload.plan
     assert random.Random(5).random() == 0.6229016948897019  # the generator that Python promises to keep

@@ -1,0 +1,250 @@
+"""Rows per second of fetches in host memory, fp8 rows against bfloat16 rows of the same table, 256 values each.
+
+  bf16 rows                       512 B each, gathered
+  packed, as stored               264 B each, gathered: what is staged for a device
+  packed, decoded                 gathered and decoded to bfloat16 in one pass: what a CPU computes with
+  split, as stored; decoded       the same where codes and scales lie apart: two scattered reads for a row
+  F.embedding of bf16 rows        what one would write first
+  index_select, then dequantise   what one would write first for fp8 rows, which lie apart in a checkpoint
+
+Every fetch has fresh random row numbers, one for each of 24 columns and each token; small fetches are measured many
+at a time. The tables lie on huge pages; outputs are reused, except torch's own. Two things bound a fetch: reading its
+rows (measured on all rows of a sample at once, into one place that stays in a cache) and writing its output (memcpy of
+as many bytes). The slower of the two is its limit; a small fetch, which one thread does, is far from it.
+
+    python bench/layer_speed.py --cases fp8_gather
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.harness import synthetic
+from bench.harness.rivals import Way, prepared_samples
+from bench.harness.timing import paired_ratio
+from engram_ref import fp8
+from engram_ref.tables.base import RowFormat
+from engram_ref.tables.decoding import gather_values
+from engram_ref.tables.gather import gather, gather_parts, in_threads
+from engram_ref.tables.memory import HostMemory
+from engram_ref.tables.rows import Rows
+
+CASE = "fp8_gather"
+RIVAL, OURS = "bf16 rows", "packed, as stored"
+COLUMNS = 24
+TOKENS = (1, 64, 512, 4096)  # of one fetch
+TABLE_ROWS = 1 << 23  # 4 GiB as bfloat16
+BF16, FP8 = RowFormat(torch.bfloat16, 256), RowFormat(torch.bfloat16, 256, scaled=True)
+_SEED = 0
+_CHECKED_ROWS = 4096
+_LEAST_ROWS = 8192  # of one sample
+_READ_BYTES = 4 << 20  # read by a thread at a time: more `gather` would share out
+
+_Fetch = Callable[[Tensor], Tensor]  # row numbers [N] -> values [N, 256], or stored rows uint8 [N, 264]
+
+
+class Race:
+    """One table as bfloat16, as packed and as split fp8 rows; a context manager that gives the memory back.
+
+    Args:
+        rows: of the table.
+        most: rows of the largest sample.
+
+    Raises:
+        ValueError: it does not fit into memory, two ways do not deliver the same rows, or there is no numba, without
+            which nothing here is the fast path.
+    """
+
+    def __init__(self, rows: int, most: int) -> None:
+        if importlib.util.find_spec("numba") is None:
+            raise ValueError(f"{CASE} measures compiled loops and numba is not installed: pip install numba")
+        self._draw = np.random.default_rng(_SEED)
+        with ExitStack() as undo:
+            self._memories = [undo.enter_context(HostMemory(rows * f.row_bytes)) for f in (BF16, FP8, FP8)]
+            self._written = undo.enter_context(HostMemory(most * BF16.row_bytes)).bytes
+            bf16, packed, split = (memory.bytes for memory in self._memories)
+            self.bf16 = synthetic.rows_in(bf16, BF16, rows)
+            self.packed = synthetic.rows_in(packed, FP8, rows)
+            self.split = synthetic.rows_in(split, FP8, rows, packed=False)
+            for table in (self.packed, self.split):
+                synthetic.fill(table, _SEED)
+            FP8.decode(self.packed.parts[0], self.bf16.values())
+            self._require_equal(min(most, _CHECKED_ROWS))
+            self._close = undo.pop_all()
+
+    def _require_equal(self, count: int) -> None:
+        numbers = self.fresh(count)
+        stored = synthetic.expected_rows(numbers, FP8, _SEED)
+        values = synthetic.expected_values(numbers, FP8, _SEED)
+        for name, fetch in self.ways().items():
+            found = fetch(numbers)
+            expected = stored if found.dtype == torch.uint8 else values
+            if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
+                raise ValueError(f"{name} returned other rows than were written: nothing was measured")
+
+    def fresh(self, count: int) -> Tensor:
+        """Random row numbers [count]."""
+        return torch.from_numpy(self._draw.integers(0, len(self.packed), count))
+
+    def huge_page_share(self) -> float:
+        """Of the table whose share is smallest."""
+        return min(memory.huge_page_share() for memory in self._memories)
+
+    # --- what is measured -------------------------------------------------------------------------
+
+    def ways(self) -> dict[str, _Fetch]:
+        """Every way to fetch rows, by the name in the results."""
+        return {
+            RIVAL: lambda numbers: self._stored(self.bf16, numbers).view(torch.bfloat16),
+            OURS: lambda numbers: self._stored(self.packed, numbers),
+            "packed, decoded": lambda numbers: self._decoded(self.packed, numbers),
+            "split, as stored": lambda numbers: self._stored(self.split, numbers),
+            "split, decoded": lambda numbers: self._decoded(self.split, numbers),
+            "F.embedding of bf16 rows": lambda numbers: F.embedding(numbers, self.bf16.values()),
+            "index_select, then dequantise": self._in_torch,
+        }
+
+    def _out(self, count: int, row_format: RowFormat) -> Tensor:
+        """The output that all ways reuse, as stored rows."""
+        return self._written[: count * row_format.row_bytes].view(count, row_format.row_bytes)
+
+    def _stored(self, table: Rows, numbers: Tensor) -> Tensor:
+        out = self._out(len(numbers), table.format)
+        gather_parts(table.parts, numbers, out)
+        return out
+
+    def _decoded(self, table: Rows, numbers: Tensor) -> Tensor:
+        out = self._out(len(numbers), BF16).view(torch.bfloat16)
+        gather_values(table.parts, numbers, out)
+        return out
+
+    def _in_torch(self, numbers: Tensor) -> Tensor:
+        codes, scales = (part.index_select(0, numbers) for part in self.split.parts)
+        return fp8.dequantise(codes.view(fp8.CODE_DTYPE), scales.view(fp8.SCALE_DTYPE))
+
+    # --- what bounds it ---------------------------------------------------------------------------
+
+    def bounds(self, count: int) -> dict[str, Callable[[Tensor], object]]:
+        """Reading `count` rows of each table at once, and copying as many bytes as fetches of them write."""
+        tables = {"bf16": self.bf16, "packed": self.packed, "split": self.split}
+        reading = {_reading(name): functools.partial(_read, table) for name, table in tables.items()}
+        copying = {_copying(f): self._copy_of(count * f.row_bytes) for f in (BF16, FP8)}
+        return {**reading, **copying}
+
+    def _copy_of(self, nbytes: int) -> Callable[[Tensor], object]:
+        source = np.ones(nbytes, np.uint8)
+        target = self._written[:nbytes].numpy()
+
+        def share(first: int, last: int) -> None:
+            np.copyto(target[first:last], source[first:last])
+
+        return lambda numbers: in_threads(share, nbytes, nbytes)
+
+    def samples(self, count: int, fetches: int, rounds: int) -> dict[str, list[float]]:
+        """Seconds of so many fetches of `count` fresh rows each, and of what bounds all of them; `rounds` samples."""
+        rows = fetches * count
+        ways = {
+            name: Way(lambda _: self.fresh(rows).split(count), _one_by_one(way)) for name, way in self.ways().items()
+        }
+        bounds = {name: Way(lambda _: self.fresh(rows), run) for name, run in self.bounds(rows).items()}
+        return prepared_samples({**ways, **bounds}, lambda: np.empty(0), rounds)
+
+    def __enter__(self) -> Race:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close.close()
+
+
+def _one_by_one(run: Callable[[Tensor], object]) -> Callable[[Sequence[Tensor]], None]:
+    def fetches(batch: Sequence[Tensor]) -> None:
+        for numbers in batch:
+            run(numbers)
+
+    return fetches
+
+
+def _reading(name: str) -> str:
+    return f"reading {name} rows"
+
+
+def _copying(row_format: RowFormat) -> str:
+    return f"memcpy of {row_format.row_bytes} B a row"
+
+
+def _read(table: Rows, numbers: Tensor) -> None:
+    """Read rows and keep none: each is written where the one before it was, which stays in the nearest cache."""
+
+    def share(first: int, last: int) -> None:
+        for part in table.parts:
+            width = part.shape[1]
+            place = torch.empty((1, width), dtype=torch.uint8)
+            for piece in numbers[first:last].split(_READ_BYTES // table.format.row_bytes):
+                gather(part, piece, place.expand(len(piece), width))
+
+    in_threads(share, len(numbers), len(numbers) * table.format.row_bytes)
+
+
+# What bounds each way: the rows that it reads, and the bytes that it writes for each.
+BOUNDS = {
+    RIVAL: (_reading("bf16"), _copying(BF16)),
+    OURS: (_reading("packed"), _copying(FP8)),
+    "packed, decoded": (_reading("packed"), _copying(BF16)),
+    "split, as stored": (_reading("split"), _copying(FP8)),
+    "split, decoded": (_reading("split"), _copying(BF16)),
+    "F.embedding of bf16 rows": (_reading("bf16"), _copying(BF16)),
+    "index_select, then dequantise": (_reading("split"), _copying(BF16)),
+}
+
+_BOUND_BYTES = {  # of one row
+    **{_copying(row_format): row_format.row_bytes for row_format in (BF16, FP8)},
+    **{_reading(name): FP8.row_bytes for name in ("packed", "split")},
+    _reading("bf16"): BF16.row_bytes,
+}
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """An entry of the results for each number of tokens."""
+    found = []
+    with Race(TABLE_ROWS, max(COLUMNS * max(TOKENS), _LEAST_ROWS)) as race:
+        facts = {"table_rows": TABLE_ROWS, "row_bytes": {"bf16": BF16.row_bytes, "fp8": FP8.row_bytes}}
+        for tokens in TOKENS:
+            count = COLUMNS * tokens
+            fetches = max(1, _LEAST_ROWS // count)
+            entry = {"case": CASE, "tokens": tokens, "columns": COLUMNS, "fetches": fetches, "rows": fetches * count}
+            samples = race.samples(count, fetches, rounds)
+            found.append(
+                {**entry, **facts, "huge": race.huge_page_share(), "ours": OURS, "rival": RIVAL, "samples_s": samples}
+            )
+    return found
+
+
+def lines(case: dict[str, Any]) -> list[str]:
+    """An entry as text: a line per way with its rows per second, its ratio to bfloat16 rows, and its limit."""
+    samples, rows = case["samples_s"], case["rows"]
+    per_row = {name: statistics.median(values) / rows for name, values in samples.items()}
+    gib = {name: case["table_rows"] * nbytes / 2**30 for name, nbytes in case["row_bytes"].items()}
+    text = [
+        f"{CASE}: {case['columns']} columns x {case['tokens']:,} tokens a fetch, of {case['table_rows']:,} rows: "
+        f"{gib['bf16']:.1f} GiB as bf16, {gib['fp8']:.1f} GiB as fp8"
+    ]
+    for name, bounds in BOUNDS.items():
+        ratio = paired_ratio(samples[case["rival"]], samples[name])
+        against = f"x{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if name != case["rival"] else ""
+        limit, bound = max((per_row[bound], bound) for bound in bounds)
+        text.append(
+            f"  {name:30s} {1e9 * per_row[name]:8.1f} ns/row {1e-6 / per_row[name]:7.2f} M rows/s  {against:20s} "
+            f"limit {1e9 * limit:6.1f} ns/row ({bound}), {100 * limit / per_row[name]:.0f} %"
+        )
+    rates = [f"{name} {nbytes / per_row[name] / 1e9:.1f} GB/s" for name, nbytes in _BOUND_BYTES.items()]
+    return [*text, f"  measured with it: {', '.join(rates)}"]

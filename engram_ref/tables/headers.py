@@ -1,0 +1,102 @@
+"""What a safetensors file says that it has, and the state in which it said so.
+
+    header = Header.read("model.safetensors")
+    dtype, (rows, width) = header.matrix("weight")
+    fd = open_same(header.path, header.stamp)           # refused if the file was changed since
+
+`engram_ref.safetensors_header` validates what is read: a truncated file, one that lies about its sizes and one that is
+something else are refused. The file is not mapped, so that it may be larger than all memory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engram_ref.safetensors_header import TensorEntry, read_header, read_metadata
+
+_NAMED = 8  # tensors of a file that a message lists
+
+
+class Stamp(NamedTuple):
+    """What tells a file, and its state, from others."""
+
+    device: int
+    inode: int
+    nbytes: int
+    changed: int  # nanoseconds
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        path: the file.
+        stamp: what the file was when it was validated.
+        tensors: what it has, by name.
+        metadata: text.
+    """
+
+    path: Path
+    stamp: Stamp
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Header:
+        """Read and validate it.
+
+        Raises:
+            ValueError: not a whole safetensors file, or one that is being changed.
+            OSError: the file cannot be opened.
+        """
+        path = Path(path)
+        stamp = _stamp(os.stat(path))
+        header = cls(path, stamp, read_header(path), read_metadata(path))
+        os.close(open_same(path, stamp))
+        return header
+
+    def what(self, name: str) -> str:
+        """A tensor, as a message names it."""
+        return f"{self.path}, tensor {name!r}"
+
+    def matrix(self, name: str, mend: str = "") -> tuple[str, tuple[int, int]]:
+        """Dtype, as the file names it, and shape of a tensor that may be a table's.
+
+        Args:
+            name: of the tensor.
+            mend: what to say if there is none.
+
+        Raises:
+            ValueError: no such tensor, or not one with two dimensions and one element at least.
+        """
+        if name not in self.tensors:
+            names = list(self.tensors)
+            others = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+            listed = ", ".join(names[:_NAMED]) or "none"
+            raise ValueError(f"{self.path} has no tensor {name!r}: it has {listed}{others}{mend}")
+        shape = self.tensors[name].shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{self.what(name)} has shape {shape}: a table is [rows, width], with one row at least")
+        return self.tensors[name].dtype, (shape[0], shape[1])
+
+
+def open_same(path: Path, stamp: Stamp, flags: int = 0) -> int:
+    """A descriptor of a file, for reading.
+
+    Raises:
+        ValueError: it is not the file any more that has this stamp.
+        OSError: it cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | flags)
+    if _stamp(os.fstat(fd)) != stamp:
+        os.close(fd)
+        raise ValueError(f"{path} was changed after it was validated: call StoredRows.find again")
+    return fd
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
