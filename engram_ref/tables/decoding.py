@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engram_ref import fp8
-from engram_ref.tables.gather import CACHE_LINE, STREAM_BYTES, gather_parts, in_threads
+from engram_ref.tables.gather import gather_parts, in_threads
 
 _decode_rows: Callable[..., Any] | None = None
 if importlib.util.find_spec("numba"):
@@ -82,7 +82,4 @@ def _decode(parts: Sequence[Tensor], rows: Tensor | None, width: int, out: Tenso
     sources = codes.data_ptr(), codes.shape[1], scales.data_ptr() + shift, scales.shape[1]
     numbers = (0, False) if rows is None else (rows.data_ptr(), rows.dtype == torch.int64)
     target = out.data_ptr()
-    past_caches = out.nbytes >= STREAM_BYTES and target % CACHE_LINE == 0
-    in_threads(
-        lambda first, last: decode(*sources, *numbers, first, last, width, target, past_caches), len(out), out.nbytes
-    )
+    in_threads(lambda first, last: decode(*sources, *numbers, first, last, width, target), len(out), out.nbytes)

@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from engram_ref.config import SCALE_BLOCK
 from engram_ref.hashing_fused import compiled, pointer
-from engram_ref.tables.gather_fused import CACHE_LINE, ask, fence
+from engram_ref.tables.gather_fused import ask
 
 _AHEAD = 32  # rows asked for ahead of the one that is decoded
 _BYTE, _HALF, _WORD, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
@@ -56,11 +56,8 @@ class _Block:
         kind = ir.VectorType(_BYTE, SCALE_BLOCK).as_pointer()
         return self.builder.load(self.builder.inttoptr(address, kind), align=1)
 
-    def store(self, values: Any, address: Any, past_caches: bool) -> None:
-        store = self.builder.store(values, self.builder.inttoptr(address, values.type.as_pointer()))
-        store.align = CACHE_LINE if past_caches else 2
-        if past_caches:
-            store.set_metadata("nontemporal", self.builder.module.add_metadata([_WORD(1)]))
+    def store(self, values: Any, address: Any) -> None:
+        self.builder.store(values, self.builder.inttoptr(address, values.type.as_pointer()), align=2)
 
     def any(self, flags: Any) -> Any:
         """Whether some lane's flag is set."""
@@ -111,14 +108,11 @@ class _Block:
 
 
 @intrinsic
-def _decode_block(typing_context, codes, scale, target, past_caches):
+def _decode_block(typing_context, codes, scale, target):
     """Decode the 32 codes at one address, with the scale at another, to a third."""
-    if not isinstance(past_caches, types.BooleanLiteral):
-        return None  # asked again with the literal
-    stream = past_caches.literal_value
 
     def generate(context, builder, signature, arguments):
-        source, scale_at, target, _ = arguments
+        source, scale_at, target = arguments
         block = _Block(builder)
         codes = block.load(source)
         scale = builder.load(builder.inttoptr(scale_at, _BYTE.as_pointer()))
@@ -126,12 +120,12 @@ def _decode_block(typing_context, codes, scale, target, past_caches):
         in_range = builder.icmp_unsigned("<=", above, _BYTE(_LARGEST_SCALE - _LEAST_SCALE))
         with builder.if_else(builder.and_(in_range, block.is_plain(codes)), likely=True) as (plain, other):
             with plain:
-                block.store(block.move_fields(codes, builder.zext(scale, _HALF)), target, stream)
+                block.store(block.move_fields(codes, builder.zext(scale, _HALF)), target)
             with other:
-                block.store(block.multiply(codes, scale), target, stream)
+                block.store(block.multiply(codes, scale), target)
         return context.get_dummy_value()
 
-    return types.void(codes, scale, target, past_caches), generate
+    return types.void(codes, scale, target), generate
 
 
 @njit(inline="always")
@@ -144,7 +138,7 @@ def _number(rows, is_int64, at):
     return np.int64(pointer(rows, np.int32(0))[at])
 
 
-def _decode_rows(codes, code_stride, scales, scale_stride, rows, is_int64, first, last, width, out, past_caches):
+def _decode_rows(codes, code_stride, scales, scale_stride, rows, is_int64, first, last, width, out):
     blocks = width // SCALE_BLOCK
     for at in range(first, min(first + _AHEAD, last)):
         row = _number(rows, is_int64, at)
@@ -159,20 +153,13 @@ def _decode_rows(codes, code_stride, scales, scale_stride, rows, is_int64, first
         row = _number(rows, is_int64, at)
         code, scale = codes + row * code_stride, scales + row * scale_stride
         for block in range(blocks):
-            if past_caches:
-                _decode_block(code, scale + block, target, True)
-            else:
-                _decode_block(code, scale + block, target, False)
+            _decode_block(code, scale + block, target)
             code += SCALE_BLOCK
             target += SCALE_BLOCK * 2
-    if past_caches:
-        fence()
 
 
 # decode_rows(address of the first row's codes, bytes from one row's codes to the next, the same for scales, address of
 # the row numbers or 0 for all rows in order, whether they are int64 (else int32), first and last: which of them to do,
-# values of a row, address of the output, whether to write past the caches: only if it begins where a cache line does).
-_ARGUMENTS: list[Any] = [
-    "void(int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, boolean)",
-]
+# values of a row, address of the output).
+_ARGUMENTS = ["void(int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64)"]
 decode_rows = compiled(_decode_rows, _ARGUMENTS, nogil=True)

@@ -21,10 +21,7 @@ from torch import Tensor
 _copy_rows: Callable[..., Any] | None = None
 if importlib.util.find_spec("numba"):
     from engram_ref.tables.gather_fused import copy_rows as _copy_rows
-    from engram_ref.tables.gather_fused import stream_rows as _stream_rows
 
-CACHE_LINE = 64
-STREAM_BYTES = 8 << 20  # an output that would push everything else out of the caches is written past them
 _THREAD_BYTES = 4 << 20  # of output for each thread: 0.3 ms or more, against 0.1 ms to start one
 
 
@@ -42,13 +39,9 @@ def gather(table: Tensor, rows: Tensor, out: Tensor) -> None:
     if _copy_rows is None:
         out.copy_(torch.index_select(table, 0, rows))
         return
-    target, stride = out.data_ptr(), out.stride(0)
+    copy, target, stride = _copy_rows, out.data_ptr(), out.stride(0)
     addresses = table.data_ptr(), rows.data_ptr(), rows.dtype == torch.int64
-    nbytes = count * row_bytes
-    if nbytes >= STREAM_BYTES and stride == row_bytes and target % CACHE_LINE == 0:
-        in_threads(lambda first, last: _stream_rows(*addresses, first, last, row_bytes, target), count, nbytes)
-    else:
-        in_threads(lambda first, last: _copy_rows(*addresses, first, last, row_bytes, target, stride), count, nbytes)
+    in_threads(lambda first, last: copy(*addresses, first, last, row_bytes, target, stride), count, count * row_bytes)
 
 
 def gather_parts(parts: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
@@ -64,7 +57,7 @@ def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> N
     """Let `work(first, last)` do all of 0 .. count - 1: at once, or in several threads if there is much to write.
 
     Args:
-        work: lets other threads run meanwhile. Each share begins at a multiple of CACHE_LINE.
+        work: lets other threads run meanwhile.
         count: of whatever is worked on.
         nbytes: that will be written.
     """
@@ -72,7 +65,7 @@ def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> N
     if threads < 2:
         work(0, count)
         return
-    bounds = [count * i // threads // CACHE_LINE * CACHE_LINE for i in range(threads)] + [count]
+    bounds = [count * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         started = [pool.submit(work, first, last) for first, last in pairwise(bounds)]
     for share in started:

@@ -1,9 +1,7 @@
 """Copying scattered rows side by side, compiled: the fast path of `gather`.
 
 A row of a table of gigabytes is in no cache, so copying rows one by one waits for memory once per row. Here the
-processor is told of rows some way ahead, so that several are on their way at once, and a large output is written
-past the caches, which saves reading each of its lines before overwriting it. Only whole cache lines can be written so;
-rows that are not made of them (264 bytes of fp8) are put side by side in the nearest cache until they fill some.
+processor is told of rows some way ahead, so that several are on their way at once.
 
 The loop is given addresses, because unpacking three arrays takes numba longer than copying a few rows; it checks
 nothing. `engram_ref.tables.gather` does, and is what to call. Compiled once, then kept on disk by numba.
@@ -31,14 +29,14 @@ _BYTES = ir.IntType(8).as_pointer()
 
 @intrinsic
 def _prefetch(typing_context, address):
-    """Ask for the cache line at `address`, to be read once."""
+    """Ask for the cache line at `address`, into the second-level cache: asking for it as read once was slower."""
 
     def generate(context, builder, signature, arguments):
         int32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, int32, int32, int32])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", (_BYTES,), kind)
-        to_read, once, data = int32(0), int32(0), int32(1)
-        builder.call(prefetch, [builder.inttoptr(arguments[0], _BYTES), to_read, once, data])
+        to_read, again_soon, data = int32(0), int32(2), int32(1)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], _BYTES), to_read, again_soon, data])
         return context.get_dummy_value()
 
     return types.void(address), generate
@@ -62,28 +60,18 @@ def _copy(typing_context, target, source, count):
 
 
 @intrinsic
-def _stream(typing_context, target, source):
-    """Copy one cache line past the caches; `target` must be where a line begins."""
+def _move(typing_context, target, source, count):
+    """Copy so many bytes, a number that is known when this is compiled, with one load and one store."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # asked again with the literal
+    words = ir.VectorType(ir.IntType(64), count.literal_value // 8)
 
     def generate(context, builder, signature, arguments):
-        line = ir.VectorType(ir.IntType(64), CACHE_LINE // 8)
-        target, source = (builder.inttoptr(address, line.as_pointer()) for address in arguments)
-        store = builder.store(builder.load(source, align=1), target, align=CACHE_LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        target, source = (builder.inttoptr(address, words.as_pointer()) for address in arguments[:2])
+        builder.store(builder.load(source, align=1), target, align=1)
         return context.get_dummy_value()
 
-    return types.void(target, source), generate
-
-
-@intrinsic
-def fence(typing_context):
-    """What was written past the caches is in memory before anything that follows."""
-
-    def generate(context, builder, signature, arguments):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    return types.void(target, source, count), generate
 
 
 @njit(inline="always")
@@ -102,18 +90,16 @@ def _place(table, rows, is_int64, at, row_bytes):
 
 
 @njit(inline="always")
-def _stream_whole(target, source, nbytes):
-    for offset in range(0, nbytes, CACHE_LINE):
-        _stream(target + offset, source + offset)
-
-
-@njit
-def _lines_end_after(row_bytes):
-    """The fewest rows that fill whole cache lines."""
-    rows = 1
-    while rows * row_bytes % CACHE_LINE:
-        rows *= 2
-    return rows
+def _copy_row(target, source, row_bytes):
+    """Whole words after whole cache lines, as fp8 rows are, take longer to be looked at than to be copied."""
+    lines = row_bytes // CACHE_LINE * CACHE_LINE
+    if lines == row_bytes or (row_bytes - lines) % 8:
+        _copy(target, source, row_bytes)
+        return
+    for offset in range(0, lines, CACHE_LINE):
+        _move(target + offset, source + offset, 64)
+    for offset in range(lines, row_bytes, 8):
+        _move(target + offset, source + offset, 8)
 
 
 def _copy_rows(table, rows, is_int64, first, last, row_bytes, out, out_stride):
@@ -124,40 +110,11 @@ def _copy_rows(table, rows, is_int64, first, last, row_bytes, out, out_stride):
     for at in range(first, last):
         if at + ahead < last:
             ask(_place(table, rows, is_int64, at + ahead, row_bytes), row_bytes)
-        _copy(target, _place(table, rows, is_int64, at, row_bytes), row_bytes)
+        _copy_row(target, _place(table, rows, is_int64, at, row_bytes), row_bytes)
         target += out_stride
 
 
-def _stream_rows(table, rows, is_int64, first, last, row_bytes, out):
-    group = _lines_end_after(row_bytes)
-    lines = np.empty(group * row_bytes + CACHE_LINE, dtype=np.uint8)
-    gathered = lines.ctypes.data + -lines.ctypes.data % CACHE_LINE
-    ahead = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // row_bytes))
-    for at in range(first, min(first + ahead, last)):
-        ask(_place(table, rows, is_int64, at, row_bytes), row_bytes)
-    target = out + first * row_bytes
-    for start in range(first, last, group):
-        stop = min(start + group, last)
-        for at in range(start, stop):
-            if at + ahead < last:
-                ask(_place(table, rows, is_int64, at + ahead, row_bytes), row_bytes)
-            source = _place(table, rows, is_int64, at, row_bytes)
-            if group == 1:
-                _stream_whole(target, source, row_bytes)
-            else:
-                _copy(gathered + (at - start) * row_bytes, source, row_bytes)
-        nbytes = (stop - start) * row_bytes
-        if group > 1:
-            whole = nbytes // CACHE_LINE * CACHE_LINE
-            _stream_whole(target, gathered, whole)
-            _copy(target + whole, gathered + whole, nbytes - whole)
-        target += nbytes
-    fence()
-
-
-# Of both: address of the table, address of the row numbers, whether they are int64 (else int32), first and last: which
-# of them to do, bytes of a row, address of the output. copy_rows writes a row every so many bytes; stream_rows writes
-# them side by side, past the caches: the output, and in it row `first`, must begin where a cache line does.
-_ARGUMENTS = "int64, int64, boolean, int64, int64, int64, int64"
-copy_rows = compiled(_copy_rows, [f"void({_ARGUMENTS}, int64)"], nogil=True)
-stream_rows = compiled(_stream_rows, [f"void({_ARGUMENTS})"], nogil=True)
+# copy_rows(address of the table, address of the row numbers, whether they are int64 (else int32), first and last: which
+# of them to do, bytes of a row, address of the output, bytes from one row of it to the next).
+_ARGUMENTS = ["void(int64, int64, boolean, int64, int64, int64, int64, int64)"]
+copy_rows = compiled(_copy_rows, _ARGUMENTS, nogil=True)

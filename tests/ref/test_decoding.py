@@ -19,11 +19,9 @@ from tests.ref.fp8_pairs import assert_bits, pair_rows, random_rows, rows_of
 CANARY = 0x5A5A
 
 
-@pytest.fixture(params=["compiled", "past the caches", "two threads", "torch"])
+@pytest.fixture(params=["compiled", "two threads", "torch"])
 def way(request, monkeypatch):
     """Every way that decoding can go, on rows few enough for a test."""
-    if request.param != "compiled":
-        monkeypatch.setattr(module, "STREAM_BYTES", 0)
     if request.param == "two threads":
         monkeypatch.setattr(gather_module, "_THREAD_BYTES", 1000)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

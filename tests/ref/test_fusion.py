@@ -16,6 +16,7 @@ from engram_ref import fusion_common
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory, causal_conv
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
 RECORDED = EngramConfig(
     layer_ids=(0, 3), max_ngram=3, heads=2, row_width=32, table_size_per_order=(3027, 2003), hidden=64, seed=7
@@ -69,15 +70,6 @@ def demo_way_of(fusion):
     plain = DemoWay(fusion.config, dtype=fusion.dtype)
     plain.load_state_dict(fusion.state_dict())
     return plain
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small are slower on several threads, and much slower where others compute too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

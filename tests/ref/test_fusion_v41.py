@@ -20,6 +20,7 @@ from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion_v41 import V41Fusion
 from engram_ref.layer import make_fusion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_v41.safetensors"
 RECORDED = EngramConfig(
     layer_ids=(1,),
@@ -89,15 +90,6 @@ def plainly(fusion, e, hidden, dead=None, inner=None):
 
 def as_bytes(tensor):
     return tensor.detach().contiguous().view(torch.uint8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -49,12 +49,10 @@ def assert_gathered(got: torch.Tensor, table: torch.Tensor, rows: torch.Tensor) 
     assert (got.numpy() == table.numpy()[rows.numpy()]).all()
 
 
-@pytest.fixture(params=["compiled", "past the caches", "two threads", "two threads past the caches", "index_select"])
+@pytest.fixture(params=["compiled", "two threads", "index_select"])
 def way(request, monkeypatch):
     """Every way that `gather` can go, on rows few enough for a test."""
-    if "past the caches" in request.param:
-        monkeypatch.setattr(module, "STREAM_BYTES", 0)
-    if "two threads" in request.param:
+    if request.param == "two threads":
         monkeypatch.setattr(module, "_THREAD_BYTES", 1000)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     if request.param == "index_select":
@@ -79,22 +77,6 @@ def test_a_wrong_candidate_is_caught():
     for candidate in (wrong, gathered(table, rows.flip(0)), gathered(table, (rows + 1) % R)):
         with pytest.raises(AssertionError):
             assert_gathered(candidate, table, rows)
-
-
-@pytest.mark.parametrize(
-    ("row_bytes", "shift", "gap", "past_caches"),
-    [(128, 0, 0, True), (160, 0, 0, True), (264, 0, 0, True), (128, 32, 0, False), (128, 0, 64, False)],
-)
-def test_whole_cache_lines_are_written_past_the_caches(row_bytes, shift, gap, past_caches, monkeypatch):
-    monkeypatch.setattr(module, "STREAM_BYTES", 40 * row_bytes)
-    calls = []
-    for name in ("_copy_rows", "_stream_rows"):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, name=name, real=real: calls.append(name) or real(*given))
-    for count in (39, 40):
-        table, rows = random_table(row_bytes), random_rows(count)
-        assert_gathered(gathered(table, rows, shift, gap), table, rows)
-    assert calls == ["_copy_rows", "_stream_rows" if past_caches else "_copy_rows"]
 
 
 @pytest.mark.parametrize("widths", [(256, 8), (32, 1), (64, 128, 3)], ids=str)
@@ -132,7 +114,7 @@ def test_many_rows_are_shared_without_gap_or_overlap(monkeypatch):
     shares = record_shares(monkeypatch)
     gathered(random_table(16), random_rows(1000))
     bounds = sorted(share[1:] for share in shares)
-    assert bounds == [(0, 320), (320, 640), (640, 1000)]  # shares begin where cache lines do
+    assert bounds == [(0, 333), (333, 666), (666, 1000)]
     assert threading.current_thread().name not in {share[0] for share in shares}
 
 

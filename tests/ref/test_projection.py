@@ -15,15 +15,6 @@ INPUTS, OUTPUTS = 96, 160
 ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """64 output rows at once: two blocks and a half."""
@@ -188,6 +179,7 @@ def with_byte(tensor, byte):
     return changed
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BAD = {
     "no scales": ({"weight": make_pair()["weight"]}, r"wkv\.scale is missing: give both"),
     "blocks of 128": (
