@@ -50,10 +50,12 @@ def as_text(results: dict[str, Any], body: str) -> str:
 
 BLOCKS = {
     "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
+    "verdict_v41": lambda: as_text(load("bytedmd_toy_v41"), verdict_table(load("bytedmd_toy_v41"))),
     "pricing": lambda: as_text(load("pricing_speed"), pricing_speed.report(load("pricing_speed"))),
     "hashing": lambda: as_text(load("hashing_speed"), hashing_speed.report(load("hashing_speed"))),
     "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
+    "wall_cpu_v41": lambda: f"```text\n{wall_table(load('gpu_wall_cpu_v41'))}\n```",
     "example": worked_example,
     "fits": what_fits,
     "forms": published_forms,
