@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     """For tensors so small that several threads are slower, and much slower where others compute too."""
+    import torch  # the tests of hashing and of the plan run without
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
