@@ -46,6 +46,9 @@ def gather(table: Tensor, rows: Tensor, out: Tensor) -> None:
 
 def gather_parts(parts: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
     """The same for rows that lie in several parts: side by side in `out` [N, bytes of all parts]."""
+    if len(parts) == 1:
+        gather(parts[0], rows, out)  # a slice of everything would take longer than a few rows
+        return
     first = 0
     for part in parts:
         width = part.shape[1]
