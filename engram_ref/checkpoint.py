@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from engram_ref.config import EngramConfig
@@ -26,6 +25,7 @@ from engram_ref.hashing import LayerPlan
 from engram_ref.layer import Engram, check_plan
 from engram_ref.replacing import replacing
 from engram_ref.tables import RowFormat, make_table
+from engram_ref.tables.headers import Header
 from engram_ref.tables.stored import ROW_DTYPES, StoredRows
 from engram_ref.tables.writing import DTYPES, make_header
 
@@ -106,13 +106,12 @@ def load_layer(
     stored = StoredRows.find(path, prefix + TABLE)
     _check_table(str(path), stored.rows, stored.format, config, layer_plan)
     fusion = DemoFusion(config, device="meta")
-    with safe_open(path, framework="pt") as file:
-        _check_names(path, file, fusion, prefix)
-        _check_shapes(path, file, fusion, prefix)
-        _check_constants(path, file, layer_plan, prefix)
-        dtype = dtype or _only_dtype(path, file, fusion, prefix)
-        fusion = fusion.to(dtype).to_empty(device=device)
-        fusion.load_state_dict({name: file.get_tensor(prefix + name) for name in fusion.demo_views()})
+    header = Header.read(path)
+    _check_names(header, fusion, prefix)
+    _check_shapes(header, fusion, prefix)
+    _check_constants(header, layer_plan, prefix)
+    fusion = fusion.to(dtype or _only_dtype(header, fusion, prefix)).to_empty(device=device)
+    fusion.load_state_dict({name: header.read_tensor(prefix + name) for name in fusion.demo_views()})
     return Engram(fusion, make_table(placement, stored, device, **options))
 
 
@@ -137,38 +136,38 @@ def _check_table(what: str, rows: int, row_format: RowFormat, config: EngramConf
         )
 
 
-def _check_names(path: str | Path, file: Any, fusion: DemoFusion, prefix: str) -> None:
+def _check_names(header: Header, fusion: DemoFusion, prefix: str) -> None:
     needed = {prefix + name for name in (*fusion.demo_views(), TABLE, OFFSETS)}
-    found = {name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118, a file is no mapping
+    found = {name for name in header.tensors if name.startswith(prefix)}
     missing, unexpected = sorted(needed - found), sorted(found - needed)
     if missing or unexpected:
         raise ValueError(
-            f"{path} is not a layer of this configuration: missing {', '.join(missing) or 'nothing'}; "
+            f"{header.path} is not a layer of this configuration: missing {', '.join(missing) or 'nothing'}; "
             f"unexpected {', '.join(unexpected) or 'nothing'}"
         )
 
 
-def _check_shapes(path: str | Path, file: Any, fusion: DemoFusion, prefix: str) -> None:
+def _check_shapes(header: Header, fusion: DemoFusion, prefix: str) -> None:
     for name, view in fusion.demo_views().items():
-        shape = tuple(file.get_slice(prefix + name).get_shape())
-        if shape != view.shape:
-            raise ValueError(f"{path}: {prefix + name} has shape {shape}; this configuration needs {tuple(view.shape)}")
+        shape, needed = header.tensors[prefix + name].shape, tuple(view.shape)
+        if shape != needed:
+            raise ValueError(f"{header.path}: {prefix + name} has shape {shape}; this configuration needs {needed}")
 
 
-def _check_constants(path: str | Path, file: Any, layer_plan: LayerPlan, prefix: str) -> None:
-    if file.get_tensor(prefix + OFFSETS).tolist() != list(layer_plan.offsets):
-        raise ValueError(f"{path}: the table's offsets are not the plan's: it was hashed with other primes")
-    recorded = (file.metadata() or {}).get(prefix + PLAN)
+def _check_constants(header: Header, layer_plan: LayerPlan, prefix: str) -> None:
+    if header.read_tensor(prefix + OFFSETS).tolist() != list(layer_plan.offsets):
+        raise ValueError(f"{header.path}: the table's offsets are not the plan's: it was hashed with other primes")
+    recorded = header.metadata.get(prefix + PLAN)
     if recorded is not None and recorded != json.dumps(asdict(layer_plan)):
         raise ValueError(
-            f"{path}: hash constants differ from those of the plan for layer {layer_plan.layer_id}: "
+            f"{header.path}: hash constants differ from those of the plan for layer {layer_plan.layer_id}: "
             "use the vocabulary and the configuration that the table was made with"
         )
 
 
-def _only_dtype(path: str | Path, file: Any, fusion: DemoFusion, prefix: str) -> torch.dtype:
-    names = sorted({file.get_slice(prefix + name).get_dtype() for name in fusion.demo_views()})
+def _only_dtype(header: Header, fusion: DemoFusion, prefix: str) -> torch.dtype:
+    names = sorted({header.tensors[prefix + name].dtype for name in fusion.demo_views()})
     dtype = DTYPES.get(names[0]) if len(names) == 1 else None
     if dtype not in ROW_DTYPES:
-        raise ValueError(f"{path}: the weights are {', '.join(names)}: say which to compute in, with dtype=")
+        raise ValueError(f"{header.path}: the weights are {', '.join(names)}: say which to compute in, with dtype=")
     return dtype

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,9 @@ from engram_ref.fusion_v41 import V41Fusion
 from engram_ref.layer import Engram
 from engram_ref.model_folder import ModelFolder, tensor_name
 from engram_ref.projection import check_fp8
-from engram_ref.safetensors_header import TensorEntry, read_header
+from engram_ref.safetensors_header import TensorEntry
 from engram_ref.tables import make_table
-from engram_ref.tables.writing import DTYPES
+from engram_ref.tables.headers import Header
 
 FUSION_PARTS = ("wkv.weight", "wkv.scale", "q_weight", "k_weight")
 
@@ -76,8 +75,7 @@ def load_fusion_v41(
 
 
 def _read(entry: TensorEntry) -> Tensor:
-    """One tensor. The safetensors library would map the whole file for it, which torch wants memory for."""
-    if read_header(entry.path).get(entry.name) != entry:
+    header = Header.read(entry.path)
+    if header.tensors.get(entry.name) != entry:
         raise ValueError(f"{entry.path} was changed after it was checked: call ModelFolder.open again")
-    raw = np.fromfile(entry.path, np.uint8, entry.nbytes, offset=entry.offset)
-    return torch.from_numpy(raw).view(DTYPES[entry.dtype]).view(entry.shape)
+    return header.read_tensor(entry.name)

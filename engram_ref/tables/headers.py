@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from engram_ref.safetensors_header import TensorEntry, read_header, read_metadata
+from engram_ref.tables.writing import DTYPES
 
 _NAMED = 8  # tensors of a file that a message lists
 
@@ -82,6 +87,20 @@ class Header:
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{self.what(name)} has shape {shape}: a table is [rows, width], with one row at least")
         return self.tensors[name].dtype, (shape[0], shape[1])
+
+    def read_tensor(self, name: str) -> Tensor:
+        """One tensor of the file, in memory of its own.
+
+        Raises:
+            ValueError: a dtype that is not used here, or a file that was changed.
+            OSError: it cannot be read.
+        """
+        entry = self.tensors[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{self.what(name)} is {entry.dtype}: known are {', '.join(DTYPES)}")
+        with open(open_same(self.path, self.stamp), "rb") as file:
+            raw = np.fromfile(file, np.uint8, entry.nbytes, offset=entry.offset)
+        return torch.from_numpy(raw).view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def open_same(path: Path, stamp: Stamp, flags: int = 0) -> int:
