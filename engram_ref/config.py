@@ -21,6 +21,7 @@ from typing import Any
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE_BLOCK = 32
 FORMS = ("demo", "v41")
+V41_NORM_EPS = 1e-20  # of the norms in the form v41: of the gate, and as its config.json must have it
 
 
 @dataclass(frozen=True, kw_only=True)

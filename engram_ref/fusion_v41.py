@@ -21,12 +21,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from engram_ref.config import EngramConfig
+from engram_ref.config import V41_NORM_EPS, EngramConfig
 from engram_ref.fusion import ShortConvHistory
 from engram_ref.fusion_common import GATE_FLOOR, Fusion, block_sizes, mean_square, spans
 from engram_ref.projection import Fp8Projection, PlainProjection
-
-NORM_EPS = 1e-20
 
 
 class V41Fusion(Fusion):
@@ -166,7 +164,7 @@ def _check_dead(dead: Tensor | None, hidden: Tensor) -> None:
 
 def _gate(keys: Tensor, hidden: Tensor, gains: Tensor, dead: Tensor | None) -> Tensor:
     """[..., G, 1] from keys and stream [..., G, H] and gains [G, H]; 0 where dead [...]."""
-    scale = (mean_square(hidden) + NORM_EPS).rsqrt() * (mean_square(keys) + NORM_EPS).rsqrt()
+    scale = (mean_square(hidden) + V41_NORM_EPS).rsqrt() * (mean_square(keys) + V41_NORM_EPS).rsqrt()
     dot = (hidden * gains).mul_(keys).sum(dim=-1, keepdim=True) * scale / math.sqrt(hidden.shape[-1])
     gate = _signed_sqrt(dot).sigmoid()
     return gate if dead is None else gate.masked_fill(dead[..., None, None], 0)

@@ -16,13 +16,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engram_ref.config import SCALE_BLOCK, EngramConfig, require_int
+from engram_ref.config import SCALE_BLOCK, V41_NORM_EPS, EngramConfig, require_int
 from engram_ref.hashing import HashPlan
 from engram_ref.safetensors_header import read_json
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "deepseek_v41"
-NORM_EPS = 1e-20
 QUANTISATION = {"quant_method": "fp8", "weight_block_size": [SCALE_BLOCK, SCALE_BLOCK], "scale_fmt": "ue8m0"}
 _MEND = f"take the {CONFIG_FILE} that came with the weights"
 
@@ -79,7 +78,7 @@ def config_fields(config: EngramConfig, rows: tuple[int, ...], vocab_size: int, 
     """
     text = {name: getattr(config, field) for field, (name, _) in _INTEGERS.items()}
     text |= {_LAYERS: list(config.layer_ids), _ROWS: list(rows), _SIZE: config.table_size_per_order[0]}
-    text |= {_DEPTH: depth, _TOKENS: vocab_size, _EPS: NORM_EPS}
+    text |= {_DEPTH: depth, _TOKENS: vocab_size, _EPS: V41_NORM_EPS}
     return {
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -111,8 +110,8 @@ def _check_one_meaning(path: Path, root: dict[str, Any], text: dict[str, Any]) -
 
 def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
     eps = _field(path, text, _EPS)
-    if eps != NORM_EPS:
-        raise ValueError(f"{path}: {_EPS}={eps!r}; the gate of this model computes with {NORM_EPS}: {_MEND}")
+    if eps != V41_NORM_EPS:
+        raise ValueError(f"{path}: {_EPS}={eps!r}; the gate of this model computes with {V41_NORM_EPS}: {_MEND}")
     integers = {field: _integer(path, text, name, least) for field, (name, least) in _INTEGERS.items()}
     layer_ids = _integers(path, text, _LAYERS)
     _check_below(path, text, _LAYERS, max(layer_ids, default=0), _DEPTH)

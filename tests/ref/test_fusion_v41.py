@@ -169,7 +169,7 @@ def round_the_gated_value(fusion, monkeypatch):
 
 
 MUTATIONS = {
-    "another eps": lambda fusion, monkeypatch: monkeypatch.setattr(fusion_v41, "NORM_EPS", 1e-6),
+    "another eps": lambda fusion, monkeypatch: monkeypatch.setattr(fusion_v41, "V41_NORM_EPS", 1e-6),
     "no q gain": lambda fusion, monkeypatch: fusion.q_weight.fill_(1),
     "no k gain": lambda fusion, monkeypatch: fusion.k_weight.fill_(1),
     "the value first": swap_value_to_the_front,
@@ -238,7 +238,7 @@ def test_eps_is_1e_20(eps, monkeypatch):
     config = make_config()
     fusion = make_fusion_v41(config)
     e, hidden = tiny(fusion, *make_inputs(config, 2, 20), 1e-10)
-    monkeypatch.setattr(fusion_v41, "NORM_EPS", eps)
+    monkeypatch.setattr(fusion_v41, "V41_NORM_EPS", eps)
     error = (fusion.gate(fusion.project(e), hidden) - gates_of(fusion, e, hidden)).abs().max()
     assert (error < 1e-12) == (eps == 1e-20)
 

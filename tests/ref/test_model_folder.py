@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from engram_ref.config import EngramConfig
-from engram_ref.fusion_v41 import NORM_EPS
 from engram_ref.model_config import config_fields, read_config, table_rows
 from engram_ref.model_folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILE, ModelFolder, expected_tensors, tensor_name
 from engram_ref.safetensors_header import DTYPE_BITS, read_header
@@ -129,12 +128,6 @@ def test_our_own_fields_are_the_published_ones(tmp_path):
     )
     put(tmp_path / "config.json", config_fields(other, table_rows(other), 8182, 8))
     assert read_config(tmp_path) == other
-
-
-def test_the_eps_is_the_one_that_the_gate_computes_with():
-    from engram_ref import model_config
-
-    assert model_config.NORM_EPS == NORM_EPS
 
 
 @pytest.mark.parametrize("name", NEEDED)
