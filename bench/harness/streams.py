@@ -99,15 +99,15 @@ def text_stream(
     return text_source(path, tokenizer, vocab).window(length, seed)
 
 
-def random_source(name: str, size: int) -> Source:
+def random_source(name: str, size: int, tokens: int = RANDOM_TOKENS) -> Source:
     """Independent ids of a vocabulary of `size`: "uniform", or "zipf", where id i is drawn as often as 1/(i + 1).
 
     The same on every machine, drawn from the generator that Python promises never to change.
     """
     draw = random.Random(name).random
     if name == "uniform":
-        ids = [int(draw() * size) for _ in range(RANDOM_TOKENS)]
+        ids = [int(draw() * size) for _ in range(tokens)]
     else:
         below = list(accumulate(1.0 / (i + 1) for i in range(size)))
-        ids = [bisect(below, draw() * below[-1]) for _ in range(RANDOM_TOKENS)]
+        ids = [bisect(below, draw() * below[-1]) for _ in range(tokens)]
     return Source(name, hashlib.sha256(array("q", ids).tobytes()).hexdigest(), ids)
