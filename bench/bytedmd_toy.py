@@ -4,6 +4,7 @@
     python bench/bytedmd_toy.py --quick            a small version in seconds
     python bench/bytedmd_toy.py --text FILE        your own text
     python bench/bytedmd_toy.py --preset v41-flash DeepSeek-V4.1-Flash's form of Engram; two minutes and 4 GB, two cores
+    python bench/bytedmd_toy.py --sweep all        every sweep, prices only; resumable (--sweep padding share: some)
 
 Text goes through DeepSeek's tokenizer and Engram's hash; the rows that it names are read by two small models
 written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at depth d of one LRU stack.
@@ -45,6 +46,8 @@ from bench.harness.parallel import in_parallel
 from bench.harness.pricing import Job, output_digest, price_job, upstream
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.streams import Stream, text_stream
+from bench.harness.sweep_command import run_sweeps
+from bench.harness.sweeps import NAMES
 from bench.harness.table import verdict_table
 from bench.harness.timing import interleave, paired_ratio, summary
 from bench.harness.workloads import CUTS, digest, make_workload, row_stream, scale_of, toy_config
@@ -84,6 +87,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
     add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
+    add(
+        "--sweep",
+        nargs="+",
+        choices=[*NAMES, "all"],
+        metavar="NAME",
+        help=f"vary one setting at a time from those given here, prices only: {', '.join(NAMES)}, or all",
+    )
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     first, _ = parser.parse_known_args(argv)
     if first.preset == "v41-flash":
@@ -207,6 +217,8 @@ def draw(results: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """The command."""
     options = parse()
+    if options.sweep:
+        return run_sweeps(options, PROG, say)
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":
             _check_upstream(options)

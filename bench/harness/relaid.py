@@ -61,7 +61,9 @@ class Relaid:
     def cost_by_kind(self, start: Start, padding: int, bytes_per_element: int) -> dict[str, int]:
         """Price of the reads of every kind."""
         if bytes_per_element not in self._rest_costs:
-            self._rest_costs[bytes_per_element] = {kind: self._rest_cost(kind, bytes_per_element) for kind in self._rest}
+            self._rest_costs[bytes_per_element] = {
+                kind: self._rest_cost(kind, bytes_per_element) for kind in self._rest
+            }
         costs = dict(self._rest_costs[bytes_per_element])
         first = Counter(zip(self._kinds, start.depths(padding)))
         for (kind, depth), reads in first.items():
