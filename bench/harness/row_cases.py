@@ -198,7 +198,11 @@ def _whole_model(case: Case) -> list[Record]:
     for name, held in LAYOUTS.items():
         begin = start(reads, held)
         below, on_top = (_steps_of(reads, begin, model.table, nbytes, place) for place in (False, True))
-        prices = {"offload_naive": below.total, "resident": on_top.total, "staged_at_most": _staged(case, config, nbytes)}
+        prices = {
+            "offload_naive": below.total,
+            "resident": on_top.total,
+            "staged_at_most": _staged(case, config, nbytes),
+        }
         records.append({**about, **weights, "layout": name, **prices})
     return records
 

@@ -11,6 +11,7 @@ model cheaper than any real one, so that Engram's share of the price comes out a
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from bench.harness.decoder_sizes import QWEN3_VOCABULARY, SIZES, BlockShape
@@ -56,7 +57,7 @@ class WholeModel:
 def step_price(nbytes: int, blocks: int) -> int:
     """Price of reading `nbytes` of weights once, each of `blocks` blocks by one instruction, all others above it."""
     edges = [nbytes * i // blocks for i in range(blocks + 1)]
-    return sum(cumulative_price(nbytes) - cumulative_price(nbytes - (b - a)) for a, b in zip(edges, edges[1:]))
+    return sum(cumulative_price(nbytes) - cumulative_price(nbytes - (b - a)) for a, b in itertools.pairwise(edges))
 
 
 def paper_table(hidden: int) -> EngramConfig:
@@ -68,7 +69,9 @@ def paper_table(hidden: int) -> EngramConfig:
 
 def _dense(name: str, size: str) -> WholeModel:
     shape, blocks = BlockShape.of(SIZES[size]), SIZES[size]["num_hidden_layers"]
-    nbytes = _BFLOAT16 * (blocks * shape.parameters() + QWEN3_VOCABULARY * shape.hidden)  # embeddings: the output's only
+    nbytes = _BFLOAT16 * (
+        blocks * shape.parameters() + QWEN3_VOCABULARY * shape.hidden
+    )  # embeddings: the output's only
     return WholeModel(name, blocks, nbytes, nbytes, paper_table(shape.hidden))
 
 

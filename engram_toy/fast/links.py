@@ -6,9 +6,9 @@
     reads = linker.finish()                       # reads.links, one entry per read, in the order of reading
 
 Why: sorting tens of millions of row numbers costs more than pricing them. Every column of an Engram table has rows of
-its own, so one column at a time is walked with one entry per row of that column, which the cache half holds; columns
-are independent, and the cores share them. Memory is 4 bytes a read, and nothing else that grows with the text but the
-distinct rows.
+its own, so one column at a time is walked with a small hash table of its rows, whatever the size of the real one;
+columns are independent, and the cores share them. Memory is 4 bytes a read, and nothing else that grows with the text
+but the distinct rows and one column's hash table per core.
 
 The order of reading: step by step; within a step layer by layer; then token by token and column by column.
 """
@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-
-from engram_toy.fast.timeline import popcount
 
 MOST_READS = 2**31 - 1  # links are 32-bit integers
 
@@ -99,12 +97,11 @@ class Linker:
                 f"rows of shape {rows.shape} with {len(edges)} bounds; this stream needs {self._shape} "
                 f"and {self._shape[1] + 1}"
             )
-        rows = np.ascontiguousarray(rows)
         columns = range(rows.shape[1])
-        outcomes = _on_all_cores(lambda column: self._link(rows, edges, column), columns)
-        firsts = np.cumsum([0, *(len(found) for found in outcomes)]) + self._found
-        _on_all_cores(lambda column: self._name(rows, edges, column, outcomes[column], firsts[column]), columns)
-        self._distinct += [found + self._rows_before for found in outcomes]
+        found = _on_all_cores(lambda column: self._link(rows, edges, column), columns)
+        firsts = np.cumsum([self._found, *map(len, found)])
+        _on_all_cores(lambda column: self._name(rows, column, found[column], firsts[column]), columns)
+        self._distinct += [distinct + self._rows_before for distinct in found]
         self._found = int(firsts[-1])
         self._rows_before += int(edges[-1])
         self._layer += 1
@@ -123,21 +120,18 @@ class Linker:
     def _link(self, rows: np.ndarray, edges: np.ndarray, column: int) -> np.ndarray:
         """Link the reads of one column; its distinct rows, ascending, counted from the layer's first."""
         low, high = int(edges[column]), int(edges[column + 1])
-        last = np.full(high - low, -1, np.int32)
-        where = self._where(column)
-        outside = _link_column(rows, column, low, last, self._links, *where)
+        slots = 1 << max(4, (2 * min(len(rows), high - low)).bit_length())  # half empty at least
+        keys, last = np.full(slots, -1, np.int64), np.empty(slots, np.int32)
+        outside = _link_column(rows, column, low, high, keys, last, self._links, *self._where(column))
         if outside >= 0:
             raise ValueError(
                 f"row {rows[outside, column]} of token {outside} lies outside column {column}, {low} .. {high - 1}"
             )
-        return np.flatnonzero(last >= 0) + low
+        return np.sort(keys[keys >= 0])
 
-    def _name(self, rows: np.ndarray, edges: np.ndarray, column: int, found: np.ndarray, first: int) -> None:
+    def _name(self, rows: np.ndarray, column: int, distinct: np.ndarray, first: int) -> None:
         """Write the place of its row into every first read of a column."""
-        low, high = int(edges[column]), int(edges[column + 1])
-        words = np.zeros((high - low) // 64 + 1, np.uint64)
-        ranks = np.empty(len(words), np.int32)
-        _name_column(rows, column, low, found, words, ranks, first, self._links, *self._where(column))
+        _name_column(rows, column, distinct, first, self._links, *self._where(column))
 
     def _where(self, column: int) -> tuple[int, int, int, int]:
         """What the number of a read follows from: tokens and reads of a step, reads of a token, and the first read."""
@@ -151,15 +145,27 @@ def _on_all_cores(work: Callable[[int], Any], items: Iterable[int]) -> list[Any]
 
 
 @njit(cache=True, nogil=True)
-def _link_column(rows, column, low, last, links, tokens, step_reads, stride, first):
+def _slot(keys, row):
+    """Where a row stands in a hash table, or would."""
+    mask = np.uint64(len(keys) - 1)
+    mixed = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)
+    slot = (mixed ^ (mixed >> np.uint64(32))) & mask
+    while keys[slot] != row and keys[slot] >= 0:
+        slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _link_column(rows, column, low, high, keys, last, links, tokens, step_reads, stride, first):
     """Link every read to the one before; -1 where there is none. Returns a token whose row is outside, or -1."""
     number, in_step = np.int64(first), 0
     for t in range(len(rows)):
-        row = np.int64(rows[t, column]) - low
-        if row < 0 or row >= len(last):
+        row = np.int64(rows[t, column])
+        if row < low or row >= high:
             return t
-        links[number] = last[row]
-        last[row] = number
+        slot = _slot(keys, row)
+        links[number] = last[slot] if keys[slot] == row else -1
+        keys[slot], last[slot] = row, number
         number, in_step = number + stride, in_step + 1
         if in_step == tokens:
             number, in_step = number + step_reads - tokens * stride, 0
@@ -167,20 +173,12 @@ def _link_column(rows, column, low, last, links, tokens, step_reads, stride, fir
 
 
 @njit(cache=True, nogil=True)
-def _name_column(rows, column, low, found, words, ranks, first_rank, links, tokens, step_reads, stride, first):
-    one = np.uint64(1)
-    for row in found:
-        words[(row - low) >> 6] |= one << np.uint64((row - low) & 63)
-    below = 0
-    for word in range(len(words)):
-        ranks[word] = below
-        below += np.int64(popcount(words[word]))
+def _name_column(rows, column, distinct, first_place, links, tokens, step_reads, stride, first):
     number, in_step = np.int64(first), 0
     for t in range(len(rows)):
         if links[number] < 0:
-            row = np.int64(rows[t, column]) - low
-            under = words[row >> 6] & ((one << np.uint64(row & 63)) - one)
-            links[number] = -1 - (first_rank + ranks[row >> 6] + np.int64(popcount(under)))
+            place = np.searchsorted(distinct, np.int64(rows[t, column]))
+            links[number] = -1 - (first_place + place)
         number, in_step = number + stride, in_step + 1
         if in_step == tokens:
             number, in_step = number + step_reads - tokens * stride, 0
