@@ -100,11 +100,11 @@ def say(message: str) -> None:
 def keys_of(cases: list[Case]) -> dict[Case, str]:
     """What each case is filed under: a digest of all that its prices depend on."""
     code = [code_sha256(PRICING_CODE), platform.python_version(), platform.machine()]
-    texts = {case.stream: source(case.stream, case.tokens).sha256 for case in cases}
-    return {
-        case: hashlib.sha256(json.dumps([*code, texts[case.stream], asdict(case)]).encode()).hexdigest()[:32]
-        for case in cases
-    }
+    keys = {}
+    for case in cases:
+        about = [*code, source(case.stream, case.tokens).sha256, asdict(case)]
+        keys[case] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+    return keys
 
 
 def price_all(cases: list[Case], journal: Path, processes: int) -> list[dict[str, Any]]:

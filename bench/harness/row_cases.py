@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness.streams import random_source
-from bench.harness.token_batches import standard_library
+from bench.harness.token_batches import Corpus, standard_library
 from bench.harness.whole_model import MODELS, step_price
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -26,6 +26,7 @@ from engram_toy.stack import read_price
 
 LAYOUTS = {"held live": True, "compacted": False}
 _WHOLE_TEXT = 1 << 62  # bytes
+_SHORT_TEXT, _SHORT_TOKENS = 1 << 20, 1 << 16  # a megabyte of sources has several times as many tokens
 
 Record = dict[str, Any]
 
@@ -53,22 +54,18 @@ class Case:
     values: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Source:
-    """Compressed ids, int64, and where they come from."""
-
-    name: str
-    sha256: str
-    ids: np.ndarray
-
-
 @functools.cache
 def _vocabulary() -> CompressedVocab:
     return CompressedVocab.from_tokenizer()
 
 
 @functools.cache
-def source(name: str, tokens: int | None) -> Source:
+def _library(nbytes: int) -> Corpus:
+    return standard_library(_vocabulary(), nbytes=nbytes)
+
+
+@functools.cache
+def source(name: str, tokens: int | None) -> Corpus:
     """A stream of so many tokens; kept, since the cases of a worker read it again and again.
 
     Raises:
@@ -78,11 +75,11 @@ def source(name: str, tokens: int | None) -> Source:
         if tokens is None:
             raise ValueError(f"the stream {name} does not end: say how many tokens")
         drawn = random_source(name, len(_vocabulary()), tokens)
-        return Source(name, drawn.sha256, np.array(drawn.ids))
-    corpus = standard_library(_vocabulary(), nbytes=_WHOLE_TEXT)
+        return Corpus(name, drawn.sha256, np.array(drawn.ids))
+    corpus = _library(_WHOLE_TEXT if tokens is None or tokens > _SHORT_TOKENS else _SHORT_TEXT)
     if tokens is not None and len(corpus.ids) < tokens:
         raise ValueError(f"{name} has {len(corpus.ids):,} tokens: {tokens:,} need a longer text")
-    return Source(name, corpus.sha256, corpus.ids[:tokens])
+    return Corpus(name, corpus.sha256, corpus.ids[:tokens])
 
 
 def plan_of(config: EngramConfig) -> HashPlan:
@@ -225,7 +222,7 @@ def _root(n: int) -> int:
     return read_price(n)
 
 
-def _about(case: Case, stream: Source, config: EngramConfig, reads: RowReads) -> Record:
+def _about(case: Case, stream: Corpus, config: EngramConfig, reads: RowReads) -> Record:
     links = hashlib.sha256(reads.links.astype("<i4").tobytes())
     links.update(reads.rows.astype("<i8").tobytes())
     return {

@@ -1,0 +1,167 @@
+"""Production scale: the streams are the twin's, every part gives valid records, and the tables say what they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="row prices are compiled: pip install numba")
+
+from bench import production
+from bench.harness import row_cases, row_figures, row_table
+from bench.harness.results import environment, git_commit, write_unless_same
+from bench.harness.row_cases import Case, plan_of, price_case, read_rows, source
+from bench.harness.row_table import crossing_of
+from bench.harness.whole_model import MODELS, WholeModel, step_price
+from engram_ref.config import EngramConfig
+from engram_toy import hashing
+from engram_toy.stack import cumulative_price, read_price
+
+TOKENS = 512
+SCHEMA = json.loads((Path(production.__file__).parent / "harness/production.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Every part, on a few hundred tokens of the demo's table, and of the 4B model's."""
+    cases = [Case("scale", "demo", stream, TOKENS) for stream in (production.TEXT, "zipf")]
+    cases += [Case("hot", "demo", tokens=2 * TOKENS, values=(0.0, 0.00001, 0.1))]
+    cases += [Case("place", "demo", tokens=TOKENS, values=(1e6, 1e9))]
+    cases += [
+        Case("whole_model", "dense-4b", stream, TOKENS, mode, tokens)
+        for mode in ("decode", "prefill")
+        for stream in (production.TEXT, "uniform")
+        for tokens in (1, 64, 512)
+    ]
+    return {
+        "schema_version": production.SCHEMA_VERSION,
+        "benchmark": production.PROG,
+        "configuration": {"parts": list(production.PARTS), "quick": True},
+        "environment": environment(),
+        "git": git_commit(),
+        "records": [record for case in cases for record in price_case(case)],
+    }
+
+
+def rows_of(reads) -> list[int]:
+    """The row of every read, from links."""
+    rows: list[int] = []
+    for link in reads.links.tolist():
+        rows.append(int(reads.rows[-1 - link]) if link < 0 else rows[link])
+    return rows
+
+
+@pytest.mark.parametrize("preset", ["demo", "v41-flash"])
+def test_the_stream_is_the_twins(preset):
+    config, ids = EngramConfig.preset(preset), source(production.TEXT, 60).ids
+    plan = plan_of(config)
+    twin = hashing.NgramHasher(json.loads(plan.to_json()))
+    layers = [twin(ids.tolist(), layer_id) for layer_id in config.layer_ids]
+    first = [0, *np.cumsum([layer.rows for layer in plan.layers]).tolist()]
+    expected = [first[n] + row for t in range(60) for n, rows in enumerate(layers) for row in rows[t]]
+    assert rows_of(read_rows(ids, config)) == expected
+
+
+def test_decoding_reads_every_text_by_itself():
+    """A step of B tokens reads the next token of B texts; what is left over is left out."""
+    config, ids = EngramConfig.preset("demo"), source(production.TEXT, 62).ids
+    stepped = rows_of(read_rows(ids, config, "decode", 4))
+    alone = [rows_of(read_rows(ids[15 * b : 15 * (b + 1)], config)) for b in range(4)]
+    layers, columns = len(config.layer_ids), config.columns
+    blocks = np.array(stepped).reshape(15, layers, 4, columns)
+    for b in range(4):
+        assert blocks[:, :, b].ravel().tolist() == alone[b]
+    prefilled = np.array(rows_of(read_rows(ids[:60], config, "prefill", 4))).reshape(15, layers, 4, columns)
+    whole = np.array(rows_of(read_rows(ids[:60], config))).reshape(15, 4, layers, columns)
+    assert (prefilled == whole.transpose(0, 2, 1, 3)).all()
+
+
+def test_records_fit_the_schema(results):
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(results)))
+    broken = json.loads(json.dumps(results))
+    broken["records"][0]["price"] = 1.5
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(SCHEMA).validate(broken)
+
+
+def test_tables_and_figures(results, tmp_path):
+    text = row_table.report(results)
+    assert "held live" in text and "Dense-4B" in text
+    record = row_table.one(results, part="scale", stream="zipf", layout="compacted")
+    assert f"{record['price'] / record['tokens']:,.0f}" in text
+    # The figures ask for every table and model; here, let all bear the demo's and the 4B model's numbers.
+    same = {"scale": row_figures.TABLE_COLOURS, "hot": row_figures.TABLE_COLOURS, "place": row_figures.TABLE_COLOURS}
+    same["whole_model"] = row_figures.MODEL_COLOURS
+    records = [{**r, "table": name} for r in results["records"] for name in same[r["part"]]]
+    drawn = row_figures.draw_all({**results, "records": records}, tmp_path)
+    assert [path.stat().st_size > 5000 for path in drawn] == [True] * 4
+
+
+def test_hot_tier(results):
+    """More rows above never cost more; a tier of no rows changes nothing; the tier serves what was counted."""
+    held = row_table.select(results, part="hot", layout="held live")
+    assert [r["tier_rows"] for r in held] == [0, 206, 2_069_240]
+    assert held[0]["price"] > held[1]["price"] > held[2]["price"]
+    assert 0 == held[0]["reads_of_tier"] < held[1]["reads_of_tier"] < held[2]["reads_of_tier"] < held[2]["reads"]
+    assert held[1]["tier_rows_filled"] == 206 and held[2]["tier_rows_filled"] < 2_069_240
+
+
+def test_whole_model_shares_grow_with_the_step(results):
+    for mode in ("decode", "prefill"):
+        line = row_table.select(results, part="whole_model", mode=mode, layout="held live", stream="uniform")
+        shares = [row_table.row_share(r) for r in line]
+        assert shares == sorted(shares) and shares[0] > 0
+        assert all(r["resident"] <= r["offload_naive"] for r in line)
+
+
+def test_step_price_is_that_of_a_cycle():
+    """Eight blocks of three bytes read in turn, by hand: each lies under the seven others."""
+    depths = [21 + byte for byte in (1, 2, 3)]
+    assert step_price(24, 8) == 8 * sum(read_price(depth) for depth in depths)
+    assert step_price(24, 1) == cumulative_price(24)
+    assert step_price(25, 8) >= step_price(24, 8)
+
+
+def test_models_weigh_what_was_published():
+    """The 4B and 8B classes in bfloat16; the paper's 100 B parameters and 2,560 bytes a token."""
+    assert MODELS["dense-4b"].decode_bytes == pytest.approx(8.04e9, rel=1e-3)
+    assert MODELS["dense-8b"].decode_bytes == pytest.approx(15.1e9, rel=3e-3)
+    for name in ("dense-4b", "dense-8b"):
+        table = MODELS[name].table
+        assert table.bytes_per_token() == 2560
+        assert plan_of(table).layers[0].rows * table.row_width == pytest.approx(100e9, rel=1e-5)
+    assert isinstance(MODELS["v41-flash"], WholeModel) and MODELS["v41-flash"].table.bytes_per_token() == 12_672
+
+
+def test_crossing():
+    assert crossing_of([1, 10, 100], [0.003, 0.03, 0.3]) == pytest.approx(10)
+    assert crossing_of([1, 10, 100], [0.0003, 0.003, 0.3]) == pytest.approx(10**1.5)
+    assert crossing_of([1, 10], [0.001, 0.002]) is None
+    assert crossing_of([4, 10], [0.03, 0.2]) == 4
+
+
+def test_nothing_is_rewritten_or_priced_twice(results, tmp_path, monkeypatch):
+    """A second run finds every case in the journal, and a file that says the same is left alone."""
+    cases = [Case("scale", "demo", production.TEXT, 64)]
+    monkeypatch.setattr(production, "in_parallel", lambda function, jobs, n: enumerate(map(function, jobs)))
+    first = production.price_all(cases, tmp_path / "j", 1)
+    monkeypatch.setattr(production, "in_parallel", lambda function, jobs, n: iter([1 / 0 for _ in jobs]))
+    assert production.price_all(cases, tmp_path / "j", 1) == first
+    assert write_unless_same(tmp_path / "r.json", results, "records")
+    before = (tmp_path / "r.json").read_bytes()
+    assert not write_unless_same(tmp_path / "r.json", {**results, "git": {}}, "records")
+    assert (tmp_path / "r.json").read_bytes() == before
+    with pytest.raises(ZeroDivisionError):  # another length is another case
+        production.price_all([Case("scale", "demo", production.TEXT, 65)], tmp_path / "j", 1)
+
+
+def test_bad_streams_are_refused(monkeypatch):
+    monkeypatch.setattr(row_cases, "_SHORT_TOKENS", 10**10)  # a megabyte will do
+    with pytest.raises(ValueError, match="does not end"):
+        source("uniform", None)
+    with pytest.raises(ValueError, match="need a longer text"):
+        source(production.TEXT, 10**9)
