@@ -108,7 +108,7 @@ def first_reads(log: Log, depths: Sequence[int], definition: str = "lru") -> Fir
 def _touches(log: Log, unseen: set[int]) -> tuple[int, list[tuple[int, int, int]]]:
     """How many operands a log has, and (place, input, instruction) of those that read what is in `unseen` first.
 
-    Takes what is read out of `unseen`. Most stretches of a log touch nothing new; sets find that out sooner than a loop.
+    Takes what is read out of `unseen`. Most stretches of a log touch nothing new: sets see that sooner than a loop.
     """
     touches = []
     reads = 0
