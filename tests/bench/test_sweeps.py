@@ -22,6 +22,7 @@ from bench import bytedmd_toy
 from bench.harness import sweep_command, sweep_run, sweep_table, workloads
 from bench.harness.journal import Journal
 from bench.harness.pricing import Job, price_job
+from bench.harness.streams import random_source
 from bench.harness.sweep_figures import draw_all
 from bench.harness.sweep_pricing import Layouts
 from bench.harness.sweep_table import Crossing, crossing_text, crossings, ratios, report
@@ -37,6 +38,7 @@ COMMITTED = ROOT / "bench/results"
 TINY = ["--quick", "--seq_len", "4", "--d_model", "4"]
 SMALL = [*TINY, "--model", "kv-bank", "--tokenizer", str(ROOT / "tests/golden/tokenizer_small")]
 SMALL += ["--text", str(ROOT / "LICENSE")]
+UNIFORM_START, ZIPF_START = [633, 426, 901, 824, 133], [275, 968, 42, 3, 4]
 BASE = Settings("tiny", "text", 4, 4, 0, 10_000, 1.0, 0.1, 1, "lru", 0.0)
 
 
@@ -242,6 +244,22 @@ def test_mispredicted_copies_are_of_another_row():
         assert all(row != indices[t][c] and 0 <= row < 5 for (t, c), row in wrong.items())
         before = wrong
     assert set(before.values()) == {0, 1, 2, 3, 4}
+
+
+def test_random_texts_are_the_same_everywhere_and_what_they_are_called():
+    uniform, zipf = random_source("uniform", 1000), random_source("zipf", 1000)
+    assert uniform.ids[:5] == UNIFORM_START and zipf.ids[:5] == ZIPF_START
+    assert len(zipf.ids) == len(uniform.ids) == 65_536 and max(zipf.ids + uniform.ids) == 999
+    weight = sum(1 / (i + 1) for i in range(1000))
+    for i in (0, 1, 9):  # five standard deviations of a count
+        assert abs(zipf.ids.count(i) - 65_536 / (i + 1) / weight) < 5 * (65_536 / (i + 1) / weight) ** 0.5
+        assert abs(uniform.ids.count(i) - 65.5) < 5 * 65.5**0.5
+    assert uniform.sha256 != zipf.sha256
+
+
+def test_the_standard_library_is_a_text(vocab_v4):
+    source = sweep_run.Texts(None, None).source("python-stdlib")
+    assert source.name == "python-stdlib, first 1 MiB" and len(source.ids) > 100_000
 
 
 # --- resumable --------------------------------------------------------------------------------------
