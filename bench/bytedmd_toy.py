@@ -23,6 +23,22 @@ written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at 
               layer             with hash, projections, gate or attention over the rows
               block             with the decoder block's self-attention
 
+  sweeps      prices only, one setting varied at a time from the configuration given by the other options:
+              padding     0 to 10^7 values
+              tokens      16 to 256
+              share       of the lookups that go to the offloaded tier, 0.01 to 1
+              hot         share of all rows in the hot tier, 0 to 1
+              reuse       uniform ids, independent Zipf ids, the text, Python's own sources
+              bytes       1, 2, 4 per value
+              compute     width of the model, 8 to 128
+              wrong       share of the prefetch's copies that are of another row, 0 to 0.5
+              definition  one stack, or two
+              seed        another window of the text, other weights
+              preset      tiny, v41-flash
+              grid        padding, share, hot tier and width jointly, for the model engram
+              All take some minutes on two cores. Finished prices are kept in sweeps.journal: a sweep that was stopped
+              goes on where it stopped. Results are sweeps.json, grid.json and a figure per sweep in --out.
+
 All variants compute the same output, to the bit; only the layout of memory differs. The verdict classifies
 the price of offload_prefetch against resident: up to 5x WIN for the claim, over 20x LOSS, in between
 INCONCLUSIVE. It depends on the boundary, that is, on what stands in the denominator.

@@ -12,6 +12,8 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from bench import hashing_speed, layer_speed, pricing_speed
 from bench.harness import figures, wall_figures
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
+from bench.harness.sweep_table import crossing_report, report
+from bench.harness.sweeps import SWEEPS
 from bench.harness.table import verdict_table
 from bench.harness.wall_table import wall_table
 from examples.same_rows import report_on_sample
@@ -48,7 +52,12 @@ def as_text(results: dict[str, Any], body: str) -> str:
     return f"```text\n{body}\n```\n\nMeasured on: {machine(results)}."
 
 
-BLOCKS = {
+def sweep_block(name: str) -> str:
+    """The table of one sweep; it holds no times, so the machine does not matter."""
+    return f"```text\n{report(load('bytedmd_sweeps'), name)}\n```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
     "verdict_v41": lambda: as_text(load("bytedmd_toy_v41"), verdict_table(load("bytedmd_toy_v41"))),
     "pricing": lambda: as_text(load("pricing_speed"), pricing_speed.report(load("pricing_speed"))),
@@ -61,6 +70,8 @@ BLOCKS = {
     "forms": published_forms,
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
+BLOCKS |= {f"sweep_{name}": partial(sweep_block, name) for name in SWEEPS}
+BLOCKS["sweep_crossings"] = lambda: f"```text\n{crossing_report(load('bytedmd_sweeps'))}\n```"
 # Which results each committed figure shows, and what draws them.
 DRAWN = {"bytedmd_toy": figures.draw_all, "gpu_wall_cpu": wall_figures.draw_all}
 
