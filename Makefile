@@ -22,7 +22,7 @@ $(VENV)/stamp-%: pyproject.toml constraints.txt
 toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
-test: $(VENV)/stamp-fast,plot,ref,test
+test: $(VENV)/stamp-fast,plot,ref,test,docs
 	$(BIN)/python -m pytest
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs

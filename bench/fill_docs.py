@@ -29,12 +29,13 @@ from bench.harness.figures import source
 from bench.harness.results import atomic_path
 from bench.harness.table import verdict_table
 from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, typed_numbers
+from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.harness.wall_table import wall_table
 from bench.site import data
 from bench.site.commands import command_table
 from bench.site.schema_tables import schema_tables
 from bench.site.stack_story import story_tables
-from bench.site.start_page import verdict_cards, verdict_sentence
+from bench.site.start_page import verdict_cards, verdict_figure, verdict_sentence
 from examples.same_rows import report_on_sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "energy": published.energy_table,
     "published_sources": published.sources_table,
     "verdict_sentence": lambda: verdict_sentence(load("bytedmd_toy")),
+    "verdict_figure": lambda: verdict_figure(load("bytedmd_toy")),
     "verdict_cards": lambda: verdict_cards(load("bytedmd_toy")),
     "stack_stories": story_tables,
     "commands": lambda: command_table(RESULTS),
@@ -84,7 +86,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 # Single values in sentences.
-VALUES: dict[str, Callable[[], str]] = {**published.VALUES}
+VALUES: dict[str, Callable[[], str]] = {
+    **published.VALUES,
+    "threshold.strong": lambda: f"{STRONG_BELOW:g}",
+    "threshold.win": lambda: f"{WIN_UP_TO:g}",
+    "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
+    "threshold.wall_time": lambda: f"{100 * WALL_TIME_CLAIM:g}",
+}
 # Scripts that carry data to the pages, below docs/assets.
 SCRIPTS: dict[str, Callable[[], str]] = {
     "grid.js": lambda: data.grid_script(RESULTS),

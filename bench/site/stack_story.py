@@ -131,7 +131,7 @@ STORIES = (
     Story(
         "prefetched",
         "Bank below the padding, copied first",
-        "The copy is a read as deep as the one it was to spare, and the copy has to be read as well: dearer, not cheaper.",
+        "A copy is a read as deep as the one it was to spare, and then has to be read itself: dearer, not cheaper.",
         _padded(_prefetched),
         _BURIED,
         _NAMES,
@@ -177,7 +177,9 @@ def tell(story: Story) -> Telling:
         reads = tuple(Read(v, depth, stack.read_price(depth)) for v, depth in zip(operands, depths))
         steps.append(Step(log.inputs + k, reads, tuple(lying)))
     price = sum(read.price for step in steps for read in step.reads)
-    return Telling(story, tuple(names[value] for value in range(log.inputs + len(log.left))), start, tuple(steps), price)
+    return Telling(
+        story, tuple(names[value] for value in range(log.inputs + len(log.left))), start, tuple(steps), price
+    )
 
 
 def _last_uses(log: stack.Log) -> dict[int, float]:
