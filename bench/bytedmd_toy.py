@@ -4,6 +4,7 @@
     python bench/bytedmd_toy.py --quick            a small version in seconds
     python bench/bytedmd_toy.py --text FILE        your own text
     python bench/bytedmd_toy.py --preset v41-flash DeepSeek-V4.1-Flash's form of Engram; two minutes and 4 GB, two cores
+    python bench/bytedmd_toy.py --sweep all        every sweep, prices only; resumable (--sweep padding share: some)
 
 Text goes through DeepSeek's tokenizer and Engram's hash; the rows that it names are read by two small models
 written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at depth d of one LRU stack.
@@ -30,13 +31,9 @@ INCONCLUSIVE. It depends on the boundary, that is, on what stands in the denomin
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,9 +42,12 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.harness.parallel import in_parallel
 from bench.harness.pricing import Job, output_digest, price_job, upstream
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.streams import Stream, text_stream
+from bench.harness.sweep_command import run_sweeps
+from bench.harness.sweeps import NAMES
 from bench.harness.table import verdict_table
 from bench.harness.timing import interleave, paired_ratio, summary
 from bench.harness.workloads import CUTS, digest, make_workload, row_stream, scale_of, toy_config
@@ -87,6 +87,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
     add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
+    add(
+        "--sweep",
+        nargs="+",
+        choices=[*NAMES, "all"],
+        metavar="NAME",
+        help=f"vary one setting at a time from those given here, prices only: {', '.join(NAMES)}, or all",
+    )
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     first, _ = parser.parse_known_args(argv)
     if first.preset == "v41-flash":
@@ -157,38 +164,17 @@ def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[dict[str, Any
     return records, floors
 
 
-def end_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and do not outlive it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this runs in workers only
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
     order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
     records: list[dict[str, Any]] = [{}] * len(jobs)
     began = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(price_job, jobs[i]): i for i in order}
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                i = futures[future]
-                record = records[i] = future.result()
-                name = f"{record['model']} {record['boundary']} {record['variant']}"
-                elapsed = time.perf_counter() - began
-                say(f"price {done:2d}/{len(jobs)}  {name:<34}{record['cost']:>15,}  {elapsed:6.1f} s")
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
+    priced = in_parallel(price_job, [jobs[i] for i in order], processes)
+    for done, (place, record) in enumerate(priced, start=1):
+        records[order[place]] = record
+        name = f"{record['model']} {record['boundary']} {record['variant']}"
+        elapsed = time.perf_counter() - began
+        say(f"price {done:2d}/{len(jobs)}  {name:<34}{record['cost']:>15,}  {elapsed:6.1f} s")
     return records
 
 
@@ -231,6 +217,8 @@ def draw(results: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """The command."""
     options = parse()
+    if options.sweep:
+        return run_sweeps(options, PROG, say)
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":
             _check_upstream(options)

@@ -72,6 +72,44 @@ class Trace:
         return by_kind
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What one run did, before anything is priced.
+
+    Attributes:
+        log: its instructions.
+        kind_of_value: kind of every value of the log, as an index into `kind_names`.
+        argument_sizes: how many values each argument is, argument 0 first.
+        result, kind_names, escapes, untracked: as in `Trace`.
+    """
+
+    result: Any
+    log: stack.Log
+    kind_of_value: bytearray
+    kind_names: tuple[str, ...]
+    argument_sizes: tuple[int, ...]
+    escapes: dict[str, int]
+    untracked: int
+
+    def trace(self, definition: str = "lru", compiled: bool | None = None) -> Trace:
+        """Find the depth of every read; arguments as for the function `trace`."""
+        log = self.log
+        if compiled is None:
+            long = log.inputs + len(log.left) >= _WORTH_COMPILING
+            compiled = long and importlib.util.find_spec("numba") is not None
+        distances, counting = _engine(compiled)
+        return Trace(
+            result=self.result,
+            depths=distances.stack_depths(log, definition),
+            kinds=counting.read_kinds(log, definition, self.kind_of_value),
+            kind_names=self.kind_names,
+            instructions=len(log.left),
+            escapes=self.escapes,
+            untracked=self.untracked,
+            compiled=compiled,
+        )
+
+
 def label(values: list[Any], kind: str) -> list[Any]:
     """Name the kind of a list of computed values, for the counts of `trace`. Returns `values`.
 
@@ -104,32 +142,41 @@ def trace(
     Raises:
         ValueError: an unknown definition, or not one kind per argument.
     """
+    stack.check_definition(definition)
+    return record(func, args, kinds, definition == "two-stack").trace(definition, compiled)
+
+
+def record(
+    func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str] | None = None, two_stack: bool = True
+) -> Recording:
+    """Run `func(*args)` once on tracked values and keep its log, unpriced; arguments as for `trace`.
+
+    Args:
+        two_stack: note the arguments' depths, which the definition of that name needs.
+    """
     kinds = ["argument"] * len(args) if kinds is None else kinds
     if len(kinds) != len(args):
         raise ValueError(f"{len(kinds)} kinds for {len(args)} arguments: give one name per argument")
-    stack.check_definition(definition)
     # Millions of values, none of them in a cycle: the collector would walk them again and again for nothing.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _trace(func, args, kinds, definition, compiled)
+        return _record(func, args, kinds, two_stack)
     finally:
         if collecting:
             gc.enable()
 
 
-def _trace(
-    func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str], definition: str, compiled: bool | None
-) -> Trace:
+def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str], two_stack: bool) -> Recording:
     recorder = Recorder()
     wrapper = Wrapper(recorder)
     wrapped: list[Any] = []
-    sizes: list[tuple[str, int]] = []  # of the arguments, in values, in the order of their numbers
-    for argument, kind in reversed(list(zip(args, kinds))):  # laid down last to first: argument 0 ends on top
+    sizes: list[int] = []  # of the arguments, in values
+    for argument in reversed(args):  # laid down last to first: argument 0 ends on top
         before = wrapper.inputs
         wrapped.insert(0, wrapper.wrap(argument))
-        sizes.append((kind, wrapper.inputs - before))
-    argument_depth = _argument_depth(wrapped, wrapper.inputs) if definition == "two-stack" else None
+        sizes.insert(0, wrapper.inputs - before)
+    argument_depth = _argument_depth(wrapped, wrapper.inputs) if two_stack else None
     recorder.start(wrapper.inputs)
     returned = func(*wrapped)
     recorder.flush()
@@ -138,23 +185,11 @@ def _trace(
     ids = [part.id for part in parts if isinstance(part, Tracked)]
     live = list(dict.fromkeys(ids))
     log = stack.Log(wrapper.inputs, recorder.left, recorder.right, recorder.third, live, argument_depth)
-    if compiled is None:
-        long = log.inputs + len(log.left) >= _WORTH_COMPILING
-        compiled = long and importlib.util.find_spec("numba") is not None
-    distances, counting = _engine(compiled)
-    names, codes = _kind_codes(kinds, sizes, recorder.labels, len(log.left))
+    numbered = list(zip(reversed(kinds), reversed(sizes)))  # in the order of the values' numbers
+    names, codes = _kind_codes(kinds, numbered, recorder.labels, len(log.left))
     unwrap = Unwrapper()
     wrapper.write_back(unwrap)
-    return Trace(
-        result=unwrap(returned),
-        depths=distances.stack_depths(log, definition),
-        kinds=counting.read_kinds(log, definition, codes),
-        kind_names=names,
-        instructions=len(log.left),
-        escapes=dict(recorder.escapes),
-        untracked=len(parts) - len(ids),
-        compiled=compiled,
-    )
+    return Recording(unwrap(returned), log, codes, names, tuple(sizes), dict(recorder.escapes), len(parts) - len(ids))
 
 
 def _argument_depth(arguments: list[Any], inputs: int) -> array[int]:

@@ -14,9 +14,10 @@ The padding must be held live by returning it: values that are never read and no
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from engram_toy.bytedmd import label
@@ -33,13 +34,15 @@ class Layout:
         name: the variant.
         rows: number of table rows.
         above: numbers of the rows that start above the padding.
-        prefetch: copy each position's rows while the position before it is being worked on.
+        prefetch: copy those of each position's rows that start below while the position before is being worked on.
+        wrong: (position, column) of a lookup that the prefetch mispredicts -> the row that it copies, in vain.
     """
 
     name: str
     rows: int
     above: frozenset[int]
     prefetch: bool = False
+    wrong: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     @classmethod
     def variant(cls, name: str, rows: int, hot: Collection[int] = ()) -> Layout:
@@ -71,15 +74,28 @@ class Layout:
             for position in indices:
                 yield [table[index] for index in position]
             return
-        staged = _staged(table, indices[0])
-        for position in indices[1:]:
-            current, staged = staged, _staged(table, position)
-            yield current
-        yield staged
+        staged = self._staged(table, 0, indices[0])
+        for number, position in enumerate(indices[1:]):
+            current, staged = staged, self._staged(table, number + 1, position)
+            yield _arrived(table, indices[number], current)
+        yield _arrived(table, indices[-1], staged)
+
+    def _staged(self, table: Sequence[Vector], number: int, position: Sequence[Any]) -> list[Vector | None]:
+        """The rows of a position, copied if they lie below; None where another row was copied instead."""
+        rows: list[Vector | None] = []
+        for column, index in enumerate(position):
+            if (number, column) in self.wrong:
+                copy(table[self.wrong[number, column]])
+                rows.append(None)
+            else:
+                row = operator.index(index)  # the one read of the index, as without prefetch
+                rows.append(table[row] if row in self.above else label(copy(table[row]), "staged row"))
+        return rows
 
 
-def _staged(table: Sequence[Vector], position: Sequence[Any]) -> list[Vector]:
-    return [label(copy(table[index]), "staged row") for index in position]
+def _arrived(table: Sequence[Vector], position: Sequence[Any], staged: Sequence[Vector | None]) -> list[Vector]:
+    """The rows of a position when they are needed; what was mispredicted is read where it lies."""
+    return [table[index] if row is None else row for index, row in zip(position, staged)]
 
 
 def most_frequent(indices: Sequence[Sequence[int]], count: int) -> list[int]:

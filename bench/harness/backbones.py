@@ -16,67 +16,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.harness.decoder_sizes import SIZES, BlockShape, flops_per_token
 from engram_ref.config import require_int
 from engram_ref.tables.memory import require_bytes
 
 Insert = Callable[[Tensor], Tensor]  # residual stream [B, T, H] -> the same, with something added
 
-# As published in the models' config.json; the theta of the rotary embedding is left out, since it costs no time.
-SIZES: dict[str, dict[str, Any]] = {
-    "qwen3-4b": dict(
-        model_type="qwen3",
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-    "qwen3-8b": dict(
-        model_type="qwen3",
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-}
 BACKBONES = ("none", *SIZES)
 _DENSE = {"llama": "4.45", "qwen2": "4.45", "qwen3": "4.51"}  # gated dense decoders -> since which transformers
 _INTEGERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Sizes of one decoder block with grouped-query attention and a gated feed-forward part."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-def flops_per_token(shape: BlockShape, blocks: int, context: int) -> int:
-    """Floating-point operations that `blocks` blocks spend on one token.
-
-    A multiplication and an addition are two. Matrix products only: norms, biases, rotation and softmax are left out.
-
-    Args:
-        context: positions that the token attends to, itself included; for a prefill, half its length.
-    """
-    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)  # Q, O; K, V
-    feed_forward = 3 * shape.hidden * shape.intermediate
-    scores_and_values = 2 * shape.heads * shape.head_dim * context
-    return 2 * blocks * (attention + feed_forward + scores_and_values)
 
 
 class Backbone:

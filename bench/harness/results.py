@@ -91,6 +91,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
+    """Write a results file unless the one there says the same; say whether it was written.
+
+    What says where it ran does not count: a run that finds the same numbers elsewhere leaves the file as it is.
+
+    Args:
+        rows: the key of a long list, of which every entry gets one line.
+    """
+    if path.exists() and _evidence(json.loads(path.read_text(encoding="utf-8"))) == _evidence(content):
+        return False
+    parts = []
+    for key, value in content.items():
+        if key == rows:
+            lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in value)
+            parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}")
+    with atomic_path(path) as part:
+        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    return True
+
+
+def _evidence(content: dict[str, Any]) -> dict[str, Any]:
+    """A results file without where it ran, as JSON gives it back."""
+    return json.loads(json.dumps({key: value for key, value in content.items() if key not in ("environment", "git")}))
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a results file, complete or not at all."""
     with atomic_path(path) as part:

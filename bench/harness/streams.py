@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
+from bisect import bisect
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
 CALIBRATION_TOKENS = 16_384
+RANDOM_TOKENS = 4 * CALIBRATION_TOKENS
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole text, or what stands for one.
+
+    Attributes:
+        name: where it comes from.
+        sha256: digest of the text, UTF-8; of random ids, as little-endian int64.
+        ids: compressed ids.
+    """
+
+    name: str
+    sha256: str
+    ids: list[int]
+
+    def window(self, length: int, seed: int) -> Stream:
+        """`length` tokens from the second half, where the seed says, and calibration text from the first.
+
+        Raises:
+            ValueError: the text is shorter than twice `length` tokens.
+        """
+        total = len(self.ids)
+        half = total // 2
+        if half < length:
+            raise ValueError(
+                f"{self.name} has {total} tokens: {length} to measure need a text of at least {2 * length}"
+            )
+        start = half + int(random.Random(seed).random() * (total - half - length + 1))
+        measured, calibration = self.ids[start : start + length], self.ids[max(0, half - CALIBRATION_TOKENS) : half]
+        return Stream(self.name, self.sha256, total, start, measured, calibration)
 
 
 @dataclass(frozen=True)
@@ -44,27 +79,35 @@ def read_text(path: str | Path | None) -> tuple[str, str]:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def text_stream(
-    path: str | Path | None, tokenizer: str | Path | None, vocab: CompressedVocab, length: int, seed: int
-) -> Stream:
-    """`length` tokens from the second half of a text, where the seed says, and calibration text from the first.
+def text_source(path: str | Path | None, tokenizer: str | Path | None, vocab: CompressedVocab) -> Source:
+    """A whole text; `path` as for `read_text`.
 
     Raises:
-        ValueError: the text is shorter than twice `length` tokens.
-        OSError: the file cannot be read.
+        ValueError: it is not UTF-8.
+        OSError: it cannot be read.
     """
     name, text = read_text(path)
     ids = load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
-    half = len(ids) // 2
-    if half < length:
-        raise ValueError(f"{name} has {len(ids)} tokens: {length} to measure need a text of at least {2 * length}")
-    start = half + int(random.Random(seed).random() * (len(ids) - half - length + 1))
-    compressed = vocab([ids])[0].tolist()
-    return Stream(
-        name=name,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
-        tokens=len(ids),
-        start=start,
-        measured=compressed[start : start + length],
-        calibration=compressed[max(0, half - CALIBRATION_TOKENS) : half],
-    )
+    compressed = vocab([ids])[0].tolist() if ids else []
+    return Source(name, hashlib.sha256(text.encode()).hexdigest(), compressed)
+
+
+def text_stream(
+    path: str | Path | None, tokenizer: str | Path | None, vocab: CompressedVocab, length: int, seed: int
+) -> Stream:
+    """A window of a text: see `text_source` and `Source.window`."""
+    return text_source(path, tokenizer, vocab).window(length, seed)
+
+
+def random_source(name: str, size: int, tokens: int = RANDOM_TOKENS) -> Source:
+    """Independent ids of a vocabulary of `size`: "uniform", or "zipf", where id i is drawn as often as 1/(i + 1).
+
+    The same on every machine, drawn from the generator that Python promises never to change.
+    """
+    draw = random.Random(name).random
+    if name == "uniform":
+        ids = [int(draw() * size) for _ in range(tokens)]
+    else:
+        below = list(accumulate(1.0 / (i + 1) for i in range(size)))
+        ids = [bisect(below, draw() * below[-1]) for _ in range(tokens)]
+    return Source(name, hashlib.sha256(array("q", ids).tobytes()).hexdigest(), ids)

@@ -1,9 +1,8 @@
 """Exact LRU stack distances, compiled: what `engram_toy.stack.stack_depths` returns, over ten times sooner.
 
 What: the same log in, the same depths out, bit for bit.
-Why: every touch of a live value takes the next slot on a time axis, and a depth is the number of taken slots from
-one slot up. Here a machine word holds 64 slots and a Fenwick tree counts the taken slots of the words above, so a
-read costs one popcount and some twenty additions, however deep. A million touches need 200 kB; nothing is compacted.
+Why: every touch of a live value takes the next slot on a time axis (`engram_toy.fast.timeline`), and a depth is the
+number of taken slots from one slot up. A million touches need 200 kB; nothing is compacted.
 """
 
 from __future__ import annotations
@@ -17,23 +16,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engram_toy.fast.timeline import count_from, full_axis, give_up
 from engram_toy.stack import Log, check_log, unfit_returned, unstored_operand
 
 _AHEAD = 16  # instructions; with millions of live values, waiting for memory is half of the time
 # What becomes of the values of an instruction, one bit each.
 _LEFT_DIES, _RIGHT_DIES, _THIRD_DIES, _RESULT_LIVES = 1, 2, 4, 8
-
-
-def _bit_count(typing_context: Any, word: Any) -> Any:
-    """The processor's own count of the set bits of a 64-bit word; numba has no name for it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), generate
-
-
-_popcount: Any = intrinsic(_bit_count)  # called with the word alone; its signature would say otherwise
 
 
 def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
@@ -52,40 +40,6 @@ def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
 
 
 _prefetch: Any = intrinsic(_fetch_soon)
-
-
-@njit(cache=True)
-def _count(words, above, slot):
-    """Count the taken slots from this one up, the untaken ones at the end included."""
-    # Unsigned positions spare every access the test for negative ones.
-    slot, one = np.uint64(slot), np.uint64(1)
-    node = slot >> np.uint64(6)
-    taken = np.int64(_popcount(words[node] >> (slot & np.uint64(63))))
-    node += np.uint64(2)  # nodes are numbered from 1, and the word itself is counted
-    while node < len(above):
-        taken += above[node]
-        node += node & (~node + one)
-    return taken
-
-
-@njit(cache=True)
-def _clear(words, above, slot):
-    """Give up a slot."""
-    slot, one = np.uint64(slot), np.uint64(1)
-    word = slot >> np.uint64(6)
-    words[word] ^= one << (slot & np.uint64(63))
-    node = word + one
-    while node > np.uint64(0):
-        above[node] -= 1
-        node &= node - one
-
-
-def _timeline(slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Words and Fenwick tree of a time axis on which every slot counts as taken: only giving one up writes."""
-    words = np.full(slots // 64 + 1, 2**64 - 1, np.uint64)
-    node = np.arange(len(words) + 1)
-    # Node n counts the words n, n + 1, ... n + lowbit(n) - 1, numbered from 1.
-    return words, (64 * np.minimum(node & -node, len(words) + 1 - node)).astype(np.int32)
 
 
 @njit(cache=True)
@@ -114,14 +68,14 @@ def _fates(inputs, left, right, third, needed, fate):
 @njit(cache=True)
 def _price(value, argument_depth, slot_of, words, above, untaken):
     slot = slot_of[value]
-    return argument_depth[value] if slot < 0 else _count(words, above, slot) - untaken
+    return argument_depth[value] if slot < 0 else count_from(words, above, slot) - untaken
 
 
 @njit(cache=True)
 def _move(value, dies, slot_of, words, above, new):
     """Give up the slot of an operand; take the next one if it lives on. A dying value takes none: nothing can tell."""
     if slot_of[value] >= 0:
-        _clear(words, above, slot_of[value])
+        give_up(words, above, slot_of[value])
     if dies:
         return new
     slot_of[value] = new
@@ -203,7 +157,7 @@ def stack_depths(log: Log, definition: str = "lru") -> array[int]:
         raise unstored_operand(early)
 
     slots = log.inputs + 3 * len(left) + len(log.third)
-    words, above = _timeline(slots)
+    words, above = full_axis(slots)
     slot_of = np.full(len(needed), -1, np.int32 if slots < 2**31 else np.int64)
     live = np.flatnonzero(needed[: log.inputs]) if not two_stack else np.empty(0, np.int64)
     slot_of[live] = np.arange(len(live))

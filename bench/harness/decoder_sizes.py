@@ -1,0 +1,68 @@
+"""Sizes of published dense decoders, as numbers: what a block holds, computes and weighs. Torch is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# As published in the models' config.json; the theta of the rotary embedding is left out, since it costs no time.
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3-4b": dict(
+        model_type="qwen3",
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3",
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+}
+QWEN3_VOCABULARY = 151_936
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of one decoder block with grouped-query attention and a gated feed-forward part."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, size: dict[str, Any]) -> BlockShape:
+        """From the fields of a model's config.json."""
+        return cls(
+            size["hidden_size"],
+            size["intermediate_size"],
+            size["num_attention_heads"],
+            size["num_key_value_heads"],
+            size["head_dim"],
+        )
+
+    def parameters(self) -> int:
+        """Weights of the block's matrices; norms are left out."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)  # Q, O; K, V
+        return attention + 3 * self.hidden * self.intermediate
+
+
+def flops_per_token(shape: BlockShape, blocks: int, context: int) -> int:
+    """Floating-point operations that `blocks` blocks spend on one token.
+
+    A multiplication and an addition are two. Matrix products only: norms, biases, rotation and softmax are left out.
+
+    Args:
+        context: positions that the token attends to, itself included; for a prefill, half its length.
+    """
+    scores_and_values = 2 * shape.heads * shape.head_dim * context
+    return 2 * blocks * (shape.parameters() + scores_and_values)

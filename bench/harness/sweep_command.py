@@ -1,0 +1,93 @@
+"""`bytedmd_toy.py --sweep`: what is to be swept, prices, files, tables."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bench.harness.results import write_unless_same
+from bench.harness.sweep_results import grid_content, sweeps_content
+from bench.harness.sweep_run import Texts, price_all, stream_name
+from bench.harness.sweep_table import report_all
+from bench.harness.sweeps import GRID, GRID_TOKENS, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
+from bench.harness.workloads import MODELS_OF
+from engram_ref import cli
+
+
+def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> None:
+    """Price the sweeps that the options name; write results and figures to --out and print the tables."""
+    journal = options.out / "sweeps.journal"
+    try:
+        with cli.one_line_errors(prog):
+            _run(options, journal, say)
+    except KeyboardInterrupt:
+        kept = f"finished prices are kept in {journal}, the same command continues"
+        print(f"\n{prog}: interrupted; {kept}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
+    names = chosen(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: name a folder")
+    base, models = base_of(options), MODELS_OF[options.preset] if options.model == "both" else (options.model,)
+    texts = Texts(options.text, options.tokenizer)
+    points = [point for name in names if name != GRID for point in points_of(name, base, models, options.quick)]
+    axes = QUICK_AXES if options.quick else Axes()
+    grid_base = replace(base, seq_len=min(base.seq_len, GRID_TOKENS))
+    grid = list(grid_points(grid_base, axes)) if GRID in names else []
+    cases = list(dict.fromkeys(point.case for point in [*points, *grid]))
+    records = price_all(cases, texts, journal, options.jobs, say)
+
+    about = {name: str(value) if (value := getattr(options, name)) else None for name in ("text", "tokenizer")}
+    about["quick"] = options.quick
+    if points:
+        windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
+        content = sweeps_content({**about, "models": list(models), **asdict(base)}, points, records, windows)
+        _write(options.out / "sweeps.json", content, "points", say)
+        _draw(content, options.out, say)
+        print(report_all(content))
+    if grid:
+        window = texts.window(grid_base)
+        content = grid_content({**about, "models": ["engram"], **asdict(grid_base)}, grid_base, axes, records, window)
+        _write(options.out / "grid.json", content, "", say)
+
+
+def chosen(options: Namespace) -> list[str]:
+    """Names of the sweeps in their canonical order.
+
+    Raises:
+        ValueError: a sweep that the model does not have, or the original tracer.
+    """
+    if options.tracer != "own":
+        raise ValueError("--tracer upstream checks single runs: leave out --sweep")
+    of_engram = {"preset", GRID}
+    if options.model == "kv-bank" and (wrong := of_engram.intersection(options.sweep)):
+        raise ValueError(f"sweep {min(wrong)} is of model engram: leave out --model kv-bank")
+    left_out = of_engram if options.model == "kv-bank" else set()
+    return [name for name in NAMES if name in options.sweep or ("all" in options.sweep and name not in left_out)]
+
+
+def base_of(options: Namespace) -> Settings:
+    """The base configuration: what the command line says, all lookups offloaded, every copy right."""
+    same = ("preset", "seq_len", "d_model", "seed", "padding", "bytes_per_element", "definition")
+    known = {name: getattr(options, name) for name in same}
+    return Settings(stream="text", share=1.0, hot=options.hot_share, wrong=0.0, **known)
+
+
+def _write(path: Path, content: dict, rows: str, say: Callable[[str], None]) -> None:
+    written = write_unless_same(path, content, rows)
+    say(f"wrote {path}" if written else f"{path} says the same already")
+
+
+def _draw(content: dict, out: Path, say: Callable[[str], None]) -> None:
+    try:
+        from bench.harness.sweep_figures import draw_all
+    except ImportError:
+        say("no figures: pip install matplotlib draws them")
+        return
+    for path in draw_all(content, out):
+        say(f"wrote {path}")

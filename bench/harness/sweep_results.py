@@ -1,0 +1,84 @@
+"""The results files of sweeps: points in their canonical order, and the grid as nested lists.
+
+What they hold is raw numbers and provenance. Ratios, classes and crossings are computed wherever they are shown
+(`bench.harness.sweep_table`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from bench.harness.results import environment, git_commit
+from bench.harness.streams import Stream
+from bench.harness.sweep_run import code_sha256, stream_name
+from bench.harness.sweeps import GRID_VARIANTS, SWEEPS, Axes, Case, Point, Settings, grid_case
+
+SCHEMA_VERSION = 1
+
+
+def sweeps_content(
+    configuration: dict[str, Any], points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
+) -> dict[str, Any]:
+    """The content of sweeps.json."""
+    names = dict.fromkeys(point.sweep for point in points)
+    return {
+        **_provenance("bytedmd_sweeps", configuration),
+        "streams": {name: _stream(window) for name, window in windows.items()},
+        "sweeps": {
+            name: {
+                "setting": SWEEPS[name].setting,
+                "values": list(dict.fromkeys(point.value for point in points if point.sweep == name)),
+            }
+            for name in names
+        },
+        "points": [_point(point, records[point.case]) for point in points],
+    }
+
+
+def _point(point: Point, record: dict[str, Any]) -> dict[str, Any]:
+    case = point.case
+    names = {"model": case.model, "boundary": case.boundary, "variant": case.variant}
+    return {"sweep": point.sweep, "value": point.value, **names, "stream": stream_name(case.settings), **record}
+
+
+def grid_content(
+    configuration: dict[str, Any], base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
+) -> dict[str, Any]:
+    """The content of grid.json: prices[variant][padding][share][hot][compute]."""
+
+    def record(p: int, s: float, h: float, c: int, variant: str) -> Any:
+        return records[grid_case(base, p, s, h, c, variant)]
+
+    def nested(variant: str) -> list[Any]:
+        return [
+            [[[record(p, s, h, c, variant)["cost"] for c in axes.compute] for h in axes.hot] for s in axes.share]
+            for p in axes.padding
+        ]
+
+    some = (axes.padding[0], axes.compute[0])
+    return {
+        **_provenance("bytedmd_grid", configuration),
+        "stream": _stream(window),
+        "axes": {name: list(values) for name, values in asdict(axes).items()},
+        "share_below": [
+            [record(some[0], s, h, some[1], "offload_hot")["share_below"] for h in axes.hot] for s in axes.share
+        ],
+        "prices": {name: nested(variant) for name, variant in GRID_VARIANTS.items()},
+    }
+
+
+def _provenance(benchmark: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": benchmark,
+        "configuration": configuration,
+        "environment": environment(),
+        "git": git_commit(),
+        "code_sha256": code_sha256(),
+    }
+
+
+def _stream(window: Stream) -> dict[str, Any]:
+    return {"name": window.name, "sha256": window.sha256, "tokens": window.tokens, "start": window.start}

@@ -1,0 +1,154 @@
+"""What reading a table of published size costs under ByteDMD, row by row and exactly, on real index streams.
+
+    python bench/production.py                 about five minutes on two cores; writes out/production/results.json
+    python bench/production.py --quick         a small version in seconds
+    python bench/production.py --part hot      one part only: scale, hot, place, whole_model
+
+A toy of 10^6 values is not a table of 196 B parameters. Here the standard library's sources go through DeepSeek's
+tokenizer and the hash of each published table, and every row that they name is priced on one LRU stack of rows.
+
+  scale        demo, paper-27b, paper-40b, v41-flash at 10^5 and 10^6 tokens and all of the text; real text against
+               independent uniform and Zipf ids: price per token, depths, reuse
+  hot          tiers of 0.1 to 10 % of all rows, chosen on the first half of the text, charged on the second
+  place        the lookups alone, the table above or below so many bytes that nobody reads
+  whole_model  the rows beside the weights of Dense-4B, Dense-8B and V4.1-Flash, as a function of tokens per step, up to
+               the step in which they cost 3 % of the model
+
+Each in two layouts: held live, the whole table on the stack throughout; and compacted, ByteDMD's own rule, by which a
+row that is not read again occupies nothing. Prices are integers and the same on every machine; a run that is killed
+continues where it stopped. How fast this is: python bench/row_speed.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.harness.journal import Journal
+from bench.harness.parallel import in_parallel
+from bench.harness.results import environment, git_commit, write_unless_same
+from bench.harness.row_cases import Case, price_case, source
+from bench.harness.row_table import report
+from bench.harness.sweep_run import code_sha256
+from bench.harness.whole_model import MODELS
+from engram_ref import cli
+
+PROG = "production"
+SCHEMA_VERSION = 1
+TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
+PARTS = ("scale", "hot", "place", "whole_model")
+TEXT = "python-stdlib"
+HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
+PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
+STEP_TOKENS = (1, 8, 64, 512, 4096, 32_768, 131_072)
+QUICK_TOKENS = 20_000
+# The code that decides a price; what a finished case is filed under.
+PRICING_CODE = (
+    "engram_ref/config.py", "engram_ref/hashing*.py", "engram_ref/vocab.py", "engram_toy/stack.py",
+    "engram_toy/fast/*.py", "bench/harness/decoder_sizes.py", "bench/harness/row_cases.py",
+    "bench/harness/streams.py", "bench/harness/token_batches.py", "bench/harness/whole_model.py",
+)  # fmt: skip
+
+
+def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
+    """Every case of these parts, in the order of the results."""
+    million, steps_of = 10**6, 1 << 18
+    cases = [Case("scale", table, tokens=tokens) for table in TABLES for tokens in (10**5, million, None)]
+    cases += [Case("scale", table, stream, million) for table in TABLES for stream in ("uniform", "zipf")]
+    cases += [Case("hot", table, values=HOT_SHARES) for table in TABLES]
+    cases += [Case("place", table, tokens=million, values=PADDINGS) for table in TABLES]
+    cases += [
+        Case("whole_model", model, stream, steps_of, mode, tokens)
+        for model in MODELS
+        for mode in ("decode", "prefill")
+        for stream in (TEXT, "uniform")
+        for tokens in STEP_TOKENS
+    ]
+    if quick:
+        small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)
+        cases = list(dict.fromkeys(case for case in small if case.tokens_per_step <= 4096))
+    return [case for case in cases if case.part in parts]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--part", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=f"{', '.join(PARTS)} (default: all)")
+    add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    add("--out", type=Path, default=Path("out/production"), metavar="DIR", help="results.json goes here")
+    add("--quick", action="store_true", help=f"{QUICK_TOKENS:,} tokens of everything")
+    return parser.parse_args(argv)
+
+
+def say(message: str) -> None:
+    """Progress, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def keys_of(cases: list[Case]) -> dict[Case, str]:
+    """What each case is filed under: a digest of all that its prices depend on."""
+    code = [code_sha256(PRICING_CODE), platform.python_version(), platform.machine()]
+    texts = {case.stream: source(case.stream, case.tokens).sha256 for case in cases}
+    return {
+        case: hashlib.sha256(json.dumps([*code, texts[case.stream], asdict(case)]).encode()).hexdigest()[:32]
+        for case in cases
+    }
+
+
+def price_all(cases: list[Case], journal: Path, processes: int) -> list[dict[str, Any]]:
+    """The records of all cases in their order: those of the journal, and the missing ones priced."""
+    keys = keys_of(cases)
+    with Journal(journal) as done:
+        missing = [case for case in cases if keys[case] not in done.found]
+        if len(missing) < len(cases):
+            say(f"{len(cases) - len(missing)} of {len(cases)} cases are in {journal}")
+        missing.sort(key=lambda case: case.tokens or sys.maxsize, reverse=True)
+        began = time.monotonic()
+        for count, (place, records) in enumerate(in_parallel(price_case, missing, processes), start=1):
+            case = missing[place]
+            done.add({keys[case]: {"records": records}})
+            what = f"{case.part} {case.table} {case.stream} {case.mode} {case.tokens_per_step}"
+            say(f"case {count:3d}/{len(missing)}  {what:<55} {time.monotonic() - began:6.0f} s")
+        return [record for case in cases for record in done.found[keys[case]]["records"]]
+
+
+def main() -> None:
+    """The command."""
+    options = parse()
+    journal = options.out / "production.journal"
+    try:
+        with cli.one_line_errors(PROG):
+            if options.out.exists() and not options.out.is_dir():
+                raise ValueError(f"--out {options.out} is a file: name a folder")
+            parts = [part for part in PARTS if part in options.part]
+            results = {
+                "schema_version": SCHEMA_VERSION,
+                "benchmark": PROG,
+                "configuration": {"parts": parts, "quick": options.quick},
+                "environment": environment(),
+                "git": git_commit(),
+                "records": price_all(cases_of(parts, options.quick), journal, options.jobs),
+            }
+            path = options.out / "results.json"
+            written = write_unless_same(path, results, "records")
+            say(f"wrote {path}" if written else f"{path} says the same already")
+    except KeyboardInterrupt:
+        say(f"\n{PROG}: interrupted; finished cases are kept in {journal}, the same command continues")
+        sys.exit(130)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,233 @@
+"""The exact ByteDMD price of reading rows of a real table, at row granularity: tens of millions of reads in seconds.
+
+    reads = linker.finish()                                     # engram_toy.fast.links
+    priced = price_rows(reads, start(reads, held=True), row_bytes=264)
+    priced.total, priced.reads, priced.cost                     # price; reads and price by depth, first and later ones
+
+What: one LRU stack of rows, each a block of `row_bytes` bytes. One instruction reads a whole row, so a row at depth d
+occupies the bytes (d - 1)*b + 1 .. d*b and costs S(d*b) - S((d - 1)*b), which is what `engram_toy.bytedmd` charges for
+one value of b bytes. Read value by value instead, each byte would be charged ceil(sqrt(d*b)): `by_value` sums that.
+
+Where rows lie at first is a `Start`: the whole table, live from the first read to the last (held live: something else
+may still want any row), or only what this text reads, and only until its last read (compacted: ByteDMD's own liveness,
+in which a row that is never read again occupies nothing). A hot tier starts above the rest.
+
+A model around the table reads its weights once a step. Between two steps they all come to lie above every row, so
+`between_steps` bytes are added to the depth of a row whose last read was in another step, or that was never read. A
+table that starts `on_top` of those weights is spared them in the first step, and only there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from engram_toy.fast.links import RowReads
+from engram_toy.fast.timeline import axis_of, count_from, full_axis, give_up, settle
+
+BINS = 64  # powers of two of depth in bytes
+MOST_BYTES = 1 << 41  # depths beyond this overflow the closed form in 64 bits
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where rows lie before the first read.
+
+    Attributes:
+        rank: int32 [distinct]; place of each row that is read, among those, from the bottom of the stack.
+        buried: int64 [distinct]; rows above each that are never read, but live.
+        held: every row is live to the end; else until its last read.
+    """
+
+    rank: np.ndarray
+    buried: np.ndarray
+    held: bool
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What a stream of reads costs.
+
+    Attributes:
+        total: price of all reads.
+        by_value: the same, if every value of a row were read by an instruction of its own, a byte each.
+        reads, cost: int64 [2, BINS]; first reads of a row and later ones, by depth: bin b is 2^b .. 2^(b+1) - 1 bytes.
+        steps: int64 [steps]; price of each step.
+        depths: int64, depth in bytes of the deepest byte of each read; empty unless asked for.
+    """
+
+    total: int
+    by_value: int
+    reads: np.ndarray
+    cost: np.ndarray
+    steps: np.ndarray
+    depths: np.ndarray
+
+
+def start(reads: RowReads, held: bool, hot: np.ndarray | None = None) -> Start:
+    """The table in the order of its rows, the last on top; the rows of a hot tier, in the same order, above all others.
+
+    Args:
+        held: the whole table is live to the end; else only rows that are read, and until their last read.
+        hot: int64, ascending; rows of the tier, read or not, numbered over all layers. None for no tier.
+
+    Raises:
+        ValueError: hot rows that do not ascend, or are not of this table.
+    """
+    rows = reads.rows
+    if hot is None or not len(hot):
+        places = np.arange(len(rows))
+        idle = (reads.table_rows - 1 - rows) - (len(rows) - 1 - places)
+        return Start(places.astype(np.int32), idle * held, held)
+    if hot[0] < 0 or hot[-1] >= reads.table_rows or np.any(hot[1:] <= hot[:-1]):
+        raise ValueError(f"hot rows must ascend within 0 .. {reads.table_rows - 1}")
+    hot_below = np.searchsorted(hot, rows)  # hot rows under each row
+    is_hot = np.zeros(len(rows), np.bool_)
+    is_hot[hot_below < len(hot)] = hot[hot_below[hot_below < len(hot)]] == rows[hot_below < len(hot)]
+    hot_read = np.cumsum(is_hot)  # up to and with each row
+    cold_read = np.arange(1, len(rows) + 1) - hot_read
+    all_hot, all_cold = int(is_hot.sum()), len(rows) - int(is_hot.sum())
+    rank = np.where(is_hot, all_cold + hot_read - 1, cold_read - 1).astype(np.int32)
+    if not held:
+        return Start(rank, np.zeros(len(rows), np.int64), held)
+    hot_above = len(hot) - hot_below - is_hot
+    cold_above = reads.table_rows - 1 - rows - hot_above
+    idle_hot = np.where(is_hot, hot_above - (all_hot - hot_read), len(hot) - all_hot)
+    idle_cold = np.where(is_hot, 0, cold_above - (all_cold - cold_read))
+    return Start(rank, idle_hot + idle_cold, held)
+
+
+def price_rows(
+    reads: RowReads,
+    begin: Start,
+    row_bytes: int,
+    between_steps: int = 0,
+    on_top: bool = False,
+    keep_depths: bool = False,
+) -> Priced:
+    """Price a stream of row reads.
+
+    Args:
+        begin: where the rows lie before the first read.
+        row_bytes: of one row.
+        between_steps: bytes read between two steps and live throughout; above every row that was not read since.
+        on_top: the table starts above those bytes; else below them.
+        keep_depths: return the depth of every read, too.
+
+    Raises:
+        ValueError: fewer than one byte a row, or a stack deeper than 2^41 bytes.
+    """
+    deepest = reads.table_rows * row_bytes + between_steps
+    if row_bytes < 1 or between_steps < 0 or deepest > MOST_BYTES:
+        raise ValueError(f"a stack of {deepest:,} bytes, {row_bytes} a row: give 1 byte or more, up to 2^41 in all")
+    count = len(reads.links)
+    if begin.held:
+        words, above = full_axis(count)
+        ahead = 64 * len(words)
+    else:
+        words, above = axis_of(_read_again(reads.links))
+        ahead = count - len(reads.rows)  # every read but the first ones was promised by the one before
+    untouched, untouched_above = axis_of(np.full(len(reads.rows), True))
+    steps = np.zeros(-(-count // max(1, reads.step_reads)), np.int64)
+    tallies = np.zeros((2, BINS), np.int64), np.zeros((2, BINS), np.int64)
+    depths = np.empty(count if keep_depths else 0, np.int64)
+    by_value = _price(
+        reads.links, begin.rank, begin.buried, words, above, ahead, untouched, untouched_above,
+        reads.step_reads, row_bytes, between_steps, on_top, *tallies, steps, depths,
+    )  # fmt: skip
+    return Priced(sum(steps.tolist()), by_value, *tallies, steps, depths)
+
+
+@njit(cache=True)
+def _read_again(links):
+    """Whether the row of each read is read once more later."""
+    again = np.zeros(len(links), np.bool_)
+    for link in links:
+        if link >= 0:
+            again[link] = True
+    return again
+
+
+@njit(cache=True)
+def _cumulative_price(n):
+    """Sum of ceil(sqrt(i)) over i = 1 .. n; `engram_toy.stack.cumulative_price`."""
+    m = _ceil_root(n)
+    return m * (6 * n - 2 * m * m + 3 * m - 1) // 6
+
+
+@njit(cache=True)
+def _ceil_root(n):
+    """The least m with m*m >= n; the floating-point root is at most one off below 2^52."""
+    m = np.int64(np.sqrt(np.float64(n)))
+    if m * m < n:
+        m += 1
+    elif (m - 1) * (m - 1) >= n > 0:
+        m -= 1
+    return m
+
+
+@njit(cache=True)
+def _bin(n):
+    """Position of the highest set bit."""
+    b = 0
+    for half in (32, 16, 8, 4, 2, 1):
+        if n >> half:
+            n, b = n >> half, b + half
+    return b
+
+
+@njit(cache=True, nogil=True)
+def _price(
+    links, rank, buried, words, above, ahead, untouched, untouched_above,
+    step_reads, row_bytes, between_steps, on_top, reads, cost, steps, depths,
+):  # fmt: skip
+    """Price every read into the tallies. `ahead` counts the taken slots from the read in hand on, which is to come.
+
+    A slot of the time axis is a read. From the start a slot counts as taken if its row stays on the stack after that
+    read: then nothing has to be written when it comes, and only leaving is. The heads of an n-gram that is seen again
+    were read one after the other before, too: along such a run the count of taken slots goes down by one, and the tree
+    is told of what left a word at once.
+    """
+    by_value, live, step, step_begins = 0, 0, 0, 0
+    run, taken, word, given_up = -2, 0, 0, 0
+    one = np.uint64(1)
+    for read in range(len(links)):
+        if read - step_begins == step_reads:
+            step, step_begins = step + 1, read
+        link = links[read]
+        if link < 0:
+            place = -1 - link
+            rows = live + buried[place] + count_from(untouched, untouched_above, rank[place])
+            give_up(untouched, untouched_above, rank[place])
+        else:
+            if link == run + 1:
+                taken -= 1
+            else:
+                settle(above, word, given_up)
+                given_up = 0
+                taken = count_from(words, above, link)
+            if link >> 6 != word:
+                settle(above, word, given_up)
+                word, given_up = link >> 6, 0
+            words[word] ^= one << np.uint64(link & 63)
+            run, given_up, live = link, given_up + 1, live - 1
+            rows = taken - ahead
+        stays = np.int64((words[read >> 6] >> np.uint64(read & 63)) & one)
+        live, ahead = live + stays, ahead - stays
+        deepest = rows * row_bytes
+        if link < step_begins and not (on_top and step == 0):
+            deepest += between_steps
+        root = _ceil_root(deepest)
+        price = row_bytes * root
+        by_value += price
+        if (root - 1) * (root - 1) > deepest - row_bytes:  # the bytes of the row do not all cost the same
+            price = _cumulative_price(deepest) - _cumulative_price(deepest - row_bytes)
+        steps[step] += price
+        later, b = np.int64(link >= 0), _bin(deepest)
+        reads[later, b] += 1
+        cost[later, b] += price
+        if len(depths):
+            depths[read] = deepest
+    return by_value
