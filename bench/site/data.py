@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.figures import source
+from bench.harness.row_table import crossing_of, row_share, select
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
+from bench.harness.whole_model import MODELS
 from bench.site.stack_story import as_data
 
 GRID_AXES = ("padding", "share", "hot", "compute")
+_CURVE = ("table", "mode", "stream", "layout")  # what makes a line of the second panel
 GRID_VARIANTS = ("resident", "offload_naive", "offload_prefetch")
 
 
@@ -26,6 +29,7 @@ def grid_script(results: Path) -> str:
         check_grid(grid)
         thresholds = {"strong_below": STRONG_BELOW, "win_up_to": WIN_UP_TO, "loss_above": LOSS_ABOVE}
         kept = {"axes": grid["axes"], "prices": {name: grid["prices"][name] for name in GRID_VARIANTS}}
+        kept |= {"share_below": grid["share_below"], "stream": grid["stream"]}
         grid = {**kept, "thresholds": thresholds, "source": source(grid)}
     return _script("engramGrid", grid, "bench/results/bytedmd_grid.json")
 
@@ -49,16 +53,34 @@ def _check_level(where: str, prices: Any, lengths: list[int]) -> None:
 
 
 def whole_model_script(results: Path) -> str:
-    """Share of a step's price against tokens per step, for the second panel of the page "Explore"."""
+    """Price of the rows against that of a model's weights, for the second panel of the page "Explore"."""
     production = _load(results / "production.json")
-    curves = None
-    if production is not None and "whole_model" in production:
-        curves = {
-            "whole_model": production["whole_model"],
-            "claim": WALL_TIME_CLAIM,
-            "source": source(production),
-        }
-    return _script("engramWholeModel", curves, "bench/results/production.json")
+    content = None
+    if production is not None and (found := curves(production)):
+        content = {"whole_model": found, "claim": WALL_TIME_CLAIM, "source": source(production)}
+    return _script("engramWholeModel", content, "bench/results/production.json")
+
+
+def curves(production: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line per model, kind of step, text and layout: the share by tokens per step, and where it crosses 3 %."""
+    records = select(production, part="whole_model")
+    keys = dict.fromkeys(tuple(record[key] for key in _CURVE) for record in records)
+    return [_curve(select(production, part="whole_model", **dict(zip(_CURVE, key)))) for key in keys]
+
+
+def _curve(line: list[dict[str, Any]]) -> dict[str, Any]:
+    first = line[0]
+    model = MODELS[first["table"]]
+    tokens, shares = [record["tokens_per_step"] for record in line], [row_share(record) for record in line]
+    parameters = first["table_rows"] * model.table.row_width
+    return {
+        "model": model.name,
+        "table": f"{parameters / 1e9:.0f} B parameters",
+        **{key: first[key] for key in ("mode", "stream", "layout")},
+        "tokens": tokens,
+        "share": shares,
+        "crossing_3_percent": crossing_of(tokens, shares),
+    }
 
 
 def stories_script() -> str:

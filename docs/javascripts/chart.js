@@ -2,7 +2,7 @@
 //
 //   EngramChart.draw(element, { series, lines, ticks, xTitle, yTitle, current, label, format, tick })
 //
-// series  [{ name, style: 1|2|3, points: [{ at: 0..1, value }] }]     at: the place on the x axis
+// series  [{ name, style: 1|2|3|4, points: [{ at: 0..1, value }] }]     at: the place on the x axis
 // lines   [{ value, label }]                                        horizontal, dashed
 // ticks   [{ at: 0..1, label }]                                     of the x axis
 // current 0..1 or null                                              a vertical line at the point that is shown
@@ -42,6 +42,7 @@
     1: (x, y) => node("circle", { cx: x, cy: y, r: 4.5 }),
     2: (x, y) => node("rect", { x: x - 4, y: y - 4, width: 8, height: 8 }),
     3: (x, y) => node("path", { d: `M${x} ${y - 5.5}l5 9h-10z` }),
+    4: (x, y) => node("path", { d: `M${x} ${y - 6}l6 6l-6 6l-6-6z` }),
   };
 
   function draw(element, chart) {

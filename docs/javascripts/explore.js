@@ -80,12 +80,14 @@
     const figures = make("dl", {},
       make("div", {}, make("dt", {}, "prefetch / resident"), prefetch),
       make("div", {}, make("dt", {}, "naive / resident"), naive));
-    const readout = make("div", { class: "readout", "aria-live": "polite" }, make("p", {}, badge, reason), figures);
+    const below = make("p", { class: "below" });
+    const readout = make("div", { class: "readout", "aria-live": "polite" }, make("p", {}, badge, reason), figures, below);
     const chart = make("div", { class: "chart-box" });
     const table = make("table", {});
     const details = make("details", {}, make("summary", {}, "The chart as a table"), table);
     const link = make("a", {}, "Link to this state");
-    root.replaceChildren(form, readout, chart, details, make("p", { class: "share" }, link));
+    root.replaceChildren(form, readout, chart, details, make("p", {}, link,
+      ` · ${count(grid.stream.tokens)} tokens of ${grid.stream.name}`));
 
     function show() {
       for (const axis of AXES) {
@@ -101,6 +103,8 @@
       reason.textContent = ` ${why}`;
       prefetch.textContent = times(ratios.prefetch);
       naive.textContent = times(ratios.naive);
+      const reads = grid.share_below[places.share][places.hot];
+      below.textContent = `With this share and hot tier ${percent(reads)} of the lookups go to rows below the padding.`;
       link.href = address();
       Object.assign(root.dataset, { prefetch: ratios.prefetch, naive: ratios.naive, label, axis: moved });
       drawChart();

@@ -1,4 +1,4 @@
-// Second panel of "Explore": Engram's share of the price of a whole step, against tokens per step.
+// Second panel of "Explore": the price of a step's rows against that of the model's weights, by tokens per step.
 //
 // Data: window.engramWholeModel (docs/assets/whole_model.js), or null, and then nothing is shown.
 (function () {
@@ -16,25 +16,28 @@
     return made;
   }
 
+  // A choice, where there is one.
   function choice(key, title) {
     const values = [...new Set(data.whole_model.map((curve) => curve[key]))];
     const select = make("select", { id: `whole-${key}` }, ...values.map((value) => make("option", { value }, value)));
     select.addEventListener("change", show);
-    return { select, field: make("div", { class: "control" }, make("label", { for: `whole-${key}` }, title), select) };
+    const field = make("div", { class: "control" }, make("label", { for: `whole-${key}` }, title), select);
+    field.hidden = values.length < 2;
+    return { select, field, fits: (curve) => curve[key] === select.value };
   }
 
-  const mode = choice("mode", "Step");
-  const layout = choice("layout", "Stack");
+  const choices = [choice("mode", "Step"), choice("stream", "Text"), choice("layout", "Stack")];
   const chart = make("div", { class: "chart-box" });
   const crossings = make("ul", { class: "crossings", "aria-live": "polite" });
   root.append(
     make("h2", { id: "the-whole-model" }, "The whole model"),
-    make("p", {}, "At production scale the denominator is a forward pass. Every active weight is read once per step, "
-      + "whatever the batch, and every token adds its rows. The line is the paper's claim, read as a share of the price."),
-    make("form", { class: "controls" }, mode.field, layout.field), chart, crossings);
+    make("p", {}, "At production scale the denominator is a forward pass. A step reads every active weight once, whatever "
+      + "the batch, and every token adds its rows, which lie below the weights. Weights are priced from below and nothing "
+      + "else is, so that a model pays less than this for its rows. The line is the paper's claim, read as a share."),
+    make("form", { class: "controls" }, ...choices.map((one) => one.field)), chart, crossings);
 
   function show() {
-    const curves = data.whole_model.filter((c) => c.mode === mode.select.value && c.layout === layout.select.value);
+    const curves = data.whole_model.filter((curve) => choices.every((one) => one.fits(curve)));
     crossings.replaceChildren(...(curves.length ? curves.map(crossing) : [make("li", {}, "Not computed.")]));
     if (!curves.length) return chart.replaceChildren();
     const all = curves.flatMap((curve) => curve.tokens);
@@ -45,19 +48,19 @@
       ticks.push({ at: at(10 ** power), label: count(10 ** power) });
     window.EngramChart.draw(chart, {
       series: curves.map((curve, number) => ({
-        name: `${curve.model}, ${curve.table}`, style: 1 + (number % 3),
+        name: `${curve.model}, ${curve.table}`, style: 1 + (number % 4),
         points: curve.tokens.map((tokens, place) => ({ at: at(tokens), value: curve.share[place] })),
       })),
       lines: [{ value: data.claim, label: `${percent(data.claim)} claimed` }],
-      ticks, xTitle: "tokens per step", yTitle: "share of the price", current: null, format: percent, tick: percent,
-      label: "Engram's share of the price of a step against tokens per step; the list below names the crossings.",
+      ticks, xTitle: "tokens per step", yTitle: "price of the rows / price of the weights", current: null, format: percent, tick: percent,
+      label: "Price of the rows against that of the weights, by tokens per step; the list below names the crossings.",
     });
   }
 
   function crossing(curve) {
     const where = curve.crossing_3_percent;
-    const text = where === null ? `stays under ${percent(data.claim)} in the range shown` : `reaches ${percent(data.claim)} at ${count(where)} tokens per step`;
-    return make("li", {}, make("strong", {}, `${curve.model}, ${curve.table}`), `: ${text}.`);
+    const text = where === null ? `stays under ${percent(data.claim)} in the range shown.` : `reaches ${percent(data.claim)} at about ${count(+where.toPrecision(3))} tokens per step, interpolated.`;
+    return make("li", {}, make("strong", {}, `${curve.model}, ${curve.table}`), `: ${text}`);
   }
 
   root.hidden = false;

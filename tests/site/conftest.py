@@ -39,7 +39,7 @@ def site(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     results = tmp_path_factory.mktemp("results")
     (results / "bytedmd_grid.json").write_text(json.dumps(synthetic.grid()), encoding="utf-8")
-    (results / "production.json").write_text(json.dumps(synthetic.whole_model()), encoding="utf-8")
+    (results / "production.json").write_text(json.dumps(synthetic.production()), encoding="utf-8")
     (folder / "assets" / "grid.js").write_text(data.grid_script(results), encoding="utf-8")
     (folder / "assets" / "whole_model.js").write_text(data.whole_model_script(results), encoding="utf-8")
     return folder

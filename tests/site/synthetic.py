@@ -28,23 +28,23 @@ def grid() -> dict[str, Any]:
         ]
         for name, extra in extras.items()
     }
-    return {"axes": AXES, "prices": prices}
+    below = [[share * (1 - hot) for hot in AXES["hot"]] for share in AXES["share"]]
+    stream = {"name": "made up", "sha256": "0" * 64, "tokens": 32, "start": 0}
+    return {"axes": AXES, "prices": prices, "share_below": below, "stream": stream}
 
 
-def whole_model() -> dict[str, Any]:
-    """The part of the production results that the second panel draws."""
-    tokens = [1, 10, 100, 1000, 10_000, 100_000]
-    curves = []
-    for model, base, crossing in (
-        ("Dense-4B", 1e-6, 30_000.0),
-        ("Dense-8B", 4e-7, 75_000.0),
-        ("V4.1-Flash", 2e-7, None),
-    ):
-        for mode in ("decode", "prefill"):
-            for layout in ("held live", "compacted"):
-                share = [base * n / (1 + base * n) * (0.5 if layout == "compacted" else 1) for n in tokens]
-                curves.append(
-                    {"model": model, "mode": mode, "table": "paper", "layout": layout, "tokens": tokens, "share": share,
-                     "crossing_3_percent": crossing}
-                )  # fmt: skip
-    return {"whole_model": curves}
+def production() -> dict[str, Any]:
+    """The records of `bench/production.py` that the second panel draws: the more tokens, the dearer the rows."""
+    records = [
+        {
+            "part": "whole_model", "table": table, "mode": mode, "stream": stream, "layout": layout,
+            "tokens_per_step": tokens, "steps": 4, "table_rows": rows, "weights_step_price": 10**12,
+            "offload_naive": 4 * tokens * cost // (2 if layout == "compacted" else 1),
+        }
+        for table, rows, cost in (("dense-4b", 1_250_000_000, 10**6), ("v41-flash", 768_022_850, 10**4))
+        for mode in ("decode", "prefill")
+        for stream in ("text", "uniform")
+        for layout in ("held live", "compacted")
+        for tokens in (1, 1000, 100_000)
+    ]  # fmt: skip
+    return {"records": [*records, {"part": "hot"}]}

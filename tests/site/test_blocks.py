@@ -22,7 +22,7 @@ def content(script: str):
 @pytest.fixture
 def results(tmp_path):
     (tmp_path / "bytedmd_grid.json").write_text(json.dumps(synthetic.grid()), encoding="utf-8")
-    (tmp_path / "production.json").write_text(json.dumps(synthetic.whole_model()), encoding="utf-8")
+    (tmp_path / "production.json").write_text(json.dumps(synthetic.production()), encoding="utf-8")
     return tmp_path
 
 
@@ -30,13 +30,29 @@ def test_scripts_hold_the_results(results):
     grid = content(data.grid_script(results))
     assert (grid["axes"], grid["prices"]) == (synthetic.grid()["axes"], synthetic.grid()["prices"])
     assert grid["thresholds"] == {"strong_below": 2, "win_up_to": 5, "loss_above": 20}
-    assert content(data.whole_model_script(results))["whole_model"] == synthetic.whole_model()["whole_model"]
+    assert content(data.whole_model_script(results))["whole_model"] == data.curves(synthetic.production())
+
+
+def test_curves_are_the_records_by_tokens_per_step():
+    found = data.curves(synthetic.production())
+    assert len(found) == 16
+    assert found[0] == {
+        "model": "Dense-4B",
+        "table": "100 B parameters",
+        "mode": "decode",
+        "stream": "text",
+        "layout": "held live",
+        "tokens": [1, 1000, 100_000],
+        "share": [1e-6, 1e-3, 0.1],
+        "crossing_3_percent": pytest.approx(30_000),
+    }
+    assert found[-1]["model"] == "V4.1-Flash" and found[-1]["crossing_3_percent"] is None
 
 
 def test_missing_results_are_null(tmp_path):
     assert content(data.grid_script(tmp_path)) is None
     assert content(data.whole_model_script(tmp_path)) is None
-    (tmp_path / "production.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "production.json").write_text('{"records": []}', encoding="utf-8")
     assert content(data.whole_model_script(tmp_path)) is None
 
 

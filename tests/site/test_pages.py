@@ -122,8 +122,8 @@ def test_no_page_is_wider_than_the_screen(visited, page, width):
 
 def test_the_whole_model_panel_names_the_crossings(visited):
     text = visited[1][("explore.html", "whole", 360)]["text"]
-    assert "Dense-4B, paper: reaches 3 % at 30,000 tokens per step" in text
-    assert "V4.1-Flash, paper: stays under 3 % in the range shown" in text
+    assert "Dense-4B, 100 B parameters: reaches 3 % at about 30,000 tokens per step" in text
+    assert "V4.1-Flash, 197 B parameters: stays under 3 % in the range shown" in text
 
 
 def test_explore_works_from_a_folder_and_without_whole_model_data(site, browser):
