@@ -22,6 +22,7 @@ _COMMANDS = [
     ("make bench-layer", "Gather, convolution, layer, construction, cold reads against what others do", "", None),
     ("make speed", "Speed of hashing and of pricing", "", None),
     ("python bench/fill_docs.py", "Write the figures of these pages from the committed results", "", None),
+    ("make site", "This site as files: open `site/index.html`, no server needed", "", None),
     ("make test", "The whole suite", "", None),
     ("make check", "Formatter, linter, types, and this site, strictly", "", None),
 ]

@@ -29,7 +29,11 @@ def grid_script(results: Path) -> str:
         check_grid(grid)
         thresholds = {"strong_below": STRONG_BELOW, "win_up_to": WIN_UP_TO, "loss_above": LOSS_ABOVE}
         kept = {"axes": grid["axes"], "prices": {name: grid["prices"][name] for name in GRID_VARIANTS}}
-        kept |= {"share_below": grid["share_below"], "stream": grid["stream"]}
+        kept |= {
+            "share_below": grid["share_below"],
+            "stream": grid["stream"]["name"],
+            "tokens": grid["configuration"]["seq_len"],
+        }
         grid = {**kept, "thresholds": thresholds, "source": source(grid)}
     return _script("engramGrid", grid, "bench/results/bytedmd_grid.json")
 

@@ -87,7 +87,7 @@
     const details = make("details", {}, make("summary", {}, "The chart as a table"), table);
     const link = make("a", {}, "Link to this state");
     root.replaceChildren(form, readout, chart, details, make("p", {}, link,
-      ` · ${count(grid.stream.tokens)} tokens of ${grid.stream.name}`));
+      ` · ${count(grid.tokens)} tokens of ${grid.stream}`));
 
     function show() {
       for (const axis of AXES) {

@@ -32,8 +32,8 @@
   root.append(
     make("h2", { id: "the-whole-model" }, "The whole model"),
     make("p", {}, "At production scale the denominator is a forward pass. A step reads every active weight once, whatever "
-      + "the batch, and every token adds its rows, which lie below the weights. Weights are priced from below and nothing "
-      + "else is, so that a model pays less than this for its rows. The line is the paper's claim, read as a share."),
+      + "the batch, and every token adds its rows, which lie below the weights. Weights are priced from below and "
+      + "activations are free, so the true share is smaller. The line is the paper's claim, read as a share of the price."),
     make("form", { class: "controls" }, ...choices.map((one) => one.field)), chart, crossings);
 
   function show() {
