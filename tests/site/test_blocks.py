@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -130,6 +131,32 @@ def test_the_start_page_says_what_was_measured():
     assert classify(ratio, None).label in verdict_figure(results)
     results["runs"][0]["cost"] *= 2
     assert verdict_sentence(results) != verdict_sentence(load("bytedmd_toy"))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("scheme", "page"), [("default", "#ffffff"), ("slate", "#1e2129")])
+def test_colours_can_be_read(scheme, page):
+    """Text at 4.5 : 1 on what it stands on, lines of charts at 3 : 1, as WCAG AA asks."""
+    style = (FOLDER.parents[1] / "docs/stylesheets/site.css").read_text(encoding="utf-8")
+    block = re.search(rf'\[data-md-color-scheme="{scheme}"\] \{{(.*?)\}}', style, re.DOTALL)
+    assert block
+    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", block.group(1)))
+    for label in ("win", "inconclusive", "loss"):
+        assert contrast(colour[label], colour[f"{label}-back"]) >= 4.5
+    assert min(contrast(colour["quiet"], colour["soft"]), contrast(colour["quiet"], page)) >= 4.5
+    assert all(contrast(colour[f"style-{number}"], page) >= 3 for number in (1, 2, 3, 4))
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
 
 
 def test_bars_stay_in_their_track():
