@@ -24,6 +24,8 @@ from itertools import chain
 
 from engram_toy.stack import Log, check_definition
 
+_STRETCH = 256  # instructions
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -88,78 +90,75 @@ def first_reads(log: Log, depths: Sequence[int], definition: str = "lru") -> Fir
         ValueError: an unknown definition.
     """
     check_definition(definition)
-    places, inputs, instructions = array("q"), array("i"), array("i")
-    unseen = bytearray(b"\1") * log.inputs + bytes(len(log.left)) + b"\0"  # the last for absent operands, -1
-    third = log.third
-    read, counted = 0, 0  # reads of the instructions before `counted`; none between has a third operand
-    for k, (a, b) in enumerate(zip(log.left, log.right)):
-        if not (unseen[a] or unseen[b] or k in third):
-            continue
-        read += _reads_between(log, counted, k)
-        counted = k
-        operands = [v for v in (a, b, third.get(k, -1)) if v >= 0]
-        for place, value in enumerate(operands, start=read):
-            if unseen[value]:
-                places.append(place)
-                inputs.append(value)
-                instructions.append(k)
-        for value in operands:
-            unseen[value] = 0
-    unread = tuple(value for value in log.returned if unseen[value])
+    unseen = set(range(log.inputs))
+    reads, touches = _touches(log, unseen)
+    unread = tuple(value for value in log.returned if value in unseen)
     if definition == "two-stack":  # these are read at the end, with all that is returned
-        read += _reads_between(log, counted, len(log.left))
-        for place, value in enumerate(log.returned, start=read):
-            if unseen[value]:
-                places.append(place)
-                inputs.append(value)
-                instructions.append(len(log.left))
-        return FirstReads(definition, places, inputs, instructions, [0] * len(places), ())
-    found = FirstReads(definition, places, inputs, instructions, [], unread)
-    untouched = _untouched_above(found, range(log.inputs))
-    found.touched.extend(depths[place] - u for place, u in zip(places, untouched))
+        end = len(log.left)
+        touches += [(place, v, end) for place, v in enumerate(log.returned, start=reads) if v in unseen]
+        unread = ()
+    places, inputs, instructions = (array("q", column) for column in (zip(*touches) if touches else ((), (), ())))
+    found = FirstReads(definition, places, inputs, instructions, [0] * len(touches), unread)
+    if definition == "lru":
+        untouched = _untouched_above(found, range(log.inputs))
+        found.touched[:] = [depths[place] - u for place, u in zip(found.places, untouched)]
     return found
 
 
-def _reads_between(log: Log, start: int, end: int) -> int:
-    """How many operands the instructions start .. end - 1 have; only the first of them may have a third."""
-    absent = log.left[start:end].count(-1) + log.right[start:end].count(-1)
-    return 2 * (end - start) - absent + (start < end and start in log.third)
+def _touches(log: Log, unseen: set[int]) -> tuple[int, list[tuple[int, int, int]]]:
+    """How many operands a log has, and (place, input, instruction) of those that read what is in `unseen` first.
+
+    Takes what is read out of `unseen`. Most stretches of a log touch nothing new: sets see that sooner than a loop.
+    """
+    touches = []
+    reads = 0
+    stretches_with_third = {k // _STRETCH for k in log.third}
+    for start in range(0, len(log.left), _STRETCH):
+        left, right = log.left[start : start + _STRETCH], log.right[start : start + _STRETCH]
+        known = start // _STRETCH not in stretches_with_third and unseen.isdisjoint(left) and unseen.isdisjoint(right)
+        if known:
+            reads += 2 * len(left) - left.count(-1) - right.count(-1)
+            continue
+        for k, (a, b) in enumerate(zip(left, right), start):
+            operands = [v for v in (a, b, log.third.get(k, -1)) if v >= 0]
+            if not unseen.isdisjoint(operands):
+                touches += [(place, v, k) for place, v in enumerate(operands, start=reads) if v in unseen]
+                unseen.difference_update(operands)
+            reads += len(operands)
+    return reads, touches
 
 
 def _untouched_above(first: FirstReads, place: Sequence[int] | dict[int, int]) -> list[int]:
     """For every first read: how many live inputs from its own place up no earlier instruction has touched.
 
-    A Fenwick tree over the places, filled from the last first read back to the first.
+    A Fenwick tree over the places, the topmost first, filled from the last first read back to the first. Its loops are
+    spelt out: calls would double the time.
     """
-    live = {place[value] for value in (*first.inputs, *first.unread)}
-    rank = {p: r for r, p in enumerate(sorted(live, reverse=True), start=1)}  # 1 is the topmost
-    tree = [0] * (len(rank) + 1)
-    for value in first.unread:
-        _add(tree, rank[place[value]])
-    counts: list[int] = []
-    end = len(first.inputs)
+    ranks = [place[value] for value in first.inputs]
+    unread = [place[value] for value in first.unread]
+    rank = {p: r for r, p in enumerate(sorted({*ranks, *unread}, reverse=True), start=1)}
+    ranks = [rank[p] for p in ranks]
+    size = len(rank) + 1
+    tree = [0] * size
+    for r in (rank[p] for p in unread):
+        while r < size:
+            tree[r] += 1
+            r += r & -r
+    counts = [0] * len(ranks)
+    end = len(ranks)
     while end:
         begin = end - 1
-        while begin and first.instructions[begin - 1] == first.instructions[end - 1]:
+        while begin and first.instructions[begin - 1] == first.instructions[begin]:
             begin -= 1
-        ranks = [rank[place[value]] for value in first.inputs[begin:end]]
-        for r in set(ranks):  # the stack as it stands before the instruction
-            _add(tree, r)
-        counts.extend(_count(tree, r) for r in reversed(ranks))
+        for r in set(ranks[begin:end]):  # the stack as it stands before the instruction
+            while r < size:
+                tree[r] += 1
+                r += r & -r
+        for i in range(begin, end):
+            r, untouched = ranks[i], 0
+            while r:
+                untouched += tree[r]
+                r &= r - 1
+            counts[i] = untouched
         end = begin
-    counts.reverse()
     return counts
-
-
-def _add(tree: list[int], rank: int) -> None:
-    while rank < len(tree):
-        tree[rank] += 1
-        rank += rank & -rank
-
-
-def _count(tree: list[int], rank: int) -> int:
-    total = 0
-    while rank:
-        total += tree[rank]
-        rank &= rank - 1
-    return total

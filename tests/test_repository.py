@@ -100,6 +100,8 @@ def test_the_figures_name_their_results():
     [
         ("bytedmd_toy", "bytedmd_toy"),
         ("bytedmd_toy_v41", "bytedmd_toy"),
+        ("bytedmd_sweeps", "bytedmd_sweeps"),
+        ("bytedmd_grid", "bytedmd_sweeps"),
         ("gpu_wall_cpu", "gpu_wall"),
         ("gpu_wall_cpu_v41", "gpu_wall"),
     ],

@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench.harness.results import write_unless_same
-from bench.harness.sweep_results import grid_content, sweeps_content
-from bench.harness.sweep_run import Texts, price_all, stream_name
+from bench.harness.sweep_results import grid_content, provenance, sweeps_content
+from bench.harness.sweep_run import Texts, code_sha256, price_all, stream_name
 from bench.harness.sweep_table import report_all
 from bench.harness.sweeps import GRID, GRID_TOKENS, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
 from bench.harness.workloads import MODELS_OF
@@ -40,19 +40,21 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     grid_base = replace(base, seq_len=min(base.seq_len, GRID_TOKENS))
     grid = list(grid_points(grid_base, axes)) if GRID in names else []
     cases = list(dict.fromkeys(point.case for point in [*points, *grid]))
-    records = price_all(cases, texts, journal, options.jobs, say)
+    code = code_sha256()
+    records = price_all(cases, texts, code, journal, options.jobs, say)
 
     about = {name: str(value) if (value := getattr(options, name)) else None for name in ("text", "tokenizer")}
     about["quick"] = options.quick
     if points:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
-        content = sweeps_content({**about, "models": list(models), **asdict(base)}, points, records, windows)
+        origin = provenance({**about, "models": list(models), **asdict(base)}, code)
+        content = sweeps_content(origin, points, records, windows)
         _write(options.out / "sweeps.json", content, "points", say)
         _draw(content, options.out, say)
         print(report_all(content))
     if grid:
-        window = texts.window(grid_base)
-        content = grid_content({**about, "models": ["engram"], **asdict(grid_base)}, grid_base, axes, records, window)
+        origin = provenance({**about, "models": ["engram"], **asdict(grid_base)}, code)
+        content = grid_content(origin, grid_base, axes, records, texts.window(grid_base))
         _write(options.out / "grid.json", content, "", say)
 
 

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bench.harness.pricing import output_digest
 from bench.harness.relaid import Relaid
 from bench.harness.streams import Stream
 from bench.harness.sweeps import Case
-from bench.harness.workloads import make_workload, row_stream
+from bench.harness.workloads import digest, make_workload, row_stream
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import Recording, record
-from engram_toy.hashing import NgramHasher
 from engram_toy.layouts import Layout, most_frequent
 from engram_toy.programs import Workload, build
 
@@ -45,7 +46,8 @@ def price_cases(job: Job) -> list[dict[str, Any]]:
     indices = workload.row_indices()
     if row_stream(job.plan, workload.layer_id, job.stream.measured).tolist() != indices:
         raise AssertionError(f"{one.model}: the twin's row indices are not the reference's")
-    layouts = Layouts(workload, indices, NgramHasher(workload.plan)(job.stream.calibration, workload.layer_id))
+    calibration = row_stream(job.plan, workload.layer_id, job.stream.calibration).tolist()
+    layouts = Layouts(workload, indices, calibration)
     recorded = layouts.of(one)
     program = build(workload, one.boundary, recorded, padding=0)
     recording = record(program.function, program.arguments, program.kinds)
@@ -90,6 +92,7 @@ def _facts(recording: Recording, indices: Indices, layouts: Layouts) -> dict[str
         "rows": layouts.rows,
         "lookups": layouts.lookups,
         "distinct_rows": len(rows),
+        "row_stream_sha256": digest(np.array(indices)),
         "escapes": dict(sorted(recording.escapes.items())),
         "untracked_outputs": recording.untracked,
         "output_sha256": output_digest(recording.result),

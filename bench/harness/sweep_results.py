@@ -12,19 +12,21 @@ from typing import Any
 
 from bench.harness.results import environment, git_commit
 from bench.harness.streams import Stream
-from bench.harness.sweep_run import code_sha256, stream_name
+from bench.harness.sweep_run import stream_name
 from bench.harness.sweeps import GRID_VARIANTS, SWEEPS, Axes, Case, Point, Settings, grid_case
 
 SCHEMA_VERSION = 1
 
 
 def sweeps_content(
-    configuration: dict[str, Any], points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
+    provenance: dict[str, Any], points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
 ) -> dict[str, Any]:
     """The content of sweeps.json."""
     names = dict.fromkeys(point.sweep for point in points)
     return {
-        **_provenance("bytedmd_sweeps", configuration),
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": "bytedmd_sweeps",
+        **provenance,
         "streams": {name: _stream(window) for name, window in windows.items()},
         "sweeps": {
             name: {
@@ -44,7 +46,7 @@ def _point(point: Point, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def grid_content(
-    configuration: dict[str, Any], base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
+    provenance: dict[str, Any], base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
 ) -> dict[str, Any]:
     """The content of grid.json: prices[variant][padding][share][hot][compute]."""
 
@@ -59,7 +61,9 @@ def grid_content(
 
     some = (axes.padding[0], axes.compute[0])
     return {
-        **_provenance("bytedmd_grid", configuration),
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": "bytedmd_grid",
+        **provenance,
         "stream": _stream(window),
         "axes": {name: list(values) for name, values in asdict(axes).items()},
         "share_below": [
@@ -69,15 +73,9 @@ def grid_content(
     }
 
 
-def _provenance(benchmark: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "benchmark": benchmark,
-        "configuration": configuration,
-        "environment": environment(),
-        "git": git_commit(),
-        "code_sha256": code_sha256(),
-    }
+def provenance(configuration: dict[str, Any], code: str) -> dict[str, Any]:
+    """What was asked for, where it ran, and the digest of the code that found the prices."""
+    return {"configuration": configuration, "environment": environment(), "git": git_commit(), "code_sha256": code}
 
 
 def _stream(window: Stream) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import time
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -94,17 +95,17 @@ def stream_name(settings: Settings) -> str:
     return f"{settings.stream}/{settings.seq_len}/{settings.seed}"
 
 
-def keys_of(cases: Iterable[Case], texts: Texts) -> dict[Case, str]:
+def keys_of(cases: Iterable[Case], texts: Texts, code: str) -> dict[Case, str]:
     """The journal's key of every case: a digest of all that its price depends on."""
-    code = [code_sha256(), platform.python_version(), platform.machine()]
+    by = [code, platform.python_version(), platform.machine()]
     ids: dict[str, str] = {}
     keys = {}
     for case in cases:
         name = stream_name(case.settings)
         if name not in ids:
             window = texts.window(case.settings)
-            ids[name] = window.sha256 + digest(window.measured) + digest(window.calibration)
-        about = json.dumps([*code, len(texts.vocab), ids[name], asdict(case)])
+            ids[name] = window.sha256 + digest(array("q", window.measured)) + digest(array("q", window.calibration))
+        about = json.dumps([*by, len(texts.vocab), ids[name], asdict(case)])
         keys[case] = hashlib.sha256(about.encode()).hexdigest()[:32]
     return keys
 
@@ -137,14 +138,18 @@ def operations(job: Job) -> int:
 
 
 def price_all(
-    cases: Sequence[Case], texts: Texts, journal: Path, processes: int, say: Callable[[str], None]
+    cases: Sequence[Case], texts: Texts, code: str, journal: Path, processes: int, say: Callable[[str], None]
 ) -> dict[Case, Record]:
     """The record of every case: those of the journal, and the missing ones priced.
+
+    Args:
+        code: what `code_sha256` says.
+        journal: its file, made when the first price is found.
 
     Raises:
         ValueError: a worker was killed.
     """
-    keys = keys_of(cases, texts)
+    keys = keys_of(cases, texts, code)
     with Journal(journal) as done:
         missing = [case for case in keys if keys[case] not in done.found]
         jobs = make_jobs(missing, texts)
