@@ -16,14 +16,22 @@ def schema_tables() -> str:
 
 
 def schema_table(path: Path) -> str:
-    """One schema: its title and description, and its fields."""
+    """One schema: its title and description, and its fields; alternatives one after the other, by their names."""
     schema = json.loads(path.read_text(encoding="utf-8"))
     lines = [f"## {schema['title']}", "", f"`bench/harness/{path.name}`. {schema.get('description', '')}".strip(), ""]
-    lines += ["| field | type | required | meaning |", "| --- | --- | --- | --- |"]
-    for name, rules, required in _fields(schema, schema, ""):
+    alternatives = [rules["$ref"] for rules in schema.get("oneOf", ())]
+    for reference in alternatives:
+        heading = f"### {reference.rpartition('/')[2]}"
+        lines += [heading, "", *_table(schema, _resolved(schema, {"$ref": reference})), ""]
+    return "\n".join(lines if alternatives else lines + _table(schema, schema)).rstrip()
+
+
+def _table(schema: dict[str, Any], node: dict[str, Any]) -> list[str]:
+    lines = ["| field | type | required | meaning |", "| --- | --- | --- | --- |"]
+    for name, rules, required in _fields(schema, node, ""):
         always = "yes" if required else ""
         lines.append(f"| `{name}` | {_cell(_type(rules))} | {always} | {_cell(rules.get('description', ''))} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _fields(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], bool]]:

@@ -100,6 +100,16 @@ def test_a_schema_table_names_every_field(tmp_path):
     ]
 
 
+def test_alternatives_of_a_schema_stand_one_after_the_other(tmp_path):
+    part = {"properties": {"a": {"type": "string"}}}
+    schema = {"title": "T", "oneOf": [{"$ref": "#/$defs/p"}, {"$ref": "#/$defs/q"}], "$defs": {"p": part, "q": part}}
+    path = tmp_path / "t.schema.json"
+    path.write_text(json.dumps(schema), encoding="utf-8")
+    text = schema_table(path)
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["## T", "### p", "### q"]
+    assert text.count("| `a` | string |") == 2
+
+
 def test_durations_are_those_of_the_runs(tmp_path):
     path = tmp_path / "bytedmd_toy.json"
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:12+00:00"}
