@@ -118,7 +118,7 @@ def energy_table() -> str:
     """Published energy per bit of every level, with the multiple of HBM2 and the source, as a table."""
     lines = ["| level or path | pJ/bit | times HBM2 | source |", "| --- | ---: | ---: | --- |"]
     for label, (low, high, source) in energy_per_bit().items():
-        lines.append(f"| {label} | {_span(low, high)} | {_span(*energy_against_hbm(label))} | {source} |")
+        lines.append(f"| {label} | {_span(low, high)} | {_times_hbm(label)} | {source} |")
     return "\n".join(lines)
 
 
@@ -143,12 +143,16 @@ def sources_table() -> str:
     return "\n".join(lines)
 
 
-def _span(low: float, high: float) -> str:
-    return _short(low) if low == high else f"{_short(low)}–{_short(high)}"
+def _span(low: float, high: float, digits: int = 3) -> str:
+    return _short(low, digits) if low == high else f"{_short(low, digits)}–{_short(high, digits)}"
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _short(value: float, digits: int) -> str:
+    return f"{float(f'{value:.{digits}g}'):,g}"
+
+
+def _times_hbm(label: str) -> str:
+    return _span(*energy_against_hbm(label), digits=2)
 
 
 def _as_written(name: str) -> Callable[[], str]:
@@ -179,10 +183,10 @@ _DERIVED: dict[str, Callable[[], str]] = {
     "cxl.loss": lambda: f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
     "mlx.loss_prefetched": lambda: f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
     "mlx.loss_synchronous": lambda: f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",
-    "energy.host_lpddr5": lambda: _span(*energy_against_hbm("host memory over PCIe, LPDDR5")),
-    "energy.host_ddr": lambda: _span(*energy_against_hbm("host memory over PCIe, DDR")),
-    "energy.ssd_sequential": lambda: _span(*energy_against_hbm("NVMe SSD, sequential")),
-    "energy.ssd_random": lambda: _span(*energy_against_hbm("NVMe SSD, random rows, per useful bit")),
+    "energy.host_lpddr5": lambda: _times_hbm("host memory over PCIe, LPDDR5"),
+    "energy.host_ddr": lambda: _times_hbm("host memory over PCIe, DDR"),
+    "energy.ssd_sequential": lambda: _times_hbm("NVMe SSD, sequential"),
+    "energy.ssd_random": lambda: _times_hbm("NVMe SSD, random rows, per useful bit"),
     "layer.loss_gain": lambda: f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
 }
 VALUES: dict[str, Callable[[], str]] = {**{name: _as_written(name) for name in figures()}, **_DERIVED}
