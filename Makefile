@@ -3,6 +3,7 @@
 #   make toy     the laptop job: real text to a ByteDMD verdict (results and figures in out/)
 #   make test    the whole test suite
 #   make check   formatter, linter, types, documentation build
+#   make site    the documentation, in site/; open site/index.html
 #   make speed   the benchmarks of hashing and of pricing
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check speed bench-cpu bench-layer clean
+.PHONY: toy test check site speed bench-cpu bench-layer clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -22,7 +23,7 @@ $(VENV)/stamp-%: pyproject.toml constraints.txt
 toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
-test: $(VENV)/stamp-fast,plot,ref,test
+test: $(VENV)/stamp-fast,plot,ref,test,docs
 	$(BIN)/python -m pytest
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
@@ -30,6 +31,10 @@ check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+site: $(VENV)/stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 speed: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/hashing_speed.py

@@ -3,7 +3,10 @@
     python bench/fill_docs.py             rewrite the marked blocks and the figures
     python bench/fill_docs.py --check     say what would change, and fail if anything would
 
-A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is one of BLOCKS.
+A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is one of BLOCKS. A single value in a
+sentence stands between `<!-- v: NAME -->` and `<!-- /v -->`; NAME is one of VALUES. Neither mark shows when rendered.
+The data that the site's scripts draw from are written as scripts, too (SCRIPTS): a page opened as a file may load no
+other kind. In `docs/findings/` and on the start page no number may be typed (`bench.harness.typed_numbers`).
 """
 
 from __future__ import annotations
@@ -21,19 +24,30 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed
-from bench.harness import figures, wall_figures
+from bench.harness import figures, published, wall_figures
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
+from bench.harness.results import atomic_path
 from bench.harness.sweep_table import crossing_report, report
 from bench.harness.sweeps import SWEEPS
 from bench.harness.table import verdict_table
+from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, typed_numbers
+from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.harness.wall_table import wall_table
+from bench.site import data
+from bench.site.commands import command_table
+from bench.site.schema_tables import schema_tables
+from bench.site.stack_story import story_tables
+from bench.site.start_page import verdict_cards, verdict_figure, verdict_sentence
 from examples.same_rows import report_on_sample
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "docs/index.md", "docs/how-it-works.md", "docs/forms.md", "docs/hardware.md", "docs/log.md"]
+DOCUMENTS = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
+# Where every number must come from results or from what others published.
+SOURCED = [name for name in DOCUMENTS if name == "docs/index.md" or name.startswith("docs/findings/")]
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "docs" / "figures"
+ASSETS = ROOT / "docs" / "assets"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -68,30 +82,80 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "example": worked_example,
     "fits": what_fits,
     "forms": published_forms,
+    "overhead": published.overhead_table,
+    "energy": published.energy_table,
+    "published_sources": published.sources_table,
+    "verdict_sentence": lambda: verdict_sentence(load("bytedmd_toy")),
+    "verdict_figure": lambda: verdict_figure(load("bytedmd_toy")),
+    "verdict_cards": lambda: verdict_cards(load("bytedmd_toy")),
+    "stack_stories": story_tables,
+    "commands": lambda: command_table(RESULTS),
+    "schemas": schema_tables,
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 BLOCKS |= {f"sweep_{name}": partial(sweep_block, name) for name in SWEEPS}
 BLOCKS["sweep_crossings"] = lambda: f"```text\n{crossing_report(load('bytedmd_sweeps'))}\n```"
+# Single values in sentences.
+VALUES: dict[str, Callable[[], str]] = {
+    **published.VALUES,
+    "threshold.strong": lambda: f"{STRONG_BELOW:g}",
+    "threshold.win": lambda: f"{WIN_UP_TO:g}",
+    "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
+    "threshold.wall_time": lambda: f"{100 * WALL_TIME_CLAIM:g}",
+}
+# Scripts that carry data to the pages, below docs/assets.
+SCRIPTS: dict[str, Callable[[], str]] = {
+    "grid.js": lambda: data.grid_script(RESULTS),
+    "whole_model.js": lambda: data.whole_model_script(RESULTS),
+    "stack_stories.js": data.stories_script,
+}
 # Which results each committed figure shows, and what draws them.
 DRAWN = {"bytedmd_toy": figures.draw_all, "gpu_wall_cpu": wall_figures.draw_all}
 
 
 def filled(text: str) -> str:
-    """`text` with every marked block replaced by what the results say."""
+    """`text` with every marked block and every marked value replaced by what the results say."""
 
-    def replace(match: re.Match[str]) -> str:
+    def block(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- begin: {name} -->\n{BLOCKS[name]()}\n<!-- end: {name} -->"
+        return f"<!-- begin: {name} -->\n{_named(BLOCKS, name, 'block')}\n<!-- end: {name} -->"
 
-    return re.sub(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", replace, text, flags=re.DOTALL)
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- v: {name} -->{_named(VALUES, name, 'value')}<!-- /v -->"
+
+    return MARK.sub(value, BLOCK.sub(block, text))
+
+
+def _named(functions: dict[str, Callable[[], str]], name: str, what: str) -> str:
+    if name not in functions:
+        raise ValueError(f"no {what} is called {name!r}: see bench/fill_docs.py for those there are")
+    return functions[name]()
 
 
 def stale() -> list[str]:
-    """Documents that are not what the results give, and figures that were drawn from others."""
+    """Documents and scripts that are not what the results give, and figures that were drawn from others."""
     documents = [name for name in DOCUMENTS if (text := (ROOT / name).read_text(encoding="utf-8")) != filled(text)]
+    scripts = [f"docs/assets/{name}" for name, script in SCRIPTS.items() if _text_of(ASSETS / name) != script()]
     origins = [source(load(name)) for name in DRAWN]
     drawn = [path for path in sorted(FIGURES.glob("*.svg")) if not _shows_any(path, origins)]
-    return documents + [str(path.relative_to(ROOT)) for path in drawn]
+    return documents + scripts + [str(path.relative_to(ROOT)) for path in drawn]
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def unsourced() -> list[str]:
+    """Numbers that were typed where only evidence may speak, and marks that Markdown would not render."""
+    found = []
+    for name in SOURCED:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        found += [f"{name}: {number}" for number in typed_numbers(text)]
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        found += [f"{name}: {mark} begins a line" for mark in marks_at_line_start(text)]
+    return found
 
 
 def _shows_any(figure: Path, origins: list[str]) -> bool:
@@ -106,12 +170,22 @@ def main() -> None:
     if parser.parse_args().check:
         if wrong := stale():
             sys.exit(f"stale: {', '.join(wrong)}; run python bench/fill_docs.py")
+        if typed := unsourced():
+            sys.exit(f"neither measured nor published: {'; '.join(typed)}")
         return
     for name in DOCUMENTS:
         path = ROOT / name
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        _write(path, filled(path.read_text(encoding="utf-8")))
+    for name, script in SCRIPTS.items():
+        _write(ASSETS / name, script())
     for name, draw_all in DRAWN.items():
         draw_all(load(name), FIGURES)
+
+
+def _write(path: Path, text: str) -> None:
+    if _text_of(path) != text:
+        with atomic_path(path) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,10 @@ def test_the_readme_names_files_that_exist():
             folder = path.parent if path.is_file() else ROOT
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md"])
+EXAMPLES = ["README.md", "docs/how-it-works.md", "docs/how-bytedmd-works.md", "docs/run-it-yourself.md"]
+
+
+@pytest.mark.parametrize("document", EXAMPLES)
 def test_the_examples_of_the_documents_run(document, monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)
@@ -171,6 +174,10 @@ def test_the_examples_of_the_documents_run(document, monkeypatch, cache_home):
             assert names["hidden"].shape == (1, 8, 64) and names["hidden"].isfinite().all()
 
 
-def test_the_numbers_beside_the_tracer_example():
-    assert bytedmd(lambda a, b, c: (a + b) + c, (1, 2, 3)) == 6
-    assert traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3)) == ([1, 2, 1, 2], 6)
+@pytest.mark.parametrize("document", ["README.md", "docs/how-bytedmd-works.md", "docs/run-it-yourself.md"])
+def test_the_numbers_beside_the_tracer_examples(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    examples = re.findall(r"^((?:bytedmd|traced_eval)\(.*\)) +# (.+)$", text, re.M)
+    assert examples
+    for call, value in examples:
+        assert eval(call, {"bytedmd": bytedmd, "traced_eval": traced_eval}) == ast.literal_eval(value)

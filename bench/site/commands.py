@@ -1,0 +1,47 @@
+"""The commands of the page "Run it yourself", with how long they took where a results file says so."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+# Command, what it does, what it needs beside Python, and the results file whose run it was.
+_COMMANDS = [
+    ("make toy", "Real text to a verdict: table, figures and `results.json` in `out/toy/`", "", "bytedmd_toy"),
+    (
+        "python bench/bytedmd_toy.py --preset v41-flash",
+        "The same with DeepSeek-V4.1-Flash's geometry, cut to a laptop",
+        "",
+        "bytedmd_toy_v41",
+    ),
+    ("python bench/bytedmd_toy.py --quick", "The same, small, to see that it works", "", None),
+    ("make bench-cpu", "Time and bytes of a table in RAM and in a real file", "a disk with space", None),
+    ("python bench/gpu_wall.py", "Time and bus traffic of every placement around a decoder", "a CUDA device", None),
+    ("bench/gpu_checks.sh", "Every test and measurement that needs a GPU", "a CUDA device", None),
+    ("make bench-layer", "Gather, convolution, layer, construction, cold reads against what others do", "", None),
+    ("make speed", "Speed of hashing and of pricing", "", None),
+    ("python bench/fill_docs.py", "Write the figures of these pages from the committed results", "", None),
+    ("make site", "This site as files: open `site/index.html`, no server needed", "", None),
+    ("make test", "The whole suite", "", None),
+    ("make check", "Formatter, linter, types, and this site, strictly", "", None),
+]
+
+
+def command_table(results: Path) -> str:
+    """All commands, as a table; a duration is that of the committed run, on the machine that its results name."""
+    lines = ["| command | what it does | needs | took |", "| --- | --- | --- | ---: |"]
+    for command, what, needs, name in _COMMANDS:
+        took = duration(results / f"{name}.json") if name else None
+        lines.append(f"| `{command}` | {what} | {needs or 'nothing else'} | {took or ''} |")
+    return "\n".join(lines)
+
+
+def duration(path: Path) -> str | None:
+    """How long the run of a results file took; None where it does not say."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not {"started", "finished"} <= content.keys():
+        return None
+    taken = datetime.fromisoformat(content["finished"]) - datetime.fromisoformat(content["started"])
+    seconds = round(taken.total_seconds())
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min {seconds % 60} s"

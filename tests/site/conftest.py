@@ -1,0 +1,65 @@
+"""The site, built once, served locally, read by headless Chromium; skipped with a reason where either is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from bench.site import data
+from tests.site import synthetic
+from tests.site.browser import Browser
+
+ROOT = Path(__file__).parents[2]
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        """Requests are not worth a line each."""
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """Folder of the built site, strictly built as `make check` does, with made-up data in the interactive pages."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = tmp_path_factory.mktemp("results")
+    (results / "bytedmd_grid.json").write_text(json.dumps(synthetic.grid()), encoding="utf-8")
+    (results / "production.json").write_text(json.dumps(synthetic.production()), encoding="utf-8")
+    (folder / "assets" / "grid.js").write_text(data.grid_script(results), encoding="utf-8")
+    (folder / "assets" / "whole_model.js").write_text(data.whole_model_script(results), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    """Where the site is served, on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(site)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium that can reach this machine only."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    return Browser(program, tmp_path_factory.mktemp("chromium"))

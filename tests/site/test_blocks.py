@@ -1,0 +1,174 @@
+"""Data scripts, schema tables, commands and start page, apart from a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from bench.harness.table import find_run
+from bench.harness.verdict import classify
+from bench.site import data
+from bench.site.commands import command_table, duration
+from bench.site.schema_tables import FOLDER, schema_table, schema_tables
+from bench.site.start_page import bars, price_ratio, verdict_cards, verdict_figure, verdict_sentence
+from tests.site import synthetic
+
+
+def content(script: str):
+    return json.loads(script[script.index("= ") + 2 : script.rindex(";")])
+
+
+@pytest.fixture
+def results(tmp_path):
+    (tmp_path / "bytedmd_grid.json").write_text(json.dumps(synthetic.grid()), encoding="utf-8")
+    (tmp_path / "production.json").write_text(json.dumps(synthetic.production()), encoding="utf-8")
+    return tmp_path
+
+
+def test_scripts_hold_the_results(results):
+    grid = content(data.grid_script(results))
+    assert (grid["axes"], grid["prices"]) == (synthetic.grid()["axes"], synthetic.grid()["prices"])
+    assert grid["thresholds"] == {"strong_below": 2, "win_up_to": 5, "loss_above": 20}
+    assert content(data.whole_model_script(results))["whole_model"] == data.curves(synthetic.production())
+
+
+def test_curves_are_the_records_by_tokens_per_step():
+    found = data.curves(synthetic.production())
+    assert len(found) == 16
+    assert found[0] == {
+        "model": "Dense-4B",
+        "table": "100 B parameters",
+        "mode": "decode",
+        "stream": "text",
+        "layout": "held live",
+        "tokens": [1, 1000, 100_000],
+        "share": [1e-6, 1e-3, 0.1],
+        "crossing_3_percent": pytest.approx(30_000),
+    }
+    assert found[-1]["model"] == "V4.1-Flash" and found[-1]["crossing_3_percent"] is None
+
+
+def test_missing_results_are_null(tmp_path):
+    assert content(data.grid_script(tmp_path)) is None
+    assert content(data.whole_model_script(tmp_path)) is None
+    (tmp_path / "production.json").write_text('{"records": []}', encoding="utf-8")
+    assert content(data.whole_model_script(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda prices: prices["resident"].pop(), "6 entries in resident and 7"),
+        (lambda prices: prices["offload_naive"][0][0].pop(), r"5 entries in offload_naive\[0\]\[0\] and 6"),
+        (lambda prices: prices["offload_prefetch"][0][0][0].__setitem__(2, 0), "positive integer"),
+        (lambda prices: prices["offload_prefetch"][0][0][0].__setitem__(2, 1.5), "positive integer"),
+    ],
+)
+def test_a_grid_with_a_hole_is_refused(change, words):
+    grid = synthetic.grid()
+    change(grid["prices"])
+    with pytest.raises(ValueError, match=words):
+        data.check_grid(grid)
+
+
+def test_every_schema_has_a_table():
+    text = schema_tables()
+    for path in FOLDER.glob("*.schema.json"):
+        assert f"`bench/harness/{path.name}`" in text
+
+
+def test_a_schema_table_names_every_field(tmp_path):
+    schema = {
+        "title": "T",
+        "required": ["a", "bare"],
+        "properties": {
+            "a": {"type": "array", "description": "x | y", "items": {"properties": {"b": {"$ref": "#/$defs/n"}}}},
+            "free": {"type": ["object", "null"], "additionalProperties": {"properties": {"c": {"const": 1}}}},
+        },
+        "$defs": {"n": {"enum": ["u", "v"], "description": "an n"}},
+    }
+    path = tmp_path / "t.schema.json"
+    path.write_text(json.dumps(schema), encoding="utf-8")
+    assert schema_table(path).splitlines()[6:] == [
+        "| `a` | array | yes | x \\| y |",
+        '| `a[].b` | `"u"`, `"v"` |  | an n |',
+        "| `free` | object or null |  |  |",
+        "| `free.*.c` | `1` |  |  |",
+        "| `bare` |  | yes |  |",
+    ]
+
+
+def test_alternatives_of_a_schema_stand_one_after_the_other(tmp_path):
+    part = {"properties": {"a": {"type": "string"}}}
+    schema = {"title": "T", "oneOf": [{"$ref": "#/$defs/p"}, {"$ref": "#/$defs/q"}], "$defs": {"p": part, "q": part}}
+    path = tmp_path / "t.schema.json"
+    path.write_text(json.dumps(schema), encoding="utf-8")
+    text = schema_table(path)
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["## T", "### p", "### q"]
+    assert text.count("| `a` | string |") == 2
+
+
+def test_durations_are_those_of_the_runs(tmp_path):
+    path = tmp_path / "bytedmd_toy.json"
+    times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:12+00:00"}
+    path.write_text(json.dumps(times), encoding="utf-8")
+    assert duration(path) == "72 s"
+    path.write_text(json.dumps({**times, "finished": "2026-01-01T01:02:03+00:00"}), encoding="utf-8")
+    assert duration(path) == "62 min 3 s"
+    path.write_text("{}", encoding="utf-8")
+    assert duration(path) is None
+
+
+def test_the_commands_name_targets_and_files_that_exist():
+    root = FOLDER.parents[1]
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    for line in command_table(root / "bench" / "results").splitlines()[2:]:
+        first, second = line.split("`")[1].split()[:2] if " " in line.split("`")[1] else (line.split("`")[1], "")
+        target = f"\n{second}: " if first == "make" else None
+        assert target in makefile if target else (root / (second if first == "python" else first)).exists()
+
+
+def test_the_start_page_says_what_was_measured():
+    from bench.fill_docs import load
+
+    results = load("bytedmd_toy")
+    ratio = price_ratio(results, "lookup")
+    costs = [find_run(results, "engram", "lookup", name)["cost"] for name in ("offload_prefetch", "resident")]
+    assert ratio == costs[0] / costs[1]
+    assert f"{ratio:.1f} times" in verdict_sentence(results) and f"{ratio:.1f} times" in verdict_cards(results)
+    assert classify(ratio, None).label in verdict_figure(results)
+    results["runs"][0]["cost"] *= 2
+    assert verdict_sentence(results) != verdict_sentence(load("bytedmd_toy"))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("scheme", "page"), [("default", "#ffffff"), ("slate", "#1e2129")])
+def test_colours_can_be_read(scheme, page):
+    """Text at 4.5 : 1 on what it stands on, lines of charts at 3 : 1, as WCAG AA asks."""
+    style = (FOLDER.parents[1] / "docs/stylesheets/site.css").read_text(encoding="utf-8")
+    block = re.search(rf'\[data-md-color-scheme="{scheme}"\] \{{(.*?)\}}', style, re.DOTALL)
+    assert block
+    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", block.group(1)))
+    for label in ("win", "inconclusive", "loss"):
+        assert contrast(colour[label], colour[f"{label}-back"]) >= 4.5
+    assert min(contrast(colour["quiet"], colour["soft"]), contrast(colour["quiet"], page)) >= 4.5
+    assert all(contrast(colour[f"style-{number}"], page) >= 3 for number in (1, 2, 3, 4))
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
+
+
+def test_bars_stay_in_their_track():
+    drawn = bars("c", [("small", 0.9, "WIN"), ("huge", 4e5, "LOSS")])
+    assert 'win" style="width:0.0%"' in drawn and 'loss" style="width:100.0%"' in drawn
