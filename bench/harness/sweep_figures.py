@@ -51,11 +51,14 @@ def _figure(results: dict[str, Any], sweep: str) -> Any:
 def _panel(axis: Any, results: dict[str, Any], sweep: str, model: str, boundary: str) -> None:
     values = results["sweeps"][sweep]["values"]
     places = values if sweep in _LOGARITHMIC else list(range(len(values)))
-    for variant, (marker, line, width) in _STYLES.items():
+    for number, (variant, (marker, line, width)) in enumerate(_STYLES.items()):
         heights = ratios(results, sweep, model, boundary, variant)
-        line = line if sweep in _LOGARITHMIC else "none"  # names lie on no line
         style = {"linestyle": line, "marker": marker, "markersize": 4, "linewidth": width}
-        axis.plot(places, heights, color=COLOURS[variant], label=variant, **style)
+        if sweep in _LOGARITHMIC:
+            axis.plot(places, heights, color=COLOURS[variant], label=variant, **style)
+        else:  # names lie on no line; variants stand side by side
+            beside = [place + 0.16 * (number - 1) for place in places]
+            axis.plot(beside, heights, color=COLOURS[variant], label=variant, **{**style, "linestyle": "none"})
     for level, _ in _LEVELS:
         axis.axhline(level, color="0.45", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axis.set_title(f"{model}, {boundary}")
@@ -105,10 +108,10 @@ def _title(sweep: str) -> str:
 def _caption(results: dict[str, Any], sweep: str) -> str:
     """The base configuration, without what is varied here."""
     c = results["configuration"]
-    text = results["streams"][results["points"][0]["stream"]]["name"]
+    text = next(window["name"] for name, window in results["streams"].items() if name.startswith("text/"))
     parts = {
         "preset": f"form {c['preset']}",
-        "reuse": text,
+        "": text if sweep != "reuse" else f"text: {text}",
         "tokens": f"{c['seq_len']} tokens",
         "compute": f"width {c['d_model']}",
         "padding": f"padding {c['padding']:,}",

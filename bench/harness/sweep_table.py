@@ -176,9 +176,10 @@ def crossing_text(values: Sequence[float], curve: Sequence[float], level: float)
     """One cell: where the level is reached, or on which side of it all points lie."""
     found = crossings(values, curve, level)
     if not found:
+        span = f"{value_text(values[0])} to {value_text(values[-1])}"
         if max(curve) <= level:
-            return f"not reached from {value_text(values[0])} to {value_text(values[-1])}"
-        return f"above at all, {value_text(values[0])} to {value_text(values[-1])}"
+            return f"not reached, {span}"
+        return f"above throughout, {span}"
     return "; ".join(_crossing_text(crossing) for crossing in found)
 
 
@@ -187,7 +188,12 @@ def _crossing_text(crossing: Crossing) -> str:
     if crossing.low == crossing.high:
         return f"{direction} at {value_text(crossing.low)}"
     between = f"{value_text(crossing.low)} .. {value_text(crossing.high)}"
-    return f"{direction} in {between}" if crossing.at is None else f"{direction} ~{crossing.at:.2g} ({between})"
+    return f"{direction} in {between}" if crossing.at is None else f"{direction} ~{_rounded(crossing.at)} ({between})"
+
+
+def _rounded(value: float) -> str:
+    """Two significant digits: more would be a pretence, the curve in between is not measured."""
+    return f"{float(f'{value:.2g}'):,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def value_text(value: Any) -> str:

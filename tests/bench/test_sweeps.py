@@ -392,9 +392,9 @@ def test_crossings_of_known_curves(case):
 
 
 def test_crossings_in_words():
-    assert crossing_text([1000, 10**6], [1.0, 4.0], 2.0) == "up ~3.2e+04 (10^3 .. 10^6)"
-    assert crossing_text([0, 10**7], [1.0, 1.2], 2.0) == "not reached from 0 to 10^7"
-    assert crossing_text([16, 256], [9.0, 6.0], 5.0) == "above at all, 16 to 256"
+    assert crossing_text([1000, 10**6], [1.0, 4.0], 2.0) == "up ~32,000 (10^3 .. 10^6)"
+    assert crossing_text([0, 10**7], [1.0, 1.2], 2.0) == "not reached, 0 to 10^7"
+    assert crossing_text([16, 256], [9.0, 6.0], 5.0) == "above throughout, 16 to 256"
     assert crossing_text([0.1, 0.3, 1.0], [7.0, 5.0, 2.0], 5.0) == "down at 0.3"
     assert crossing_text([0, 1000], [1.0, 9.0], 5.0) == "up in 0 .. 10^3"
 
