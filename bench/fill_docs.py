@@ -23,8 +23,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import hashing_speed, layer_speed, pricing_speed
+from bench import hashing_speed, layer_speed, pricing_speed, verdict
 from bench.harness import figures, published, wall_figures
+from bench.harness.evidence import Evidence
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
 from bench.harness.results import atomic_path
@@ -91,6 +92,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stack_stories": story_tables,
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
+    **verdict.blocks(Evidence(RESULTS)),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 BLOCKS |= {f"sweep_{name}": partial(sweep_block, name) for name in SWEEPS}
@@ -98,6 +100,7 @@ BLOCKS["sweep_crossings"] = lambda: f"```text\n{crossing_report(load('bytedmd_sw
 # Single values in sentences.
 VALUES: dict[str, Callable[[], str]] = {
     **published.VALUES,
+    **verdict.values(Evidence(RESULTS)),
     "threshold.strong": lambda: f"{STRONG_BELOW:g}",
     "threshold.win": lambda: f"{WIN_UP_TO:g}",
     "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
