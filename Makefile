@@ -4,7 +4,8 @@
 #   make test    the whole test suite
 #   make check   formatter, linter, types, documentation build
 #   make site    the documentation, in site/; open site/index.html
-#   make speed   the benchmarks of hashing and of pricing
+#   make findings        every result, figure and document of the findings, from nothing; QUICK=1: a small version
+#   make speed   the benchmarks of hashing, of pricing, and of pricing rows at production scale
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 
@@ -36,9 +37,13 @@ site: $(VENV)/stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
+findings: $(VENV)/stamp-fast,plot,ref
+	$(BIN)/python bench/findings.py $(if $(QUICK),--quick)
+
 speed: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/hashing_speed.py
 	$(BIN)/python bench/pricing_speed.py
+	$(BIN)/python bench/row_speed.py
 
 bench-cpu: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/gpu_wall.py --device cpu --out out/gpu_wall_cpu --table_params 6e8 --dtype float32 \

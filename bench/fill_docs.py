@@ -23,8 +23,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import hashing_speed, layer_speed, pricing_speed
-from bench.harness import figures, published, wall_figures
+from bench import hashing_speed, layer_speed, pricing_speed, row_speed, verdict
+from bench.harness import figures, published, row_figures, sweep_figures, wall_figures
+from bench.harness.evidence import Evidence
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
 from bench.harness.results import atomic_path
@@ -75,6 +76,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
     "verdict_v41": lambda: as_text(load("bytedmd_toy_v41"), verdict_table(load("bytedmd_toy_v41"))),
     "pricing": lambda: as_text(load("pricing_speed"), pricing_speed.report(load("pricing_speed"))),
+    "row_speed": lambda: as_text(load("row_speed"), row_speed.report(load("row_speed"))),
     "hashing": lambda: as_text(load("hashing_speed"), hashing_speed.report(load("hashing_speed"))),
     "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
@@ -85,12 +87,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "overhead": published.overhead_table,
     "energy": published.energy_table,
     "published_sources": published.sources_table,
-    "verdict_sentence": lambda: verdict_sentence(load("bytedmd_toy")),
-    "verdict_figure": lambda: verdict_figure(load("bytedmd_toy")),
-    "verdict_cards": lambda: verdict_cards(load("bytedmd_toy")),
+    "verdict_sentence": lambda: verdict_sentence(Evidence(RESULTS)),
+    "verdict_figure": lambda: verdict_figure(Evidence(RESULTS)),
+    "verdict_cards": lambda: verdict_cards(Evidence(RESULTS)),
     "stack_stories": story_tables,
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
+    **verdict.blocks(Evidence(RESULTS)),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 BLOCKS |= {f"sweep_{name}": partial(sweep_block, name) for name in SWEEPS}
@@ -98,6 +101,7 @@ BLOCKS["sweep_crossings"] = lambda: f"```text\n{crossing_report(load('bytedmd_sw
 # Single values in sentences.
 VALUES: dict[str, Callable[[], str]] = {
     **published.VALUES,
+    **verdict.values(Evidence(RESULTS)),
     "threshold.strong": lambda: f"{STRONG_BELOW:g}",
     "threshold.win": lambda: f"{WIN_UP_TO:g}",
     "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
@@ -110,7 +114,12 @@ SCRIPTS: dict[str, Callable[[], str]] = {
     "stack_stories.js": data.stories_script,
 }
 # Which results each committed figure shows, and what draws them.
-DRAWN = {"bytedmd_toy": figures.draw_all, "gpu_wall_cpu": wall_figures.draw_all}
+DRAWN = {
+    "bytedmd_toy": figures.draw_all,
+    "bytedmd_sweeps": sweep_figures.draw_all,
+    "production": row_figures.draw_all,
+    "gpu_wall_cpu": wall_figures.draw_all,
+}
 
 
 def filled(text: str) -> str:

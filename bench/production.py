@@ -52,7 +52,7 @@ TEXT = "python-stdlib"
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
 STEP_TOKENS = (1, 8, 64, 512, 4096, 32_768, 131_072)
-QUICK_TOKENS = 20_000
+QUICK_TOKENS, QUICK_STEPS = 5000, (1, 512)
 # The code that decides a price; what a finished case is filed under.
 PRICING_CODE = (
     "engram_ref/config.py", "engram_ref/hashing*.py", "engram_ref/vocab.py", "engram_toy/stack.py",
@@ -77,7 +77,7 @@ def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
     ]
     if quick:
         small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)
-        cases = list(dict.fromkeys(case for case in small if case.tokens_per_step <= 4096))
+        cases = list(dict.fromkeys(case for case in small if case.tokens_per_step in QUICK_STEPS))
     return [case for case in cases if case.part in parts]
 
 

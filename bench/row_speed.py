@@ -75,10 +75,10 @@ def measure(rounds: int) -> dict[str, list[dict[str, Any]]]:
 
 def report(results: dict[str, Any]) -> str:
     """Medians by stage and size, and how they grow against n log n."""
-    rows = [
+    rows: list[list[str]] = [
         ["tokens", "row reads", *(f"{stage}, s" for stage in STAGES), "all, s", "GiB", "time / n log n", "bytes / read"]
     ]
-    first = None
+    first = 0.0
     for samples in results["samples"].values():
         reads, total = samples[0]["reads"], median(samples, "total_s")
         work = reads * math.log2(reads)
@@ -93,8 +93,7 @@ def report(results: dict[str, Any]) -> str:
                 *stages,
                 f"{total:.1f}",
                 f"{peak / 2**30:.2f}",
-                growth,
-                f"{peak / reads:.0f}",
+                *growth,
             ]
         )
     return aligned(rows, left=set()) + "\n\ntime / n log n: of the whole run, against the smallest size"

@@ -21,7 +21,7 @@ from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab
 from engram_toy.fast.links import Linker, RowReads
-from engram_toy.fast.rows import Priced, Start, price_rows, start
+from engram_toy.fast.rows import Priced, Start, among, price_rows, start
 from engram_toy.stack import read_price
 
 LAYOUTS = {"held live": True, "compacted": False}
@@ -137,15 +137,16 @@ def _hot(case: Case) -> list[Record]:
     config, stream = EngramConfig.preset(case.table), source(case.stream, case.tokens)
     half = len(stream.ids) // 2
     calibration = read_rows(stream.ids[:half], config)
-    ranking = np.lexsort((calibration.rows, -calibration.frequency()))  # of equals, the smaller row first
+    ranking = np.argsort(-calibration.frequency(), kind="stable")  # of equals, the smaller row first
     reads = read_rows(stream.ids[half:], config)
     frequency = reads.frequency()
     about = _about(case, stream, config, reads)
     records = []
+    priced: dict[tuple[str, int], Record] = {}  # tiers that the text cannot fill hold the same rows
     for share in case.values:
         tier = int(share * reads.table_rows)
         hot = np.sort(calibration.rows[ranking[:tier]])
-        hit = np.isin(reads.rows, hot, assume_unique=True)
+        hit = among(reads.rows, hot)[1]
         facts = {
             "hot_share": share,
             "tier_rows": tier,
@@ -154,8 +155,9 @@ def _hot(case: Case) -> list[Record]:
             "reads_of_tier": int(frequency[hit].sum()),
         }
         for name, held in LAYOUTS.items():
-            priced = price_rows(reads, start(reads, held, hot), config.row_bytes())
-            records.append({**about, **facts, "layout": name, **_priced(priced)})
+            if (name, len(hot)) not in priced:
+                priced[name, len(hot)] = _priced(price_rows(reads, start(reads, held, hot), config.row_bytes()))
+            records.append({**about, **facts, "layout": name, **priced[name, len(hot)]})
     return records
 
 

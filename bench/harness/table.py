@@ -96,7 +96,7 @@ def verdict_table(results: dict[str, Any]) -> str:
         runs = [find_run(results, model, boundary, name) for name in offloads]
         ratios = [f"{run['cost'] / resident['cost']:.3f}" for run in runs]
         floor = noise_floor(results, model, boundary)
-        wall = _wall_text(find_run(results, model, boundary, "offload_prefetch"), resident, floor)
+        wall = wall_text(find_run(results, model, boundary, "offload_prefetch"), resident, floor)
         label, reason = verdict(results, model, boundary)
         reasons[reason] = label
         rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label, scale_text(resident)])
@@ -113,7 +113,8 @@ def verdict_table(results: dict[str, Any]) -> str:
     )
 
 
-def _wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
+def wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
+    """Extra wall time with its interval, or "not resolved" before it."""
     ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
     overhead = wall_overhead(run, baseline, floor)
     interval = f"[{100 * (ratio['low'] - 1):+.1f}, {100 * (ratio['high'] - 1):+.1f}] %"

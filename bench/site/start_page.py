@@ -1,43 +1,44 @@
 """What the start page says of the verdict: one sentence, one figure, and what survives, what does not, and why.
 
-All figures come from the results of `bench/bytedmd_toy.py`; classes from the pure verdict function.
+All figures come from committed results; classes from the pure verdict function.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from bench.harness.table import find_run, verdict
-from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
+from bench.harness.evidence import STEP, Evidence
+from bench.harness.table import verdict
+from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
+from bench.harness.whole_model import MODELS
 
+_MODEL = "dense-4b"  # the smaller of the paper's two
+_PREFETCH = "offload_prefetch"
 _FULL_WIDTH = 40.0  # the ratio at the right edge of the figure; 1 is the left edge, and the scale is logarithmic
 
 
-def price_ratio(results: dict[str, Any], boundary: str, variant: str = "offload_prefetch") -> float:
-    """Price of a variant of Engram at one boundary, divided by that of the resident table."""
-    run, resident = (find_run(results, "engram", boundary, name) for name in (variant, "resident"))
-    return run["cost"] / resident["cost"]
-
-
-def verdict_sentence(results: dict[str, Any]) -> str:
+def verdict_sentence(evidence: Evidence) -> str:
     """The verdict in one sentence."""
-    lookup, layer, block = (price_ratio(results, name) for name in ("lookup", "layer", "block"))
+    lookup, block = (evidence.ratio("engram", name, _PREFETCH) for name in ("lookup", "block"))
+    more = 100 * evidence.prefetched_share(_MODEL)
     return (
-        f"Priced by ByteDMD, looking rows up in an offloaded table costs **{lookup:.1f} times** as much as in a "
-        f"resident one, and prefetching does not make it cheaper; as part of the layer that uses them it costs "
-        f"**{layer:.2f} times** as much, and as part of the decoder block **{block:.2f} times**."
+        "**The claim survives at the model and fails at the lookup**: priced by ByteDMD, rows from an offloaded and "
+        f"prefetched table cost **{lookup:.1f} times** as much as from a resident one when nothing else is counted, "
+        f"**{block:.2f} times** within a decoder block, and less than **{more:.1g} %** more within a step of "
+        f"{MODELS[_MODEL].name} with {STEP} tokens; prefetching makes none of it cheaper."
     )
 
 
-def verdict_figure(results: dict[str, Any]) -> str:
+def verdict_figure(evidence: Evidence) -> str:
     """The price ratio of the prefetched table at every boundary, as bars with their class."""
     names = {"lookup": "the lookup alone", "layer": "the layer around it", "block": "the decoder block"}
     rows = [
-        (text, price_ratio(results, boundary), verdict(results, "engram", boundary).label)
+        (text, evidence.ratio("engram", boundary, _PREFETCH), verdict(evidence.toy, "engram", boundary).label)
         for boundary, text in names.items()
     ]
+    whole = 1 + evidence.prefetched_share(_MODEL)
+    rows.append(("a whole model", whole, classify(whole, None).label))
     return bars("Price of the offloaded, prefetched table, divided by that of the resident table (logarithmic)", rows)
 
 
@@ -48,7 +49,7 @@ def bars(caption: str, rows: Sequence[tuple[str, float, str]]) -> str:
     drawn = "".join(
         f'<div class="bar"><span class="what">{what}</span>'
         f'<span class="track"><span class="fill {label.lower()}" style="width:{_place(ratio)}"></span>{lines}</span>'
-        f'<span class="value">{ratio:.3g}× <strong class="badge {label.lower()}">{label}</strong></span></div>'
+        f'<span class="value">{_shown(ratio)}× <strong class="badge {label.lower()}">{label}</strong></span></div>'
         for what, ratio, label in rows
     )
     scale = "".join(f'<b style="left:{place}">{at}</b>' for at, place in {"1×": "0%", **places}.items())
@@ -56,30 +57,39 @@ def bars(caption: str, rows: Sequence[tuple[str, float, str]]) -> str:
     return f'<figure class="bars"><figcaption>{caption}</figcaption>{drawn}{axis}</figure>'
 
 
+def _shown(ratio: float) -> str:
+    """Three digits, or as many as tell the ratio from one."""
+    return f"{ratio:.3g}" if ratio >= 1.01 else f"1 + {ratio - 1:.1g}"
+
+
 def _place(ratio: float) -> str:
     share = math.log(max(ratio, 1)) / math.log(_FULL_WIDTH)
     return f"{100 * min(share, 1):.1f}%"
 
 
-def verdict_cards(results: dict[str, Any]) -> str:
+def verdict_cards(evidence: Evidence) -> str:
     """What survives, what does not, and why: three short cards, each resting on the same results."""
-    lookup, layer, block = (price_ratio(results, name) for name in ("lookup", "layer", "block"))
-    labels = {name: verdict(results, "engram", name).label for name in ("lookup", "layer", "block")}
-    naive, hot = (price_ratio(results, "lookup", f"offload_{name}") for name in ("naive", "hot"))
+    lookup, layer, block = (evidence.ratio("engram", name, _PREFETCH) for name in ("lookup", "layer", "block"))
+    labels = {name: verdict(evidence.toy, "engram", name).label for name in ("lookup", "layer", "block")}
+    naive, hot = (evidence.ratio("engram", "lookup", f"offload_{name}") for name in ("naive", "hot"))
     cards = {
         "What survives": (
-            f"The claim at the scale of the model: {100 * (layer - 1):.1f} % more data movement in the layer "
-            f"({labels['layer']}), {100 * (block - 1):.1f} % in the block ({labels['block']}). The reads of weights "
-            "and activations that both placements share outweigh the rows."
+            f"The claim about the model. {100 * (layer - 1):.1f} % more data movement in the layer "
+            f"({labels['layer']}), {100 * (block - 1):.1f} % in the block ({labels['block']}). With the paper's table "
+            f"beside {MODELS[_MODEL].name}, all rows of a step cost {100 * evidence.step(_MODEL):.2g} % of what its "
+            f"weights cost at {STEP} tokens a step, and reach {100 * WALL_TIME_CLAIM:g} % at "
+            f"{evidence.crossing(_MODEL)} tokens."
         ),
         "What does not": (
-            f"The claim for the lookup itself: {lookup:.1f} times the price ({labels['lookup']}). Prefetching hides "
-            f"the wait, and costs more than fetching late: {naive:.1f} times without it."
+            f"The claim about the lookup: {lookup:.1f} times the price ({labels['lookup']}), a number that the depth "
+            f"chosen for the slow tier decides. Nor prefetching as an economy: it hides the wait, and {naive:.1f} "
+            f"times without it become {lookup:.1f} with it."
         ),
         "Why": (
-            "A row far down the stack is dear the first time it is read, whenever that happens. A copy made early is "
-            "one read more. Only rows that start near the top are cheaper: with the hottest of them there, "
-            f"{hot:.1f} times."
+            "A row far down the stack is dear the first time it is read, whenever that happens; a copy made early is "
+            f"one read more. Only rows that start near the top are cheaper ({hot:.1f} times with the hottest there). "
+            "And a table of published size is deep wherever it starts: ByteDMD charges for its size, hardly for its "
+            "place, and a model reads so much else that neither shows."
         ),
     }
     return "\n\n".join(_card(title, text) for title, text in cards.items())

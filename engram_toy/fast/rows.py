@@ -83,9 +83,7 @@ def start(reads: RowReads, held: bool, hot: np.ndarray | None = None) -> Start:
         return Start(places.astype(np.int32), idle * held, held)
     if hot[0] < 0 or hot[-1] >= reads.table_rows or np.any(hot[1:] <= hot[:-1]):
         raise ValueError(f"hot rows must ascend within 0 .. {reads.table_rows - 1}")
-    hot_below = np.searchsorted(hot, rows)  # hot rows under each row
-    is_hot = np.zeros(len(rows), np.bool_)
-    is_hot[hot_below < len(hot)] = hot[hot_below[hot_below < len(hot)]] == rows[hot_below < len(hot)]
+    hot_below, is_hot = among(rows, hot)
     hot_read = np.cumsum(is_hot)  # up to and with each row
     cold_read = np.arange(1, len(rows) + 1) - hot_read
     all_hot, all_cold = int(is_hot.sum()), len(rows) - int(is_hot.sum())
@@ -97,6 +95,15 @@ def start(reads: RowReads, held: bool, hot: np.ndarray | None = None) -> Start:
     idle_hot = np.where(is_hot, hot_above - (all_hot - hot_read), len(hot) - all_hot)
     idle_cold = np.where(is_hot, 0, cold_above - (all_cold - cold_read))
     return Start(rank, idle_hot + idle_cold, held)
+
+
+def among(rows: np.ndarray, hot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of `rows` (both ascending): how many hot rows are smaller, and whether it is a hot one."""
+    smaller = np.searchsorted(hot, rows)
+    found = np.zeros(len(rows), np.bool_)
+    inside = smaller < len(hot)
+    found[inside] = hot[smaller[inside]] == rows[inside]
+    return smaller, found
 
 
 def price_rows(

@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from bench.harness.table import find_run
+from bench.harness.evidence import Evidence
 from bench.harness.verdict import classify
 from bench.site import data
 from bench.site.commands import command_table, duration
 from bench.site.schema_tables import FOLDER, schema_table, schema_tables
-from bench.site.start_page import bars, price_ratio, verdict_cards, verdict_figure, verdict_sentence
+from bench.site.start_page import bars, verdict_cards, verdict_figure, verdict_sentence
 from tests.site import synthetic
 
 
@@ -130,17 +130,23 @@ def test_the_commands_name_targets_and_files_that_exist():
         assert target in makefile if target else (root / (second if first == "python" else first)).exists()
 
 
-def test_the_start_page_says_what_was_measured():
-    from bench.fill_docs import load
-
-    results = load("bytedmd_toy")
-    ratio = price_ratio(results, "lookup")
-    costs = [find_run(results, "engram", "lookup", name)["cost"] for name in ("offload_prefetch", "resident")]
-    assert ratio == costs[0] / costs[1]
-    assert f"{ratio:.1f} times" in verdict_sentence(results) and f"{ratio:.1f} times" in verdict_cards(results)
-    assert classify(ratio, None).label in verdict_figure(results)
-    results["runs"][0]["cost"] *= 2
-    assert verdict_sentence(results) != verdict_sentence(load("bytedmd_toy"))
+def test_the_start_page_says_what_was_measured(tmp_path):
+    """Change a price, and sentence, figure and cards follow; every boundary is there with its class."""
+    evidence = Evidence()
+    ratio = evidence.ratio("engram", "lookup", "offload_prefetch")
+    assert f"{ratio:.1f} times" in verdict_sentence(evidence) and f"{ratio:.1f} times" in verdict_cards(evidence)
+    assert classify(ratio, None).label in verdict_figure(evidence)
+    assert verdict_figure(evidence).count("badge") == 4
+    for name in ("bytedmd_toy", "bytedmd_sweeps", "production"):
+        content = evidence[name]
+        if name == "bytedmd_toy":
+            runs = [{**run, "cost": run["cost"] * (1 + (run["variant"] == "resident"))} for run in content["runs"]]
+            content = {**content, "runs": runs}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    other = Evidence(tmp_path)
+    assert other.ratio("engram", "lookup", "offload_prefetch") == ratio / 2
+    for block in (verdict_sentence, verdict_figure, verdict_cards):
+        assert block(other) != block(evidence)
 
 
 def luminance(colour: str) -> float:

@@ -1,0 +1,148 @@
+"""Rebuild every result, figure and document of the findings, from nothing.
+
+    make findings                     about twenty minutes on two cores
+    make findings QUICK=1             small versions of every step, in under two minutes; committed files untouched
+    python bench/findings.py --help
+
+Steps: the toy in both forms, all sweeps, production scale; then the new results are compared with those committed under
+bench/results, and the documents and figures filled from them. Prices are exact and the same everywhere: a committed
+file that holds the same ones stays as it is, wall times included, so that the tree does not change when nothing has
+changed. Every step keeps what it has finished in --out: a run that is killed, at any moment, continues when it is
+started again. Another text, for one the standard library of another Python, gives other prices and other files.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.harness.evidence import RESULTS
+from bench.harness.results import atomic_path
+from bench.harness.sweep_run import code_sha256
+from engram_ref import cli
+
+PROG = "findings"
+BENCH = Path(__file__).resolve().parent
+# What a run of the toy depends on, beside its options; the other steps see for themselves what they have finished.
+TOY_CODE = ("engram_ref/*.py", "engram_toy/**/*.py", "bench/bytedmd_toy.py", "bench/harness/*.py")
+# What a run says of when and where it ran, and of time: nothing that another run would find again.
+_OF_THE_RUN = {"started", "finished", "environment", "git", "noise_floor", "out", "jobs"}
+_OF_TIME = {"wall_time_s", "wall_time_summary_s"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program to run.
+
+    Attributes:
+        name: of its folder below --out.
+        command: program and options, without --out and --quick.
+        results: file that it writes -> name under bench/results.
+        remembers: whether it finds by itself what it has finished.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    results: dict[str, str]
+    remembers: bool = True
+
+
+STEPS = (
+    Step("toy", ("bytedmd_toy.py",), {"results.json": "bytedmd_toy"}, remembers=False),
+    Step("toy_v41", ("bytedmd_toy.py", "--preset", "v41-flash"), {"results.json": "bytedmd_toy_v41"}, remembers=False),
+    Step(
+        "sweeps",
+        ("bytedmd_toy.py", "--sweep", "all"),
+        {"sweeps.json": "bytedmd_sweeps", "grid.json": "bytedmd_grid"},
+    ),
+    Step("production", ("production.py",), {"results.json": "production"}),
+)
+
+
+def run_step(step: Step, out: Path, quick: bool) -> None:
+    """Run a step, unless it has been finished by the same code.
+
+    Raises:
+        ValueError: it failed.
+    """
+    folder = out / step.name
+    stamp, state = folder / "finished-by", f"{code_sha256(TOY_CODE)} {sys.version} quick={quick}\n"
+    if not step.remembers and stamp.exists() and stamp.read_text() == state:
+        say(f"{step.name}: finished before")
+        return
+    say(f"{step.name}: {' '.join(step.command)}")
+    program, *options = step.command
+    command = [sys.executable, str(BENCH / program), *options, "--out", str(folder), *(["--quick"] if quick else [])]
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if ended.returncode:
+        raise ValueError(f"step {step.name} ended with {ended.returncode}: what it says stands above")
+    if not step.remembers:
+        with atomic_path(stamp) as part:
+            part.write_text(state)
+
+
+def adopt(new: Path, committed: Path) -> bool:
+    """Put a results file in the place of the committed one, unless both hold the same prices; whether it was put."""
+    text = new.read_text(encoding="utf-8")
+    if committed.exists() and _timeless(json.loads(text)) == _timeless(json.loads(committed.read_text("utf-8"))):
+        return False
+    with atomic_path(committed) as part:
+        part.write_text(text, encoding="utf-8")
+    return True
+
+
+def _timeless(value: Any) -> Any:
+    """Results without what differs from run to run."""
+    if isinstance(value, dict):
+        return {k: _timeless(v) for k, v in value.items() if k not in _OF_THE_RUN | _OF_TIME}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def say(message: str) -> None:
+    """Progress, on stderr."""
+    print(f"{PROG}: {message}", file=sys.stderr, flush=True)
+
+
+def fill_documents(*options: str) -> None:
+    """Run `bench/fill_docs.py`, in a process that has read no results yet.
+
+    Raises:
+        ValueError: it failed.
+    """
+    if subprocess.run([sys.executable, str(BENCH / "fill_docs.py"), *options]).returncode:
+        raise ValueError("the documents do not follow from the results: what is stale stands above")
+
+
+def main() -> None:
+    """The command."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/findings"), metavar="DIR", help="default: out/findings")
+    parser.add_argument("--quick", action="store_true", help="small versions, in DIR/quick; nothing else is written")
+    options = parser.parse_args()
+    out = options.out / "quick" if options.quick else options.out
+    try:
+        with cli.one_line_errors(PROG):
+            for step in STEPS:
+                run_step(step, out, options.quick)
+            if options.quick:
+                return fill_documents("--check")
+            for step in STEPS:
+                for made, name in step.results.items():
+                    changed = adopt(out / step.name / made, RESULTS / f"{name}.json")
+                    say(f"{name}.json {'is new' if changed else 'holds the same prices already'}")
+            fill_documents()
+            say("documents and figures are filled")
+    except KeyboardInterrupt:
+        say(f"interrupted; what is finished is kept in {out}, the same command continues")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)
