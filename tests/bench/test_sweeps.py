@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 
 from bench import bytedmd_toy
-from bench.harness import sweep_command, sweep_run, sweep_table, workloads
+from bench.harness import sweep_command, sweep_results, sweep_run, sweep_table, workloads
 from bench.harness.journal import Journal
 from bench.harness.pricing import Job, price_job
 from bench.harness.streams import random_source
@@ -352,10 +352,14 @@ def test_killed_in_the_middle_it_continues_and_writes_the_same_bytes(run, tmp_pa
 def test_nothing_is_done_twice_and_nothing_stale_is_used(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(*LESS, "--out", out)[0] == RECORDINGS
-    written = (out / "sweeps.json").stat().st_mtime_ns
-    again, _, said = run(*LESS, "--out", out)
+    written, shown = (out / "sweeps.json").stat().st_mtime_ns, []
+    with monkeypatch.context() as patch:  # at another commit
+        patch.setattr(sweep_results, "git_commit", lambda: {"commit": "0" * 40, "dirty": False})
+        patch.setattr(sweep_command, "_draw", lambda results, *_: shown.append(results))
+        again, _, said = run(*LESS, "--out", out)
     assert again == 0 and "says the same already" in said.err
     assert (out / "sweeps.json").stat().st_mtime_ns == written
+    assert shown == [load(out / "sweeps.json")]  # the figures name the file that is there
 
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
