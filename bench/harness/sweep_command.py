@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from bench.harness.results import write_unless_same
 from bench.harness.sweep_results import grid_content, provenance, sweeps_content
@@ -48,10 +50,11 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     if points:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
         origin = provenance({**about, "models": list(models), **asdict(base)}, code)
-        content = sweeps_content(origin, points, records, windows)
-        _write(options.out / "sweeps.json", content, "points", say)
-        _draw(content, options.out, say)
-        print(report_all(content))
+        path = options.out / "sweeps.json"
+        _write(path, sweeps_content(origin, points, records, windows), "points", say)
+        results = json.loads(path.read_text(encoding="utf-8"))  # an older run's, if it found the same
+        _draw(results, options.out, say)
+        print(report_all(results))
     if grid:
         origin = provenance({**about, "models": ["engram"], **asdict(grid_base)}, code)
         content = grid_content(origin, grid_base, axes, records, texts.window(grid_base))
@@ -80,16 +83,16 @@ def base_of(options: Namespace) -> Settings:
     return Settings(stream="text", share=1.0, hot=options.hot_share, wrong=0.0, **known)
 
 
-def _write(path: Path, content: dict, rows: str, say: Callable[[str], None]) -> None:
+def _write(path: Path, content: dict[str, Any], rows: str, say: Callable[[str], None]) -> None:
     written = write_unless_same(path, content, rows)
     say(f"wrote {path}" if written else f"{path} says the same already")
 
 
-def _draw(content: dict, out: Path, say: Callable[[str], None]) -> None:
+def _draw(results: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
     try:
         from bench.harness.sweep_figures import draw_all
     except ImportError:
         say("no figures: pip install matplotlib draws them")
         return
-    for path in draw_all(content, out):
+    for path in draw_all(results, out):
         say(f"wrote {path}")

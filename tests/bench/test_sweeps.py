@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from bench import bytedmd_toy
-from bench.harness import sweep_command, sweep_run, sweep_table, workloads
+from bench.harness import sweep_command, sweep_results, sweep_run, sweep_table, workloads
 from bench.harness.journal import Journal
 from bench.harness.pricing import Job, price_job
 from bench.harness.streams import random_source
@@ -120,6 +121,51 @@ def test_committed_sweeps_agree_with_the_committed_runs(name, preset):
                 assert {key: point[key] for key in same} == {key: run[key] for key in same}, (sweep, where)
                 compared += 1
     assert compared == (24 * 10 + 12 if preset == "tiny" else 12)
+
+
+def test_what_the_log_says_of_the_committed_sweeps():
+    """docs/log.md, `one setting at a time`."""
+    sweeps = load(COMMITTED / "bytedmd_sweeps.json")
+
+    def of(sweep, model="engram", boundary="lookup", variant="offload_prefetch"):
+        return dict(zip(sweeps["sweeps"][sweep]["values"], ratios(sweeps, sweep, model, boundary, variant)))
+
+    def labels(sweep, model, boundary):
+        return [verdict.label for verdict in sweep_table.verdicts(sweeps, sweep, model, boundary)]
+
+    pairs = [(model, boundary) for model in ("engram", "kv-bank") for boundary in ("lookup", "layer", "block")]
+    assert round(of("padding")[10**7], 1) == 39.2
+    assert max(ratio for boundary in ("layer", "block") for ratio in of("padding", boundary=boundary).values()) < 2
+    for sweep in ("padding", "tokens"):
+        for value, ratio in of(sweep, variant="offload_naive").items():
+            live = sweep_table.points_at(sweeps, sweep)["engram", "lookup", "resident", value]["working_set"]
+            padding = value if sweep == "padding" else 10**6
+            assert padding < 10 * live or abs(ratio / (padding / live) ** 0.5 - 1) < 0.15
+    assert labels("tokens", "engram", "lookup") == ["LOSS"] * 2 + ["INCONCLUSIVE"] * 3
+    bank = {v: sweep_table.points_at(sweeps, "tokens")["kv-bank", "lookup", "resident", v] for v in (128, 256)}
+    assert [round(p["lookups"] / p["distinct_rows"], 1) for p in bank.values()] == [2.0, 3.3]
+    naive = of("tokens", "kv-bank", variant="offload_naive")[256]
+    assert 0.45 < naive / (10**6 / bank[256]["working_set"]) ** 0.5 < 0.55
+    assert [round(ratio, 1) for ratio in of("definition").values()] == [12.6, 4.5]
+    assert round(of("definition", boundary="block", variant="offload_naive")["two-stack"], 3) == 0.999
+    assert [round(of("wrong")[value], 1) for value in (0.0, 0.5)] == [12.6, 18.5]
+    for pair in pairs:
+        assert len(set(labels("wrong", *pair))) == 1
+        assert min(of("wrong", *pair).values()) > of("wrong", *pair, "offload_naive")[0.0]
+    assert [round(of("hot", variant="offload_hot")[m], 1) for m in (0.0, 0.1)] == [12.4, 10.7]
+    hot = sweep_table.points_at(sweeps, "hot")["engram", "lookup", "offload_hot", 0.1]
+    assert round(1 - hot["share_below"], 2) == 0.16
+    excess = [ratio - 1 for ratio in of("compute", boundary="layer").values()]
+    assert (round(excess[0], 2), round(excess[-1], 3)) == (0.91, 0.02)
+    assert all(2.4 <= round(a / b, 1) <= 2.9 for a, b in pairwise(excess))
+    assert [round(ratio, 1) for ratio in of("reuse").values()] == [12.7, 12.6, 12.6, 10.9]
+    for sweep, most in (("bytes", 0.004), ("seed", 0.03)):
+        found = [list(of(sweep, *pair, variant).values()) for pair in pairs for variant in VARIANTS[1:]]
+        assert max(abs(ratio / some[0] - 1) for some in found for ratio in some) < most
+    flat = [of("padding", *pair, "offload_naive")[0] for pair in pairs]
+    assert (round(min(flat), 3), round(max(flat), 3)) == (0.994, 1.002)
+    copies = [round(of("padding", *pair)[0], 2) for pair in pairs]
+    assert (copies[0], copies[3]) == (1.2, 1.28) and max(copies[1:3] + copies[4:]) < 1.14
 
 
 def test_a_point_is_the_price_of_a_direct_run(results, vocab_v4):
@@ -306,10 +352,14 @@ def test_killed_in_the_middle_it_continues_and_writes_the_same_bytes(run, tmp_pa
 def test_nothing_is_done_twice_and_nothing_stale_is_used(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(*LESS, "--out", out)[0] == RECORDINGS
-    written = (out / "sweeps.json").stat().st_mtime_ns
-    again, _, said = run(*LESS, "--out", out)
+    written, shown = (out / "sweeps.json").stat().st_mtime_ns, []
+    with monkeypatch.context() as patch:  # at another commit
+        patch.setattr(sweep_results, "git_commit", lambda: {"commit": "0" * 40, "dirty": False})
+        patch.setattr(sweep_command, "_draw", lambda results, *_: shown.append(results))
+        again, _, said = run(*LESS, "--out", out)
     assert again == 0 and "says the same already" in said.err
     assert (out / "sweeps.json").stat().st_mtime_ns == written
+    assert shown == [load(out / "sweeps.json")]  # the figures name the file that is there
 
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
