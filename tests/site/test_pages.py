@@ -13,7 +13,13 @@ from bench.harness.verdict import classify
 from bench.site.stack_story import STORIES, tell
 from tests.site import synthetic
 
-PAGES = ["index.html", "explore.html", "how-bytedmd-works.html", "findings/engram-offload-paper-read.html"]
+PAGES = [
+    "index.html",
+    "explore.html",
+    "how-bytedmd-works.html",
+    "findings/engram-offload-paper-read.html",
+    "findings/engram-offload-bytedmd.html",
+]
 GRID = synthetic.grid()
 # Points of the grid, all classes among them.
 POINTS = [
