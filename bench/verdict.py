@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 from bench.harness import published, row_table, sweep_table
 from bench.harness.evidence import RESULTS, STEP, TEXT, Evidence
-from bench.harness.row_table import per_byte, percent, reuse
+from bench.harness.row_table import per_byte, percent
 from bench.harness.sweep_table import ratios
 from bench.harness.table import aligned, find_run, noise_floor, verdict, wall_text
 from bench.harness.timing import summary
@@ -169,7 +169,7 @@ def _row_values(e: Evidence) -> dict[str, Callable[[], str]]:
     }
     for table in TABLES:
         for stream, key in ((TEXT, "reuse"), ("uniform", "reuse.uniform"), ("zipf", "reuse.zipf")):
-            found[f"rows.{table}.{key}"] = partial(_percent, lambda t, s: reuse(e.longest(t, stream=s)), table, stream)
+            found[f"rows.{table}.{key}"] = partial(_percent, e.reuse, table, stream)
     for table, layout in product(TABLES, LAYOUTS):
         key = f"rows.{table}.{layout.split()[0]}"
         found[f"{key}.byte"] = partial(_say, "{:,.0f}", lambda *a: per_byte(e.longest(*a)), table, layout)

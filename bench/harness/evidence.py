@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.harness.row_table import crossing_of, one, row_share, select
+from bench.harness.row_table import crossing_of, one, reuse, row_share, select
 from bench.harness.sweep_table import ratios
 from bench.harness.table import find_run
 
@@ -75,6 +75,10 @@ class Evidence:
         """The record of a table on the longest stretch of a stream."""
         found = select(self.production, part="scale", table=table, stream=stream, layout=layout)
         return max(found, key=lambda record: record["tokens"])
+
+    def reuse(self, table: str, stream: str = TEXT) -> float:
+        """Share of a table's reads whose row had been read before."""
+        return reuse(self.longest(table, stream=stream))
 
     def step(self, model: str, layout: str = "held live", stream: str = TEXT, mode: str = "decode") -> float:
         """Price of a table's rows in a step of STEP tokens, as a share of the weights' price."""

@@ -1,0 +1,74 @@
+"""What the finding about ByteDMD says in words is what the committed results say in numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import verdict
+from bench.harness.evidence import Evidence
+from bench.harness.table import verdict as classified
+from bench.harness.verdict import classify
+from bench.harness.whole_model import MODELS
+
+ROOT = Path(verdict.__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return Evidence()
+
+
+@pytest.mark.parametrize(("boundary", "label"), [("lookup", "INCONCLUSIVE"), ("layer", "WIN"), ("block", "WIN")])
+def test_the_classes_of_the_toy(evidence, boundary, label):
+    assert classified(evidence.toy, "engram", boundary).label == label
+
+
+def test_layer_and_block_win_at_ten_times_the_padding(evidence):
+    for boundary in ("layer", "block"):
+        assert classify(evidence.swept("padding", 10**7, "engram", boundary, "offload_prefetch"), None).label == "WIN"
+
+
+def test_the_whole_model_wins(evidence):
+    for model in MODELS:
+        assert 0 < evidence.prefetched_share(model) < 0.01
+        assert 0 < evidence.step(model) < 0.03
+
+
+def test_the_lookups_class_depends_on_the_padding(evidence):
+    """A WIN up to one crossing, a LOSS from another: the finding calls the class the choice of whoever pads."""
+    found = [evidence.swept("padding", padding, "engram", "lookup", "offload_prefetch") for padding in (10**4, 10**7)]
+    assert [classify(ratio, None).label for ratio in found] == ["WIN", "LOSS"]
+
+
+def test_text_is_reused_and_random_ids_are_not(evidence):
+    """The order that the analysis states, at production scale and in the toy."""
+    reused = [evidence.reuse("v41-flash", stream) for stream in ("python-stdlib", "zipf", "uniform")]
+    assert reused == sorted(reused, reverse=True) and reused[0] > 0.5
+    toy = [evidence.swept("reuse", name, "engram", "lookup", "offload_prefetch") for name in ("uniform", "text")]
+    assert toy[0] > toy[1]
+
+
+def test_no_copy_was_cheaper(evidence):
+    assert evidence.cheaper_copies() == 0
+
+
+def test_place_hardly_matters_for_a_live_table_of_published_size(evidence):
+    assert evidence.placed("v41-flash", "held live", 10**9) < 1.05
+
+
+def test_every_block_and_value_can_be_filled(evidence):
+    for name, fill in {**verdict.blocks(evidence), **verdict.values(evidence)}.items():
+        assert fill(), name
+
+
+def test_the_command_prints_both_halves(tmp_path):
+    command = [sys.executable, str(ROOT / "bench/verdict.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "whole model" in done.stdout and "INCONCLUSIVE" in done.stdout
+    failed = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True)
+    assert failed.returncode == 2 and "make findings writes it" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
