@@ -31,10 +31,10 @@ check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # --quiet would hide warnings from --strict, too
 
 site: $(VENV)/stamp-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # --quiet would hide warnings from --strict, too
 	@echo "open site/index.html"
 
 findings: $(VENV)/stamp-fast,plot,ref

@@ -69,7 +69,7 @@ class Layout:
         return [next(shallow if number in self.above else deep) for number in range(self.rows)]
 
     def lookups(self, table: Sequence[Vector], indices: Sequence[Sequence[Any]]) -> Iterator[list[Vector]]:
-        """The rows [C][D] of one position after the other; `indices` is [T][C]."""
+        """The rows of one position after the other, each [C, D]; `indices` is [T, C]."""
         if not self.prefetch:
             for position in indices:
                 yield [table[index] for index in position]

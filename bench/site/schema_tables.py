@@ -69,4 +69,7 @@ def _type(rules: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text that Markdown leaves as it is: no column ends in it, and brackets are no links."""
+    for mark in "|[]":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("\n", " ")

@@ -6,6 +6,12 @@
   const data = window.engramWholeModel;
   if (!data) return;
   const root = document.getElementById("whole-model-panel");
+  const SAYS = {
+    "held live": "held live: all of it on the stack",
+    compacted: "compacted: rows not read again take no room",
+    "python-stdlib": "Python's standard library",
+    uniform: "uniform random ids",
+  };
   const count = (value) => Math.round(value).toLocaleString("en-US");
   const percent = (share) => `${+(100 * share).toPrecision(2)} %`;
 
@@ -19,14 +25,14 @@
   // A choice, where there is one.
   function choice(key, title) {
     const values = [...new Set(data.whole_model.map((curve) => curve[key]))];
-    const select = make("select", { id: `whole-${key}` }, ...values.map((value) => make("option", { value }, value)));
+    const select = make("select", { id: `whole-${key}` }, ...values.map((value) => make("option", { value }, SAYS[value] || value)));
     select.addEventListener("change", show);
     const field = make("div", { class: "control" }, make("label", { for: `whole-${key}` }, title), select);
     field.hidden = values.length < 2;
     return { select, field, fits: (curve) => curve[key] === select.value };
   }
 
-  const choices = [choice("mode", "Step"), choice("stream", "Text"), choice("layout", "Stack")];
+  const choices = [choice("mode", "Step"), choice("stream", "Text"), choice("layout", "Table")];
   const chart = make("div", { class: "chart-box" });
   const crossings = make("ul", { class: "crossings", "aria-live": "polite" });
   root.append(

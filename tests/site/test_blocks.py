@@ -84,7 +84,7 @@ def test_a_schema_table_names_every_field(tmp_path):
         "title": "T",
         "required": ["a", "bare"],
         "properties": {
-            "a": {"type": "array", "description": "x | y", "items": {"properties": {"b": {"$ref": "#/$defs/n"}}}},
+            "a": {"type": "array", "description": "x | y [0]", "items": {"properties": {"b": {"$ref": "#/$defs/n"}}}},
             "free": {"type": ["object", "null"], "additionalProperties": {"properties": {"c": {"const": 1}}}},
         },
         "$defs": {"n": {"enum": ["u", "v"], "description": "an n"}},
@@ -92,7 +92,7 @@ def test_a_schema_table_names_every_field(tmp_path):
     path = tmp_path / "t.schema.json"
     path.write_text(json.dumps(schema), encoding="utf-8")
     assert schema_table(path).splitlines()[6:] == [
-        "| `a` | array | yes | x \\| y |",
+        "| `a` | array | yes | x \\| y \\[0\\] |",
         '| `a[].b` | `"u"`, `"v"` |  | an n |',
         "| `free` | object or null |  |  |",
         "| `free.*.c` | `1` |  |  |",

@@ -12,8 +12,15 @@ import pytest
 from bench.harness.verdict import classify
 from bench.site.stack_story import STORIES, tell
 from tests.site import synthetic
+from tests.site.conftest import build
 
-PAGES = ["index.html", "explore.html", "how-bytedmd-works.html", "findings/engram-offload-paper-read.html"]
+PAGES = [
+    "index.html",
+    "explore.html",
+    "how-bytedmd-works.html",
+    "findings/engram-offload-paper-read.html",
+    "findings/engram-offload-bytedmd.html",
+]
 GRID = synthetic.grid()
 # Points of the grid, all classes among them.
 POINTS = [
@@ -102,6 +109,19 @@ def visited(site, address, browser):
     assert found, page.html[-2000:]
     entries = json.loads(html.unescape(found.group(1)))
     return page, {(*state[:3], state[4]): entry for state, entry in zip(_states(), entries, strict=True)}
+
+
+def test_the_site_is_built_without_a_warning(site):
+    assert (site / "warnings.txt").read_text(encoding="utf-8") == ""
+
+
+def test_a_link_that_leads_nowhere_would_be_noticed(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "mkdocs.yml").write_text("site_name: small\nvalidation: {links: {not_found: warn}}\n", encoding="utf-8")
+    (tmp_path / "docs/index.md").write_text("[nowhere](nowhere.md)", encoding="utf-8")
+    assert build(tmp_path, tmp_path / "out").returncode != 0
+    (tmp_path / "docs/index.md").write_text("[here](index.md)", encoding="utf-8")
+    assert build(tmp_path, tmp_path / "out").returncode == 0
 
 
 def test_no_page_complains(visited):
