@@ -16,7 +16,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from bench.harness.evidence import Evidence
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
 from bench.harness.results import atomic_path
-from bench.harness.sweep_table import crossing_report, report
-from bench.harness.sweeps import SWEEPS
 from bench.harness.table import verdict_table
 from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, typed_numbers
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
@@ -67,11 +64,6 @@ def as_text(results: dict[str, Any], body: str) -> str:
     return f"```text\n{body}\n```\n\nMeasured on: {machine(results)}."
 
 
-def sweep_block(name: str) -> str:
-    """The table of one sweep; it holds no times, so the machine does not matter."""
-    return f"```text\n{report(load('bytedmd_sweeps'), name)}\n```"
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
     "verdict_v41": lambda: as_text(load("bytedmd_toy_v41"), verdict_table(load("bytedmd_toy_v41"))),
@@ -96,8 +88,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **verdict.blocks(Evidence(RESULTS)),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
-BLOCKS |= {f"sweep_{name}": partial(sweep_block, name) for name in SWEEPS}
-BLOCKS["sweep_crossings"] = lambda: f"```text\n{crossing_report(load('bytedmd_sweeps'))}\n```"
 # Single values in sentences.
 VALUES: dict[str, Callable[[], str]] = {
     **published.VALUES,

@@ -26,6 +26,7 @@ from bench.harness import published, row_table, sweep_table
 from bench.harness.evidence import RESULTS, STEP, TEXT, Evidence
 from bench.harness.row_table import per_byte, percent
 from bench.harness.sweep_table import ratios
+from bench.harness.sweeps import SWEEPS
 from bench.harness.table import aligned, find_run, noise_floor, verdict, wall_text
 from bench.harness.timing import summary
 from bench.harness.verdict import WALL_TIME_CLAIM, classify
@@ -75,13 +76,13 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "verdict_halves": lambda: halves(evidence),
         "toy_layouts": lambda: layouts(evidence),
-        "crossings": lambda: sweep_table.crossing_report(evidence.sweeps),
+        "sweep_crossings": lambda: sweep_table.crossing_report(evidence.sweeps),
         "rows_scale": lambda: row_table.scale_table(evidence.production),
         "rows_hot": lambda: row_table.hot_table(evidence.production),
         "rows_place": lambda: row_table.place_table(evidence.production),
         "rows_whole_model": lambda: row_table.whole_model_table(evidence.production),
     }
-    for name in ("definition", "seed", "reuse", "bytes", "wrong", "tokens", "preset"):
+    for name in SWEEPS:
         found[f"sweep_{name}"] = partial(_sweep_report, evidence, name)
     return {name: partial(_fenced, table) for name, table in found.items()}
 
