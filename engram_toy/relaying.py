@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from engram_toy.stack import Log, check_definition
@@ -55,7 +55,7 @@ class FirstReads:
         places: which reads of the log they are, counted in reading order.
         inputs: the input that each reads.
         instructions: the instruction that each belongs to.
-        touched: the part of each depth that no order changes.
+        touched: the part of each depth that no order changes; under "two-stack" none, 0.
         unread: inputs that are returned and never read.
     """
 
@@ -99,10 +99,10 @@ def first_reads(log: Log, depths: Sequence[int], definition: str = "lru") -> Fir
         unread = ()
     places, inputs, instructions = (array("q", column) for column in (zip(*touches) if touches else ((), (), ())))
     found = FirstReads(definition, places, inputs, instructions, [0] * len(touches), unread)
-    if definition == "lru":
-        untouched = _untouched_above(found, range(log.inputs))
-        found.touched[:] = [depths[place] - u for place, u in zip(found.places, untouched)]
-    return found
+    if definition == "two-stack":
+        return found
+    untouched = _untouched_above(found, range(log.inputs))
+    return replace(found, touched=[depths[place] - u for place, u in zip(places, untouched)])
 
 
 def _touches(log: Log, unseen: set[int]) -> tuple[int, list[tuple[int, int, int]]]:

@@ -94,7 +94,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
     """Write a results file unless the one there says the same; say whether it was written.
 
-    What says where it ran does not count: a run that finds the same numbers elsewhere leaves the file as it is.
+    What says where it ran, and by which code, does not count: a run that finds the same numbers again leaves the file
+    as it is.
 
     Args:
         rows: the key of a long list, of which every entry gets one line.
@@ -114,8 +115,9 @@ def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
 
 
 def _evidence(content: dict[str, Any]) -> dict[str, Any]:
-    """A results file without where it ran, as JSON gives it back."""
-    return json.loads(json.dumps({key: value for key, value in content.items() if key not in ("environment", "git")}))
+    """A results file without where and by what it was made, as JSON gives it back."""
+    provenance = {"environment", "git", "code_sha256"}
+    return json.loads(json.dumps({key: value for key, value in content.items() if key not in provenance}))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
