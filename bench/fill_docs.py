@@ -11,7 +11,6 @@ other kind. In `docs/findings/` and on the start page no number may be typed (`b
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -37,6 +36,7 @@ from bench.site.commands import command_table
 from bench.site.schema_tables import schema_tables
 from bench.site.stack_story import story_tables
 from bench.site.start_page import verdict_cards, verdict_figure, verdict_sentence
+from engram_ref import cli
 from examples.same_rows import report_on_sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,14 +164,23 @@ def _shows_any(figure: Path, origins: list[str]) -> bool:
 
 def main() -> None:
     """Fill, or check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="fill_docs", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if something is stale")
-    if parser.parse_args().check:
-        if wrong := stale():
-            sys.exit(f"stale: {', '.join(wrong)}; run python bench/fill_docs.py")
-        if typed := unsourced():
-            sys.exit(f"neither measured nor published: {'; '.join(typed)}")
-        return
+    options = parser.parse_args()
+    with cli.one_line_errors("fill_docs"):
+        check() if options.check else fill()
+
+
+def check() -> None:
+    """Raise ValueError unless every document and figure follows from the results."""
+    if wrong := stale():
+        raise ValueError(f"stale: {', '.join(wrong)}; run python bench/fill_docs.py")
+    if typed := unsourced():
+        raise ValueError(f"neither measured nor published: {'; '.join(typed)}")
+
+
+def fill() -> None:
+    """Write what the results say into documents, scripts and figures; a file that says it already is left alone."""
     for name in DOCUMENTS:
         path = ROOT / name
         _write(path, filled(path.read_text(encoding="utf-8")))

@@ -139,6 +139,8 @@ def _sweep_values(e: Evidence) -> dict[str, Callable[[], str]]:
     for key, (sweep, value) in points.items():
         arguments = (sweep, value, "engram", "lookup", "offload_prefetch")
         found[f"sweep.{key}"] = partial(_say, "{:.3g}", e.swept, *arguments)
+    two_stack = partial(e.swept, "definition", "two-stack", "engram", "lookup", "offload_prefetch")
+    found["class.definition.two-stack"] = lambda: classify(two_stack(), None).label
     for key, share in (("all", 1.0), ("tenth", 0.1)):
         found[f"sweep.hot.{key}"] = partial(_say, "{:.3g}", e.swept, "hot", share, "engram", "lookup", "offload_hot")
     for boundary in ("layer", "block"):
