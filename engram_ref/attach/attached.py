@@ -335,13 +335,16 @@ class Attached:
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
         history = None if given.cache is None else history_of(given.cache, self._key)
-        length = 0 if given.cache is None else given.cache.get_seq_length()
+        if history is None:
+            return
+        length = given.cache.get_seq_length() + given.ids.shape[1]
         if isinstance(length, Tensor) and length.device.type != "cpu":
-            return  # to ask for it would stop the CPU, or a capture
-        if history is not None and int(length) + given.ids.shape[1] != history.length:
+            if not torch.cuda.is_current_stream_capturing():
+                self._lengths.compare(length, history.length)
+        elif int(length) != history.length:
             raise ValueError(
-                f"a step from position {int(length)}; staged was the one that ends at {history.length}: call stage() "
-                "once before every forward"
+                f"a step that ends at position {int(length)}; staged was one that ends at {history.length}: call "
+                "stage() once before every forward"
             )
 
 
