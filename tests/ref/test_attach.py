@@ -330,6 +330,11 @@ def test_inputs_embeds_are_refused(model, layers, ids):
         assert model(ids).logits.isfinite().all()
 
 
+def test_packed_sequences_are_refused(model, layers, ids):
+    with attach(model, layers.engrams, layers.plan), pytest.raises(ValueError, match="several sequences packed"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+
+
 def test_layers_that_do_not_fit_are_refused(model, layers):
     engram = layers.engrams[1]
     other = EngramConfig.preset("tiny").replace(hc_mult=4)
