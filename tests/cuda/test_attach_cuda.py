@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 from engram_ref.attach import ExposedTime, attach
 from engram_ref.layer import Engram
+from engram_ref.on_hand import OnHand
 from engram_ref.tables import make_table
 from tests.ref.attach_models import VOCAB, make_ids, make_layers, make_model
 
@@ -131,25 +132,30 @@ def test_compiled(form, placement, model, ids):
             torch.testing.assert_close(compiled(ids).logits, want, **CLOSE)
 
 
-@pytest.mark.parametrize("placement", ["device", "uva"])
+def synchronisations(model, ids):
+    """How often a decoding step makes the CPU wait for the device."""
+    cache = static(model)
+    model(ids, past_key_values=cache)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(ids[:, :1], past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("placement", ["device", "uva", "on hand"])
 def test_a_step_does_not_wait_for_the_device(placement, model, layers, ids):
-    """No more synchronisations than the model has by itself."""
-
-    def synchronisations():
-        cache = static(model)
-        model(ids, past_key_values=cache)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                model(ids[:, :1], past_key_values=cache)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in caught)
-
-    bare = synchronisations()
-    with attach(model, placed(layers, placement), layers.plan, np.arange(VOCAB)):
-        assert synchronisations() <= bare
+    """No more than the model does by itself; where the CPU gathers, it must have the ids, and the count shows it."""
+    bare = synchronisations(model, ids)
+    engrams = placed(layers, "host" if placement == "on hand" else placement)
+    source = OnHand(engrams) if placement == "on hand" else None
+    with attach(model, engrams, layers.plan, np.arange(VOCAB), prefetcher=source):
+        assert synchronisations(model, ids) <= bare
+    with attach(model, placed(layers, "host"), layers.plan, np.arange(VOCAB)):
+        assert synchronisations(model, ids) > bare
 
 
 def steps_of(model, cache, ids, positions):
