@@ -43,7 +43,7 @@ from bench.harness.backbones import BACKBONES, Backbone, build_backbone
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import fio_random_read
 from bench.harness.timeline import SpanLog, trace_step
-from bench.harness.token_batches import Corpus, TokenBatches, standard_library, text_batches, text_file, uniform_batches
+from bench.harness.token_batches import TokenBatches, standard_library, text_batches, text_file, uniform_batches
 from bench.harness.variants import TableSet, Variant
 from bench.harness.wall_options import (
     LAYER,
@@ -190,7 +190,7 @@ class Benchmark:
         whole = text_file(options.text, self.vocab) if options.text else standard_library(self.vocab)
         half = len(whole.ids) // 2
         self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
-        self.corpus = Corpus(whole.name, whole.sha256, whole.ids[half:])
+        self.corpus = whole.since(half)
         self.results = self.head()
 
     def head(self) -> dict[str, Any]:

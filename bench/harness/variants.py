@@ -79,6 +79,7 @@ class TableSet:
 
     Attributes:
         layout: how a row lies: plain, packed or split.
+        in_host: the rows in host memory, from which other placements are made.
     """
 
     def __init__(
@@ -118,9 +119,9 @@ class TableSet:
     def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
         if self.device.type == "cuda" and "resident" in names:
             require_bytes(self.nbytes, self.device)
-        self.memory = self._keep(HostMemory(self.nbytes))
-        self._in_host = self._laid_out(self.memory.bytes)
-        synthetic.fill(self._in_host, self._seed)
+        self.memory = self.keep(HostMemory(self.nbytes))
+        self.in_host = self._laid_out(self.memory.bytes)
+        synthetic.fill(self.in_host, self._seed)
         if self.device.type == "cuda":
             self.memory.pin()  # after the first touch, which many threads share
         builders: dict[str, Callable[[], list[Variant]]] = {
@@ -136,45 +137,47 @@ class TableSet:
     def _laid_out(self, memory: Tensor) -> Rows:
         return synthetic.rows_in(memory, self.format, self.rows, self._packed)
 
-    def _keep(self, resource: Any) -> Any:
+    def keep(self, resource: Any) -> Any:
+        """Let go of a resource together with this set."""
         return self._stack.enter_context(resource)
 
-    def _on(self, table: Table, background: bool) -> Prefetcher:
+    def prefetcher(self, table: Table, background: bool) -> Prefetcher:
+        """One for a table of these rows; it ends with the set."""
         hasher: NgramHasher | DeviceHasher = NgramHasher(self.plan)
         if table.index_device.type == "cuda":
             hasher = DeviceHasher(self.plan, table.index_device)
         tables = {self.layer_id: table}
-        return self._keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
+        return self.keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
 
     def _resident(self) -> list[Variant]:
         on_cpu = self.device.type == "cpu"
-        rows = self._in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
-        table = self._keep(DeviceTable(rows))
-        prefetcher = self._on(table, background=False)
+        rows = self.in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
+        table = self.keep(DeviceTable(rows))
+        prefetcher = self.prefetcher(table, background=False)
         return [Variant("resident", "in place", None, repeat, table, prefetcher) for repeat in (0, 1)]
 
     def _host(self, name: str, schedule: str) -> Variant:
-        table = self._keep(HostTable(self._in_host, self.device))
-        return Variant(name, schedule, None, 0, table, self._on(table, schedule == "prefetched"))
+        table = self.keep(HostTable(self.in_host, self.device))
+        return Variant(name, schedule, None, 0, table, self.prefetcher(table, schedule == "prefetched"))
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
 
-        table = self._keep(UvaTable(self._in_host, self.device))
-        return [Variant("offload_uva", "prefetched", None, 0, table, self._on(table, True))]
+        table = self.keep(UvaTable(self.in_host, self.device))
+        return [Variant("offload_uva", "prefetched", None, 0, table, self.prefetcher(table, True))]
 
     def _hot(self, stream: Tensor, count: int) -> Variant:
         rows = most_frequent(stream, count, self.rows)
-        table = self._keep(HotTable(HostTable(self._in_host, self.device), rows))
-        return Variant("offload_hot", "prefetched", None, 0, table, self._on(table, True))
+        table = self.keep(HotTable(HostTable(self.in_host, self.device), rows))
+        return Variant("offload_hot", "prefetched", None, 0, table, self.prefetcher(table, True))
 
     def _disk(self, folder: Path, caches: Sequence[str]) -> list[Variant]:
         path = folder / f"table-{self.rows}x{self.format.row_bytes}-{self._seed}.safetensors"
-        save_rows(path, self._in_host)
+        save_rows(path, self.in_host)
         self._stack.callback(path.unlink)
-        table = self._keep(FileTable(StoredRows.find(path), self.device))
+        table = self.keep(FileTable(StoredRows.find(path), self.device))
         table.drop_cache()
-        prefetchers = {"synchronous": self._on(table, False), "prefetched": self._on(table, True)}
+        prefetchers = {"synchronous": self.prefetcher(table, False), "prefetched": self.prefetcher(table, True)}
         return [
             Variant("offload_disk", schedule, cache, 0, table, prefetcher)
             for cache in caches
