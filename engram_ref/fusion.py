@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig, require_int
-from engram_ref.fusion_common import GATE_FLOOR, Fusion, block_sizes, mean_square, spans
+from engram_ref.fusion_common import GATE_FLOOR, Fusion, block_sizes, check_positions, mean_square, spans
 
 CONV_NORM_EPS = 1e-5
 CPU_CONV_VALUES = 1 << 20  # convolved at once, when nothing else is done with them
@@ -91,13 +91,16 @@ class DemoFusion(Fusion):
         """How many steps the convolution looks back."""
         return max(0, self.config.kernel_size - 1) * self.config.max_ngram
 
-    def forward(self, e: Tensor, hidden: Tensor, history: ShortConvHistory | None = None) -> Tensor:
+    def forward(
+        self, e: Tensor, hidden: Tensor, history: ShortConvHistory | None = None, padding: Tensor | None = None
+    ) -> Tensor:
         """What is to be added to the residual stream.
 
         Args:
             e: looked-up rows, [B, T, C*D].
             hidden: residual stream, [B, T, G, H].
             history: what came before this chunk; it is read, and moved to the end of the chunk.
+            padding: booleans [B, T]; where true there is nothing that the convolution could see.
 
         Returns:
             [B, T, G, H].
@@ -107,12 +110,18 @@ class DemoFusion(Fusion):
         """
         self._check("e", e, self.config.embedding_width, hidden)
         self._check_history(hidden, history)
+        check_positions("padding", padding, hidden)
         if torch.is_grad_enabled():
-            return self._combine_at_once(self.project(e), hidden, history)
-        return self._combine_in_blocks(lambda rows, steps: self.project(e[rows, steps]), hidden, history)
+            return self._combine_at_once(self.project(e), hidden, history, padding)
+        return self._combine_in_blocks(lambda rows, steps: self.project(e[rows, steps]), hidden, history, padding)
 
     def add_to(
-        self, hidden: Tensor, e: Tensor, history: ShortConvHistory | None = None, dead: Tensor | None = None
+        self,
+        hidden: Tensor,
+        e: Tensor,
+        history: ShortConvHistory | None = None,
+        dead: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the layer: `hidden` and what `forward` gives.
 
@@ -121,7 +130,7 @@ class DemoFusion(Fusion):
         """
         if dead is not None:
             raise ValueError("dead positions: the demo's form knows none; leave dead out, or use form v41")
-        return hidden + self(e, hidden, history)
+        return hidden + self(e, hidden, history, padding)
 
     def project(self, e: Tensor) -> Tensor:
         """The first half: keys and value of rows [B, T, C*D], side by side, [B, T, (G+1)*H]."""
@@ -135,15 +144,21 @@ class DemoFusion(Fusion):
             return self._combine_at_once(packed, hidden, history)
         return self._combine_in_blocks(lambda rows, steps: packed[rows, steps], hidden, history)
 
-    def _combine_at_once(self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None) -> Tensor:
+    def _combine_at_once(
+        self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None, padding: Tensor | None = None
+    ) -> Tensor:
         past = None if history is None else history.values
-        update, past = self._fuse(packed, hidden, self._gains(), past)
+        update, past = self._fuse(packed, hidden, self._gains(), past, padding)
         if history is not None:
             history.values = past.detach().clone()
         return update
 
     def _combine_in_blocks(
-        self, project: Callable[[slice, slice], Tensor], hidden: Tensor, history: ShortConvHistory | None
+        self,
+        project: Callable[[slice, slice], Tensor],
+        hidden: Tensor,
+        history: ShortConvHistory | None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Block by block: a few short sequences together, or a long one in chunks that follow one another.
 
@@ -163,7 +178,8 @@ class DemoFusion(Fusion):
                 packed = project(rows, chunk)
                 for span in spans(chunk.start, chunk.stop, steps):
                     part = packed[:, span.start - chunk.start : span.stop - chunk.start]
-                    _, past = self._fuse(part, hidden[rows, span], gains, past, update[rows, span])
+                    filled = None if padding is None else padding[rows, span]
+                    _, past = self._fuse(part, hidden[rows, span], gains, past, filled, update[rows, span])
             if history is not None:
                 assert past is not None
                 history.values[rows] = past
@@ -179,7 +195,13 @@ class DemoFusion(Fusion):
         return _Gains(gate, taps.permute(2, 0, 1).contiguous())
 
     def _fuse(
-        self, packed: Tensor, hidden: Tensor, gains: _Gains, past: Tensor | None, out: Tensor | None = None
+        self,
+        packed: Tensor,
+        hidden: Tensor,
+        gains: _Gains,
+        past: Tensor | None,
+        padding: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The update of some steps, also in `out` if given, and the past of the steps that follow."""
         hidden = hidden.to(self.inner_dtype)
@@ -190,6 +212,8 @@ class DemoFusion(Fusion):
             gated = torch.mul(gate, value, out=out)
             return gated.to(self.dtype), gated[:, :0]
         normed = scale * value  # [B, T, G, H]
+        if padding is not None:
+            normed = normed.masked_fill(padding[..., None, None], 0)
         mixed = causal_conv(normed, gains.taps, self.config.max_ngram, past)
         update = torch.addcmul(nn.functional.silu(mixed, inplace=True), gate, value, out=out)
         return update.to(self.dtype), _last(past, normed, self.reach)

@@ -72,7 +72,12 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def add_to(
-        self, hidden: Tensor, e: Tensor, history: ShortConvHistory | None = None, dead: Tensor | None = None
+        self,
+        hidden: Tensor,
+        e: Tensor,
+        history: ShortConvHistory | None = None,
+        dead: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the layer, whatever the form.
 
@@ -81,6 +86,7 @@ class Fusion(nn.Module, ABC):
             e: looked-up rows, [B, T, C*D].
             history: of the demo's convolution, what came before this chunk; it is read and advanced.
             dead: in the form v41, booleans [B, T]; where true the stream passes through bit for bit.
+            padding: booleans [B, T], true where a batch is filled up: nothing of these positions reaches another one.
 
         Raises:
             ValueError: wrong shape or dtype, or an argument that this form does not know.
@@ -107,6 +113,17 @@ class Fusion(nn.Module, ABC):
 def block_sizes(device: torch.device) -> tuple[int, int]:
     """Without autograd: positions to project at once, and values of the stream to fuse at once."""
     return CPU_BLOCKS if device.type == "cpu" else ACCELERATOR_BLOCKS
+
+
+def check_positions(name: str, marked: Tensor | None, hidden: Tensor) -> None:
+    """Refuse marks that are not one boolean for each position of `hidden`."""
+    if marked is None:
+        return
+    if marked.dtype != torch.bool or marked.shape != hidden.shape[:2] or marked.device.type != hidden.device.type:
+        raise ValueError(
+            f"{name} of shape {tuple(marked.shape)}, {marked.dtype} on {marked.device}: hidden needs booleans "
+            f"{list(hidden.shape[:2])} on {hidden.device}"
+        )
 
 
 def mean_square(x: Tensor) -> Tensor:

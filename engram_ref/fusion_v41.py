@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from engram_ref.config import V41_NORM_EPS, EngramConfig
 from engram_ref.fusion import ShortConvHistory
-from engram_ref.fusion_common import GATE_FLOOR, Fusion, block_sizes, mean_square, spans
+from engram_ref.fusion_common import GATE_FLOOR, Fusion, block_sizes, check_positions, mean_square, spans
 from engram_ref.projection import Fp8Projection, PlainProjection
 
 
@@ -88,7 +88,7 @@ class V41Fusion(Fusion):
             ValueError: wrong shape or dtype.
         """
         self._check("e", e, self.config.embedding_width, hidden)
-        _check_dead(dead, hidden)
+        check_positions("dead", dead, hidden)
         if not torch.is_grad_enabled():
             return self._fuse_in_blocks(e, hidden, dead)
         if dead is not None:
@@ -96,15 +96,22 @@ class V41Fusion(Fusion):
         return self._fuse(self.project(e), hidden, self._gains(), dead)
 
     def add_to(
-        self, hidden: Tensor, e: Tensor, history: ShortConvHistory | None = None, dead: Tensor | None = None
+        self,
+        hidden: Tensor,
+        e: Tensor,
+        history: ShortConvHistory | None = None,
+        dead: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream after the layer, as `forward` gives it.
+        """The residual stream after the layer, as `forward` gives it; padding is dead.
 
         Raises:
             ValueError: as `forward`, or a history, for which this form has no use.
         """
         if history is not None:
             raise ValueError("a history: the form v41 has no convolution to carry on; leave history out")
+        if padding is not None:
+            dead = padding if dead is None else dead | padding
         return self(e, hidden, dead)
 
     def project(self, e: Tensor) -> Tensor:
@@ -150,16 +157,6 @@ class V41Fusion(Fusion):
         gate = _gate(packed[..., :-1, :], stream, gains, dead)
         fused = _add_gated(stream, gate, packed[..., -1:, :]).to(self.dtype)
         return fused if dead is None else torch.where(dead[..., None, None], hidden, fused)
-
-
-def _check_dead(dead: Tensor | None, hidden: Tensor) -> None:
-    if dead is None:
-        return
-    if dead.dtype != torch.bool or dead.shape != hidden.shape[:2] or dead.device.type != hidden.device.type:
-        raise ValueError(
-            f"dead of shape {tuple(dead.shape)}, {dead.dtype} on {dead.device}: hidden needs booleans "
-            f"{list(hidden.shape[:2])} on {hidden.device}"
-        )
 
 
 def _gate(keys: Tensor, hidden: Tensor, gains: Tensor, dead: Tensor | None) -> Tensor:

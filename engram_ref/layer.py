@@ -14,6 +14,7 @@ optimizer beside `engram.parameters()`.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class Engram(nn.Module):
         rows: Tensor | np.ndarray | Pending,
         history: ShortConvHistory | None = None,
         dead: Tensor | np.ndarray | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the layer.
 
@@ -70,6 +72,7 @@ class Engram(nn.Module):
             history: of the demo's convolution, what came before this chunk; it is read and advanced.
             dead: in the form v41, booleans [B, T], `compressed_ids == DEAD`; where true the stream passes through bit
                 for bit.
+            padding: booleans [B, T], true where a batch is filled up: nothing of these positions reaches another one.
 
         Returns:
             As `hidden`.
@@ -87,7 +90,7 @@ class Engram(nn.Module):
             )
         if isinstance(dead, np.ndarray):
             dead = torch.from_numpy(dead).to(stream.device)
-        stream = self.fusion.add_to(stream, self._look_up(rows, stream), history, dead)
+        stream = self.fusion.add_to(stream, self._look_up(rows, stream), history, dead, padding)
         return stream.squeeze(2) if plain else stream
 
     def _look_up(self, rows: Tensor | np.ndarray | Pending, stream: Tensor) -> Tensor:
@@ -203,3 +206,12 @@ def check_plan(config: EngramConfig, layer_plan: LayerPlan) -> None:
             f"a plan of layer {layer_plan.layer_id} with {len(layer_plan.primes)} columns; this configuration has "
             f"layers {config.layer_ids} with {config.columns}: build the plan from the same configuration"
         )
+
+
+def __getattr__(name: str) -> Any:
+    """`attach` belongs to the layer and has a file of its own, which imports this one."""
+    if name == "attach":
+        from engram_ref.attach import attach
+
+        return attach
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

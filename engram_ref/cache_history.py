@@ -1,0 +1,163 @@
+"""What Engram remembers of a sequence, kept in the key-value cache it belongs to.
+
+A decoder's cache holds keys and values of all positions so far; Engram needs, of the same positions, the last few
+compressed ids and the short convolution's past. `follow` makes a transformers cache carry such a history along: what is
+done to the cache (beams reordered, sequences repeated or selected, positions cropped, all reset, the whole copied) is
+done to the history, and `CacheHistory.settle` compares the two lengths before every step. So one cannot get ahead of
+the other unnoticed.
+
+Cropping is followed as far as the ids are remembered (SLACK positions); the convolution's past is not kept that far,
+so a layer with a convolution refuses to be cropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_ref.fusion import DemoFusion, ShortConvHistory
+from engram_ref.hashing import DEAD, HashPlan
+
+SLACK = 64  # positions that may be cropped away
+_ATTRIBUTE = "_engram_histories"
+
+
+class CacheHistory:
+    """The past of some sequences, for all Engram layers of a model.
+
+    Attributes:
+        length: positions so far, padding included.
+        recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R].
+        convolutions: by layer id, the past of those that have a convolution.
+        open: a step has begun and not ended.
+    """
+
+    def __init__(
+        self, plan: HashPlan, batch_size: int, device: torch.device, convolutions: Mapping[int, DemoFusion]
+    ) -> None:
+        self._context = plan.max_ngram - 1
+        self.length = 0
+        self.recent = torch.full((batch_size, self._context), DEAD, dtype=torch.int64, device=device)
+        self.convolutions = {i: ShortConvHistory(fusion, batch_size) for i, fusion in convolutions.items()}
+        self.open = False
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return len(self.recent)
+
+    @property
+    def context(self) -> Tensor:
+        """The max_ngram - 1 ids before the next position, [B, N-1]."""
+        return self.recent[:, -self._context :]
+
+    def append(self, ids: Tensor) -> None:
+        """Some positions more, [B, T]."""
+        self.recent = torch.cat([self.recent, ids], dim=1)[:, -(self._context + SLACK) :]
+        self.length += ids.shape[1]
+
+    def settle(self, length: int) -> None:
+        """Go back to the `length` positions that the cache holds.
+
+        Raises:
+            ValueError: the cache is longer than this history, a step was broken off, or more is gone than remembered.
+        """
+        if length == 0:
+            return self.reset()
+        if self.open:
+            raise ValueError(
+                "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
+            )
+        if length > self.length:
+            raise ValueError(
+                f"the cache holds {length} positions, Engram's history {self.length}: some were put there by another "
+                "model, or while nothing was attached; begin with a new cache"
+            )
+        if length < self.length:
+            self._crop(self.length - length)
+
+    def _crop(self, count: int) -> None:
+        if self.convolutions:
+            raise ValueError(
+                f"the cache was cropped by {count} positions; the short convolution cannot go back: use a form without "
+                "one, or generate without an assistant"
+            )
+        if count > self.recent.shape[1] - self._context:
+            raise ValueError(f"the cache was cropped by {count} positions; at most {SLACK} can be followed")
+        self.recent = self.recent[:, :-count]
+        self.length -= count
+
+    def reset(self) -> None:
+        """Back to before the first position; a CUDA graph that reads the convolutions' past goes on reading it."""
+        self.length, self.open = 0, False
+        self.recent = torch.full_like(self.recent[:, : self._context], DEAD)
+        for past in self.convolutions.values():
+            past.values.zero_()
+
+    def select(self, sequences: Tensor) -> None:
+        """The sequences of these numbers, in this order: beams are reordered, or some are left."""
+        self.recent = self.recent.index_select(0, sequences.to(self.recent.device))
+        for past in self.convolutions.values():
+            past.values = past.values.index_select(0, sequences.to(past.values.device))
+
+    def repeat(self, times: int) -> None:
+        """Each sequence so many times, one after the other."""
+        self.recent = self.recent.repeat_interleave(times, dim=0)
+        for past in self.convolutions.values():
+            past.values = past.values.repeat_interleave(times, dim=0)
+
+
+def history_of(cache: Any, key: str) -> CacheHistory | None:
+    """The history that a cache carries under this key."""
+    return getattr(cache, _ATTRIBUTE, {}).get(key)
+
+
+def follow(cache: Any, key: str, history: CacheHistory) -> None:
+    """Let a cache carry a history, and do to it what is done to the cache."""
+    if not hasattr(cache, _ATTRIBUTE):
+        kind: Any = type(cache)
+        setattr(cache, _ATTRIBUTE, {})
+        cache.__class__ = _following(kind)
+    getattr(cache, _ATTRIBUTE)[key] = history
+
+
+def unfollow(cache: Any, key: str) -> None:
+    """Take a history away; a cache without one is as it was before the first."""
+    histories = getattr(cache, _ATTRIBUTE, {})
+    histories.pop(key, None)
+    if not histories and hasattr(cache, _ATTRIBUTE):
+        delattr(cache, _ATTRIBUTE)
+        cache.__class__ = type(cache).__bases__[0]
+
+
+@functools.cache
+def _following(kind: type) -> type:
+    """A subclass of a kind of cache, of the same name, whose methods also act on the histories."""
+    namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    for name, act in _ACTS.items():
+        if hasattr(kind, name):
+            namespace[name] = _and_then(getattr(kind, name), act)
+    return type(kind.__name__, (kind,), namespace)
+
+
+def _and_then(method: Any, act: Any) -> Any:
+    @functools.wraps(method)
+    def both(cache: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(cache, *args, **kwargs)
+        for history in getattr(cache, _ATTRIBUTE, {}).values():
+            act(history, *args, **kwargs)
+        return result
+
+    return both
+
+
+_ACTS = {
+    "reorder_cache": lambda history, beam_idx: history.select(beam_idx),
+    "batch_select_indices": lambda history, indices: history.select(indices),
+    "batch_repeat_interleave": lambda history, repeats: history.repeat(repeats),
+    "reset": lambda history: history.reset(),
+}

@@ -1,0 +1,49 @@
+"""Which positions of a chunk hold no token, as the attention mask of a transformers decoder says it.
+
+    padding = padding_of(attention_mask, batch=B, length=T, past=n)      # booleans [B, T], or None: all are tokens
+
+A mask comes as the user gave it, [B, positions] with 0 for padding, or as `generate` prepares it for a static cache:
+[B, 1, T, positions], added to the scores or boolean, where a position that is padding does not see even itself; or a
+dict of such masks by kind of attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MEND = "give the two-dimensional mask, [B, positions], or none"
+
+
+def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
+    """Where the `length` positions after the first `past` are padding: booleans [B, T], or None where none can be.
+
+    Args:
+        mask: `attention_mask` as the decoder gets it.
+        batch, length: of the token ids (B, T).
+        past: positions in the cache.
+
+    Raises:
+        ValueError: a mask from which this cannot be seen.
+    """
+    if isinstance(mask, dict):
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        shown = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+        raise ValueError(f"an attention mask {shown}, from which padding cannot be seen: {_MEND}")
+    if mask.shape[-1] < past + length or mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} for {batch} sequences of {past} cached and {length} new "
+            f"positions: {_MEND}"
+        )
+    if mask.ndim == 2:
+        return (mask[:, past : past + length] == 0).expand(batch, length)
+    if mask.shape[2] != length:
+        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} for {length} new positions: {_MEND}")
+    own = mask[:, 0, :, past : past + length].diagonal(dim1=1, dim2=2)  # [B, T], does a position see itself?
+    hidden = ~own if own.dtype == torch.bool else own < 0
+    return hidden.expand(batch, length)
