@@ -32,8 +32,18 @@ from engram_ref.tables.hot import HotTable, most_frequent
 
 OWN_COMPUTE = "own_compute"
 THROTTLED = "throttled"
-ON_CUDA = (CONTROL, OWN_COMPUTE, "resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", THROTTLED)
+ON_CUDA = (
+    CONTROL,
+    OWN_COMPUTE,
+    "resident",
+    "offload_naive",
+    "offload_prefetch",
+    "offload_uva",
+    "offload_hot",
+    THROTTLED,
+)
 ON_CPU = (CONTROL, OWN_COMPUTE, "resident", "offload_disk", "offload_hot", THROTTLED)
+_OF_SET = ("resident", "offload_naive", "offload_prefetch", "offload_uva")  # that `TableSet` makes
 
 
 @dataclass(frozen=True)
@@ -128,8 +138,7 @@ class Contenders:
         self._choice, self._device, self._sample = choice, device, sample
         self._stack = ExitStack()
         try:
-            of_set = [name for name in ("resident", "offload_naive", "offload_prefetch", "offload_uva")]
-            names = [name for name in of_set if name in choice.names]
+            names = [name for name in _OF_SET if name in choice.names]
             if OWN_COMPUTE in choice.names and "resident" not in names and "offload_naive" not in names:
                 names.append("offload_naive")  # its rows come from somewhere
             self.tables = self._stack.enter_context(
@@ -210,9 +219,7 @@ class Contenders:
 
 
 def _of_set(variant: Any) -> Contender:
-    return Contender(
-        variant.name, variant.schedule, variant.repeat, table=variant.table, prefetcher=variant.prefetcher
-    )
+    return Contender(variant.name, variant.schedule, variant.repeat, table=variant.table, prefetcher=variant.prefetcher)
 
 
 def chosen_names(wanted: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ class Sequences:
     def __init__(self, vocab: CompressedVocab, plan: HashPlan, slots: int, device: torch.device) -> None:
         self._plan, self._slots, self._device = plan, slots, device
         self._on_device = device.type == "cuda"
-        self._vocab = DeviceVocab(vocab, device) if self._on_device else vocab
+        self._vocab: Any = DeviceVocab(vocab, device) if self._on_device else vocab
         self.history: Any = (
             DeviceHistory(plan, slots, device) if self._on_device else TokenHistory(plan, slots)
         )  # before the next step

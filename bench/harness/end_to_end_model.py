@@ -5,8 +5,8 @@
     model.next_tokens.copy_(ids); model.positions.copy_(at)
     tokens = model.decode(span, begin, join)                        # [slots]
 
-What is looked up is the caller's business: `join` is called between the first block and the second and gives the rows of
-every position, or None where the model has no Engram layer. On CUDA the two pieces of a decode step are graphs
+What is looked up is the caller's business: `join` is called between the first block and the second and gives the rows
+of every position, or None where the model has no Engram layer. On CUDA the two pieces of a decode step are graphs
 (`end_to_end_graphs`), so that time is the device's and not the host's launching; a step reads the cache up to the next
 multiple of SPAN positions, with a graph for each.
 
@@ -48,7 +48,7 @@ def served_attention(
     Returns:
         [B, T, heads, D], and no weights.
     """
-    batch, heads, length, width = query.shape
+    batch, heads, _, width = query.shape
     if mask is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
@@ -242,7 +242,8 @@ def _slot_cache() -> Any:
 
         def begin_prefill(self, stored: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
             """The next step's tokens are the beginning of what stands in these places."""
-            self.stored, self.slots, self.at, self.span = stored, slots, None, 0
+            self.stored, self.slots, self.span = stored, slots, 0
+            self.at: Tensor | None = None
 
         def begin_decode(
             self, stored: Sequence[tuple[Tensor, Tensor]], slots: Tensor, positions: Tensor, span: int

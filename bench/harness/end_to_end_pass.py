@@ -4,8 +4,8 @@
     work = server.prepare(round_, slots, most_tokens)       # uploaded beforehand, shared by all variants
     samples = server.serve(work, contender)
 
-A step ends when its tokens have been chosen; what lies between the ends of two steps is the time of the second. The host
-waits for the device only where a variant must (to hash on the CPU it has to see the ids) and at the end of the pass.
+A step ends when its tokens have been chosen; what lies between the ends of two steps is the time of the second. The
+host waits for the device only where a variant must (to hash on the CPU it has to see the ids) and at the pass's end.
 """
 
 from __future__ import annotations

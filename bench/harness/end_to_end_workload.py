@@ -3,13 +3,13 @@
     lengths = draw_lengths(64, (100, 1024), (100, 1024), seed=0)
     for step in schedule(lengths, slots=64, most_tokens=16384): ...
 
-A server of `slots` places works as nano-vLLM does: whenever a sequence waits and a place is free, prompts are processed
-first; else every running sequence gets a token. Sequences enter in the order of their prompts' lengths, so that prompts
-of nearly one length are padded together, on the right. How long an output gets is drawn beforehand, since a model with
+A server of `slots` places works as nano-vLLM does: whenever a sequence waits and a place is free, prompts come first;
+else every running sequence gets a token. Sequences enter in the order of their prompts' lengths, so that prompts of
+nearly one length are padded together, on the right. How long an output gets is drawn beforehand, since a model with
 random weights ends nowhere.
 
-The tokens are given, in the prompt and in the output: real text, or random ids. The model's own choice is computed, kept
-and compared, but the next token is the text's: a random model repeats itself, and its n-grams would be nobody's.
+The tokens are given, in the prompt and in the output: real text, or random ids. The model's own choice is computed,
+kept and compared, but the next token is the text's: a random model repeats itself, and its n-grams would be nobody's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Decode(NamedTuple):
     running: tuple[tuple[int, int, int], ...]
 
 
-Step = Union[Prefill, Decode]
+Step = Prefill | Decode
 
 
 def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], seed: int) -> list[Lengths]:

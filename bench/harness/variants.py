@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,20 @@ ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would
 CONTROL = "no_engram"  # the backbone by itself
 _CHECKED_ROWS = 4096
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
+
+
+class Fetched(Protocol):
+    """What rows can be fetched from."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """That fetches them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -184,8 +198,12 @@ class TableSet:
             for schedule, prefetcher in prefetchers.items()
         ]
 
-    def check(self, ids: np.ndarray) -> str:
+    def check(self, ids: np.ndarray, others: Sequence[Fetched] = ()) -> str:
         """Fetch one batch [B, T] from every variant; the digest of its values, equal to the content's formula.
+
+        Args:
+            ids: compressed.
+            others: what is made from this content besides.
 
         Raises:
             ValueError: a variant returned other bits: then nothing may be timed.
@@ -193,7 +211,7 @@ class TableSet:
         numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
         want = synthetic.expected_values(torch.from_numpy(numbers), self.format, self._seed)
         digest = hashlib.sha256(_bytes(want)).hexdigest()
-        for variant in self.variants:
+        for variant in (*self.variants, *others):
             got = hashlib.sha256(_fetch_bytes(variant, ids, self.layer_id, len(numbers))).hexdigest()
             if got != digest:
                 raise ValueError(f"{variant.label} returned other rows than were written: nothing was measured")
@@ -212,7 +230,7 @@ def _given(hot: tuple[Tensor, int] | None) -> tuple[Tensor, int]:
     return hot
 
 
-def _fetch_bytes(variant: Variant, ids: np.ndarray, layer_id: int, count: int) -> bytes:
+def _fetch_bytes(variant: Fetched, ids: np.ndarray, layer_id: int, count: int) -> bytes:
     assert variant.prefetcher is not None
     hasher = variant.prefetcher.hasher
     given = torch.from_numpy(ids).to(hasher.device) if isinstance(hasher, DeviceHasher) else ids
