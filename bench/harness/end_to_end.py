@@ -1,8 +1,8 @@
 """A whole model with Engram in it, served under every variant: what `gpu_wall.py --end-to-end` runs.
 
 What is to be measured is settled, checked against memory and written down first; then table, models and caches are
-built, one case after the other: a backbone, a batch, a stream. `end_to_end_rounds` measures a case; what samples mean is
-computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_end_figures`.
+built, one case after the other: a backbone, a batch, a stream. `end_to_end_rounds` measures a case; what samples mean
+is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_end_figures`.
 """
 
 from __future__ import annotations
