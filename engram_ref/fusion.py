@@ -11,7 +11,7 @@ normalised inner product gates one shared value V(e), and a short causal convolu
 - No norm writes its result. The gate needs three sums per copy, and the convolution's norm follows from the gate and
   the norm of the value; learned gains are multiplied into each other and into the taps.
 - The convolution is a few shifted multiply-adds, channels last; nothing is transposed.
-- Without autograd, steps are taken in blocks that stay in the cache.
+- Without autograd, steps are taken in blocks that stay in the cache; `torch.compile` finds its own.
 
 Float16 and bfloat16 are multiplied as they are, and everything after the projection is float32, rounded once at the
 end. To continue a sequence chunk by chunk, hand in a `ShortConvHistory`.
@@ -111,7 +111,7 @@ class DemoFusion(Fusion):
         self._check("e", e, self.config.embedding_width, hidden)
         self._check_history(hidden, history)
         check_positions("padding", padding, hidden)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._combine_at_once(self.project(e), hidden, history, padding)
         return self._combine_in_blocks(lambda rows, steps: self.project(e[rows, steps]), hidden, history, padding)
 
@@ -140,7 +140,7 @@ class DemoFusion(Fusion):
         """The second half: the update, as `forward` gives it, from what `project` gave."""
         self._check("packed", packed, len(self.projection_bias), hidden)
         self._check_history(hidden, history)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._combine_at_once(packed, hidden, history)
         return self._combine_in_blocks(lambda rows, steps: packed[rows, steps], hidden, history)
 
@@ -150,7 +150,7 @@ class DemoFusion(Fusion):
         past = None if history is None else history.values
         update, past = self._fuse(packed, hidden, self._gains(), past, padding)
         if history is not None:
-            history.values = past.detach().clone()
+            history.advance(past)
         return update
 
     def _combine_in_blocks(
@@ -294,6 +294,13 @@ class ShortConvHistory:
         shape = (batch_size, fusion.reach, fusion.config.hc_mult, fusion.config.hidden)
         # Where nothing was, the convolution adds nothing.
         self.values = torch.zeros(shape, dtype=fusion.inner_dtype, device=fusion.device)
+
+    def advance(self, values: Tensor) -> None:
+        """Put what comes next in place of what was; where it is, unless gradients still need the old."""
+        if torch.is_grad_enabled():
+            self.values = values.detach().clone()
+        else:
+            self.values.copy_(values)
 
     def copy(self) -> ShortConvHistory:
         """An independent history in the same state."""

@@ -89,7 +89,7 @@ class V41Fusion(Fusion):
         """
         self._check("e", e, self.config.embedding_width, hidden)
         check_positions("dead", dead, hidden)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return self._fuse_in_blocks(e, hidden, dead)
         if dead is not None:
             e = e.masked_fill(dead[..., None], 0)  # see _fuse

@@ -264,7 +264,7 @@ class _Slot:
 
     def room(self, layer_id: int, table: Table, count: int) -> Tensor | None:
         """[count, D] to receive rows, kept from fetch to fetch: new memory costs more than the gather."""
-        if table.device.type != "cpu":
+        if table.device.type != "cpu" or table.trained:
             return None
         kept = self._arrivals.get(layer_id)
         if kept is None or len(kept) < count:

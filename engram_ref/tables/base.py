@@ -129,10 +129,12 @@ class Table(ABC):
         device: where fetched rows arrive.
         index_device: where `start` wants the row numbers.
         waits: whether a fetch is mostly waiting (for a disk), so that even a small one is worth a thread.
+        trained: whether fetched rows pass gradients back, so that they cannot be put into a given buffer.
     """
 
     placement: str
     waits = False
+    trained = False
 
     def __init__(self, rows: int, row_format: RowFormat, device: torch.device, index_device: torch.device) -> None:
         self.rows = rows

@@ -37,6 +37,7 @@ class DeviceTable(Table):
         self._trained = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
         rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         super().__init__(len(rows), rows.format, rows.device, rows.device)
+        self.trained = self._trained is not None
         self._rows: Rows | None = rows
         self._memory = memory
         kernels = kernels_for(rows.device) if rows.format.scaled else None

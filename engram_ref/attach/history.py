@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.hashing import DEAD, HashPlan
+from engram_ref.layer import Engram
 
 SLACK = 64  # positions that may be cropped away
 _ATTRIBUTE = "_engram_histories"
@@ -34,15 +35,22 @@ class CacheHistory:
         recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R].
         convolutions: by layer id, the past of those that have a convolution.
         open: a step has begun and not ended.
+
+    Args:
+        plan: of the hash.
+        batch_size: sequences.
+        device: of the ids.
+        engrams: the layers.
     """
 
-    def __init__(
-        self, plan: HashPlan, batch_size: int, device: torch.device, convolutions: Mapping[int, DemoFusion]
-    ) -> None:
+    def __init__(self, plan: HashPlan, batch_size: int, device: torch.device, engrams: Mapping[int, Engram]) -> None:
         self._context = plan.max_ngram - 1
         self.length = 0
         self.recent = torch.full((batch_size, self._context), DEAD, dtype=torch.int64, device=device)
-        self.convolutions = {i: ShortConvHistory(fusion, batch_size) for i, fusion in convolutions.items()}
+        self.convolutions: dict[int, ShortConvHistory] = {}
+        for layer_id, engram in engrams.items():
+            if isinstance(engram.fusion, DemoFusion) and engram.fusion.reach:
+                self.convolutions[layer_id] = ShortConvHistory(engram.fusion, batch_size)
         self.open = False
 
     @property
@@ -56,9 +64,10 @@ class CacheHistory:
         return self.recent[:, -self._context :]
 
     def append(self, ids: Tensor) -> None:
-        """Some positions more, [B, T]."""
+        """Go on by some positions, [B, T]: a step has ended."""
         self.recent = torch.cat([self.recent, ids], dim=1)[:, -(self._context + SLACK) :]
         self.length += ids.shape[1]
+        self.open = False
 
     def settle(self, length: int) -> None:
         """Go back to the `length` positions that the cache holds.
@@ -73,10 +82,7 @@ class CacheHistory:
                 "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
             )
         if length > self.length:
-            raise ValueError(
-                f"the cache holds {length} positions, Engram's history {self.length}: some were put there by another "
-                "model, or while nothing was attached; begin with a new cache"
-            )
+            raise ValueError(_apart(length, self.length))
         if length < self.length:
             self._crop(self.length - length)
 
@@ -100,15 +106,49 @@ class CacheHistory:
 
     def select(self, sequences: Tensor) -> None:
         """The sequences of these numbers, in this order: beams are reordered, or some are left."""
-        self.recent = self.recent.index_select(0, sequences.to(self.recent.device))
+        self.recent = self.recent[sequences.to(self.recent.device)]
         for past in self.convolutions.values():
-            past.values = past.values.index_select(0, sequences.to(past.values.device))
+            chosen = past.values[sequences.to(past.values.device)]
+            past.values = past.values.copy_(chosen) if chosen.shape == past.values.shape else chosen
 
     def repeat(self, times: int) -> None:
         """Each sequence so many times, one after the other."""
         self.recent = self.recent.repeat_interleave(times, dim=0)
         for past in self.convolutions.values():
             past.values = past.values.repeat_interleave(times, dim=0)
+
+
+def _apart(length: Any, remembered: Any) -> str:
+    return (
+        f"the cache holds {length} positions, Engram's history {remembered}: some were put there by another model, or "
+        "while nothing was attached; begin with a new cache"
+    )
+
+
+class LengthsOnDevice:
+    """Lengths that only the accelerator knows, compared there, so that the CPU need not wait for it."""
+
+    def __init__(self) -> None:
+        self._worst: Tensor | None = None  # [2], what the cache held and what was remembered, where they differed
+
+    def compare(self, length: Tensor, remembered: int) -> None:
+        """Note whether a cache is as long as its history."""
+        pair = torch.stack([length.to(torch.int64).reshape(()), torch.full_like(length, remembered).reshape(())])
+        before = torch.zeros_like(pair) if self._worst is None else self._worst
+        self._worst = torch.where(pair[0] == pair[1], before, pair)
+
+    def check(self) -> None:
+        """Wait for the device, and raise if one was not.
+
+        Raises:
+            ValueError: a cache and its history differed.
+        """
+        if self._worst is None:
+            return
+        length, remembered = self._worst.tolist()
+        self._worst = None
+        if length != remembered:
+            raise ValueError(_apart(length, remembered))
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:

@@ -1,0 +1,48 @@
+"""Engram in a model of transformers: attach it, use the model as before, detach it.
+
+    with attach(model, {1: engram}, plan, vocab) as attached:       # engram: an `Engram`, e.g. from `build_engram`
+        model.generate(input_ids, max_new_tokens=20)
+
+`model` is any decoder that has a list of blocks (Llama, Qwen3, ...) and one residual stream (hc_mult=1). Where the
+decoder begins, token ids are compressed and hashed, once for all Engram layers, and every fetch starts; before block L
+the rows of layer L are joined and its gated update is added to the residual stream. `detach` removes all of it. The
+layers' parameters stay outside the model: to train them, give `engram.parameters()` to the optimizer.
+
+Schedule. `background=True` fetches while the blocks before L compute; `False` waits at the decoder's entry for what it
+started there (the naive schedule). `prefetcher=` takes another source of rows, anything with the Prefetcher's `start`,
+for instance an `OnHand` (no lookup at all). `observer` is told how long hash, gather and wait took; an `ExposedTime`
+measures how long the blocks waited, on the accelerator's own clock where there is one.
+
+Padding, the positions that the attention mask masks. In the demo's form they are the compressed pad id, as everything
+before a sequence is, and nothing of them enters the convolution; in the form v41 they are DEAD, and the stream passes
+them bit for bit. So a row that is padded on the left gives what it gives alone.
+
+Caches. The history (the last compressed ids, and the convolution's past) is kept in the transformers cache and
+compared with its length before each step: see `engram_ref.attach.history`.
+
+Graphs. A CUDA graph, or a forward compiled as one graph, cannot hash on the CPU. Inside `staging()` a forward starts
+nothing: it reads rows from buffers that stay where they are, which `stage` fills before the forward, or before the
+replay of a captured one:
+
+    with attached.staging():
+        attached.stage(ids, cache)                                  # and so before every replay
+        with torch.cuda.graph(graph):
+            logits = model(ids, past_key_values=cache).logits
+
+One forward of a model at a time. What is in this package:
+
+attached    attach, detach, and what a forward does
+blocks      the decoder and its blocks, found in a model
+padding     which positions are padding
+history     what is remembered of a sequence, in its cache
+source      token ids in, a started fetch out
+staged      rows in buffers that stay where they are
+step        one forward of the decoder
+recomputed  gradient checkpointing that runs hooks a second time
+exposed     how long the model waited for rows
+"""
+
+from engram_ref.attach.attached import Attached, attach
+from engram_ref.attach.exposed import ExposedTime
+
+__all__ = ["Attached", "ExposedTime", "attach"]

@@ -1,0 +1,44 @@
+"""Gradient checkpointing that runs a block's hooks a second time: it gets the rows of the first time.
+
+Recent releases of transformers checkpoint what a block computes, so that its hooks run once. Before, the whole call was
+checkpointed, hooks included: in the backward pass the block is computed again, long after the forward has ended and
+perhaps after others. Its input is then the same memory as the first time, since the checkpoint has kept it alive; by
+this the rows are found again. Nothing is fetched a second time, and no history is advanced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Recomputed:
+    """What was given to blocks that are going to be computed again."""
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[int, int], Any] = {}
+
+    def keep(self, layer_id: int, hidden: Tensor, given: Any) -> None:
+        """Note what belongs to this input of a block. A newer input in the same memory means that the older is gone."""
+        self._given[layer_id, hidden.data_ptr()] = given
+
+    def take(self, layer_id: int, hidden: Tensor) -> Any:
+        """It, once; None if there is nothing."""
+        return self._given.pop((layer_id, hidden.data_ptr()), None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._given.clear()
+
+
+def is_checkpointed(decoder: Any, blocks: nn.ModuleList) -> bool:
+    """Whether blocks are computed again in the backward pass."""
+    flags = [getattr(module, "gradient_checkpointing", False) for module in (decoder, *blocks)]
+    return decoder.training and any(flags)
+
+
+def hooks_run_again(blocks: nn.ModuleList) -> bool:
+    """Whether a block's hooks are inside what is checkpointed."""
+    block = blocks[0]
+    return type(block).__call__ is not nn.Module.__call__ or not hasattr(block, "gradient_checkpointing")

@@ -1,0 +1,124 @@
+"""Token ids in, a started fetch out: compress, hash with what came before, start to gather.
+
+Ids are hashed where the tables want their row numbers: on the CPU, or on the accelerator, where the CPU waits for
+nothing. Both give the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_ref.attach.history import CacheHistory
+from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
+from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.layer import Engram
+from engram_ref.on_hand import OnHand
+from engram_ref.vocab import CompressedVocab
+
+
+class Source:
+    """Where the rows of a step come from.
+
+    Args:
+        hasher: its device is where ids are wanted.
+        vocab: as for `attach`.
+        prefetcher: starts the fetches.
+        form: of the layers, for padding.
+        wait_at_once: let the current stream wait for what was started.
+
+    Raises:
+        ValueError: a vocabulary that the plan was not made for.
+    """
+
+    def __init__(
+        self, hasher: NgramHasher | DeviceHasher, vocab: Any, prefetcher: Any, form: str, wait_at_once: bool
+    ) -> None:
+        self.plan: HashPlan = hasher.plan
+        self.on_device = isinstance(hasher, DeviceHasher)
+        self.device = hasher.device if isinstance(hasher, DeviceHasher) else torch.device("cpu")
+        self.prefetcher = prefetcher
+        self._looks_up = not isinstance(prefetcher, OnHand)
+        self._hasher = hasher
+        self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
+        self._wait_at_once = wait_at_once
+        vocab = _as_vocab(vocab, self.plan)
+        self._on_cpu = None if self.on_device else vocab
+        self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self.on_device else None
+
+    def compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
+        """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, the ids are let be."""
+        if not self._looks_up:
+            return ids.to(torch.int64)
+        ids = ids.to(self.device)
+        if padding is None:
+            return self._compressed(ids)
+        padding = padding.to(self.device)
+        return self._compressed(ids.masked_fill(padding, 0)).masked_fill(padding, self._stand_in)
+
+    def _compressed(self, ids: Tensor) -> Tensor:
+        if self._uploaded is not None:
+            return self._uploaded(ids)
+        return ids.to(torch.int64) if self._on_cpu is None else torch.from_numpy(self._on_cpu(ids.numpy()))
+
+    def start(self, compressed: Tensor, history: CacheHistory | None) -> Any:
+        """Begin to fetch the rows of all layers, given what came before."""
+        if not self._looks_up:
+            return self.prefetcher.start(compressed)
+        ids = compressed if self.on_device else compressed.numpy()
+        fetch = self.prefetcher.start(ids, None if history is None else self._before(history))
+        if self._wait_at_once:
+            for pending in fetch.values():
+                pending.wait()
+        return fetch
+
+    def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:
+        context = history.context.contiguous()
+        if self.on_device:
+            on_device = DeviceHistory(self.plan, history.batch_size, self.device)
+            on_device.ids = context
+            return on_device
+        before = TokenHistory(self.plan, history.batch_size)
+        before.ids = context.numpy()
+        return before
+
+    def check(self) -> None:
+        """Raise if a token id outside the vocabulary was met on the device."""
+        if self._uploaded is not None:
+            self._uploaded.check()
+        if isinstance(self._hasher, DeviceHasher):
+            self._hasher.check()
+
+
+def make_hasher(plan: HashPlan, engrams: Mapping[int, Engram]) -> NgramHasher | DeviceHasher:
+    """A hasher where the tables want their row numbers."""
+    devices = {engram.table.index_device for engram in engrams.values()}
+    if len({device.type for device in devices}) > 1:
+        raise ValueError("some tables are gathered from by the CPU and some by the accelerator: place them alike")
+    device = devices.pop()
+    return NgramHasher(plan) if device.type == "cpu" else DeviceHasher(plan, device)
+
+
+def _as_vocab(vocab: Any, plan: HashPlan) -> CompressedVocab | None:
+    """What the user gave, checked against the plan."""
+    if vocab is None:
+        return None
+    if not isinstance(vocab, CompressedVocab):
+        ids = np.asarray(vocab)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0:
+            raise ValueError(f"a vocabulary of {ids.dtype} {ids.shape}: give one compressed id per token id")
+        if ids.max() >= plan.compressed_size:
+            raise ValueError(
+                f"compressed id {ids.max()} in the vocabulary; the plan has 0 .. {plan.compressed_size - 1}"
+            )
+        return CompressedVocab(ids.astype(np.int64), plan.compressed_size, digest="")
+    if len(vocab) != plan.compressed_size:
+        raise ValueError(
+            f"a vocabulary of {len(vocab)} compressed ids; the plan was made for {plan.compressed_size}: "
+            "build it from this vocabulary"
+        )
+    return vocab

@@ -1,0 +1,108 @@
+"""Rows in buffers that stay where they are: what a captured graph reads, filled before each replay.
+
+By default the stream of the model waits for the rows, and then the graph runs. With `overlap`, rows are laid down on a
+side stream, and every block that needs some waits for an external event there: the wait is captured as a node of the
+graph, so the blocks before it compute while rows are still on their way. What the CPU gathers it has gathered before
+the replay begins; only copies, and reads by the accelerator itself, overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_ref.attach.step import ForBlock, Step
+from engram_ref.layer import Engram
+
+
+class Staged:
+    """The buffers of staged steps, by the steps' shape, and which of them the next forward reads.
+
+    Args:
+        device: the model's.
+        overlap: see above; CUDA only.
+
+    Attributes:
+        shape: of the staged step's token ids, None before the first.
+
+    Raises:
+        ValueError: no CUDA device, or a torch without external events.
+    """
+
+    def __init__(self, device: torch.device, overlap: bool = False) -> None:
+        self.shape: torch.Size | None = None
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._current: dict[int, ForBlock] = {}
+        self._padded: dict[torch.Size, bool] = {}
+        self._device = device
+        self._stream: Any = None
+        self._laid_down: dict[int, Any] = {}  # events, by layer
+        if overlap:
+            if device.type != "cuda":
+                raise ValueError(f"overlap=True on {device}: only a CUDA device copies by itself; leave overlap out")
+            self._stream = torch.cuda.Stream(device)
+
+    def fill(self, step: Step, engrams: Mapping[int, Engram]) -> None:
+        """Lay a step down.
+
+        Raises:
+            ValueError: one step of a shape has padding and another has none.
+        """
+        shape, padding = step.shape, step.padding
+        if self._padded.setdefault(shape, padding is not None) != (padding is not None):
+            raise ValueError(
+                f"an attention mask for some steps of shape {tuple(shape)} and none for others: a graph cannot follow; "
+                "give stage() one for all of them"
+            )
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the last step may still be reading
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if padding is not None:
+                padding = self._lay(("padding", *shape), padding.to(self._device))
+            for layer_id, engram in engrams.items():
+                rows = self._lay(("rows", layer_id, *shape), step.fetch[layer_id].wait().to(engram.fusion.dtype))
+                self._current[layer_id] = ForBlock(rows, step.past(layer_id), padding)
+                if self._stream is not None:
+                    self._event(layer_id).record(self._stream)
+        self.shape = shape
+
+    def _lay(self, key: tuple[Any, ...], values: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = self._buffers[key] = torch.empty_like(values)
+            keep_address(buffer)
+        return buffer.copy_(values)
+
+    def _event(self, layer_id: int) -> Any:
+        if layer_id not in self._laid_down:
+            try:
+                self._laid_down[layer_id] = torch.cuda.Event(external=True)
+            except TypeError as error:
+                raise ValueError(
+                    f"overlap=True needs external CUDA events, which torch {torch.__version__} lacks: leave it out"
+                ) from error
+        return self._laid_down[layer_id]
+
+    def at(self, layer_id: int) -> ForBlock:
+        """What block `layer_id` reads.
+
+        Raises:
+            RuntimeError: nothing was staged.
+        """
+        if layer_id not in self._current:
+            raise RuntimeError("nothing is staged: call stage(input_ids, cache) before the forward")
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._laid_down[layer_id])
+        return self._current[layer_id]
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Tell torch.compile that this tensor stays where it is, so that its CUDA graphs need not copy it."""
+    if tensor.device.type == "cuda":
+        import torch._dynamo  # takes a second to import
+
+        torch._dynamo.mark_static_address(tensor)

@@ -1,0 +1,61 @@
+"""One forward of the decoder: what was started for it, and what each block needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engram_ref.attach.history import CacheHistory
+from engram_ref.fusion import ShortConvHistory
+
+
+class ForBlock(NamedTuple):
+    """What a block needs."""
+
+    rows: Tensor  # [B*T*C, D]
+    past: ShortConvHistory | None
+    padding: Tensor | None  # [B, T]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has begun.
+
+    Attributes:
+        fetch: by layer id, what to wait for.
+        shape: of the token ids, [B, T].
+        compressed: their compressed ids, [B, T].
+        history: of the sequences; None where nothing comes after this step.
+        padding: booleans [B, T], or None.
+        recomputed: blocks may be computed again in the backward pass, hooks included.
+    """
+
+    fetch: Any
+    shape: torch.Size
+    compressed: Tensor
+    history: CacheHistory | None
+    padding: Tensor | None
+    recomputed: bool = False
+
+    def past(self, layer_id: int) -> ShortConvHistory | None:
+        """Of the convolution of a layer, if it has one."""
+        return None if self.history is None else self.history.convolutions.get(layer_id)
+
+    def for_block(self, layer_id: int, hidden: Tensor) -> ForBlock:
+        """Wait for the rows of a layer; `hidden` is the residual stream [B, T, H] before its block."""
+        if hidden.shape[:2] != self.shape:
+            raise ValueError(f"a residual stream of {tuple(hidden.shape)} for token ids of {tuple(self.shape)}")
+        rows = self.fetch[layer_id].wait()
+        if rows.device.type == "cpu" and (torch.is_grad_enabled() or self.recomputed) and not rows.requires_grad:
+            rows = rows.clone()  # gradients need them after the fetch's buffer has been filled again
+        padding = None if self.padding is None else self.padding.to(hidden.device)
+        return ForBlock(rows, self.past(layer_id), padding)
+
+    def end(self) -> None:
+        """Give the fetch back, and let the history go on."""
+        self.fetch.release()
+        if self.history is not None:
+            self.history.append(self.compressed)
