@@ -11,7 +11,7 @@ import secrets
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +29,7 @@ from engram_ref.attach.step import ForBlock, Step
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram
-from engram_ref.prefetch import LEAST_BUFFERS, Observer, Prefetcher
+from engram_ref.prefetch import LEAST_BUFFERS, FetchError, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
 
@@ -115,7 +115,7 @@ class Attached:
         self._handles = [decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for layer_id in self.engrams:
             self._handles.append(blocks[layer_id].register_forward_pre_hook(self._before(layer_id), with_kwargs=True))
-        self._handles.append(decoder.register_forward_hook(self._leave))
+        self._handles.append(decoder.register_forward_hook(self._leave, always_call=True))
         _forget_compiled()
 
     def detach(self) -> None:
@@ -269,6 +269,8 @@ class Attached:
 
     @torch.compiler.disable
     def _end(self, output: Any) -> None:
+        if output is None:
+            return self._drop()
         step, self._step = self._step, None
         assert step is not None
         step.end()
@@ -283,7 +285,8 @@ class Attached:
         """Forget a forward that an exception ended."""
         step, self._step = self._step, None
         if step is not None:
-            step.fetch.release()
+            with suppress(FetchError):  # one error has been raised already
+                step.fetch.release()
 
     def _waiting(self, place: Place) -> Any:
         return nullcontext() if self._exposed is None else self._exposed.around(place)
