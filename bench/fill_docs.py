@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed
-from bench.harness import figures, wall_figures
+from bench.harness import end_to_end_explained, end_to_end_figures, figures, wall_figures
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
 from bench.harness.table import verdict_table
@@ -27,7 +27,10 @@ from bench.harness.wall_table import wall_table
 from examples.same_rows import report_on_sample
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "docs/index.md", "docs/how-it-works.md", "docs/forms.md", "docs/hardware.md", "docs/log.md"]
+DOCUMENTS = [
+    "README.md", "docs/index.md", "docs/how-it-works.md", "docs/forms.md", "docs/hardware.md", "docs/log.md",
+    "docs/findings/engram-offload-wall-time.md",
+]  # fmt: skip
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "docs" / "figures"
 
@@ -56,13 +59,18 @@ BLOCKS = {
     "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
     "wall_cpu_v41": lambda: f"```text\n{wall_table(load('gpu_wall_cpu_v41'))}\n```",
+    **end_to_end_explained.blocks(RESULTS),
     "example": worked_example,
     "fits": what_fits,
     "forms": published_forms,
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 # Which results each committed figure shows, and what draws them.
-DRAWN = {"bytedmd_toy": figures.draw_all, "gpu_wall_cpu": wall_figures.draw_all}
+DRAWN = {
+    "bytedmd_toy": figures.draw_all,
+    "gpu_wall_cpu": wall_figures.draw_all,
+    "end_to_end_cpu": end_to_end_figures.draw_all,
+}
 
 
 def filled(text: str) -> str:

@@ -76,7 +76,7 @@ def overhead_parts(results: Json) -> Any:
         except NotMeasured as why:
             axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
         axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
-        axis.set_xticks(range(len(PHASES)), PHASES)
+        axis.set_xticks(range(len(PHASES)), [phase.replace("token", "median token") for phase in PHASES])
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     legend_below(figure, panels[0][0])
     return figure
@@ -99,7 +99,7 @@ def _stack(axis: Any, place: int, parts: dict[str, Part]) -> None:
 
 def slower_bus(results: Json) -> Any:
     """Overhead above `resident` against the delay of a step's rows."""
-    figure, panels = _panels(results, "What a slower bus costs in decoding, above the resident table")
+    figure, panels = _panels(results, "What a slower bus costs a decode step, above the resident table")
     for axis, case in panels:
         try:
             buses = slowed(case)

@@ -13,7 +13,7 @@ FIT = "fit"
 STREAMS = ("text", "uniform")
 # Of options that mean something in both kinds of runs: name -> without --end-to-end, with it on CUDA, with it on a CPU.
 SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
-    "rounds": (20, 8, 12),
+    "rounds": (20, 8, 16),
     "warmup": (2, 1, 1),
     "preset": ("paper-27b", "v41-flash", "tiny"),
     "dtype": ("bfloat16", "bfloat16", "float32"),
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serve sequences with a whole model, random weights, prompts and outputs of uniform lengths, and take the "
         "overhead apart: the layer's own compute, the lookup, what prefetching could not hide. A round is a number of "
         "sequences that every variant serves; batches are sequences at a time. Of the options above, --variants, "
-        "--table_params, --preset, --blocks, --rounds (8), --warmup (1), --text, --energy, --dtype, --seed and --out "
+        "--table_params, --preset, --blocks, --rounds (8; 16 on a CPU), --warmup (1), --text, --energy, --dtype, --seed and --out "
         "count, too; defaults here: v41-flash and bfloat16 on CUDA, tiny and float32 on a CPU. "
         "The results are on disk after every pass; the same command again continues a run that was cut.",
     )

@@ -170,8 +170,8 @@ def _counts(contender: Contender) -> dict[str, int]:
 
 
 def _rounded(value: Any) -> Any:
-    """Seconds to ten nanoseconds: no clock here is better."""
-    return [round(item, 8) for item in value] if isinstance(value, list) else value
+    """Seconds to a tenth of a microsecond: what a clock says beyond that is noise."""
+    return [round(item, 7) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def test_a_bus_in_the_noise_breaks_nothing():
     one = case()
     for sample in numbers.row_of(one, "resident again")["rounds"][::2]:
         sample["decode_s"] = [1.2 * s for s in sample["decode_s"]]
-    assert [bus.breaks for bus in numbers.slowed(one)] == [False, False, None]
+    assert [bus.breaks for bus in numbers.slowed(one)] == [None, None, None]
     assert numbers.breaking_bus(one).breaks_s is None
 
 
@@ -138,9 +138,9 @@ def test_the_report_says_what_it_is_of():
     text = report(example())
     assert "Measured on the GPU Example" in text.splitlines()[0]
     lines = {line.split("  ")[0].strip(): line for line in text.splitlines()}
-    assert lines["own compute: own_compute - no_engram"].count("+2.0 [+2.0, +2.0]") == 3
-    assert lines["not hidden: offload_prefetch - resident"].count("+0.5 [+0.5, +0.5]") == 3
-    assert lines["all of it, measured by itself"].count("+3.5 [+3.5, +3.5]") == 3
+    assert lines["own compute: own_compute - no_engram"].count("+2.0 [+2.0, +2.0]") == 4
+    assert lines["not hidden: offload_prefetch - resident"].count("+0.5 [+0.5, +0.5]") == 4
+    assert lines["all of it, measured by itself"].count("+3.5 [+3.5, +3.5]") == 4
     assert "between 2000 and 5000 us" in text and "56 us (arXiv 2603.10087)" in text
     assert "no energy: not asked for: --energy" in text
 
