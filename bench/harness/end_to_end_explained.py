@@ -87,7 +87,7 @@ def classify(cases: list[Json]) -> tuple[str, str]:
 def wall_time_setup(folder: Path) -> str:
     """Configuration of every case, and the machines."""
     runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
-    rows = [("machine", "model", "served", "table", "code")]
+    rows: list[tuple[str, ...]] = [("machine", "model", "served", "table", "code")]
     rows += [_setup(results, case) for _, results in runs for case in results["cases"]]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "| --- | --- | --- | --- | --- |", *dict.fromkeys(lines[1:])])

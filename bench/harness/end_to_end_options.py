@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serve sequences with a whole model, random weights, prompts and outputs of uniform lengths, and take the "
         "overhead apart: the layer's own compute, the lookup, what prefetching could not hide. A round is a number of "
         "sequences that every variant serves; batches are sequences at a time. Of the options above, --variants, "
-        "--table_params, --preset, --blocks, --rounds (8; 16 on a CPU), --warmup (1), --text, --energy, --dtype, --seed and --out "
-        "count, too; defaults here: v41-flash and bfloat16 on CUDA, tiny and float32 on a CPU. "
-        "The results are on disk after every pass; the same command again continues a run that was cut.",
+        "--table_params, --preset, --blocks, --rounds, --warmup, --text, --energy, --dtype, --seed and --out count, too; "
+        "defaults here: on CUDA 8 rounds, v41-flash, bfloat16; on a CPU 16 rounds, tiny, float32, a small table. The "
+        "results are on disk after every pass; the same command again continues a run that was cut.",
     )
     add = group.add_argument
     add("--end-to-end", action="store_true", help="measure this instead of single steps")
