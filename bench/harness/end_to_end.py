@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ _QWEN3_TOKENS = 151_936
 VOCABULARY = {"tiny": (None, 8192)}
 _HOT_TOKENS = 1 << 19  # of text before the measured one, to choose hot rows from
 _CHECKED_TOKENS = (2, 16)
-_NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "fit", "cases", "iterations", "batch_size", "seq_len", "steps",
+_NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
                  "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
 Tell = Callable[[str], None]
 
@@ -69,7 +69,7 @@ class EndToEnd:
         self.vocab = CompressedVocab.from_tokenizer()
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
         self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
-        self.cases = self._planned()  # refuses what does not fit, before anything is allocated
+        self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
         self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
 
     def _table_params(self) -> float:
@@ -91,6 +91,17 @@ class EndToEnd:
             room = max(0, device_room(self.device) - others) / copies
             params = min(params, room * config.row_width / config.row_bytes())
         return max(1e5, params)
+
+    def _fitting(self) -> list[tuple[str, int, Plan]]:
+        """The cases as planned; with `--fit` without the resident table, if that is what does not fit."""
+        try:
+            return self._planned()
+        except ValueError as error:
+            if not (self.options.fit and "resident" in self.choice.names):
+                raise
+            print(f"resident is left out: {error}", flush=True)
+            self.choice = replace(self.choice, names=tuple(x for x in self.choice.names if x != "resident"))
+            return self._planned()
 
     def _planned(self) -> list[tuple[str, int, Plan]]:
         """Backbone, batch and sizes of every case, checked against free memory."""

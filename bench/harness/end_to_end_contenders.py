@@ -88,11 +88,10 @@ class Contender:
         return self.name != CONTROL
 
     @property
-    def index_device(self) -> torch.device:
-        """Where the table wants its row numbers."""
-        assert self.table is not None and self.prefetcher is not None
-        hasher = self.prefetcher.hasher
-        return hasher.device if isinstance(hasher, DeviceHasher) else torch.device("cpu")
+    def hashing_device(self) -> torch.device | None:
+        """Where ids are hashed, if that is a device's business."""
+        hasher = self.prefetcher.hasher if self.prefetcher is not None else None
+        return hasher.device if isinstance(hasher, DeviceHasher) else None
 
 
 @dataclass(frozen=True)

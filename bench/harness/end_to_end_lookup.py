@@ -84,15 +84,15 @@ class Sequences:
         vocab: token id -> compressed id.
         plan: of the hash.
         slots: places.
-        device: where row numbers are wanted.
+        device: where ids are hashed; None for the CPU, by what is made for it.
     """
 
-    def __init__(self, vocab: CompressedVocab, plan: HashPlan, slots: int, device: torch.device) -> None:
+    def __init__(self, vocab: CompressedVocab, plan: HashPlan, slots: int, device: torch.device | None) -> None:
         self._plan, self._slots, self._device = plan, slots, device
-        self._on_device = device.type == "cuda"
-        self._vocab: Any = DeviceVocab(vocab, device) if self._on_device else vocab
+        self._on_device = device is not None
+        self._vocab: Any = vocab if device is None else DeviceVocab(vocab, device)
         self.history: Any = (
-            DeviceHistory(plan, slots, device) if self._on_device else TokenHistory(plan, slots)
+            TokenHistory(plan, slots) if device is None else DeviceHistory(plan, slots, device)
         )  # before the next step
 
     def compress(self, ids: Tensor) -> Any:

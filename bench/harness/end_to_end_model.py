@@ -177,14 +177,14 @@ class ServedModel:
     def _decode_once(self, span: int, insert: Callable[[Tensor], Tensor]) -> Tensor:
         self._cache.begin_decode(self._stored, self._all, self.positions, span)
         seen = torch.arange(span, device=self.positions.device) <= self.positions[:, None]  # [slots, span]
-        mask = torch.where(seen, 0.0, -torch.inf).to(self._head.dtype)[:, None, None]
+        mask = torch.zeros(seen.shape, dtype=self._head.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         with torch.inference_mode():
             hidden = self._decoder.step(
                 F.embedding(self.next_tokens, self._decoder.embedding),
                 self._cache,
                 insert,
                 position_ids=self.positions[:, None],
-                attention_mask=mask,
+                attention_mask=mask[:, None, None],
             )
             return self._choose(hidden[:, -1])
 

@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The group of options."""
     group = parser.add_argument_group(
         "end to end",
-        "Serve sequences with a whole model, random weights, prompts and outputs of uniform lengths, and take the "
-        "overhead apart: the layer's own compute, the lookup, what prefetching could not hide. A round is a number of "
-        "sequences that every variant serves; batches are sequences at a time. Of the options above, --variants, "
-        "--table_params, --preset, --blocks, --rounds, --warmup, --text, --energy, --dtype, --seed and --out count, too; "
-        "defaults here: on CUDA 8 rounds, v41-flash, bfloat16; on a CPU 16 rounds, tiny, float32, a small table. The "
-        "results are on disk after every pass; the same command again continues a run that was cut.",
+        """Serve sequences with a whole model, random weights, prompts and outputs of uniform lengths, and take the
+overhead apart: the layer's own compute, the lookup, what prefetching could not hide. A round is a number of
+sequences that every variant serves; batches are sequences at a time. Of the options above, --variants,
+--table_params, --preset, --blocks, --rounds, --warmup, --text, --energy, --fit, --dtype, --seed and --out
+count, too; defaults here: on CUDA 8 rounds, v41-flash, bfloat16; on a CPU 16 rounds, tiny, float32, 2e7. The
+results are on disk after every pass; the same command again continues a run that was cut.""",
     )
     add = group.add_argument
     add("--end-to-end", action="store_true", help="measure this instead of single steps")

@@ -24,7 +24,7 @@ from bench.harness.end_to_end_contenders import Contender
 from bench.harness.end_to_end_lookup import Lookup, NoLookup, OnHand, Sequences, TableLookup
 from bench.harness.end_to_end_model import ServedModel, rounded_span
 from bench.harness.end_to_end_workload import Decode, Prefill, Round, schedule
-from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
+from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab
 
 
@@ -148,7 +148,7 @@ class Server:
             return OnHand(rows)
         if contender.prefetcher is None:
             return NoLookup()
-        sequences = Sequences(self._vocab, self._plan, self._model.slots, contender.index_device)
+        sequences = Sequences(self._vocab, self._plan, self._model.slots, contender.hashing_device)
         return TableLookup(contender.prefetcher, contender.schedule, self._layer_id, sequences, self._clock)
 
     def _prefill(self, step: Prompts, lookup: Lookup) -> Tensor:
@@ -191,9 +191,7 @@ class Server:
     def count_rows(self, work: Work) -> tuple[int, int]:
         """Rows that a pass asks for, and how many are left when each step asks for each once: from the ids alone."""
         hasher, requested, unique = NgramHasher(self._plan), 0, 0
-        history = TokenHistory(self._plan, self._model.slots)
-        sequences = Sequences(self._vocab, self._plan, self._model.slots, torch.device("cpu"))
-        sequences.history = history
+        sequences = Sequences(self._vocab, self._plan, self._model.slots, None)
         for step in work.steps:
             ids = step.ids.cpu()
             compressed = sequences.compress(ids if isinstance(step, Prompts) else ids[:, None])

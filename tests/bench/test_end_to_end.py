@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 
 import jsonschema
 import numpy as np
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from bench import gpu_wall
 from bench.harness import end_to_end, end_to_end_memory, end_to_end_pass, end_to_end_report, end_to_end_rounds
 from bench.harness.backbones import build_backbone
-from bench.harness.end_to_end_contenders import Contender
+from bench.harness.end_to_end_contenders import Choice, Contender
+from bench.harness.end_to_end_graphs import Pieces
 from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention
 from bench.harness.end_to_end_numbers import same_tokens, step_bytes
 from bench.harness.end_to_end_pass import Server
@@ -22,6 +24,7 @@ from bench.harness.end_to_end_workload import TokenSource
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram, make_fusion
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.device import DeviceTable
@@ -37,7 +40,7 @@ VARIANTS += ["throttled 56 us"]
 class Served:
     """A small model in float64 with one Engram layer, and everything to serve it with."""
 
-    def __init__(self, vocab, slots, preset):
+    def __init__(self, vocab, slots, preset, graphs=False):
         register_attention()
         self.vocab = vocab
         width = {"tiny": 64, "v41-flash": 64}[preset]
@@ -53,25 +56,27 @@ class Served:
         torch.manual_seed(2)
         self.fusion = make_fusion(self.config, CPU, torch.float64).eval()
         self.table = DeviceTable(torch.randn(self.plan.layers[0].rows, 4, generator=generator))
-        self.model = ServedModel(self.decoder, self.head, self.fusion, slots, 64, graphs=False)
+        self.model = ServedModel(self.decoder, self.head, self.fusion, slots, 64, graphs)
+        self.model.prepare(9, torch.float32)
         self.server = Server(self.model, vocab, self.plan, 1)
 
     backbone = ""
 
-    def serve(self, work, schedule):
-        """Choices [sequence][token] of one variant, served."""
-        with Prefetcher(NgramHasher(self.plan), {1: self.table}, background=schedule == "prefetched") as prefetcher:
+    def serve(self, work, schedule, on_device=False):
+        """One variant; `on_device` hashes as a GPU does."""
+        hasher = DeviceHasher(self.plan, CPU) if on_device else NgramHasher(self.plan)
+        with Prefetcher(hasher, {1: self.table}, background=schedule == "prefetched") as prefetcher:
             contender = Contender("resident", schedule, table=self.table, prefetcher=prefetcher)
             return self.server.serve(work, contender)
 
 
 @pytest.fixture
 def served(tmp_path, vocab_small):
-    def make(slots, preset="tiny"):
+    def make(slots, preset="tiny", graphs=False):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(TINY))
         Served.backbone = str(path)
-        return Served(vocab_small, slots, preset)
+        return Served(vocab_small, slots, preset, graphs)
 
     return make
 
@@ -94,10 +99,20 @@ def test_what_is_served_is_what_the_attached_model_says(served, schedule, preset
     """Five sequences of different lengths on two places, token by token, against each of them by itself in one shot."""
     one = served(2, preset)
     round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
+    right = attached_choices(one, round_)
+    for on_device in (False, True):
+        choices, samples = choices_of(one, round_, schedule, on_device, monkeypatch)
+        assert choices == right
+        assert len(samples.first_token_s) == 5 and len(samples.decode_s) == len(samples.window_s)
+        assert all(0 <= exposed <= step for exposed, step in zip(samples.decode_exposed_s, samples.decode_s))
+
+
+def choices_of(one, round_, schedule, on_device, monkeypatch):
+    """What is chosen for each sequence when all of them are served, and the samples."""
     work = one.server.prepare(round_, most_tokens=24)
     seen = []
     monkeypatch.setattr(end_to_end_pass, "_digest", lambda work, chosen: seen.append(chosen) or "0" * 64)
-    samples = one.serve(work, schedule)
+    samples = one.serve(work, schedule, on_device)
     choices = [[] for _ in round_.lengths]
     for step, tokens in zip(work.steps, seen[0]):
         if isinstance(step, end_to_end_pass.Prompts):
@@ -106,9 +121,23 @@ def test_what_is_served_is_what_the_attached_model_says(served, schedule, preset
         else:
             for slot, sequence, _ in step.step.running:
                 choices[sequence].append(int(tokens[slot]))
-    assert choices == attached_choices(one, round_)
-    assert len(samples.first_token_s) == 5 and len(samples.decode_s) == len(samples.window_s)
-    assert all(0 <= exposed <= step for exposed, step in zip(samples.decode_exposed_s, samples.decode_s))
+    return choices, samples
+
+
+@pytest.mark.parametrize("schedule", ["in place", "prefetched", "synchronous"])
+def test_rows_reach_a_step_in_pieces_where_a_graph_looks_for_them(served, schedule, monkeypatch):
+    """As on CUDA, but for the capture: a step was run to warm up, then the pieces run with the join between them."""
+
+    def record(pieces, step, fuse):
+        step(fuse)
+        raise RuntimeError("nothing is captured here")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(Pieces, "_record", record)
+    one = served(2, graphs=True)
+    assert one.model.graphs == {"used": False, "why": "capturing failed: nothing is captured here"}
+    round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
+    assert choices_of(one, round_, schedule, False, monkeypatch)[0] == attached_choices(one, round_)
 
 
 def test_rows_change_what_is_chosen(served):
@@ -278,6 +307,25 @@ def test_what_memory_does_not_hold_is_refused_before_anything_is_built(program, 
         program(*OPTIONS, "--fresh")
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "GiB of host memory are needed (weights" in error and "GiB are free" in error
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_resident_table_that_does_not_fit_is_left_out_only_if_wanted(fit, capsys):
+    run = object.__new__(end_to_end.EndToEnd)
+    run.options, run.choice = Namespace(fit=fit), Choice(("no_engram", "resident", "offload_naive"))
+
+    def planned():
+        if "resident" in run.choice.names:
+            raise ValueError("12 GiB are needed, 10 GiB are free")
+        return ["a case"]
+
+    run._planned = planned
+    if not fit:
+        with pytest.raises(ValueError, match="12 GiB are needed"):
+            run._fitting()
+        return
+    assert run._fitting() == ["a case"] and run.choice.names == ("no_engram", "offload_naive")
+    assert capsys.readouterr().out == "resident is left out: 12 GiB are needed, 10 GiB are free\n"
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ REFUSED = {
     "--variants offload_disk --table_params 5e10": "GiB do not fit onto the disk of",
     "--table_params 1": "'1' must be max or a number of parameters from 1e5 to 1e12",
     "--steps prefill:4096": "'prefill:4096' must be prefill:BATCHxTOKENS or decode:BATCH",
-    "--backbone gpt-9": "no backbone 'gpt-9': use one of none, qwen3-4b, qwen3-8b, or the path of a config.json",
+    "--backbone gpt-9": "no backbone 'gpt-9': use one of none, qwen3-4b, qwen3-8b, tiny, or the path of a config.json",
     "--blocks 1": "'1' must be an integer of at least 2",
     "--text /nowhere.txt": "No such file or directory: '/nowhere.txt'",
     "--steps prefill:1x400000": "take a longer text or a smaller batch",
