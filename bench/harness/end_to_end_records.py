@@ -23,7 +23,7 @@ from bench.harness.results import atomic_path
 _ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("engram_ref/**/*.py", "bench/gpu_wall.py", "bench/harness/*.py")
 _SAME = ("benchmark", "device", "device_name", "configuration", "code_sha256")
-_NUMBERS = re.compile(r"\[\s+((?:-?[\d.e+-]+,\s+)*-?[\d.e+-]+)\s+\]")
+_PLACE = "@pass "
 Json = dict[str, Any]
 
 
@@ -54,6 +54,7 @@ class Record:
         self.path = path
         self.results = results
         self.kept = self.dropped = 0
+        self._lines: dict[int, str] = {}  # of passes that `results` holds, which keeps their ids
 
     @classmethod
     def open(cls, path: Path, head: Json, fresh: bool) -> Record:
@@ -109,11 +110,26 @@ class Record:
         return Case(self, case)
 
     def save(self) -> None:
-        """Write the file; lists of numbers stand on one line."""
-        text = json.dumps(self.results, indent=1)
-        text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+        """Write the file. A pass is one line, and encoded once: a file of many passes is written after each of them."""
+        places: list[Json] = []
+
+        def place(row: Json) -> Json:
+            first = len(places)
+            places.extend(row["rounds"])
+            return {**row, "rounds": [f"{_PLACE}{number}" for number in range(first, len(places))]}
+
+        cases = [{**case, "rows": [place(row) for row in case["rows"]]} for case in self.results["cases"]]
+        text = json.dumps({**self.results, "cases": cases}, indent=1)
+        text = re.sub(f'"{_PLACE}([0-9]+)"', lambda found: self._line(places[int(found[1])]), text)
         with atomic_path(self.path) as part:
             part.write_text(text + "\n", encoding="utf-8")
+
+    def _line(self, sample: Json) -> str:
+        """A pass as JSON; nothing changes it any more."""
+        line = self._lines.get(id(sample))
+        if line is None:
+            line = self._lines[id(sample)] = json.dumps(sample)
+        return line
 
 
 class Case:

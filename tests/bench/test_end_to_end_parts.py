@@ -293,7 +293,7 @@ def test_another_configuration_is_refused_unless_it_is_to_begin_anew(tmp_path, c
     assert Record.open(path, {**HEAD, **change}, fresh=True).results["cases"] == []
 
 
-def test_numbers_stand_on_one_line_and_stay_what_they_were(tmp_path):
+def test_a_pass_is_a_line_and_stays_what_it_was(tmp_path):
     results = example()
     record = Record(tmp_path / "results.json", results)
     record.save()
