@@ -159,10 +159,15 @@ def part_text(part: Part) -> str:
 
 
 def _floor_note(results: Json, case: Json) -> str:
+    """The floor of the fetches, and how far from it those are that nothing hides."""
     floor = fetch_floor(results, case)
-    text = f"   floor of the fetches of a round, unique rows over copy bandwidth: {short(1e6 * floor)} us"
+    text = f"   floor of a round's fetches, unique rows over copy bandwidth: {short(1e6 * floor)} us"
     alone = [row for row in case["rows"] if row["schedule"] == "synchronous" and row["rounds"]]
-    waits = [f"{row['label']} waited {short(exposed_in_round(row) / floor)} x as long" for row in alone]
+    waits = [
+        f"{row['label']} waited {short(1e6 * exposed_in_round(row))} us"
+        + (" (a disk has a floor of its own)" if row["held"]["disk"] else f", {short(exposed_in_round(row) / floor)} x")
+        for row in alone
+    ]
     return "; ".join([text, *waits])
 
 

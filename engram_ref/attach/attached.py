@@ -65,7 +65,7 @@ def attach(
     """
     decoder, blocks = find_blocks(model)
     check_layers(model, blocks, engrams, plan if isinstance(plan, HashPlan) else plan.plan)
-    hasher = make_hasher(plan, engrams) if isinstance(plan, HashPlan) else plan
+    hasher = make_hasher(plan, engrams, prefetcher)
     form = next(iter(engrams.values())).fusion.config.form
     if prefetcher is not None:
         if observer is not None:
@@ -219,15 +219,10 @@ class Attached:
             return 0
         length = given.cache.get_seq_length() if given.position is None else given.position[0]
         history = history_of(given.cache, self._key)
-        if (
-            isinstance(length, Tensor)
-            and length.device.type != "cpu"
-            and self._source.on_device
-            and history is not None
-        ):
-            self._lengths.compare(length, history.length)
-            return history.length
-        return int(length)
+        if history is None or self._source.reads_on_cpu or not _is_on_accelerator(length):
+            return int(length)
+        self._lengths.compare(length, history.length)
+        return history.length
 
     def _history(self, given: Given, past: int) -> CacheHistory:
         """What came before this step."""
@@ -335,14 +330,22 @@ class Attached:
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
         history = None if given.cache is None else history_of(given.cache, self._key)
-        length = 0 if given.cache is None else given.cache.get_seq_length()
-        if isinstance(length, Tensor) and length.device.type != "cpu":
-            return  # to ask for it would stop the CPU, or a capture
-        if history is not None and int(length) + given.ids.shape[1] != history.length:
+        if history is None:
+            return
+        length = given.cache.get_seq_length() + given.ids.shape[1]
+        if _is_on_accelerator(length):
+            if not torch.cuda.is_current_stream_capturing():
+                self._lengths.compare(length, history.length)
+        elif int(length) != history.length:
             raise ValueError(
-                f"a step from position {int(length)}; staged was the one that ends at {history.length}: call stage() "
-                "once before every forward"
+                f"a step that ends at position {int(length)}; staged was one that ends at {history.length}: call "
+                "stage() once before every forward"
             )
+
+
+def _is_on_accelerator(length: Any) -> bool:
+    """Whether the CPU would have to wait to know it."""
+    return isinstance(length, Tensor) and length.device.type != "cpu"
 
 
 def _forget_compiled() -> None:

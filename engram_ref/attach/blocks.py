@@ -88,6 +88,11 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
                 "inputs_embeds without input_ids: Engram looks rows up by token ids; give the model input_ids, or "
                 "detach Engram first"
             )
+        if given.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "several sequences packed into one row (cu_seq_lens_q): Engram would look across their borders; give a "
+                "padded batch"
+            )
         if cache is not None and not hasattr(cache, "get_seq_length"):
             raise ValueError(f"past_key_values is a {type(cache).__name__}: give a Cache of transformers")
         return Given(ids, cache, given.get("attention_mask"), given.get("cache_position"), given.get("use_cache"))

@@ -30,17 +30,17 @@ _ATTRIBUTE = "_engram_histories"
 class CacheHistory:
     """The past of some sequences, for all Engram layers of a model.
 
-    Attributes:
-        length: positions so far, padding included.
-        recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R].
-        convolutions: by layer id, the past of those that have a convolution.
-        open: a step has begun and not ended.
-
     Args:
         plan: of the hash.
         batch_size: sequences.
         device: of the ids.
         engrams: the layers.
+
+    Attributes:
+        length: positions so far, padding included.
+        recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R].
+        convolutions: by layer id, the past of those that have a convolution.
+        open: a step has begun and not ended.
     """
 
     def __init__(self, plan: HashPlan, batch_size: int, device: torch.device, engrams: Mapping[int, Engram]) -> None:
@@ -129,13 +129,13 @@ class LengthsOnDevice:
     """Lengths that only the accelerator knows, compared there, so that the CPU need not wait for it."""
 
     def __init__(self) -> None:
-        self._worst: Tensor | None = None  # [2], what the cache held and what was remembered, where they differed
+        self._differed: Tensor | None = None  # [2], what the cache held and what was remembered, where they differed
 
     def compare(self, length: Tensor, remembered: int) -> None:
         """Note whether a cache is as long as its history."""
         pair = torch.stack([length.to(torch.int64).reshape(()), torch.full_like(length, remembered).reshape(())])
-        before = torch.zeros_like(pair) if self._worst is None else self._worst
-        self._worst = torch.where(pair[0] == pair[1], before, pair)
+        before = torch.zeros_like(pair) if self._differed is None else self._differed
+        self._differed = torch.where(pair[0] == pair[1], before, pair)
 
     def check(self) -> None:
         """Wait for the device, and raise if one was not.
@@ -143,10 +143,10 @@ class LengthsOnDevice:
         Raises:
             ValueError: a cache and its history differed.
         """
-        if self._worst is None:
+        if self._differed is None:
             return
-        length, remembered = self._worst.tolist()
-        self._worst = None
+        length, remembered = self._differed.tolist()
+        self._differed = None
         if length != remembered:
             raise ValueError(_apart(length, remembered))
 

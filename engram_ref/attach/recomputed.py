@@ -34,8 +34,7 @@ class Recomputed:
 
 def is_checkpointed(decoder: Any, blocks: nn.ModuleList) -> bool:
     """Whether blocks are computed again in the backward pass."""
-    flags = [getattr(module, "gradient_checkpointing", False) for module in (decoder, *blocks)]
-    return decoder.training and any(flags)
+    return decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in (decoder, *blocks))
 
 
 def hooks_run_again(blocks: nn.ModuleList) -> bool:

@@ -31,6 +31,10 @@ class Source:
         form: of the layers, for padding.
         wait_at_once: let the current stream wait for what was started.
 
+    Attributes:
+        device: where ids are hashed.
+        reads_on_cpu: whether the CPU needs the token ids, and so waits for the device that has them.
+
     Raises:
         ValueError: a vocabulary that the plan was not made for.
     """
@@ -39,21 +43,22 @@ class Source:
         self, hasher: NgramHasher | DeviceHasher, vocab: Any, prefetcher: Any, form: str, wait_at_once: bool
     ) -> None:
         self.plan: HashPlan = hasher.plan
-        self.on_device = isinstance(hasher, DeviceHasher)
         self.device = hasher.device if isinstance(hasher, DeviceHasher) else torch.device("cpu")
         self.prefetcher = prefetcher
         self._looks_up = not isinstance(prefetcher, OnHand)
+        self._on_device = isinstance(hasher, DeviceHasher)
+        self.reads_on_cpu = self._looks_up and not self._on_device
         self._hasher = hasher
         self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
         self._wait_at_once = wait_at_once
         vocab = _as_vocab(vocab, self.plan)
-        self._on_cpu = None if self.on_device else vocab
-        self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self.on_device else None
+        self._on_cpu = None if self._on_device else vocab
+        self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self._on_device else None
 
     def compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
-        """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, the ids are let be."""
+        """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, nothing is read: 0."""
         if not self._looks_up:
-            return ids.to(torch.int64)
+            return torch.zeros(ids.shape, dtype=torch.int64, device=self.device)
         ids = ids.to(self.device)
         if padding is None:
             return self._compressed(ids)
@@ -69,7 +74,7 @@ class Source:
         """Begin to fetch the rows of all layers, given what came before."""
         if not self._looks_up:
             return self.prefetcher.start(compressed)
-        ids = compressed if self.on_device else compressed.numpy()
+        ids = compressed if self._on_device else compressed.numpy()
         fetch = self.prefetcher.start(ids, None if history is None else self._before(history))
         if self._wait_at_once:
             for pending in fetch.values():
@@ -78,7 +83,7 @@ class Source:
 
     def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:
         context = history.context.contiguous()
-        if self.on_device:
+        if self._on_device:
             on_device = DeviceHistory(self.plan, history.batch_size, self.device)
             on_device.ids = context
             return on_device
@@ -94,8 +99,18 @@ class Source:
             self._hasher.check()
 
 
-def make_hasher(plan: HashPlan, engrams: Mapping[int, Engram]) -> NgramHasher | DeviceHasher:
-    """A hasher where the tables want their row numbers."""
+def make_hasher(
+    plan: HashPlan | NgramHasher | DeviceHasher, engrams: Mapping[int, Engram], prefetcher: Any
+) -> NgramHasher | DeviceHasher:
+    """The hasher that was given, or the prefetcher's own, or one where the tables want their row numbers.
+
+    Raises:
+        ValueError: they want them in different places.
+    """
+    if not isinstance(plan, HashPlan):
+        return plan
+    if hasattr(prefetcher, "hasher"):
+        return prefetcher.hasher
     devices = {engram.table.index_device for engram in engrams.values()}
     if len({device.type for device in devices}) > 1:
         raise ValueError("some tables are gathered from by the CPU and some by the accelerator: place them alike")

@@ -285,6 +285,24 @@ def test_a_prefetcher_of_ones_own_stays_open(model, layers, ids):
         prefetcher.start(ids.numpy()).release()
 
 
+def test_a_prefetcher_brings_its_hasher(model, layers, ids):
+    tables = {layer_id: engram.table for layer_id, engram in layers.engrams.items()}
+    with Prefetcher(DeviceHasher(layers.plan, "cpu"), tables) as prefetcher:
+        got = logits_of(model, layers, ids, prefetcher=prefetcher)
+    assert torch.equal(got, by_hand(model, layers, ids))
+
+
+def test_tables_that_are_read_by_different_processors_are_refused(model, layers):
+    class Elsewhere(DeviceTable):
+        def __init__(self, rows):
+            super().__init__(rows)
+            self.index_device = torch.device("cuda")
+
+    engrams = layers.engrams | {2: Engram(layers.engrams[2].fusion, Elsewhere(layers.weights[2]))}
+    with pytest.raises(ValueError, match="place them alike"):
+        attach(model, engrams, layers.plan)
+
+
 def test_two_models_side_by_side(ids):
     one, two = make_model("qwen3"), make_model("llama")
     demo, v41 = make_layers((1,)), make_layers((0, 2), "v41")
@@ -328,6 +346,11 @@ def test_inputs_embeds_are_refused(model, layers, ids):
         with pytest.raises(ValueError, match="inputs_embeds"):
             model.generate(inputs_embeds=embeds, max_new_tokens=2)
         assert model(ids).logits.isfinite().all()
+
+
+def test_packed_sequences_are_refused(model, layers, ids):
+    with attach(model, layers.engrams, layers.plan), pytest.raises(ValueError, match="several sequences packed"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 4, 9]))
 
 
 def test_layers_that_do_not_fit_are_refused(model, layers):

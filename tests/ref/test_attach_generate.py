@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import reader
 from engram_ref.attach.history import CacheHistory
+from engram_ref.hashing_torch import DeviceHasher
 from tests.ref.attach_models import by_hand, make_ids, make_layers, make_model, padded_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -321,3 +322,28 @@ def test_where_a_chunk_begins_may_be_given(model, attached, ids):
     read = reader(model.model)
     given = read((), dict(input_ids=ids, past_key_values=cache, cache_position=torch.arange(9, 18)))
     assert attached._past_length(given) == 9 and attached._past_length(given._replace(position=None)) == 7
+
+
+def test_a_length_on_the_device_is_not_asked_for(model, layers, ids, monkeypatch):
+    """A tensor without content stands for one that the CPU would have to wait for."""
+
+    class OnDevice(DynamicCache):
+        hidden = False
+
+        def get_seq_length(self, layer_idx=0):
+            return torch.tensor(9, device="meta") if self.hidden else super().get_seq_length(layer_idx)
+
+    compared = []
+    for source in (DeviceHasher(layers.plan, "cpu"), layers.plan):
+        with torch.no_grad(), attach(model, layers.engrams, source) as attached:
+            monkeypatch.setattr(attached._lengths, "compare", lambda length, remembered: compared.append(remembered))
+            cache = OnDevice()
+            model(ids, past_key_values=cache)
+            cache.hidden = True
+            given = reader(model.model)((), dict(input_ids=ids, past_key_values=cache))
+            if source is layers.plan:
+                with pytest.raises(RuntimeError, match="meta"):
+                    attached._past_length(given)
+            else:
+                assert attached._past_length(given) == 9
+    assert compared == [9]

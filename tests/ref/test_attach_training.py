@@ -102,7 +102,7 @@ def test_checkpointing_changes_nothing(reentrant, hooks, model):
         assert counted.started == 2 and not attached._recomputed._given
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-14)  # summed in another order
 
 
 def test_rows_found_again_are_those_of_the_same_forward(model, monkeypatch):
