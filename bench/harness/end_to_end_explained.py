@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.end_to_end_numbers import PARTS, WHOLE, Json, decomposition, noise_floor, same_tokens
+from bench.harness.end_to_end_reading import reading
 from bench.harness.end_to_end_table import part_text, report
 from bench.harness.verdict import WALL_TIME_CLAIM
 from bench.harness.wall_numbers import NotMeasured
@@ -84,6 +85,13 @@ def classify(cases: list[Json]) -> tuple[str, str]:
     return "INCONCLUSIVE", "the intervals reach across 3 %."
 
 
+def wall_time_reading(folder: Path) -> str:
+    """A sceptic's questions to every committed run."""
+    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    read = [f"{name}, {device_label(results)}\n{reading(results)}" for name, results in runs]
+    return "```text\n{}\n```".format("\n\n".join(read))
+
+
 def wall_time_setup(folder: Path) -> str:
     """Configuration of every case, and the machines."""
     runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
@@ -116,4 +124,5 @@ def blocks(folder: Path) -> dict[str, Any]:
         "wall_time_class": lambda: wall_time_class(folder),
         "wall_time_gpu": lambda: wall_time_runs(folder, "cuda"),
         "wall_time_cpu": lambda: wall_time_runs(folder, "cpu"),
+        "wall_time_reading": lambda: wall_time_reading(folder),
     }

@@ -13,7 +13,7 @@ FIT = "fit"
 STREAMS = ("text", "uniform")
 # Of options that mean something in both kinds of runs: name -> without --end-to-end, with it on CUDA, with it on a CPU.
 SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
-    "rounds": (20, 8, 16),
+    "rounds": (20, 8, 12),
     "warmup": (2, 1, 1),
     "preset": ("paper-27b", "v41-flash", "tiny"),
     "dtype": ("bfloat16", "bfloat16", "float32"),
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 overhead apart: the layer's own compute, the lookup, what prefetching could not hide. A round is a number of
 sequences that every variant serves; batches are sequences at a time. Of the options above, --variants,
 --table_params, --preset, --blocks, --rounds, --warmup, --text, --energy, --fit, --dtype, --seed and --out
-count, too; defaults here: on CUDA 8 rounds, v41-flash, bfloat16; on a CPU 16 rounds, tiny, float32, 2e7. The
+count, too; defaults here: on CUDA 8 rounds, v41-flash, bfloat16; on a CPU 12 rounds, tiny, float32, 2e7. The
 results are on disk after every pass; the same command again continues a run that was cut.""",
     )
     add = group.add_argument

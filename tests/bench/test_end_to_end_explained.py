@@ -9,7 +9,8 @@ import pytest
 
 from bench.harness import end_to_end_explained as explained
 from bench.harness.end_to_end_numbers import row_of
-from tests.bench.end_to_end_example import case, example
+from bench.harness.end_to_end_reading import reading
+from tests.bench.end_to_end_example import WINDOW, case, example
 
 
 @pytest.fixture
@@ -69,3 +70,41 @@ def test_noise_that_reaches_three_per_cent_wins_nothing():
     for sample in row_of(one, "resident again")["rounds"]:
         sample["decode_s"] = [1.05 * seconds for seconds in sample["decode_s"]]
     assert explained.classify([one])[0] == "INCONCLUSIVE"
+
+
+def test_a_sceptics_questions_are_answered_from_the_samples():
+    text = reading(example())
+    assert "  above the floor: yes, at least" in text and "  resident is itself: yes, [-0.1, +0.1] %" in text
+    assert "  order: nothing resolved is against it (no_engram < own_compute < resident < offload_naive)" in text
+    assert "  same tokens: yes, in 5 rounds" in text and "no hot rows were measured" in text
+
+
+def test_a_sceptic_is_told_what_is_wrong():
+    one = example()
+    rows = {row["label"]: row for row in one["cases"][0]["rows"]}
+    for sample in rows["offload_naive"]["rounds"]:
+        sample["decode_s"] = [0.5 * seconds for seconds in sample["decode_s"]]
+        sample["prefill_exposed_s"], sample["decode_exposed_s"] = [0.0], [0.0]
+    for sample in rows["resident again"]["rounds"]:
+        sample["decode_s"] = [1.004 * seconds for seconds in sample["decode_s"]]
+    for row, hits in (("throttled 2000 us", 9), ("throttled 5000 us", 3)):
+        rows[row]["hot_share"] = 0.1 if hits == 3 else 0.01
+        for sample in rows[row]["rounds"]:
+            sample["lookups"], sample["hits"] = 10, hits
+    text = reading(one)
+    assert "above the floor: no, offload_naive: floor or time is wrong" in text
+    assert "resident is itself: NO, [" in text
+    assert "order: NO, offload_naive is faster than no_engram; offload_naive is faster than own_compute" in text
+    assert "more hot rows, more hits: NO" in text
+    one["cases"][0]["rows"] = one["cases"][0]["rows"][:1]
+    assert "resident is itself: unknown, resident again was not measured" in reading(one)
+
+
+def test_what_a_slow_bus_exposes_is_held_against_its_delay():
+    one = example()
+    for row in one["cases"][0]["rows"]:
+        if row["bus"]:
+            delay = row["bus"]["latency_s"]
+            for sample in row["rounds"]:
+                sample["decode_exposed_s"] = [max(0.0, 1.1 * (delay - WINDOW))]
+    assert "slow bus, delay less window: measured over expected 1.1, 1.1" in reading(one)
