@@ -171,17 +171,6 @@ def test_the_examples_of_the_documents_run(document, monkeypatch, cache_home):
             assert names["hidden"].shape == (1, 8, 64) and names["hidden"].isfinite().all()
 
 
-def test_the_guide_runs_from_top_to_bottom(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    text = (ROOT / "docs/put-engram-into-your-model.md").read_text(encoding="utf-8")
-    names: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
-        exec(block, names)
-    assert names["tokens"].shape == (1, 11) and names["logits"].isfinite().all()
-    assert [place for place, _ in names["waited"]] == ["start", 1]
-    assert not names["model"].model._forward_pre_hooks and names["engram"].fusion.projection_weight.grad is not None
-
-
 def test_the_numbers_beside_the_tracer_example():
     assert bytedmd(lambda a, b, c: (a + b) + c, (1, 2, 3)) == 6
     assert traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3)) == ([1, 2, 1, 2], 6)

@@ -23,7 +23,7 @@ from engram_ref.tables.rows import Rows
 from engram_ref.tables.stored import StoredRows
 from engram_ref.tables.writing import save_rows
 from engram_ref.vocab import CompressedVocab
-from tests.ref.attach_models import PAD, VOCAB, by_hand, make_ids, make_layers, make_model
+from tests.ref.attach_models import PAD, VOCAB, add_by_hand, by_hand, make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +63,16 @@ def logits_of(model, layers, ids, *args, **options):
     """Of one forward with Engram."""
     with attach(model, layers.engrams, layers.plan, *args, **options):
         return model(ids).logits
+
+
+def test_hidden_states_are_those_before_the_update(model, layers, ids):
+    into_block = []
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        hook = model.model.layers[1].register_forward_pre_hook(lambda block, args: into_block.append(args[0]))
+        returned = model(ids, output_hidden_states=True).hidden_states[1]
+        hook.remove()
+        assert torch.equal(add_by_hand(layers, 1, returned, ids), into_block[0])
+    assert not torch.equal(returned, into_block[0])
 
 
 def test_with_gradients_too(model, layers, ids):

@@ -76,10 +76,12 @@ def test_staged_steps_of_a_model_compile_to_one_graph(model, layers, ids):
     """Functionalised, as for a backend that writes kernels; the convolution's past goes on inside the graph."""
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached, attached.staging():
-        cache, parts = static(model), []
+        cache, parts, addresses = static(model), [], set()
         for t in range(6):
             attached.stage(ids[:, t : t + 1], cache)
             parts.append(compiled(ids[:, t : t + 1], past_key_values=cache).logits)
+            addresses.add(attached._staged.at(1).past.values.data_ptr())
+    assert len(addresses) == 1  # a captured graph goes on where the last replay ended
     torch.testing.assert_close(torch.cat(parts, 1), by_hand(model, layers, ids[:, :6]), **EXACT)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engram_ref.attach import attach
+from engram_ref.attach.recomputed import hooks_run_again
 from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
 from tests.ref.attach_models import by_hand, make_ids, make_layers, make_model
@@ -64,8 +65,10 @@ BATCHES = make_ids(seed=1), make_ids(seed=2)
 @pytest.mark.parametrize("trained", [False, True], ids=["rows fixed", "rows trained"])
 @pytest.mark.parametrize("form", ["demo", "v41"])
 @pytest.mark.parametrize("length", [9, 70], ids=["inline", "thread"])  # so many rows are left to the thread
-def test_gradients_are_those_by_hand(trained, form, length, model):
-    layers = make_layers((1,), form, trained=trained)
+def test_gradients_are_those_by_hand(trained, form, length):
+    """In the rows' own dtype, so that what a fetch left in its buffer is what gradients need."""
+    model = make_model(dtype=torch.float32).train()
+    layers = make_layers((1,), form, dtype=torch.float32, trained=trained)
     batches = make_ids(length=length, seed=1), make_ids(length=length, seed=2)
     with attach(model, layers.engrams, layers.plan):
         got = backward(model, layers, batches, lambda ids: model(ids).logits)
@@ -121,6 +124,13 @@ def test_rows_found_again_are_those_of_the_same_forward(model, monkeypatch):
         monkeypatch.setattr(kept, "take", mixed_up)
         got = backward(model, layers, BATCHES, lambda ids: model(ids).logits)
     assert any(not torch.allclose(got[name], want[name], rtol=0, atol=1e-9) for name in want)
+
+
+def test_which_blocks_run_their_hooks_again(model):
+    assert not hooks_run_again(model.model.layers)
+    assert hooks_run_again(torch.nn.ModuleList([torch.nn.Linear(1, 1)]))  # the decoder checkpoints the call
+    model.model.layers[0].__class__ = type("Block", (AsBefore, type(model.model.layers[0])), {})
+    assert hooks_run_again(model.model.layers)
 
 
 def test_checkpointing_with_a_filled_cache_is_refused(model):
