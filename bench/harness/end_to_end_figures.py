@@ -99,7 +99,9 @@ def _stack(axis: Any, place: int, parts: dict[str, Part]) -> None:
 
 def slower_bus(results: Json) -> Any:
     """Overhead above `resident` against the delay of a step's rows."""
-    figure, panels = _panels(results, "What a slower bus costs a decode step, above the resident table")
+    figure, panels = _panels(
+        results, "What a slower bus costs a decode step, above the resident table\nhollow: not resolved"
+    )
     for axis, case in panels:
         try:
             buses = slowed(case)
@@ -129,6 +131,7 @@ def _draw_buses(axis: Any, buses: list[Slowed]) -> None:
     )
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=10)
+    axis.margins(y=0.12)
     axis.set_xlabel("us from the request until a step's rows have arrived")
     axis.set_ylabel("% of no_engram")
 
