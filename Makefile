@@ -7,13 +7,14 @@
 #   make findings        every result, figure and document of the findings, from nothing; QUICK=1: a small version
 #   make speed   the benchmarks of hashing, of pricing, and of pricing rows at production scale
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
+#   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site speed bench-cpu bench-layer clean
+.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ speed: $(VENV)/stamp-fast,plot
 bench-cpu: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/gpu_wall.py --device cpu --out out/gpu_wall_cpu --table_params 6e8 --dtype float32 \
 		--backbone qwen3-4b --steps prefill:1x64 decode:4 --rounds 30 --seq_len 1024 --batch_size 1 --iterations 12
+
+end-to-end-cpu: $(VENV)/stamp-fast,plot,ref
+	$(BIN)/python bench/gpu_wall.py --end-to-end --device cpu --out out/end_to_end_cpu
 
 bench-layer: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json

@@ -22,7 +22,15 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed, verdict
-from bench.harness import figures, published, row_figures, sweep_figures, wall_figures
+from bench.harness import (
+    end_to_end_explained,
+    end_to_end_figures,
+    figures,
+    published,
+    row_figures,
+    sweep_figures,
+    wall_figures,
+)
 from bench.harness.evidence import Evidence
 from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
@@ -73,6 +81,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
     "wall_cpu_v41": lambda: f"```text\n{wall_table(load('gpu_wall_cpu_v41'))}\n```",
+    **end_to_end_explained.blocks(RESULTS),
     "example": worked_example,
     "fits": what_fits,
     "forms": published_forms,
@@ -109,6 +118,7 @@ DRAWN = {
     "bytedmd_sweeps": sweep_figures.draw_all,
     "production": row_figures.draw_all,
     "gpu_wall_cpu": wall_figures.draw_all,
+    "end_to_end_cpu": end_to_end_figures.draw_all,
 }
 
 

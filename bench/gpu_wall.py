@@ -5,7 +5,9 @@
   python bench/gpu_wall.py --preset v41-flash --rows split        DeepSeek-V4.1-Flash: 4-grams, 24 columns, fp8 rows
   python bench/gpu_wall.py --backbone none --steps decode:1       the layer by itself, one token at a time
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
+  python bench/gpu_wall.py --end-to-end --table_params 1e11       a whole model, served; the overhead taken apart
   make bench-cpu                                                  without a GPU: RAM against a real file
+  make end-to-end-cpu                                             the same for the whole model, a tiny one
 
 Variants (where rows live, how they arrive):
   resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor
@@ -37,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from bench.harness import components, steps, wall_figures, wall_table
+from bench.harness import components, end_to_end_options, end_to_end_report, steps, wall_figures, wall_table
 from bench.harness.accelerator import copy_bandwidth, describe
 from bench.harness.backbones import BACKBONES, Backbone, build_backbone
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import fio_random_read
 from bench.harness.timeline import SpanLog, trace_step
-from bench.harness.token_batches import Corpus, TokenBatches, standard_library, text_batches, text_file, uniform_batches
+from bench.harness.token_batches import TokenBatches, standard_library, text_batches, text_file, uniform_batches
 from bench.harness.variants import TableSet, Variant
 from bench.harness.wall_options import (
     LAYER,
@@ -89,7 +91,6 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--dtype",
         choices=DTYPES,
-        default="bfloat16",
         help="of the model, and of the table where the preset has no fp8 rows (default: bfloat16)",
     )
     add("--seed", type=cli.at_least(0), default=0)
@@ -101,12 +102,11 @@ def parse_arguments() -> argparse.Namespace:
         "--table_params",
         nargs="+",
         type=table_params,
-        default=[1e9],
         metavar="N",
         help="values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)",
     )
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
-    add("--preset", choices=list(PRESETS), default="paper-27b", help="geometry (default: paper-27b)")
+    add("--preset", choices=list(PRESETS), help="geometry (default: paper-27b)")
     add(
         "--rows",
         choices=LAYOUTS,
@@ -133,8 +133,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--hot_share", type=cli.share, default=0.1, help="of the rows, kept on the device by offload_hot (default: 0.1)"
     )
-    add("--rounds", type=cli.at_least(1), default=20, help="samples per variant and shape (default: 20)")
-    add("--warmup", type=cli.at_least(1), default=2, help="rounds that are not kept (default: 2)")
+    add("--rounds", type=cli.at_least(1), help="samples per variant and shape (default: 20)")
+    add("--warmup", type=cli.at_least(1), help="rounds that are not kept (default: 2)")
     add("--energy", action="store_true", help="board energy, 30 s per variant and shape (CUDA); try --backbone none")
     add("--profile", type=Path, metavar="FILE.json", help="a Chrome trace per phase and variant, beside FILE")
 
@@ -144,6 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--iterations", type=cli.at_least(1), default=50, help="samples per case (default: 50)")
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
     add("--seq_len", type=cli.at_least(1), default=4096, help="default: 4096")
+    end_to_end_options.add_arguments(parser)
     return complete(parser.parse_args())
 
 
@@ -151,13 +152,16 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults that depend on the machine or on other options."""
     with cli.one_line_errors(PROG):
         on_gpu = pick_device(options.device).type == "cuda"
+        end_to_end_options.fill_defaults(options, on_gpu)
         options.rows = row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
-        options.table_params = [largest(preset, dtype) if n == "max" else n for n in options.table_params]
+        options.table_params = [
+            largest(preset, dtype) if n == "max" and not options.end_to_end else n for n in options.table_params
+        ]
     if options.steps is None:
         options.steps = [step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
     options.steps = [replace(s, context=options.context) if s.phase == "decode" else s for s in options.steps]
-    if options.blocks is None and not on_gpu:
+    if options.blocks is None and not on_gpu and not options.end_to_end:
         options.blocks = 2
     options.batch_size = options.batch_size or (64 if on_gpu else 1)
     if "all" in options.cases:
@@ -170,6 +174,8 @@ def main() -> None:
     """The command."""
     options = parse_arguments()
     with cli.one_line_errors(PROG):
+        if options.end_to_end:
+            return end_to_end_report.measure(options, tell, (COPY_BYTES, COPIES))
         results = Benchmark(options).run()
         print(f"\n{wall_table.wall_table(results)}\n\n{options.out / 'results.json'}")
         for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
@@ -190,7 +196,7 @@ class Benchmark:
         whole = text_file(options.text, self.vocab) if options.text else standard_library(self.vocab)
         half = len(whole.ids) // 2
         self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
-        self.corpus = Corpus(whole.name, whole.sha256, whole.ids[half:])
+        self.corpus = whole.since(half)
         self.results = self.head()
 
     def head(self) -> dict[str, Any]:
@@ -400,4 +406,4 @@ def tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, PROG, left="results.json, if there is one, holds the table sizes that were finished")
+    cli.run(main, PROG, left="results.json, if there is one, holds what was finished")

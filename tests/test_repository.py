@@ -83,6 +83,7 @@ def test_a_changed_number_is_noticed(monkeypatch):
 FIGURES = {
     "bytedmd_toy": ["cost_by_kind.svg", "depths.svg", "ratios.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
+    "end_to_end_cpu": ["overhead_parts.svg", "slower_bus.svg"],
 }
 
 
@@ -104,6 +105,7 @@ def test_the_figures_name_their_results():
         ("bytedmd_grid", "bytedmd_sweeps"),
         ("gpu_wall_cpu", "gpu_wall"),
         ("gpu_wall_cpu_v41", "gpu_wall"),
+        ("end_to_end_cpu", "end_to_end"),
     ],
 )
 def test_committed_results_fit_the_schema(results, schema):

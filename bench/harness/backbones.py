@@ -22,12 +22,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness.decoder_sizes import SIZES, BlockShape, flops_per_token
+from bench.harness.decoder_sizes import SIZES as PUBLISHED
+from bench.harness.decoder_sizes import BlockShape, flops_per_token
 from engram_ref.config import require_int
 from engram_ref.tables.memory import require_bytes
 
 Insert = Callable[[Tensor], Tensor]  # residual stream [B, T, H] -> the same, with something added
 
+# What is built by name: the published sizes, and one of ours for machines without an accelerator.
+SIZES: dict[str, dict[str, Any]] = {
+    **PUBLISHED,
+    "tiny": dict(
+        model_type="qwen3",
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    ),
+}
+_NO_VOCABULARY = 8  # where embeddings are given and no token is wanted
 BACKBONES = ("none", *SIZES)
 _DENSE = {"llama": "4.45", "qwen2": "4.45", "qwen3": "4.51"}  # gated dense decoders -> since which transformers
 _INTEGERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -111,13 +126,27 @@ class Decoder(Backbone):
 
         return _steady_cache([(normal(), normal()) for _ in range(self.blocks)], context)
 
-    def step(self, embeds: Tensor, cache: Any, before_second: Insert) -> Tensor:
-        """Run the blocks, without gradients; see Backbone."""
+    @property
+    def shape(self) -> BlockShape:
+        """Sizes of a block."""
+        return self._shape
+
+    @property
+    def embedding(self) -> Tensor:
+        """Of the tokens, [vocabulary, H]."""
+        return self._model.embed_tokens.weight
+
+    def step(self, embeds: Tensor, cache: Any, before_second: Insert, **where: Tensor | None) -> Tensor:
+        """Run the blocks, without gradients; see Backbone.
+
+        Args:
+            where: the model's `position_ids` and `attention_mask`, where the cache does not imply them.
+        """
         second: nn.Module = self._model.layers[1]
         hook = second.register_forward_pre_hook(_replacing_input(before_second), with_kwargs=True)
         try:
             with torch.no_grad():
-                out = self._model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+                out = self._model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **where)
         finally:
             hook.remove()
         return out.last_hidden_state
@@ -173,7 +202,13 @@ def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
 
 
 def build_backbone(
-    name: str, blocks: int | None, device: torch.device, dtype: torch.dtype, hidden_if_none: int
+    name: str,
+    blocks: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_if_none: int,
+    vocabulary: int = _NO_VOCABULARY,
+    attention: str = "sdpa",
 ) -> Backbone:
     """A backbone with random weights.
 
@@ -182,6 +217,8 @@ def build_backbone(
         blocks: how many of the model's blocks; None for all.
         device, dtype: of weights and cache; they are drawn there, nothing is converted.
         hidden_if_none: width of the residual stream of the backbone "none".
+        vocabulary: token ids that have an embedding.
+        attention: how transformers computes it, by the name under which it knows the function.
 
     Raises:
         ValueError: no such backbone, fewer than two blocks, or more than memory holds.
@@ -190,10 +227,17 @@ def build_backbone(
     if name == "none":
         return Backbone(name, hidden_if_none)
     fields = _checked(name, _fields(name), blocks)
-    model = _empty_model(fields, dtype)
+    model = _empty_model({**fields, "vocab_size": vocabulary}, dtype, attention)
     require_bytes(_parameter_bytes(model), device)
     _materialise(model, device)
     return Decoder(name, model, _shape(model.config))
+
+
+def measure_backbone(name: str, blocks: int | None, vocabulary: int) -> tuple[BlockShape, int, int]:
+    """Sizes of a block, how many blocks, and how many parameters with the embedding: before anything is allocated."""
+    fields = _checked(name, _fields(name), blocks)
+    model = _empty_model({**fields, "vocab_size": vocabulary}, torch.bfloat16)
+    return _shape(model.config), len(model.layers), sum(parameter.numel() for parameter in model.parameters())
 
 
 def _fields(name: str) -> dict[str, Any]:
@@ -224,11 +268,11 @@ def _checked(name: str, fields: dict[str, Any], blocks: int | None) -> dict[str,
     blocks = most if blocks is None else blocks
     if not 2 <= blocks <= most:
         raise ValueError(f"{blocks} blocks of {name}: take 2 .. {most}; Engram stands before the second one")
-    vocabulary = dict(vocab_size=8, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    vocabulary = dict(vocab_size=_NO_VOCABULARY, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return {**fields, **vocabulary, "num_hidden_layers": blocks, "layer_types": None, "sliding_window": None}
 
 
-def _empty_model(fields: dict[str, Any], dtype: torch.dtype) -> Any:
+def _empty_model(fields: dict[str, Any], dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The base model without memory."""
     try:
         from transformers import CONFIG_MAPPING, MODEL_MAPPING
@@ -238,7 +282,7 @@ def _empty_model(fields: dict[str, Any], dtype: torch.dtype) -> Any:
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"this transformers has no {kind}: pip install 'transformers>={_DENSE[kind]}'")
     config = CONFIG_MAPPING[kind].from_dict(fields)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     model_class: Any = MODEL_MAPPING[type(config)]
     with _default_dtype(dtype), torch.device("meta"):
         return model_class(config).eval().requires_grad_(False)

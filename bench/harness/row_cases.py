@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,14 @@ class Case:
     values: tuple[float, ...] = ()
 
 
+class Ids(NamedTuple):
+    """A stream of tokens."""
+
+    name: str
+    sha256: str  # of the text, or of the ids where they were drawn
+    ids: np.ndarray  # compressed, int64 [T]
+
+
 @functools.cache
 def _vocabulary() -> CompressedVocab:
     return CompressedVocab.from_tokenizer()
@@ -65,7 +73,7 @@ def _library(nbytes: int) -> Corpus:
 
 
 @functools.cache
-def source(name: str, tokens: int | None) -> Corpus:
+def source(name: str, tokens: int | None) -> Ids:
     """A stream of so many tokens; kept, since the cases of a worker read it again and again.
 
     Raises:
@@ -75,11 +83,11 @@ def source(name: str, tokens: int | None) -> Corpus:
         if tokens is None:
             raise ValueError(f"the stream {name} does not end: say how many tokens")
         drawn = random_source(name, len(_vocabulary()), tokens)
-        return Corpus(name, drawn.sha256, np.array(drawn.ids))
+        return Ids(name, drawn.sha256, np.array(drawn.ids))
     corpus = _library(_WHOLE_TEXT if tokens is None or tokens > _SHORT_TOKENS else _SHORT_TEXT)
     if tokens is not None and len(corpus.ids) < tokens:
         raise ValueError(f"{name} has {len(corpus.ids):,} tokens: {tokens:,} need a longer text")
-    return Corpus(name, corpus.sha256, corpus.ids[:tokens])
+    return Ids(name, corpus.sha256, corpus.ids[:tokens])
 
 
 def plan_of(config: EngramConfig) -> HashPlan:
@@ -224,7 +232,7 @@ def _root(n: int) -> int:
     return read_price(n)
 
 
-def _about(case: Case, stream: Corpus, config: EngramConfig, reads: RowReads) -> Record:
+def _about(case: Case, stream: Ids, config: EngramConfig, reads: RowReads) -> Record:
     links = hashlib.sha256(reads.links.astype("<i4").tobytes())
     links.update(reads.rows.astype("<i8").tobytes())
     return {

@@ -43,11 +43,17 @@ class Corpus:
         name: where it comes from.
         sha256: digest of the text, UTF-8.
         ids: int64 [tokens].
+        tokens: the same before compression.
     """
 
     name: str
     sha256: str
     ids: np.ndarray
+    tokens: np.ndarray
+
+    def since(self, first: int) -> Corpus:
+        """From a token on; name and digest stay those of the whole text."""
+        return Corpus(self.name, self.sha256, self.ids[first:], self.tokens[first:])
 
 
 def standard_library(
@@ -104,7 +110,7 @@ def _encode(name: str, texts: list[str], vocab: CompressedVocab, tokenizer: str 
         pieces += [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
     tokens = np.concatenate(pieces)
     ids = vocab(tokens[None])[0] if len(tokens) else tokens
-    return Corpus(name, hashlib.sha256("".join(texts).encode()).hexdigest(), ids)
+    return Corpus(name, hashlib.sha256("".join(texts).encode()).hexdigest(), ids, tokens)
 
 
 class TokenBatches:

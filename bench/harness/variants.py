@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,20 @@ ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would
 CONTROL = "no_engram"  # the backbone by itself
 _CHECKED_ROWS = 4096
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
+
+
+class Fetched(Protocol):
+    """What rows can be fetched from."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """That fetches them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class TableSet:
 
     Attributes:
         layout: how a row lies: plain, packed or split.
+        in_host: the rows in host memory, from which other placements are made.
     """
 
     def __init__(
@@ -118,9 +133,9 @@ class TableSet:
     def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
         if self.device.type == "cuda" and "resident" in names:
             require_bytes(self.nbytes, self.device)
-        self.memory = self._keep(HostMemory(self.nbytes))
-        self._in_host = self._laid_out(self.memory.bytes)
-        synthetic.fill(self._in_host, self._seed)
+        self.memory = self.keep(HostMemory(self.nbytes))
+        self.in_host = self._laid_out(self.memory.bytes)
+        synthetic.fill(self.in_host, self._seed)
         if self.device.type == "cuda":
             self.memory.pin()  # after the first touch, which many threads share
         builders: dict[str, Callable[[], list[Variant]]] = {
@@ -136,53 +151,59 @@ class TableSet:
     def _laid_out(self, memory: Tensor) -> Rows:
         return synthetic.rows_in(memory, self.format, self.rows, self._packed)
 
-    def _keep(self, resource: Any) -> Any:
+    def keep(self, resource: Any) -> Any:
+        """Let go of a resource together with this set."""
         return self._stack.enter_context(resource)
 
-    def _on(self, table: Table, background: bool) -> Prefetcher:
+    def prefetcher(self, table: Table, background: bool) -> Prefetcher:
+        """One for a table of these rows; it ends with the set."""
         hasher: NgramHasher | DeviceHasher = NgramHasher(self.plan)
         if table.index_device.type == "cuda":
             hasher = DeviceHasher(self.plan, table.index_device)
         tables = {self.layer_id: table}
-        return self._keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
+        return self.keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
 
     def _resident(self) -> list[Variant]:
         on_cpu = self.device.type == "cpu"
-        rows = self._in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
-        table = self._keep(DeviceTable(rows))
-        prefetcher = self._on(table, background=False)
+        rows = self.in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
+        table = self.keep(DeviceTable(rows))
+        prefetcher = self.prefetcher(table, background=False)
         return [Variant("resident", "in place", None, repeat, table, prefetcher) for repeat in (0, 1)]
 
     def _host(self, name: str, schedule: str) -> Variant:
-        table = self._keep(HostTable(self._in_host, self.device))
-        return Variant(name, schedule, None, 0, table, self._on(table, schedule == "prefetched"))
+        table = self.keep(HostTable(self.in_host, self.device))
+        return Variant(name, schedule, None, 0, table, self.prefetcher(table, schedule == "prefetched"))
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
 
-        table = self._keep(UvaTable(self._in_host, self.device))
-        return [Variant("offload_uva", "prefetched", None, 0, table, self._on(table, True))]
+        table = self.keep(UvaTable(self.in_host, self.device))
+        return [Variant("offload_uva", "prefetched", None, 0, table, self.prefetcher(table, True))]
 
     def _hot(self, stream: Tensor, count: int) -> Variant:
         rows = most_frequent(stream, count, self.rows)
-        table = self._keep(HotTable(HostTable(self._in_host, self.device), rows))
-        return Variant("offload_hot", "prefetched", None, 0, table, self._on(table, True))
+        table = self.keep(HotTable(HostTable(self.in_host, self.device), rows))
+        return Variant("offload_hot", "prefetched", None, 0, table, self.prefetcher(table, True))
 
     def _disk(self, folder: Path, caches: Sequence[str]) -> list[Variant]:
         path = folder / f"table-{self.rows}x{self.format.row_bytes}-{self._seed}.safetensors"
-        save_rows(path, self._in_host)
+        save_rows(path, self.in_host)
         self._stack.callback(path.unlink)
-        table = self._keep(FileTable(StoredRows.find(path), self.device))
+        table = self.keep(FileTable(StoredRows.find(path), self.device))
         table.drop_cache()
-        prefetchers = {"synchronous": self._on(table, False), "prefetched": self._on(table, True)}
+        prefetchers = {"synchronous": self.prefetcher(table, False), "prefetched": self.prefetcher(table, True)}
         return [
             Variant("offload_disk", schedule, cache, 0, table, prefetcher)
             for cache in caches
             for schedule, prefetcher in prefetchers.items()
         ]
 
-    def check(self, ids: np.ndarray) -> str:
+    def check(self, ids: np.ndarray, others: Sequence[Fetched] = ()) -> str:
         """Fetch one batch [B, T] from every variant; the digest of its values, equal to the content's formula.
+
+        Args:
+            ids: compressed.
+            others: what is made from this content besides.
 
         Raises:
             ValueError: a variant returned other bits: then nothing may be timed.
@@ -190,7 +211,7 @@ class TableSet:
         numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
         want = synthetic.expected_values(torch.from_numpy(numbers), self.format, self._seed)
         digest = hashlib.sha256(_bytes(want)).hexdigest()
-        for variant in self.variants:
+        for variant in (*self.variants, *others):
             got = hashlib.sha256(_fetch_bytes(variant, ids, self.layer_id, len(numbers))).hexdigest()
             if got != digest:
                 raise ValueError(f"{variant.label} returned other rows than were written: nothing was measured")
@@ -209,7 +230,7 @@ def _given(hot: tuple[Tensor, int] | None) -> tuple[Tensor, int]:
     return hot
 
 
-def _fetch_bytes(variant: Variant, ids: np.ndarray, layer_id: int, count: int) -> bytes:
+def _fetch_bytes(variant: Fetched, ids: np.ndarray, layer_id: int, count: int) -> bytes:
     assert variant.prefetcher is not None
     hasher = variant.prefetcher.hasher
     given = torch.from_numpy(ids).to(hasher.device) if isinstance(hasher, DeviceHasher) else ids

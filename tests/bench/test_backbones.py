@@ -250,7 +250,7 @@ def test_what_is_not_a_config_is_refused(tmp_path, text):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no backbone 'qwen3-5b': use one of none, qwen3-4b, qwen3-8b, or the path"):
+    with pytest.raises(ValueError, match="no backbone 'qwen3-5b': use one of none, qwen3-4b, qwen3-8b, tiny, or the"):
         build_backbone("qwen3-5b", None, CPU, torch.float32, 0)
 
 

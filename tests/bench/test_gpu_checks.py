@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_wall
+from bench.harness.end_to_end_numbers import PARTS
 
 SCRIPT = Path(__file__).parents[2] / "bench/gpu_checks.sh"
 BUDGET = 600  # seconds
@@ -24,7 +25,7 @@ def steps():
 
 
 STEPS = steps()
-WALLS = [name for name, (_, command) in STEPS.items() if "bench/gpu_wall.py" in command]
+WALLS = [name for name, (_, command) in STEPS.items() if "bench/gpu_wall.py" in command and "--steps" in command]
 
 
 def test_it_is_a_script_that_bash_understands():
@@ -43,6 +44,18 @@ def test_the_options_of_every_run_are_known(name, monkeypatch):
     shapes = [str(shape).split()[0] for shape in options.steps]
     assert {"prefill", "decode"} == set(shapes)
     assert (options.preset, options.rows) == (("v41-flash", "packed") if name == "v41" else ("paper-27b", "plain"))
+
+
+def test_what_tells_most_comes_first(monkeypatch):
+    """A model of 8 B class at three batch sizes, under the variants that the overhead is taken apart with."""
+    assert list(STEPS)[:2] == ["end_to_end", "parts"]
+    monkeypatch.setattr(sys, "argv", STEPS["end_to_end"][1][1:])
+    options = gpu_wall.parse_arguments()
+    assert options.end_to_end and options.backbones == ["qwen3-8b"] and options.blocks is None
+    assert options.batches == [1, 16, 64] and options.sequences == "batch" and not options.fresh
+    assert {name for rows in PARTS.values() for pair in rows for name in pair[:1]} <= set(options.variants)
+    assert {"offload_naive", "offload_uva"} <= set(options.variants)
+    assert STEPS["parts"][1][-1] == f"{options.out}/results.json"
 
 
 def test_every_run_is_in_the_summary():

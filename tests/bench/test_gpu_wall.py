@@ -189,7 +189,7 @@ def test_one_wrong_scale_is_seen(tmp_path):
     ids = torch.arange(10).view(1, 10).numpy()
     with TableSet(config, plan, ["resident"], torch.device("cpu"), tmp_path, 0, None, ["cold"], packed=False) as tables:
         assert tables.check(ids)
-        codes, scales = tables._in_host.parts
+        codes, scales = tables.in_host.parts
         codes[:, 255] ^= 1
         with pytest.raises(ValueError, match="resident in place returned other rows than were written"):
             tables.check(ids)
@@ -211,8 +211,8 @@ def test_a_table_is_moved_to_a_device_with_its_parts(layout, tmp_path, monkeypat
     with TableSet(config, plan, [], torch.device("cpu"), tmp_path, 0, None, [], packed=packed) as tables:
         moved = tables._laid_out(variants._to_device(tables.memory.bytes, torch.device("cpu")))
         assert len(moved.parts) == (1 if packed else 2) and tables.layout == layout
-        assert all(torch.equal(a, b) for a, b in zip(moved.parts, tables._in_host.parts))
-        assert moved.parts[0].data_ptr() != tables._in_host.parts[0].data_ptr()
+        assert all(torch.equal(a, b) for a, b in zip(moved.parts, tables.in_host.parts))
+        assert moved.parts[0].data_ptr() != tables.in_host.parts[0].data_ptr()
 
 
 REFUSED = {
@@ -223,7 +223,7 @@ REFUSED = {
     "--variants offload_disk --table_params 5e10": "GiB do not fit onto the disk of",
     "--table_params 1": "'1' must be max or a number of parameters from 1e5 to 1e12",
     "--steps prefill:4096": "'prefill:4096' must be prefill:BATCHxTOKENS or decode:BATCH",
-    "--backbone gpt-9": "no backbone 'gpt-9': use one of none, qwen3-4b, qwen3-8b, or the path of a config.json",
+    "--backbone gpt-9": "no backbone 'gpt-9': use one of none, qwen3-4b, qwen3-8b, tiny, or the path of a config.json",
     "--blocks 1": "'1' must be an integer of at least 2",
     "--text /nowhere.txt": "No such file or directory: '/nowhere.txt'",
     "--steps prefill:1x400000": "take a longer text or a smaller batch",

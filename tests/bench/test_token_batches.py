@@ -22,7 +22,7 @@ def plan(vocab_small):
 @pytest.fixture
 def counted():
     """A text whose ids are their own positions."""
-    return Corpus("counted", "0" * 64, np.arange(1000))
+    return Corpus("counted", "0" * 64, np.arange(1000), np.arange(1000))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_history_stays_as_it_was_given(plan, vocab_small, counted):
 
 
 def test_where_the_text_starts_over_sequences_do_too(plan, vocab_small):
-    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, corpus=Corpus("short", "", np.arange(8)))
+    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, corpus=Corpus("short", "", np.arange(8), np.arange(8)))
     seen = []
     for _ in range(9):
         ids = batches.next()

@@ -1,0 +1,253 @@
+"""A whole model with Engram in it, served under every variant: what `gpu_wall.py --end-to-end` runs.
+
+What is to be measured is settled, checked against memory and written down first; then table, models and caches are
+built, one case after the other: a backbone, a batch, a stream. `end_to_end_rounds` measures a case; what samples mean
+is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_end_figures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness.accelerator import copy_bandwidth, describe
+from bench.harness.backbones import Decoder, build_backbone, measure_backbone
+from bench.harness.end_to_end_contenders import Choice, Contenders, chosen_names
+from bench.harness.end_to_end_memory import Plan, device_room, estimate, largest_batch
+from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention
+from bench.harness.end_to_end_options import FIT, check
+from bench.harness.end_to_end_pass import Server
+from bench.harness.end_to_end_records import Case, Record, code_sha256
+from bench.harness.end_to_end_rounds import Rounds
+from bench.harness.end_to_end_throttle import Bus
+from bench.harness.end_to_end_workload import TokenSource
+from bench.harness.results import environment, git_commit
+from bench.harness.token_batches import Corpus, standard_library, text_file
+from bench.harness.wall_options import LAYER, largest, pick_device, require_disk, table_config
+from bench.harness.wall_table import device_label
+from engram_ref.config import EngramConfig
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.layer import make_fusion
+from engram_ref.vocab import CompressedVocab
+
+PROG = "end_to_end"
+_QWEN3_TOKENS = 151_936
+# Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
+VOCABULARY = {"tiny": (None, 8192)}
+_HOT_TOKENS = 1 << 19  # of text before the measured one, to choose hot rows from
+_CHECKED_TOKENS = (2, 16)
+_NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
+                 "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
+Tell = Callable[[str], None]
+
+
+class EndToEnd:
+    """One run: what is the same for all cases, and the record.
+
+    Args:
+        options: of the command line, defaults filled in.
+        tell: progress.
+        copy: bytes and repeats of the copies that bandwidth is measured with.
+    """
+
+    def __init__(self, options: argparse.Namespace, tell: Tell, copy: tuple[int, int]) -> None:
+        check(options)
+        self.options, self.tell = options, tell
+        self.device = pick_device(options.device)
+        self.dtype = getattr(torch, options.dtype)
+        self.choice = Choice(
+            chosen_names(options.variants, self.device),
+            tuple(options.hot_shares),
+            tuple(Bus.parse(text) for text in options.buses),
+        )
+        self.vocab = CompressedVocab.from_tokenizer()
+        self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
+        self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
+        self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
+        self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
+
+    def _table_params(self) -> float:
+        """Values in the rows: as asked for, or as many as memory holds beside everything else."""
+        wanted, options = self.options.table_params[0], self.options
+        if wanted != "max":
+            return wanted
+        if FIT in options.batches:
+            raise ValueError("--table_params max and --batches fit: memory cannot be filled by both, give one a number")
+        params = largest(options.preset, options.dtype)
+        if self.device.type == "cuda" and "resident" in self.choice.names:
+            config = table_config(options.preset, 1e6, 1, options.dtype)
+            others = max(
+                estimate(self._sizes(backbone, batch, config, 0), self.device).total
+                for backbone in options.backbones
+                for batch in options.batches
+            )
+            copies = 1 + sum(options.hot_shares)
+            room = max(0, device_room(self.device) - others) / copies
+            params = min(params, room * config.row_width / config.row_bytes())
+        return max(1e5, params)
+
+    def _fitting(self) -> list[tuple[str, int, Plan]]:
+        """The cases as planned; with `--fit` without the resident table, if that is what does not fit."""
+        try:
+            return self._planned()
+        except ValueError as error:
+            if not (self.options.fit and "resident" in self.choice.names):
+                raise
+            print(f"resident is left out: {error}", flush=True)
+            self.choice = replace(self.choice, names=tuple(x for x in self.choice.names if x != "resident"))
+            return self._planned()
+
+    def _planned(self) -> list[tuple[str, int, Plan]]:
+        """Backbone, batch and sizes of every case, checked against free memory."""
+        cases = []
+        if "offload_disk" in self.choice.names:
+            require_disk(self.plan.layers[0].rows * self.config.row_bytes(), self.options.out)
+        for backbone in self.options.backbones:
+            for batch in self.options.batches:
+                rows = self.plan.layers[0].rows
+                sizes = self._sizes(backbone, 1 if batch == FIT else batch, self.config, rows)
+                if batch == FIT:
+                    batch = largest_batch(sizes, self.device)
+                    sizes = self._sizes(backbone, batch, self.config, rows)
+                estimate(sizes, self.device).require(self.device)
+                cases.append((backbone, batch, sizes))
+        return cases
+
+    def _sizes(self, backbone: str, batch: int, config: EngramConfig, rows: int) -> Plan:
+        options = self.options
+        embedded, chosen = self._vocabulary(backbone)
+        shape, blocks, parameters = measure_backbone(backbone, options.blocks, embedded)
+        return Plan(
+            shape, blocks, parameters, chosen * shape.hidden, self.dtype.itemsize, config.replace(hidden=shape.hidden),
+            rows, batch, options.prompt_tokens[1], options.output_tokens[1],
+            self._sequences(batch), options.prefill_tokens, self.choice,
+        )  # fmt: skip
+
+    def _vocabulary(self, backbone: str) -> tuple[int, int]:
+        embedded, chosen = VOCABULARY.get(backbone, (_QWEN3_TOKENS, _QWEN3_TOKENS))
+        return max(embedded or 0, len(self.vocab.ids)), chosen
+
+    def _sequences(self, batch: int) -> int:
+        return batch if self.options.sequences == "batch" else self.options.sequences
+
+    def _head(self, copy: tuple[int, int]) -> dict[str, Any]:
+        """What the results file says of the run as a whole."""
+        accelerator, machine = describe(self.device), environment()
+        name = accelerator["name"] if accelerator else machine["cpu"]
+        kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
+        kept["text"] = str(kept["text"]) if kept["text"] else None
+        return {
+            "schema_version": 1,
+            "benchmark": PROG,
+            "device": self.device.type,
+            "device_name": name,
+            "configuration": kept,
+            "code_sha256": code_sha256(),
+            "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
+            "git": git_commit(),
+            "limits": copy_bandwidth(self.device, *copy),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is not there yet."""
+        record = self.record
+        if record.kept or record.dropped:
+            self.tell(f"continued: {record.kept} passes kept, {record.dropped} of unfinished rounds measured again\n")
+        corpus = self._corpus()
+        half = len(corpus.ids) // 2
+        sample = torch.from_numpy(NgramHasher(self.plan)(corpus.ids[None, :half][:, :_HOT_TOKENS], LAYER))
+        nbytes = self.plan.layers[0].rows * self.config.row_bytes()
+        self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
+        options = self.options
+        with Contenders(
+            self.config, self.plan, self.choice, self.device, options.out, options.seed, sample
+        ) as contenders:
+            self._check_rows(contenders, corpus)
+            for backbone in options.backbones:
+                cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
+                self._measure_backbone(backbone, cases, contenders, corpus.since(half))
+        return record.results
+
+    def _corpus(self) -> Corpus:
+        self.tell("tokenizing the text")
+        text = self.options.text
+        return text_file(text, self.vocab) if text else standard_library(self.vocab)
+
+    def _check_rows(self, contenders: Contenders, corpus: Corpus) -> None:
+        """Rows that differ are never timed."""
+        batch, length = _CHECKED_TOKENS
+        ids = corpus.ids[: batch * length].reshape(batch, length)
+        contenders.tables.check(ids, [one for one in contenders.all if one.prefetcher is not None])
+
+    def _measure_backbone(
+        self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
+    ) -> None:
+        self.tell(f"building {backbone}")
+        register_attention()
+        decoder, head = self._build(backbone)
+        torch.manual_seed(self.options.seed)
+        fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
+        for batch, sizes in cases:
+            positions = sizes.prompt + sizes.output
+            graphs = self.device.type == "cuda" and not self.options.eager
+            model = ServedModel(decoder, head, fusion, batch, positions, graphs)
+            model.prepare(self.options.prompt_tokens[0], contenders.tables.format.dtype)
+            server = Server(model, self.vocab, self.plan, LAYER)
+            options = self.options
+            for stream in options.streams:
+                text = corpus.tokens if stream == "text" else None
+                source = TokenSource(text, len(self.vocab.ids), self.options.seed)
+                case = self._case(backbone, sizes, stream, corpus.name, source, contenders)
+                Rounds(
+                    case, server, model, source, contenders, options, self.tell, device_label(self.record.results)
+                ).measure()
+            del model, server
+
+    def _build(self, backbone: str) -> tuple[Decoder, Tensor]:
+        embedded, chosen = self._vocabulary(backbone)
+        decoder = build_backbone(
+            backbone, self.options.blocks, self.device, self.dtype, 0, vocabulary=embedded, attention=ATTENTION
+        )
+        assert isinstance(decoder, Decoder)
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        head = torch.empty((chosen, decoder.hidden), dtype=self.dtype, device=self.device)
+        return decoder, head.normal_(0.0, 0.02, generator=generator)
+
+    def _case(
+        self, backbone: str, sizes: Plan, stream: str, text: str, source: TokenSource, contenders: Contenders
+    ) -> Case:
+        table = contenders.tables
+        name = text if stream == "text" else "uniform"
+        description = {
+            "backbone": backbone,
+            "blocks": sizes.blocks,
+            "parameters": sizes.parameters + sizes.head,
+            "weights": "random",
+            "dtype": self.options.dtype,
+            "device": self.device.type,
+            "batch": sizes.slots,
+            "sequences": sizes.sequences,
+            "prompt_tokens": list(self.options.prompt_tokens),
+            "output_tokens": list(self.options.output_tokens),
+            "stream": {"kind": stream, "name": name, "sha256": source.sha256},
+            "layer_id": LAYER,
+            "table": {
+                "preset": self.options.preset,
+                "parameters": table.rows * table.format.width,
+                "rows": table.rows,
+                "row_bytes": table.format.row_bytes,
+                "columns": self.config.columns,
+                "bytes": table.nbytes,
+                "row_dtype": self.config.row_dtype,
+                "huge_pages": table.memory.huge_page_share(),
+            },
+            "needs": asdict(estimate(sizes, self.device)),
+            "rounds": [],
+        }
+        return self.record.case(description, [one.label for one in contenders.all])

@@ -1,0 +1,128 @@
+"""What the finding about wall time shows of committed end-to-end results, and what it says where there are none.
+
+    python bench/fill_docs.py           fills docs/findings/engram-offload-wall-time.md with these blocks
+
+Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`; a CPU's is never shown in their place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.harness.end_to_end_numbers import PARTS, WHOLE, Json, decomposition, noise_floor, same_tokens
+from bench.harness.end_to_end_reading import reading
+from bench.harness.end_to_end_table import part_text, report
+from bench.harness.verdict import WALL_TIME_CLAIM
+from bench.harness.wall_numbers import NotMeasured
+from bench.harness.wall_table import device_label
+
+NO_RUN = "No run on a CUDA machine is committed yet."
+_PHASE = "together"
+
+
+def committed(folder: Path, device: str) -> list[tuple[str, Json]]:
+    """File names and contents of the committed runs on a kind of device."""
+    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("end_to_end_*.json")]
+    return sorted((name, results) for name, results in found if results["device"] == device)
+
+
+def wall_time_runs(folder: Path, device: str) -> str:
+    """Everything that the runs on a kind of device say, or that there is none."""
+    runs = committed(folder, device)
+    if not runs:
+        return NO_RUN
+    return "\n\n".join(f"`bench/results/{name}`:\n\n```text\n{report(results)}\n```" for name, results in runs)
+
+
+def wall_time_story(folder: Path) -> str:
+    """The one comparison: the overhead in its parts, a line per case, of CUDA machines first."""
+    head = ["measured on", "model, batch, stream", *PARTS, "all of it"]
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
+    runs = committed(folder, "cuda")
+    for _, results in [*runs, *committed(folder, "cpu")]:
+        lines += [_line(results, case) for case in results["cases"]]
+    note = [] if runs else ["", f"{NO_RUN} The lines above are a CPU's, and say nothing about a GPU."]
+    return "\n".join([*lines, *note])
+
+
+def _line(results: Json, case: Json) -> str:
+    what = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
+    try:
+        parts = decomposition(case, _PHASE)
+        cells = [part_text(parts[name]) for name in (*PARTS, WHOLE)]
+    except NotMeasured as why:
+        cells = [str(why), *[""] * len(PARTS)]
+    return f"| {' | '.join([device_label(results), what, *cells])} |"
+
+
+def wall_time_class(folder: Path) -> str:
+    """WIN, LOSS, INVALID or INCONCLUSIVE, and why, of the runs on CUDA machines."""
+    label, reason = classify([case for _, results in committed(folder, "cuda") for case in results["cases"]])
+    return f"**{label}**: {reason}"
+
+
+def classify(cases: list[Json]) -> tuple[str, str]:
+    """The class of the hypothesis that prefetching hides all but 3 % of an offloaded table.
+
+    Args:
+        cases: of CUDA machines.
+    """
+    if not cases:
+        return "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:]}"
+    if not all(same_tokens(case) for case in cases):
+        return "INVALID", "variants chose different tokens, so their times are not of the same computation."
+    try:
+        left = [decomposition(case, _PHASE)["not hidden"] for case in cases]
+        noise = [noise_floor(case, _PHASE)["high"] - 1 for case in cases]
+    except NotMeasured as why:
+        return "INCONCLUSIVE", f"{why}."
+    if all(max(part.high, least) < WALL_TIME_CLAIM for part, least in zip(left, noise)):
+        return "WIN", f"in all {len(left)} cases, less than 3 % is left of the lookup, to the end of its interval."
+    if any(part.resolved and part.low > WALL_TIME_CLAIM for part in left):
+        return "LOSS", "in at least one case, more than 3 % is left that prefetching did not hide."
+    return "INCONCLUSIVE", "the intervals reach across 3 %."
+
+
+def wall_time_reading(folder: Path) -> str:
+    """A sceptic's questions to every committed run."""
+    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    read = [f"{name}, {device_label(results)}\n{reading(results)}" for name, results in runs]
+    return "```text\n{}\n```".format("\n\n".join(read))
+
+
+def wall_time_setup(folder: Path) -> str:
+    """Configuration of every case, and the machines."""
+    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    rows: list[tuple[str, ...]] = [("machine", "model", "served", "table", "code")]
+    rows += [_setup(results, case) for _, results in runs for case in results["cases"]]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "| --- | --- | --- | --- | --- |", *dict.fromkeys(lines[1:])])
+
+
+def _setup(results: Json, case: Json) -> tuple[str, ...]:
+    table, git = case["table"], results["git"]
+    (low, high), (least, most) = case["prompt_tokens"], case["output_tokens"]
+    decoding = "CUDA graphs" if case["rows"][0]["graphs"]["used"] else "no CUDA graphs"
+    return (
+        f"{device_label(results)}, {results['environment']['cpu_count']} cores",
+        f"{case['backbone']}, {case['blocks']} blocks, random {case['dtype']} weights, {decoding}",
+        f"{len(case['rounds'])} rounds of {case['sequences']}, {case['batch']} at a time; prompts {low} to {high}, "
+        f"outputs {least} to {most} tokens; {case['stream']['name']}",
+        f"{table['preset']}, {table['parameters'] / 1e9:.3g}e9 values, {table['columns']} rows of "
+        f"{table['row_bytes']} B a token",
+        f"`{(git['commit'] or 'unknown')[:12]}`{' with changes' if git['dirty'] else ''}",
+    )
+
+
+def blocks(folder: Path) -> dict[str, Any]:
+    """Name of each block -> what fills it."""
+    return {
+        "wall_time_setup": lambda: wall_time_setup(folder),
+        "wall_time_story": lambda: wall_time_story(folder),
+        "wall_time_class": lambda: wall_time_class(folder),
+        "wall_time_gpu": lambda: wall_time_runs(folder, "cuda"),
+        "wall_time_cpu": lambda: wall_time_runs(folder, "cpu"),
+        "wall_time_reading": lambda: wall_time_reading(folder),
+    }

@@ -1,0 +1,293 @@
+"""What the samples of an end-to-end run mean: the overhead taken apart, tokens per second, and what a slower bus does.
+
+    case = results["cases"][0]
+    parts = decomposition(case, "decode")           # own compute, lookup, what was not hidden
+    breaking_bus(case)                              # between which delays 3 % are lost
+
+Pure functions of a results file. Samples are paired by round, within one process; a part is a difference of two
+variants as a share of the model without an Engram layer, the median over rounds with a 95 % bootstrap interval. It is
+not resolved where its interval holds 0 or reaches into the noise floor, `resident` against itself. Medians of parts
+need not add up to the median of the whole.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, NamedTuple
+
+from bench.harness.timing import LEAST_SAMPLES, is_resolved, paired_ratio, quantile
+from bench.harness.verdict import WALL_TIME_CLAIM
+from bench.harness.wall_numbers import NotMeasured
+
+Json = dict[str, Any]
+PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
+# Part -> the row that has it, and the row without: alternatives in the order in which they are looked for.
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "own compute": (("own_compute",), ("no_engram",)),
+    "lookup": (("resident",), ("own_compute",)),
+    "not hidden": (("offload_prefetch", "offload_disk prefetched"), ("resident",)),
+}
+WHOLE = "overhead"
+
+
+class Part(NamedTuple):
+    """A share of the time without Engram (0.03 is 3 %), with the 95 % interval of its median."""
+
+    median: float
+    low: float
+    high: float
+    resolved: bool
+
+
+def row_of(case: Json, label: str) -> Json:
+    """The row of a label.
+
+    Raises:
+        NotMeasured: there is none, or it has no samples.
+    """
+    for row in case["rows"]:
+        if row["label"] == label and row["rounds"]:
+            return row
+    raise NotMeasured(f"{label} was not measured")
+
+
+def first_of(case: Json, labels: tuple[str, ...]) -> Json:
+    """The first of these rows that was measured.
+
+    Raises:
+        NotMeasured: none was.
+    """
+    for row in case["rows"]:
+        if row["label"] in labels and row["rounds"]:
+            return row
+    raise NotMeasured(f"{' or '.join(labels)} was not measured")
+
+
+def seconds(sample: Json, phase: str) -> float:
+    """Time of one pass in a phase; of its median decode step, which no stall of the machine moves, for `token`."""
+    if phase == "token":
+        return statistics.median(sample["decode_s"])
+    parts = {"prefill": ("prefill_s",), "decode": ("decode_s",), "together": ("prefill_s", "decode_s")}[phase]
+    return sum(sum(sample[part]) for part in parts)
+
+
+def paired(rows: list[Json], phase: str) -> list[list[float]]:
+    """Seconds of each row in the rounds that all of them have, measured by one process.
+
+    Raises:
+        NotMeasured: there is no such round.
+    """
+    found = [{(sample["round"], sample["session"]): seconds(sample, phase) for sample in row["rounds"]} for row in rows]
+    common = sorted(set.intersection(*(set(times) for times in found)))
+    if not common:
+        raise NotMeasured(f"{', '.join(row['label'] for row in rows)} have no round in common")
+    return [[times[key] for key in common] for times in found]
+
+
+def share(later: list[float], earlier: list[float], base: list[float]) -> dict[str, float]:
+    """1 + (later - earlier) / base, round by round: median and interval, to be compared with 1."""
+    return paired_ratio([a - b + c for a, b, c in zip(later, earlier, base)], base)
+
+
+def difference(case: Json, later: Json, earlier: Json, phase: str) -> Part:
+    """By how much a row takes longer than another one, as a share of the model without Engram.
+
+    Raises:
+        NotMeasured: a row is missing.
+    """
+    base = row_of(case, "no_engram")
+    times = paired([later, earlier, base], phase)
+    found = share(*times)
+    try:
+        resolved = is_resolved(found, noise_floor(case, phase), len(times[0]))
+    except NotMeasured:
+        resolved = False
+    return Part(found["median"] - 1, found["low"] - 1, found["high"] - 1, resolved)
+
+
+def noise_floor(case: Json, phase: str) -> dict[str, float]:
+    """`resident` against itself as `share` gives it.
+
+    Raises:
+        NotMeasured: it was not measured twice, or not often enough.
+    """
+    times = paired([row_of(case, name) for name in ("resident again", "resident", "no_engram")], phase)
+    if len(times[0]) < LEAST_SAMPLES:
+        raise NotMeasured(f"{len(times[0])} rounds: a noise floor needs {LEAST_SAMPLES}")
+    return share(*times)
+
+
+def decomposition(case: Json, phase: str) -> dict[str, Part]:
+    """The parts of the overhead, in their order, and the whole of it.
+
+    Raises:
+        NotMeasured: a row of a part is missing.
+    """
+    parts = {
+        name: difference(case, first_of(case, more), first_of(case, less), phase)
+        for name, (more, less) in PARTS.items()
+    }
+    most = first_of(case, PARTS["not hidden"][0])
+    return {**parts, WHOLE: difference(case, most, row_of(case, "no_engram"), phase)}
+
+
+# --- what a user sees ---------------------------------------------------------------------------------
+
+
+def tokens_per_second(case: Json, row: Json, phase: str = "together") -> list[float]:
+    """Output tokens per second of each round; the first token of a sequence is the prefill's."""
+    made = {entry["round"]: entry["output_tokens"] for entry in case["rounds"]}
+    firsts = case["sequences"]
+    found = []
+    for sample in row["rounds"]:
+        tokens = {"prefill": firsts, "decode": made[sample["round"]] - firsts, "together": made[sample["round"]]}[phase]
+        found.append(tokens / seconds(sample, phase))
+    return found
+
+
+def per_step(row: Json, name: str) -> list[float]:
+    """All samples of a kind, of all rounds: `decode_s`, `first_token_s`, `window_s`, `decode_exposed_s`, ..."""
+    return [value for sample in row["rounds"] for value in sample[name]]
+
+
+def token_times(row: Json) -> dict[str, float]:
+    """Time per output token: median and 99th percentile of all decode steps."""
+    times = per_step(row, "decode_s")
+    return {"median": statistics.median(times), "p99": quantile(times, 0.99)}
+
+
+def freed_bytes(case: Json, row: Json) -> int | None:
+    """Device memory that a row's table leaves free, against `resident`; None where nothing is looked up."""
+    if row["variant"] in ("no_engram", "own_compute"):
+        return None
+    return row_of(case, "resident")["held"]["device"] - row["held"]["device"]
+
+
+def hit_rate(row: Json) -> float | None:
+    """Rows found on the device, of those asked for."""
+    lookups = sum(sample["lookups"] for sample in row["rounds"])
+    return sum(sample["hits"] for sample in row["rounds"]) / lookups if lookups else None
+
+
+def joules_per_token(row: Json) -> float | None:
+    """Energy of the board above idle, per output token; None where it was not resolved."""
+    energy = row["energy"] and row["energy"]["value"]
+    return energy and energy["joules_per_step"] / energy["output_tokens_per_step"]
+
+
+def same_tokens(case: Json) -> bool:
+    """Whether in each round all variants with an Engram layer chose the same tokens."""
+    chosen: dict[int, set[str]] = {}
+    for row in case["rows"]:
+        if row["variant"] != "no_engram":
+            for sample in row["rounds"]:
+                chosen.setdefault(sample["round"], set()).add(sample["tokens_sha256"])
+    return all(len(digests) == 1 for digests in chosen.values())
+
+
+def step_bytes(case: Json) -> int:
+    """Bytes of rows that one decode step asks for."""
+    return case["batch"] * case["table"]["columns"] * case["table"]["row_bytes"]
+
+
+def fetch_floor(results: Json, case: Json) -> float:
+    """Seconds that the unique rows of a median round take at the measured copy bandwidth."""
+    unique = statistics.median(entry["rows_unique"] for entry in case["rounds"])
+    return unique * case["table"]["row_bytes"] / results["limits"]["copy"]["bytes_per_s"]
+
+
+def exposed_in_round(row: Json) -> float:
+    """Median over rounds of the time that the model waited for rows."""
+    return statistics.median(
+        sum(sample["prefill_exposed_s"]) + sum(sample["decode_exposed_s"]) for sample in row["rounds"]
+    )
+
+
+# --- a slower bus -------------------------------------------------------------------------------------
+
+
+class Slowed(NamedTuple):
+    """One slowed bus.
+
+    Attributes:
+        label: of the row.
+        delay_s: from the request until a decode step's rows have arrived.
+        window_s: median time between the request and the join.
+        exposed_s: median time waited there.
+        extra: than `resident`, as a share of the model without Engram.
+        whole: overhead against the model without Engram.
+        noise: upper end of `resident` against itself, likewise.
+    """
+
+    label: str
+    delay_s: float
+    window_s: float
+    exposed_s: float
+    extra: Part
+    whole: Part
+    noise: float
+
+    @property
+    def breaks(self) -> bool | None:
+        """Whether the bus alone costs more than 3 %; None where the interval, or the noise, leaves that open."""
+        if self.extra.low > WALL_TIME_CLAIM and self.extra.resolved:
+            return True
+        return False if max(self.extra.high, self.noise) <= WALL_TIME_CLAIM else None
+
+
+def slowed(case: Json) -> list[Slowed]:
+    """All slowed buses, fastest first, by their median decode steps: a delay is the same in every step.
+
+    Raises:
+        NotMeasured: no `resident`, no noise floor or no model without Engram to compare with.
+    """
+    found, noise = [], noise_floor(case, "token")["high"] - 1
+    for row in case["rows"]:
+        if row["bus"] and row["rounds"]:
+            rate = row["bus"]["bytes_per_s"]
+            found.append(
+                Slowed(
+                    row["label"],
+                    row["bus"]["latency_s"] + (step_bytes(case) / rate if rate else 0.0),
+                    statistics.median(per_step(row, "window_s")),
+                    statistics.median(per_step(row, "decode_exposed_s")),
+                    difference(case, row, row_of(case, "resident"), "token"),
+                    difference(case, row, row_of(case, "no_engram"), "token"),
+                    noise,
+                )
+            )
+    return sorted(found, key=lambda one: one.delay_s)
+
+
+class Break(NamedTuple):
+    """Between which delays of a step's rows 3 % are lost: the longest that holds, the shortest that breaks."""
+
+    holds_s: float | None
+    breaks_s: float | None
+    predicted_s: float
+
+    def bandwidths(self, nbytes: int) -> tuple[float | None, float | None]:
+        """Bytes per second at which `nbytes` take these delays: that breaks, that holds."""
+        return (
+            nbytes / self.breaks_s if self.breaks_s else None,
+            nbytes / self.holds_s if self.holds_s else None,
+        )
+
+
+def breaking_bus(case: Json) -> Break:
+    """Where a slower bus costs 3 %.
+
+    The prediction is the window before the join, and 3 % of a step more: `resident` needs the rows as early.
+
+    Raises:
+        NotMeasured: no bus was slowed.
+    """
+    buses = slowed(case)
+    if not buses:
+        raise NotMeasured("no bus was slowed")
+    step = token_times(row_of(case, "no_engram"))["median"]
+    breaking = [one.delay_s for one in buses if one.breaks]
+    first = min(breaking, default=None)
+    holding = [one.delay_s for one in buses if one.breaks is False and (first is None or one.delay_s < first)]
+    window = statistics.median(one.window_s for one in buses)
+    return Break(max(holding, default=None), first, window + WALL_TIME_CLAIM * step)

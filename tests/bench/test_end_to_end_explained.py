@@ -1,0 +1,110 @@
+"""The finding's blocks: computed from committed files, and a sentence where there are none."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from bench.harness import end_to_end_explained as explained
+from bench.harness.end_to_end_numbers import row_of
+from bench.harness.end_to_end_reading import reading
+from tests.bench.end_to_end_example import WINDOW, case, example
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With a CPU's run only."""
+    (tmp_path / "end_to_end_cpu.json").write_text(json.dumps(example("cpu")), encoding="utf-8")
+    (tmp_path / "gpu_wall_cpu.json").write_text("{}", encoding="utf-8")
+    return tmp_path
+
+
+def test_without_a_gpus_run_no_number_stands_for_one(folder):
+    texts = {name: fill() for name, fill in explained.blocks(folder).items()}
+    assert texts["wall_time_gpu"] == explained.NO_RUN
+    assert texts["wall_time_class"].startswith("**INCONCLUSIVE**: no run on a CUDA machine is committed yet")
+    lines = texts["wall_time_story"].splitlines()
+    assert all(line.startswith("| CPU ") for line in lines[2:-2]) and explained.NO_RUN in lines[-1]
+    assert "Measured on the CPU" in texts["wall_time_cpu"] and "CPU Example" in texts["wall_time_setup"]
+
+
+def test_a_gpus_run_is_shown_when_it_is_there(folder):
+    (folder / "end_to_end_h100.json").write_text(json.dumps(example("cuda")), encoding="utf-8")
+    texts = {name: fill() for name, fill in explained.blocks(folder).items()}
+    assert "Measured on the GPU Example" in texts["wall_time_gpu"] and "CPU" not in texts["wall_time_gpu"][:60]
+    assert texts["wall_time_class"].startswith("**WIN**: in all 1 cases")
+    lines = texts["wall_time_story"].splitlines()
+    assert lines[2].startswith("| GPU Example | qwen3-8b, 4, python-stdlib | +2.0 [+2.0, +2.0] | +1.0") and (
+        lines[3].startswith("| CPU") and explained.NO_RUN not in texts["wall_time_story"]
+    )
+
+
+def slower(factor):
+    """The example with a prefetched table that takes `factor` times as long."""
+    one = case()
+    for sample in row_of(one, "offload_prefetch")["rounds"]:
+        sample["decode_s"] = [factor * seconds for seconds in sample["decode_s"]]
+    return one
+
+
+def test_classes_follow_from_the_interval_of_what_is_left():
+    assert explained.classify([])[0] == "INCONCLUSIVE"
+    assert explained.classify([case()])[0] == "WIN"
+    assert explained.classify([case(), slower(1.1)])[0] == "LOSS"
+    between = copy.deepcopy(case())
+    for sample in row_of(between, "offload_prefetch")["rounds"][::2]:
+        sample["decode_s"] = [1.1 * seconds for seconds in sample["decode_s"]]
+    assert explained.classify([between])[0] == "INCONCLUSIVE"
+    other = case()
+    row_of(other, "resident")["rounds"][0]["tokens_sha256"] = "0" * 64
+    assert explained.classify([other])[0] == "INVALID"
+    alone = case()
+    alone["rows"] = alone["rows"][:3]
+    assert explained.classify([alone])[0] == "INCONCLUSIVE"
+
+
+def test_noise_that_reaches_three_per_cent_wins_nothing():
+    one = case()
+    for sample in row_of(one, "resident again")["rounds"]:
+        sample["decode_s"] = [1.05 * seconds for seconds in sample["decode_s"]]
+    assert explained.classify([one])[0] == "INCONCLUSIVE"
+
+
+def test_a_sceptics_questions_are_answered_from_the_samples():
+    text = reading(example())
+    assert "  above the floor: yes, at least" in text and "  resident is itself: yes, [-0.1, +0.1] %" in text
+    assert "  order: nothing resolved is against it (no_engram < own_compute < resident < offload_naive)" in text
+    assert "  same tokens: yes, in 5 rounds" in text and "no hot rows were measured" in text
+
+
+def test_a_sceptic_is_told_what_is_wrong():
+    one = example()
+    rows = {row["label"]: row for row in one["cases"][0]["rows"]}
+    for sample in rows["offload_naive"]["rounds"]:
+        sample["decode_s"] = [0.5 * seconds for seconds in sample["decode_s"]]
+        sample["prefill_exposed_s"], sample["decode_exposed_s"] = [0.0], [0.0]
+    for sample in rows["resident again"]["rounds"]:
+        sample["decode_s"] = [1.004 * seconds for seconds in sample["decode_s"]]
+    for row, hits in (("throttled 2000 us", 9), ("throttled 5000 us", 3)):
+        rows[row]["hot_share"] = 0.1 if hits == 3 else 0.01
+        for sample in rows[row]["rounds"]:
+            sample["lookups"], sample["hits"] = 10, hits
+    text = reading(one)
+    assert "above the floor: no, offload_naive: floor or time is wrong" in text
+    assert "resident is itself: NO, [" in text
+    assert "order: NO, offload_naive is faster than no_engram; offload_naive is faster than own_compute" in text
+    assert "more hot rows, more hits: NO" in text
+    one["cases"][0]["rows"] = one["cases"][0]["rows"][:1]
+    assert "resident is itself: unknown, resident again was not measured" in reading(one)
+
+
+def test_what_a_slow_bus_exposes_is_held_against_its_delay():
+    one = example()
+    for row in one["cases"][0]["rows"]:
+        if row["bus"]:
+            delay = row["bus"]["latency_s"]
+            for sample in row["rounds"]:
+                sample["decode_exposed_s"] = [max(0.0, 1.1 * (delay - WINDOW))]
+    assert "slow bus, delay less window: measured over expected 1.1, 1.1" in reading(one)

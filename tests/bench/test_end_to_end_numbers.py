@@ -1,0 +1,161 @@
+"""The overhead taken apart, percentiles, slowed buses, tables and figures: from samples whose answer is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from bench.harness import end_to_end_numbers as numbers
+from bench.harness.end_to_end_figures import draw_all
+from bench.harness.end_to_end_table import report
+from bench.harness.figures import source
+from bench.harness.wall_numbers import NotMeasured
+from tests.bench.end_to_end_example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/end_to_end.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_example_fits_the_schema(device):
+    jsonschema.validate(example(device), SCHEMA)
+
+
+@pytest.mark.parametrize("phase", numbers.PHASES)
+def test_the_parts_are_what_was_added(phase):
+    parts = numbers.decomposition(case(), phase)
+    found = {name: part.median for name, part in parts.items()}
+    assert found["own compute"] == pytest.approx(OWN)
+    assert found["lookup"] == pytest.approx(LOOKUP)
+    assert found["not hidden"] == pytest.approx(NOT_HIDDEN)
+    assert found[numbers.WHOLE] == pytest.approx(OWN + LOOKUP + NOT_HIDDEN)
+    assert all(part.resolved for part in parts.values())
+
+
+def test_a_part_within_the_noise_is_not_resolved():
+    one = case()
+    for row in one["rows"]:
+        if row["label"] == "resident again":  # 1 % apart from itself in every second round
+            for sample in row["rounds"][::2]:
+                sample["decode_s"] = [1.01 * s for s in sample["decode_s"]]
+    parts = numbers.decomposition(one, "decode")
+    assert not parts["not hidden"].resolved and not parts["lookup"].resolved and parts["own compute"].resolved
+
+
+def test_a_part_of_either_sign_is_not_resolved():
+    one = case()
+    for number, sample in enumerate(numbers.row_of(one, "offload_prefetch")["rounds"]):
+        factor = 1.02 if number % 2 else 0.98
+        sample["decode_s"] = [factor * s for s in numbers.row_of(one, "resident")["rounds"][number]["decode_s"]]
+    part = numbers.decomposition(one, "decode")["not hidden"]
+    assert part.low < 0 < part.high and not part.resolved
+
+
+def test_without_a_noise_floor_nothing_is_resolved():
+    one = case()
+    one["rows"] = [row for row in one["rows"] if row["label"] != "resident again"]
+    assert not any(part.resolved for part in numbers.decomposition(one, "decode").values())
+    assert not any(part.resolved for part in numbers.decomposition(case(rounds=2), "decode").values())
+
+
+def test_a_missing_row_is_named():
+    one = case()
+    one["rows"] = [row for row in one["rows"] if row["label"] != "own_compute"]
+    with pytest.raises(NotMeasured, match="own_compute was not measured"):
+        numbers.decomposition(one, "decode")
+
+
+def test_only_passes_of_one_process_are_paired():
+    one = case()
+    for sample in numbers.row_of(one, "resident")["rounds"][:3]:
+        sample["session"] = 1
+    assert len(numbers.paired([numbers.row_of(one, "resident"), numbers.row_of(one, "no_engram")], "decode")[0]) == 2
+    for sample in numbers.row_of(one, "resident")["rounds"]:
+        sample["session"] = 1
+    with pytest.raises(NotMeasured, match="no round in common"):
+        numbers.decomposition(one, "decode")
+
+
+def test_percentiles_come_from_all_raw_samples():
+    row = case()["rows"][0]
+    row["rounds"] = row["rounds"][:2]
+    row["rounds"][0]["decode_s"] = [float(value) for value in range(100)]
+    row["rounds"][1]["decode_s"] = [float(value) for value in range(100, 201)]
+    assert numbers.token_times(row) == {"median": 100.0, "p99": 198.0}
+
+
+def test_tokens_per_second_count_what_was_made():
+    one = case()
+    row = numbers.row_of(one, "no_engram")
+    assert numbers.tokens_per_second(one, row)[0] == pytest.approx(408 / 11)
+    assert numbers.tokens_per_second(one, row, "decode")[0] == pytest.approx(400 / 10)
+
+
+def test_freed_memory_and_energy():
+    one = case()
+    row = numbers.row_of(one, "offload_prefetch")
+    assert numbers.freed_bytes(one, row) == 26_400 and numbers.freed_bytes(one, one["rows"][0]) is None
+    assert numbers.joules_per_token(row) is None
+    row["energy"] = {"value": {"joules_per_step": 816.0, "output_tokens_per_step": 408}, "why": None}
+    assert numbers.joules_per_token(row) == 2.0
+
+
+def test_a_bus_that_breaks_three_per_cent():
+    one = case()
+    buses = numbers.slowed(one)
+    assert [(bus.delay_s, bus.breaks) for bus in buses] == [(56e-6, False), (2e-3, False), (5e-3, True)]
+    found = numbers.breaking_bus(one)
+    assert (found.holds_s, found.breaks_s) == (2e-3, 5e-3)
+    assert found.predicted_s == pytest.approx(WINDOW + 0.03 * 0.1)
+    breaks, holds = found.bandwidths(numbers.step_bytes(one))
+    assert numbers.step_bytes(one) == 4 * 24 * 264
+    assert breaks == pytest.approx(numbers.step_bytes(one) / 5e-3) and holds == pytest.approx(4 * 24 * 264 / 2e-3)
+
+
+def test_a_bus_in_the_noise_breaks_nothing():
+    one = case()
+    for sample in numbers.row_of(one, "resident again")["rounds"][::2]:
+        sample["decode_s"] = [1.2 * s for s in sample["decode_s"]]
+    assert [bus.breaks for bus in numbers.slowed(one)] == [None, None, None]
+    assert numbers.breaking_bus(one).breaks_s is None
+
+
+def test_different_tokens_are_noticed():
+    one = example()
+    assert numbers.same_tokens(one["cases"][0]) and "warning" not in report(one)
+    numbers.row_of(one["cases"][0], "no_engram")["rounds"][0]["tokens_sha256"] = "1" * 64  # another model: it may
+    assert numbers.same_tokens(one["cases"][0])
+    numbers.row_of(one["cases"][0], "offload_prefetch")["rounds"][1]["tokens_sha256"] = "0" * 64
+    assert not numbers.same_tokens(one["cases"][0])
+    assert "warning: variants chose different tokens: no time here counts" in report(one)
+
+
+def test_the_report_says_what_it_is_of():
+    cpu = report(example("cpu"))
+    assert cpu.startswith("Measured on the CPU Example. These are CPU times; no GPU figure follows.")
+    text = report(example())
+    assert "Measured on the GPU Example" in text.splitlines()[0]
+    lines = {line.split("  ")[0].strip(): line for line in text.splitlines()}
+    assert lines["own compute: own_compute - no_engram"].count("+2.0 [+2.0, +2.0]") == 4
+    assert lines["not hidden: offload_prefetch - resident"].count("+0.5 [+0.5, +0.5]") == 4
+    assert lines["all of it, measured by itself"].count("+3.5 [+3.5, +3.5]") == 4
+    assert "between 2000 and 5000 us" in text and "56 us (arXiv 2603.10087)" in text
+    assert "no energy: not asked for: --energy" in text
+
+
+def test_an_unfinished_run_is_reported_as_far_as_it_goes():
+    one = example(rounds=2)
+    one["cases"][0]["rows"] = one["cases"][0]["rows"][:2]
+    text = report(one)
+    assert "the overhead is not taken apart: resident was not measured" in text
+
+
+def test_figures_are_drawn_and_name_their_results(tmp_path):
+    results = example()
+    paths = draw_all(results, tmp_path)
+    assert [path.name for path in paths] == ["overhead_parts.svg", "slower_bus.svg"]
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert source(results) in text and text.count("<path") > 10

@@ -1,0 +1,58 @@
+"""A whole small model served on a GPU: every placement chooses the same tokens, in graphs and without them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jsonschema
+import pytest
+
+from bench import gpu_wall
+from bench.harness import end_to_end
+from bench.harness.end_to_end_numbers import same_tokens
+from tests.bench.test_backbones import TINY
+from tests.bench.test_end_to_end_numbers import SCHEMA
+
+pytestmark = pytest.mark.cuda
+
+LABELS = ["no_engram", "own_compute", "resident", "resident again", "offload_naive", "offload_prefetch", "offload_uva"]
+LABELS += ["offload_hot 1 %", "throttled 0.01 GB/s"]
+
+
+def serve(out, patch, *options):
+    """The results of a run over a small model and table."""
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    arguments = ["--end-to-end", "--device", "cuda", "--out", out, "--backbones", out / "config.json", "--rounds", 3]
+    arguments += ["--batches", 3, "--sequences", 5, "--streams", "uniform", "--prompt_tokens", 9, 300]
+    arguments += ["--output_tokens", 2, 9, "--table_params", "3e6", "--hot_shares", 0.01, "--buses", "0.01"]
+    patch.setattr(end_to_end, "_QWEN3_TOKENS", 1000)
+    patch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments), *options])
+    gpu_wall.main()
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")])
+def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, tmp_path, monkeypatch):
+    preset, dtype = geometry
+    both = [
+        serve(tmp_path / name, monkeypatch, "--preset", preset, "--dtype", dtype, *options)
+        for name, options in (("graphs", []), ("eager", ["--eager"]))
+    ]
+    chosen = []
+    for results, graphs in zip(both, (True, False)):
+        jsonschema.validate(results, SCHEMA)
+        (case,) = results["cases"]
+        assert [row["label"] for row in case["rows"]] == LABELS and same_tokens(case)
+        assert {row["graphs"]["used"] for row in case["rows"]} == {graphs}, case["rows"][0]["graphs"]
+        assert {row["device"] for row in case["rows"]} == {"cuda"}
+        chosen.append([sample["tokens_sha256"] for row in case["rows"] for sample in row["rounds"]])
+    assert chosen[0] == chosen[1]
+
+
+def test_a_staged_copy_is_as_many_bytes_as_rows_were_asked_for(tmp_path, monkeypatch):
+    (case,) = serve(tmp_path / "run", monkeypatch, "--variants", "no_engram", "resident", "offload_naive")["cases"]
+    naive = next(row for row in case["rows"] if row["label"] == "offload_naive")
+    asked = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
+    assert {sample["round"]: sample["copied"] for sample in naive["rounds"]} == asked
