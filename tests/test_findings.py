@@ -73,6 +73,12 @@ def test_marks_that_would_not_render_are_found():
     assert marks_at_line_start("a\n<!-- v: x.y -->5<!-- /v --> b\n- <!-- v: z -->5<!-- /v -->") == ["<!-- v: x.y -->"]
 
 
+def test_a_mark_that_begins_a_line_moves_to_the_one_before():
+    text = "it costs\n<!-- v: loss.4b -->?<!-- /v -->, or more,\nthan\n  <!-- v: loss.8b -->?<!-- /v -->\nsaid"
+    moved = "it costs <!-- v: loss.4b -->1.92<!-- /v -->,\nor more,\nthan <!-- v: loss.8b -->2.78<!-- /v -->\nsaid"
+    assert fill_docs.filled(text) == moved
+
+
 def test_marks_are_filled_and_unknown_ones_refused():
     text = "loss <!-- v: loss.4b -->?<!-- /v --> %, <!-- v: loss.8b -->?\n?<!-- /v --> %"
     assert fill_docs.filled(text) == "loss <!-- v: loss.4b -->1.92<!-- /v --> %, <!-- v: loss.8b -->2.78<!-- /v --> %"

@@ -40,6 +40,13 @@ def typed_numbers(markdown: str) -> list[str]:
     return re.findall(r"\d[\d,.\u00a0\u202f]*(?<![,.])", markdown)
 
 
+def marks_inside_lines(markdown: str) -> str:
+    """The same text with marks that begin a line of a paragraph moved to the end of the line before."""
+    mark = r"(?<=\S)\n( {0,3})(<!-- v: \S+ -->.*?<!-- /v -->\S*)"
+    markdown = re.sub(rf"{mark}(?= *\n)", r" \2", markdown)  # the line holds nothing else
+    return re.sub(rf"{mark} +", r" \2\n\1", markdown)
+
+
 def marks_at_line_start(markdown: str) -> list[str]:
     """Inline marks that begin a line: Markdown takes such a line for HTML and leaves it as it is."""
     return re.findall(r"^ {0,3}(<!-- v: [\w.-]+ -->)", BLOCK.sub("", markdown), re.MULTILINE)
