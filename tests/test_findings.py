@@ -42,6 +42,7 @@ def test_a_number_typed_into_a_finding_is_noticed(path):
         ("layer 2 of 30", ["2", "30"]),
         ("a 100B table", ["100"]),
         ("**5**", ["5"]),
+        ("95 % of rows", ["95"]),
         ("[6 times](x.md)", ["6"]),
         ("<!-- v: a -->5<!-- /v --> and 6", ["6"]),
         ("<!-- begin: a -->\n5\n<!-- end: a -->\n6", ["6"]),
@@ -63,6 +64,7 @@ def test_typed_numbers_are_found(text, found):
         "`10^6` and\n```sh\nrun --padding 1000\n```\n",
         "[text](a_12.md) https://x.org/12 ![](figures/3.svg)",
         '<img width="12">',
+        "median and 95 % interval",
     ],
 )
 def test_names_dates_places_and_code_are_no_figures(text):

@@ -24,6 +24,7 @@ _NO_FIGURES = [
     re.compile(r"\b\d{4}-\d\d-\d\d\b"),
     re.compile(rf"\b(\d\d? )?({_MONTH}) \d{{4}}\b"),
     re.compile(r"\barXiv[: ]\d{4}\.\d{5}(v\d+)?|\bdoi \S+"),
+    re.compile(r"\b95 % interval"),  # a convention, not a result
     # Places in a text: of the paper, of a project's tracker, of this site. Not "layer 2", which is a fact.
     re.compile(r"(\b(Phase|[Tt]able|Tables|[Ff]igure|[Ss]ections?|PR|RFC|issue) |§)\d+(\.\d+)*[a-z]?\b"),
     re.compile(r"^(#+ |\s*)\d+\. ", re.MULTILINE),  # numbers of headings and of list items
