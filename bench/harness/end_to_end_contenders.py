@@ -177,11 +177,14 @@ class Contenders:
         return {"table": table, "prefetcher": self.tables.prefetcher(table, background)}
 
     def _file(self, folder: Path, seed: int) -> tuple[FileTable, str]:
-        """The table as a file, written once, and whether its reads pass the page cache."""
+        """The table as a file, written once, and whether its reads pass the page cache.
+
+        One that a killed run left behind is whole, since files get their name when they are; its rows are checked, too.
+        """
         path = folder / f"table-{self.tables.rows}x{self.tables.format.row_bytes}-{seed}.safetensors"
         if not path.exists():
             save_rows(path, self.tables.in_host)
-            self._stack.callback(path.unlink)
+        self._stack.callback(path.unlink, missing_ok=True)
         stored = StoredRows.find(path)
         try:
             return FileTable(stored, self._device, direct=True), "passed by"
