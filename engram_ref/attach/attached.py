@@ -110,7 +110,8 @@ class Attached:
         self._lengths = LengthsOnDevice()
         self._recomputed = Recomputed()
         self._step: Step | None = None
-        self._staged: Staged | None = None
+        self._staged: Staged | None = None  # inside of `staging`
+        self._stagings: dict[bool, Staged] = {}  # by overlap; captured graphs read their buffers as long as we live
         self._read = reader(decoder)
         self._handles = [decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for layer_id in self.engrams:
@@ -134,6 +135,7 @@ class Attached:
             unfollow(cache, self._key)
         self._caches.clear()
         self._recomputed.clear()
+        self._stagings.clear()
         try:
             self._drop()
             self.check()
@@ -292,13 +294,18 @@ class Attached:
     def staging(self, overlap: bool = False) -> Iterator[Attached]:
         """Inside, forwards start nothing: each reads what the last `stage` before it has laid down.
 
+        A graph that was captured in one staging may be replayed in another, until Engram is detached.
+
         Args:
             overlap: on CUDA, let the graph itself wait for the rows, just before the block that needs them.
 
         Raises:
             ValueError: overlap without CUDA.
         """
-        self._staged = Staged(next(iter(self.engrams.values())).fusion.device, overlap)
+        if overlap not in self._stagings:
+            self._stagings[overlap] = Staged(next(iter(self.engrams.values())).fusion.device, overlap)
+        self._staged = self._stagings[overlap]
+        self._staged.forget()
         try:
             yield self
         finally:

@@ -46,6 +46,11 @@ class Staged:
                 raise ValueError(f"overlap=True on {device}: only a CUDA device copies by itself; leave overlap out")
             self._stream = torch.cuda.Stream(device)
 
+    def forget(self) -> None:
+        """Nothing is staged; the buffers stay."""
+        self.shape = None
+        self._current.clear()
+
     def fill(self, step: Step, engrams: Mapping[int, Engram]) -> None:
         """Lay a step down.
 

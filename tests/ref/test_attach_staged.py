@@ -124,6 +124,19 @@ def test_what_a_graph_reads_stays_where_it_is(model, layers, ids):
         assert not torch.equal(kept[0][1], kept[1][1])
 
 
+def test_another_staging_fills_the_same_buffers(model, layers, ids):
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        addresses = []
+        for seed in (1, 2):
+            with attached.staging():
+                with pytest.raises(RuntimeError, match="nothing is staged"):
+                    attached._staged.at(1)
+                attached.stage(make_ids(seed=seed))
+                addresses.append(attached._staged.at(1).rows.data_ptr())
+        assert addresses[0] == addresses[1]
+    assert not attached._stagings
+
+
 def test_a_mask_is_laid_down_with_the_rows(model, layers, ids):
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
     mask = (padded > 0).long()
