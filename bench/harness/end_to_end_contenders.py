@@ -170,7 +170,7 @@ class Contenders:
         if name == "offload_hot":
             return [self._hot(share, folder, seed) for share in self._choice.hot_shares]
         if name == THROTTLED:
-            return [self._throttled(bus) for bus in self._choice.buses]
+            return self._throttled()
         return [_of_set(variant) for variant in self.tables.variants if variant.name == name]
 
     def _served(self, table: Table, background: bool = True) -> dict[str, Any]:
@@ -209,9 +209,12 @@ class Contenders:
         table = self.tables.keep(HotTable(behind, rows))
         return Contender("offload_hot", "prefetched", hot_share=share, page_cache=cache, **self._served(table))
 
-    def _throttled(self, bus: Bus) -> Contender:
-        behind = self.tables.keep(HostTable(self.tables.in_host, self._device))
-        return Contender(THROTTLED, "prefetched", bus=bus, **self._served(ThrottledTable(behind, bus)))
+    def _throttled(self) -> list[Contender]:
+        behind = self.tables.keep(
+            HostTable(self.tables.in_host, self._device)
+        )  # and its staging, for one pass at a time
+        tables = [ThrottledTable(behind, bus) for bus in self._choice.buses]
+        return [Contender(THROTTLED, "prefetched", bus=table.bus, **self._served(table)) for table in tables]
 
     def __enter__(self) -> Contenders:
         return self
