@@ -50,19 +50,19 @@ step() { # step SECONDS NAME COMMAND...: run, keep the log, go on after a failur
 step 230 end_to_end $PYTHON bench/gpu_wall.py --end-to-end --out "$OUT/end_to_end" --backbones qwen3-8b \
   --batches 1 16 64 --sequences batch --streams text --prompt_tokens 128 256 --output_tokens 64 64 --rounds 8 \
   --variants no_engram own_compute resident offload_naive offload_prefetch offload_uva --table_params 1.6e10
-step 15 parts $PYTHON -m bench.harness.end_to_end_report "$OUT/end_to_end/results.json"
-step 110 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
+step 10 parts $PYTHON -m bench.harness.end_to_end_report "$OUT/end_to_end/results.json"
+step 120 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
   tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_in_place.py tests/ref/test_hashing_torch.py
 # 1 GiB and 32 GiB, in bfloat16; half of the model's blocks, so that there is time for all.
-step 120 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 6 \
+step 110 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 6 \
   --variants resident offload_naive offload_prefetch offload_uva offload_hot --table_params 5.37e8 1.718e10 \
   --steps prefill:1x4096 prefill:8x4096 decode:1 decode:64
-step 50 v41 $PYTHON bench/gpu_wall.py --out "$OUT/v41" --cases none --fit --blocks 18 --rounds 6 --preset v41-flash \
+step 45 v41 $PYTHON bench/gpu_wall.py --out "$OUT/v41" --cases none --fit --blocks 18 --rounds 6 --preset v41-flash \
   --variants resident offload_naive offload_prefetch offload_uva --table_params 8e9 --steps prefill:1x4096 decode:64
-step 50 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
+step 45 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
   --table_params 5.37e8 --steps prefill:1x512 decode:16 --cases all --iterations 5 --batch_size 8 --seq_len 4096 \
   --profile "$OUT/disk/trace.json"
-step 20 summary $PYTHON -m bench.harness.merge "$OUT/results.json" \
+step 15 summary $PYTHON -m bench.harness.merge "$OUT/results.json" \
   "$OUT/wall/results.json" "$OUT/v41/results.json" "$OUT/disk/results.json"
 
 tail -n 3 "$OUT/tests.log"

@@ -17,6 +17,8 @@ Variants (where rows live, how they arrive):
   offload_hot       the most frequent rows on the device, the others as offload_prefetch
   offload_disk      a safetensors file: synchronous and prefetched, page cache cold and warm
   no_engram         the backbone by itself
+  own_compute       end to end: the layer with its rows already on hand, no lookup
+  throttled         end to end: offload_prefetch behind a bus that is slowed in software
 
 The run predicts (rows, bytes, measured bandwidth, hence the floor), measures all variants in interleaved rounds with
 fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with

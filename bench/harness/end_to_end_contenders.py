@@ -170,18 +170,21 @@ class Contenders:
         if name == "offload_hot":
             return [self._hot(share, folder, seed) for share in self._choice.hot_shares]
         if name == THROTTLED:
-            return [self._throttled(bus) for bus in self._choice.buses]
+            return self._throttled()
         return [_of_set(variant) for variant in self.tables.variants if variant.name == name]
 
     def _served(self, table: Table, background: bool = True) -> dict[str, Any]:
         return {"table": table, "prefetcher": self.tables.prefetcher(table, background)}
 
     def _file(self, folder: Path, seed: int) -> tuple[FileTable, str]:
-        """The table as a file, written once, and whether its reads pass the page cache."""
+        """The table as a file, written once, and whether its reads pass the page cache.
+
+        One that a killed run left behind is whole, since files get their name when they are; its rows are checked, too.
+        """
         path = folder / f"table-{self.tables.rows}x{self.tables.format.row_bytes}-{seed}.safetensors"
         if not path.exists():
             save_rows(path, self.tables.in_host)
-            self._stack.callback(path.unlink)
+        self._stack.callback(path.unlink, missing_ok=True)
         stored = StoredRows.find(path)
         try:
             return FileTable(stored, self._device, direct=True), "passed by"
@@ -206,9 +209,12 @@ class Contenders:
         table = self.tables.keep(HotTable(behind, rows))
         return Contender("offload_hot", "prefetched", hot_share=share, page_cache=cache, **self._served(table))
 
-    def _throttled(self, bus: Bus) -> Contender:
-        behind = self.tables.keep(HostTable(self.tables.in_host, self._device))
-        return Contender(THROTTLED, "prefetched", bus=bus, **self._served(ThrottledTable(behind, bus)))
+    def _throttled(self) -> list[Contender]:
+        behind = self.tables.keep(
+            HostTable(self.tables.in_host, self._device)
+        )  # and its staging, for one pass at a time
+        tables = [ThrottledTable(behind, bus) for bus in self._choice.buses]
+        return [Contender(THROTTLED, "prefetched", bus=table.bus, **self._served(table)) for table in tables]
 
     def __enter__(self) -> Contenders:
         return self

@@ -8,18 +8,35 @@ Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`;
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.harness.end_to_end_numbers import PARTS, WHOLE, Json, decomposition, noise_floor, same_tokens
+from bench.harness.end_to_end_numbers import (
+    PARTS,
+    WHOLE,
+    Json,
+    breaking_bus,
+    decomposition,
+    noise_floor,
+    same_tokens,
+    slowed,
+    step_bytes,
+)
 from bench.harness.end_to_end_reading import reading
-from bench.harness.end_to_end_table import part_text, report
+from bench.harness.end_to_end_table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, part_text, report
 from bench.harness.verdict import WALL_TIME_CLAIM
 from bench.harness.wall_numbers import NotMeasured
-from bench.harness.wall_table import device_label
+from bench.harness.wall_table import device_label, short
+from engram_ref.config import EngramConfig
 
 NO_RUN = "No run on a CUDA machine is committed yet."
 _PHASE = "together"
+_LATEST = (
+    *("measured on", "model, batch", "rows of a step", "window"),
+    *("3 % expected at", "as bandwidth", "holds to", "broken at"),
+)
+_PUBLISHED_BATCHES = (1, 16, 64, 256)
 
 
 def committed(folder: Path, device: str) -> list[tuple[str, Json]]:
@@ -85,6 +102,48 @@ def classify(cases: list[Json]) -> tuple[str, str]:
     return "INCONCLUSIVE", "the intervals reach across 3 %."
 
 
+def wall_time_sensitivity(folder: Path) -> str:
+    """Per case, how late a step's rows may come, expected and measured on slowed buses; then from published numbers."""
+    rows: list[tuple[str, ...]] = [_LATEST]
+    for _, results in [*committed(folder, "cuda"), *committed(folder, "cpu")]:
+        rows += [_sensitivity(results, case) for case in results["cases"]]
+    rows += [_published(batch) for batch in _PUBLISHED_BATCHES]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"| --- | --- |{' ---: |' * (len(rows[0]) - 2)}", *lines[1:]])
+
+
+def _sensitivity(results: Json, case: Json) -> tuple[str, ...]:
+    name = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
+    try:
+        found, buses = breaking_bus(case), slowed(case)
+    except NotMeasured as why:
+        return (device_label(results), name, _kilobytes(step_bytes(case)), str(why), "", "", "", "")
+    window = statistics.median(one.window_s for one in buses)
+    measured = ["not resolved" if at is None else _us(at) for at in (found.holds_s, found.breaks_s)]
+    return (device_label(results), name, *_expected(step_bytes(case), window, found.predicted_s), *measured)
+
+
+def _published(batch: int) -> tuple[str, ...]:
+    """By arithmetic: one layer of v41-flash in a model whose window and step others have computed."""
+    config = EngramConfig.preset("v41-flash")
+    nbytes = batch * config.columns * config.row_bytes()
+    latest = PUBLISHED_WINDOW_S + WALL_TIME_CLAIM * PUBLISHED_STEP_S
+    expected = _expected(nbytes, PUBLISHED_WINDOW_S, latest)
+    return ("arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, "", "")
+
+
+def _expected(nbytes: int, window: float, latest: float) -> tuple[str, ...]:
+    return (_kilobytes(nbytes), _us(window), _us(latest), f"{short(nbytes / latest / 1e9, digits=3)} GB/s")
+
+
+def _kilobytes(nbytes: int) -> str:
+    return f"{short(nbytes / 1e3, digits=3)} kB"
+
+
+def _us(seconds: float) -> str:
+    return f"{short(1e6 * seconds, digits=3)} us"
+
+
 def wall_time_reading(folder: Path) -> str:
     """A sceptic's questions to every committed run."""
     runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
@@ -124,5 +183,6 @@ def blocks(folder: Path) -> dict[str, Any]:
         "wall_time_class": lambda: wall_time_class(folder),
         "wall_time_gpu": lambda: wall_time_runs(folder, "cuda"),
         "wall_time_cpu": lambda: wall_time_runs(folder, "cpu"),
+        "wall_time_sensitivity": lambda: wall_time_sensitivity(folder),
         "wall_time_reading": lambda: wall_time_reading(folder),
     }

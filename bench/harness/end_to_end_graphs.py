@@ -91,8 +91,9 @@ class Pieces:
             for _ in range(_WARM_UP):
                 step(fuse)
         torch.cuda.synchronize(self._device)
-        gc.collect()
-        torch.cuda.empty_cache()
+        if not self._captured:  # later captures find what the first one left
+            gc.collect()
+            torch.cuda.empty_cache()
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         capturing = [first]
 

@@ -15,6 +15,7 @@ import torch
 
 from bench.harness.backbones import BlockShape
 from bench.harness.end_to_end_contenders import OWN_COMPUTE, Choice
+from bench.harness.end_to_end_flush import FLUSHED
 from bench.harness.end_to_end_model import served_bytes
 from engram_ref.config import EngramConfig
 from engram_ref.tables.base import RowFormat
@@ -116,13 +117,16 @@ def estimate(plan: Plan, device: torch.device) -> Needs:
         "rows on hand": on_hand,
         "rows arriving": 2 * fetched * (values + row_format.row_bytes) + fetched * 8,
         "working memory": _working_bytes(plan),
+        "cache flush": FLUSHED,
     }
     hot_rows = sum(int(share * plan.rows) for share in hot) * row_format.row_bytes
     hot_index = len(hot) * plan.rows * _HOST_HOT
     if device.type == "cpu":
         return Needs({**of_model, "table": table, "hot rows": hot_rows + hot_index, "staging": staged})
     on_device = {"resident table": table if "resident" in names else 0, "hot rows": hot_rows}
-    return Needs({**of_model, **on_device}, {"table": table, "hot rows": hot_index, "staging": staged})
+    return Needs(
+        {**of_model, **on_device}, {"table": table, "hot rows": hot_index, "staging": staged, "cache flush": FLUSHED}
+    )
 
 
 def _prefill_tokens(plan: Plan) -> int:

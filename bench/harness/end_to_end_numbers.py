@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "not hidden": (("offload_prefetch", "offload_disk prefetched"), ("resident",)),
 }
 WHOLE = "overhead"
+_STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 
 
 class Part(NamedTuple):
@@ -192,8 +193,22 @@ def step_bytes(case: Json) -> int:
 
 def fetch_floor(results: Json, case: Json) -> float:
     """Seconds that the unique rows of a median round take at the measured copy bandwidth."""
-    unique = statistics.median(entry["rows_unique"] for entry in case["rounds"])
-    return unique * case["table"]["row_bytes"] / results["limits"]["copy"]["bytes_per_s"]
+    return round_bytes(case)[1] / results["limits"]["copy"]["bytes_per_s"]
+
+
+def round_bytes(case: Json) -> tuple[float, float]:
+    """Bytes of rows that a median round asks for, and those left when each step asks for a row once; from the ids."""
+    counts = [(entry["rows_requested"], entry["rows_unique"]) for entry in case["rounds"]]
+    requested, unique = (statistics.median(column) * case["table"]["row_bytes"] for column in zip(*counts))
+    return requested, unique
+
+
+def copies_agree(case: Json, row: Json) -> bool:
+    """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not."""
+    if case["device"] == "cpu" or row["variant"] not in _STAGED:
+        return True
+    asked = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
+    return all(sample["copied"] == asked[sample["round"]] for sample in row["rounds"])
 
 
 def exposed_in_round(row: Json) -> float:

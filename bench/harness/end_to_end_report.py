@@ -39,7 +39,10 @@ def main() -> None:
         sys.exit("usage: python -m bench.harness.end_to_end_report RESULTS.json")
     path = Path(sys.argv[1])
     with cli.one_line_errors(PROG):
-        show(json.loads(path.read_text(encoding="utf-8")), path)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results.get("benchmark") != PROG:
+            raise ValueError(f"{path} holds results of {results.get('benchmark')}, not of gpu_wall.py --end-to-end")
+        show(results, path)
 
 
 if __name__ == "__main__":

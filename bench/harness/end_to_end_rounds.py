@@ -1,7 +1,8 @@
 """The rounds of one case: every round is served by all variants in turn, A B C, B C A, ..., and kept pass by pass.
 
-Warm-up rounds are served and not kept. What an earlier run has kept is not measured again. Bus counters and energy are
-read over passes that are not timed, since reading disturbs.
+The rows of a round are the same for all, so caches are emptied before each pass. Warm-up rounds are served and not
+kept, and what an earlier run has kept is not measured again. Bus counters and energy are read over passes that are not
+timed, since reading disturbs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bench.harness.accelerator import EnergyMeter, PcieCounter, open_driver
 from bench.harness.end_to_end_contenders import OWN_COMPUTE, Contender, Contenders
+from bench.harness.end_to_end_flush import CacheFlush
 from bench.harness.end_to_end_model import ServedModel
 from bench.harness.end_to_end_pass import Server, Work
 from bench.harness.end_to_end_records import Case
@@ -52,6 +54,7 @@ class Rounds:
         self._case, self._server, self._model = case, server, model
         self._options, self._tell, self._device_label = options, tell, device_label
         self._source, self._contenders = source, contenders
+        self._flush = CacheFlush(model.positions.device)
         content = case.content
         self._name = f"{content['backbone']}, batch {content['batch']}, {content['stream']['name']}"
 
@@ -83,6 +86,7 @@ class Rounds:
         with _collecting_between():
             for contender in [*contenders[start:], *contenders[:start]]:
                 before = _counts(contender)
+                self._flush()
                 samples = self._server.serve(work, contender, rows if contender.name == OWN_COMPUTE else None)
                 if keep:
                     sample = {key: _rounded(value) for key, value in asdict(samples).items()}

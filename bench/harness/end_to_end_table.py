@@ -20,6 +20,7 @@ from bench.harness.end_to_end_numbers import (
     Part,
     Slowed,
     breaking_bus,
+    copies_agree,
     decomposition,
     difference,
     exposed_in_round,
@@ -30,6 +31,7 @@ from bench.harness.end_to_end_numbers import (
     joules_per_token,
     noise_floor,
     per_step,
+    round_bytes,
     row_of,
     same_tokens,
     slowed,
@@ -41,8 +43,9 @@ from bench.harness.table import aligned
 from bench.harness.wall_numbers import NotMeasured
 from bench.harness.wall_table import gib, measured_on, percent, short
 
-# Time for the rows of layer 2 in Qwen3-32B, 3.6 ms a step over 64 blocks, as arXiv 2603.10087 computes it.
+# Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S = 56e-6
+PUBLISHED_STEP_S = 3.6e-3
 _PHASE_NAMES = {"token": "median token"}
 _COLUMNS = [
     ("variant", ""),
@@ -55,6 +58,7 @@ _COLUMNS = [
     ("exposed", "us/token"),
     ("freed", "GiB"),
     ("hits", "%"),
+    ("copied", "MB/round"),
     ("PCIe", "MB/round"),
     ("energy", "J/token"),
 ]
@@ -132,6 +136,7 @@ def _row(case: Json, row: Json) -> list[str]:
         short(1e6 * statistics.median(per_step(row, "decode_exposed_s"))) if looked_up else "",
         "" if freed is None else short(freed / 2**30),
         "" if hits is None else f"{100 * hits:.1f}",
+        short(statistics.median(sample["copied"] for sample in row["rounds"]) / 1e6) if looked_up else "",
         "-" if received is None else short(received / 1e6),
         "-" if joules is None else short(joules),
     ]
@@ -161,7 +166,11 @@ def part_text(part: Part) -> str:
 def _floor_note(results: Json, case: Json) -> str:
     """The floor of the fetches, and how far from it those are that nothing hides."""
     floor = fetch_floor(results, case)
-    text = f"   floor of a round's fetches, unique rows over copy bandwidth: {short(1e6 * floor)} us"
+    requested, unique = (short(nbytes / 1e6) for nbytes in round_bytes(case))
+    text = (
+        f"   rows of a round, from the ids: {requested} MB asked for, {unique} MB if each step asks for a row once; "
+        f"floor, these over copy bandwidth: {short(1e6 * floor)} us"
+    )
     alone = [row for row in case["rows"] if row["schedule"] == "synchronous" and row["rounds"]]
     waits = [
         f"{row['label']} waited {short(1e6 * exposed_in_round(row))} us"
@@ -188,6 +197,9 @@ def _reasons(case: Json) -> list[str]:
         for name, what in (("pcie", "PCIe counter"), ("energy", "energy"))
         if row[name] and row[name]["why"]
     }
+    for row in case["rows"]:
+        if not copies_agree(case, row):
+            lines.add(f"warning: {row['label']} did not copy the bytes that the ids ask for")
     if not same_tokens(case):
         lines.add("warning: variants chose different tokens: no time here counts")
     return sorted(lines)

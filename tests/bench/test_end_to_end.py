@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from bench import gpu_wall
-from bench.harness import end_to_end, end_to_end_memory, end_to_end_pass, end_to_end_report, end_to_end_rounds
+from bench.harness import (
+    end_to_end,
+    end_to_end_flush,
+    end_to_end_memory,
+    end_to_end_pass,
+    end_to_end_report,
+    end_to_end_rounds,
+)
 from bench.harness.backbones import build_backbone
 from bench.harness.end_to_end_contenders import Choice, Contender
 from bench.harness.end_to_end_graphs import Pieces
@@ -190,6 +197,7 @@ class Program:
         config.write_text(json.dumps(TINY))
         patch.setattr(end_to_end, "_QWEN3_TOKENS", 100)  # that the head can choose
         patch.setattr(gpu_wall, "COPY_BYTES", 1 << 20)
+        patch.setattr(end_to_end_flush, "FLUSHED", 1 << 16)
         self.out, self._patch = out, patch
         self._common = ["--end-to-end", "--device", "cpu", "--backbones", config, "--table_params", "3e5"]
         self._common += ["--text", text, "--prompt_tokens", 9, 12, "--output_tokens", 2, 4, "--hot_shares", 0.01, 0.1]

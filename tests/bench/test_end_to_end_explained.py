@@ -41,6 +41,17 @@ def test_a_gpus_run_is_shown_when_it_is_there(folder):
     )
 
 
+def test_how_late_rows_may_come(folder):
+    lines = explained.wall_time_sensitivity(folder).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    # 4 x 24 rows of 264 B; a window of 300 us and 3 % of 100 ms; buses that hold at 2 ms and break at 5.
+    assert cells[:2] == ["CPU Example", "qwen3-8b, 4, python-stdlib"]
+    assert cells[2:] == ["25.3 kB", "300 us", "3300 us", "0.00768 GB/s", "2000 us", "5000 us"]
+    published = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert published[2:6] == ["6.34 kB", "56 us", "164 us", "0.0386 GB/s"]  # 24 x 264 B in 56 us and 3 % of 3.6 ms
+    assert len(lines) == 3 + 4
+
+
 def slower(factor):
     """The example with a prefetched table that takes `factor` times as long."""
     one = case()

@@ -93,6 +93,15 @@ def test_tokens_per_second_count_what_was_made():
     assert numbers.tokens_per_second(one, row, "decode")[0] == pytest.approx(400 / 10)
 
 
+def test_copies_are_held_against_the_ids():
+    one = example()
+    row = numbers.row_of(one["cases"][0], "offload_prefetch")
+    assert numbers.round_bytes(one["cases"][0]) == (264_000, 132_000) and numbers.copies_agree(one["cases"][0], row)
+    assert "0.264 MB asked for, 0.132 MB if each step" in report(one)
+    row["rounds"][2]["copied"] -= 264
+    assert "warning: offload_prefetch did not copy the bytes that the ids ask for" in report(one)
+
+
 def test_freed_memory_and_energy():
     one = case()
     row = numbers.row_of(one, "offload_prefetch")

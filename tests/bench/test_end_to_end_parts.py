@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.harness import end_to_end_graphs, end_to_end_memory
+from bench.harness import end_to_end_graphs, end_to_end_memory, end_to_end_report
 from bench.harness.backbones import BlockShape
 from bench.harness.end_to_end_clock import EventPassClock, HostPassClock
 from bench.harness.end_to_end_contenders import Choice
@@ -382,3 +382,13 @@ def test_a_capture_that_fails_leaves_a_step_that_runs(cuda, capsys):
     order = []
     assert pieces.replay("key", lambda: order.append("begin"), lambda: order.append("join")) == 11
     assert order == ["begin", "join"]
+
+
+def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    path.write_text('{"benchmark": "gpu_wall"}', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["end_to_end_report", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        end_to_end_report.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of gpu_wall" in error

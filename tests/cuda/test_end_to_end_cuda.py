@@ -24,9 +24,32 @@ def serve(out, patch, *options):
     """The results of a run over a small model and table."""
     out.mkdir()
     (out / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    (out / "tale.txt").write_text("the seventh bridge sleeps until rain " * 500, encoding="utf-8")
     arguments = ["--end-to-end", "--device", "cuda", "--out", out, "--backbones", out / "config.json", "--rounds", 3]
-    arguments += ["--batches", 3, "--sequences", 5, "--streams", "uniform", "--prompt_tokens", 9, 300]
-    arguments += ["--output_tokens", 2, 9, "--table_params", "3e6", "--hot_shares", 0.01, "--buses", "0.01"]
+    arguments += [
+        "--batches",
+        3,
+        "--sequences",
+        5,
+        "--streams",
+        "uniform",
+        "--prompt_tokens",
+        240,
+        260,
+    ]  # two spans of the cache
+    arguments += [
+        "--output_tokens",
+        2,
+        9,
+        "--table_params",
+        "3e6",
+        "--hot_shares",
+        0.01,
+        "--buses",
+        "0.01",
+        "--text",
+        out / "tale.txt",
+    ]
     patch.setattr(end_to_end, "_QWEN3_TOKENS", 1000)
     patch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments), *options])
     gpu_wall.main()
