@@ -23,8 +23,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import published, row_table, sweep_table
-from bench.harness.evidence import RESULTS, STEP, TEXT, Evidence
-from bench.harness.row_table import per_byte, percent
+from bench.harness.evidence import COMPARED_TOKENS, RESULTS, STEP, TEXT, Evidence
+from bench.harness.row_table import per_byte, percent, reuse
 from bench.harness.sweep_table import ratios
 from bench.harness.sweeps import SWEEPS
 from bench.harness.table import aligned, find_run, noise_floor, verdict, wall_text
@@ -168,17 +168,18 @@ def _row_values(e: Evidence) -> dict[str, Callable[[], str]]:
         "rows.reads": partial(_say, "{:,.0f}", lambda: e.longest("v41-flash")["reads"] / 1e6),
         "rows.tier_filled": lambda: percent(_filled(e.tier("v41-flash", 0.1))),
         "rows.tier_reads": lambda: percent(_served(e.tier("v41-flash", 0.1))),
+        "rows.small_tier_reads": lambda: percent(_served(e.tier("v41-flash", 0.01))),
+        "rows.compared": partial(_say, "{:,}", lambda: COMPARED_TOKENS),
         "rows.by_value": partial(_say, "{:.4f}", lambda: 100 * _by_value(e.longest("v41-flash", "compacted"))),
     }
     for table in TABLES:
         for stream, key in ((TEXT, "reuse"), ("uniform", "reuse.uniform"), ("zipf", "reuse.zipf")):
-            found[f"rows.{table}.{key}"] = partial(_percent, e.reuse, table, stream)
+            found[f"rows.{table}.{key}"] = partial(_percent, lambda *a: reuse(e.compared(*a)), table, stream)
     for table, layout in product(TABLES, LAYOUTS):
         key = f"rows.{table}.{layout.split()[0]}"
-        found[f"{key}.byte"] = partial(_say, "{:,.0f}", lambda *a: per_byte(e.longest(*a)), table, layout)
-        found[f"{key}.byte.uniform"] = partial(
-            _say, "{:,.0f}", lambda *a: per_byte(e.longest(*a)), table, layout, "uniform"
-        )
+        for stream, end in ((TEXT, ""), ("uniform", ".uniform")):
+            byte = partial(_say, "{:,.0f}", lambda *a: per_byte(e.compared(*a)), table, stream, layout)
+            found[f"{key}.byte{end}"] = byte
         found[f"{key}.first"] = partial(_percent, lambda *a: _first(e.longest(*a)), table, layout)
         for share in (0.001, 0.01, 0.1):
             found[f"{key}.saved.{share:g}"] = partial(_percent, e.saved, table, share, layout)

@@ -13,13 +13,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.harness.row_table import crossing_of, one, reuse, row_share, select
+from bench.harness.row_table import crossing_of, one, row_share, select
 from bench.harness.sweep_table import ratios
 from bench.harness.table import find_run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STEP = 512  # tokens: the sequences of the paper's run, one token each
 TEXT = "python-stdlib"
+COMPARED_TOKENS = 10**6  # of text and of random ids
 Results = dict[str, Any]
 
 
@@ -71,14 +72,15 @@ class Evidence:
         naive = {where[:-1]: price for where, price in cost.items() if where[-1] == "offload_naive"}
         return sum(price < naive[where[:-1]] for where, price in cost.items() if where[-1] == "offload_prefetch")
 
-    def longest(self, table: str, layout: str = "held live", stream: str = TEXT) -> dict[str, Any]:
-        """The record of a table on the longest stretch of a stream."""
-        found = select(self.production, part="scale", table=table, stream=stream, layout=layout)
+    def longest(self, table: str, layout: str = "held live") -> dict[str, Any]:
+        """The record of a table on all of the text."""
+        found = select(self.production, part="scale", table=table, stream=TEXT, layout=layout)
         return max(found, key=lambda record: record["tokens"])
 
-    def reuse(self, table: str, stream: str = TEXT) -> float:
-        """Share of a table's reads whose row had been read before."""
-        return reuse(self.longest(table, stream=stream))
+    def compared(self, table: str, stream: str = TEXT, layout: str = "held live") -> dict[str, Any]:
+        """The record of a table on as much of a stream as there is of every stream."""
+        wanted = dict(part="scale", table=table, stream=stream, layout=layout)
+        return one(self.production, tokens=COMPARED_TOKENS, **wanted)
 
     def step(self, model: str, layout: str = "held live", stream: str = TEXT, mode: str = "decode") -> float:
         """Price of a table's rows in a step of STEP tokens, as a share of the weights' price."""

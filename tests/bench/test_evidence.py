@@ -10,6 +10,7 @@ import pytest
 
 from bench import verdict
 from bench.harness.evidence import Evidence
+from bench.harness.row_table import reuse
 from bench.harness.table import verdict as classified
 from bench.harness.verdict import classify
 from bench.harness.whole_model import MODELS
@@ -46,7 +47,7 @@ def test_the_lookups_class_depends_on_the_padding(evidence):
 
 def test_text_is_reused_and_random_ids_are_not(evidence):
     """The order that the analysis states, at production scale and in the toy."""
-    reused = [evidence.reuse("v41-flash", stream) for stream in ("python-stdlib", "zipf", "uniform")]
+    reused = [reuse(evidence.compared("v41-flash", stream)) for stream in ("python-stdlib", "zipf", "uniform")]
     assert reused == sorted(reused, reverse=True) and reused[0] > 0.5
     toy = [evidence.swept("reuse", name, "engram", "lookup", "offload_prefetch") for name in ("uniform", "text")]
     assert toy[0] > toy[1]
