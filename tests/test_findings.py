@@ -9,7 +9,7 @@ import pytest
 
 from bench import fill_docs
 from bench.harness import published
-from bench.harness.typed_numbers import marks_at_line_start, typed_numbers
+from bench.harness.typed_numbers import marks_at_line_start, marks_inside_lines, typed_numbers
 
 ROOT = fill_docs.ROOT
 FINDINGS = sorted((ROOT / "docs/findings").glob("*.md"))
@@ -79,6 +79,7 @@ def test_a_mark_that_begins_a_line_moves_to_the_one_before():
     text = "it costs\n<!-- v: loss.4b -->?<!-- /v -->, or more,\nthan\n  <!-- v: loss.8b -->?<!-- /v -->\nsaid"
     moved = "it costs <!-- v: loss.4b -->1.92<!-- /v -->,\nor more,\nthan <!-- v: loss.8b -->2.78<!-- /v -->\nsaid"
     assert fill_docs.filled(text) == moved
+    assert marks_at_line_start(marks_inside_lines("a\n<!-- v: x -->5<!-- /v --> <!-- v: y -->6<!-- /v --> b")) == []
 
 
 def test_marks_are_filled_and_unknown_ones_refused():

@@ -43,9 +43,11 @@ def typed_numbers(markdown: str) -> list[str]:
 
 def marks_inside_lines(markdown: str) -> str:
     """The same text with marks that begin a line of a paragraph moved to the end of the line before."""
+    # Two marks in a row move one by one.
     mark = r"(?<=\S)\n( {0,3})(<!-- v: \S+ -->.*?<!-- /v -->\S*)"
-    markdown = re.sub(rf"{mark}(?= *\n)", r" \2", markdown)  # the line holds nothing else
-    return re.sub(rf"{mark} +", r" \2\n\1", markdown)
+    moved = re.sub(rf"{mark}(?= *\n)", r" \2", markdown)  # the line holds nothing else
+    moved = re.sub(rf"{mark} +", r" \2\n\1", moved)
+    return moved if moved == markdown else marks_inside_lines(moved)
 
 
 def marks_at_line_start(markdown: str) -> list[str]:
