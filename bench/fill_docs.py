@@ -36,7 +36,7 @@ from bench.harness.explained import published_forms, what_fits, worked_example
 from bench.harness.figures import source
 from bench.harness.results import atomic_path
 from bench.harness.table import verdict_table
-from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, typed_numbers
+from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.harness.wall_table import wall_table
 from bench.site import data
@@ -133,7 +133,7 @@ def filled(text: str) -> str:
         name = match.group(1)
         return f"<!-- v: {name} -->{_named(VALUES, name, 'value')}<!-- /v -->"
 
-    return MARK.sub(value, BLOCK.sub(block, text))
+    return marks_inside_lines(MARK.sub(value, BLOCK.sub(block, text)))
 
 
 def _named(functions: dict[str, Callable[[], str]], name: str, what: str) -> str:

@@ -42,6 +42,7 @@ def test_a_number_typed_into_a_finding_is_noticed(path):
         ("layer 2 of 30", ["2", "30"]),
         ("a 100B table", ["100"]),
         ("**5**", ["5"]),
+        ("95 % of rows", ["95"]),
         ("[6 times](x.md)", ["6"]),
         ("<!-- v: a -->5<!-- /v --> and 6", ["6"]),
         ("<!-- begin: a -->\n5\n<!-- end: a -->\n6", ["6"]),
@@ -63,6 +64,7 @@ def test_typed_numbers_are_found(text, found):
         "`10^6` and\n```sh\nrun --padding 1000\n```\n",
         "[text](a_12.md) https://x.org/12 ![](figures/3.svg)",
         '<img width="12">',
+        "median and 95 % interval",
     ],
 )
 def test_names_dates_places_and_code_are_no_figures(text):
@@ -71,6 +73,12 @@ def test_names_dates_places_and_code_are_no_figures(text):
 
 def test_marks_that_would_not_render_are_found():
     assert marks_at_line_start("a\n<!-- v: x.y -->5<!-- /v --> b\n- <!-- v: z -->5<!-- /v -->") == ["<!-- v: x.y -->"]
+
+
+def test_a_mark_that_begins_a_line_moves_to_the_one_before():
+    text = "it costs\n<!-- v: loss.4b -->?<!-- /v -->, or more,\nthan\n  <!-- v: loss.8b -->?<!-- /v -->\nsaid"
+    moved = "it costs <!-- v: loss.4b -->1.92<!-- /v -->,\nor more,\nthan <!-- v: loss.8b -->2.78<!-- /v -->\nsaid"
+    assert fill_docs.filled(text) == moved
 
 
 def test_marks_are_filled_and_unknown_ones_refused():

@@ -170,6 +170,7 @@ _DERIVED: dict[str, Callable[[], str]] = {
     "extra_us.8b": lambda: f"{1e6 * extra_time('8b'):.2f}",
     "table_gb.bf16": lambda: _table_gb("bf16"),
     "table_gb.fp8": lambda: _table_gb("fp8"),
+    "table_gib.fp8": lambda: f"{figure('table_parameters') * 1e9 * figure('bytes_fp8') / 2**30:.0f}",
     "m_to_M.4b": lambda: f"1:{figure('table_parameters') / figure('backbone.4b'):g}",
     "m_to_M.8b": lambda: f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
     "rows_per_token": lambda: f"{rows_per_token()}",

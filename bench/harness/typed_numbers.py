@@ -24,6 +24,7 @@ _NO_FIGURES = [
     re.compile(r"\b\d{4}-\d\d-\d\d\b"),
     re.compile(rf"\b(\d\d? )?({_MONTH}) \d{{4}}\b"),
     re.compile(r"\barXiv[: ]\d{4}\.\d{5}(v\d+)?|\bdoi \S+"),
+    re.compile(r"\b95 % interval"),  # a convention, not a result
     # Places in a text: of the paper, of a project's tracker, of this site. Not "layer 2", which is a fact.
     re.compile(r"(\b(Phase|[Tt]able|Tables|[Ff]igure|[Ss]ections?|PR|RFC|issue) |§)\d+(\.\d+)*[a-z]?\b"),
     re.compile(r"^(#+ |\s*)\d+\. ", re.MULTILINE),  # numbers of headings and of list items
@@ -38,6 +39,13 @@ def typed_numbers(markdown: str) -> list[str]:
     for pattern in _NO_FIGURES:
         markdown = pattern.sub(" ", markdown)
     return re.findall(r"\d[\d,.\u00a0\u202f]*(?<![,.])", markdown)
+
+
+def marks_inside_lines(markdown: str) -> str:
+    """The same text with marks that begin a line of a paragraph moved to the end of the line before."""
+    mark = r"(?<=\S)\n( {0,3})(<!-- v: \S+ -->.*?<!-- /v -->\S*)"
+    markdown = re.sub(rf"{mark}(?= *\n)", r" \2", markdown)  # the line holds nothing else
+    return re.sub(rf"{mark} +", r" \2\n\1", markdown)
 
 
 def marks_at_line_start(markdown: str) -> list[str]:

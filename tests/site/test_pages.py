@@ -20,6 +20,8 @@ PAGES = [
     "how-bytedmd-works.html",
     "findings/engram-offload-paper-read.html",
     "findings/engram-offload-bytedmd.html",
+    "findings/engram-offload-wall-time.html",
+    "put-engram-into-your-model.html",
 ]
 GRID = synthetic.grid()
 # Points of the grid, all classes among them.
