@@ -13,6 +13,7 @@ import pytest
 
 from bench import fill_docs
 from bench.harness.figures import source
+from bench.harness.sweeps import SWEEPS
 from bench.harness.timing import paired_ratio
 from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_toy.bytedmd import bytedmd, traced_eval
@@ -82,6 +83,8 @@ def test_a_changed_number_is_noticed(monkeypatch):
 
 FIGURES = {
     "bytedmd_toy": ["cost_by_kind.svg", "depths.svg", "ratios.svg"],
+    "bytedmd_sweeps": [f"sweep_{name}.svg" for name in SWEEPS],
+    "production": ["hot_tier.svg", "place.svg", "row_depths.svg", "whole_model.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
     "end_to_end_cpu": ["overhead_parts.svg", "slower_bus.svg"],
 }
@@ -103,6 +106,7 @@ def test_the_figures_name_their_results():
         ("bytedmd_toy_v41", "bytedmd_toy"),
         ("bytedmd_sweeps", "bytedmd_sweeps"),
         ("bytedmd_grid", "bytedmd_sweeps"),
+        ("production", "production"),
         ("gpu_wall_cpu", "gpu_wall"),
         ("gpu_wall_cpu_v41", "gpu_wall"),
         ("end_to_end_cpu", "end_to_end"),
