@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import published, row_table, sweep_table
-from bench.harness.evidence import COMPARED_TOKENS, RESULTS, STEP, TEXT, Evidence
+from bench.harness.evidence import COMPARED_TOKENS, RESULTS, STEP, TEXT, Evidence, rounded_up
 from bench.harness.row_table import per_byte, percent, reuse
 from bench.harness.sweep_table import ratios
 from bench.harness.sweeps import SWEEPS
@@ -200,7 +200,7 @@ def _model_values(e: Evidence) -> dict[str, Callable[[], str]]:
                 _say, "{:.2g}", lambda m, s: 100 * e.step(m, stream=s), model, stream
             )
         found[f"model.{model}.weights"] = partial(_say, "{:.2g}", lambda m: 100 * _own_weights(e, m), model)
-        found[f"model.{model}.more"] = partial(_say, "{:.1g}", lambda m: 100 * e.prefetched_share(m), model)
+        found[f"model.{model}.more"] = partial(_more, e, model)
         for mode, (stream, key) in product(("decode", "prefill"), ((TEXT, ""), ("uniform", ".random"))):
             found[f"model.{model}.{mode}.crossing{key}"] = partial(e.crossing, model, "held live", stream, mode)
     return found
@@ -222,6 +222,10 @@ def _filled(record: dict[str, Any]) -> float:
 
 def _served(record: dict[str, Any]) -> float:
     return record["reads_of_tier"] / record["reads"]
+
+
+def _more(e: Evidence, model: str) -> str:
+    return rounded_up(100 * e.prefetched_share(model))
 
 
 def _own_weights(e: Evidence, model: str) -> float:

@@ -10,6 +10,7 @@ A file is read when it is first asked for.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,9 @@ class Evidence:
         steps = record["steps"]
         more = record["offload_naive"] - record["resident"] + steps * record["staged_at_most"]
         return more / (record["resident"] + steps * record["weights_step_price"])
+
+
+def rounded_up(value: float) -> str:
+    """A positive value to one digit, upwards: what follows "less than" must not be less."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / unit) * unit:.1g}"

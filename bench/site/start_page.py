@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bench.harness.evidence import STEP, Evidence
+from bench.harness.evidence import STEP, Evidence, rounded_up
 from bench.harness.table import verdict
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.harness.whole_model import MODELS
@@ -21,11 +21,11 @@ _FULL_WIDTH = 40.0  # the ratio at the right edge of the figure; 1 is the left e
 def verdict_sentence(evidence: Evidence) -> str:
     """The verdict in one sentence."""
     lookup, block = (evidence.ratio("engram", name, _PREFETCH) for name in ("lookup", "block"))
-    more = 100 * evidence.prefetched_share(_MODEL)
+    more = rounded_up(100 * evidence.prefetched_share(_MODEL))
     return (
-        "**The claim survives at the model and fails at the lookup**: priced by ByteDMD, rows from an offloaded and "
+        "**The claim survives at the model and not at the lookup**: priced by ByteDMD, rows from an offloaded and "
         f"prefetched table cost **{lookup:.1f} times** as much as from a resident one when nothing else is counted, "
-        f"**{block:.2f} times** within a decoder block, and less than **{more:.1g} %** more within a step of "
+        f"**{block:.2f} times** within a decoder block, and less than **{more} %** more within a step of "
         f"{MODELS[_MODEL].name} with {STEP} tokens; prefetching makes none of it cheaper."
     )
 
@@ -59,7 +59,7 @@ def bars(caption: str, rows: Sequence[tuple[str, float, str]]) -> str:
 
 def _shown(ratio: float) -> str:
     """Three digits, or as many as tell the ratio from one."""
-    return f"{ratio:.3g}" if ratio >= 1.01 else f"1 + {ratio - 1:.1g}"
+    return f"{ratio:.3g}" if ratio >= 1.01 else f"{ratio:.4f}"
 
 
 def _place(ratio: float) -> str:
@@ -88,8 +88,8 @@ def verdict_cards(evidence: Evidence) -> str:
         "Why": (
             "A row far down the stack is dear the first time it is read, whenever that happens; a copy made early is "
             f"one read more. Only rows that start near the top are cheaper ({hot:.1f} times with the hottest there). "
-            "And a table of published size is deep wherever it starts: ByteDMD charges for its size, hardly for its "
-            "place, and a model reads so much else that neither shows."
+            "And a table of published size, live as a whole, is deep wherever it starts: ByteDMD charges for its size, "
+            "hardly for its place, and a model reads so much else that neither shows."
         ),
     }
     return "\n\n".join(_card(title, text) for title, text in cards.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import verdict
-from bench.harness.evidence import Evidence
+from bench.harness.evidence import Evidence, rounded_up
 from bench.harness.row_table import reuse
 from bench.harness.table import verdict as classified
 from bench.harness.verdict import classify
@@ -37,6 +37,13 @@ def test_the_whole_model_wins(evidence):
     for model in MODELS:
         assert 0 < evidence.prefetched_share(model) < 0.01
         assert 0 < evidence.step(model) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0164, "0.02"), (0.0092, "0.01"), (0.02, "0.02"), (0.095, "0.1"), (3.2, "4"), (1.0, "1")]
+)
+def test_less_than_is_never_less(value, said):
+    assert rounded_up(value) == said and float(said) >= value
 
 
 def test_the_lookups_class_depends_on_the_padding(evidence):
