@@ -118,6 +118,7 @@ def _toy_values(e: Evidence) -> dict[str, Callable[[], str]]:
         found[f"toy_v41.{boundary}"] = partial(_say, "{:.3g}", e.ratio, *arguments)
     for name in ("seq_len", "d_model", "padding", "repeats"):
         found[f"toy.{name}"] = partial(_say, "{:,}", lambda name: e.toy["configuration"][name], name)
+    found["toy.machine"] = partial(_say, "{0[cpu]}, {0[cpu_count]} cores", lambda: e.toy["environment"])
     found["toy.hot_share"] = partial(_say, "{:g}", lambda: 100 * e.toy["configuration"]["hot_share"])
     for model, count in product(TOYS, ("lookups", "distinct_rows")):
         found[f"toy.{model}.{count}"] = partial(_say, "{:,}", lambda m, c: e.toy["models"][m][c], model, count)
