@@ -123,12 +123,14 @@ def fill_documents(*options: str) -> None:
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/findings"), metavar="DIR", help="default: out/findings")
-    parser.add_argument("--quick", action="store_true", help="small versions, in DIR/quick; nothing else is written")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/findings, or out/findings_quick")
+    parser.add_argument("--quick", action="store_true", help="small versions, in DIR; nothing else is written")
     options = parser.parse_args()
-    out = options.out / "quick" if options.quick else options.out
+    out: Path = options.out or Path("out/findings_quick" if options.quick else "out/findings")
     try:
         with cli.one_line_errors(PROG):
+            if out.exists() and not out.is_dir():
+                raise ValueError(f"--out {out} is a file: name a folder")
             for step in STEPS:
                 run_step(step, out, options.quick)
             if options.quick:

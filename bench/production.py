@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +35,8 @@ from typing import Any
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if importlib.util.find_spec("numba") is None:
+    sys.exit("production: error: numba is not installed, and plain Python would take days: pip install '.[fast]'")
 
 from bench.harness.journal import Journal
 from bench.harness.parallel import in_parallel
