@@ -32,8 +32,8 @@ PROG = "findings"
 BENCH = Path(__file__).resolve().parent
 # What a run of the toy depends on, beside its options; the other steps see for themselves what they have finished.
 TOY_CODE = ("engram_ref/*.py", "engram_toy/**/*.py", "bench/bytedmd_toy.py", "bench/harness/*.py")
-# What a run says of when and where it ran, and of time: nothing that another run would find again.
-_OF_THE_RUN = {"started", "finished", "environment", "git", "noise_floor", "out", "jobs"}
+# What a run says of when and where it ran, by which code, and of time: nothing that another run has to find again.
+_OF_THE_RUN = {"started", "finished", "environment", "git", "code_sha256", "noise_floor", "out", "jobs"}
 _OF_TIME = {"wall_time_s", "wall_time_summary_s"}
 
 
