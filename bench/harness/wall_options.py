@@ -16,6 +16,7 @@ from engram_ref.config import EngramConfig
 from engram_ref.tables.base import RowFormat
 from engram_ref.tables.memory import free_host_bytes
 
+MOST_ROWS = 2**31 - 1000  # of a column; its prime, found from there upwards, must be below 2^31
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
 STEPS_GPU = ["prefill:1x4096", "prefill:8x4096", "decode:1", "decode:16", "decode:64", "decode:256"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
@@ -113,9 +114,19 @@ def wanted_variants(names: Sequence[str] | None, device: torch.device) -> list[s
 
 
 def table_config(preset: str, params: float, hidden: int, dtype: str) -> EngramConfig:
-    """The preset's geometry with one layer of about `params` parameters, on one residual stream of `hidden` values."""
+    """The preset's geometry with one layer of about `params` parameters, on one residual stream of `hidden` values.
+
+    Raises:
+        ValueError: more rows in a column than can be numbered.
+    """
     config = EngramConfig.preset(preset).replace(layer_ids=(LAYER,), compressed_size=None)
     per_column = max(2, round(params / (config.columns * config.row_width)))
+    if per_column > MOST_ROWS:
+        most = MOST_ROWS * config.columns * config.row_width
+        raise ValueError(
+            f"--table_params {params:.3g}: a table of preset {preset} has at most {most:.3g}, with rows of "
+            f"{config.row_width} values; take fewer, or a preset with wider rows"
+        )
     return config.replace(
         hidden=hidden,
         hc_mult=1,

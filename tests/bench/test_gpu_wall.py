@@ -324,3 +324,10 @@ def test_how_rows_lie():
         "split",
     ]
     assert wall_options.row_layout("paper-27b", None) == "plain"
+
+
+def test_a_table_with_too_many_rows_is_refused_in_terms_of_the_option():
+    largest = wall_options.MOST_ROWS * 16 * 4
+    wall_options.table_config("tiny", largest, 64, "float32")
+    with pytest.raises(ValueError, match=r"--table_params 1e\+12: a table of preset tiny has at most 1\.37e\+11"):
+        wall_options.table_config("tiny", 1e12, 64, "float32")
