@@ -77,7 +77,7 @@ def verdict_cards(evidence: Evidence) -> str:
             f"The claim about the model. {100 * (layer - 1):.1f} % more data movement in the layer "
             f"({labels['layer']}), {100 * (block - 1):.1f} % in the block ({labels['block']}). With the paper's table "
             f"beside {MODELS[_MODEL].name}, all rows of a step cost {100 * evidence.step(_MODEL):.2g} % of what its "
-            f"weights cost at {STEP} tokens a step, and reach {100 * WALL_TIME_CLAIM:g} % at "
+            f"weights cost at {STEP} tokens a decode step, and reach {100 * WALL_TIME_CLAIM:g} % at "
             f"{evidence.crossing(_MODEL)} tokens."
         ),
         "What does not": (
