@@ -42,16 +42,14 @@ from bench.harness.journal import Journal
 from bench.harness.parallel import in_parallel
 from bench.harness.results import environment, git_commit, write_unless_same
 from bench.harness.row_cases import Case, price_case, source
-from bench.harness.row_table import report
+from bench.harness.row_table import TABLES, TEXT, report
 from bench.harness.sweep_run import code_sha256
 from bench.harness.whole_model import MODELS
 from engram_ref import cli
 
 PROG = "production"
 SCHEMA_VERSION = 1
-TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
 PARTS = ("scale", "hot", "place", "whole_model")
-TEXT = "python-stdlib"
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
 STEP_TOKENS = (1, 8, 64, 512, 4096, 32_768, 131_072)

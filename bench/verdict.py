@@ -1,11 +1,11 @@
 """Both halves of the answer, side by side: what offloading costs in ByteDMD's price, and in wall time.
 
     python bench/verdict.py                   the table, from the committed results
-    python bench/verdict.py --results DIR     from the results files of another folder (`make findings` makes one)
+    python bench/verdict.py --results DIR     from a folder with results files of the same names
 
 A line is a boundary: what the ratio is divided by. The lines of the toy are exact prices of whole programs; those of
 the whole model are rows of a table of published size against the weights of a model, which are taken from below. Wall
-times stand beside them where they were measured, with the machine; nothing is filled in where they were not.
+times are those of the toy's plain Python; of whole models they are a finding of their own, on hardware.
 
 `bench/fill_docs.py` takes the tables and single values of the finding about ByteDMD from here.
 """
@@ -23,8 +23,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import published, row_table, sweep_table
-from bench.harness.evidence import COMPARED_TOKENS, RESULTS, STEP, TEXT, Evidence, rounded_up
-from bench.harness.row_table import per_byte, percent, reuse
+from bench.harness.evidence import COMPARED_TOKENS, RESULTS, STEP, Evidence, rounded_up
+from bench.harness.row_table import LAYOUTS, TABLES, TEXT, per_byte, percent, reuse
 from bench.harness.sweep_table import ratios
 from bench.harness.sweeps import SWEEPS
 from bench.harness.table import aligned, find_run, noise_floor, verdict, wall_text
@@ -35,9 +35,6 @@ from engram_ref import cli
 from engram_toy.layouts import VARIANTS
 from engram_toy.programs import BOUNDARIES
 from engram_toy.programs import MODELS as TOYS
-
-TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
-LAYOUTS = ("held live", "compacted")
 
 
 def halves(evidence: Evidence) -> str:
@@ -52,8 +49,11 @@ def halves(evidence: Evidence) -> str:
     for name in ("dense-4b", "dense-8b", "v41-flash"):
         ratio = 1 + evidence.prefetched_share(name)
         label = classify(ratio, None).label
-        rows.append(["whole model", MODELS[name].name, f"{ratio:.5f}", label, "not measured here"])
-    return aligned(rows, left={0, 1, 3, 4})
+        rows.append(["whole model", MODELS[name].name, f"{ratio:.5f}", label, "see the finding on wall time"])
+    machine = evidence.toy["environment"]
+    return (
+        f"{aligned(rows, left={0, 1, 3, 4})}\n\nwall time of the toy on: {machine['cpu']}, {machine['cpu_count']} cores"
+    )
 
 
 def layouts(evidence: Evidence) -> str:

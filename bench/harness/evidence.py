@@ -14,13 +14,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bench.harness.row_table import crossing_of, one, row_share, select
+from bench.harness.row_table import TEXT, crossing_of, one, row_share, select
 from bench.harness.sweep_table import ratios
 from bench.harness.table import find_run
+from engram_toy.stack import read_price
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STEP = 512  # tokens: the sequences of the paper's run, one token each
-TEXT = "python-stdlib"
 COMPARED_TOKENS = 10**6  # of text and of random ids
 Results = dict[str, Any]
 
@@ -115,10 +115,16 @@ class Evidence:
         return one(self.production, tokens_per_step=STEP, **wanted)
 
     def prefetched_share(self, model: str) -> float:
-        """What prefetching from below costs more than the table on top, at most, as a share of the whole step."""
+        """What prefetching from below costs more than the table on top, at most, as a share of the whole step.
+
+        The copies of a step are read once more, and until then may lie above every row that is copied after them: the
+        root of a sum is at most the sum of the roots.
+        """
         record = self.model_step(model)
         steps = record["steps"]
-        more = record["offload_naive"] - record["resident"] + steps * record["staged_at_most"]
+        copies = record["reads"] * record["row_bytes"] // steps  # bytes, of a step
+        more = record["offload_naive"] - record["resident"]
+        more += steps * (record["staged_at_most"] + copies * read_price(copies))
         return more / (record["resident"] + steps * record["weights_step_price"])
 
 

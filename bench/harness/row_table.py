@@ -10,6 +10,10 @@ from bench.harness.table import aligned
 from bench.harness.verdict import WALL_TIME_CLAIM, classify
 from bench.harness.whole_model import MODELS
 
+TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
+LAYOUTS = ("held live", "compacted")
+TEXT = "python-stdlib"
+
 Record = dict[str, Any]
 
 

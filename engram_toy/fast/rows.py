@@ -14,7 +14,8 @@ in which a row that is never read again occupies nothing). A hot tier starts abo
 
 A model around the table reads its weights once a step. Between two steps they all come to lie above every row, so
 `between_steps` bytes are added to the depth of a row whose last read was in another step, or that was never read. A
-table that starts `on_top` of those weights is spared them in the first step, and only there.
+table that starts `on_top` of those weights is spared them in the first step, and only there (also those that the step
+reads before it comes to the table: such a table is priced from below).
 """
 
 from __future__ import annotations

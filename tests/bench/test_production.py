@@ -93,6 +93,7 @@ def test_tables_and_figures(results, tmp_path):
     assert "held live" in text and "Dense-4B" in text
     record = row_table.one(results, part="scale", stream="zipf", layout="compacted")
     assert f"{record['price'] / record['tokens']:,.0f}" in text
+    assert sum(record["first_reads_by_order"].values()) == record["distinct_rows"]
     # The figures ask for every table and model; here, let all bear the demo's and the 4B model's numbers.
     same = {"scale": row_figures.TABLE_COLOURS, "hot": row_figures.TABLE_COLOURS, "place": row_figures.TABLE_COLOURS}
     same["whole_model"] = row_figures.MODEL_COLOURS
