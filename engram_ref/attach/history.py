@@ -41,6 +41,7 @@ class CacheHistory:
         recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R].
         convolutions: by layer id, the past of those that have a convolution.
         open: a step has begun and not ended.
+        packed: several sequences lie in one row, so that none can go on.
     """
 
     def __init__(self, plan: HashPlan, batch_size: int, device: torch.device, engrams: Mapping[int, Engram]) -> None:
@@ -52,6 +53,7 @@ class CacheHistory:
             if isinstance(engram.fusion, DemoFusion) and engram.fusion.reach:
                 self.convolutions[layer_id] = ShortConvHistory(engram.fusion, batch_size)
         self.open = False
+        self.packed = False
 
     @property
     def batch_size(self) -> int:
@@ -81,6 +83,8 @@ class CacheHistory:
             raise ValueError(
                 "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
             )
+        if self.packed:
+            raise ValueError("a cache of several sequences packed into one row, of which none can go on: use a new one")
         if length > self.length:
             raise ValueError(_apart(length, self.length))
         if length < self.length:
@@ -99,7 +103,7 @@ class CacheHistory:
 
     def reset(self) -> None:
         """Back to before the first position; a CUDA graph that reads the convolutions' past goes on reading it."""
-        self.length, self.open = 0, False
+        self.length, self.open, self.packed = 0, False, False
         self.recent = torch.full_like(self.recent[:, : self._context], DEAD)
         for past in self.convolutions.values():
             past.values.zero_()
