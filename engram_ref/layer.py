@@ -9,10 +9,14 @@ It stands before the decoder block's attention. `make_fusion` picks what is done
 form. A table is not a module and not moved by `.to()`: it is made for the device on which its rows are wanted. To train
 the rows, keep them: `Engram(fusion, DeviceTable(weight))` with a `weight` that requires gradients, and give it to the
 optimizer beside `engram.parameters()`.
+
+`engram.state_dict()` has the weights of the fusion and not the rows, which `save_layer` (`engram_ref.checkpoint`)
+writes with them. A deep copy has weights of its own and reads the same table; a layer is not pickled.
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,6 +59,23 @@ class Engram(nn.Module):
             raise ValueError(f"rows of {table.format.width} values; this layer needs {fusion.config.row_width}")
         self.fusion = fusion
         self.table = table
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engram:
+        """A layer with weights of its own and the same table.
+
+        Raises:
+            ValueError: rows that are trained, which two layers would both change.
+        """
+        if self.table.trained:
+            raise ValueError(
+                "an Engram layer whose rows are trained: build the copy from rows of its own, "
+                "Engram(copy.deepcopy(engram.fusion), DeviceTable(weight.detach().clone().requires_grad_()))"
+            )
+        memo[id(self.table)] = self.table
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def forward(
         self,

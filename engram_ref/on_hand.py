@@ -41,7 +41,8 @@ class OnHand:
             table = engram.table
             generator = torch.Generator(table.device).manual_seed(layer_id)
             shape = (tokens * engram.fusion.config.columns, table.format.width)  # [B*T*C, D]
-            rows = torch.randn(shape, generator=generator, device=table.device).to(table.format.dtype)
+            with torch.inference_mode(False):  # a later step may need gradients of what is made of them
+                rows = torch.randn(shape, generator=generator, device=table.device).to(table.format.dtype)
             self._rows[layer_id, tokens] = rows
         return rows
 

@@ -176,6 +176,11 @@ class Prefetcher:
         if isinstance(self.hasher, DeviceHasher):
             self.hasher.check()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a Prefetcher of Engram rows has a thread, and fetches in flight: make a new one instead of a copy"
+        )
+
     def __enter__(self) -> Prefetcher:
         return self
 
@@ -268,7 +273,8 @@ class _Slot:
             return None
         kept = self._arrivals.get(layer_id)
         if kept is None or len(kept) < count:
-            kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
+            with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
+                kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
             self._arrivals[layer_id] = kept
         return kept[:count]
 

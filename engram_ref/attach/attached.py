@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram_ref.attach.blocks import Given, cache_in, check_arguments, check_layers, find_blocks, length_of, reader
+from engram_ref.attach.blocks import (
+    Given,
+    cache_in,
+    check_arguments,
+    check_layers,
+    find_blocks,
+    length_of,
+    reader,
+    tell_larger,
+)
 from engram_ref.attach.exposed import ExposedTime, Place
 from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
 from engram_ref.attach.hooks import Hook, refuse_twice
@@ -36,6 +45,10 @@ from engram_ref.layer import Engram
 from engram_ref.prefetch import LEAST_BUFFERS, FetchError, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
+
+_PATIENCE = 60.0  # seconds that a thread waits for the forwards of others to end, before it takes what there is
+
+_PACKED_AND_STAGED = "several sequences in one row of a staged step: stage a padded batch"
 
 
 def attach(
@@ -58,7 +71,7 @@ def attach(
         plan: constants of the hash, or a hasher that has them.
         vocab: token id -> compressed id; also a plain array of compressed ids, or None where token ids are compressed.
         background: fetch while earlier blocks compute; False waits for every fetch where it was started.
-        buffers: fetches that may be in flight, one for each thread that runs the model at least.
+        buffers: fetches that may be in flight; of more threads that run the model, some wait for others.
         observer: told how long hash, gather and wait took (see `Prefetcher`).
         exposed: notes how long the model waited.
         prefetcher: where rows come from instead of a new `Prefetcher`; it stays the caller's to close.
@@ -93,11 +106,15 @@ def _attach(
     if prefetcher is not None:
         if observer is not None:
             raise ValueError("an observer and a prefetcher: give the observer to the prefetcher")
-        return Attached(decoder, blocks, engrams, Source(hasher, vocab, prefetcher, form, not background), exposed)
+        source = Source(hasher, vocab, prefetcher, form, not background)
+        tell_larger(decoder, source.token_ids)
+        return Attached(decoder, blocks, engrams, source, exposed)
     tables = {layer_id: engram.table for layer_id, engram in engrams.items()}
     own = Prefetcher(hasher, tables, buffers, background, observer)
     try:
-        return Attached(decoder, blocks, engrams, Source(hasher, vocab, own, form, not background), exposed, own)
+        source = Source(hasher, vocab, own, form, not background)
+        tell_larger(decoder, source.token_ids)
+        return Attached(decoder, blocks, engrams, source, exposed, own, buffers)
     except BaseException:
         own.close()
         raise
@@ -120,6 +137,7 @@ class Attached:
         source: Source,
         exposed: ExposedTime | None = None,
         own: Prefetcher | None = None,
+        buffers: int = sys.maxsize,
     ) -> None:
         self.decoder = decoder
         self.engrams = dict(engrams)
@@ -132,7 +150,8 @@ class Attached:
         self._lengths = LengthsOnDevice()
         self._recomputed = Recomputed()
         self._steps: dict[int, Step] = {}  # begun and not ended, by thread
-        self._lock = threading.RLock()  # steps of several threads begin one after the other
+        self._turn = threading.Condition()  # steps of several threads begin one after the other
+        self._room = buffers
         self._staged: Staged | None = None  # inside of `staging`
         self._staging_thread = 0
         self._stagings: dict[bool, Staged] = {}  # by overlap; captured graphs read their buffers as long as we live
@@ -235,8 +254,11 @@ class Attached:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = threading.get_ident()
         self._drop(thread)
-        with self._waiting("start"), self._lock:
-            self._steps[thread] = self._start(self._read(args, kwargs), module)
+        given = self._read(args, kwargs)
+        with self._waiting("start"), self._turn:
+            # A thread that never ends its step does not stop the others for good: without a buffer they are refused.
+            self._turn.wait_for(lambda: len(self._steps) < self._room, timeout=_PATIENCE)
+            self._steps[thread] = self._start(given, module)
 
     def _start(self, given: Given, decoder: Any) -> Step:
         """Begin to fetch for token ids [B, T]."""
@@ -330,8 +352,11 @@ class Attached:
         thread = threading.get_ident()
         if output is None:
             return self._drop(thread)
-        step = self._steps.pop(thread)
-        step.end()
+        step = self._steps[thread]
+        try:
+            step.end()
+        finally:
+            self._forget(thread)
         if step.history is not None:
             self._check_followed(step, step.history, cache_in(output))
 
@@ -352,10 +377,20 @@ class Attached:
 
     def _drop(self, thread: int) -> None:
         """Forget a forward of a thread that an exception ended."""
-        step = self._steps.pop(thread, None)
-        if step is not None:
+        step = self._steps.get(thread)
+        if step is None:
+            return
+        try:
             with suppress(FetchError):  # one error has been raised already
                 step.fetch.release()
+        finally:
+            self._forget(thread)
+
+    def _forget(self, thread: int) -> None:
+        """A thread's step is over, its fetch given back: another thread may begin."""
+        del self._steps[thread]
+        with self._turn:
+            self._turn.notify_all()
 
     def _waiting(self, place: Place) -> Any:
         return nullcontext() if self._exposed is None else self._exposed.around(place)
@@ -404,7 +439,7 @@ class Attached:
         step = self._start(given, self.decoder)
         if step.packing is not None:
             step.fetch.release()
-            raise ValueError("several sequences in one row of a staged step: stage a padded batch")
+            raise ValueError(_PACKED_AND_STAGED)
         self._staged.fill(step, self.engrams)
         step.end()
 
@@ -418,6 +453,9 @@ class Attached:
         assert self._staged is not None
         self._require_staging_thread()
         given = self._read(args, kwargs)
+        cached = given.cache is not None or bool(given.use_cache)
+        if borders_of(given, 0, cached, self.decoder.config) is not None:
+            raise ValueError(_PACKED_AND_STAGED)
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
         history = None if given.cache is None else history_of(given.cache, self._key)

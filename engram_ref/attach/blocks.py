@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -96,6 +97,19 @@ def check_layers(model: Any, blocks: nn.ModuleList, engrams: Mapping[int, Engram
     forms = sorted({engram.fusion.config.form for engram in engrams.values()})
     if len(forms) > 1:
         raise ValueError(f"layers of the forms {', '.join(forms)} in one model: they treat padding differently")
+
+
+def tell_larger(decoder: Any, known: int) -> None:
+    """Warn of a model that has more token ids than are known to its vocabulary; many embeddings are padded."""
+    embedding = getattr(decoder, "embed_tokens", None)
+    weight = getattr(embedding, "weight", None)
+    count = decoder.config.get_text_config().vocab_size if weight is None else len(weight)
+    if count > known:
+        warnings.warn(
+            f"the model has token ids 0 .. {count - 1}, the vocabulary of Engram 0 .. {known - 1}: a forward with a "
+            "token beyond is refused; if it can come, compress with the vocabulary that the model was trained with",
+            stacklevel=4,
+        )
 
 
 class Given(NamedTuple):

@@ -34,6 +34,7 @@ class Source:
     Attributes:
         device: where ids are hashed.
         reads_on_cpu: whether the CPU needs the token ids, and so waits for the device that has them.
+        token_ids: how many there are.
 
     Raises:
         ValueError: a vocabulary that the plan was not made for.
@@ -52,6 +53,7 @@ class Source:
         self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
         self._wait_at_once = wait_at_once
         vocab = _as_vocab(vocab, self.plan)
+        self.token_ids = self.plan.compressed_size if vocab is None else len(vocab.ids)
         self._on_cpu = None if self._on_device else vocab
         self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self._on_device else None
 
@@ -123,7 +125,12 @@ def _as_vocab(vocab: Any, plan: HashPlan) -> CompressedVocab | None:
     if vocab is None:
         return None
     if not isinstance(vocab, CompressedVocab):
-        ids = np.asarray(vocab)
+        ids = vocab.cpu().numpy() if isinstance(vocab, Tensor) else np.asarray(vocab)
+        if ids.dtype.kind not in "iuf":
+            raise ValueError(
+                f"vocab is a {type(vocab).__name__}: give a CompressedVocab, as CompressedVocab.from_tokenizer makes "
+                "it, or one compressed id per token id"
+            )
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0:
             raise ValueError(f"a vocabulary of {ids.dtype} {ids.shape}: give one compressed id per token id")
         if ids.max() >= plan.compressed_size:
