@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.config import EngramConfig
+from engram_ref.devices import as_device
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import LayerPlan
 from engram_ref.layer import Engram, check_plan
@@ -101,6 +102,7 @@ def load_layer(
             configuration's, a table that belongs to another plan, or no safetensors file.
         OSError: the file cannot be opened.
     """
+    device = as_device(device)
     _check_form(config)
     check_plan(config, layer_plan)
     stored = StoredRows.find(path, prefix + TABLE)

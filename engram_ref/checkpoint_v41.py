@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_ref.devices import as_device
 from engram_ref.fusion_v41 import V41Fusion
 from engram_ref.layer import Engram
 from engram_ref.model_folder import ModelFolder, tensor_name
@@ -64,6 +65,7 @@ def load_fusion_v41(
     fp8: bool = False,
 ) -> V41Fusion:
     """The projection and the gains of one layer; arguments and errors as `load_layer_v41`."""
+    device = as_device(device)
     state = {part: _read(folder.tensor(layer_id, part)) for part in FUSION_PARTS}
     try:
         check_fp8(state["wkv.weight"], state["wkv.scale"], tensor_name(layer_id, "wkv."))

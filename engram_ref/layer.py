@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
+from engram_ref.devices import as_device
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion_common import Fusion
 from engram_ref.fusion_v41 import V41Fusion
@@ -150,6 +151,8 @@ def make_fusion(
     Raises:
         ValueError: fp8 weights for the demo's form, or for a projection that is not made of 32 x 32 blocks.
     """
+    if device is not None and str(device) != "meta":
+        device = as_device(device)
     if config.form == "v41":
         return V41Fusion(config, device, dtype, fp8)
     if fp8:
@@ -181,6 +184,7 @@ def build_engram(
         ValueError: a plan of another geometry, a placement that this cannot make, or rows that do not fit.
     """
     check_plan(config, layer_plan)
+    device = as_device(device)
     if placement not in FRESH_PLACEMENTS:
         raise ValueError(f"placement {placement!r}: a new table is made as one of {', '.join(FRESH_PLACEMENTS)}")
     fusion = make_fusion(config, "meta", dtype).to_empty(device="cpu")

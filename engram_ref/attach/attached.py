@@ -42,6 +42,7 @@ from engram_ref.attach.versions import tell_untested
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram
+from engram_ref.on_hand import OnHand
 from engram_ref.prefetch import LEAST_BUFFERS, FetchError, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
@@ -86,7 +87,10 @@ def attach(
     check_layers(model, blocks, engrams, plan if isinstance(plan, HashPlan) else plan.plan)
     refuse_twice(blocks, engrams)
     with torch.inference_mode(False):  # what is made here is written to in whatever mode the model runs
-        return _attach(decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
+        made = _attach(decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
+    if not isinstance(prefetcher, OnHand):
+        tell_larger(decoder, made.token_ids)
+    return made
 
 
 def _attach(
@@ -106,15 +110,13 @@ def _attach(
     if prefetcher is not None:
         if observer is not None:
             raise ValueError("an observer and a prefetcher: give the observer to the prefetcher")
-        source = Source(hasher, vocab, prefetcher, form, not background)
-        tell_larger(decoder, source.token_ids)
-        return Attached(decoder, blocks, engrams, source, exposed)
+        return Attached(decoder, blocks, engrams, Source(hasher, vocab, prefetcher, form, not background), exposed)
     tables = {layer_id: engram.table for layer_id, engram in engrams.items()}
     own = Prefetcher(hasher, tables, buffers, background, observer)
     try:
-        source = Source(hasher, vocab, own, form, not background)
-        tell_larger(decoder, source.token_ids)
-        return Attached(decoder, blocks, engrams, source, exposed, own, buffers)
+        return Attached(
+            decoder, blocks, engrams, Source(hasher, vocab, own, form, not background), exposed, own, buffers
+        )
     except BaseException:
         own.close()
         raise
@@ -127,6 +129,7 @@ class Attached:
         decoder: the module whose input are token ids.
         engrams: the layers, by block.
         prefetcher: where rows come from.
+        token_ids: how many the vocabulary has.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Attached:
         self.decoder = decoder
         self.engrams = dict(engrams)
         self.prefetcher = source.prefetcher
+        self.token_ids = source.token_ids
         self._source = source
         self._exposed = exposed
         self._own = own

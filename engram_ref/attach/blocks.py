@@ -71,7 +71,7 @@ def check_arguments(
     ):
         if given is not None and (isinstance(given, type) or not hasattr(given, method)):
             shown = given.__name__ if isinstance(given, type) else type(given).__name__
-            raise ValueError(f"{name} is a {shown}, without {method}: see attach() for what it takes, or leave it out")
+            raise ValueError(f"{name} is a {shown}, without {method}: give a made object that has it, or leave it out")
     return {operator.index(layer_id): engram for layer_id, engram in engrams.items()}
 
 
@@ -108,7 +108,7 @@ def tell_larger(decoder: Any, known: int) -> None:
         warnings.warn(
             f"the model has token ids 0 .. {count - 1}, the vocabulary of Engram 0 .. {known - 1}: a forward with a "
             "token beyond is refused; if it can come, compress with the vocabulary that the model was trained with",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
