@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 

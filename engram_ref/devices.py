@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 
 

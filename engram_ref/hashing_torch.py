@@ -23,6 +23,8 @@ import copy
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 

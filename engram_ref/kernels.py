@@ -41,6 +41,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 import triton
 import triton.language as tl

@@ -20,6 +20,8 @@ import copy
 from contextlib import ExitStack
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor, nn

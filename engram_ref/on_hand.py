@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 
 from engram_ref.layer import Engram

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Union
 
+import engram_ref.needs_torch  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor

@@ -42,6 +42,8 @@ recomputed  gradient checkpointing that runs hooks a second time
 exposed     how long the model waited for rows
 """
 
+import engram_ref.needs_torch  # noqa: F401
+
 from engram_ref.attach.attached import Attached, attach
 from engram_ref.attach.exposed import ExposedTime
 
