@@ -371,7 +371,9 @@ class Attached:
         elif cache is None or history_of(cache, self._key) is not None:
             return
         length = length_of(cache)
-        if not _is_on_accelerator(length) and int(length) != history.length:
+        # Padding that some releases do not count shows at the next step; a count of nothing would begin anew there.
+        wrong = length != history.length if step.counted is None else length == 0
+        if not _is_on_accelerator(length) and bool(wrong):
             raise ValueError(
                 f"a {type(cache).__name__} that counts {int(length)} positions after {history.length}, so that Engram "
                 "cannot follow it: use_cache=False"
