@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import fp8, kernels
+from engram_ref import fp8, kernels, kernels_hashing
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.tables.rows import Rows
 from tests.ref.fp8_pairs import BLOCK, assert_bits, pair_rows, random_rows, rows_of
@@ -46,11 +46,11 @@ def hashed(plan: HashPlan, ids: np.ndarray, before: np.ndarray | None = None) ->
     ids_there = torch.as_tensor(ids, device=DEVICE)
     if before is None:
         before = np.full((len(ids), plan.max_ngram - 1), DEAD)
-    constants = kernels.pack_constants(list(plan.layers[:1]), DEVICE)
-    bad_id = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    constants = kernels_hashing.pack_constants(list(plan.layers[:1]), DEVICE)
+    met = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     before_there = torch.as_tensor(before, device=DEVICE)
-    rows = kernels.hash_layers(plan, ids_there, before_there, constants, torch.int64, bad_id)
-    return rows[0].cpu().numpy(), int(bad_id)
+    rows = kernels_hashing.hash_layers(plan, ids_there, before_there, constants, torch.int64, met)
+    return rows[0].cpu().numpy(), int(met.sum())  # a negative one or another, never both
 
 
 # --- the remainder --------------------------------------------------------------------------------
@@ -118,10 +118,10 @@ def test_lengths_about_the_tile(length):
 )
 def test_strides_and_dtypes_of_the_ids(view):
     ids = view(torch.tensor(stream((5, 20)), device=DEVICE))
-    bad_id = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    met = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     before = torch.full((1, 2), DEAD, device=DEVICE).expand(len(ids), -1)
-    constants = kernels.pack_constants(list(SMALL.layers), DEVICE)
-    got = kernels.hash_layers(SMALL, ids, before, constants, torch.int32, bad_id)[0].cpu()
+    constants = kernels_hashing.pack_constants(list(SMALL.layers), DEVICE)
+    got = kernels_hashing.hash_layers(SMALL, ids, before, constants, torch.int32, met)[0].cpu()
     assert got.dtype == torch.int32
     assert (got.numpy() == definition(ids.cpu().numpy())).all()
 
@@ -406,7 +406,7 @@ COMPILE = """
 import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engram_ref import kernels as k
+from engram_ref import kernels as k, kernels_hashing as h
 
 def accesses(kernel, types, constants, aligned, capability):
     options = {"num_warps": constants.pop("num_warps", 4)}
@@ -432,10 +432,12 @@ for name, widths in dict(packed=[264], split=[256, 8]).items():
     if name == "packed":
         types = dict(codes="*i8", scales="*u8", out="*i16", count="i32")
         found["in order"] = accesses(k._dequantise, types, dict(shape), [], 90)
-types = dict(ids="*i64", ids_b="i32", ids_t="i32", before="*i64", before_b="i32", constants="*i64", rows="*i32",
-             bad_id="*i64", length="i32", tiles="i32", tokens="i32", size="i32", pad="i32")
-constants = dict(N=4, HEADS=8, COLUMNS=24, TILE=16, LANES=32)
-found["hash"] = accesses(k._hash, types, constants, ["constants", "rows"], 90)
+numbers = "ids_b ids_t mask_b mask_t before_b length tiles tokens known size pad stand_in past kept"
+tensors = "ids vocab before constants compressed after met_tokens met_ids"
+types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "*i64") | {"rows": "*i32"}
+for length in (1, 100):
+    constants = dict(N=4, HEADS=8, COLUMNS=24, LAYERS=2, WINDOW=4, mask=None, **h._shape(4, 48, length))
+    found[f"hash {length}"] = accesses(h._hash, types, constants, ["constants", "rows", "compressed"], 90)
 print(json.dumps(found))
 """
 
@@ -471,5 +473,5 @@ def test_no_kernel_flushes_subnormal_numbers(compiled):
 
 
 def test_no_kernel_divides_64_bit_numbers(compiled):
-    assert "st.global.v4.b32" in compiled["hash"]  # indices leave together
+    assert "st.global.v4.b32" in compiled["hash 100"]  # indices leave together
     assert [op for ops in compiled.values() for op in ops if op.startswith(("div", "rem"))] == []
