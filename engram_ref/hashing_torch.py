@@ -357,8 +357,8 @@ class _Plain:
         if vocab is not None:
             ids = vocab.look_up(token_ids, dead, stand_in)
         else:
-            ids = token_ids.to(torch.int64)
-            ids = self._admitted(ids if dead is None else ids.masked_fill(dead, stand_in))
+            ids = token_ids.to(torch.int64) if dead is None else token_ids.to(torch.int64).masked_fill(dead, stand_in)
+        ids = self._admitted(ids)
         rows = self(ids, before[:, before.shape[1] - (self.plan.max_ngram - 1) :])
         if vocab is not None:
             vocab.check_now()

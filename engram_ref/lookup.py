@@ -83,6 +83,11 @@ class DeviceLookup:
         self._vocab = DeviceVocab(vocab, self.device) if isinstance(vocab, CompressedVocab) else vocab
         self._together = _together(self._tables, self.device) if self.fused else None
 
+    @property
+    def layer_ids(self) -> list[int]:
+        """Of the layers that are looked up, in the plan's order."""
+        return list(self._tables)
+
     def new_tail(self, batch: int) -> Tensor:
         """The compressed ids before sequences that begin: DEAD, int64 [B, N-1]."""
         return torch.full((batch, self.plan.max_ngram - 1), DEAD, dtype=torch.int64, device=self.device)
