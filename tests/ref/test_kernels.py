@@ -403,7 +403,8 @@ def test_they_run_on_a_cpu_in_the_interpreter_only(monkeypatch):
 
 
 COMPILE = """
-import json, re, sys, torch, triton
+import json, pathlib, re, subprocess, tempfile, torch, triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from engram_ref import kernels as k, kernels_hashing as h
@@ -418,17 +419,36 @@ def accesses(kernel, types, constants, aligned, capability):
         {(number(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    return re.findall(r"(?:ld|st)\\.(?:global|shared)\\S*|(?:div|rem)\\.[us]64|\\S*ftz\\S*", code)
+    found = re.findall(r"(?:ld|st)\\.(?:global|shared)\\S*|(?:div|rem)\\.[us]64|bar\\.sync|\\S*ftz\\S*", code)
+    return found + spilled(code, re.search(r"\\.target (\\w+)", code)[1])
+
+def spilled(code, target):
+    # what the assembler says about registers that do not fit
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "kernel.ptx")
+        file.write_text(code)
+        ptxas = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+        command = [ptxas, "-v", "--gpu-name", target, "-o", file.with_suffix(".cubin"), file]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    amounts = re.findall(r"(\\d+) bytes (?:stack frame|spill stores|spill loads)", said)
+    assert len(amounts) == 3, said
+    return ["spill"] * any(map(int, amounts))
 
 found = {}
 for width in (160, 256, 264):
     types = dict(table="*i64", rows="*i32", out="*i64", bad_row="*i64", count="i32", table_rows="i64")
     found[width] = accesses(k._gather, types, k._gather_shape(width // 8, width), ["table", "out"], 80)
+for width in (128, 160, 256, 264, 512, 1024):
+    types = dict(addresses="*i64", rows="*i32", out="*i64", count="i32")
+    shape = {**k._gather_shape(width // 8, width), "ALIGNED": 16 if width % 16 == 0 else 8}
+    found[f"layers {width}"] = accesses(k._gather_layers, types, shape, [], 90)
 for name, widths in dict(packed=[264], split=[256, 8]).items():
     out = torch.empty(4, 256, dtype=torch.bfloat16)
     shape = k._scaled_shape([torch.empty(4, width, dtype=torch.uint8) for width in widths], out)
     types = dict(codes="*i8", scales="*u8", rows="*i32", out="*i16", bad_row="*i64", count="i32", table_rows="i64")
     found[name] = accesses(k._gather_scaled, types, dict(shape), [], 70)
+    types = dict(addresses="*i64", rows="*i32", out="*i16", count="i32")
+    found[f"layers {name}"] = accesses(k._gather_scaled_layers, types, dict(shape), [], 90)
     if name == "packed":
         types = dict(codes="*i8", scales="*u8", out="*i16", count="i32")
         found["in order"] = accesses(k._dequantise, types, dict(shape), [], 90)
@@ -444,8 +464,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Memory accesses, divisions and flushing operations of the kernels as compiled for a V100 (gather of fp8 rows),
-    an A100 (gather of plain ones) and an H100 (decoding in order, hash)."""
+    """Memory accesses, barriers, divisions, flushing operations and spills of the kernels, as compiled for a V100
+    (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
@@ -453,16 +473,17 @@ def compiled(tmp_path_factory):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("width", ["160", "256"])
+@pytest.mark.parametrize("width", ["160", "256", *(f"layers {width}" for width in (160, 256, 512, 1024))])
 def test_rows_cross_the_bus_in_16_byte_words(width, compiled):
     assert "ld.global.v2.b64" in compiled[width] and "st.global.v2.b64" in compiled[width]
 
 
 def test_rows_that_no_16_divides_cross_in_8_byte_words(compiled):
-    assert "ld.global.b64" in compiled["264"] and "ld.global.b8" not in compiled["264"]
+    for gather in ("264", "layers 264", "layers 128"):  # of 128 B, a program's two rows are 8 bytes for each thread
+        assert "ld.global.b64" in compiled[gather] and "ld.global.b8" not in compiled[gather]
 
 
-@pytest.mark.parametrize("way", ["packed", "split", "in order"])
+@pytest.mark.parametrize("way", ["packed", "split", "in order", "layers packed", "layers split"])
 def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
     assert "ld.global.v2.b32" in compiled[way] and "st.global.v4.b32" in compiled[way]
     assert not [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
@@ -470,6 +491,18 @@ def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
 
 def test_no_kernel_flushes_subnormal_numbers(compiled):
     assert [op for ops in compiled.values() for op in ops if "ftz" in op] == []
+
+
+def test_no_kernel_needs_more_registers_than_there_are(compiled):
+    assert [name for name, ops in compiled.items() if "spill" in ops] == []
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_the_history_is_overwritten_after_all_threads_have_read_it(length, compiled):
+    """A barrier stands before the last store, and nothing is read behind it."""
+    ops = compiled[f"hash {length}"]
+    behind = ops[ops.index("bar.sync") + 1 :]
+    assert behind and all(op.startswith("st.global") for op in behind)
 
 
 def test_no_kernel_divides_64_bit_numbers(compiled):

@@ -378,7 +378,7 @@ def test_a_closed_table_is_refused(plan, fused):
 # --- launches --------------------------------------------------------------------------------------
 
 VIEWS = {"view", "slice", "select", "unbind", "expand", "alias", "detach", "unsqueeze", "transpose", "_unsafe_view"}
-MEMORY = {"empty", "new_empty", "empty_strided", "empty_like"}
+MEMORY = {"empty", "new_empty", "empty_strided", "empty_like", "scalar_tensor"}  # a scalar stays on the CPU
 
 
 class Launches(TorchDispatchMode):
