@@ -82,7 +82,8 @@ class Staged:
         if rows is None:
             rows = self._together[shape] = new_rows()
             for layer_id, buffer in zip(layer_ids, rows):
-                self._buffers[("rows", layer_id, *shape)] = buffer
+                key = ("rows", layer_id, *shape)
+                self._buffers[key] = buffer
                 keep_address(buffer)
         return rows
 
