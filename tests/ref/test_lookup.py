@@ -245,6 +245,15 @@ def test_rows_of_any_width_and_alignment_into_a_given_buffer(dtype, width, shift
     assert around[: shift + 1].isnan().all() and around[shift + 1 + size :].isnan().all()
 
 
+@pytest.mark.parametrize("max_ngram", [2, 3, 4, 6])
+def test_one_program_of_a_sequence_reads_what_came_before(max_ngram):
+    """It overwrites that, so no other one may: the first tile reaches over N - 1 positions, or over the whole chunk."""
+    for columns in (1, 16, 48, 600, 3000):
+        for length in (1, 2, 3, 7, 16, 500):
+            tile = kernels_hashing._shape(max_ngram, columns, length)["TILE"]
+            assert tile >= min(max_ngram - 1, length)
+
+
 # --- ids that do not exist -------------------------------------------------------------------------
 
 
