@@ -134,7 +134,7 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
     """Every program to price, and per model what it reads (for the results file)."""
     jobs, models = [], {}
     for model, config in configs_of(options).items():
-        plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+        plan = HashPlan.for_vocab(config, vocab)
         layer = plan.layer(config.layer_ids[0])
         workload = make_workload(model, config, plan, stream.measured, options.seed)
         indices = row_stream(plan, layer.layer_id, stream.measured)

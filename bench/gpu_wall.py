@@ -283,7 +283,7 @@ class Benchmark:
 
     def plan_of(self, config: EngramConfig) -> HashPlan:
         """The hash plan of a geometry with this run's vocabulary."""
-        return HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
+        return HashPlan.for_vocab(config, self.vocab)
 
     def fitting(self, config: EngramConfig, plan: HashPlan) -> list[str]:
         """The variants whose table fits; the others are refused, or with --fit named and left out."""

@@ -68,7 +68,7 @@ class EndToEnd:
         )
         self.vocab = CompressedVocab.from_tokenizer()
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
-        self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
+        self.plan = HashPlan.for_vocab(self.config, self.vocab)
         self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
         self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
 
