@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,12 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
         groups.append({tensor_name(layer.layer_id, part): tensor for part, tensor in tensors.items()})
         metadata.append({tensor_name(layer.layer_id, LAYER_PLAN): layer.to_json()})
     files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    total = sum(_nbytes(*tensor) for tensors in groups for tensor in tensors.values())
+    if total > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"{total} bytes do not fit onto the disk of {folder}, {free} are free: take smaller tables")
     for file, tensors, texts in zip(files, groups, metadata):
         _write_tensors(folder / file, tensors, texts, seed)
     weight_map = {name: file for file, tensors in zip(files, groups) for name in tensors}
-    total = sum(_nbytes(*tensor) for tensors in groups for tensor in tensors.values())
     _write(folder / TOKENIZER_FILE, tokenizer_json())
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     rows = tuple(layer.rows for layer in plan.layers)
@@ -130,9 +133,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a new folder")
-    add("--first-prime", type=cli.at_least(2), default=1000, metavar="P", help="primes from here up (default: 1000)")
-    add("--hidden", type=cli.at_least(SCALE_BLOCK), default=64, metavar="H", help="width, 32 times any (default: 64)")
-    add("--seed", type=cli.at_least(0), default=0, help="of all numbers (default: 0)")
+    add(
+        "--first-prime",
+        type=cli.at_least(2, 16_000_000),
+        default=1000,
+        metavar="P",
+        help="primes from here up (default: 1000)",
+    )
+    add(
+        "--hidden",
+        type=cli.at_least(SCALE_BLOCK, 1 << 16),
+        default=64,
+        metavar="H",
+        help="width, 32 times any (default: 64)",
+    )
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="of all numbers (default: 0)")
     return parser.parse_args(argv)
 
 

@@ -176,8 +176,12 @@ class EndToEnd:
 
     def _corpus(self) -> Corpus:
         self.tell("tokenizing the text")
-        text = self.options.text
-        return text_file(text, self.vocab) if text else standard_library(self.vocab)
+        options = self.options
+        if not options.text:
+            return standard_library(self.vocab)
+        served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
+        longest = options.prompt_tokens[1] + options.output_tokens[1]
+        return text_file(options.text, self.vocab, tokens=2 * served * longest)  # half of the text is for calibration
 
     def _check_rows(self, contenders: Contenders, corpus: Corpus) -> None:
         """Rows that differ are never timed."""

@@ -36,7 +36,7 @@ LIBRARY_BYTES = 1 << 20  # of the standard library's sources; a window needs no 
 PRICING_CODE = (
     "engram_ref/config.py", "engram_ref/hashing.py", "engram_ref/quoting.py", "engram_ref/replacing.py",
     "engram_ref/small_files.py", "engram_ref/vocab.py", "engram_toy/*.py", "engram_toy/fast/*.py",
-    "bench/harness/pricing.py", "bench/harness/relaid.py", "bench/harness/streams.py",
+    "bench/harness/encoding.py", "bench/harness/pricing.py", "bench/harness/relaid.py", "bench/harness/streams.py",
     "bench/harness/sweep_pricing.py", "bench/harness/sweeps.py", "bench/harness/token_batches.py",
     "bench/harness/workloads.py",
 )  # fmt: skip
