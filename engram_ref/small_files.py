@@ -25,8 +25,10 @@ def open_regular(path: str | os.PathLike[str], mend: str = "name a regular file"
         ValueError: a folder, a pipe, a device or a socket; the message ends with `mend`.
         OSError: it cannot be opened.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # asked before it is opened: opening alone can wind a tape
-        raise ValueError(f"{os.fspath(path)} is not a regular file: {mend}")
+    mode = os.stat(path).st_mode  # asked before it is opened: opening alone can wind a tape
+    if not stat.S_ISREG(mode):
+        kind = "a directory, " if stat.S_ISDIR(mode) else ""
+        raise ValueError(f"{os.fspath(path)} is {kind}not a regular file: {mend}")
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # and it may be another by now
     file = io.FileIO(handle)
     if not stat.S_ISREG(os.fstat(handle).st_mode):

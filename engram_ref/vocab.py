@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class CompressedVocab:
             cache: Path | None = _cache_file(cache_dir, hashlib.sha256(text).hexdigest())
         except OSError as error:
             cache = None
-            _warn_uncached(error)
+            _warn_uncached(error, stacklevel=3)
         vocab = None if cache is None else _read_cache(cache, text)
         if vocab is None:
             tokenizer = _parse(text, path_or_name)
@@ -328,11 +329,11 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(cache_home):  # a relative one is invalid by the specification, to be ignored
         return Path(cache_home) / "engram"
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user without a name, as in many containers
-        home = Path()
-    if not home.is_absolute():
+    home = None
+    if os.environ.get("HOME") != "":  # an empty one would mean the root
+        with suppress(RuntimeError):  # a user without a name, as in many containers
+            home = Path.home()
+    if home is None or not home.is_absolute():
         raise OSError("there is no home folder, and XDG_CACHE_HOME names none")
     return home / ".cache" / "engram"
 
@@ -370,17 +371,16 @@ def _write_cache(file: Path, vocab: CompressedVocab) -> None:
         with replacing(file) as part:
             part.write(_signature(file.name, ids) + ids)
     except (OSError, ValueError) as error:
-        _warn_uncached(error)
+        _warn_uncached(error, stacklevel=4)
 
 
 def _signature(name: str, ids: bytes) -> bytes:
     return hashlib.sha256(name.encode() + b"\0" + ids).digest()
 
 
-def _warn_uncached(error: Exception) -> None:
-    warnings.warn(
-        f"the compressed vocabulary could not be cached ({one_line(error)}); it is built on every start", stacklevel=4
-    )
+def _warn_uncached(error: Exception, stacklevel: int) -> None:
+    message = f"the compressed vocabulary could not be cached ({one_line(error)}); it is built on every start"
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def map_digest(ids: np.ndarray) -> str:
