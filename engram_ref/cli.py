@@ -32,7 +32,7 @@ def at_least(least: int, most: int = MOST) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
+            value = most + 1 if text.strip().isdigit() else least - 1  # thousands of digits, or no number
         if value < least:
             raise argparse.ArgumentTypeError(f"{quoted(text)} must be an integer of at least {least}")
         if value > most:

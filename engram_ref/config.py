@@ -86,7 +86,7 @@ class EngramConfig:
                 f"table_size_per_order has {len(self.table_size_per_order)} sizes; "
                 f"max_ngram={self.max_ngram} has {self.max_ngram - 1} orders: give one size per order"
             )
-        if self.row_dtype not in VALUE_BYTES:
+        if not isinstance(self.row_dtype, str) or self.row_dtype not in VALUE_BYTES:
             raise ValueError(f"row_dtype={quoted(self.row_dtype)}: use one of {', '.join(VALUE_BYTES)}")
         if self.row_dtype == "float8_e4m3fn" and self.row_width % SCALE_BLOCK:
             raise ValueError(
