@@ -25,7 +25,7 @@ def parse_wall(argv):
 
 def numbers_of(parser_of):
     """The options of a command that take a whole number."""
-    found = []
+    found, original = [], argparse._ActionsContainer.add_argument
 
     def add_argument(self, *names, **how):
         kind = getattr(how.get("type"), "__qualname__", "")
@@ -34,18 +34,18 @@ def numbers_of(parser_of):
             end_to_end_options._sequences,
         ):
             found.append((names[-1], how.get("nargs") if isinstance(how.get("nargs"), int) else 1))
-        return argparse.ArgumentParser.add_argument(self, *names, **how)
+        return original(self, *names, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.Parser, "add_argument", add_argument)
+        patch.setattr(argparse._ActionsContainer, "add_argument", add_argument)
         with pytest.raises(SystemExit):
             parser_of(["--help"])
     return found
 
 
 COMMANDS = {
-    "bytedmd_toy": (bytedmd_toy.parse, [], 8),
-    "gpu_wall": (parse_wall, [], 8),
+    "bytedmd_toy": (bytedmd_toy.parse, [], 7),
+    "gpu_wall": (parse_wall, [], 13),
     "production": (production.parse, [], 1),
     "sample_checkpoint": (sample_checkpoint.parse, ["folder"], 3),
 }
