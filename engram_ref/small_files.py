@@ -27,8 +27,8 @@ def open_regular(path: str | os.PathLike[str], mend: str = "name a regular file"
     """
     mode = os.stat(path).st_mode  # asked before it is opened: opening alone can wind a tape
     if not stat.S_ISREG(mode):
-        kind = "a directory, " if stat.S_ISDIR(mode) else ""
-        raise ValueError(f"{os.fspath(path)} is {kind}not a regular file: {mend}")
+        what = " but a directory" if stat.S_ISDIR(mode) else ""
+        raise ValueError(f"{os.fspath(path)} is not a regular file{what}: {mend}")
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # and it may be another by now
     file = io.FileIO(handle)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
