@@ -86,13 +86,13 @@ def test_a_trap_beside_the_tokenizer(trap, tmp_path):
         assert f"at most {MOST_JSON} bytes" in str(error)
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/"])
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
 def test_a_text_is_a_file(path):
-    with pytest.raises(ValueError, match="is not a regular file.*: name a text file"):
+    with pytest.raises(ValueError, match=r"is not a regular file.*: name a text file"):
         read_text(path)
 
 
 def test_a_text_from_a_pipe_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="is not a regular file.*: name a text file"):
+    with pytest.raises(ValueError, match=r"is not a regular file.*: name a text file"):
         read_text(tmp_path / "pipe")
