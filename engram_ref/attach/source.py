@@ -22,7 +22,7 @@ from engram_ref.lookup import DeviceLookup, can_fuse
 from engram_ref.on_hand import OnHand
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.base import Pending, Ready
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import CompressedVocab, map_digest
 
 Room = Callable[[torch.Size, Iterable[int], Callable[[], Tensor]], Tensor]  # see `Staged.room`
 
@@ -195,10 +195,6 @@ def _as_vocab(vocab: Any, plan: HashPlan) -> CompressedVocab | None:
             raise ValueError(
                 f"compressed id {ids.max()} in the vocabulary; the plan has 0 .. {plan.compressed_size - 1}"
             )
-        return CompressedVocab(ids.astype(np.int64), plan.compressed_size, digest="")
-    if len(vocab) != plan.compressed_size:
-        raise ValueError(
-            f"a vocabulary of {len(vocab)} compressed ids; the plan was made for {plan.compressed_size}: "
-            "build it from this vocabulary"
-        )
+        vocab = CompressedVocab(ids.astype(np.int64), plan.compressed_size, map_digest(ids))
+    plan.require_vocab(vocab)
     return vocab
