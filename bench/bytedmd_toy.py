@@ -90,18 +90,39 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
     )
-    add("--seq_len", type=cli.at_least(2), default=128, metavar="T", help="tokens to read (default: 128)")
-    add("--d_model", type=cli.at_least(1), default=64, metavar="H", help="width of the model (default: 64)")
+    add("--seq_len", type=cli.at_least(2, 1 << 13), default=128, metavar="T", help="tokens to read (default: 128)")
+    add("--d_model", type=cli.at_least(1, 1 << 10), default=64, metavar="H", help="width of the model (default: 64)")
     add(
-        "--padding", type=cli.at_least(0), default=10**6, metavar="M", help="values that bury the table (default: 10^6)"
+        "--padding",
+        type=cli.at_least(0, 10**7),
+        default=10**6,
+        metavar="M",
+        help="values that bury the table (default: 10^6)",
     )
     add("--hot_share", type=cli.share, default=0.1, metavar="S", help="rows offload_hot keeps above (default: 0.1)")
-    add("--bytes_per_element", type=cli.at_least(1), default=1, metavar="B", help="bytes per value (default: 1)")
-    add("--seed", type=cli.at_least(0), default=0, help="which window of the text, which weights (default: 0)")
+    add(
+        "--bytes_per_element",
+        type=cli.at_least(1, 1 << 10),
+        default=1,
+        metavar="B",
+        help="bytes per value (default: 1)",
+    )
+    add(
+        "--seed",
+        type=cli.at_least(0, cli.MOST_SEED),
+        default=0,
+        help="which window of the text, which weights (default: 0)",
+    )
     add("--definition", choices=["lru", "two-stack"], default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
     add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
-    add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    add(
+        "--jobs",
+        type=cli.at_least(1, 1 << 10),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: all cores)",
+    )
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add(
         "--sweep",
@@ -134,7 +155,7 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
     """Every program to price, and per model what it reads (for the results file)."""
     jobs, models = [], {}
     for model, config in configs_of(options).items():
-        plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+        plan = HashPlan.for_vocab(config, vocab)
         layer = plan.layer(config.layer_ids[0])
         workload = make_workload(model, config, plan, stream.measured, options.seed)
         indices = row_stream(plan, layer.layer_id, stream.measured)

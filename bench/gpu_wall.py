@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=DTYPES,
         help="of the model, and of the table where the preset has no fp8 rows (default: bfloat16)",
     )
-    add("--seed", type=cli.at_least(0), default=0)
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0)
 
     steps_group = parser.add_argument_group("steps of a model with an Engram layer")
     add = steps_group.add_argument
@@ -120,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help=f"{', '.join(BACKBONES)} or a config.json (default: qwen3-4b)",
     )
-    add("--blocks", type=cli.at_least(2), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
+    add("--blocks", type=cli.at_least(2, 1 << 10), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
     add(
         "--steps",
         nargs="+",
@@ -128,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SHAPE",
         help="prefill:BATCHxTOKENS, decode:BATCH (default: six on CUDA, two on a CPU)",
     )
-    add("--context", type=cli.at_least(0), default=512, help="tokens before a decode step (default: 512)")
+    add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step (default: 512)")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text for the stream (default: the standard library's sources)")
     add("--page_cache", nargs="+", choices=("cold", "warm"), default=["cold", "warm"], help="for offload_disk")
@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="default: all")
     add("--iterations", type=cli.at_least(1), default=50, help="samples per case (default: 50)")
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
-    add("--seq_len", type=cli.at_least(1), default=4096, help="default: 4096")
+    add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="default: 4096")
     end_to_end_options.add_arguments(parser)
     return complete(parser.parse_args())
 
@@ -195,7 +195,8 @@ class Benchmark:
         self.vocab = CompressedVocab.from_tokenizer()
         self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")
-        whole = text_file(options.text, self.vocab) if options.text else standard_library(self.vocab)
+        wanted = 4 * max(shape.batch * shape.tokens for shape in options.steps)  # two batches, and as many to calibrate
+        whole = text_file(options.text, self.vocab, tokens=wanted) if options.text else standard_library(self.vocab)
         half = len(whole.ids) // 2
         self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
         self.corpus = whole.since(half)
@@ -283,7 +284,7 @@ class Benchmark:
 
     def plan_of(self, config: EngramConfig) -> HashPlan:
         """The hash plan of a geometry with this run's vocabulary."""
-        return HashPlan.build(config, len(self.vocab), self.vocab.pad(config.pad_id))
+        return HashPlan.for_vocab(config, self.vocab)
 
     def fitting(self, config: EngramConfig, plan: HashPlan) -> list[str]:
         """The variants whose table fits; the others are refused, or with --fit named and left out."""

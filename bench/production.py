@@ -56,8 +56,9 @@ STEP_TOKENS = (1, 8, 64, 512, 4096, 32_768, 131_072)
 QUICK_TOKENS, QUICK_STEPS = 5000, (1, 512)
 # The code that decides a price; what a finished case is filed under.
 PRICING_CODE = (
-    "engram_ref/config.py", "engram_ref/hashing*.py", "engram_ref/vocab.py", "engram_toy/stack.py",
-    "engram_toy/fast/*.py", "bench/harness/decoder_sizes.py", "bench/harness/row_cases.py",
+    "engram_ref/config.py", "engram_ref/hashing*.py", "engram_ref/quoting.py", "engram_ref/replacing.py",
+    "engram_ref/small_files.py", "engram_ref/vocab.py", "engram_toy/stack.py", "engram_toy/fast/*.py",
+    "bench/harness/decoder_sizes.py", "bench/harness/encoding.py", "bench/harness/row_cases.py",
     "bench/harness/streams.py", "bench/harness/token_batches.py", "bench/harness/whole_model.py",
 )  # fmt: skip
 
@@ -87,7 +88,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=f"{', '.join(PARTS)} (default: all)")
-    add("--jobs", type=cli.at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    add(
+        "--jobs",
+        type=cli.at_least(1, 1 << 10),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: all cores)",
+    )
     add("--out", type=Path, default=Path("out/production"), metavar="DIR", help="results.json goes here")
     add("--quick", action="store_true", help=f"{QUICK_TOKENS:,} tokens of everything")
     return parser.parse_args(argv)

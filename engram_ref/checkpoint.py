@@ -3,16 +3,14 @@
     save_layer("engram.safetensors", fusion, values, plan.layer(1))
     engram = load_layer("engram.safetensors", config, plan.layer(1), placement="file")
 
-Nothing is taken on trust: names, shapes, the offsets of the table and, where the file has them, all hash constants
-must be the plan's, because a table that is read with other constants gives wrong rows and no error. For placement
-`file` the rows stay where they are; for every other one they are read once, into their place.
+Nothing is taken on trust: names, shapes, the offsets of the table and, where the file has them, all hash constants, the
+pad and the digest of the vocabulary must be the plan's, because a table that is read with others gives wrong rows and
+no error. For placement `file` the rows stay where they are; for every other one they are read once, into their place.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +58,7 @@ def save_layer(
     _check_table("table_values", len(table_values), table_format, fusion.config, layer_plan)
     # The table comes last, so that only the header must be padded for its rows to begin on a page of their own.
     tensors = {OFFSETS: torch.tensor(layer_plan.offsets), **fusion.demo_views(), TABLE: table_values}
-    metadata = {prefix + PLAN: json.dumps(asdict(layer_plan))}
+    metadata = {prefix + PLAN: layer_plan.to_json()}
     entries = {prefix + name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     header = make_header(entries, metadata)
     with replacing(Path(path)) as file:
@@ -162,11 +160,8 @@ def _check_constants(header: Header, layer_plan: LayerPlan, prefix: str) -> None
     if header.read_tensor(prefix + OFFSETS).tolist() != list(layer_plan.offsets):
         raise ValueError(f"{header.path}: the table's offsets are not the plan's: it was hashed with other primes")
     recorded = header.metadata.get(prefix + PLAN)
-    if recorded is not None and recorded != json.dumps(asdict(layer_plan)):
-        raise ValueError(
-            f"{header.path}: hash constants differ from those of the plan for layer {layer_plan.layer_id}: "
-            "use the vocabulary and the configuration that the table was made with"
-        )
+    if recorded is not None:
+        layer_plan.require_recorded(recorded, str(header.path))
 
 
 def _only_dtype(header: Header, fusion: DemoFusion, prefix: str) -> torch.dtype:

@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from engram_ref.quoting import quoted
+
+MOST = 100_000  # of samples, rounds, processes: whatever an option counts and says no other limit of
+MOST_SEED = 2**63 - 1
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
@@ -20,16 +25,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: an integer of at least `least`."""
+def at_least(least: int, most: int = MOST) -> Callable[[str], int]:
+    """An argument type: an integer from `least` to `most`, what memory and patience hold."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
+            value = most + 1 if text.strip().isdigit() else least - 1  # thousands of digits, or no number
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+            raise argparse.ArgumentTypeError(f"{quoted(text)} must be an integer of at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{quoted(text)} must be at most {most}")
         return value
 
     return parse
@@ -42,7 +49,7 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number in 0 .. 1")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} must be a number in 0 .. 1")
     return value
 
 

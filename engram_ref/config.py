@@ -17,10 +17,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from engram_ref.quoting import quoted
+
 # Bytes of one value. A float8 row also carries one scale byte per SCALE_BLOCK values.
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE_BLOCK = 32
 FORMS = ("demo", "v41")
+MOST_LAYER_ID = (1 << 16) - 1
+MOST_COLUMNS = 1 << 14  # of all layers together; a prime is searched for each
+MOST_TABLE_SIZE = 2**31  # of a column: a prime from here up is no 32-bit integer any more
+MOST_IDS = 2**31 - 1  # of a vocabulary
 V41_NORM_EPS = 1e-20  # of the norms in the form v41: of the gate, and as its config.json must have it
 
 
@@ -66,37 +72,38 @@ class EngramConfig:
     def __post_init__(self) -> None:
         for name in ("layer_ids", "table_size_per_order"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
-        for name, least in _LEAST.items():
-            require_int(name, getattr(self, name), least)
+        for name, (least, most) in _RANGES.items():
+            require_int(name, getattr(self, name), least, most)
         for layer_id in self.layer_ids:
-            require_int("layer_ids", layer_id, 0)
+            require_int("layer_ids", layer_id, 0, MOST_LAYER_ID)
         for size in self.table_size_per_order:
-            require_int("table_size_per_order", size, 2)
+            require_int("table_size_per_order", size, 2, MOST_TABLE_SIZE)
         if not self.layer_ids or len(set(self.layer_ids)) != len(self.layer_ids):
-            raise ValueError(f"layer_ids={self.layer_ids}: give at least one layer, each once")
+            raise ValueError(f"layer_ids={quoted(self.layer_ids)}: give at least one layer, each once")
+        require_columns(len(self.layer_ids), self.columns)
         if len(self.table_size_per_order) != self.max_ngram - 1:
             raise ValueError(
                 f"table_size_per_order has {len(self.table_size_per_order)} sizes; "
                 f"max_ngram={self.max_ngram} has {self.max_ngram - 1} orders: give one size per order"
             )
-        if self.row_dtype not in VALUE_BYTES:
-            raise ValueError(f"row_dtype={self.row_dtype!r}: use one of {', '.join(VALUE_BYTES)}")
+        if not isinstance(self.row_dtype, str) or self.row_dtype not in VALUE_BYTES:
+            raise ValueError(f"row_dtype={quoted(self.row_dtype)}: use one of {', '.join(VALUE_BYTES)}")
         if self.row_dtype == "float8_e4m3fn" and self.row_width % SCALE_BLOCK:
             raise ValueError(
                 f"row_width={self.row_width}: float8 rows need a multiple of {SCALE_BLOCK}, one scale per block"
             )
         if self.form not in FORMS:
-            raise ValueError(f"form={self.form!r}: use one of {', '.join(FORMS)}")
+            raise ValueError(f"form={quoted(self.form)}: use one of {', '.join(FORMS)}")
         if self.form == "v41" and self.kernel_size:
             raise ValueError(f"kernel_size={self.kernel_size}: form v41 has no convolution, use 0")
         if self.compressed_size is not None:
-            require_int("compressed_size", self.compressed_size, 1)
+            require_int("compressed_size", self.compressed_size, 1, MOST_IDS)
 
     @classmethod
     def preset(cls, name: str) -> EngramConfig:
         """The published geometry called `name`: demo, paper-27b, paper-40b, v41-flash, or tiny (ours, for tests)."""
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}: use one of {', '.join(PRESETS)}")
+            raise ValueError(f"no preset {quoted(name)}: use one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
     def replace(self, **changes: Any) -> EngramConfig:
@@ -150,15 +157,17 @@ class EngramConfig:
         return 2 * len(self.layer_ids) * (self.projection_macs() + gate + convolution)
 
 
-_LEAST = {
-    "max_ngram": 2,
-    "heads": 1,
-    "row_width": 1,
-    "hidden": 1,
-    "hc_mult": 1,
-    "kernel_size": 0,
-    "pad_id": 0,
-    "seed": 0,
+# Least and most. The upper bounds lie far above any published model; they are there so that a number from a damaged
+# file is refused before anything is computed, or allocated, from it.
+_RANGES = {
+    "max_ngram": (2, 64),
+    "heads": (1, 1024),
+    "row_width": (1, 1 << 20),
+    "hidden": (1, 1 << 20),
+    "hc_mult": (1, 256),
+    "kernel_size": (0, 1024),
+    "pad_id": (0, MOST_IDS - 1),
+    "seed": (0, 2**63 - 1),
 }
 
 _PAPER: dict[str, Any] = dict(layer_ids=(2, 15), max_ngram=3, heads=8, row_width=80, hidden=2560)
@@ -200,13 +209,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def require_int(name: str, value: object, least: int) -> None:
-    """Refuse with a ValueError what is not an integer of at least `least`."""
+def require_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Refuse with a ValueError what is not an integer of at least `least`, and of at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+        raise ValueError(f"{name}={quoted(value)}: must be an integer of at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={quoted(value)}: must be at most {most}")
+
+
+def require_columns(layers: int, columns: int) -> None:
+    """Refuse with a ValueError more columns, of so many layers together, than anybody would search primes for."""
+    if layers * columns > MOST_COLUMNS:
+        raise ValueError(
+            f"{layers} layers of {columns} columns, orders times heads: must be at most {MOST_COLUMNS} together"
+        )
 
 
 def _int_tuple(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
-        raise ValueError(f"{name}={value!r}: must be a tuple of integers")
+        raise ValueError(f"{name}={quoted(value)}: must be a tuple of integers")
     return tuple(value)

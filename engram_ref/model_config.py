@@ -16,8 +16,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engram_ref.config import SCALE_BLOCK, V41_NORM_EPS, EngramConfig, require_int
+from engram_ref.config import (
+    MOST_IDS,
+    MOST_TABLE_SIZE,
+    SCALE_BLOCK,
+    V41_NORM_EPS,
+    EngramConfig,
+    require_columns,
+    require_int,
+)
 from engram_ref.hashing import HashPlan
+from engram_ref.quoting import quoted
 from engram_ref.safetensors_header import read_json
 
 CONFIG_FILE = "config.json"
@@ -56,9 +65,9 @@ def read_config(folder: str | os.PathLike[str]) -> EngramConfig:
     root = read_json(path)
     text = root.get("text_config", root)
     if root.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{path}: model_type={root.get('model_type')!r}, not {MODEL_TYPE!r}: {_MEND}")
+        raise ValueError(f"{path}: model_type={quoted(root.get('model_type'))}, not {MODEL_TYPE!r}: {_MEND}")
     if not isinstance(text, dict):
-        raise ValueError(f"{path}: text_config={text!r} is not an object: {_MEND}")
+        raise ValueError(f"{path}: text_config={quoted(text)} is not an object: {_MEND}")
     _check_quantisation(path, root)
     _check_one_meaning(path, root, text)
     config = _geometry(path, text)
@@ -90,12 +99,12 @@ def config_fields(config: EngramConfig, rows: tuple[int, ...], vocab_size: int, 
 def _check_quantisation(path: Path, root: dict[str, Any]) -> None:
     given = root.get("quantization_config")
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: quantization_config={given!r} is not an object: {_MEND}")
+        raise ValueError(f"{path}: quantization_config={quoted(given)} is not an object: {_MEND}")
     for name, needed in QUANTISATION.items():
         if given.get(name) != needed:
             raise ValueError(
-                f"{path}: quantization_config has {name}={given.get(name)!r}; the rows are stored with {needed!r}, and "
-                f"with anything else they decode to wrong values: {_MEND}"
+                f"{path}: quantization_config has {name}={quoted(given.get(name))}; the rows are stored with "
+                f"{needed!r}, and with anything else they decode to wrong values: {_MEND}"
             )
 
 
@@ -104,21 +113,26 @@ def _check_one_meaning(path: Path, root: dict[str, Any], text: dict[str, Any]) -
     for name in (*(name for name, _ in _INTEGERS.values()), _LAYERS, _ROWS, _SIZE, _DEPTH, _TOKENS, _EPS):
         if name in root and name in text and root[name] != text[name]:
             raise ValueError(
-                f"{path}: {name} is {root[name]!r} at the top level and {text[name]!r} in text_config: {_MEND}"
+                f"{path}: {name} is {quoted(root[name])} at the top level and {quoted(text[name])} in text_config: "
+                f"{_MEND}"
             )
 
 
 def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
     eps = _field(path, text, _EPS)
     if eps != V41_NORM_EPS:
-        raise ValueError(f"{path}: {_EPS}={eps!r}; the gate of this model computes with {V41_NORM_EPS}: {_MEND}")
+        raise ValueError(f"{path}: {_EPS}={quoted(eps)}; the gate of this model computes with {V41_NORM_EPS}: {_MEND}")
     integers = {field: _integer(path, text, name, least) for field, (name, least) in _INTEGERS.items()}
     layer_ids = _integers(path, text, _LAYERS)
     _check_below(path, text, _LAYERS, max(layer_ids, default=0), _DEPTH)
     _check_below(path, text, "engram_pad_token_id", integers["pad_id"], _TOKENS)
     _check_below(path, text, "engram_compressed_vocab_size", integers["compressed_size"] - 1, _TOKENS)
-    sizes = (_integer(path, text, _SIZE, 2),) * (integers["max_ngram"] - 1)
+    size = _integer(path, text, _SIZE, 2, MOST_TABLE_SIZE)
     try:
+        require_columns(
+            len(layer_ids), (integers["max_ngram"] - 1) * integers["heads"]
+        )  # before so long a tuple is made
+        sizes = (size,) * (integers["max_ngram"] - 1)
         return EngramConfig(
             layer_ids=layer_ids,
             table_size_per_order=sizes,
@@ -134,7 +148,7 @@ def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
 def _check_below(path: Path, text: dict[str, Any], name: str, largest: int, limit_name: str) -> None:
     limit = _integer(path, text, limit_name, 1)
     if largest >= limit:
-        raise ValueError(f"{path}: {name}={text[name]!r} does not fit {limit_name}={limit}: {_MEND}")
+        raise ValueError(f"{path}: {name}={quoted(text[name])} does not fit {limit_name}={limit}: {_MEND}")
 
 
 def _field(path: Path, text: dict[str, Any], name: str) -> Any:
@@ -143,16 +157,16 @@ def _field(path: Path, text: dict[str, Any], name: str) -> Any:
     return text[name]
 
 
-def _integer(path: Path, text: dict[str, Any], name: str, least: int) -> int:
+def _integer(path: Path, text: dict[str, Any], name: str, least: int, most: int = MOST_IDS) -> int:
     value = _field(path, text, name)
-    require_int(f"{path}: {name}", value, least)
+    require_int(f"{path}: {name}", value, least, most)
     return int(value)
 
 
 def _integers(path: Path, text: dict[str, Any], name: str) -> tuple[int, ...]:
     values = _field(path, text, name)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError(f"{path}: {name}={values!r}: must be a list of integers; {_MEND}")
+        raise ValueError(f"{path}: {name}={quoted(values)}: must be a list of integers; {_MEND}")
     return tuple(values)
 
 

@@ -8,6 +8,9 @@
 Opening reads `config.json`, the tokenizer, the index and the headers of the files that hold Engram tensors; the other
 files of the model need not be there. What could make a row wrong without an error is refused: a configuration that
 contradicts the table, another tokenizer, a table of another layer, scales of other blocks, a file that is cut off.
+Which token pads, and how columns are divided into orders and heads, moves rows and shows in no shape: of the published
+model it is known, other files record it beside their tables (as those of `engram_ref.sample_checkpoint`), and where
+neither says it, a warning does.
 `engram_ref.checkpoint_v41` loads whole layers; `engram_ref.sample_checkpoint` writes a small folder of this kind.
 Torch is imported only where rows are asked for.
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan
 from engram_ref.model_config import read_config
-from engram_ref.safetensors_header import TensorEntry, read_header, read_json
+from engram_ref.quoting import one_line, quoted
+from engram_ref.safetensors_header import TensorEntry, read_header, read_json, read_metadata
 from engram_ref.vocab import KNOWN_MAPS, CompressedVocab, tokenizer_json
 
 if TYPE_CHECKING:
@@ -38,8 +43,11 @@ __all__ = ["INDEX_FILE", "ModelFolder", "expected_tensors", "read_config", "tens
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+LAYER_PLAN = "layer_plan"  # beside the tensors of a layer, in the metadata of the file that holds its table
 _ENGRAM_NAME = re.compile(r"layers\.\d+\.engram\.")
 _MEND = "download the checkpoint again"
+_SHOWN = 12  # names in a message
+_PUBLISHED_BY = ("layer_ids", "compressed_size", "seed")
 
 
 def tensor_name(layer_id: int, part: str) -> str:
@@ -102,9 +110,10 @@ class ModelFolder:
         config = read_config(path)
         tokenizer = path / TOKENIZER_FILE if os.path.lexists(path / TOKENIZER_FILE) else None
         vocab = _read_vocab(path, config, tokenizer)
-        plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+        plan = HashPlan.for_vocab(config, vocab)
         weight_map = _read_weight_map(path)
         tensors = _find_tensors(path, weight_map, config, plan)
+        _check_recorded(path, config, plan, tensors)
         digest = hashlib.sha256(tokenizer_json(tokenizer)).hexdigest()
         return cls(path, config, vocab, plan, digest, tokenizer, weight_map, tensors)
 
@@ -118,7 +127,7 @@ class ModelFolder:
         name = tensor_name(self.plan.layer(layer_id).layer_id, part)
         if name not in self.tensors:
             raise ValueError(
-                f"part={part!r}: a layer has {', '.join(expected_tensors(self.config, self.plan.layers[0]))}"
+                f"part={quoted(part)}: a layer has {', '.join(expected_tensors(self.config, self.plan.layers[0]))}"
             )
         return self.tensors[name]
 
@@ -168,7 +177,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     for file in sorted(set(weight_map.values())):
         # A link in the folder is its owner's will, as in the Hugging Face cache; a path in the index is not.
         if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
-            raise ValueError(f"{index} names the file {file!r}: it must lie in the folder itself; {_MEND}")
+            raise ValueError(f"{index} names the file {quoted(file)}: it must lie in the folder itself; {_MEND}")
     return weight_map
 
 
@@ -182,18 +191,60 @@ def _find_tensors(
     }
     missing = [name for name in needed if name not in weight_map]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: {_MEND}, its index included")
+        raise ValueError(f"{path} has no {_some(missing)}: {_MEND}, its index included")
     headers = {file: _read_shard(path / file) for file in sorted({weight_map[name] for name in needed})}
     _refuse_unexpected(path, {*weight_map, *(name for header in headers.values() for name in header)}, needed)
     for name, (dtype, shape) in needed.items():
         homes = [file for file, header in headers.items() if name in header]
         if homes != [weight_map[name]]:
             raise ValueError(
-                f"{path / INDEX_FILE} says that {name} is in {weight_map[name]}; it is in "
+                f"{path / INDEX_FILE} says that {name} is in {one_line(weight_map[name], 100)}; it is in "
                 f"{' and '.join(homes) or 'no file that was looked at'}: {_MEND}"
             )
         _check_tensor(headers[homes[0]][name], dtype, shape, plan)
     return {name: headers[weight_map[name]][name] for name in needed}
+
+
+def _some(names: list[str]) -> str:
+    """Names from a file, in one line: the first few, and how many there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(one_line(name, 100) for name in names[:_SHOWN]) + more
+
+
+def _check_recorded(path: Path, config: EngramConfig, plan: HashPlan, tensors: Mapping[str, TensorEntry]) -> None:
+    """Compare the plan with what the tables' files record of theirs, or with what is published of this model."""
+    silent = []
+    for layer in plan.layers:
+        home = tensors[tensor_name(layer.layer_id, "embed.weight")].path
+        recorded = read_metadata(home).get(tensor_name(layer.layer_id, LAYER_PLAN))
+        if recorded is None:
+            silent.append(layer.layer_id)
+        else:
+            layer.require_recorded(recorded, str(home))
+    if silent and not _is_published(path, config):
+        warnings.warn(
+            f"{path}: nothing beside the tables of layers {quoted(silent)} records how they were hashed, so "
+            f"engram_pad_token_id={config.pad_id}, engram_max_ngram_size={config.max_ngram} and engram_n_heads="
+            f"{config.heads} of config.json are believed: with others, every row would be wrong and nothing would tell",
+            stacklevel=3,
+        )
+
+
+def _is_published(path: Path, config: EngramConfig) -> bool:
+    """Whether these are the tables of the published model; a configuration that hashes them otherwise is refused."""
+    published = EngramConfig.preset("v41-flash")
+    if any(getattr(config, name) != getattr(published, name) for name in _PUBLISHED_BY):
+        return False
+    if config.table_size_per_order[0] != published.table_size_per_order[0]:
+        return False
+    for name in ("pad_id", "max_ngram", "heads", "row_width"):
+        given, needed = getattr(config, name), getattr(published, name)
+        if given != needed:
+            raise ValueError(
+                f"{path / 'config.json'} gives {name}={given}; the tables are of the published size, and were hashed "
+                f"with {needed}: take the config.json that came with the weights"
+            )
+    return True
 
 
 def _read_shard(path: Path) -> dict[str, TensorEntry]:
@@ -208,7 +259,7 @@ def _refuse_unexpected(path: Path, found: Iterable[str], needed: Mapping[str, An
     if unexpected:
         layers = sorted({name.split(".engram.")[0] for name in needed})
         raise ValueError(
-            f"{path} has {', '.join(unexpected)}; Engram as configured is {', '.join(layers)} with "
+            f"{path} has {_some(unexpected)}; Engram as configured is {', '.join(layers)} with "
             f"{len(needed) // len(layers)} tensors each: use config.json and weights of one model"
         )
 

@@ -7,7 +7,8 @@
                                                                     configuration, tokenizer and Engram tensors
 
 The JSON has the geometry (`config`), the tokenizer it was computed with and its compressed map (`tokenizer`), sizes
-(`cost`), and the hash plan: multipliers, primes and offsets of every layer (`plan`), which `HashPlan.from_json` reads.
+(`cost`), and the hash plan: multipliers, primes and offsets of every layer, and the digest of the vocabulary that they
+belong to (`plan`), which `HashPlan.from_json` reads.
 Both the whole and the plan in it carry a `checksum`: the sha256 of the object without this field, written as JSON with
 sorted keys, no white space, and escapes for all that is not ASCII:
 
@@ -31,6 +32,7 @@ from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, checksum
 from engram_ref.model_folder import ModelFolder
+from engram_ref.quoting import one_line
 from engram_ref.replacing import replacing
 from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer, tokenizer_json
 
@@ -72,7 +74,7 @@ def constants(preset: str, tokenizer: str | None = None) -> dict[str, Any]:
     """
     config = EngramConfig.preset(preset)
     vocab = CompressedVocab.from_tokenizer(tokenizer)
-    plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+    plan = HashPlan.for_vocab(config, vocab)
     body = {
         "what": "constants of DeepSeek's Engram layers",
         "preset": preset,
@@ -143,7 +145,10 @@ def _gib(count: int) -> str:
 def _pad_note(tokenizer: dict[str, Any]) -> str:
     """Users ask whether the pad of the hash is the tokenizer's."""
     pad, configured, token = tokenizer["pad_id"], tokenizer["configured_pad_id"], tokenizer["configured_pad_token"]
-    note = f"pad of the hash: id {pad}, {tokenizer['pad_token']}, compressed {tokenizer['pad_compressed']}"
+    token = token and one_line(token, 80)
+    note = (
+        f"pad of the hash: id {pad}, {one_line(tokenizer['pad_token'], 80)}, compressed {tokenizer['pad_compressed']}"
+    )
     if token is None:
         return f"{note}; the tokenizer's configuration names none"
     if configured == pad:
@@ -177,7 +182,9 @@ def check(folder: Path, preset: str | None = None) -> list[str]:
     ]
     for entry in model.tensors.values():
         shape = f"{entry.dtype} {list(entry.shape)}"
-        lines.append(f"{entry.name}: {shape}, {entry.nbytes} bytes from byte {entry.offset} of {entry.path.name}")
+        lines.append(
+            f"{entry.name}: {shape}, {entry.nbytes} bytes from byte {entry.offset} of {one_line(entry.path.name)}"
+        )
     return lines
 
 

@@ -14,6 +14,7 @@ one is being used while the next is filled. An error in the background is raised
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from engram_ref.hashing import NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory
-from engram_ref.tables.base import Pending, Table
+from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.delivery import Arriving
 
 _Job = Union["Future[Pending]", "_Done"]
@@ -102,13 +103,7 @@ class Prefetcher:
         Raises:
             RuntimeError: as many fetches as there are buffers are in flight: release one.
         """
-        if self._closed:
-            raise RuntimeError("this prefetcher is closed: make a new one")
-        slot = next((slot for slot in self._slots if not slot.busy), None)
-        if slot is None:
-            raise RuntimeError(
-                f"{len(self._slots)} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
-            )
+        slot = self._free_slot()
         jobs = (
             self._on_stream(compressed_ids, history)
             if self._on_device()
@@ -116,6 +111,42 @@ class Prefetcher:
         )
         slot.busy = True
         return Fetch(slot, jobs, self._observer)
+
+    def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
+        """Begin what brings the rows of all layers by itself, `engram_ref.lookup`, on the side stream.
+
+        Args:
+            lookup: called at once, on the stream that is to do it: gives the values [B*T*C, D] by layer id, and one
+                more tensor that it has written.
+
+        Returns:
+            The fetch, and the other tensor, to be waited for where it is used.
+
+        Raises:
+            RuntimeError: as many fetches as there are buffers are in flight: release one.
+        """
+        slot = self._free_slot()
+        arrive: Callable[[Tensor], Pending] = Ready
+        if self._stream is None:
+            values, other = lookup()
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                values, other = lookup()
+                arrive = functools.partial(Arriving, arrived=self._stream.record_event())
+        slot.busy = True
+        jobs: dict[int, _Job] = {layer_id: _Done(arrive(rows)) for layer_id, rows in values.items()}
+        return Fetch(slot, jobs, self._observer), arrive(other)
+
+    def _free_slot(self) -> _Slot:
+        if self._closed:
+            raise RuntimeError("this prefetcher is closed: make a new one")
+        slot = next((slot for slot in self._slots if not slot.busy), None)
+        if slot is None:
+            raise RuntimeError(
+                f"{len(self._slots)} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
+            )
+        return slot
 
     def _on_cpu(self, ids: Any, history: Any, slot: _Slot) -> dict[int, _Job]:
         here = self._worker is None or self._is_small(ids)

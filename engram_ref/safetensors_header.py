@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram_ref.small_files import read_small
+
 LENGTH_BYTES = 8
 LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 DTYPE_BITS = {
@@ -100,10 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: something else.
         OSError: it cannot be read.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_HEADER:
-        raise ValueError(f"{path} is not a regular file of at most {LARGEST_HEADER} bytes: give a JSON file")
-    return parse_json(path.read_bytes(), str(path))
+    return parse_json(read_small(path, LARGEST_HEADER, "give a JSON file"), str(path))
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 Names, dtypes, files and index are the published model's, the tokenizer is the packaged one; tables and projection are
 smaller, and the numbers in them are random, the same for the same seed. Codes are any but NaN; scales lie between 2^-16
 and 2^-9, so that rows, keys and values are of the size that a gate can work with. One more file has a tensor that is
-none of Engram's.
+none of Engram's. Beside each table, in the metadata of its file, stands what its rows are hashed with: constants, pad
+and digest of the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.fp8 import NAN_CODE
 from engram_ref.hashing import HashPlan
 from engram_ref.model_config import CONFIG_FILE, config_fields
-from engram_ref.model_folder import INDEX_FILE, TOKENIZER_FILE, expected_tensors, tensor_name
+from engram_ref.model_folder import INDEX_FILE, LAYER_PLAN, TOKENIZER_FILE, expected_tensors, tensor_name
 from engram_ref.replacing import replacing
 from engram_ref.tables.writing import DTYPES, make_header
 from engram_ref.vocab import CompressedVocab, tokenizer_json
@@ -68,16 +70,20 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder")
     vocab = CompressedVocab.from_tokenizer()
-    plan = HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+    plan = HashPlan.for_vocab(config, vocab)
     groups: list[_Tensors] = [{"norm.weight": ("BF16", (config.hidden,))}]
+    metadata: list[dict[str, str]] = [{}]
     for layer in plan.layers:
         tensors = expected_tensors(config, layer)
         groups.append({tensor_name(layer.layer_id, part): tensor for part, tensor in tensors.items()})
+        metadata.append({tensor_name(layer.layer_id, LAYER_PLAN): layer.to_json()})
     files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-    for file, tensors in zip(files, groups):
-        _write_tensors(folder / file, tensors, seed)
-    weight_map = {name: file for file, tensors in zip(files, groups) for name in tensors}
     total = sum(_nbytes(*tensor) for tensors in groups for tensor in tensors.values())
+    if total > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"{total} bytes do not fit onto the disk of {folder}, {free} are free: take smaller tables")
+    for file, tensors, texts in zip(files, groups, metadata):
+        _write_tensors(folder / file, tensors, texts, seed)
+    weight_map = {name: file for file, tensors in zip(files, groups) for name in tensors}
     _write(folder / TOKENIZER_FILE, tokenizer_json())
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     rows = tuple(layer.rows for layer in plan.layers)
@@ -104,8 +110,8 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _write_tensors(path: Path, tensors: _Tensors, seed: int) -> None:
-    header = make_header({name: (DTYPES[dtype], shape) for name, (dtype, shape) in tensors.items()})
+def _write_tensors(path: Path, tensors: _Tensors, metadata: dict[str, str], seed: int) -> None:
+    header = make_header({name: (DTYPES[dtype], shape) for name, (dtype, shape) in tensors.items()}, metadata)
     with replacing(path) as file:
         file.write(header)
         for name, (dtype, shape) in tensors.items():
@@ -127,9 +133,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a new folder")
-    add("--first-prime", type=cli.at_least(2), default=1000, metavar="P", help="primes from here up (default: 1000)")
-    add("--hidden", type=cli.at_least(SCALE_BLOCK), default=64, metavar="H", help="width, 32 times any (default: 64)")
-    add("--seed", type=cli.at_least(0), default=0, help="of all numbers (default: 0)")
+    add(
+        "--first-prime",
+        type=cli.at_least(2, 16_000_000),
+        default=1000,
+        metavar="P",
+        help="primes from here up (default: 1000)",
+    )
+    add(
+        "--hidden",
+        type=cli.at_least(SCALE_BLOCK, 1 << 16),
+        default=64,
+        metavar="H",
+        help="width, 32 times any (default: 64)",
+    )
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="of all numbers (default: 0)")
     return parser.parse_args(argv)
 
 

@@ -7,18 +7,21 @@ appears. Every hash multiplier derives from the number of forms, so the map must
     vocab = CompressedVocab.from_tokenizer()          # the packaged DeepSeek-V4 tokenizer
     compressed = vocab(token_ids)                     # [B, T] -> [B, T]
 
-Building takes about a second and is cached on disk by the digest of the tokenizer file.
+Building takes about a second and is cached on disk, by the digests of the tokenizer file and of the code that builds.
+What the cache gives is compared with the published map where there is one, and else with the tokenizer's tokens.
 Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash. Torch is not imported here.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
 from engram_ref.hashing import DEAD, check_ids
+from engram_ref.quoting import one_line, quoted
+from engram_ref.replacing import replacing
+from engram_ref.small_files import read_small
 
 PACKAGED_TOKENIZER_SHA256 = "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"  # DeepSeek-V4
 
@@ -39,6 +45,14 @@ KNOWN_MAPS = {
     # DeepSeek-V3
     "11cca77c039fa49ef0a49338fc5c76cc2e82614770606519ccc8c9cceafd1b6f": (
         "cd48cb62d9cca1baaf08d9e7795ad3d4c22b6c56f0f070178b9e3a52694ea930"
+    ),
+}
+
+# sha256 of a published tokenizer.json -> fingerprint of its tokens.
+KNOWN_FILES = {
+    PACKAGED_TOKENIZER_SHA256: "a31e23b927c61c0309e14f60edac50e567e52226cd268522d41541ea31797feb",
+    "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d": (
+        "11cca77c039fa49ef0a49338fc5c76cc2e82614770606519ccc8c9cceafd1b6f"
     ),
 }
 
@@ -88,7 +102,7 @@ class CompressedVocab:
             raise ValueError("not a compressed map: ids must be numbered 0, 1, 2, … in order of first appearance")
         array = array.astype(np.int64)
         array.flags.writeable = False
-        return cls(array, int(newest[-1]) + 1, _digest(array).hex())
+        return cls(array, int(newest[-1]) + 1, map_digest(array))
 
     @classmethod
     def from_tokenizer(
@@ -99,19 +113,25 @@ class CompressedVocab:
         Args:
             path_or_name: a `tokenizer.json`, a folder that holds one, or a Hugging Face name (read with
                 `transformers.AutoTokenizer`, remote code off); None for the packaged DeepSeek-V4 file.
-            cache_dir: where maps are kept; None for `$XDG_CACHE_HOME/engram` or `~/.cache/engram`.
+            cache_dir: where maps are kept; None for `$XDG_CACHE_HOME/engram` or `~/.cache/engram`. A map that cannot
+                be kept is built again at the next start; a warning says so.
 
         Raises:
             ValueError: no such tokenizer, a damaged file, or a map that differs from the published one.
         """
         text = tokenizer_json(path_or_name)
-        cache = _cache_file(cache_dir, hashlib.sha256(text).hexdigest())
-        vocab = _read_cache(cache)
+        try:
+            cache: Path | None = _cache_file(cache_dir, hashlib.sha256(text).hexdigest())
+        except OSError as error:
+            cache = None
+            _warn_uncached(error, stacklevel=3)
+        vocab = None if cache is None else _read_cache(cache, text)
         if vocab is None:
             tokenizer = _parse(text, path_or_name)
             vocab = cls.from_map(_build_map(tokenizer))
-            _check_published(tokenizer, vocab)
-            _write_cache(cache, vocab)
+            _check_published(fingerprint(tokenizer), vocab)
+            if cache is not None:
+                _write_cache(cache, vocab)
         return vocab
 
     def __len__(self) -> int:
@@ -157,7 +177,7 @@ def tokenizer_json(path_or_name: str | os.PathLike[str] | None = None) -> bytes:
     path = Path(path_or_name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        return file.read_bytes()
+        return read_small(file, mend="give a tokenizer.json")
     if path.exists() or path.suffix == ".json" or path.is_absolute():
         raise ValueError(f"no tokenizer at {path}: give a tokenizer.json, or a folder that holds one")
     return _hub_json(str(path_or_name))
@@ -173,15 +193,15 @@ def configured_pad(path_or_name: str | os.PathLike[str] | None = None) -> str | 
     if not given.exists() or not file.is_file():
         return None
     try:
-        named = json.loads(file.read_bytes()).get("pad_token")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a tokenizer's configuration: {error}; download it again") from error
+        named = json.loads(read_small(file)).get("pad_token")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is not a tokenizer's configuration: {one_line(error)}; download it again") from error
     token = named.get("content") if isinstance(named, dict) else named
     return token if isinstance(token, str) else None
 
 
 def _packaged_json() -> bytes:
-    text = _packaged_file().read_bytes()
+    text = read_small(_packaged_file(), mend=_PACKAGED_MEND)
     digest = hashlib.sha256(text).hexdigest()
     if digest != PACKAGED_TOKENIZER_SHA256:
         raise ValueError(f"the packaged tokenizer has sha256 {digest}, not DeepSeek-V4's: {_PACKAGED_MEND}")
@@ -203,24 +223,30 @@ def _hub_json(name: str) -> bytes:
         from transformers import AutoTokenizer
     except ImportError:
         raise ValueError(
-            f"no file or folder {name!r}; to read it as a Hugging Face name, pip install transformers"
+            f"no file or folder {quoted(name)}; to read it as a Hugging Face name, pip install transformers"
         ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name!r} is no file, folder or Hugging Face tokenizer: {reason}") from error
+        reason = one_line((str(error) or type(error).__name__).splitlines()[0])
+        raise ValueError(f"{quoted(name)} is no file, folder or Hugging Face tokenizer: {reason}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"{name!r} has no fast tokenizer: only those with a tokenizer.json can be compressed")
+        raise ValueError(f"{quoted(name)} has no fast tokenizer: only those with a tokenizer.json can be compressed")
     return backend.to_str().encode()
 
 
 def _parse(text: bytes, origin: object) -> Tokenizer:
+    """The tokenizer, without what a file may carry of somebody's training run: a text is encoded whole and as it is."""
     try:
-        return Tokenizer.from_str(text.decode())
+        tokenizer = Tokenizer.from_str(text.decode())
     except Exception as error:  # tokenizers raises plain Exception for anything that it cannot parse
-        raise ValueError(f"{origin} is not a tokenizer.json: {error}") from error
+        raise ValueError(f"{origin} is not a tokenizer.json: {one_line(error)}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # would merge at random, another stream of ids at every call
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def _build_map(tokenizer: Tokenizer) -> list[int]:
@@ -248,13 +274,27 @@ def _form(tokenizer: Tokenizer, token_id: int) -> str:
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """sha256 over all tokens in the order of their ids: the same however the tokenizer was stored."""
-    tokens = (str(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size(with_added_tokens=True)))
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    return _fingerprint([str(tokenizer.id_to_token(i)) for i in range(size)])
+
+
+def _fingerprint(tokens: list[str]) -> str:
     return hashlib.sha256("\0".join(tokens).encode()).hexdigest()
 
 
-def _check_published(tokenizer: Tokenizer, vocab: CompressedVocab) -> None:
+def _tokens(text: bytes) -> list[str]:
+    """The tokens of a tokenizer.json in the order of their ids, found without its library, which takes longer."""
+    content = json.loads(text)
+    vocab = content["model"]["vocab"]
+    pairs = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
+    by_id = {number: token for token, number in pairs}
+    by_id |= {added["id"]: added["content"] for added in content.get("added_tokens") or []}
+    return [by_id[number] for number in range(len(by_id))]
+
+
+def _check_published(tokens_sha256: str, vocab: CompressedVocab) -> None:
     """Refuse a map of a DeepSeek tokenizer that is not the published one."""
-    published = KNOWN_MAPS.get(fingerprint(tokenizer), vocab.digest)
+    published = KNOWN_MAPS.get(tokens_sha256, vocab.digest)
     if vocab.digest != published:
         raise ValueError(
             f"the map of this DeepSeek tokenizer has digest {vocab.digest}, published is {published}: "
@@ -262,43 +302,87 @@ def _check_published(tokenizer: Tokenizer, vocab: CompressedVocab) -> None:
         )
 
 
-def _cache_file(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram"
-    # The library normalises, so its version is part of the key.
-    return Path(cache_dir) / f"{key}-tokenizers-{importlib.metadata.version('tokenizers')}.map"
+def _cache_file(cache_dir: str | os.PathLike[str] | None, text_sha256: str) -> Path:
+    """Where the map of a tokenizer is kept, under the name of all that it depends on.
+
+    These are the tokenizer, the library that normalises, and the code and the steps that build.
+    """
+    code = hashlib.sha256(_source() + _NORMALIZER.__getstate__()).hexdigest()
+    version = importlib.metadata.version("tokenizers")
+    return _cache_folder(cache_dir) / f"{text_sha256}-tokenizers-{version}-{code[:16]}.map"
 
 
-def _read_cache(file: Path) -> CompressedVocab | None:
-    """The cached vocabulary, or None where there is none or it is damaged (it is then built anew)."""
+@functools.cache
+def _source() -> bytes:
+    """This file: any change of it may change the map, so none goes on with what an earlier state had kept."""
+    return Path(__file__).read_bytes()
+
+
+def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where maps are kept.
+
+    Raises:
+        OSError: nobody said where, and there is no home.
+    """
+    if cache_dir is not None:
+        return Path(cache_dir)
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(cache_home):  # a relative one is invalid by the specification, to be ignored
+        return Path(cache_home) / "engram"
+    home = None
+    if os.environ.get("HOME") != "":  # an empty one would mean the root
+        with suppress(RuntimeError):  # a user without a name, as in many containers
+            home = Path.home()
+    if home is None or not home.is_absolute():
+        raise OSError("there is no home folder, and XDG_CACHE_HOME names none")
+    return home / ".cache" / "engram"
+
+
+def _read_cache(file: Path, text: bytes) -> CompressedVocab | None:
+    """The cached vocabulary, or None where there is none or it is not the one of this name (it is then built anew)."""
     try:
-        stored = file.read_bytes()
-    except OSError:
+        stored = read_small(file)
+        signature, ids = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if len(ids) % 4 or signature != _signature(file.name, ids):
+            return None
+        vocab = CompressedVocab.from_map(np.frombuffer(ids, dtype="<i4"))
+        return vocab if _fits(vocab, text) else None
+    except (OSError, ValueError):
         return None
-    digest, ids = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-    if len(ids) % 4 or hashlib.sha256(ids).digest() != digest:
-        return None
+
+
+def _fits(vocab: CompressedVocab, text: bytes) -> bool:
+    """Whether a map can be this tokenizer's: the published one where there is one, and one id for each token."""
+    known = KNOWN_FILES.get(hashlib.sha256(text).hexdigest())
+    if known is not None:
+        return vocab.digest == KNOWN_MAPS[known]
     try:
-        return CompressedVocab.from_map(np.frombuffer(ids, dtype="<i4"))
-    except ValueError:
-        return None
+        tokens = _tokens(text)
+    except (ValueError, TypeError, KeyError, RecursionError):  # a form of file that only its library knows
+        return False
+    return len(vocab.ids) == len(tokens) and KNOWN_MAPS.get(_fingerprint(tokens), vocab.digest) == vocab.digest
 
 
 def _write_cache(file: Path, vocab: CompressedVocab) -> None:
-    """The map as little-endian int32 behind its own sha256."""
-    part = file.with_suffix(f".{os.getpid()}.tmp")
+    """The map as little-endian int32, behind a sha256 of the file's name and the map."""
+    ids = vocab.ids.astype("<i4").tobytes()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(_digest(vocab.ids) + vocab.ids.astype("<i4").tobytes())
-        part.replace(file)
-    except OSError as error:
-        warnings.warn(
-            f"the compressed vocabulary could not be cached ({error}); it is built on every start", stacklevel=3
-        )
-        if part.is_file():
-            part.unlink()
+        with replacing(file) as part:
+            part.write(_signature(file.name, ids) + ids)
+    except (OSError, ValueError) as error:
+        _warn_uncached(error, stacklevel=4)
 
 
-def _digest(ids: np.ndarray) -> bytes:
-    """sha256 of a map as little-endian int32."""
-    return hashlib.sha256(ids.astype("<i4").tobytes()).digest()
+def _signature(name: str, ids: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + ids).digest()
+
+
+def _warn_uncached(error: Exception, stacklevel: int) -> None:
+    message = f"the compressed vocabulary could not be cached ({one_line(error)}); it is built on every start"
+    warnings.warn(message, stacklevel=stacklevel)
+
+
+def map_digest(ids: np.ndarray) -> str:
+    """sha256 of a map as little-endian int32, in hexadecimal digits."""
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()

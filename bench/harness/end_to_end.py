@@ -68,7 +68,7 @@ class EndToEnd:
         )
         self.vocab = CompressedVocab.from_tokenizer()
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
-        self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
+        self.plan = HashPlan.for_vocab(self.config, self.vocab)
         self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
         self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
 
@@ -176,8 +176,12 @@ class EndToEnd:
 
     def _corpus(self) -> Corpus:
         self.tell("tokenizing the text")
-        text = self.options.text
-        return text_file(text, self.vocab) if text else standard_library(self.vocab)
+        options = self.options
+        if not options.text:
+            return standard_library(self.vocab)
+        served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
+        longest = options.prompt_tokens[1] + options.output_tokens[1]
+        return text_file(options.text, self.vocab, tokens=2 * served * longest)  # half of the text is for calibration
 
     def _check_rows(self, contenders: Contenders, corpus: Corpus) -> None:
         """Rows that differ are never timed."""

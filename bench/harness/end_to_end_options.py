@@ -10,6 +10,7 @@ from bench.harness.end_to_end_throttle import Bus
 from engram_ref import cli
 
 FIT = "fit"
+MOST_TOKENS = 1 << 24  # that are processed together
 STREAMS = ("text", "uniform")
 # Of options that mean something in both kinds of runs: name -> without --end-to-end, with it on CUDA, with it on a CPU.
 SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
@@ -57,11 +58,16 @@ results are on disk after every pass; the same command again continues a run tha
     add("--sequences", type=_sequences, metavar="N", help="of a round, or batch: as many as are served at a time "
         "(default: 64, so that 8 rounds serve 512; batch on a CPU)")  # fmt: skip
     for phase in ("prompt", "output"):
-        add(f"--{phase}_tokens", nargs=2, type=cli.at_least(1), metavar=("LOW", "HIGH"), help="default: 100 1024; "
-            f"{'16 32' if phase == 'prompt' else '12 16'} on a CPU")  # fmt: skip
+        add(f"--{phase}_tokens", nargs=2, type=cli.at_least(1, 1 << 20), metavar=("LOW", "HIGH"), help="default: "
+            f"100 1024; {'16 32' if phase == 'prompt' else '12 16'} on a CPU")  # fmt: skip
     add("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), help="token ids: real text, or random "
         "(default: both)")  # fmt: skip
-    add("--prefill_tokens", type=cli.at_least(1), default=16384, help="of prompts processed together (default: 16384)")
+    add(
+        "--prefill_tokens",
+        type=cli.at_least(1, MOST_TOKENS),
+        default=16384,
+        help="of prompts processed together (default: 16384)",
+    )
     add("--hot_shares", nargs="+", type=cli.share, default=[0.001, 0.01, 0.1], metavar="SHARE", help="of the rows kept "
         "on the device by offload_hot, one variant each (default: 0.001 0.01 0.1)")  # fmt: skip
     add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help="slowed buses, one variant each: bandwidth, and "

@@ -20,6 +20,9 @@ from engram_ref.tables.base import Pending, Table
 _SPIN_S = 3e-4  # the end of a wait is spun, because sleeping is no more exact than this
 
 
+_SLOWEST = 1e3  # bytes per second; a step reads kilobytes at least, and is to end
+
+
 @dataclass(frozen=True)
 class Bus:
     """What a bus can do.
@@ -44,8 +47,8 @@ class Bus:
             bus = cls(1e9 * float(bandwidth), 1e-6 * float(latency or 0))
         except ValueError:
             bus = cls(0.0)
-        if not bus.bytes_per_s > 0 or not 0 <= bus.latency_s < 1:
-            raise ValueError(f"{text!r} must be GB/s or GB/s:us, such as 4, 0.5:20 or inf:56")
+        if not bus.bytes_per_s >= _SLOWEST or not 0 <= bus.latency_s < 1:
+            raise ValueError(f"{text!r} must be GB/s or GB/s:us, such as 4, 0.5:20 or inf:56, and 1e-6 GB/s at least")
         return bus
 
     def seconds(self, nbytes: int) -> float:

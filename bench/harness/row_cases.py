@@ -92,8 +92,7 @@ def source(name: str, tokens: int | None) -> Ids:
 
 def plan_of(config: EngramConfig) -> HashPlan:
     """The hash constants for the packaged tokenizer."""
-    vocab = _vocabulary()
-    return HashPlan.build(config, len(vocab), vocab.pad(config.pad_id))
+    return HashPlan.for_vocab(config, _vocabulary())
 
 
 def read_rows(ids: np.ndarray, config: EngramConfig, mode: str = "token", tokens_per_step: int = 1) -> RowReads:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import random
 from array import array
 from bisect import bisect
@@ -10,8 +12,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from bench.harness.encoding import encode_texts
+from engram_ref.small_files import open_regular
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
+TEXT_CHARACTERS = 2 << 20  # of a text that a laptop traces some hundred tokens of
+_BYTES_PER_CHARACTER = 4  # at most, in UTF-8
 CALIBRATION_TOKENS = 16_384
 RANDOM_TOKENS = 4 * CALIBRATION_TOKENS
 
@@ -22,7 +28,7 @@ class Source:
 
     Attributes:
         name: where it comes from.
-        sha256: digest of the text, UTF-8; of random ids, as little-endian int64.
+        sha256: digest of the text that was read, UTF-8; of random ids, as little-endian int64.
         ids: compressed ids.
     """
 
@@ -53,8 +59,8 @@ class Stream:
 
     Attributes:
         name: where the text comes from.
-        sha256: digest of the whole text, UTF-8.
-        tokens: length of the whole text in tokens.
+        sha256: digest of the whole text that was read, UTF-8.
+        tokens: its length in tokens.
         start: position of the window's first token.
         measured, calibration: compressed ids.
     """
@@ -67,28 +73,36 @@ class Stream:
     calibration: list[int]
 
 
-def read_text(path: str | Path | None) -> tuple[str, str]:
-    """Name and content of a text: a UTF-8 file, or (None) Python's own help topics, English prose about Python."""
+def read_text(path: str | Path | None, most: int = TEXT_CHARACTERS) -> tuple[str, str]:
+    """Name and content of a text: a UTF-8 file, or (None) Python's own help topics, English prose about Python.
+
+    Args:
+        most: characters; of a longer file no more are read, and its name says so.
+
+    Raises:
+        ValueError: not a regular file, or not UTF-8.
+        OSError: it cannot be read.
+    """
     if path is None:
         from pydoc_data.topics import topics
 
         return "pydoc_data.topics", "\n\n".join(topics[name] for name in sorted(topics))
+    name = Path(path).name
+    with open_regular(path, "name a text file") as file:
+        content = file.read(_BYTES_PER_CHARACTER * most + 1)
+    ends = len(content) <= _BYTES_PER_CHARACTER * most
     try:
-        return Path(path).name, Path(path).read_text(encoding="utf-8")
+        text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True).decode(content, ends)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return (name, text) if ends and len(text) <= most else (f"{name}, first {most:,} characters", text[:most])
 
 
 def text_source(path: str | Path | None, tokenizer: str | Path | None, vocab: CompressedVocab) -> Source:
-    """A whole text; `path` as for `read_text`.
-
-    Raises:
-        ValueError: it is not UTF-8.
-        OSError: it cannot be read.
-    """
+    """A whole text, or the beginning of a long one; `path` and errors as for `read_text`."""
     name, text = read_text(path)
-    ids = load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
-    compressed = vocab([ids])[0].tolist() if ids else []
+    ids = encode_texts(load_tokenizer(tokenizer), [text])
+    compressed = vocab(ids[None])[0].tolist() if len(ids) else []
     return Source(name, hashlib.sha256(text.encode()).hexdigest(), compressed)
 
 

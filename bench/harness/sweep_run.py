@@ -34,8 +34,9 @@ from engram_ref.vocab import CompressedVocab
 LIBRARY_BYTES = 1 << 20  # of the standard library's sources; a window needs no more
 # The code that decides a price; a test compares it with what is imported.
 PRICING_CODE = (
-    "engram_ref/config.py", "engram_ref/hashing.py", "engram_ref/vocab.py", "engram_toy/*.py", "engram_toy/fast/*.py",
-    "bench/harness/pricing.py", "bench/harness/relaid.py", "bench/harness/streams.py",
+    "engram_ref/config.py", "engram_ref/hashing.py", "engram_ref/quoting.py", "engram_ref/replacing.py",
+    "engram_ref/small_files.py", "engram_ref/vocab.py", "engram_toy/*.py", "engram_toy/fast/*.py",
+    "bench/harness/encoding.py", "bench/harness/pricing.py", "bench/harness/relaid.py", "bench/harness/streams.py",
     "bench/harness/sweep_pricing.py", "bench/harness/sweeps.py", "bench/harness/token_batches.py",
     "bench/harness/workloads.py",
 )  # fmt: skip
@@ -106,7 +107,7 @@ def keys_of(cases: Iterable[Case], texts: Texts, code: str) -> dict[Case, str]:
         if name not in ids:
             window = texts.window(case.settings)
             ids[name] = window.sha256 + digest(array("q", window.measured)) + digest(array("q", window.calibration))
-        about = json.dumps([*by, len(texts.vocab), ids[name], asdict(case)])
+        about = json.dumps([*by, texts.vocab.digest, ids[name], asdict(case)])
         keys[case] = hashlib.sha256(about.encode()).hexdigest()[:32]
     return keys
 
@@ -122,7 +123,7 @@ def make_jobs(cases: Iterable[Case], texts: Texts) -> list[Job]:
         settings = group[0].settings
         config = toy_config(group[0].model, settings.d_model, settings.preset)
         if config not in plans:
-            plans[config] = HashPlan.build(config, len(texts.vocab), texts.vocab.pad(config.pad_id))
+            plans[config] = HashPlan.for_vocab(config, texts.vocab)
         jobs.append(Job(tuple(group), config, plans[config], texts.window(settings)))
     return sorted(jobs, key=operations, reverse=True)  # sorted keeps the order of equals
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.harness.encoding import encode_texts
 from bench.harness.streams import read_text
 from engram_ref.config import require_int
 from engram_ref.hashing import HashPlan, TokenHistory
@@ -31,7 +32,7 @@ from engram_ref.vocab import CompressedVocab, load_tokenizer
 
 TEXT_BYTES = 8 << 20
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_FILES_AT_ONCE = 64  # an encoded text is some hundred bytes a token until its ids are taken out
+_CHARACTERS_PER_TOKEN = 16  # more than any prose has
 _Draw = tuple[np.ndarray, bool]  # ids [B, T], and whether they begin new sequences
 
 
@@ -91,24 +92,19 @@ def _sources(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def text_file(path: str | Path, vocab: CompressedVocab, tokenizer: str | Path | None = None) -> Corpus:
-    """A UTF-8 file.
+def text_file(path: str | Path, vocab: CompressedVocab, tokenizer: str | Path | None = None, tokens: int = 0) -> Corpus:
+    """A UTF-8 file; of a long one no more is read than `tokens` tokens need, or the standard library would give.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: not a regular file, or not UTF-8.
         OSError: it cannot be read.
     """
-    name, text = read_text(path)
+    name, text = read_text(path, max(TEXT_BYTES, _CHARACTERS_PER_TOKEN * tokens))
     return _encode(name, [text], vocab, tokenizer)
 
 
 def _encode(name: str, texts: list[str], vocab: CompressedVocab, tokenizer: str | Path | None) -> Corpus:
-    encoder = load_tokenizer(tokenizer)
-    pieces = []
-    for at in range(0, len(texts), _FILES_AT_ONCE):
-        encodings = encoder.encode_batch_fast(texts[at : at + _FILES_AT_ONCE], add_special_tokens=False)  # in parallel
-        pieces += [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
-    tokens = np.concatenate(pieces)
+    tokens = encode_texts(load_tokenizer(tokenizer), texts)
     ids = vocab(tokens[None])[0] if len(tokens) else tokens
     return Corpus(name, hashlib.sha256("".join(texts).encode()).hexdigest(), ids, tokens)
 

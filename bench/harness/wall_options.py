@@ -13,11 +13,13 @@ import torch
 from bench.harness.steps import Shape
 from bench.harness.variants import ON_CPU, VARIANTS
 from engram_ref.config import EngramConfig
+from engram_ref.quoting import quoted
 from engram_ref.tables.base import RowFormat
 from engram_ref.tables.memory import free_host_bytes
 
 MOST_ROWS = 2**31 - 1000  # of a column; its prime, found from there upwards, must be below 2^31
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
+MOST_TOKENS = 1 << 24  # of a step
 STEPS_GPU = ["prefill:1x4096", "prefill:8x4096", "decode:1", "decode:16", "decode:64", "decode:256"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
 LAYOUTS = ("packed", "split")
@@ -27,13 +29,17 @@ _DISK_HEADROOM = 1 << 28
 
 def step_shape(text: str) -> Shape:
     """An argument type: `prefill:BATCHxTOKENS` or `decode:BATCH`."""
-    prefill = re.fullmatch(r"prefill:([1-9]\d*)x([1-9]\d*)", text)
-    decode = re.fullmatch(r"decode:([1-9]\d*)", text)
+    prefill = re.fullmatch(r"prefill:([1-9]\d{0,8})x([1-9]\d{0,8})", text)
+    decode = re.fullmatch(r"decode:([1-9]\d{0,8})", text)
     if prefill:
-        return Shape("prefill", int(prefill[1]), int(prefill[2]))
-    if decode:
-        return Shape("decode", int(decode[1]), 1)
-    raise argparse.ArgumentTypeError(f"{text!r} must be prefill:BATCHxTOKENS or decode:BATCH")
+        shape = Shape("prefill", int(prefill[1]), int(prefill[2]))
+    elif decode:
+        shape = Shape("decode", int(decode[1]), 1)
+    else:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} must be prefill:BATCHxTOKENS or decode:BATCH")
+    if shape.batch * shape.tokens > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} must be at most {MOST_TOKENS} tokens")
+    return shape
 
 
 def table_params(text: str) -> float | str:
@@ -45,7 +51,7 @@ def table_params(text: str) -> float | str:
     except ValueError:
         value = 0.0
     if not 1e5 <= value <= 1e12:
-        raise argparse.ArgumentTypeError(f"{text!r} must be max or a number of parameters from 1e5 to 1e12")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} must be max or a number of parameters from 1e5 to 1e12")
     return value
 
 

@@ -35,11 +35,11 @@ from engram_ref.attach.hooks import Hook, refuse_twice
 from engram_ref.attach.packing import Packing, borders_of
 from engram_ref.attach.padding import padding_of
 from engram_ref.attach.recomputed import Recomputed, hooks_run_again, is_checkpointed
-from engram_ref.attach.source import Source, make_hasher
+from engram_ref.attach.source import Room, Source, make_hasher
 from engram_ref.attach.staged import Staged, keep_address
 from engram_ref.attach.step import ForBlock, Step
 from engram_ref.attach.versions import tell_untested
-from engram_ref.hashing import DEAD, HashPlan, NgramHasher
+from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram
 from engram_ref.on_hand import OnHand
@@ -264,8 +264,8 @@ class Attached:
             self._turn.wait_for(lambda: len(self._steps) < self._room, timeout=_PATIENCE)
             self._steps[thread] = self._start(given, module)
 
-    def _start(self, given: Given, decoder: Any) -> Step:
-        """Begin to fetch for token ids [B, T]."""
+    def _start(self, given: Given, decoder: Any, room: Room | None = None) -> Step:
+        """Begin to fetch for token ids [B, T], into `room` where the source can."""
         blocks = getattr(decoder, self._list)
         again = is_checkpointed(decoder, blocks)
         use_cache = given.use_cache
@@ -280,25 +280,15 @@ class Attached:
         borders = borders_of(given, past, cached, decoder.config)
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
-        compressed = self._source.compress(given.ids, padding)
-        packing, hashed = None, compressed
-        if borders is not None:
-            packing = Packing(borders.to(compressed.device), max(1, self._reach))
-            hashed, padding = self._lay_apart(packing, compressed, padding)
-        fetch = self._source.start(hashed, history)
+        packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
+        fetch, recent = self._source.start(given.ids, padding, history, room, packing)
         if history is not None:
             history.open = True
+        if packing is not None:
+            padding = packing.lay_padding(padding)
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
-        return Step(fetch, given.ids.shape, compressed, history, padding, again, packing, counted)
-
-    @staticmethod
-    def _lay_apart(packing: Packing, compressed: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compressed ids and padding [B, W] of sequences that lie in one row."""
-        hashed = packing.spread(compressed).masked_fill(packing.apart, DEAD)
-        if padding is None:
-            return hashed, packing.apart
-        return hashed, packing.spread(padding.to(compressed.device)) | packing.apart
+        return Step(fetch, given.ids.shape, recent, history, padding, again, packing, counted)
 
     def _past_length(self, given: Given) -> int:
         """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""
@@ -371,9 +361,8 @@ class Attached:
         elif cache is None or history_of(cache, self._key) is not None:
             return
         length = length_of(cache)
-        # Padding that some releases do not count shows at the next step; a count of nothing would begin anew there.
-        wrong = length != history.length if step.counted is None else length == 0
-        if not _is_on_accelerator(length) and bool(wrong):
+        # At the next step, too small a count would pass for a cache that was cropped, or emptied.
+        if not _is_on_accelerator(length) and int(length) != history.length:
             raise ValueError(
                 f"a {type(cache).__name__} that counts {int(length)} positions after {history.length}, so that Engram "
                 "cannot follow it: use_cache=False"
@@ -442,7 +431,8 @@ class Attached:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
         self._require_staging_thread()
-        step = self._start(given, self.decoder)
+        as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
+        step = self._start(given, self.decoder, self._staged.room if as_stored else None)
         if step.packing is not None:
             step.fetch.release()
             raise ValueError(_PACKED_AND_STAGED)

@@ -56,6 +56,10 @@ class Packing:
         """[B, T, ...] -> [B, W, ...]; where nothing is stands the row's first value."""
         return _take(values, self._source)
 
+    def lay_padding(self, padding: Tensor | None) -> Tensor:
+        """Where no token is, booleans [B, W], of padding [B, T] or none."""
+        return self.apart if padding is None else self.spread(padding.to(self.apart.device)) | self.apart
+
     def pick(self, values: Tensor) -> Tensor:
         """[B, W, ...] -> [B, T, ...]."""
         return _take(values, self._places)

@@ -11,6 +11,7 @@ from torch import Tensor
 from engram_ref.attach.history import CacheHistory
 from engram_ref.attach.packing import Packing
 from engram_ref.fusion import ShortConvHistory
+from engram_ref.tables.base import Pending
 
 
 class ForBlock(NamedTuple):
@@ -29,7 +30,7 @@ class Step:
     Attributes:
         fetch: by layer id, what to wait for.
         shape: of the token ids, [B, T].
-        compressed: their compressed ids, [B, T].
+        recent: of the history once the step has ended; None without one.
         history: of the sequences; None where nothing comes after this step.
         padding: booleans [B, T], or None.
         packing: how several sequences of one row are laid apart, or None; then padding and rows are, too.
@@ -39,7 +40,7 @@ class Step:
 
     fetch: Any
     shape: torch.Size
-    compressed: Tensor
+    recent: Pending | None
     history: CacheHistory | None
     padding: Tensor | None
     recomputed: bool = False
@@ -67,5 +68,6 @@ class Step:
         """Give the fetch back, and let the history go on."""
         self.fetch.release()
         if self.history is not None:
-            self.history.append(self.compressed)
+            assert self.recent is not None
+            self.history.go_on(self.recent, self.shape[1])
             self.history.packed = self.packing is not None

@@ -138,6 +138,51 @@ def test_bad_value_is_refused(tiny, field, value, message):
         tiny.replace(**{field: value})
 
 
+MOST = {
+    "max_ngram": 64,
+    "heads": 1024,
+    "row_width": 1 << 20,
+    "hidden": 1 << 20,
+    "hc_mult": 256,
+    "kernel_size": 1024,
+    "pad_id": 2**31 - 2,
+    "seed": 2**63 - 1,
+    "compressed_size": 2**31 - 1,
+}
+
+
+@pytest.mark.parametrize("field", MOST)
+@pytest.mark.parametrize("excess", [1, 10**6, 10**18, 10**5000], ids=["1", "10^6", "10^18", "5,000 digits"])
+def test_a_number_of_a_damaged_file_is_refused_before_it_is_used(tiny, field, excess):
+    changes = {"max_ngram": {"table_size_per_order": (1000,) * 63}}.get(field, {})
+    assert getattr(tiny.replace(**{field: MOST[field]}, **changes), field) == MOST[field]
+    with pytest.raises(ValueError, match=rf"^{field}=.*: must be at most {MOST[field]}$") as caught:
+        tiny.replace(**{field: MOST[field] + excess})
+    assert len(str(caught.value)) < 150
+
+
+def test_layers_and_sizes_have_bounds_too(tiny):
+    for field, least_refused in (("layer_ids", 1 << 16), ("table_size_per_order", 2**31 + 1)):
+        for value in (least_refused, 10**9 * 10, 10**5000):
+            with pytest.raises(ValueError, match=f"{field}=.*: must be at most {least_refused - 1}"):
+                tiny.replace(**{field: (value,) * 2})
+    assert tiny.replace(layer_ids=tuple(range(1024))).rows_per_token() == 1 << 14
+    with pytest.raises(
+        ValueError, match="1025 layers of 16 columns, orders times heads: must be at most 16384 together"
+    ):
+        tiny.replace(layer_ids=tuple(range(1025)))
+
+
+@pytest.mark.parametrize(
+    "junk", [[], {}, {"a": [1] * 10**6}, "x" * 10**6, "\x1b[31m\n", float("nan"), b"float32"], ids=range(7)
+)
+def test_junk_is_quoted_and_short(tiny, junk):
+    for field in (field.name for field in dataclasses.fields(EngramConfig)):
+        with pytest.raises(ValueError, match=f"^(no preset|{field}=|layer_ids|table_size)") as caught:
+            tiny.replace(**{field: junk})
+        assert len(str(caught.value)) < 250 and str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(("field", "least"), LEAST.items())
 def test_least_value_is_accepted(tiny, field, least):
     changes = {field: least}

@@ -622,3 +622,35 @@ except ImportError:
 def test_opening_needs_neither_torch_nor_numba(sample_folder):
     done = subprocess.run([sys.executable, "-c", ALONE, sample_folder], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
+
+
+# --- numbers that would take memory or for ever ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engram_n_heads": 10**6}, "columns, orders times heads: must be at most"),
+        ({"engram_max_ngram_size": 10**5}, "columns, orders times heads: must be at most"),
+        ({"engram_max_ngram_size": 10**9}, "columns, orders times heads: must be at most"),
+        ({"engram_max_ngram_size": 10**12}, "engram_max_ngram_size=1000000000000: must be at most"),
+        ({"engram_head_dim": 2**31 - 1}, "row_width=2147483647: must be at most"),
+        ({"engram_layer_ids": [10**9], "num_hidden_layers": 2**31 - 1}, "layer_ids=1000000000: must be at most"),
+        ({"engram_layer_ids": list(range(10**5)), "num_hidden_layers": 10**6}, "100000 layers of 24 columns"),
+        ({"engram_vocab_size": 10**18}, "engram_vocab_size=1000000000000000000: must be at most"),
+        ({"engram_vocab_size": 10**400}, "engram_vocab_size=<an integer of some 4\\d\\d digits>: must be at most"),
+        ({"engram_n_heads": 8.0}, "engram_n_heads=8.0: must be an integer"),
+        ({"engram_n_heads": True}, "engram_n_heads=True: must be an integer"),
+        ({"engram_n_heads": "8"}, "engram_n_heads='8': must be an integer"),
+        ({"engram_n_heads": float("nan")}, "engram_n_heads=nan: must be an integer"),
+        ({"engram_n_heads": [[[8]]] * 10**5}, "engram_n_heads=.*: must be an integer"),
+        ({"engram_layer_ids": {"1": "\x1b[2J"}}, "engram_layer_ids=.*: must be a list of integers"),
+        ({"rms_norm_eps": "x" * 10**6}, "rms_norm_eps='xxx.* the gate of this model computes with"),
+    ],
+    ids=range(16),
+)  # fmt: skip
+def test_numbers_have_bounds_before_they_are_used(folder, changes, message):
+    put(folder / "config.json", published(**changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelFolder.open(folder)
+    assert "config.json" in str(caught.value) and len(str(caught.value)) < 600 and str(caught.value).isprintable()

@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -425,9 +428,24 @@ def cached(small_tokenizer, tmp_path):
     return file
 
 
-def test_cache_is_one_file_named_by_content_and_library(cached, small_tokenizer):
+def test_cache_is_one_file_named_by_content_library_and_code(cached, small_tokenizer):
     key = hashlib.sha256((small_tokenizer / "tokenizer.json").read_bytes()).hexdigest()
-    assert cached.name == f"{key}-tokenizers-{importlib.metadata.version('tokenizers')}.map"
+    version = re.escape(importlib.metadata.version("tokenizers"))
+    assert re.fullmatch(rf"{key}-tokenizers-{version}-[0-9a-f]{{16}}\.map", cached.name)
+
+
+@pytest.mark.parametrize("part", ["_NORMALIZER", "_source"])
+def test_other_code_builds_anew(part, cached, small_tokenizer, monkeypatch, vocab_small):
+    """A changed step of the normaliser, and any change of the file, be it only of the rule for partial characters."""
+    if part == "_NORMALIZER":
+        monkeypatch.setattr(module, part, steps_without("lowercase"))
+        assert CompressedVocab.from_tokenizer(small_tokenizer, cached.parent).digest != vocab_small.digest
+    else:
+        source = Path(module.__file__).read_bytes()
+        assert module._source() == source
+        monkeypatch.setattr(module, part, lambda: source.replace(b'"\\ufffd"', b'"\\ufffe"'))
+        CompressedVocab.from_tokenizer(small_tokenizer, cached.parent)
+    assert len(list(cached.parent.iterdir())) == 2
 
 
 def test_second_load_is_equal_and_not_built(cached, small_tokenizer, vocab_small, no_building):
@@ -459,7 +477,7 @@ def flip(file: Path, at: int) -> None:
 def store(file: Path, ids: list[int]) -> None:
     """A file whose digest fits, whatever the ids are."""
     stored = np.array(ids, "<i4").tobytes()
-    file.write_bytes(hashlib.sha256(stored).digest() + stored)
+    file.write_bytes(module._signature(file.name, stored) + stored)
 
 
 DAMAGE = {
@@ -473,12 +491,18 @@ DAMAGE = {
     "bit of the last id": lambda file: flip(file, -1),
     "no map": lambda file: store(file, [5, 6]),
     "nothing mapped": lambda file: store(file, []),
+    "five tokens": lambda file: store(file, [0, 1, 2, 3, 4]),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_cache_is_rebuilt(damage, cached, small_tokenizer, vocab_small, no_building):
     DAMAGE[damage](cached)
+    if damage == "a pipe":  # not ours to replace
+        with pytest.warns(UserWarning, match="could not be cached .*not a regular file"):
+            assert CompressedVocab.from_tokenizer(small_tokenizer, cached.parent).digest == vocab_small.digest
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert CompressedVocab.from_tokenizer(small_tokenizer, cached.parent).digest == vocab_small.digest
@@ -513,6 +537,65 @@ def test_default_cache_folder(small_tokenizer, tmp_path, monkeypatch):
     CompressedVocab.from_tokenizer(small_tokenizer)
     for folder in ("xdg/engram", "home/.cache/engram"):
         assert len(list((tmp_path / folder).glob("*.map"))) == 1
+
+
+HOMELESS = {
+    "no home": lambda patch, path: patch.setattr(Path, "home", classmethod(no_home)),
+    "a home that is nowhere": lambda patch, path: patch.setenv("HOME", ""),
+    "a home that does not exist": lambda patch, path: patch.setenv("HOME", "/proc/none"),
+    "a relative folder": lambda patch, path: (patch.setenv("XDG_CACHE_HOME", "here"), patch.setenv("HOME", "")),
+    "a folder that cannot be written": lambda patch, path: patch.setenv("XDG_CACHE_HOME", "/proc"),
+}
+
+
+def no_home(cls):
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("user", HOMELESS)
+def test_a_user_without_a_place_for_caches(user, small_tokenizer, vocab_small, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    HOMELESS[user](monkeypatch, tmp_path)
+    with pytest.warns(UserWarning, match="could not be cached .* it is built on every start") as caught:
+        vocab = CompressedVocab.from_tokenizer(small_tokenizer)
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+    assert vocab.digest == vocab_small.digest and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "form", [models.Unigram([("a", 0.0), ("A", -1.0), ("b", -2.0)]), models.BPE({"a": 0, "A": 1, "b": 2}, [])]
+)
+def test_tokens_are_found_in_every_form_of_model(form, tmp_path, no_building):
+    tokenizer = Tokenizer(form)
+    tokenizer.add_special_tokens(["<s>", "a"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    assert module._tokens(tokenizer.to_str().encode()) == ["a", "A", "b", "<s>"]
+    first = CompressedVocab.from_tokenizer(tmp_path, tmp_path / "cache")
+    no_building()
+    assert (
+        CompressedVocab.from_tokenizer(tmp_path, tmp_path / "cache").ids.tolist() == first.ids.tolist() == [0, 0, 1, 2]
+    )
+
+
+@pytest.mark.parametrize("version", ["v4", "v3"])
+def test_known_files_are_known_maps(version, request):
+    vocab = request.getfixturevalue(f"vocab_{version}")
+    assert vocab.digest in {module.KNOWN_MAPS[tokens] for tokens in module.KNOWN_FILES.values()}
+
+
+def test_a_training_runs_settings_do_not_cut_fill_or_shuffle(small_tokenizer, tmp_path):
+    content = json.loads((small_tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    text = "The table of embeddings is large. " * 40
+    right = load_tokenizer(small_tokenizer).encode(text).ids
+    content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 6000}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] = {**padding, "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert all(tokenizer.encode(text).ids == right for _ in range(5))
+    assert all(encoding.ids == right for encoding in tokenizer.encode_batch_fast([text, text]))
 
 
 def test_cached_vocabulary_needs_no_tokenizer_to_be_parsed(cached, small_tokenizer, monkeypatch):
