@@ -227,7 +227,7 @@ def _following(kind: type) -> type:
 
 def _reduce(cache: Any, protocol: Any) -> Any:
     """For copies and pickles: as the kind of cache does it, the subclass named by the kind that it follows."""
-    kind = type(cache).__bases__[0]
+    kind: Any = type(cache).__bases__[0]
     make, arguments, *rest = kind.__reduce_ex__(cache, protocol)
     if not arguments or arguments[0] is not type(cache):
         raise ValueError(f"a {kind.__name__} with Engram's history, which cannot be copied or pickled: detach() first")
