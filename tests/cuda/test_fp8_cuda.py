@@ -158,7 +158,7 @@ def test_memory_registered_in_many_pieces(split, device, monkeypatch):
     raw = random_rows(rows, D)
     host = HostMemory(raw.numel())
     host.pin(piece)
-    assert len(host._pieces) == 4
+    assert host.locked_pieces == 4
     parts, first, numbers = [], 0, []
     for part in rows_of(raw, split).parts:
         parts.append(host.bytes[first : first + part.numel()].view_as(part).copy_(part))

@@ -148,7 +148,7 @@ def filled(nbytes: int, piece: int) -> HostMemory:
     """Random bytes, page-locked so many at a time."""
     host = HostMemory(nbytes)
     host.pin(piece)
-    assert len(host._pieces) == -(-nbytes // piece) > 1
+    assert host.locked_pieces == -(-nbytes // piece) > 1
     # By way of pageable memory: one copy to or from a GPU may not span two registered pieces.
     host.bytes.copy_(torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda").cpu())
     return host
