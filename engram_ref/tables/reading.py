@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib.util
 import itertools
 import mmap
 import os
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engram_ref.compiled import numba_works
 from engram_ref.tables.read_plan import BLOCK, Reads, plan_reads, round_up
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _WAITING = 32, 4  # the same for threads that wait for each read
 _CAN_ASK_AHEAD = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
 
 _fused: Callable[..., int] | None = None
-if _CAN_ASK_AHEAD and importlib.util.find_spec("numba"):
+if _CAN_ASK_AHEAD and numba_works():
     from engram_ref.tables.reading_fused import read_rows as _fused
 
 
