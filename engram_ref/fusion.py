@@ -384,6 +384,6 @@ def _last(past: Tensor | None, steps: Tensor, count: int) -> Tensor:
     Compiled, what is written over the past is made of the past even where nothing of it is left: a write that needs
     none of it torch 2.11 does first, and the convolution reads afterwards. The compiler leaves the copy out.
     """
-    if past is not None and (steps.shape[1] < count or torch.compiler.is_compiling()):
+    if past is not None and (torch.compiler.is_compiling() or steps.shape[1] < count):
         steps = torch.cat([past, steps], dim=1)
     return steps[:, max(0, steps.shape[1] - count) :]

@@ -83,5 +83,6 @@ def ancestors(node):
         at = todo.pop()
         if at not in found:
             found.add(at)
-            todo += at.all_input_nodes
+            overwritten = at.target == torch.ops.aten.copy.default  # of its first argument nothing is read
+            todo += [at.args[1]] if overwritten else at.all_input_nodes
     return found
