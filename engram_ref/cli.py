@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from engram_ref.quoting import one_line
+
+_LONGEST_ERROR = 2000  # characters
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
@@ -52,7 +56,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error, _LONGEST_ERROR)}", file=sys.stderr)
         sys.exit(2)
 
 

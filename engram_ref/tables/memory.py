@@ -96,7 +96,8 @@ class HostMemory:
             self.pinned = False
         self.bytes = torch.empty(0, dtype=torch.uint8)
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)  # the addresses stay mapped while a tensor looks at them
+            with contextlib.suppress(OSError):  # a sandbox may refuse; they then go with the last tensor
+                self._pages.madvise(mmap.MADV_DONTNEED)  # the addresses stay mapped while a tensor looks at them
 
     def __enter__(self) -> HostMemory:
         return self
