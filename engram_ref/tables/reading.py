@@ -113,13 +113,11 @@ class RowReader:
             ValueError: a file was changed, or the reader closed.
             OSError: the disk failed.
         """
-        self.require_open()
-        try:
-            return self._read(ordered, places, raw)
-        finally:
-            # Afterwards, so that it also holds for what was written meanwhile, and explains what failed because of it.
-            for fd, part in zip(self._fds, self._parts):
-                part.require_same(fd)
+        self._require_same_size()
+        read = self._read(ordered, places, raw)
+        for fd, part in zip(self._fds, self._parts):  # afterwards, so that it holds for what was written meanwhile
+            part.require_same(fd)
+        return read
 
     def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         if not len(ordered):
@@ -178,6 +176,15 @@ class RowReader:
         started = [pool.submit(task) for task in tasks]
         wait(started)  # for all, so that none writes to memory that an error has handed back
         return [task.result() for task in started]
+
+    def _require_same_size(self) -> None:
+        self.require_open()
+        for fd, part in zip(self._fds, self._parts):
+            size = os.fstat(fd).st_size
+            if size != part.file_bytes:
+                raise ValueError(
+                    f"{part.path} has {size} bytes now and had {part.file_bytes} when it was opened: open it anew"
+                )
 
     def require_open(self) -> list[int]:
         """The descriptors, one for each file.
