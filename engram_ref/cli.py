@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from engram_ref.quoting import quoted
+from engram_ref.quoting import one_line, quoted
 
 MOST = 100_000  # of samples, rounds, processes: whatever an option counts and says no other limit of
 MOST_SEED = 2**63 - 1
+_LONGEST_ERROR = 2000  # characters
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +60,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error, _LONGEST_ERROR)}", file=sys.stderr)
         sys.exit(2)
 
 
