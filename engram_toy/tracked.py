@@ -88,7 +88,7 @@ class _TrackedObject(Tracked):
         raise TypeError(f"a tracked {type(self.value).__name__} is one value, without items: {_ENTERED}")
 
     def __setitem__(self, key: Any, part: Any) -> NoReturn:
-        self[key]
+        return self[key]
 
 
 class Recorder:

@@ -50,7 +50,7 @@ class TrackedArray(np.ndarray):
             options["out"] = out
         # Scalars warn of an integer's overflow, arrays do not.
         integers = all(_dtype_of(x).kind in "iub" for x in inputs if isinstance(x, TrackedArray))
-        with np.errstate(**({"over": "ignore"} if integers else {})):
+        with np.errstate(over="ignore" if integers else None):
             result = getattr(ufunc, method)(*bare, **options)
         if not traced_out:
             return tuple(map(_traced, result)) if isinstance(result, tuple) else _traced(result)
@@ -61,7 +61,7 @@ class TrackedArray(np.ndarray):
 
     def _cast(self, value: Any) -> Any:
         dtype = _dtype_of(self)
-        if dtype == object or dtype.names:
+        if dtype.hasobject or dtype.names:
             return value
         if isinstance(value, (list, tuple, np.ndarray)):
             parts = np.array(value, dtype=object)
@@ -93,9 +93,9 @@ def changed(before: np.ndarray, after: np.ndarray) -> list[tuple[tuple[int, ...]
 def plain_array(parts: list[Any], array: np.ndarray) -> np.ndarray:
     """The array that the plain program has, from plain elements."""
     dtype = array.plain_dtype if isinstance(array, TrackedArray) else None
-    if dtype is None or not dtype.names and {type(part) for part in parts} - {dtype.type}:
+    if dtype is None or (not dtype.names and any(type(part) is not dtype.type for part in parts)):
         dtype = _common_dtype(parts)
-    if dtype == object:
+    if dtype.hasobject:
         plain = np.empty(len(parts), object)
         for i, part in enumerate(parts):
             plain[i] = part
@@ -140,7 +140,7 @@ def _traced(result: Any) -> Any:
     return result.view(TrackedArray) if type(result) is np.ndarray and result.dtype == object else result
 
 
-def _store_in_place(target: Any, result: Any, casting: str) -> None:
+def _store_in_place(target: Any, result: Any, casting: Any) -> None:
     """What `a += b` and `out=` do."""
     if not isinstance(target, TrackedArray) or target.dtype != object:
         target[...] = result

@@ -10,6 +10,7 @@ installation without a home, and when the disk is full. A cache spares seconds; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from numba import njit
@@ -20,11 +21,9 @@ def compiled(**options: bool) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: compile at the first call."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(**options)(function)
-        try:
-            dispatcher._cache = _Cache(function)  # what `cache=True` does, with a cache that may fail
-        except (RuntimeError, OSError):  # there is no place for one
-            pass
+        dispatcher: Any = njit(function, **options)  # type: ignore[call-overload]
+        with suppress(RuntimeError, OSError):  # there is no place for a cache
+            dispatcher._cache = _Cache(function)  # what `cache=True` does, with one that may fail
         return dispatcher
 
     return decorate
