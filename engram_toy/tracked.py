@@ -58,11 +58,6 @@ class Tracked:
     value: Any
     id: int
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") or name in Tracked.__slots__:  # asked for by protocols, such as copying
-            raise AttributeError(name)
-        raise AttributeError(f"a tracked {type(self.value).__name__} has no {name!r}: {_ENTERED}")
-
     def __iter__(self) -> NoReturn:
         raise TypeError(f"a tracked {type(self.value).__name__} is one value, not iterable: {_ENTERED}")
 
@@ -80,15 +75,19 @@ class Tracked:
 
 
 class _TrackedObject(Tracked):
-    """What is no number or text."""
+    """What is no number or text. (In `Tracked`, a __getattr__ would slow every access to its slots.)"""
 
     __slots__ = ()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or name in Tracked.__slots__:  # asked for by protocols, such as copying
+            raise AttributeError(name)
+        raise AttributeError(f"a tracked {type(self.value).__name__} has no {name!r}: {_ENTERED}")
 
     def __getitem__(self, key: Any) -> NoReturn:
         raise TypeError(f"a tracked {type(self.value).__name__} is one value, without items: {_ENTERED}")
 
-    def __setitem__(self, key: Any, part: Any) -> NoReturn:
-        return self[key]
+    __setitem__: Any = lambda self, key, part: self[key]
 
 
 class Recorder:
