@@ -61,6 +61,9 @@ class Tracked:
     def __iter__(self) -> NoReturn:
         raise TypeError(f"a tracked {type(self.value).__name__} is one value, not iterable: {_ENTERED}")
 
+    def __contains__(self, part: Any) -> NoReturn:
+        raise TypeError(f"a tracked {type(self.value).__name__} is one value, not searched: {_ENTERED}")
+
     def __len__(self) -> NoReturn:
         raise TypeError(f"a tracked {type(self.value).__name__} is one value, without a length: {_ENTERED}")
 

@@ -212,7 +212,8 @@ class Unwrapper:
         return value
 
     def _dict(self, value: dict[Any, Any]) -> None:
-        items = list(value.items())
+        parts = {id(key): part for key, part in dict.items(value)}
+        items = [(key, parts[id(key)]) for key in value]  # in its own order, and without hashing a key
         plain = [(self(key), self(part)) for key, part in items]
         if any(new is not key for (new, _), (key, _) in zip(plain, items)):
             value.clear()
