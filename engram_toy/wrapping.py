@@ -212,8 +212,7 @@ class Unwrapper:
         return value
 
     def _dict(self, value: dict[Any, Any]) -> None:
-        parts = {id(key): part for key, part in dict.items(value)}
-        items = [(key, parts[id(key)]) for key in value]  # in its own order, and without hashing a key
+        items = list(dict.items(value))  # an OrderedDict's own would hash its keys
         plain = [(self(key), self(part)) for key, part in items]
         if any(new is not key for (new, _), (key, _) in zip(plain, items)):
             value.clear()
