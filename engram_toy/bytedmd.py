@@ -8,6 +8,7 @@
 All live values lie on one stack, the last used on top; reading the value at depth d costs ceil(sqrt(d)),
 writing and computing cost nothing. `bytedmd` and `traced_eval` have the names, arguments and meaning of the
 original (github.com/cybertronai/ByteDMD, branch main of 2026-04-13), so either can stand in for the other.
+What differs from it, apart from the price: docs/how-bytedmd-works.md, "Where it differs from the original".
 `trace` says more: which kind of value (token, row, weight, ...) each read was of, and what it cost.
 
 How it works: every argument is wrapped (`engram_toy.wrapping`) in a `Tracked` value, whose operators write a
