@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ import torch
 from bench.harness import components, end_to_end_options, end_to_end_report, steps, wall_figures, wall_table
 from bench.harness.accelerator import copy_bandwidth, describe
 from bench.harness.backbones import BACKBONES, Backbone, build_backbone
+from bench.harness.end_to_end_contenders import chosen_names
+from bench.harness.output import require_writable
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import fio_random_read
 from bench.harness.timeline import SpanLog, trace_step
@@ -56,6 +59,7 @@ from bench.harness.wall_options import (
     STEPS_GPU,
     largest,
     pick_device,
+    refuse_idle_options,
     require_disk,
     row_layout,
     step_shape,
@@ -147,13 +151,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
     add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="default: 4096")
     end_to_end_options.add_arguments(parser)
-    return complete(parser.parse_args())
+    return complete(*parser.parse_given())
 
 
-def complete(options: argparse.Namespace) -> argparse.Namespace:
-    """Defaults that depend on the machine or on other options."""
+def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.Namespace:
+    """Defaults that depend on the machine or on other options; what would do nothing is refused.
+
+    Args:
+        given: options that stand on the command line, by name.
+    """
     with cli.one_line_errors(PROG):
-        on_gpu = pick_device(options.device).type == "cuda"
+        device = pick_device(options.device)
+        on_gpu = device.type == "cuda"
+        (chosen_names if options.end_to_end else wanted_variants)(options.variants, device)  # refuses unknown ones
+        refuse_idle_options(options, given, on_gpu)
         end_to_end_options.fill_defaults(options, on_gpu)
         options.rows = row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
@@ -176,6 +187,7 @@ def main() -> None:
     """The command."""
     options = parse_arguments()
     with cli.one_line_errors(PROG):
+        require_writable(options.out)
         if options.end_to_end:
             return end_to_end_report.measure(options, tell, (COPY_BYTES, COPIES))
         results = Benchmark(options).run()

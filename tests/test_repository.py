@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from bench import fill_docs
-from bench.harness.figures import source
+from bench.harness.output import source
 from bench.harness.sweeps import SWEEPS
 from bench.harness.timing import paired_ratio
 from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of

@@ -7,7 +7,6 @@ Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`;
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from bench.harness.end_to_end_numbers import (
 )
 from bench.harness.end_to_end_reading import reading
 from bench.harness.end_to_end_table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, part_text, report
+from bench.harness.reading import read_results
 from bench.harness.verdict import WALL_TIME_CLAIM
 from bench.harness.wall_numbers import NotMeasured
 from bench.harness.wall_table import device_label, short
@@ -41,7 +41,7 @@ _PUBLISHED_BATCHES = (1, 16, 64, 256)
 
 def committed(folder: Path, device: str) -> list[tuple[str, Json]]:
     """File names and contents of the committed runs on a kind of device."""
-    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("end_to_end_*.json")]
+    found = [(path.name, read_results(path)) for path in folder.glob("end_to_end_*.json")]
     return sorted((name, results) for name, results in found if results["device"] == device)
 
 

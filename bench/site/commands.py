@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
+
+from bench.harness.reading import read_results
 
 # Command, what it does, what it needs beside Python, and the results file whose run it was.
 _COMMANDS = [
@@ -48,7 +49,7 @@ def command_table(results: Path) -> str:
 
 def duration(path: Path) -> str | None:
     """How long the run of a results file took; None where it does not say."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_results(path)
     if not {"started", "finished"} <= content.keys():
         return None
     taken = datetime.fromisoformat(content["finished"]) - datetime.fromisoformat(content["started"])

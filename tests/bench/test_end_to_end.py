@@ -27,6 +27,7 @@ from bench.harness.end_to_end_graphs import Pieces
 from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention
 from bench.harness.end_to_end_numbers import same_tokens, step_bytes
 from bench.harness.end_to_end_pass import Server
+from bench.harness.end_to_end_records import Record
 from bench.harness.end_to_end_workload import TokenSource
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
@@ -351,3 +352,15 @@ def test_bad_options_are_refused_in_one_line(program, options, said, capsys):
         program(*OPTIONS, *options)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"cases": [', "[" * 10**5])
+def test_a_broken_results_file_is_set_aside_and_the_run_begins_anew(tmp_path, capsys, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    (tmp_path / "stale.svg").write_text(f"<desc>results sha256 {'0' * 64}</desc>")
+    head = dict.fromkeys(("benchmark", "device", "device_name", "configuration", "code_sha256"))
+    assert Record.open(path, head, fresh=False).results["cases"] == []
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "results.json.broken"}
+    error = capsys.readouterr().err
+    assert "results.json cannot be continued" in error and error.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from bench.harness import end_to_end_numbers as numbers
 from bench.harness.end_to_end_figures import draw_all
 from bench.harness.end_to_end_table import report
-from bench.harness.figures import source
+from bench.harness.output import source
 from bench.harness.wall_numbers import NotMeasured
 from tests.bench.end_to_end_example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
 
