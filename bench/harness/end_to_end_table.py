@@ -46,7 +46,7 @@ from bench.harness.end_to_end_numbers import (
 )
 from bench.harness.table import aligned
 from bench.harness.wall_numbers import NotMeasured
-from bench.harness.wall_table import gib, measured_on, percent, short
+from bench.harness.wall_table import gib, measured_on, percent, short, signed
 
 # Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S = 56e-6
@@ -164,7 +164,7 @@ def _row(case: Json, row: Json) -> list[str]:
 def _scaled(value: float | None, unit: float, missing: str = "-") -> str:
     if value is None:
         return missing
-    return f"{'-' if value < 0 else ''}{short(abs(value) / unit)}"
+    return signed(value / unit)
 
 
 def _weights(row: Json) -> str:
