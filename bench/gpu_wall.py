@@ -24,8 +24,8 @@ Variants (where rows live, how they arrive):
 
 The run predicts (rows, bytes, measured bandwidth, hence the floor), measures all variants in interleaved rounds with
 fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with
-a 95 % interval; "not resolved" means that the interval holds 1. On CUDA single steps are prefills: a decode step that the
-host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Without CUDA the
+a 95 % interval; "not resolved" means that the interval holds 1. On CUDA single steps are prefills: a decode step that
+the host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Without CUDA the
 variants are resident (RAM) and offload_disk, and no GPU figure follows.
 """
 

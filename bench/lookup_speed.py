@@ -16,6 +16,7 @@ Without CUDA the host's clock times the CPU's own placements, and no GPU figure 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -221,7 +222,9 @@ class Lookups:
 
     def labels(self) -> list[str]:
         """The ways, `resident` twice."""
-        return [label for name in self.variants for label in ((name, f"{name} again") if name == "resident" else (name,))]
+        return [
+            label for name in self.variants for label in ((name, f"{name} again") if name == "resident" else (name,))
+        ]
 
     def measure(self, tokens: int) -> dict[str, Any]:
         """Samples of every way for a step of so many tokens."""
@@ -234,7 +237,7 @@ class Lookups:
             turn = number % len(labels)
             for label in [*labels[turn:], *labels[:turn]]:
                 before, way = clock.late, ways[label]
-                seconds = clock.time(lambda way=way, number=number: way.run(number), way.queued)
+                seconds = clock.time(functools.partial(way.run, number), way.queued)
                 if number >= WARM_UP:
                     samples[label].append(round(seconds, 9))
                     late[label] += clock.late - before

@@ -9,6 +9,7 @@ Everything is read, nothing is estimated: what the driver does not say is None, 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import threading
 import time
@@ -79,7 +80,7 @@ class BoardWatch:
     def _throttled(self) -> Answer:
         found = Answer(None, "not asked")
         for question in _MASKS:
-            found = answer(lambda question=question: self._driver.ask(question))
+            found = answer(functools.partial(self._driver.ask, question))
             if found.why is None:
                 return Answer(reasons(found.value))
         return found

@@ -206,7 +206,7 @@ class EndToEnd:
             positions = sizes.prompt + sizes.output
             graphs, options, kernels = self.choice.graphs, self.options, contenders.kernels
             model = ServedModel(decoder, head, fusion, batch, positions, graphs)
-            resident = kernels and ResidentLookup(kernels, LAYER, batch, graphs)
+            resident = None if kernels is None else ResidentLookup(kernels, LAYER, batch, graphs)
             model.prepare(options.prompt_tokens[0], contenders.tables.format.dtype, resident)
             server = Server(model, self.vocab, self.plan, LAYER, resident=resident)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}

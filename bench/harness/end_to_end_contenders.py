@@ -4,9 +4,9 @@
         for contender in contenders.all: ...
 
 What `gpu_wall` measures around a step is here, too (`bench.harness.variants`); added are the model without an Engram
-layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On CUDA the resident table
-is looked up by two kernels from token ids to rows, which a graph can hold: the best control that we can build. A file is
-read past the page cache where the file system allows it; on a CPU, hot rows lie in front of it.
+layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On CUDA the resident
+table is looked up by two kernels from token ids to rows, which a graph can hold: the best control that we can build.
+A file is read past the page cache where the file system allows it; on a CPU, hot rows lie in front of it.
 """
 
 from __future__ import annotations

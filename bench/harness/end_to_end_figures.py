@@ -67,7 +67,9 @@ def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
 
 def baselines(results: Json) -> Any:
     """A line per variant, with a point against each baseline; what is not resolved is hollow."""
-    figure, panels = _panels(results, "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved")
+    figure, panels = _panels(
+        results, "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved"
+    )
     for axis, case in panels:
         rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
         axis.axvline(0, color="black", linewidth=0.8)

@@ -7,7 +7,7 @@
 
 A step either begins sequences (`slots` and `lengths` are given then) or goes on with those in all places. Ids are
 compressed and hashed where the variant's table wants its row numbers: on the CPU, to which they are copied first, or on
-the device. The resident table is looked up as well as it can be: by two kernels that are part of the model's first graph.
+the device. The resident table is looked up as well as it can be: by two kernels that are part of the first graph.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Sequences:
 
 
 def last_places(lengths: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the last `reach` tokens of prompts of these lengths stand, and which of them there are none of; [b, reach]."""
+    """Where the last `reach` tokens of prompts stand, and which of these places lie before the prompt; [b, reach]."""
     places = lengths[:, None] - reach + np.arange(reach)
     return places.clip(0), places < 0
 

@@ -6,9 +6,9 @@
     tokens = model.decode(span, True, begin, join)                  # [slots]
 
 What is looked up is the caller's business: `join` is called between the first block and the second and gives the rows
-of every position, or None where the model has no Engram layer or the first piece has looked them up. On CUDA the two pieces of a decode step are graphs
-(`end_to_end_graphs`), so that time is the device's and not the host's launching; a step reads the cache up to the next
-multiple of SPAN positions, with a graph for each.
+of every position, or None where the model has no Engram layer or the first piece has looked them up. On CUDA the two
+pieces of a decode step are graphs (`end_to_end_graphs`), so that time is the device's and not the host's launching; a
+step reads the cache up to the next multiple of SPAN positions, with a graph for each.
 
 Prompts are padded on the right, where a causal model does not look, so a prefill needs no mask. In a decode step the
 query heads that share a key head are rows of one product, so keys are not repeated.

@@ -1,8 +1,8 @@
 """The questions that a sceptic asks of an end-to-end run, answered from its samples, a line for each.
 
-Is every fetch above its floor? Is `resident` the same as itself? Do times come in the order in which work is added? Is
-what a slow bus exposes its delay less the window? Do more hot rows hit more often? Did all variants choose the same? Was
-any row launch-bound, or the board slowed? Which class follows, against which baseline?
+Is every fetch above its floor? Is `resident` the same as itself? Do times come in the order in which work is added?
+Is what a slow bus exposes its delay less the window? Do more hot rows hit more often? Did all variants choose the
+same? Was any row launch-bound, or the board slowed? Which class follows, against which baseline?
 """
 
 from __future__ import annotations

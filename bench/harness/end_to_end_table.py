@@ -3,8 +3,8 @@
     print(report(json.loads(Path("bench/results/end_to_end_cpu.json").read_text())))
 
 For each backbone, batch and stream: what was served, a line per variant, with its overhead against both baselines, the
-overhead taken apart by phase, and what a slowed bus does. "not resolved" stands where the interval holds 0 or reaches into the noise floor; the interval is shown
-all the same.
+overhead taken apart by phase, and what a slowed bus does. "not resolved" stands where the interval holds 0 or reaches
+into the noise floor; the interval is shown all the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from bench.harness.end_to_end_numbers import (
     breaking_bus,
     copies_agree,
     decomposition,
-    difference,
     exposed_in_round,
     fetch_floor,
     first_of,
@@ -221,11 +220,11 @@ def _weight_notes(case: Json) -> list[str]:
     found = [row["weights"]["value"] for row in case["rows"] if row.get("weights") and row["weights"]["value"]]
     if not found:
         return []
+    model, limit = case["weight_bytes"]["model"], found[0]["limit_bytes_per_s"]
     return [
-        f"   weights: {short(case['weight_bytes']['model'] / 1e9)} GB a step without Engram's, over the median step; within "
-        f"the device {short(found[0]['limit_bytes_per_s'] / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what "
-        f"that allows is marked launch-bound; keys and values, up to "
-        f"{gib(case['needs']['device']['keys and values'])}, are not counted"
+        f"   weights: {short(model / 1e9)} GB a step without Engram's, over the median step; within the device "
+        f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is marked "
+        f"launch-bound; keys and values, up to {gib(case['needs']['device']['keys and values'])}, are not counted"
     ]
 
 

@@ -2,8 +2,8 @@
 
     print(report(json.loads(Path("out/lookup_speed/results.json").read_text())))
 
-Ratios are paired, round by round, with a 95 % interval; "not resolved" stands where it holds 1 or reaches into the noise
-floor, `resident` against itself.
+Ratios are paired, round by round, with a 95 % interval; "not resolved" stands where it holds 1 or reaches into the
+noise floor, `resident` against itself.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def report(results: dict[str, Any]) -> str:
 def _foot(results: dict[str, Any]) -> list[str]:
     copied = results["limits"]["copy"]
     return [
-        f"   floor: bytes of the rows over {short(copied['bytes_per_s'] / 1e9)} GB/s ({copied['what']}, measured in this "
-        "run); for rows that the device has, none is given",
-        "   late: samples whose kernels were not all launched when the device came to them, so that launching is in them",
-        f"   vLLM: published for the same kind of lookup in place, {short(figure('vllm.lookup.table_gib'))} GiB of rows in "
-        "host memory, on a GB300: another GPU, another bus to the host (NVLink-C2C, not PCIe), another clock; to hold "
-        "against uva, not like for like",
+        f"   floor: bytes of the rows over {short(copied['bytes_per_s'] / 1e9)} GB/s ({copied['what']}, measured in "
+        "this run); for rows that the device has, none is given",
+        "   late: samples whose kernels were not all launched when the device came to them: launching is in them",
+        f"   vLLM: published for the same kind of lookup in place, {short(figure('vllm.lookup.table_gib'))} GiB of rows "
+        "in host memory, on a GB300: another GPU, another bus to the host (NVLink-C2C, not PCIe), another clock; to "
+        "hold against uva, not like for like",
     ]
 
 

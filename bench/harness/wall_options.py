@@ -51,8 +51,8 @@ def require_steps(shapes: Sequence[Shape], on_gpu: bool) -> None:
     for shape in shapes:
         if on_gpu and shape.phase == "decode":
             raise ValueError(
-                f"--steps decode:{shape.batch}: on CUDA a decode step without graphs measures the host's launching; use "
-                f"--end-to-end --batches {shape.batch}, which decodes from CUDA graphs, or prefill:BATCHxTOKENS"
+                f"--steps decode:{shape.batch}: on CUDA a decode step without graphs measures the host's launching; "
+                f"use --end-to-end --batches {shape.batch}, which decodes from CUDA graphs, or prefill:BATCHxTOKENS"
             )
 
 

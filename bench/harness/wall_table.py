@@ -9,6 +9,7 @@ its table; what went against the prediction is a line that begins with "warning"
 
 from __future__ import annotations
 
+import functools
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -170,14 +171,14 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     """Name, unit and text of each column; one unit of time and one of bytes for the whole step."""
     seconds, time_unit = _unit(max(statistics.median(run["step_s"]) for run in step["runs"]), _SECONDS)
     nbytes, byte_unit = _unit(step["prediction"]["bytes_unique"], _BYTES)
-    sizes: list[tuple[str, str, Callable[[Run], str]]] = [
-        (name, byte_unit, lambda run, source=source: short(median_bytes(run, source) / nbytes))
+    sizes = [
+        (name, byte_unit, functools.partial(_bytes_of, source=source, unit=nbytes))
         for name, source in (("from ids", "from_ids"), ("copied", "copied"), ("counter", "counter"))
     ]
     if any(run["variant"] == CONTROL and run["bytes"]["counter"] for run in step["runs"]):
-        sizes.append(("less no_engram", byte_unit, lambda run: _over_control(step, run, nbytes)))
+        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step=step, unit=nbytes)))
     if any("freed" in run for run in step["runs"]):  # older results say nothing of it
-        sizes.append(("freed", "GiB", lambda run: "" if run["freed"] is None else signed(run["freed"] / 2**30)))
+        sizes.append(("freed", "GiB", _freed))
     preset = step["table"].get("preset")  # older results say nothing of it
     scale = [("table", f"of {preset}", lambda run: fraction(run["table"]["share"]))] if preset else []
     return [
@@ -197,7 +198,15 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     ]
 
 
-def _over_control(step: Step, run: Run, unit: float) -> str:
+def _bytes_of(run: Run, source: str, unit: float) -> str:
+    return short(median_bytes(run, source) / unit)
+
+
+def _freed(run: Run) -> str:
+    return "" if run["freed"] is None else signed(run["freed"] / 2**30)
+
+
+def _over_control(run: Run, step: Step, unit: float) -> str:
     return "" if run["variant"] == CONTROL else signed(over_control(step, run) / unit)
 
 

@@ -168,7 +168,7 @@ def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
         run.setdefault("freed", None)
     jsonschema.validate(results, WALL_SCHEMA)
     assert over_control(step, run_of(step, "offload_uva")) == 1_599_000
-    with pytest.raises(NotMeasured, match="no counter sees this traffic|by another counter"):
+    with pytest.raises(NotMeasured, match=r"no counter sees this traffic|by another counter"):
         over_control(step, run_of(step, "resident"))
     text = wall_table.step_table(results, step)
     line = next(line for line in text.splitlines() if line.startswith("offload_uva")).split()
@@ -176,7 +176,9 @@ def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
 
 
 def test_the_traffic_of_an_end_to_end_row_is_counted_with_its_rows(nvml, monkeypatch):
-    monkeypatch.setattr(end_to_end_rounds, "count_traffic", lambda *given: board.count_traffic(*given, clock=nvml.clock))
+    monkeypatch.setattr(
+        end_to_end_rounds, "count_traffic", lambda *given: board.count_traffic(*given, clock=nvml.clock)
+    )
     rounds = object.__new__(end_to_end_rounds.Rounds)
     rounds._driver, rounds._options = Driver(nvml, "gpu"), SimpleNamespace(energy=False)
     rounds._server = SimpleNamespace(serve=lambda *given: nvml.one_pass())

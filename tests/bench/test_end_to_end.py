@@ -377,6 +377,20 @@ def test_a_resident_table_that_does_not_fit_is_left_out_only_if_wanted(fit, caps
     assert capsys.readouterr().out == "resident is left out: 12 GiB are needed, 10 GiB are free\n"
 
 
+def test_a_file_that_the_disk_does_not_hold_is_left_out_by_itself(capsys, monkeypatch):
+    run = object.__new__(end_to_end.EndToEnd)
+    run.options, run.choice = Namespace(fit=True, out=None), Choice(("resident", "offload_disk"))
+    run.plan, run.config = Namespace(layers=[Namespace(rows=10)]), Namespace(row_bytes=lambda: 264)
+    run._planned = lambda: ["a case"]
+
+    def full(nbytes, folder):
+        raise ValueError(f"{nbytes} B do not fit")
+
+    monkeypatch.setattr(end_to_end, "require_disk", full)
+    assert run._fitting() == ["a case"] and run.choice.names == ("resident",)
+    assert capsys.readouterr().out == "offload_disk is left out: 2640 B do not fit\n"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
