@@ -2,7 +2,7 @@
 
     classify(cases, "no_engram")        # against no Engram at all, as the paper compares
     classify(cases, "resident")         # against the table in device memory: what offloading costs
-    class_lines(cases)                  # both, as sentences
+    class_lines(case)                   # both, of one case
 
 The hypothesis is that less than 3 % of the throughput is lost. Against no Engram that holds the layer's own compute and
 its lookup as well; against the resident table only what prefetching could not hide.
@@ -15,13 +15,14 @@ from bench.harness.verdict import WALL_TIME_CLAIM
 from bench.harness.wall_numbers import NotMeasured
 
 _PHASE = "together"
+NO_CLASS = "no class, a CPU has no bus between table and compute"
 
 
 def classify(cases: list[Json], baseline: str) -> tuple[str, str]:
     """The class against a baseline, and why.
 
     Args:
-        cases: at least one.
+        cases: at least one, of CUDA machines.
         baseline: of BASELINES.
     """
     if not all(same_tokens(case) for case in cases):
@@ -38,7 +39,11 @@ def classify(cases: list[Json], baseline: str) -> tuple[str, str]:
     return "INCONCLUSIVE", "the intervals reach across 3 %"
 
 
-def class_lines(cases: list[Json]) -> list[str]:
-    """A sentence for each baseline."""
-    found = {baseline: classify(cases, baseline) for baseline in BASELINES}
-    return [f"against {BASELINES[baseline]}: {label}, {why}" for baseline, (label, why) in found.items()]
+def class_of(case: Json, baseline: str) -> str:
+    """Class and reason of one case; a CPU has none, for it has no bus between table and compute."""
+    return NO_CLASS if case["device"] == "cpu" else ", ".join(classify([case], baseline))
+
+
+def class_lines(case: Json) -> list[str]:
+    """A line for each baseline."""
+    return [f"against {whose}: {class_of(case, baseline)}" for baseline, whose in BASELINES.items()]

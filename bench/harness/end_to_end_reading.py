@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from bench.harness.end_to_end_classes import classify
+from bench.harness.end_to_end_classes import class_of
 from bench.harness.end_to_end_numbers import (
     Json,
     difference,
@@ -99,7 +99,9 @@ def _tokens(results: Json, case: Json) -> str:
 def _launches(results: Json, case: Json) -> str:
     known = [row for row in case["rows"] if row.get("weights") and row["weights"]["value"]]
     if not known:
-        return next((row["weights"]["why"] for row in case["rows"] if row.get("weights")), "nobody looked")
+        return next(
+            (row["weights"]["why"] for row in case["rows"] if row.get("weights")), "unknown, these results do not say"
+        )
     bound = [row["label"] for row in known if row["weights"]["value"]["launch_bound"]]
     return f"YES, {', '.join(bound)}" if bound else f"none of {len(known)}"
 
@@ -115,7 +117,7 @@ def _board(results: Json, case: Json) -> str:
 
 
 def _class(baseline: str) -> Callable[[Json, Json], str]:
-    return lambda results, case: ", ".join(classify([case], baseline))
+    return lambda results, case: class_of(case, baseline)
 
 
 QUESTIONS: dict[str, Callable[[Json, Json], str]] = {

@@ -97,7 +97,7 @@ def _sessions(results: Json) -> str:
 
 def case_report(results: Json, case: Json) -> str:
     """One backbone, batch and stream."""
-    classes = [f"   {line}" for line in class_lines([case])]
+    classes = [f"   {line}" for line in class_lines(case)]
     blocks = [_header(results, case), rows_table(results, case), decomposition_table(case), *classes]
     if any(row["bus"] for row in case["rows"]):
         blocks.append(bus_table(case))
@@ -223,8 +223,8 @@ def _weight_notes(case: Json) -> list[str]:
     model, limit = case["weight_bytes"]["model"], found[0]["limit_bytes_per_s"]
     return [
         f"   weights: {short(model / 1e9)} GB a step without Engram's, over the median step; within the device "
-        f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is marked "
-        f"launch-bound; keys and values, up to {gib(case['needs']['device']['keys and values'])}, are not counted"
+        f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is "
+        f"marked launch-bound; keys and values, up to {gib(case['needs']['device']['keys and values'])}, are not counted"
     ]
 
 

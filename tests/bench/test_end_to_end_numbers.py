@@ -30,6 +30,7 @@ def test_committed_results_stay_valid_and_are_reported(path):
     jsonschema.validate(results, SCHEMA)
     text = report({**results, "cases": results["cases"][:1]})
     assert "% of resident" in text and "against no Engram at all, the paper's baseline: " in text
+    assert (results["device"] == "cpu") == ("no class, a CPU has no bus" in text)
 
 
 @pytest.mark.parametrize("phase", numbers.PHASES)
