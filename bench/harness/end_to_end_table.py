@@ -224,7 +224,8 @@ def _weight_notes(case: Json) -> list[str]:
     return [
         f"   weights: {short(model / 1e9)} GB a step without Engram's, over the median step; within the device "
         f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is "
-        f"marked launch-bound; keys and values, up to {gib(case['needs']['device']['keys and values'])}, are not counted"
+        "marked launch-bound; keys and values, up to "
+        f"{gib(case['needs']['device']['keys and values'])}, are not counted"
     ]
 
 

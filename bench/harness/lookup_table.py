@@ -45,8 +45,8 @@ def _foot(results: dict[str, Any]) -> list[str]:
         "this run); for rows that the device has, none is given",
         "   late: samples whose kernels were not all launched when the device came to them: launching is in them",
         f"   vLLM: published for the same kind of lookup in place, {short(figure('vllm.lookup.table_gib'))} GiB of "
-        "rows in host memory, on a GB300: another GPU, another bus to the host (NVLink-C2C, not PCIe), another clock; to "
-        "hold against uva, not like for like",
+        "rows in host memory, on a GB300: another GPU, another bus to the host (NVLink-C2C, not PCIe), another clock; "
+        "to hold against uva, not like for like",
     ]
 
 
