@@ -171,7 +171,7 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     """Name, unit and text of each column; one unit of time and one of bytes for the whole step."""
     seconds, time_unit = _unit(max(statistics.median(run["step_s"]) for run in step["runs"]), _SECONDS)
     nbytes, byte_unit = _unit(step["prediction"]["bytes_unique"], _BYTES)
-    sizes = [
+    sizes: list[tuple[str, str, Callable[[Run], str]]] = [
         (name, byte_unit, functools.partial(_bytes_of, source=source, unit=nbytes))
         for name, source in (("from ids", "from_ids"), ("copied", "copied"), ("counter", "counter"))
     ]
