@@ -3,14 +3,16 @@
   python bench/gpu_wall.py                                        on a CUDA machine: every variant, 4B-class model
   python bench/gpu_wall.py --table_params 1e9 1e10 max            several table sizes; max is what memory holds
   python bench/gpu_wall.py --preset v41-flash --rows split        DeepSeek-V4.1-Flash: 4-grams, 24 columns, fp8 rows
-  python bench/gpu_wall.py --backbone none --steps decode:1       the layer by itself, one token at a time
+  python bench/gpu_wall.py --backbone none --steps prefill:1x64   the layer by itself
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
   python bench/gpu_wall.py --end-to-end --table_params 1e11       a whole model, served; the overhead taken apart
+  python bench/lookup_speed.py                                    the lookup alone, in microseconds
   make bench-cpu                                                  without a GPU: RAM against a real file
   make end-to-end-cpu                                             the same for the whole model, a tiny one
 
 Variants (where rows live, how they arrive):
-  resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor
+  resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor;
+                    end to end on CUDA by two kernels from token ids to rows, in the model's first graph
   offload_naive     host memory: CPU gather into staging, copy, wait; nothing overlaps
   offload_prefetch  the same, started when the token ids are known, joined just before the second block
   offload_uva       pinned host memory, read in place by a GPU kernel on a side stream
@@ -22,8 +24,9 @@ Variants (where rows live, how they arrive):
 
 The run predicts (rows, bytes, measured bandwidth, hence the floor), measures all variants in interleaved rounds with
 fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with
-a 95 % interval; "not resolved" means that the interval holds 1. Without CUDA the variants are resident (RAM) and
-offload_disk, and no GPU figure follows.
+a 95 % interval; "not resolved" means that the interval holds 1. On CUDA single steps are prefills: a decode step that
+the host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Without CUDA the
+variants are resident (RAM) and offload_disk, and no GPU figure follows.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ from bench.harness.wall_options import (
     pick_device,
     refuse_idle_options,
     require_disk,
+    require_steps,
     row_layout,
     step_shape,
     table_config,
@@ -130,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         type=step_shape,
         metavar="SHAPE",
-        help="prefill:BATCHxTOKENS, decode:BATCH (default: six on CUDA, two on a CPU)",
+        help="prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)",
     )
     add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step (default: 512)")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
@@ -168,6 +172,7 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
         end_to_end_options.fill_defaults(options, on_gpu)
         options.rows = row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
+        require_steps(options.steps or [], on_gpu and not options.end_to_end)
         options.table_params = [
             largest(preset, dtype) if n == "max" and not options.end_to_end else n for n in options.table_params
         ]
@@ -363,7 +368,8 @@ class Benchmark:
         # A profiled step takes a second: one step of each phase shows what there is to see.
         traced = shape.phase not in {done["shape"]["phase"] for done in self.results["steps"]}
         for variant in variants:
-            counted = steps.count_on_bus(stepper, variant, self.options.energy)
+            asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
+            counted = steps.count_on_bus(stepper, variant, self.options.energy, asked)
             spans = trace_step(stepper, variant, log, self.chrome_trace(shape, variant)) if traced else []
             step["runs"].append(
                 run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, spans)

@@ -88,7 +88,7 @@ FIGURES = {
     "bytedmd_sweeps": [f"sweep_{name}.svg" for name in SWEEPS],
     "production": ["hot_tier.svg", "place.svg", "row_depths.svg", "whole_model.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
-    "end_to_end_cpu": ["overhead_parts.svg", "slower_bus.svg"],
+    "end_to_end_cpu": ["baselines.svg", "overhead_parts.svg", "slower_bus.svg"],
 }
 
 

@@ -23,7 +23,7 @@ from bench.harness.reading import set_aside
 from bench.harness.results import atomic_path
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CODE = ("engram_ref/**/*.py", "bench/gpu_wall.py", "bench/harness/*.py")
+_CODE = ("engram_ref/**/*.py", "bench/gpu_wall.py", "bench/lookup_speed.py", "bench/harness/*.py")
 _SAME = ("benchmark", "device", "device_name", "configuration", "code_sha256")
 _PLACE = "@pass "
 Json = dict[str, Any]

@@ -23,7 +23,7 @@ from engram_ref.tables.memory import free_host_bytes
 MOST_ROWS = 2**31 - 1000  # of a column; its prime, found from there upwards, must be below 2^31
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
 MOST_TOKENS = 1 << 24  # of a step
-STEPS_GPU = ["prefill:1x4096", "prefill:8x4096", "decode:1", "decode:16", "decode:64", "decode:256"]
+STEPS_GPU = ["prefill:1x4096", "prefill:8x4096"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
 LAYOUTS = ("packed", "split")
 _MAX_SHARE = 0.85  # of free host memory that a table called max takes
@@ -52,6 +52,20 @@ def step_shape(text: str) -> Shape:
     if shape.batch * shape.tokens > MOST_TOKENS:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be at most {MOST_TOKENS} tokens")
     return shape
+
+
+def require_steps(shapes: Sequence[Shape], on_gpu: bool) -> None:
+    """Refuse decode steps where the host would launch every kernel of them.
+
+    Raises:
+        ValueError: one is wanted on a GPU.
+    """
+    for shape in shapes:
+        if on_gpu and shape.phase == "decode":
+            raise ValueError(
+                f"--steps decode:{shape.batch}: on CUDA a decode step without graphs measures the host's launching; "
+                f"use --end-to-end --batches {shape.batch}, which decodes from CUDA graphs, or prefill:BATCHxTOKENS"
+            )
 
 
 def table_params(text: str) -> float | str:

@@ -28,6 +28,7 @@ _COMMANDS = [
     ("make findings", "Every result, figure and document of the findings, from nothing", "", None),
     ("make bench-cpu", "Time and bytes of a table in RAM and in a real file", "a disk with space", None),
     ("python bench/gpu_wall.py", "Time and bus traffic of every placement around a decoder", "a CUDA device", None),
+    ("python bench/lookup_speed.py", "The lookup of a decode step alone, in microseconds, per placement", "", None),
     ("bench/gpu_checks.sh", "Every test and measurement that needs a GPU", "a CUDA device", None),
     ("make bench-layer", "Gather, convolution, layer, construction, cold reads against what others do", "", None),
     ("make speed", "Speed of hashing, of pricing, and of pricing at production scale", "", None),

@@ -79,6 +79,7 @@ def test_bytes_read_are_bytes_predicted(results):
         for run in step["runs"]:
             if run["variant"] == "offload_disk":
                 assert bytes_agree(run) and run["bytes"]["copied"] == run["bytes"]["from_ids"]
+            assert run["freed"] == step["table"]["bytes"] - run["held"]["device"] and run["pcie"] is None
 
 
 def test_fresh_ids_every_step(results):
@@ -247,6 +248,22 @@ def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--device", "cuda", "--out", tmp_path)
     assert "torch sees no CUDA device on this machine; use --device cpu" in capsys.readouterr().err
+
+
+def test_decode_steps_are_not_launched_one_by_one_on_cuda(monkeypatch, capsys):
+    """They would measure Python; a CPU, where nothing is launched, goes on as before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_wall"])
+    assert {shape.phase for shape in gpu_wall.parse_arguments().steps} == {"prefill"}
+    arguments = ["gpu_wall", "--device", "cuda", "--steps", "prefill:1x8", "decode:64"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_wall.parse_arguments()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert "--steps decode:64: on CUDA" in error and "--end-to-end --batches 64" in error
+    monkeypatch.setattr(sys, "argv", [*arguments[:2], "cpu", *arguments[3:]])
+    assert [shape.phase for shape in gpu_wall.parse_arguments().steps] == ["prefill", "decode"]
 
 
 def test_wrong_rows_are_never_timed(tmp_path, text, monkeypatch, capsys, cache_home):
