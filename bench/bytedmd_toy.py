@@ -58,6 +58,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.harness.output import printed_anyway, require_writable
 from bench.harness.parallel import in_parallel
 from bench.harness.pricing import Job, output_digest, price_job, upstream
 from bench.harness.results import environment, git_commit, write_json
@@ -137,7 +138,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(model="engram")
     if first.quick:
         parser.set_defaults(**QUICK)
-    return parser.parse_args(argv)
+    options, given = parser.parse_given(argv)
+    if options.sweep:
+        with cli.one_line_errors(PROG):
+            cli.refuse_idle(given, ("repeats",), "with --sweep, which measures no wall time: leave it out")
+    return options
 
 
 def say(message: str) -> None:
@@ -260,19 +265,17 @@ def main() -> None:
         if options.tracer == "upstream":
             _check_upstream(options)
         configs_of(options)  # refuses before anything is read
-        if options.out.exists() and not options.out.is_dir():
-            raise ValueError(f"--out {options.out} is a file: name a folder")
         vocab = CompressedVocab.from_tokenizer(options.tokenizer)
         stream = text_stream(options.text, options.tokenizer, vocab, options.seq_len, options.seed)
         jobs, models = make_jobs(options, stream, vocab)
+        require_writable(options.out)  # after bad input was refused, which leaves nothing behind
     say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")
     results = measure(options, stream, jobs, models)
-    with cli.one_line_errors(PROG):
+    with cli.one_line_errors(PROG), printed_anyway(lambda: verdict_table(results)):
         path = options.out / "results.json"
         write_json(path, results)
         say(f"wrote {path}")
         draw(results, options.out)
-    print(verdict_table(results))
 
 
 def _check_upstream(options: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ other kind. In `docs/findings/` and on the start page no number may be typed (`b
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -33,7 +32,8 @@ from bench.harness import (
 )
 from bench.harness.evidence import Evidence
 from bench.harness.explained import published_forms, what_fits, worked_example
-from bench.harness.figures import source
+from bench.harness.output import source
+from bench.harness.reading import read_results
 from bench.harness.results import atomic_path
 from bench.harness.table import verdict_table
 from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
@@ -58,7 +58,7 @@ ASSETS = ROOT / "docs" / "assets"
 
 def load(name: str) -> dict[str, Any]:
     """A committed results file."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return read_results(RESULTS / f"{name}.json")
 
 
 def machine(results: dict[str, Any]) -> str:

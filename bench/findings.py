@@ -13,7 +13,7 @@ started again. Another text, for one the standard library of another Python, giv
 
 from __future__ import annotations
 
-import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness.evidence import RESULTS
+from bench.harness.output import require_writable
+from bench.harness.reading import read_results
 from bench.harness.results import atomic_path
 from bench.harness.sweep_run import code_sha256
 from engram_ref import cli
@@ -90,11 +92,11 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
 
 def adopt(new: Path, committed: Path) -> bool:
     """Put a results file in the place of the committed one, unless both hold the same prices; whether it was put."""
-    text = new.read_text(encoding="utf-8")
-    if committed.exists() and _timeless(json.loads(text)) == _timeless(json.loads(committed.read_text("utf-8"))):
+    found = read_results(new)
+    if committed.exists() and _timeless(found) == _timeless(read_results(committed)):
         return False
     with atomic_path(committed) as part:
-        part.write_text(text, encoding="utf-8")
+        shutil.copyfile(new, part)
     return True
 
 
@@ -129,8 +131,7 @@ def main() -> None:
     out: Path = options.out or Path("out/findings_quick" if options.quick else "out/findings")
     try:
         with cli.one_line_errors(PROG):
-            if out.exists() and not out.is_dir():
-                raise ValueError(f"--out {out} is a file: name a folder")
+            require_writable(out)
             for step in STEPS:
                 run_step(step, out, options.quick)
             if options.quick:

@@ -3,14 +3,16 @@
   python bench/gpu_wall.py                                        on a CUDA machine: every variant, 4B-class model
   python bench/gpu_wall.py --table_params 1e9 1e10 max            several table sizes; max is what memory holds
   python bench/gpu_wall.py --preset v41-flash --rows split        DeepSeek-V4.1-Flash: 4-grams, 24 columns, fp8 rows
-  python bench/gpu_wall.py --backbone none --steps decode:1       the layer by itself, one token at a time
+  python bench/gpu_wall.py --backbone none --steps prefill:1x64   the layer by itself
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
   python bench/gpu_wall.py --end-to-end --table_params 1e11       a whole model, served; the overhead taken apart
+  python bench/lookup_speed.py                                    the lookup alone, in microseconds
   make bench-cpu                                                  without a GPU: RAM against a real file
   make end-to-end-cpu                                             the same for the whole model, a tiny one
 
 Variants (where rows live, how they arrive):
-  resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor
+  resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor;
+                    end to end on CUDA by two kernels from token ids to rows, in the model's first graph
   offload_naive     host memory: CPU gather into staging, copy, wait; nothing overlaps
   offload_prefetch  the same, started when the token ids are known, joined just before the second block
   offload_uva       pinned host memory, read in place by a GPU kernel on a side stream
@@ -22,8 +24,9 @@ Variants (where rows live, how they arrive):
 
 The run predicts (rows, bytes, measured bandwidth, hence the floor), measures all variants in interleaved rounds with
 fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with
-a 95 % interval; "not resolved" means that the interval holds 1. Without CUDA the variants are resident (RAM) and
-offload_disk, and no GPU figure follows.
+a 95 % interval; "not resolved" means that the interval holds 1. On CUDA single steps are prefills: a decode step that
+the host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Without CUDA the
+variants are resident (RAM) and offload_disk, and no GPU figure follows.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,8 @@ import torch
 from bench.harness import components, end_to_end_options, end_to_end_report, steps, wall_figures, wall_table
 from bench.harness.accelerator import copy_bandwidth, describe
 from bench.harness.backbones import BACKBONES, Backbone, build_backbone
+from bench.harness.end_to_end_contenders import chosen_names
+from bench.harness.output import require_writable
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import fio_random_read
 from bench.harness.timeline import SpanLog, trace_step
@@ -56,7 +62,9 @@ from bench.harness.wall_options import (
     STEPS_GPU,
     largest,
     pick_device,
+    refuse_idle_options,
     require_disk,
+    require_steps,
     row_layout,
     step_shape,
     table_config,
@@ -126,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         type=step_shape,
         metavar="SHAPE",
-        help="prefill:BATCHxTOKENS, decode:BATCH (default: six on CUDA, two on a CPU)",
+        help="prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)",
     )
     add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step (default: 512)")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
@@ -147,16 +155,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
     add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="default: 4096")
     end_to_end_options.add_arguments(parser)
-    return complete(parser.parse_args())
+    return complete(*parser.parse_given())
 
 
-def complete(options: argparse.Namespace) -> argparse.Namespace:
-    """Defaults that depend on the machine or on other options."""
+def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.Namespace:
+    """Defaults that depend on the machine or on other options; what would do nothing is refused.
+
+    Args:
+        given: options that stand on the command line, by name.
+    """
     with cli.one_line_errors(PROG):
-        on_gpu = pick_device(options.device).type == "cuda"
+        device = pick_device(options.device)
+        on_gpu = device.type == "cuda"
+        (chosen_names if options.end_to_end else wanted_variants)(options.variants, device)  # refuses unknown ones
+        refuse_idle_options(options, given, on_gpu)
         end_to_end_options.fill_defaults(options, on_gpu)
         options.rows = row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
+        require_steps(options.steps or [], on_gpu and not options.end_to_end)
         options.table_params = [
             largest(preset, dtype) if n == "max" and not options.end_to_end else n for n in options.table_params
         ]
@@ -176,6 +192,7 @@ def main() -> None:
     """The command."""
     options = parse_arguments()
     with cli.one_line_errors(PROG):
+        require_writable(options.out)
         if options.end_to_end:
             return end_to_end_report.measure(options, tell, (COPY_BYTES, COPIES))
         results = Benchmark(options).run()
@@ -351,7 +368,8 @@ class Benchmark:
         # A profiled step takes a second: one step of each phase shows what there is to see.
         traced = shape.phase not in {done["shape"]["phase"] for done in self.results["steps"]}
         for variant in variants:
-            counted = steps.count_on_bus(stepper, variant, self.options.energy)
+            asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
+            counted = steps.count_on_bus(stepper, variant, self.options.energy, asked)
             spans = trace_step(stepper, variant, log, self.chrome_trace(shape, variant)) if traced else []
             step["runs"].append(
                 run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, spans)

@@ -35,6 +35,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 import numpy as np
 
+from bench.harness.output import printed_anyway, require_writable_file
 from bench.harness.results import environment, git_commit, write_json
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
@@ -189,6 +190,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     options = parse_arguments()
+    with cli.one_line_errors(PROG):
+        require_writable_file(options.out)
     start = time.perf_counter()
     config = EngramConfig.preset(options.preset)
     size = config.compressed_size or COMPRESSED_SIZE
@@ -215,10 +218,9 @@ def main() -> None:
         "ready_seconds": ready,
         "sizes": sizes,
     }
-    if options.out:
-        with cli.one_line_errors(PROG):
+    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
+        if options.out:
             write_json(options.out, results)
-    print(report(results))
 
 
 if __name__ == "__main__":

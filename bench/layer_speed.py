@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from bench.harness import fp8_gather, synthetic
 from bench.harness.demo_way import DemoWay, transposed_conv
+from bench.harness.output import printed_anyway, require_writable_file
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import STORE, ColdRace, Way, prepared_samples
 from bench.harness.timing import interleave, paired_ratio
@@ -264,7 +265,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, metavar="DIR", help="folder in which engramdb-python is installed")
     parser.add_argument("--folder", type=Path, default=Path("out/cold"), metavar="DIR", help="for the files of `cold`")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every sample and the environment here")
-    options = parser.parse_args()
+    options, given = parser.parse_given()
+    if "cold" not in options.cases:
+        with cli.one_line_errors(PROG):
+            cli.refuse_idle(given, ("store", "folder"), "without the case cold: add it to --cases")
     if "cold" in options.cases and options.store is None:
         parser.error("--cases cold needs --store: pip install --target DIR engramdb-python==0.3.0, then --store DIR")
     return options
@@ -289,12 +293,13 @@ def main() -> None:
         "cases": [],
     }
     with cli.one_line_errors(PROG):
-        for case in options.cases:
-            print(f"measuring {case}", file=sys.stderr, flush=True)
-            results["cases"] += runs[case]()
-        if options.out:
-            write_json(options.out, results)
-    print(report(results))
+        require_writable_file(options.out)
+        with printed_anyway(lambda: report(results)):
+            for case in options.cases:
+                print(f"measuring {case}", file=sys.stderr, flush=True)
+                results["cases"] += runs[case]()
+                if options.out:
+                    write_json(options.out, results)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.harness.output import printed_anyway, require_writable_file
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.timing import interleave, paired_ratio, summary
 from engram_ref import cli
@@ -138,6 +139,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.scale < 0.001:
         parser.error(f"--scale {options.scale} leaves nothing to measure: give at least 0.001")
+    with cli.one_line_errors(PROG):
+        require_writable_file(options.out)
     results = {
         "benchmark": PROG,
         "scale": options.scale,
@@ -146,10 +149,9 @@ def main() -> None:
         "tracing": trace_operations(options.repeats),
         "pricing": price_logs(options.scale, options.repeats),
     }
-    if options.out:
-        with cli.one_line_errors(PROG):
+    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
+        if options.out:
             write_json(options.out, results)
-    print(report(results))
 
 
 if __name__ == "__main__":

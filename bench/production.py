@@ -39,6 +39,7 @@ if importlib.util.find_spec("numba") is None:
     sys.exit("production: error: numba is not installed, and plain Python would take days: pip install '.[fast]'")
 
 from bench.harness.journal import Journal
+from bench.harness.output import printed_anyway, require_writable
 from bench.harness.parallel import in_parallel
 from bench.harness.results import environment, git_commit, write_unless_same
 from bench.harness.row_cases import Case, price_case, source
@@ -138,8 +139,7 @@ def main() -> None:
     journal = options.out / "production.journal"
     try:
         with cli.one_line_errors(PROG):
-            if options.out.exists() and not options.out.is_dir():
-                raise ValueError(f"--out {options.out} is a file: name a folder")
+            require_writable(options.out)
             parts = [part for part in PARTS if part in options.part]
             results = {
                 "schema_version": SCHEMA_VERSION,
@@ -150,12 +150,12 @@ def main() -> None:
                 "records": price_all(cases_of(parts, options.quick), journal, options.jobs),
             }
             path = options.out / "results.json"
-            written = write_unless_same(path, results, "records")
-            say(f"wrote {path}" if written else f"{path} says the same already")
+            with printed_anyway(lambda: report(results)):
+                written = write_unless_same(path, results, "records")
+                say(f"wrote {path}" if written else f"{path} says the same already")
     except KeyboardInterrupt:
         say(f"\n{PROG}: interrupted; finished cases are kept in {journal}, the same command continues")
         sys.exit(130)
-    print(report(results))
 
 
 if __name__ == "__main__":

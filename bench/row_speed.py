@@ -22,6 +22,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.harness.output import printed_anyway, require_writable_file
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.table import aligned
 from bench.harness.timing import summary
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="samples of each size (default: 3)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write raw samples and environment here")
     options = parser.parse_args()
+    with cli.one_line_errors(PROG):
+        require_writable_file(options.out)
     results = {
         "benchmark": PROG,
         "table": TABLE,
@@ -117,10 +120,9 @@ def main() -> None:
         "git": git_commit(),
         "samples": measure(options.rounds),
     }
-    if options.out:
-        with cli.one_line_errors(PROG):
+    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
+        if options.out:
             write_json(options.out, results)
-    print(report(results))
 
 
 if __name__ == "__main__":

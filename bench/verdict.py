@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 from bench.harness import published, row_table, sweep_table
 from bench.harness.evidence import COMPARED_TOKENS, RESULTS, STEP, Evidence, rounded_up
+from bench.harness.reading import as_this_version
 from bench.harness.row_table import LAYOUTS, TABLES, TEXT, per_byte, percent, reuse
 from bench.harness.sweep_table import ratios
 from bench.harness.sweeps import SWEEPS
@@ -239,8 +240,9 @@ def main() -> None:
     """The command."""
     parser = cli.Parser(prog="verdict", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
-    with cli.one_line_errors("verdict"):
-        print(halves(Evidence(parser.parse_args().results)))
+    folder: Path = parser.parse_args().results
+    with cli.one_line_errors("verdict"), as_this_version(folder):
+        print(halves(Evidence(folder)))
     claim = f"{100 * WALL_TIME_CLAIM:g} % of wall time"
     print(f"\nThe claim: under {claim}. The whole model is priced at {STEP} tokens a step.")
 

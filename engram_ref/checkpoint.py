@@ -24,6 +24,7 @@ from engram_ref.devices import as_device
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import LayerPlan
 from engram_ref.layer import Engram, check_plan
+from engram_ref.quoting import listed, quoted
 from engram_ref.replacing import replacing
 from engram_ref.tables import RowFormat, make_table
 from engram_ref.tables.headers import Header
@@ -83,6 +84,7 @@ def load_layer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     prefix: str = "",
+    sparse: bool = False,
     **options: Any,
 ) -> Engram:
     """Read a layer.
@@ -95,6 +97,7 @@ def load_layer(
         device: where the layer computes.
         dtype: of the fusion; None takes the file's.
         prefix: in front of every name.
+        sparse: take holes in the file, where nothing was ever written, for zeros that are meant.
         options: those of `make_table`, for instance `hot=` row numbers.
 
     Raises:
@@ -105,10 +108,10 @@ def load_layer(
     device = as_device(device)
     _check_form(config)
     check_plan(config, layer_plan)
-    stored = StoredRows.find(path, prefix + TABLE)
+    stored = StoredRows.find(path, prefix + TABLE, sparse=sparse)
     _check_table(str(path), stored.rows, stored.format, config, layer_plan)
     fusion = DemoFusion(config, device="meta")
-    header = Header.read(path)
+    header = Header.read(path, sparse)
     _check_names(header, fusion, prefix)
     _check_shapes(header, fusion, prefix)
     _check_constants(header, layer_plan, prefix)
@@ -144,8 +147,8 @@ def _check_names(header: Header, fusion: DemoFusion, prefix: str) -> None:
     missing, unexpected = sorted(needed - found), sorted(found - needed)
     if missing or unexpected:
         raise ValueError(
-            f"{header.path} is not a layer of this configuration: missing {', '.join(missing) or 'nothing'}; "
-            f"unexpected {', '.join(unexpected) or 'nothing'}"
+            f"{header.path} is not a layer of this configuration: missing {listed(missing) or 'nothing'}; "
+            f"unexpected {listed(unexpected) or 'nothing'}"
         )
 
 
@@ -153,11 +156,15 @@ def _check_shapes(header: Header, fusion: DemoFusion, prefix: str) -> None:
     for name, view in fusion.demo_views().items():
         shape, needed = header.tensors[prefix + name].shape, tuple(view.shape)
         if shape != needed:
-            raise ValueError(f"{header.path}: {prefix + name} has shape {shape}; this configuration needs {needed}")
+            raise ValueError(
+                f"{header.path}: {prefix + name} has shape {quoted(shape)}; this configuration needs {needed}"
+            )
 
 
 def _check_constants(header: Header, layer_plan: LayerPlan, prefix: str) -> None:
-    if header.read_tensor(prefix + OFFSETS).tolist() != list(layer_plan.offsets):
+    offsets = header.tensors[prefix + OFFSETS]
+    needed = ("I64", (len(layer_plan.offsets),))  # looked at before it is read: a file may claim any size
+    if (offsets.dtype, offsets.shape) != needed or header.read_tensor(offsets.name).tolist() != [*layer_plan.offsets]:
         raise ValueError(f"{header.path}: the table's offsets are not the plan's: it was hashed with other primes")
     recorded = header.metadata.get(prefix + PLAN)
     if recorded is not None:

@@ -68,7 +68,7 @@ def load_fusion_v41(
 ) -> V41Fusion:
     """The projection and the gains of one layer; arguments and errors as `load_layer_v41`."""
     device = as_device(device)
-    state = {part: _read(folder.tensor(layer_id, part)) for part in FUSION_PARTS}
+    state = {part: _read(folder.tensor(layer_id, part), folder.sparse) for part in FUSION_PARTS}
     try:
         check_fp8(state["wkv.weight"], state["wkv.scale"], tensor_name(layer_id, "wkv."))
     except ValueError as error:
@@ -78,8 +78,8 @@ def load_fusion_v41(
     return fusion
 
 
-def _read(entry: TensorEntry) -> Tensor:
-    header = Header.read(entry.path)
+def _read(entry: TensorEntry, sparse: bool) -> Tensor:
+    header = Header.read(entry.path, sparse)
     if header.tensors.get(entry.name) != entry:
         raise ValueError(f"{entry.path} was changed after it was checked: call ModelFolder.open again")
     return header.read_tensor(entry.name)

@@ -381,7 +381,11 @@ def _gate_and_scale(packed: Tensor, hidden: Tensor, gains: Tensor) -> tuple[Tens
 
 
 def _last(past: Tensor | None, steps: Tensor, count: int) -> Tensor:
-    """The last `count` of the steps, those of the past included; fewer where there are no more."""
-    if past is not None and steps.shape[1] < count:
+    """The last `count` of the steps, those of the past included; fewer where there are no more.
+
+    Compiled, what is written over the past is made of the past even where nothing of it is left: a write that needs
+    none of it torch 2.11 does first, and the convolution reads afterwards. The compiler leaves the copy out.
+    """
+    if past is not None and (torch.compiler.is_compiling() or steps.shape[1] < count):
         steps = torch.cat([past, steps], dim=1)
     return steps[:, max(0, steps.shape[1] - count) :]

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 import re
 import warnings
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engram_ref.compiled import numba_works
 from engram_ref.config import EngramConfig, require_int
 from engram_ref.quoting import one_line, quoted
 
@@ -352,14 +352,16 @@ class NgramHasher:
     Args:
         plan: the integers to hash with.
         backend: "numpy" (readable, the definition), "numba" (one fused loop, the same bits), or None
-            for numba where it is installed.
+            for numba where it is installed and can be imported.
     """
 
     def __init__(self, plan: HashPlan, backend: str | None = None) -> None:
         if backend is None:
-            backend = "numba" if importlib.util.find_spec("numba") else "numpy"
+            backend = "numba" if numba_works() else "numpy"
         if backend not in ("numpy", "numba"):
             raise ValueError(f"backend={backend!r}: use 'numpy' or 'numba'")
+        if backend == "numba" and not numba_works():
+            raise ValueError("backend='numba': it is not installed or cannot be imported; use 'numpy', the same bits")
         self.plan = plan
         self.backend = backend
         self._by_row: dict[int, tuple[Any, ...]] = {}  # what the compiled loop needs, per layer_id

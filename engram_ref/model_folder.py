@@ -5,9 +5,10 @@
     rows = NgramHasher(folder.plan)(compressed, layer_id=1)             # [B, T, C]
     table = make_table("file", folder.stored_rows(1), device="cuda")    # 95 GiB, read in place
 
-Opening reads `config.json`, the tokenizer, the index and the headers of the files that hold Engram tensors; the other
-files of the model need not be there. What could make a row wrong without an error is refused: a configuration that
-contradicts the table, another tokenizer, a table of another layer, scales of other blocks, a file that is cut off.
+Opening reads `config.json`, the tokenizer, the index and the headers of the files that hold Engram tensors, and asks
+whether these were reserved and never filled; the other files of the model need not be there. What could make a row
+wrong without an error is refused: a configuration that contradicts the table, another tokenizer, a table of another
+layer, scales of other blocks, a file that is cut off.
 Which token pads, and how columns are divided into orders and heads, moves rows and shows in no shape: of the published
 model it is known, other files record it beside their tables (as those of `engram_ref.sample_checkpoint`), and where
 neither says it, a warning does.
@@ -32,7 +33,7 @@ from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan
 from engram_ref.model_config import read_config
 from engram_ref.quoting import one_line, quoted
-from engram_ref.safetensors_header import TensorEntry, read_header, read_json, read_metadata
+from engram_ref.safetensors_header import TensorEntry, read_header, read_json, read_metadata, require_written
 from engram_ref.vocab import KNOWN_MAPS, CompressedVocab, tokenizer_json
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ModelFolder:
         tokenizer_path: that file; None where the folder has none and the packaged one is used.
         weight_map: file name of every tensor of the model.
         tensors: where the Engram tensors lie, by their full names.
+        sparse: whether holes in their files are meant as zeros.
     """
 
     path: Path
@@ -92,13 +94,15 @@ class ModelFolder:
     tokenizer_path: Path | None
     weight_map: dict[str, str] = field(repr=False)
     tensors: dict[str, TensorEntry] = field(repr=False)
+    sparse: bool = False
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> ModelFolder:
+    def open(cls, folder: str | os.PathLike[str], sparse: bool = False) -> ModelFolder:
         """Check a checkpoint and say where its Engram layers lie.
 
         Args:
             folder: with `config.json`, `model.safetensors.index.json` and the files it names, or `model.safetensors`.
+            sparse: take holes in these files, where nothing was ever written, for zeros that are meant.
 
         Raises:
             ValueError: something is missing, damaged, or contradicts something else; the message says what to do.
@@ -114,8 +118,10 @@ class ModelFolder:
         weight_map = _read_weight_map(path)
         tensors = _find_tensors(path, weight_map, config, plan)
         _check_recorded(path, config, plan, tensors)
+        if not sparse:
+            require_written(tensors.values())
         digest = hashlib.sha256(tokenizer_json(tokenizer)).hexdigest()
-        return cls(path, config, vocab, plan, digest, tokenizer, weight_map, tensors)
+        return cls(path, config, vocab, plan, digest, tokenizer, weight_map, tensors, sparse)
 
     def tensor(self, layer_id: int, part: str) -> TensorEntry:
         """Where a tensor of a layer lies.
@@ -140,7 +146,7 @@ class ModelFolder:
         from engram_ref.tables.stored import StoredRows
 
         codes, scales = self.tensor(layer_id, "embed.weight"), self.tensor(layer_id, "embed.scale")
-        stored = StoredRows.find(codes.path, codes.name, scale=scales.name, scale_path=scales.path)
+        stored = StoredRows.find(codes.path, codes.name, scale=scales.name, scale_path=scales.path, sparse=self.sparse)
         if [(part.offset, part.nbytes) for part in stored.parts] != [(x.offset, x.nbytes) for x in (codes, scales)]:
             raise ValueError(f"{codes.path} was changed after it was checked: call ModelFolder.open again")
         return stored
@@ -176,7 +182,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise ValueError(f"{index} has no weight_map from tensors to files: {_MEND}")
     for file in sorted(set(weight_map.values())):
         # A link in the folder is its owner's will, as in the Hugging Face cache; a path in the index is not.
-        if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
+        if file in ("", ".", "..") or any(mark in file for mark in "/\\") or not file.isprintable():
             raise ValueError(f"{index} names the file {quoted(file)}: it must lie in the folder itself; {_MEND}")
     return weight_map
 

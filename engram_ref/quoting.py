@@ -3,6 +3,7 @@
     quoted("a\\nb")                          # 'a\\nb', quotation marks and all
     quoted("x" * 1_000_000)                 # 'xxxxxxxxxx…xxxxx' (1,000,000 characters)
     quoted([2] * 1_000_000, 40)             # [2, 2, 2, 2…2, 2] (1,000,000 items)
+    listed(names)                           # a, b and 70 others
     one_line(error)                         # without quotation marks: a sentence that somebody else wrote
 
 What comes from a file (a tensor's name, a shape, a pattern) may hold control characters that steer a terminal, letters
@@ -14,6 +15,7 @@ can be shown.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -38,6 +40,12 @@ def one_line(text: object, limit: int = 400) -> str:
     assert limit >= _LEAST, limit
     given = str(text)
     return _cut(_printable(_ends(given, limit, limit)), limit, _count(given, limit))
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Some names, each printable and short, and how many others there are; nothing for none."""
+    others = f" and {len(names) - most} others" if len(names) > most else ""
+    return ", ".join(one_line(name, 80) for name in names[:most]) + others
 
 
 def _written(value: Any, room: int) -> str:

@@ -8,6 +8,7 @@
 All live values lie on one stack, the last used on top; reading the value at depth d costs ceil(sqrt(d)),
 writing and computing cost nothing. `bytedmd` and `traced_eval` have the names, arguments and meaning of the
 original (github.com/cybertronai/ByteDMD, branch main of 2026-04-13), so either can stand in for the other.
+What differs from it, apart from the price: docs/how-bytedmd-works.md, "Where it differs from the original".
 `trace` says more: which kind of value (token, row, weight, ...) each read was of, and what it cost.
 
 How it works: every argument is wrapped (`engram_toy.wrapping`) in a `Tracked` value, whose operators write a
@@ -23,16 +24,19 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from engram_toy import stack, tally
 from engram_toy.tracked import Recorder, Tracked
 from engram_toy.wrapping import Unwrapper, Wrapper, leaves
 
+_MOST_KINDS = 256  # a read's kind takes one byte
 _WORTH_COMPILING = 200_000  # values; below this, loading numba takes longer than it saves
 
 
@@ -96,7 +100,7 @@ class Recording:
         log = self.log
         if compiled is None:
             long = log.inputs + len(log.left) >= _WORTH_COMPILING
-            compiled = long and importlib.util.find_spec("numba") is not None
+            compiled = long and importlib.util.find_spec("numba") is not None and _compiled_engine() is not None
         distances, counting = _engine(compiled)
         return Trace(
             result=self.result,
@@ -140,7 +144,8 @@ def trace(
             the run is long. The depths are the same.
 
     Raises:
-        ValueError: an unknown definition, or not one kind per argument.
+        ValueError: an unknown definition; not one kind per argument, or too many; a result whose work is still to be
+            done; values of another run, or used in a second thread.
     """
     stack.check_definition(definition)
     return record(func, args, kinds, definition == "two-stack").trace(definition, compiled)
@@ -178,18 +183,22 @@ def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str],
         sizes.insert(0, wrapper.inputs - before)
     argument_depth = _argument_depth(wrapped, wrapper.inputs) if two_stack else None
     recorder.start(wrapper.inputs)
-    returned = func(*wrapped)
-    recorder.flush()
-
-    parts = leaves(returned)
+    parts: list[Any] = []
+    try:
+        returned = func(*wrapped)
+        parts = leaves(returned)  # before what holds them is made plain
+    finally:
+        recorder.close()
+        unwrap = Unwrapper(recorder, wrapper.originals())
+        wrapper.write_back(unwrap)  # what it did before an error, too
+    recorder.check_threads()
+    result = unwrap(returned)
     ids = [part.id for part in parts if isinstance(part, Tracked)]
     live = list(dict.fromkeys(ids))
     log = stack.Log(wrapper.inputs, recorder.left, recorder.right, recorder.third, live, argument_depth)
     numbered = list(zip(reversed(kinds), reversed(sizes)))  # in the order of the values' numbers
     names, codes = _kind_codes(kinds, numbered, recorder.labels, len(log.left))
-    unwrap = Unwrapper()
-    wrapper.write_back(unwrap)
-    return Recording(unwrap(returned), log, codes, names, tuple(sizes), dict(recorder.escapes), len(parts) - len(ids))
+    return Recording(result, log, codes, names, tuple(sizes), dict(recorder.escapes), len(parts) - len(ids))
 
 
 def _argument_depth(arguments: list[Any], inputs: int) -> array[int]:
@@ -208,6 +217,8 @@ def _kind_codes(
 ) -> tuple[tuple[str, ...], bytearray]:
     """Names of the kinds, and for every value of the run the position of its kind among them."""
     names = tuple(dict.fromkeys([*kinds, "activation", *labels.values()]))
+    if len(names) > _MOST_KINDS:
+        raise ValueError(f"{len(names)} kinds of values, computed ones included: give at most {_MOST_KINDS} names")
     code = {name: position for position, name in enumerate(names)}
     codes = bytearray().join(bytes([code[kind]]) * size for kind, size in [*sizes, ("activation", computed)])
     for value, kind in labels.items():
@@ -216,12 +227,26 @@ def _kind_codes(
 
 
 def _engine(compiled: bool) -> tuple[Any, Any]:
-    """The modules that find depths and count reads: plain Python, or numba and numpy, loaded only here."""
+    """The modules that find depths and count reads: plain Python, or numba and numpy."""
     if not compiled:
         return stack, tally
-    from engram_toy.fast import stack as fast_stack
-    from engram_toy.fast import tally as fast_tally
+    engine = _compiled_engine()
+    if engine is None:
+        raise ValueError("compiled=True, but numba cannot be used here: repair it, or leave `compiled` out")
+    return engine
 
+
+@lru_cache(maxsize=1)
+def _compiled_engine() -> tuple[Any, Any] | None:
+    """The compiled modules, loaded only here; None, with a warning, where they cannot be."""
+    try:
+        from engram_toy.fast import stack as fast_stack
+        from engram_toy.fast import tally as fast_tally
+    # What a broken installation raises: numpy too new or too old for numba, libraries of LLVM missing or foreign.
+    except (ImportError, OSError, AttributeError, RuntimeError, SystemError, ValueError) as error:
+        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        warnings.warn(f"numba is not used, plain Python prices the run more slowly ({cause})", stacklevel=2)
+        return None
     return fast_stack, fast_tally
 
 
@@ -232,6 +257,11 @@ def traced_eval(func: Callable[..., Any], args: Sequence[Any], definition: str =
     """
     run = trace(func, args, definition=definition)
     return run.depths.tolist(), run.result
+
+
+def trace_to_bytedmd(trace: Iterable[int], bytes_per_element: int) -> int:
+    """ByteDMD price of reads at these depths, such as `traced_eval` returns them."""
+    return stack.price(trace, bytes_per_element)
 
 
 def bytedmd(func: Callable[..., Any], args: Sequence[Any], bytes_per_element: int = 1, definition: str = "lru") -> int:

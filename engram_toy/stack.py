@@ -330,15 +330,18 @@ def read_price(depth: int, bytes_per_element: int = 1) -> int:
     """Return the price of one read of all bytes of the element at this depth (1 is the top)."""
     if depth < 1:
         raise ValueError(f"depth {depth} is not on the stack: depths start at 1")
-    if bytes_per_element < 1:
-        raise ValueError(f"bytes_per_element is {bytes_per_element}: an element has 1 byte or more")
     if bytes_per_element == 1:
         return isqrt(depth - 1) + 1
+    _check_bytes(bytes_per_element)
     return cumulative_price(depth * bytes_per_element) - cumulative_price((depth - 1) * bytes_per_element)
+
+
+def _check_bytes(bytes_per_element: int) -> None:
+    if not hasattr(bytes_per_element, "__index__") or bytes_per_element < 1:
+        raise ValueError(f"bytes_per_element is {bytes_per_element}: an element has a whole number of bytes, 1 or more")
 
 
 def price(depths: Iterable[int], bytes_per_element: int = 1) -> int:
     """Return the price of all these reads; depths that repeat are priced once and multiplied."""
-    if bytes_per_element < 1:
-        raise ValueError(f"bytes_per_element is {bytes_per_element}: an element has 1 byte or more")
+    _check_bytes(bytes_per_element)
     return sum(count * read_price(depth, bytes_per_element) for depth, count in Counter(depths).items())

@@ -11,25 +11,61 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, count, islice
-from typing import Any
+from reprlib import repr as shortened
+from typing import Any, NoReturn
 
 PLAIN_TYPES = frozenset((int, float, bool, complex, str))  # closed under their own arithmetic, but for divmod
 _FLUSH_EVERY = 1 << 12
+_ENTERED = "only lists, tuples and NumPy arrays are looked into, so pass its parts in one of these"
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is a NumPy array. NumPy is never imported for this: where there is an array, it has been."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def plain_types() -> frozenset[type]:
+    """PLAIN_TYPES and, where NumPy is loaded, its numbers and texts, whose arithmetic is closed as well."""
+    return _with_numpy() if "numpy" in sys.modules else PLAIN_TYPES
+
+
+@lru_cache(maxsize=1)
+def _with_numpy() -> frozenset[type]:
+    import numpy
+
+    return PLAIN_TYPES | set(numpy.sctypeDict.values()) - {numpy.object_, numpy.void}
 
 
 class Tracked:
-    """One watched value. Each run has subclasses of its own, which hold that run's recorder and operators."""
+    """One watched value. Each run has subclasses of its own, which hold that run's recorder and operators.
+
+    There is no __init__, and `Recorder.watch` fills the slots: that makes an operation a sixth faster.
+    """
 
     __slots__ = ("value", "id")
+    __array_priority__ = (
+        -1.0
+    )  # NumPy: a scalar on the left leaves the operation to the operators here, an array does not
     _recorder: Recorder
+    value: Any
+    id: int
 
-    def __init__(self, value: Any, id: int) -> None:
-        self.value = value
-        self.id = id
+    def __iter__(self) -> NoReturn:
+        raise TypeError(f"a tracked {type(self.value).__name__} is one value, not iterable: {_ENTERED}")
+
+    def __contains__(self, part: Any) -> NoReturn:
+        raise TypeError(f"a tracked {type(self.value).__name__} is one value, not searched: {_ENTERED}")
+
+    def __len__(self) -> NoReturn:
+        raise TypeError(f"a tracked {type(self.value).__name__} is one value, without a length: {_ENTERED}")
 
     def __str__(self) -> str:
         return str(self.value)
@@ -41,13 +77,34 @@ class Tracked:
         return format(self.value, spec)
 
 
+class _TrackedObject(Tracked):
+    """What is no number or text. (In `Tracked`, a __getattr__ would slow every access to its slots.)"""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or name in Tracked.__slots__:  # asked for by protocols, such as copying
+            raise AttributeError(name)
+        raise AttributeError(f"a tracked {type(self.value).__name__} has no {name!r}: {_ENTERED}")
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        raise TypeError(f"a tracked {type(self.value).__name__} is one value, without items: {_ENTERED}")
+
+    __setitem__: Any = lambda self, key, part: self[key]
+
+
 class Recorder:
     """Log of one run: what each instruction reads.
+
+    Only the thread that made it may log, and only until it is closed: reads of several threads have no order, and a
+    value that is kept from one run to the next would be taken for one of the latter's.
 
     Attributes:
         left, right, third: operands, as in `engram_toy.stack.Log`; call `flush` before reading them.
         labels: kinds given to values by hand, by number.
         escapes: how often a value left the tracer, by conversion.
+        owned: whether the calling thread may log.
+        shared: whether another thread has tried to.
         plain, opaque: the run's Tracked subclasses, for PLAIN_TYPES and for other objects.
     """
 
@@ -61,9 +118,15 @@ class Recorder:
         # after each block the lists are emptied into the arrays while they are still in the cache.
         self.recent_left: list[int] = []
         self.recent_right: list[int] = []
+        self.plain_types = plain_types()
         namespace = {"__slots__": (), "_recorder": self}
         self.plain: type[Tracked] = type("Tracked", (Tracked,), namespace)
-        self.opaque: type[Tracked] = type("TrackedObject", (Tracked,), dict(namespace))
+        self.opaque: type[Tracked] = type("TrackedObject", (_TrackedObject,), dict(namespace))
+        self.shared = self._closed = False
+        self._owner = threading.RLock()
+        self._owner.acquire()
+        # Asked before every operation: of the ways to tell threads apart, the one that takes no time worth measuring.
+        self.owned: Callable[[], bool] = self._owner._is_owned  # type: ignore[attr-defined]
 
     def start(self, inputs: int) -> None:
         """Values 0 .. inputs-1 are the arguments; the next number is the first instruction's."""
@@ -84,9 +147,46 @@ class Recorder:
         self.recent_left.clear()
         self.recent_right.clear()
 
+    def close(self) -> None:
+        """End the run: its values can no longer be computed with."""
+        self.flush()
+        self._closed = True
+        self._owner.release()
+
+    def refuse(self, value: Tracked) -> NoReturn:
+        """Say why this thread may not log an operation on a value of this run."""
+        if self._closed:
+            raise ValueError(f"{shortened(value.value)} was kept from a traced run that has ended: return it instead")
+        self.shared = True
+        raise _other_thread()
+
+    def check_threads(self) -> None:
+        """Raise ValueError if another thread was refused, whatever became of its error."""
+        if self.shared:
+            raise _other_thread()
+
+    def check_own(self, value: Tracked) -> None:
+        """Raise ValueError for a value of another run."""
+        if value._recorder is not self:
+            raise ValueError(
+                f"{shortened(value.value)} belongs to another traced run: keep no values between runs, and use none of "
+                "an outer run within an inner one"
+            )
+
     def watch(self, value: Any, id: int) -> Tracked:
         """Wrap a value that already has a number."""
-        return (self.plain if value.__class__ in PLAIN_TYPES else self.opaque)(value, id)
+        watched = self.plain() if value.__class__ in self.plain_types else self.opaque()
+        watched.value = value
+        watched.id = id
+        return watched
+
+    def watch_plain(self, values: Sequence[Any], first: int) -> list[Tracked]:
+        """The same for many of `plain_types`, numbered from `first`: a row, or a million values of padding."""
+        watched = [self.plain() for _ in values]
+        for id, (tracked, value) in enumerate(zip(watched, values), first):
+            tracked.value = value
+            tracked.id = id
+        return watched
 
     def inner_product(self, a: Sequence[Any], b: Sequence[Any]) -> Any:
         """What `total = a[0] * b[0]`, then `total = total + a[i] * b[i]`, computes and logs, in half the time.
@@ -95,6 +195,8 @@ class Recorder:
         """
         if len(a) != len(b) or {*map(type, a), *map(type, b)} != {self.plain}:
             return NotImplemented
+        if not self.owned():
+            self.refuse(a[0])
         total = a[0].value * b[0].value
         for x, y in zip(a[1:], b[1:]):
             total = total + x.value * y.value
@@ -105,12 +207,17 @@ class Recorder:
         left[2::2], right[2::2] = stored[:-1:2], stored[1::2]  # the sum so far, and the new product
         self.recent_left.extend(left)
         self.recent_right.extend(right)
-        return self.plain(total, stored[-1])
+        return self.watch(total, stored[-1])
 
     def instruction(self, compute: Callable[..., Any], *operands: Any) -> Any:
         """Any operation on any mixture of tracked and other operands."""
+        tracked = [x for x in operands if isinstance(x, Tracked)]
+        for x in tracked:
+            self.check_own(x)
+        if not self.owned():
+            self.refuse(tracked[0])
         result = compute(*(x.value if isinstance(x, Tracked) else x for x in operands))
-        self._read(*(x.id for x in operands if isinstance(x, Tracked)))
+        self._read(*(x.id for x in tracked))
         return self._store(result, self.next_id())
 
     def _read(self, *ids: int) -> None:
@@ -120,17 +227,28 @@ class Recorder:
             self.third[len(self.left) + len(self.recent_left) - 1] = ids[2]
 
     def _store(self, result: Any, id: int) -> Any:
-        """Wrap a result; the parts of a tuple or list are stored one after the other."""
+        """Wrap a result; the parts of a tuple, list or array are stored one after the other."""
         if isinstance(result, Tracked):
             return result
-        if not isinstance(result, (tuple, list)):
+        if not isinstance(result, (tuple, list)) and not is_array(result):
             return self.watch(result, id)
         parts = []
-        for part in result:
+        for part in result.flat if is_array(result) else result:
             parts.append(self._store(part, id))
             self._read()
             id = self.next_id()
+        if is_array(result):
+            from engram_toy.fast.arrays import tracked_array
+
+            return tracked_array(parts, result.shape, None)
         return parts if isinstance(result, list) else tuple(parts)
+
+
+def _other_thread() -> ValueError:
+    return ValueError(
+        "the traced function computed with its values in a second thread: reads of several threads have no order, so "
+        "compute in one"
+    )
 
 
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -202,9 +320,11 @@ def _reflected(recorder: Recorder, compute: Callable[..., Any]) -> Any:
 
 def _conversion(recorder: Recorder, name: str, convert: Callable[[Any], Any]) -> Any:
     left, right, next_id = recorder.recent_left.append, recorder.recent_right.append, recorder.next_id
-    escapes = recorder.escapes
+    escapes, owned, refuse = recorder.escapes, recorder.owned, recorder.refuse
 
     def leave(self: Tracked) -> Any:
+        if not owned():
+            refuse(self)
         result = convert(self.value)
         left(self.id)
         right(-1)
@@ -219,6 +339,8 @@ def _conversion(recorder: Recorder, name: str, convert: Callable[[Any], Any]) ->
 # make one function per sign without a call in it.
 _SOURCE = """
 def operate(self, other):
+    if not owned():
+        refuse(self)
     kind = other.__class__
     if kind is cls:
         value = self.value {sign} other.value
@@ -230,7 +352,7 @@ def operate(self, other):
         right(-1)
     else:
         return general(self, other)
-    result = new(cls)
+    result = cls()
     result.value = value
     result.id = next_id()
     return result
@@ -242,11 +364,12 @@ def _spelt_out(cls: type[Tracked], recorder: Recorder, sign: str, general: Calla
     """An operator of plain values written out: the lines of which nearly every run consists."""
     names = {
         "cls": cls,
-        "new": object.__new__,
+        "owned": recorder.owned,
+        "refuse": recorder.refuse,
         "left": recorder.recent_left.append,
         "right": recorder.recent_right.append,
         "next_id": recorder.next_id,
-        "plain_types": PLAIN_TYPES,
+        "plain_types": recorder.plain_types,
         "general": general,
     }
     exec(_CODE[sign], names)

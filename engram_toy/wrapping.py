@@ -1,21 +1,26 @@
 """Tracking the leaves of nested arguments, and giving plain values back.
 
-Lists, tuples and NumPy arrays are walked, left to right; a container that is met twice stays one container.
-Any other object is a leaf. NumPy is never imported here: where there is an array, it has been.
+Lists, tuples and NumPy arrays are walked, left to right, and keep their types; a container that is met twice stays one
+container. Any other object is a leaf. What comes out is searched further: dicts, sets, deques and the attributes of
+objects, too, hold plain values when a run has ended.
+
+The caller's containers are never replaced: what stands for one of them turns into it again, and it is written to only
+where the function has changed it.
 """
 
 from __future__ import annotations
 
-import sys
+from collections import deque
+from collections.abc import Iterable
+from operator import is_not
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from engram_toy.tracked import PLAIN_TYPES, Recorder, Tracked
+from engram_toy.tracked import PLAIN_TYPES, Recorder, Tracked, is_array
 
-
-def is_array(value: Any) -> bool:
-    """Whether `value` is a NumPy array."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
+# What an operation has not done yet, it is not charged for: iterators and generators, coroutines, asynchronous ones.
+_LAZY = ("__next__", "__await__", "__anext__")
+_NOT_SEARCHED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)  # they lead to all that is loaded
 
 
 def leaves(value: Any) -> list[Any]:
@@ -39,78 +44,201 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
+def rebuilt(container: Any, parts: Iterable[Any]) -> Any:
+    """A list or tuple of the same type and attributes with other parts."""
+    kind = type(container)
+    if kind is list or kind is tuple:
+        return kind(parts)
+    if isinstance(container, list):
+        copy: Any = list.__new__(kind)
+        list.extend(copy, parts)
+    else:
+        parts = tuple(parts)
+        try:
+            copy = tuple.__new__(kind, parts)  # the constructor of a named tuple takes its parts one by one
+        except TypeError:
+            copy = kind(parts)  # a type of C, such as `time.struct_time`, has no other
+    for name in _attribute_names(container):
+        object.__setattr__(copy, name, getattr(container, name))
+    return copy
+
+
+def _attribute_names(value: Any) -> list[str]:
+    names = list(getattr(value, "__dict__", ()))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                names.append(name)
+    return names
+
+
 class Wrapper:
     """Wraps arguments; `inputs` counts the values so far, which are numbered in the order of wrapping."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.inputs = 0
-        self._wrapped: dict[int, Any] = {}
-        self._written_back: list[tuple[Any, Any]] = []
+        # By address: an argument, held so that nothing else gets its address, and what stands for it.
+        self._wrapped: dict[int, tuple[Any, Any]] = {}
+        self._changeable: list[tuple[Any, Any, Any]] = []  # an argument, what stands for it, and that as it was
 
     def wrap(self, value: Any) -> Any:
-        """Track every leaf of `value`, in copies of its containers."""
+        """Track every leaf of `value`, in copies of its containers.
+
+        Raises:
+            ValueError: it holds a value of another traced run.
+        """
         if value.__class__ in PLAIN_TYPES:
             return self._leaf(value)  # equal numbers may be one object: they are never shared
-        known = self._wrapped.get(id(value))
-        if known is None:
-            known = self._wrap_object(value)
-            self._wrapped[id(value)] = known
-        return known
+        if id(value) not in self._wrapped:
+            self._wrapped[id(value)] = value, self._wrap_object(value)
+        return self._wrapped[id(value)][1]
 
     def _leaf(self, value: Any) -> Tracked:
+        if isinstance(value, Tracked):
+            self.recorder.check_own(value)
         self.inputs += 1
         return self.recorder.watch(value, self.inputs - 1)
 
     def _wrap_object(self, value: Any) -> Any:
         if isinstance(value, list):
-            copy: Any = []
-            self._wrapped[id(value)] = copy  # before its parts: a list may hold itself
-            if PLAIN_TYPES.issuperset(map(type, value)):  # a row, or a million values of padding
-                copy.extend(map(self.recorder.plain, value, range(self.inputs, self.inputs + len(value))))
-                self.inputs += len(value)
-            else:
-                copy.extend(map(self.wrap, value))
+            copy = rebuilt(value, ())
+            self._wrapped[id(value)] = value, copy  # before its parts: a list may hold itself
+            list.extend(copy, self._wrap_parts(value))
+            before = list(copy)
         elif isinstance(value, tuple):
-            return tuple(map(self.wrap, value))
-        elif is_array(value):
-            copy = value.astype(object)
-            copy.flat = [self.wrap(x) for x in value.flatten().tolist()]
+            return rebuilt(value, self._wrap_parts(value))
+        elif is_array(value) and type(value).__name__ in ("ndarray", "TrackedArray"):  # of a subclass, who knows
+            copy = self._wrap_array(value)
+            before = copy.copy()
         else:
             return self._leaf(value)
-        self._written_back.append((value, copy))
+        self._changeable.append((value, copy, before))
         return copy
 
+    def _wrap_parts(self, values: Iterable[Any]) -> list[Any]:
+        values = list(values)
+        if not PLAIN_TYPES.issuperset(map(type, values)):
+            return list(map(self.wrap, values))
+        first, self.inputs = self.inputs, self.inputs + len(values)
+        return list(self.recorder.watch_plain(values, first))
+
+    def _wrap_array(self, array: Any) -> Any:
+        from engram_toy.fast.arrays import elements, tracked_array
+
+        scalars = self.recorder.plain_types
+        parts = [self._leaf(x) if type(x) in scalars else self.wrap(x) for x in elements(array)]
+        copy = tracked_array(parts, array.shape, array.dtype)
+        copy.flags.writeable = array.flags.writeable
+        return copy
+
+    def originals(self) -> dict[int, tuple[Any, Any]]:
+        """What stands for a container of the caller, and that container; by the address of the former."""
+        return {id(copy): (copy, value) for value, copy in self._wrapped.values() if not isinstance(copy, Tracked)}
+
     def write_back(self, unwrap: Unwrapper) -> None:
-        """Give every argument list and array the plain contents that the function left in it."""
-        for original, copy in self._written_back:
-            original[... if is_array(original) else slice(None)] = unwrap(copy)
+        """Give every argument list and array what the function has changed in it, plain."""
+        for original, copy, before in self._changeable:
+            if isinstance(original, list):
+                if len(copy) != len(before) or any(map(is_not, copy, before)):
+                    list.__setitem__(original, slice(None), list(map(unwrap, copy)))
+            else:
+                from engram_toy.fast.arrays import changed
+
+                for place, part in changed(before, copy):
+                    original[place] = unwrap(part)
 
 
 class Unwrapper:
-    """Plain values for tracked ones, in any nesting; shared lists stay shared."""
+    """Plain values for tracked ones, in whatever holds them.
 
-    def __init__(self) -> None:
-        self._plain: dict[int, Any] = {}
+    What can be changed is changed in place, and what holds no tracked value is left alone, so that everything stays
+    what it is and shared parts stay shared.
+
+    Args:
+        originals: the caller's containers, as `Wrapper.originals` gives them.
+    """
+
+    def __init__(self, recorder: Recorder, originals: dict[int, tuple[Any, Any]]) -> None:
+        self._recorder = recorder
+        # By address: what was met, held so that nothing else gets its address, and the plain thing for it.
+        self._plain = originals
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, Tracked):
-            return value.value
-        if not isinstance(value, (list, tuple)) and not is_array(value):
-            return value
-        known = self._plain.get(id(value))
-        if known is None:
-            known = self._walk(value)
-            self._plain[id(value)] = known
-        return known
+        """The plain thing for `value`.
 
-    def _walk(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(self, value))
+        Raises:
+            ValueError: a value of another run, or work that is still to be done.
+        """
+        if isinstance(value, Tracked):
+            self._recorder.check_own(value)
+            return value.value
+        if value.__class__ in PLAIN_TYPES or value is None or isinstance(value, _NOT_SEARCHED):
+            return value
+        if id(value) not in self._plain:
+            self._plain[id(value)] = value, value  # before its parts: it may hold itself
+            self._plain[id(value)] = value, self._search(value)
+        return self._plain[id(value)][1]
+
+    def _search(self, value: Any) -> Any:
+        refuse_lazy(value)
+        if isinstance(value, (tuple, frozenset)):
+            parts = list(map(self, value))
+            if not any(map(is_not, parts, value)):
+                return value
+            return rebuilt(value, parts) if isinstance(value, tuple) else type(value)(parts)
         if is_array(value):
-            plain = [self(x) for x in value.flatten().tolist()]
-            return sys.modules["numpy"].array(plain).reshape(value.shape)
-        copy: list[Any] = []
-        self._plain[id(value)] = copy
-        copy.extend([item.value if isinstance(item, Tracked) else self(item) for item in value])
-        return copy
+            return self._array(value)
+        if isinstance(value, (list, deque)):
+            plain = self._recorder.plain
+            parts = [item.value if item.__class__ is plain else self(item) for item in value]
+            if any(map(is_not, parts, value)):
+                value.clear()
+                value.extend(parts)
+        elif isinstance(value, set):
+            parts = list(map(self, value))
+            if any(map(is_not, parts, value)):
+                value.clear()
+                value.update(parts)
+        elif isinstance(value, dict):
+            self._dict(value)
+        for name in _attribute_names(value):
+            part = getattr(value, name)
+            if self(part) is not part:
+                object.__setattr__(value, name, self(part))
+        return value
+
+    def _dict(self, value: dict[Any, Any]) -> None:
+        items = list(dict.items(value))  # an OrderedDict's own would hash its keys
+        plain = [(self(key), self(part)) for key, part in items]
+        if any(new is not key for (new, _), (key, _) in zip(plain, items)):
+            value.clear()
+        elif not any(new is not part for (_, new), (_, part) in zip(plain, items)):
+            return
+        for key, part in plain:
+            value[key] = part
+
+    def _array(self, value: Any) -> Any:
+        from engram_toy.fast.arrays import TrackedArray, plain_array
+
+        if value.dtype != object:
+            return value.view(type(value).__mro__[1]) if isinstance(value, TrackedArray) else value
+        items = list(value.flat)
+        parts = list(map(self, items))
+        if not isinstance(value, TrackedArray) and not any(map(is_not, parts, items)):
+            return value
+        return plain_array(parts, value)
+
+
+def refuse_lazy(value: Any) -> None:
+    """Raise ValueError for what would be computed only when it is asked for: it could not be priced."""
+    if any(hasattr(type(value), name) for name in _LAZY):
+        if hasattr(value, "close") and hasattr(type(value), "send"):
+            value.close()  # or Python warns that it was never awaited
+        name = type(value).__name__
+        raise ValueError(
+            f"the result holds a {name}, whose work is not done yet: use it up in the function, say by list()"
+        )

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from bench import fill_docs
-from bench.harness.figures import source
+from bench.harness.output import source
 from bench.harness.sweeps import SWEEPS
 from bench.harness.timing import paired_ratio
 from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
@@ -88,7 +88,7 @@ FIGURES = {
     "bytedmd_sweeps": [f"sweep_{name}.svg" for name in SWEEPS],
     "production": ["hot_tier.svg", "place.svg", "row_depths.svg", "whole_model.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
-    "end_to_end_cpu": ["overhead_parts.svg", "slower_bus.svg"],
+    "end_to_end_cpu": ["baselines.svg", "overhead_parts.svg", "slower_bus.svg"],
 }
 
 

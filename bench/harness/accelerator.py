@@ -155,8 +155,8 @@ def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "memory_bytes": properties.total_memory,
-        **{name: answer.value for name, answer in answers.items()},
-        "unknown": {name: answer.why for name, answer in answers.items() if answer.why is not None},
+        **{name: found.value for name, found in answers.items()},
+        "unknown": {name: found.why for name, found in answers.items() if found.why is not None},
     }
 
 
@@ -187,10 +187,11 @@ def _answers(driver: Driver, pci_devices: Path = _PCI_DEVICES) -> dict[str, Answ
         "power_limit_w": lambda: driver.ask("nvmlDeviceGetEnforcedPowerLimit") / 1e3,
         "numa_node": lambda: _numa_node(_text(driver.ask("nvmlDeviceGetPciInfo").busId), pci_devices),
     }
-    return {name: _answer(question) for name, question in questions.items()}
+    return {name: answer(question) for name, question in questions.items()}
 
 
-def _answer(question: Callable[[], Any]) -> Answer:
+def answer(question: Callable[[], Any]) -> Answer:
+    """What asking the driver gives, or why it gives nothing."""
     try:
         return Answer(question())
     except _Unanswered as error:
@@ -243,6 +244,11 @@ class PcieCounter:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
+
+    @property
+    def works(self) -> bool:
+        """Whether the driver has answered so far."""
+        return self._why is None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -105,7 +105,7 @@ class Decoder(Backbone):
         self._model = model
         self._shape = shape
         self.blocks = len(self._model.layers)
-        self.parameters_bytes = _parameter_bytes(self._model.layers)
+        self.parameters_bytes = parameter_bytes(self._model.layers)
 
     def flops_per_token(self, context: int) -> int:
         """As the function of this name, for all blocks."""
@@ -228,7 +228,7 @@ def build_backbone(
         return Backbone(name, hidden_if_none)
     fields = _checked(name, _fields(name), blocks)
     model = _empty_model({**fields, "vocab_size": vocabulary}, dtype, attention)
-    require_bytes(_parameter_bytes(model), device)
+    require_bytes(parameter_bytes(model), device)
     _materialise(model, device)
     return Decoder(name, model, _shape(model.config))
 
@@ -320,5 +320,6 @@ def _shape(config: Any) -> BlockShape:
     return BlockShape(config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads, head_dim)
 
 
-def _parameter_bytes(module: nn.Module) -> int:
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters."""
     return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())

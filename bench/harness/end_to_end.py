@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.harness.accelerator import copy_bandwidth, describe
-from bench.harness.backbones import Decoder, build_backbone, measure_backbone
+from bench.harness.backbones import Decoder, build_backbone, measure_backbone, parameter_bytes
 from bench.harness.end_to_end_contenders import Choice, Contenders, chosen_names
+from bench.harness.end_to_end_lookup import ResidentLookup
 from bench.harness.end_to_end_memory import Plan, device_room, estimate, largest_batch
 from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention
 from bench.harness.end_to_end_options import FIT, check
@@ -65,6 +66,7 @@ class EndToEnd:
             chosen_names(options.variants, self.device),
             tuple(options.hot_shares),
             tuple(Bus.parse(text) for text in options.buses),
+            self.device.type == "cuda" and not options.eager,
         )
         self.vocab = CompressedVocab.from_tokenizer()
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
@@ -93,21 +95,29 @@ class EndToEnd:
         return max(1e5, params)
 
     def _fitting(self) -> list[tuple[str, int, Plan]]:
-        """The cases as planned; with `--fit` without the resident table, if that is what does not fit."""
+        """The cases as planned; with `--fit` without the file or the resident table, if that is what does not fit."""
+        if "offload_disk" in self.choice.names:
+            self._or_without("offload_disk", self._require_disk)
+        return self._or_without("resident", self._planned)
+
+    def _or_without(self, name: str, attempt: Callable[[], Any]) -> Any:
+        """An attempt; with `--fit` it is made again without a variant, where that may help."""
         try:
-            return self._planned()
+            return attempt()
         except ValueError as error:
-            if not (self.options.fit and "resident" in self.choice.names):
+            if not (self.options.fit and name in self.choice.names):
                 raise
-            print(f"resident is left out: {error}", flush=True)
-            self.choice = replace(self.choice, names=tuple(x for x in self.choice.names if x != "resident"))
-            return self._planned()
+            print(f"{name} is left out: {error}", flush=True)
+            self.choice = replace(self.choice, names=tuple(x for x in self.choice.names if x != name))
+            return attempt()
+
+    def _require_disk(self) -> None:
+        if "offload_disk" in self.choice.names:
+            require_disk(self.plan.layers[0].rows * self.config.row_bytes(), self.options.out)
 
     def _planned(self) -> list[tuple[str, int, Plan]]:
         """Backbone, batch and sizes of every case, checked against free memory."""
         cases = []
-        if "offload_disk" in self.choice.names:
-            require_disk(self.plan.layers[0].rows * self.config.row_bytes(), self.options.out)
         for backbone in self.options.backbones:
             for batch in self.options.batches:
                 rows = self.plan.layers[0].rows
@@ -166,9 +176,10 @@ class EndToEnd:
         self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
         options = self.options
         with Contenders(
-            self.config, self.plan, self.choice, self.device, options.out, options.seed, sample
+            self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
-            self._check_rows(contenders, corpus)
+            batch, length = _CHECKED_TOKENS
+            contenders.check(corpus.tokens[: batch * length].reshape(batch, length))  # rows that differ are never timed
             for backbone in options.backbones:
                 cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
                 self._measure_backbone(backbone, cases, contenders, corpus.since(half))
@@ -183,12 +194,6 @@ class EndToEnd:
         longest = options.prompt_tokens[1] + options.output_tokens[1]
         return text_file(options.text, self.vocab, tokens=2 * served * longest)  # half of the text is for calibration
 
-    def _check_rows(self, contenders: Contenders, corpus: Corpus) -> None:
-        """Rows that differ are never timed."""
-        batch, length = _CHECKED_TOKENS
-        ids = corpus.ids[: batch * length].reshape(batch, length)
-        contenders.tables.check(ids, [one for one in contenders.all if one.prefetcher is not None])
-
     def _measure_backbone(
         self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
     ) -> None:
@@ -199,19 +204,19 @@ class EndToEnd:
         fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
         for batch, sizes in cases:
             positions = sizes.prompt + sizes.output
-            graphs = self.device.type == "cuda" and not self.options.eager
+            graphs, options, kernels = self.choice.graphs, self.options, contenders.kernels
             model = ServedModel(decoder, head, fusion, batch, positions, graphs)
-            model.prepare(self.options.prompt_tokens[0], contenders.tables.format.dtype)
-            server = Server(model, self.vocab, self.plan, LAYER)
-            options = self.options
+            resident = None if kernels is None else ResidentLookup(kernels, LAYER, batch, graphs)
+            model.prepare(options.prompt_tokens[0], contenders.tables.format.dtype, resident)
+            server = Server(model, self.vocab, self.plan, LAYER, resident=resident)
+            weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
                 text = corpus.tokens if stream == "text" else None
                 source = TokenSource(text, len(self.vocab.ids), self.options.seed)
-                case = self._case(backbone, sizes, stream, corpus.name, source, contenders)
-                Rounds(
-                    case, server, model, source, contenders, options, self.tell, device_label(self.record.results)
-                ).measure()
-            del model, server
+                case = self._case(backbone, sizes, stream, corpus.name, source, contenders, weights)
+                label, limits = device_label(self.record.results), self.record.results["limits"]
+                Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
+            del model, server, resident
 
     def _build(self, backbone: str) -> tuple[Decoder, Tensor]:
         embedded, chosen = self._vocabulary(backbone)
@@ -224,7 +229,14 @@ class EndToEnd:
         return decoder, head.normal_(0.0, 0.02, generator=generator)
 
     def _case(
-        self, backbone: str, sizes: Plan, stream: str, text: str, source: TokenSource, contenders: Contenders
+        self,
+        backbone: str,
+        sizes: Plan,
+        stream: str,
+        text: str,
+        source: TokenSource,
+        contenders: Contenders,
+        weights: dict[str, int],
     ) -> Case:
         table = contenders.tables
         name = text if stream == "text" else "uniform"
@@ -233,6 +245,7 @@ class EndToEnd:
             "blocks": sizes.blocks,
             "parameters": sizes.parameters + sizes.head,
             "weights": "random",
+            "weight_bytes": weights,
             "dtype": self.options.dtype,
             "device": self.device.type,
             "batch": sizes.slots,

@@ -1,21 +1,23 @@
 """The variants of the end-to-end benchmark: one table content in every placement, and the controls around it.
 
-    with Contenders(config, plan, choice, device, folder, seed, sample) as contenders:
+    with Contenders(config, plan, vocab, choice, device, folder, seed, sample) as contenders:
         for contender in contenders.all: ...
 
 What `gpu_wall` measures around a step is here, too (`bench.harness.variants`); added are the model without an Engram
-layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On a CPU the offloaded
-table is a file, read past the page cache where the file system allows it, and hot rows lie in front of that file.
+layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On CUDA the resident
+table is looked up by two kernels from token ids to rows, which a graph can hold: the best control that we can build.
+A file is read past the page cache where the file system allows it; on a CPU, hot rows lie in front of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +26,13 @@ from bench.harness.variants import CONTROL, TableSet
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.lookup import DeviceLookup
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.base import Table
 from engram_ref.tables.file import FileTable, StoredRows, save_rows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable, most_frequent
+from engram_ref.vocab import CompressedVocab
 
 OWN_COMPUTE = "own_compute"
 THROTTLED = "throttled"
@@ -40,6 +44,7 @@ ON_CUDA = (
     "offload_prefetch",
     "offload_uva",
     "offload_hot",
+    "offload_disk",
     THROTTLED,
 )
 ON_CPU = (CONTROL, OWN_COMPUTE, "resident", "offload_disk", "offload_hot", THROTTLED)
@@ -52,11 +57,12 @@ class Contender:
 
     Attributes:
         name: of ON_CUDA or ON_CPU.
-        schedule: synchronous, prefetched, in place, or none where nothing is looked up.
+        schedule: synchronous, prefetched, in place, in graph, or none where nothing is looked up.
         repeat: 1 for the second measurement of `resident`, the noise floor.
         hot_share: of the rows that are on the device, for hot rows.
         bus: for the slowed bus.
         page_cache: of a file: passed by, or used.
+        kernels: the lookup from token ids to rows, where kernels do all of it.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Contender:
     page_cache: str | None = None
     table: Table | None = None
     prefetcher: Prefetcher | None = None
+    kernels: DeviceLookup | None = None
 
     @property
     def label(self) -> str:
@@ -102,11 +109,13 @@ class Choice:
         names: variants.
         hot_shares: for `offload_hot`.
         buses: for `throttled`.
+        graphs: decode steps are CUDA graphs.
     """
 
     names: tuple[str, ...]
     hot_shares: tuple[float, ...] = ()
     buses: tuple[Bus, ...] = ()
+    graphs: bool = False
 
 
 class Contenders:
@@ -114,6 +123,7 @@ class Contenders:
 
     Args:
         config, plan: one Engram layer.
+        vocab: of the token ids.
         choice: what is wanted.
         device: where rows are used.
         folder: for the table's file.
@@ -128,6 +138,7 @@ class Contenders:
         self,
         config: EngramConfig,
         plan: HashPlan,
+        vocab: CompressedVocab,
         choice: Choice,
         device: torch.device,
         folder: Path,
@@ -135,6 +146,7 @@ class Contenders:
         sample: Tensor,
     ) -> None:
         self._choice, self._device, self._sample = choice, device, sample
+        self._plan, self._vocab = plan, vocab
         self._stack = ExitStack()
         try:
             names = [name for name in _OF_SET if name in choice.names]
@@ -171,7 +183,39 @@ class Contenders:
             return [self._hot(share, folder, seed) for share in self._choice.hot_shares]
         if name == THROTTLED:
             return self._throttled()
-        return [_of_set(variant) for variant in self.tables.variants if variant.name == name]
+        found = [_of_set(variant) for variant in self.tables.variants if variant.name == name]
+        return self._by_kernels(found) if name == "resident" and self._device.type == "cuda" else found
+
+    def _by_kernels(self, residents: list[Contender]) -> list[Contender]:
+        table = residents[0].table
+        assert table is not None
+        lookup = DeviceLookup(self._plan, {self.tables.layer_id: table}, self._vocab)
+        schedule = "in graph" if self._choice.graphs else "in place"
+        return [replace(one, schedule=schedule, kernels=lookup) for one in residents]
+
+    @property
+    def kernels(self) -> DeviceLookup | None:
+        """The lookup of the resident table, where kernels do all of it."""
+        return next((one.kernels for one in self.all if one.kernels is not None), None)
+
+    def check(self, token_ids: np.ndarray) -> None:
+        """Look one batch of token ids [B, T] up in every way that there is.
+
+        Raises:
+            ValueError: one of them gave other rows than were written: then nothing may be timed.
+        """
+        compressed = self._vocab(token_ids)
+        self.tables.check(compressed, [one for one in self.all if one.prefetcher is not None])
+        lookup, source = self.kernels, self.source
+        if lookup is None:
+            return
+        found = lookup(torch.from_numpy(token_ids).to(self._device)).values[self.tables.layer_id]
+        assert source.prefetcher is not None
+        given = compressed if source.hashing_device is None else torch.from_numpy(compressed).to(self._device)
+        with source.prefetcher.start(given) as fetch:
+            if not torch.equal(found.view(torch.uint8), fetch[self.tables.layer_id].wait().view(torch.uint8)):
+                raise ValueError("the kernels' lookup returned other rows than were written: nothing was measured")
+        lookup.check()
 
     def _served(self, table: Table, background: bool = True) -> dict[str, Any]:
         return {"table": table, "prefetcher": self.tables.prefetcher(table, background)}

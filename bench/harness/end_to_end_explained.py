@@ -7,24 +7,26 @@ Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`;
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.harness.end_to_end_classes import classify
 from bench.harness.end_to_end_numbers import (
+    BASELINES,
     PARTS,
     WHOLE,
     Json,
+    against,
     breaking_bus,
     decomposition,
-    noise_floor,
-    same_tokens,
+    offloaded,
     slowed,
     step_bytes,
 )
 from bench.harness.end_to_end_reading import reading
 from bench.harness.end_to_end_table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, part_text, report
+from bench.harness.reading import read_results
 from bench.harness.verdict import WALL_TIME_CLAIM
 from bench.harness.wall_numbers import NotMeasured
 from bench.harness.wall_table import device_label, short
@@ -41,7 +43,7 @@ _PUBLISHED_BATCHES = (1, 16, 64, 256)
 
 def committed(folder: Path, device: str) -> list[tuple[str, Json]]:
     """File names and contents of the committed runs on a kind of device."""
-    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("end_to_end_*.json")]
+    found = [(path.name, read_results(path)) for path in folder.glob("end_to_end_*.json")]
     return sorted((name, results) for name, results in found if results["device"] == device)
 
 
@@ -55,7 +57,7 @@ def wall_time_runs(folder: Path, device: str) -> str:
 
 def wall_time_story(folder: Path) -> str:
     """The one comparison: the overhead in its parts, a line per case, of CUDA machines first."""
-    head = ["measured on", "model, batch, stream", *PARTS, "all of it"]
+    head = ["measured on", "model, batch, stream", *PARTS, "all of it", "of `resident`"]
     lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
     runs = committed(folder, "cuda")
     for _, results in [*runs, *committed(folder, "cpu")]:
@@ -68,38 +70,22 @@ def _line(results: Json, case: Json) -> str:
     what = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
     try:
         parts = decomposition(case, _PHASE)
-        cells = [part_text(parts[name]) for name in (*PARTS, WHOLE)]
+        ours = against(case, offloaded(case), "resident", _PHASE)
+        cells = [part_text(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
     except NotMeasured as why:
-        cells = [str(why), *[""] * len(PARTS)]
+        cells = [str(why), *[""] * (len(PARTS) + 1)]
     return f"| {' | '.join([device_label(results), what, *cells])} |"
 
 
 def wall_time_class(folder: Path) -> str:
-    """WIN, LOSS, INVALID or INCONCLUSIVE, and why, of the runs on CUDA machines."""
-    label, reason = classify([case for _, results in committed(folder, "cuda") for case in results["cases"]])
-    return f"**{label}**: {reason}"
-
-
-def classify(cases: list[Json]) -> tuple[str, str]:
-    """The class of the hypothesis that prefetching hides all but 3 % of an offloaded table.
-
-    Args:
-        cases: of CUDA machines.
-    """
-    if not cases:
-        return "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:]}"
-    if not all(same_tokens(case) for case in cases):
-        return "INVALID", "variants chose different tokens, so their times are not of the same computation."
-    try:
-        left = [decomposition(case, _PHASE)["not hidden"] for case in cases]
-        noise = [noise_floor(case, _PHASE)["high"] - 1 for case in cases]
-    except NotMeasured as why:
-        return "INCONCLUSIVE", f"{why}."
-    if all(max(part.high, least) < WALL_TIME_CLAIM for part, least in zip(left, noise)):
-        return "WIN", f"in all {len(left)} cases, less than 3 % is left of the lookup, to the end of its interval."
-    if any(part.resolved and part.low > WALL_TIME_CLAIM for part in left):
-        return "LOSS", "in at least one case, more than 3 % is left that prefetching did not hide."
-    return "INCONCLUSIVE", "the intervals reach across 3 %."
+    """WIN, LOSS, INVALID or INCONCLUSIVE against each baseline, and why, of the runs on CUDA machines."""
+    cases = [case for _, results in committed(folder, "cuda") for case in results["cases"]]
+    lines = []
+    for baseline, whose in BASELINES.items():
+        none = "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:].removesuffix('.')}"
+        label, reason = classify(cases, baseline) if cases else none
+        lines.append(f"- Against {whose}: **{label}**, {reason}.")
+    return "\n".join(lines)
 
 
 def wall_time_sensitivity(folder: Path) -> str:

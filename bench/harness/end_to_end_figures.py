@@ -2,6 +2,7 @@
 
   python -m bench.harness.end_to_end_figures bench/results/end_to_end_cpu.json     draw them again
 
+baselines.svg        the overhead of every variant against both baselines, a panel per case
 overhead_parts.svg   the overhead of the prefetched table as stacked parts, per phase, a panel per case
 slower_bus.svg       what a slowed bus costs, by the delay of a decode step's rows, with the window and 3 %
 """
@@ -15,12 +16,14 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from bench.harness.end_to_end_numbers import (
+    BASELINES,
     PARTS,
     PHASES,
     WHOLE,
     Json,
     Part,
     Slowed,
+    against,
     decomposition,
     slowed,
 )
@@ -41,7 +44,7 @@ _CLAIM = 100 * WALL_TIME_CLAIM
 
 def draw_all(results: Json, out: Path) -> list[Path]:
     """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
-    drawings = {"overhead_parts": overhead_parts}
+    drawings = {"baselines": baselines, "overhead_parts": overhead_parts}
     if any(row["bus"] for case in results["cases"] for row in case["rows"]):
         drawings["slower_bus"] = slower_bus
     return save_all(drawings, results, out)
@@ -60,6 +63,42 @@ def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
         axis.set_title(f"{name}\n{device_label(results)}", fontsize=9)
     figure.suptitle(title)
     return figure, list(zip(panels, cases))
+
+
+def baselines(results: Json) -> Any:
+    """A line per variant, with a point against each baseline; what is not resolved is hollow."""
+    figure, panels = _panels(
+        results, "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved"
+    )
+    for axis, case in panels:
+        rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.axvline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
+        for place, row in enumerate(rows):
+            _compare(axis, place, case, row)
+        axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set_xlabel("% of the baseline")
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    legend_below(figure, panels[0][0])
+    return figure
+
+
+def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
+    for number, baseline in enumerate(BASELINES):
+        if row["label"] == baseline:
+            continue
+        try:
+            part = against(case, row, baseline, "together")
+        except NotMeasured:
+            continue
+        height, colour = place + 0.3 * number - 0.15, COLOURS[baseline]
+        axis.plot([100 * part.low, 100 * part.high], [height] * 2, color="black", linewidth=1.2)
+        axis.plot(
+            100 * part.median, height, "o", markersize=6, color=colour, markeredgecolor="black",
+            markerfacecolor=colour if part.resolved else "white", label=f"against {baseline}" if place == 0 else None,
+        )  # fmt: skip
 
 
 def overhead_parts(results: Json) -> Any:

@@ -7,7 +7,7 @@
 
 A step either begins sequences (`slots` and `lengths` are given then) or goes on with those in all places. Ids are
 compressed and hashed where the variant's table wants its row numbers: on the CPU, to which they are copied first, or on
-the device.
+the device. The resident table is looked up as well as it can be: by two kernels that are part of the first graph.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bench.harness.end_to_end_clock import PassClock
-from engram_ref.hashing import HashPlan, TokenHistory
+from engram_ref.hashing import DEAD, HashPlan, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.lookup import DeviceLookup
 from engram_ref.prefetch import Fetch, Prefetcher
 from engram_ref.vocab import CompressedVocab
 
@@ -105,16 +106,79 @@ class Sequences:
 
     def start(self, compressed: Any, lengths: np.ndarray, slots: np.ndarray) -> None:
         """New sequences stand in these places, behind their prompts; whoever hashes with the old history keeps it."""
-        reach = self._plan.max_ngram - 1
-        last = (lengths[:, None] - reach + np.arange(reach)).clip(0)  # [b, N-1]
-        before = (lengths[:, None] - reach + np.arange(reach)) < 0  # there is no such token
+        last, before = last_places(lengths, self._plan.max_ngram - 1)
         ids = self.history.ids.clone() if self._on_device else self.history.ids.copy()
         if self._on_device:
-            at, missing, places = (torch.from_numpy(x).to(self._device) for x in (last, before, slots))
-            ids[places] = compressed.gather(1, at).masked_fill(missing, -1)
+            ids[self._put(slots)] = compressed.gather(1, self._put(last)).masked_fill(self._put(before), DEAD)
         else:
-            ids[slots] = np.where(before, -1, np.take_along_axis(compressed, last, 1))
+            ids[slots] = np.where(before, DEAD, np.take_along_axis(compressed, last, 1))
         self.history.ids = ids
+
+    def _put(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def last_places(lengths: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the last `reach` tokens of prompts stand, and which of these places lie before the prompt; [b, reach]."""
+    places = lengths[:, None] - reach + np.arange(reach)
+    return places.clip(0), places < 0
+
+
+class ResidentLookup:
+    """Rows of a table that the device reads by itself, by the two kernels of `engram_ref.lookup`.
+
+    In a decode step `step` reads ids, history and rows where they always lie, so it can be captured in a graph together
+    with the first block; without graphs the join calls it.
+
+    Args:
+        lookup: of the table.
+        layer_id: of the Engram layer.
+        slots: places.
+        captured: decode steps are graphs, which hold `step`.
+
+    Attributes:
+        rows: of a decode step, [slots * C, D], always in the same memory.
+    """
+
+    def __init__(self, lookup: DeviceLookup, layer_id: int, slots: int, captured: bool) -> None:
+        self._lookup, self._layer_id, self._captured = lookup, layer_id, captured
+        self._tail = lookup.new_tail(slots)  # [slots, N-1], compressed ids before the next step
+        self._out = lookup.new_rows(slots, 1)
+        self.rows: Tensor = self._out[0]
+
+    def restart(self) -> None:
+        """No place has a sequence."""
+        self._tail.fill_(DEAD)
+
+    def step(self, ids: Tensor) -> None:
+        """Look up one token of every place, ids [slots, 1], and remember it."""
+        self._lookup(ids, before=self._tail, after=self._tail, out=self._out)
+
+    def enter(self, ids: Tensor, lengths: np.ndarray | None = None, slots: np.ndarray | None = None) -> None:
+        """See Lookup."""
+        self._ids, self._lengths, self._slots = ids, lengths, slots
+
+    def begin(self) -> None:
+        """Nothing: the graph has it."""
+
+    def join(self) -> Tensor | None:
+        """The rows; None in a graph, which has written them where it reads them."""
+        if self._lengths is not None and self._slots is not None:
+            return self._prompts(self._lengths, self._slots)
+        if self._captured:
+            return None
+        self.step(self._ids)
+        return self.rows
+
+    def _prompts(self, lengths: np.ndarray, slots: np.ndarray) -> Tensor:
+        found = self._lookup(self._ids)
+        device = self._tail.device
+        last, before = (torch.from_numpy(x).to(device) for x in last_places(lengths, self._tail.shape[1]))
+        self._tail[torch.from_numpy(slots).to(device)] = found.compressed.gather(1, last).masked_fill(before, DEAD)
+        return found.values[self._layer_id]
+
+    def leave(self) -> None:
+        """Nothing."""
 
 
 class TableLookup:

@@ -3,12 +3,12 @@
     model = ServedModel(decoder, head, fusion, slots=64, positions=2048)
     first_tokens = model.prefill(ids, lengths, slots, join)         # [b, T] padded on the right -> [b]
     model.next_tokens.copy_(ids); model.positions.copy_(at)
-    tokens = model.decode(span, begin, join)                        # [slots]
+    tokens = model.decode(span, True, begin, join)                  # [slots]
 
 What is looked up is the caller's business: `join` is called between the first block and the second and gives the rows
-of every position, or None where the model has no Engram layer. On CUDA the two pieces of a decode step are graphs
-(`end_to_end_graphs`), so that time is the device's and not the host's launching; a step reads the cache up to the next
-multiple of SPAN positions, with a graph for each.
+of every position, or None where the model has no Engram layer or the first piece has looked them up. On CUDA the two
+pieces of a decode step are graphs (`end_to_end_graphs`), so that time is the device's and not the host's launching; a
+step reads the cache up to the next multiple of SPAN positions, with a graph for each.
 
 Prompts are padded on the right, where a causal model does not look, so a prefill needs no mask. In a decode step the
 query heads that share a key head are rows of one product, so keys are not repeated.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bench.harness.backbones import Decoder
 from bench.harness.end_to_end_graphs import Pieces
+from bench.harness.end_to_end_lookup import ResidentLookup
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion_common import Fusion
 
@@ -138,7 +139,9 @@ class ServedModel:
             last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # [b, H]
             return torch.cat([self._choose(part) for part in last.split(_CHOSEN_AT_ONCE)])
 
-    def decode(self, span: int, with_engram: bool, begin: Callable[[], object], join: Join) -> Tensor:
+    def decode(
+        self, span: int, with_engram: bool, begin: Callable[[], object], join: Join, inside: bool = False
+    ) -> Tensor:
         """One token for every place.
 
         Args:
@@ -146,6 +149,7 @@ class ServedModel:
             with_engram: whether `join` gives rows.
             begin: called when the first block has been given to the device, before it is waited for.
             join: gives rows [slots*C, D], or None.
+            inside: the first graph looks the rows up, as `prepare` was told; `join` gives None where there are graphs.
 
         Returns:
             The model's choice for each place, [slots]; those of places without a sequence mean nothing.
@@ -154,14 +158,16 @@ class ServedModel:
             begin()
             return self._decode_once(span, lambda hidden: self._fuse_tokens(hidden, join()))
         with torch.inference_mode():
-            return self._pieces.replay((span, with_engram), begin, lambda: self._keep_rows(join()))
+            key = (span, "inside" if inside else with_engram)
+            return self._pieces.replay(key, begin, lambda: self._keep_rows(join()))
 
-    def prepare(self, shortest: int, row_dtype: torch.dtype) -> None:
+    def prepare(self, shortest: int, row_dtype: torch.dtype, resident: ResidentLookup | None = None) -> None:
         """Capture all decode steps that will be met, where there are graphs.
 
         Args:
             shortest: tokens of the shortest prompt.
             row_dtype: of the rows that will be joined.
+            resident: looked up inside the first graph, in steps of their own.
         """
         if self._pieces is None:
             return
@@ -173,6 +179,16 @@ class ServedModel:
                     functools.partial(self._decode_once, span),
                     functools.partial(self._fuse_tokens, rows=rows),
                 )
+            if resident is not None:
+                self._pieces.prepare(
+                    (span, "inside"),
+                    functools.partial(self._looked_up, span, resident),
+                    functools.partial(self._fuse_tokens, rows=resident.rows),
+                )
+
+    def _looked_up(self, span: int, resident: ResidentLookup, insert: Callable[[Tensor], Tensor]) -> Tensor:
+        resident.step(self.next_tokens)
+        return self._decode_once(span, insert)
 
     def _decode_once(self, span: int, insert: Callable[[Tensor], Tensor]) -> Tensor:
         self._cache.begin_decode(self._stored, self._all, self.positions, span)

@@ -2,6 +2,7 @@
 
     case = results["cases"][0]
     parts = decomposition(case, "decode")           # own compute, lookup, what was not hidden
+    against(case, row, "resident", "decode")        # overhead against a baseline: "no_engram" or "resident"
     breaking_bus(case)                              # between which delays 3 % are lost
 
 Pure functions of a results file. Samples are paired by round, within one process; a part is a difference of two
@@ -28,11 +29,14 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "not hidden": (("offload_prefetch", "offload_disk prefetched"), ("resident",)),
 }
 WHOLE = "overhead"
+# What an offloaded table is compared with, and whose baseline that is.
+BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
+LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 
 
 class Part(NamedTuple):
-    """A share of the time without Engram (0.03 is 3 %), with the 95 % interval of its median."""
+    """A share of the baseline's time (0.03 is 3 %), with the 95 % interval of its median."""
 
     median: float
     low: float
@@ -90,29 +94,47 @@ def share(later: list[float], earlier: list[float], base: list[float]) -> dict[s
     return paired_ratio([a - b + c for a, b, c in zip(later, earlier, base)], base)
 
 
-def difference(case: Json, later: Json, earlier: Json, phase: str) -> Part:
-    """By how much a row takes longer than another one, as a share of the model without Engram.
+def difference(case: Json, later: Json, earlier: Json, phase: str, baseline: str = "no_engram") -> Part:
+    """By how much a row takes longer than another one, as a share of a baseline's time.
 
     Raises:
         NotMeasured: a row is missing.
     """
-    base = row_of(case, "no_engram")
+    base = row_of(case, baseline)
     times = paired([later, earlier, base], phase)
     found = share(*times)
     try:
-        resolved = is_resolved(found, noise_floor(case, phase), len(times[0]))
+        resolved = is_resolved(found, noise_floor(case, phase, baseline), len(times[0]))
     except NotMeasured:
         resolved = False
     return Part(found["median"] - 1, found["low"] - 1, found["high"] - 1, resolved)
 
 
-def noise_floor(case: Json, phase: str) -> dict[str, float]:
-    """`resident` against itself as `share` gives it.
+def against(case: Json, row: Json, baseline: str, phase: str) -> Part:
+    """The overhead of a row against one of BASELINES, as a share of that baseline's time.
+
+    Raises:
+        NotMeasured: the baseline is missing.
+    """
+    return difference(case, row, row_of(case, baseline), phase, baseline)
+
+
+def offloaded(case: Json) -> Json:
+    """The prefetched table, which classes are about.
+
+    Raises:
+        NotMeasured: there is none.
+    """
+    return first_of(case, PARTS["not hidden"][0])
+
+
+def noise_floor(case: Json, phase: str, baseline: str = "no_engram") -> dict[str, float]:
+    """`resident` against itself as `share` gives it, in terms of a baseline.
 
     Raises:
         NotMeasured: it was not measured twice, or not often enough.
     """
-    times = paired([row_of(case, name) for name in ("resident again", "resident", "no_engram")], phase)
+    times = paired([row_of(case, name) for name in ("resident again", "resident", baseline)], phase)
     if len(times[0]) < LEAST_SAMPLES:
         raise NotMeasured(f"{len(times[0])} rounds: a noise floor needs {LEAST_SAMPLES}")
     return share(*times)
@@ -128,8 +150,7 @@ def decomposition(case: Json, phase: str) -> dict[str, Part]:
         name: difference(case, first_of(case, more), first_of(case, less), phase)
         for name, (more, less) in PARTS.items()
     }
-    most = first_of(case, PARTS["not hidden"][0])
-    return {**parts, WHOLE: difference(case, most, row_of(case, "no_engram"), phase)}
+    return {**parts, WHOLE: against(case, offloaded(case), "no_engram", phase)}
 
 
 # --- what a user sees ---------------------------------------------------------------------------------
@@ -157,11 +178,59 @@ def token_times(row: Json) -> dict[str, float]:
     return {"median": statistics.median(times), "p99": quantile(times, 0.99)}
 
 
+def freed(case: Json, variant: str, held: dict[str, int]) -> Json:
+    """Device memory that a table leaves free against a resident one, which holds all of its bytes there; and why not.
+
+    Args:
+        held: bytes of the variant's table by place.
+    """
+    if variant in ("no_engram", "own_compute"):
+        return {"value": None, "why": "no table is looked up"}
+    return {"value": case["table"]["bytes"] - held["device"], "why": None}
+
+
 def freed_bytes(case: Json, row: Json) -> int | None:
-    """Device memory that a row's table leaves free, against `resident`; None where nothing is looked up."""
-    if row["variant"] in ("no_engram", "own_compute"):
+    """Device memory that a row's table leaves free against a resident one; None where nothing is looked up."""
+    return freed(case, row["variant"], row["held"])["value"]
+
+
+def weight_reading(limits: Json, case: Json, row: Json) -> Json:
+    """How fast a median decode step reads the weights, each once; and whether it is launch-bound: `value` and `why`.
+
+    Launch-bound is a step that takes over twice as long as its weights do at the bandwidth that was measured on the
+    device. Keys and values are not counted, so a large batch with a long context is marked by what it reads of them.
+    """
+    if limits["gather"] is None:
+        return {"value": None, "why": "a CPU: no kernels are launched, and nothing is read from a device's memory"}
+    times = per_step(row, "decode_s")
+    if not times:
+        return {"value": None, "why": "no decode step was measured"}
+    step, limit = statistics.median(times), limits["gather"]["bytes_per_s"]
+    nbytes = case["weight_bytes"]["model"] + (case["weight_bytes"]["engram"] if row["variant"] != "no_engram" else 0)
+    value = {
+        "bytes": nbytes,
+        "bytes_per_s": nbytes / step,
+        "limit_bytes_per_s": limit,
+        "launch_bound": step > LAUNCH_BOUND * nbytes / limit,
+    }
+    return {"value": value, "why": None}
+
+
+def over_control(case: Json, row: Json) -> int | None:
+    """Bytes that a row's pass received over PCIe, less those of the model without Engram; None where one is unknown."""
+    try:
+        both = [found["pcie"] and found["pcie"]["value"] for found in (row, row_of(case, "no_engram"))]
+    except NotMeasured:
         return None
-    return row_of(case, "resident")["held"]["device"] - row["held"]["device"]
+    return None if None in both else both[0] - both[1]
+
+
+def pass_joules(row: Json) -> float | None:
+    """Energy of the whole board in a median pass, idle power included; None where the counter is not there."""
+    boards = [sample["board"]["value"] for sample in row["rounds"] if sample.get("board")]
+    ends = [(value["joules_before"], value["joules_after"]) for value in boards if value]
+    spent = [after - before for before, after in ends if before is not None and after is not None]
+    return statistics.median(spent) if spent else None
 
 
 def hit_rate(row: Json) -> float | None:

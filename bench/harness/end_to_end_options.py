@@ -34,6 +34,10 @@ _OWN_DEFAULTS: dict[str, tuple[Any, Any]] = {
 }
 
 
+# Options that only an end-to-end run has.
+OWN_OPTIONS = (*_OWN_DEFAULTS, "streams", "prefill_tokens", "hot_shares", "eager", "fresh")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The group of options."""
     group = parser.add_argument_group(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.harness.end_to_end_clock import PassClock, Span, pass_clock
 from bench.harness.end_to_end_contenders import Contender
-from bench.harness.end_to_end_lookup import Lookup, NoLookup, OnHand, Sequences, TableLookup
+from bench.harness.end_to_end_lookup import Lookup, NoLookup, OnHand, ResidentLookup, Sequences, TableLookup
 from bench.harness.end_to_end_model import ServedModel, rounded_span
 from bench.harness.end_to_end_workload import Decode, Prefill, Round, schedule
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -88,12 +88,20 @@ class Server:
         plan: of the table.
         layer_id: of its layer.
         clock: of a device; None for the model's.
+        resident: serves the variants that are looked up by kernels alone, in the graphs where there are any.
     """
 
     def __init__(
-        self, model: ServedModel, vocab: CompressedVocab, plan: HashPlan, layer_id: int, clock: PassClock | None = None
+        self,
+        model: ServedModel,
+        vocab: CompressedVocab,
+        plan: HashPlan,
+        layer_id: int,
+        clock: PassClock | None = None,
+        resident: ResidentLookup | None = None,
     ) -> None:
         self._model, self._vocab, self._plan, self._layer_id = model, vocab, plan, layer_id
+        self._resident = resident
         self._device = model.positions.device
         self._clock = clock or pass_clock(self._device)
 
@@ -123,13 +131,20 @@ class Server:
     def _put(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
 
-    def serve(self, work: Work, contender: Contender, rows: list[Tensor] | None = None) -> PassSamples:
+    def serve(
+        self,
+        work: Work,
+        contender: Contender,
+        rows: list[Tensor] | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> PassSamples:
         """Run all steps with one variant.
 
         Args:
             work: of this server.
             contender: the variant.
             rows: of every step, for the variant that has them on hand.
+            meanwhile: called when every step has been given to the device, before it is waited for.
         """
         lookup = self._lookup(contender, rows)
         chosen: list[Tensor] = []
@@ -138,9 +153,10 @@ class Server:
             if isinstance(step, Prompts):
                 chosen.append(self._prefill(step, lookup))
             else:
-                chosen.append(self._decode(step, lookup, contender.has_engram))
+                chosen.append(self._decode(step, lookup, contender))
             lookup.leave()
             self._clock.mark("end")
+        meanwhile()
         return _samples(work, self._clock.end(), chosen)
 
     def _lookup(self, contender: Contender, rows: list[Tensor] | None) -> Lookup:
@@ -148,6 +164,10 @@ class Server:
             return OnHand(rows)
         if contender.prefetcher is None:
             return NoLookup()
+        if contender.kernels is not None:
+            assert self._resident is not None
+            self._resident.restart()
+            return self._resident
         sequences = Sequences(self._vocab, self._plan, self._model.slots, contender.hashing_device)
         return TableLookup(contender.prefetcher, contender.schedule, self._layer_id, sequences, self._clock)
 
@@ -156,13 +176,14 @@ class Server:
         lookup.begin()
         return self._model.prefill(step.ids, step.device_lengths, step.device_slots, self._timed(lookup.join))
 
-    def _decode(self, step: Tokens, lookup: Lookup, with_engram: bool) -> Tensor:
+    def _decode(self, step: Tokens, lookup: Lookup, contender: Contender) -> Tensor:
         model = self._model
         model.next_tokens.copy_(step.ids[:, None])
         model.positions.copy_(step.positions)
         lookup.enter(model.next_tokens)
         # A copy, for a graph writes every step's choice to the same place.
-        return model.decode(step.span, with_engram, lookup.begin, self._timed(lookup.join)).clone()
+        join, inside = self._timed(lookup.join), contender.kernels is not None
+        return model.decode(step.span, contender.has_engram, lookup.begin, join, inside).clone()
 
     def _timed(self, join: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
         def joined() -> Tensor | None:

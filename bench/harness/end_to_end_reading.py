@@ -1,13 +1,16 @@
 """The questions that a sceptic asks of an end-to-end run, answered from its samples, a line for each.
 
-Is every fetch above its floor? Is `resident` the same as itself? Do times come in the order in which work is added? Is
-what a slow bus exposes its delay less the window? Do more hot rows hit more often? Did all variants choose the same?
+Is every fetch above its floor? Is `resident` the same as itself? Do times come in the order in which work is added?
+Is what a slow bus exposes its delay less the window? Do more hot rows hit more often? Did all variants choose the
+same? Was any row launch-bound, or the board slowed? Which class follows, against which baseline?
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
+from bench.harness.end_to_end_classes import class_of
 from bench.harness.end_to_end_numbers import (
     Json,
     difference,
@@ -25,6 +28,7 @@ from bench.harness.wall_table import percent, short
 # Each adds work to the one before; prefetched fetches are missing, for what they add may be hidden.
 ORDER = ("no_engram", "own_compute", "resident", "offload_naive", "offload_disk synchronous")
 _PHASE = "token"
+_NOT_SLOWING = {"idle", "application clocks"}  # what the board says of a pass that has just ended, or was told
 
 
 def reading(results: Json) -> str:
@@ -92,11 +96,39 @@ def _tokens(results: Json, case: Json) -> str:
     return f"{'yes' if same_tokens(case) else 'NO'}, in {passes:g} rounds"
 
 
-QUESTIONS = {
+def _launches(results: Json, case: Json) -> str:
+    known = [row for row in case["rows"] if row.get("weights") and row["weights"]["value"]]
+    if not known:
+        return next(
+            (row["weights"]["why"] for row in case["rows"] if row.get("weights")), "unknown, these results do not say"
+        )
+    bound = [row["label"] for row in known if row["weights"]["value"]["launch_bound"]]
+    return f"YES, {', '.join(bound)}" if bound else f"none of {len(known)}"
+
+
+def _board(results: Json, case: Json) -> str:
+    boards = [sample["board"] for row in case["rows"] for sample in row["rounds"] if sample.get("board")]
+    known = [board["value"]["throttled"] for board in boards if board["value"]]
+    known = [found for found in known if found is not None]
+    if not known:
+        return "unknown, no pass asked the board, or it did not answer"
+    slowing = sorted({reason for found in known for reason in found} - _NOT_SLOWING)
+    return f"YES, {', '.join(slowing)}" if slowing else f"no, in {len(known)} passes"
+
+
+def _class(baseline: str) -> Callable[[Json, Json], str]:
+    return lambda results, case: class_of(case, baseline)
+
+
+QUESTIONS: dict[str, Callable[[Json, Json], str]] = {
     "above the floor": _floor,
     "resident is itself": _itself,
     "order": _order,
     "slow bus, delay less window": _bus,
     "more hot rows, more hits": _hits,
     "same tokens": _tokens,
+    "launch-bound": _launches,
+    "board slowed": _board,
+    "class against no_engram": _class("no_engram"),
+    "class against resident": _class("resident"),
 }

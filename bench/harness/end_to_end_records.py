@@ -18,10 +18,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench.harness.output import forget_figures
+from bench.harness.reading import set_aside
 from bench.harness.results import atomic_path
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CODE = ("engram_ref/**/*.py", "bench/gpu_wall.py", "bench/harness/*.py")
+_CODE = ("engram_ref/**/*.py", "bench/gpu_wall.py", "bench/lookup_speed.py", "bench/harness/*.py")
 _SAME = ("benchmark", "device", "device_name", "configuration", "code_sha256")
 _PLACE = "@pass "
 Json = dict[str, Any]
@@ -70,8 +72,8 @@ class Record:
         """
         head = {**head, "sessions": [], "cases": []}
         record = cls(path, head)
-        if path.exists() and not fresh:
-            found = json.loads(path.read_text(encoding="utf-8"))
+        found = None if fresh else _found(path)
+        if found is not None:
             _require_same(path, found, head)
             record.results = found
             record._keep_whole_rounds()
@@ -119,6 +121,7 @@ class Record:
             return {**row, "rounds": [f"{_PLACE}{number}" for number in range(first, len(places))]}
 
         cases = [{**case, "rows": [place(row) for row in case["rows"]]} for case in self.results["cases"]]
+        forget_figures(self.path, self.results)
         text = json.dumps({**self.results, "cases": cases}, indent=1)
         text = re.sub(f'"{_PLACE}([0-9]+)"', lambda found: self._line(places[int(found[1])]), text)
         with atomic_path(self.path) as part:
@@ -169,6 +172,20 @@ class Case:
         row = next(known for known in self.content["rows"] if known["label"] == label)
         row.update(fields)
         self._record.save()
+
+
+def _found(path: Path) -> Json | None:
+    """The results of an earlier run; none there, or a file that holds none and is set aside."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        set_aside(path, f"{path} cannot be continued ({error})")
+        return None
+    return found
 
 
 def _identity(description: Json) -> Json:

@@ -6,7 +6,6 @@ python -m bench.harness.end_to_end_report out/gpu_checks/end_to_end/results.json
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from bench.harness.end_to_end import PROG, EndToEnd
 from bench.harness.end_to_end_figures import draw_all
 from bench.harness.end_to_end_numbers import Json
 from bench.harness.end_to_end_table import report
+from bench.harness.reading import as_this_version, read_results
 from bench.harness.wall_table import measured_on
 from engram_ref import cli
 
@@ -38,11 +38,8 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m bench.harness.end_to_end_report RESULTS.json")
     path = Path(sys.argv[1])
-    with cli.one_line_errors(PROG):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results.get("benchmark") != PROG:
-            raise ValueError(f"{path} holds results of {results.get('benchmark')}, not of gpu_wall.py --end-to-end")
-        show(results, path)
+    with cli.one_line_errors(PROG), as_this_version(path):
+        show(read_results(path, PROG), path)
 
 
 if __name__ == "__main__":

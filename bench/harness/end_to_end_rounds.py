@@ -16,10 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.harness.accelerator import EnergyMeter, PcieCounter, open_driver
+from bench.harness.accelerator import EnergyMeter, open_driver
+from bench.harness.board import BoardWatch, count_traffic
 from bench.harness.end_to_end_contenders import OWN_COMPUTE, Contender, Contenders
 from bench.harness.end_to_end_flush import CacheFlush
 from bench.harness.end_to_end_model import ServedModel
+from bench.harness.end_to_end_numbers import freed, weight_reading
 from bench.harness.end_to_end_pass import Server, Work
 from bench.harness.end_to_end_records import Case
 from bench.harness.end_to_end_workload import Round, TokenSource
@@ -38,6 +40,7 @@ class Rounds:
         options: of the command line.
         tell: progress.
         device_label: what every row calls its device.
+        limits: bandwidths measured in this run.
     """
 
     def __init__(
@@ -50,9 +53,12 @@ class Rounds:
         options: argparse.Namespace,
         tell: Callable[[str], None],
         device_label: str,
+        limits: dict[str, Any],
     ) -> None:
         self._case, self._server, self._model = case, server, model
-        self._options, self._tell, self._device_label = options, tell, device_label
+        self._options, self._tell, self._device_label, self._limits = options, tell, device_label, limits
+        self._driver = open_driver(model.positions.device)
+        self._board = BoardWatch(self._driver)
         self._source, self._contenders = source, contenders
         self._flush = CacheFlush(model.positions.device)
         content = case.content
@@ -69,6 +75,7 @@ class Rounds:
             self._tell(f"{self._name}: round {number + 1} of {options.rounds}")
             self._measure_round(number, keep=True)
         self._count_beside()
+        self._read_weights()
 
     def _work(self, number: int) -> Work:
         options = self._options
@@ -87,11 +94,14 @@ class Rounds:
             for contender in [*contenders[start:], *contenders[:start]]:
                 before = _counts(contender)
                 self._flush()
-                samples = self._server.serve(work, contender, rows if contender.name == OWN_COMPUTE else None)
+                self._board.begin()
+                on_hand = rows if contender.name == OWN_COMPUTE else None
+                samples = self._server.serve(work, contender, on_hand, self._board.look)
+                board = self._board.end()
                 if keep:
                     sample = {key: _rounded(value) for key, value in asdict(samples).items()}
                     counted = {key: now - then for (key, now), then in zip(_counts(contender).items(), before.values())}
-                    self._case.add(self._row(contender), {"round": number, **sample, **counted})
+                    self._case.add(self._row(contender), {"round": number, **sample, **counted, "board": board})
                 gc.collect()
 
     def _rows_on_hand(self, work: Work) -> list[Tensor] | None:
@@ -130,6 +140,8 @@ class Rounds:
             "device_label": self._device_label,
             "graphs": self._model.graphs,
             "held": held,
+            "freed": freed(self._case.content, contender.name, held),
+            "weights": None,
             "pcie": None,
             "energy": None,
         }
@@ -149,20 +161,24 @@ class Rounds:
             self._case.update(contender.label, **self._on_board(work, contender))
 
     def _on_board(self, work: Work, contender: Contender) -> dict[str, Any]:
-        driver = open_driver(self._model.positions.device)
         rows = self._rows_on_hand(work) if contender.name == OWN_COMPUTE else None
+        content = self._case.content
+        asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}
 
         def one_pass() -> None:
             self._server.serve(work, contender, rows)
 
-        with PcieCounter(driver) as counter:
-            one_pass()
-        pcie = {"value": counter.received.value, "why": counter.received.why}
+        pcie = count_traffic(self._driver, one_pass, asked[work.round.number] if contender.prefetcher else 0)
         if not self._options.energy:
             return {"pcie": pcie, "energy": {"value": None, "why": "not asked for: --energy"}}
-        found = EnergyMeter(driver).measure(one_pass)
+        found = EnergyMeter(self._driver).measure(one_pass)
         value = found.value and {**found.value, "output_tokens_per_step": work.round.output_tokens}
         return {"pcie": pcie, "energy": {"value": value, "why": found.why}}
+
+    def _read_weights(self) -> None:
+        """How fast every row's decode steps read the weights, and whether launching is what they wait for."""
+        for row in self._case.content["rows"]:
+            self._case.update(row["label"], weights=weight_reading(self._limits, self._case.content, row))
 
 
 def _counts(contender: Contender) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
     print(report(json.loads(Path("bench/results/end_to_end_cpu.json").read_text())))
 
-For each backbone, batch and stream: what was served, a line per variant, the overhead taken apart by phase, and what a
-slowed bus does. "not resolved" stands where the interval holds 0 or reaches into the noise floor; the interval is shown
-all the same.
+For each backbone, batch and stream: what was served, a line per variant, with its overhead against both baselines, the
+overhead taken apart by phase, and what a slowed bus does. "not resolved" stands where the interval holds 0 or reaches
+into the noise floor; the interval is shown all the same.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from bench.harness.end_to_end_classes import class_lines
 from bench.harness.end_to_end_numbers import (
+    LAUNCH_BOUND,
     PARTS,
     PHASES,
     WHOLE,
     Json,
     Part,
     Slowed,
+    against,
     breaking_bus,
     copies_agree,
     decomposition,
-    difference,
     exposed_in_round,
     fetch_floor,
     first_of,
@@ -30,6 +32,8 @@ from bench.harness.end_to_end_numbers import (
     hit_rate,
     joules_per_token,
     noise_floor,
+    over_control,
+    pass_joules,
     per_step,
     round_bytes,
     row_of,
@@ -41,7 +45,7 @@ from bench.harness.end_to_end_numbers import (
 )
 from bench.harness.table import aligned
 from bench.harness.wall_numbers import NotMeasured
-from bench.harness.wall_table import gib, measured_on, percent, short
+from bench.harness.wall_table import gib, measured_on, percent, short, signed
 
 # Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S = 56e-6
@@ -55,12 +59,16 @@ _COLUMNS = [
     ("p99", "ms"),
     ("first token", "ms"),
     ("overhead", "% of no_engram"),
+    ("overhead", "% of resident"),
     ("exposed", "us/token"),
     ("freed", "GiB"),
     ("hits", "%"),
     ("copied", "MB/round"),
     ("PCIe", "MB/round"),
+    ("less no_engram", "MB/round"),
     ("energy", "J/token"),
+    ("board", "J/round"),
+    ("weights", "GB/s"),
 ]
 
 
@@ -89,7 +97,8 @@ def _sessions(results: Json) -> str:
 
 def case_report(results: Json, case: Json) -> str:
     """One backbone, batch and stream."""
-    blocks = [_header(results, case), rows_table(results, case), decomposition_table(case)]
+    classes = [f"   {line}" for line in class_lines(case)]
+    blocks = [_header(results, case), rows_table(results, case), decomposition_table(case), *classes]
     if any(row["bus"] for row in case["rows"]):
         blocks.append(bus_table(case))
     return "\n".join(blocks)
@@ -116,14 +125,20 @@ def rows_table(results: Json, case: Json) -> str:
     """A line per variant."""
     head = [[name for name, _ in _COLUMNS], [unit for _, unit in _COLUMNS]]
     lines = [_row(case, row) for row in case["rows"] if row["rounds"]]
-    notes = [_floor_note(results, case), _noise_note(case), *_reasons(case)]
+    notes = [
+        _floor_note(results, case),
+        _noise_note(case),
+        *_weight_notes(case),
+        *_board_notes(case),
+        *_bus_notes(case),
+        *_reasons(case),
+    ]
     return "\n".join([aligned(head + lines, left={0, 1}, headers=2), *notes])
 
 
 def _row(case: Json, row: Json) -> list[str]:
     times = token_times(row)
-    freed, hits, joules = freed_or_none(case, row), hit_rate(row), joules_per_token(row)
-    received = row["pcie"] and row["pcie"]["value"]
+    hits = hit_rate(row)
     looked_up = row["variant"] not in ("no_engram", "own_compute")
     return [
         row["label"],
@@ -132,27 +147,38 @@ def _row(case: Json, row: Json) -> list[str]:
         short(1e3 * times["median"]),
         short(1e3 * times["p99"]),
         short(1e3 * statistics.median(per_step(row, "first_token_s"))),
-        "baseline" if row["variant"] == "no_engram" else _overhead(case, row),
+        *(_overhead(case, row, baseline) for baseline in ("no_engram", "resident")),
         short(1e6 * statistics.median(per_step(row, "decode_exposed_s"))) if looked_up else "",
-        "" if freed is None else short(freed / 2**30),
+        _scaled(freed_bytes(case, row), 2**30, ""),
         "" if hits is None else f"{100 * hits:.1f}",
         short(statistics.median(sample["copied"] for sample in row["rounds"]) / 1e6) if looked_up else "",
-        "-" if received is None else short(received / 1e6),
-        "-" if joules is None else short(joules),
+        _scaled(row["pcie"] and row["pcie"]["value"], 1e6),
+        _scaled(over_control(case, row), 1e6) if row["variant"] != "no_engram" else "",
+        _scaled(joules_per_token(row), 1),
+        _scaled(pass_joules(row), 1),
+        _weights(row),
     ]
 
 
-def freed_or_none(case: Json, row: Json) -> int | None:
-    """Freed bytes, or None where there is no `resident` to compare with."""
-    try:
-        return freed_bytes(case, row)
-    except NotMeasured:
-        return None
+def _scaled(value: float | None, unit: float, missing: str = "-") -> str:
+    if value is None:
+        return missing
+    return signed(value / unit)
 
 
-def _overhead(case: Json, row: Json) -> str:
+def _weights(row: Json) -> str:
+    """Bandwidth at which a median decode step reads the weights; marked where launching is what it waits for."""
+    found = row.get("weights") and row["weights"]["value"]
+    if not found:
+        return "-"
+    return f"{'launch-bound ' if found['launch_bound'] else ''}{short(found['bytes_per_s'] / 1e9)}"
+
+
+def _overhead(case: Json, row: Json, baseline: str) -> str:
+    if row["label"] == baseline:
+        return "baseline"
     try:
-        return part_text(difference(case, row, row_of(case, "no_engram"), "together"))
+        return part_text(against(case, row, baseline, "together"))
     except NotMeasured:
         return "-"
 
@@ -187,6 +213,56 @@ def _noise_note(case: Json) -> str:
         return f"   noise floor: unknown, so that nothing is resolved: {why}"
     low, high = (percent(floor[end] - 1) for end in ("low", "high"))
     return f"   noise floor: resident against itself [{low}, {high}] % of no_engram"
+
+
+def _weight_notes(case: Json) -> list[str]:
+    """What the weights column is held against."""
+    found = [row["weights"]["value"] for row in case["rows"] if row.get("weights") and row["weights"]["value"]]
+    if not found:
+        return []
+    model, limit = case["weight_bytes"]["model"], found[0]["limit_bytes_per_s"]
+    return [
+        f"   weights: {short(model / 1e9)} GB a step without Engram's, over the median step; within the device "
+        f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is "
+        "marked launch-bound; keys and values, up to "
+        f"{gib(case['needs']['device']['keys and values'])}, are not counted"
+    ]
+
+
+def _board_notes(case: Json) -> list[str]:
+    """Clock, power and what slowed the board, over the passes of all rows; why any of it is not known."""
+    boards = [sample["board"] for row in case["rows"] for sample in row["rounds"] if sample.get("board")]
+    known = [board["value"] for board in boards if board["value"]]
+    if not known:
+        return sorted({f"   - no clock, power or board energy: {board['why']}" for board in boards})
+    texts = []
+    for name, unit in (("sm_mhz", "MHz"), ("power_w", "W")):
+        values = sorted(value[name] for value in known if value[name] is not None)
+        if values:
+            texts.append(f"{short(values[0])} to {short(values[-1])} {unit}")
+    slowed_by = sorted({reason for value in known for reason in value["throttled"] or ()})
+    lines = [f"   board, as each pass ended: {', '.join([*texts, 'slowed by ' + (', '.join(slowed_by) or 'nothing')])}"]
+    unknown = sorted({f"{name}: {why}" for value in known for name, why in value["unknown"].items()})
+    return lines + [f"   - board, {one}" for one in unknown]
+
+
+def _bus_notes(case: Json) -> list[str]:
+    """The sampled throughput, where there is no byte counter: never a number of the table."""
+    rates = {
+        row["label"]: row["pcie"]["fallback"]["value"]["bytes_per_s"]
+        for row in case["rows"]
+        if row["pcie"] and row["pcie"].get("fallback") and row["pcie"]["fallback"]["value"]
+    }
+    if not rates:
+        return []
+    what = next(row["pcie"]["fallback"]["what"] for row in case["rows"] if row["label"] in rates)
+    control = rates.get("no_engram")
+    texts = [
+        f"{label} {short(rate / 1e6)} MB/s"
+        + (f" ({_scaled(rate - control, 1e6)} more)" if control is not None and label != "no_engram" else "")
+        for label, rate in rates.items()
+    ]
+    return [f"   PCIe sampled instead ({what}): {', '.join(texts)}"]
 
 
 def _reasons(case: Json) -> list[str]:

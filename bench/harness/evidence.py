@@ -9,11 +9,11 @@ A file is read when it is first asked for.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from bench.harness.reading import read_results
 from bench.harness.row_table import TEXT, crossing_of, one, row_share, select
 from bench.harness.sweep_table import ratios
 from bench.harness.table import find_run
@@ -37,7 +37,7 @@ class Evidence:
             path = self.folder / f"{name}.json"
             if not path.exists():
                 raise ValueError(f"{path} is missing: make findings writes it")
-            self._read[name] = json.loads(path.read_text(encoding="utf-8"))
+            self._read[name] = read_results(path)
         return self._read[name]
 
     @property

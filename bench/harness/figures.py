@@ -9,8 +9,6 @@ cost_by_kind.svg what the price of each variant is made of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,9 +21,12 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 
+from bench.harness.output import source
+from bench.harness.reading import as_this_version, read_results
 from bench.harness.results import atomic_path
 from bench.harness.table import find_run, groups, scale_text, variants
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
+from engram_ref import cli
 
 # Okabe and Ito's palette: told apart by everyone, and on paper.
 COLOURS = {
@@ -63,12 +64,6 @@ def save_all(drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: d
             plt.close(figure)
         paths.append(path)
     return paths
-
-
-def source(results: dict[str, Any]) -> str:
-    """What a figure says of its origin: the digest of the results that it was drawn from."""
-    canonical = json.dumps(results, sort_keys=True, separators=(",", ":"))
-    return f"results sha256 {hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def _models(results: dict[str, Any]) -> list[str]:
@@ -183,8 +178,9 @@ def redraw(draw: Callable[[dict[str, Any], Path], list[Path]], module: str) -> N
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m bench.harness.{module} RESULTS.json")
     path = Path(sys.argv[1])
-    for figure in draw(json.loads(path.read_text(encoding="utf-8")), path.parent):
-        print(figure)
+    with cli.one_line_errors(module), as_this_version(path):
+        for figure in draw(read_results(path), path.parent):
+            print(figure)
 
 
 if __name__ == "__main__":

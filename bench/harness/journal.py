@@ -5,7 +5,8 @@
         journal.add({key: record})      on disk when this returns
 
 A key says everything that the record depends on, so a line of other code, text or settings is never found again. The
-last line may be torn; it is ignored, and the next one starts on a line of its own.
+last line may be torn; it is ignored, and the next one starts on a line of its own. A file with lines that are not even
+the beginning of one is not what a killed run leaves: it is set aside, and what can be read of it goes on in a new one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from bench.harness.reading import set_aside
 from engram_ref.small_files import read_small
 
 MOST_BYTES = 1 << 30  # a full run of every sweep leaves some megabytes
+_START = b'["'
 
 
 class Journal:
@@ -32,7 +35,11 @@ class Journal:
         self._path = path
         self._file: BinaryIO | None = None
         content = read_small(path, MOST_BYTES, "name another folder") if path.exists() else b""
-        self.found: dict[str, dict[str, Any]] = dict(filter(None, map(_entry, content.splitlines())))
+        lines = content.splitlines()
+        self.found: dict[str, dict[str, Any]] = dict(filter(None, map(_entry, lines)))
+        if foreign := sum(not _begins_as_ours(line) for line in lines):
+            set_aside(path, f"{path} has {foreign} lines that no run has written")
+            self.add(self.found)
 
     def __enter__(self) -> Journal:
         return self
@@ -59,6 +66,11 @@ class Journal:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         return file
+
+
+def _begins_as_ours(line: bytes) -> bool:
+    """Whether it is a line of ours, whole or torn."""
+    return line[: len(_START)] == _START[: len(line)]
 
 
 def _entry(line: bytes) -> tuple[str, dict[str, Any]] | None:

@@ -8,12 +8,13 @@ evidence of one machine is one file.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench.harness import wall_figures
+from bench.harness.output import printed_anyway
+from bench.harness.reading import as_this_version, read_results
 from bench.harness.results import write_json
 from bench.harness.wall_table import wall_table
 from engram_ref import cli
@@ -61,11 +62,12 @@ def main() -> None:
             if not path.exists():
                 print(f"{PROG}: {path} does not exist and is left out", file=sys.stderr)
         found = [path for path in options.runs if path.exists()]
-        results = merged([json.loads(path.read_text(encoding="utf-8")) for path in found])
-        write_json(options.out, results)
-        if results["steps"]:
-            wall_figures.draw_all(results, options.out.parent)
-    print(wall_table(results))
+        with as_this_version(options.out):
+            results = merged([read_results(path, "gpu_wall") for path in found])
+        with printed_anyway(lambda: wall_table(results)):
+            write_json(options.out, results)
+            if results["steps"]:
+                wall_figures.draw_all(results, options.out.parent)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.harness.output import forget_figures
+from bench.harness.reading import read_results, set_aside
 from engram_ref.replacing import replacing_path
 
 _PACKAGES = (
@@ -96,7 +98,7 @@ def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
     Args:
         rows: the key of a long list, of which every entry gets one line.
     """
-    if path.exists() and _evidence(json.loads(path.read_text(encoding="utf-8"))) == _evidence(content):
+    if path.exists() and _evidence(_found(path)) == _evidence(content):
         return False
     parts = []
     for key, value in content.items():
@@ -105,9 +107,19 @@ def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
             parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
         else:
             parts.append(f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}")
+    forget_figures(path, content)
     with atomic_path(path) as part:
         part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     return True
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """What the file there holds; one that holds no results is set aside."""
+    try:
+        return read_results(path)
+    except ValueError as error:
+        set_aside(path, str(error))
+        return {}
 
 
 def _evidence(content: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +129,7 @@ def _evidence(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a results file, complete or not at all."""
+    """Write a results file, complete or not at all; figures of what it held before go."""
+    forget_figures(path, content)
     with atomic_path(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

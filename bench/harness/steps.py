@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness.accelerator import EnergyMeter, PcieCounter, open_driver, step_timer
+from bench.harness.accelerator import EnergyMeter, open_driver, step_timer
 from bench.harness.backbones import Backbone
+from bench.harness.board import count_traffic
 from bench.harness.token_batches import TokenBatches
 from bench.harness.variants import CONTROL, TableSet, Variant
 from engram_ref.fusion import DemoFusion, ShortConvHistory
@@ -30,7 +31,6 @@ from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
 
 IO_COUNTER = "/proc/self/io read_bytes"
-BUS_SECONDS = 0.3  # of steps under the bus counter, whose resolution is about 20 ms
 TELL_SECONDS = 2.0  # between two lines of progress
 _PREDICTED_STEPS = 3
 
@@ -257,26 +257,34 @@ def control() -> Variant:
 
 @dataclass(frozen=True)
 class OnBus:
-    """What the accelerator's driver counted over a stretch of steps of one variant; None where it cannot."""
+    """What the accelerator's driver counted over a stretch of steps of one variant; None where it cannot.
 
-    received: list[int] | None
+    Attributes:
+        traffic: from `bench.harness.board.count_traffic`; None on a CPU.
+    """
+
+    traffic: dict[str, Any] | None
     energy: dict[str, Any] | None
     energy_why: str
 
+    @property
+    def received(self) -> list[int] | None:
+        """Bytes received over PCIe in a step, by the driver's counter."""
+        return None if self.traffic is None or self.traffic["value"] is None else [self.traffic["value"]]
 
-def count_on_bus(stepper: Stepper, variant: Variant, energy: bool) -> OnBus:
-    """Bytes received over PCIe per step, and with `energy` joules per step, over steps that are not timed."""
+
+def count_on_bus(stepper: Stepper, variant: Variant, energy: bool, row_bytes: int = 0) -> OnBus:
+    """Bytes received over PCIe per step, and with `energy` joules per step, over steps that are not timed.
+
+    Args:
+        row_bytes: of the rows that a step of this variant asks for.
+    """
     device = stepper.tables.device
     if device.type == "cpu":
         return OnBus(None, None, "a CPU: no board counter is read")
-    driver, begin, count = open_driver(device), time.perf_counter(), 0
-    with PcieCounter(driver) as counter:
-        while time.perf_counter() - begin < BUS_SECONDS:
-            stepper.run(variant, None)
-            count += 1
-    total = counter.received.value
-    received = None if total is None else [round(total / count)]
+    driver = open_driver(device)
+    traffic = count_traffic(driver, lambda: stepper.run(variant, None), row_bytes)
     if not energy:
-        return OnBus(received, None, "not asked for: --energy")
+        return OnBus(traffic, None, "not asked for: --energy")
     found = EnergyMeter(driver).measure(lambda: stepper.run(variant, None))
-    return OnBus(received, found.value, found.why or "")
+    return OnBus(traffic, found.value, found.why or "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bench.harness.output import printed_anyway
+from bench.harness.reading import read_results
 from bench.harness.results import write_unless_same
 from bench.harness.sweep_results import grid_content, provenance, sweeps_content
 from bench.harness.sweep_run import Texts, code_sha256, price_all, stream_name
@@ -33,8 +34,6 @@ def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> Non
 
 def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     names = chosen(options)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file: name a folder")
     base, models = base_of(options), MODELS_OF[options.preset] if options.model == "both" else (options.model,)
     texts = Texts(options.text, options.tokenizer)
     points = [point for name in names if name != GRID for point in points_of(name, base, models, options.quick)]
@@ -50,15 +49,14 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     if points:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
         origin = provenance({**about, "models": list(models), **asdict(base)}, code)
-        path = options.out / "sweeps.json"
-        _write(path, sweeps_content(origin, points, records, windows), "points", say)
-        results = json.loads(path.read_text(encoding="utf-8"))  # an older run's, if it found the same
-        _draw(results, options.out, say)
-        print(report_all(results))
+        path, content = options.out / "sweeps.json", sweeps_content(origin, points, records, windows)
+        with printed_anyway(lambda: report_all(content)):
+            _write(path, content, "points", say)
+            _draw(read_results(path), options.out, say)  # an older run's, if it found the same
     if grid:
         origin = provenance({**about, "models": ["engram"], **asdict(grid_base)}, code)
-        content = grid_content(origin, grid_base, axes, records, texts.window(grid_base))
-        _write(options.out / "grid.json", content, "", say)
+        prices = grid_content(origin, grid_base, axes, records, texts.window(grid_base))
+        _write(options.out / "grid.json", prices, "", say)
 
 
 def chosen(options: Namespace) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.journal import Journal
+from bench.harness.output import require_writable
 from bench.harness.parallel import in_parallel
 from bench.harness.streams import Source, Stream, random_source, text_source
 from bench.harness.sweep_pricing import Job, price_cases
@@ -149,9 +150,10 @@ def price_all(
         journal: its file, made when the first price is found.
 
     Raises:
-        ValueError: a worker was killed.
+        ValueError: a worker was killed, or the journal's folder cannot be written.
     """
     keys = keys_of(cases, texts, code)
+    require_writable(journal.parent)  # after bad input was refused, which leaves nothing behind
     with Journal(journal) as done:
         missing = [case for case in keys if keys[case] not in done.found]
         jobs = make_jobs(missing, texts)

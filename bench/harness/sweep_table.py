@@ -8,16 +8,17 @@ offload_prefetch (`bench.harness.verdict`); no wall time was measured, so a LOSS
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.harness.reading import as_this_version, read_results
 from bench.harness.sweeps import SWEEPS
 from bench.harness.table import aligned
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO, Verdict, classify
+from engram_ref import cli
 
 LEVELS = (STRONG_BELOW, WIN_UP_TO, LOSS_ABOVE)
 CROSSED = ("padding", "tokens", "share", "hot")  # sweeps of an amount that the ratio rises or falls with
@@ -216,11 +217,12 @@ def main() -> None:
     """Print the tables of a results file."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m bench.harness.sweep_table SWEEPS.json [NAME ...]")
-    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    names = sys.argv[2:]
-    if unknown := [name for name in names if name not in results["sweeps"]]:
-        sys.exit(f"sweep_table: error: no sweep {unknown[0]}: this file has {', '.join(results['sweeps'])}")
-    print("\n\n\n".join(report(results, name) for name in names) if names else report_all(results))
+    path, *names = Path(sys.argv[1]), *sys.argv[2:]
+    with cli.one_line_errors("sweep_table"), as_this_version(path):
+        results = read_results(path)
+        if unknown := [name for name in names if name not in results["sweeps"]]:
+            raise ValueError(f"no sweep {unknown[0]}: this file has {', '.join(results['sweeps'])}")
+        print("\n\n\n".join(report(results, name) for name in names) if names else report_all(results))
 
 
 if __name__ == "__main__":

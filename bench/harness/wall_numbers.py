@@ -192,6 +192,18 @@ def median_bytes(run: Run, source: str) -> float:
     raise NotMeasured("no rows are fetched")
 
 
+def over_control(step: Step, run: Run) -> float:
+    """Bytes that the driver counted on the bus in a step, less those of the backbone by itself.
+
+    Raises:
+        NotMeasured: one of the two was not counted, or by another counter.
+    """
+    control = run_of(step, "no_engram")
+    if run["bytes"]["counter_what"] != control["bytes"]["counter_what"]:
+        raise NotMeasured("the backbone by itself was not counted, or by another counter")
+    return median_bytes(run, "counter") - median_bytes(control, "counter")
+
+
 def bytes_agree(run: Run) -> bool | None:
     """Whether every step copied or read exactly the bytes that were predicted; None where nothing was."""
     predicted = run["bytes"]["predicted"]

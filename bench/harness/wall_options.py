@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from bench.harness import components
+from bench.harness.end_to_end_options import OWN_OPTIONS
 from bench.harness.steps import Shape
 from bench.harness.variants import ON_CPU, VARIANTS
+from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.quoting import quoted
 from engram_ref.tables.base import RowFormat
@@ -20,11 +23,20 @@ from engram_ref.tables.memory import free_host_bytes
 MOST_ROWS = 2**31 - 1000  # of a column; its prime, found from there upwards, must be below 2^31
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
 MOST_TOKENS = 1 << 24  # of a step
-STEPS_GPU = ["prefill:1x4096", "prefill:8x4096", "decode:1", "decode:16", "decode:64", "decode:256"]
+STEPS_GPU = ["prefill:1x4096", "prefill:8x4096"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
 LAYOUTS = ("packed", "split")
 _MAX_SHARE = 0.85  # of free host memory that a table called max takes
 _DISK_HEADROOM = 1 << 28
+# Options of single steps that an end-to-end run has no use for, and of steps that a run without any has none for.
+_OF_STEPS = (
+    *("backbone", "steps", "context", "stream", "page_cache", "hot_share", "profile", "rows"),
+    *("cases", "iterations", "batch_size", "seq_len"),
+)
+_OF_VARIANTS = (
+    *("table_params", "fit", "preset", "rows", "backbone", "blocks", "steps", "context", "page_cache", "hot_share"),
+    *("rounds", "warmup", "energy", "profile"),
+)
 
 
 def step_shape(text: str) -> Shape:
@@ -40,6 +52,20 @@ def step_shape(text: str) -> Shape:
     if shape.batch * shape.tokens > MOST_TOKENS:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be at most {MOST_TOKENS} tokens")
     return shape
+
+
+def require_steps(shapes: Sequence[Shape], on_gpu: bool) -> None:
+    """Refuse decode steps where the host would launch every kernel of them.
+
+    Raises:
+        ValueError: one is wanted on a GPU.
+    """
+    for shape in shapes:
+        if on_gpu and shape.phase == "decode":
+            raise ValueError(
+                f"--steps decode:{shape.batch}: on CUDA a decode step without graphs measures the host's launching; "
+                f"use --end-to-end --batches {shape.batch}, which decodes from CUDA graphs, or prefill:BATCHxTOKENS"
+            )
 
 
 def table_params(text: str) -> float | str:
@@ -117,6 +143,50 @@ def wanted_variants(names: Sequence[str] | None, device: torch.device) -> list[s
         if name not in possible:
             raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}, or none")
     return [name for name in possible if name in names]
+
+
+def refuse_idle_options(options: argparse.Namespace, given: Mapping[str, str], on_gpu: bool) -> None:
+    """Refuse options that this run would ignore.
+
+    Args:
+        given: options that stand on the command line, by name.
+
+    Raises:
+        ValueError: one that does nothing, or a component case that this machine cannot run.
+    """
+    if not on_gpu:
+        cli.refuse_idle(given, ("energy",), "without CUDA: the driver of a GPU measures it; leave it out")
+        cli.refuse_idle(given, ("eager",), "without CUDA: there are no graphs to do without; leave it out")
+    if options.end_to_end:
+        cli.refuse_idle(given, _OF_STEPS, "with --end-to-end: leave it out, or see --help for what it has instead")
+        _refuse_idle_of_variants(options, given, {"offload_hot": ("hot_shares",), "throttled": ("buses",)})
+        return
+    cli.refuse_idle(given, OWN_OPTIONS, "without --end-to-end: add it")
+    _check_cases(options.cases, on_gpu)
+    if options.cases == ["none"]:
+        cli.refuse_idle(given, ("iterations", "batch_size", "seq_len"), "with --cases none: leave it out")
+    if options.variants == ["none"]:
+        cli.refuse_idle(given, _OF_VARIANTS, "with --variants none: leave it out")
+        return
+    _refuse_idle_of_variants(options, given, {"offload_hot": ("hot_share",), "offload_disk": ("page_cache",)})
+    if options.steps and all(shape.phase == "prefill" for shape in options.steps):
+        cli.refuse_idle(given, ("context",), "without a decode step: leave it out")
+
+
+def _refuse_idle_of_variants(
+    options: argparse.Namespace, given: Mapping[str, str], only: Mapping[str, tuple[str, ...]]
+) -> None:
+    for variant, names in only.items():
+        if options.variants is not None and variant not in options.variants:
+            cli.refuse_idle(given, names, f"without {variant} among --variants: leave it out, or add the variant")
+
+
+def _check_cases(cases: Sequence[str], on_gpu: bool) -> None:
+    if "none" in cases and len(cases) > 1:
+        raise ValueError(f"--cases {' '.join(cases)}: none stands alone; leave it out, or the others")
+    runnable = {*(components.CASES if on_gpu else components.ON_CPU), "all", "none"}
+    if wrong := [case for case in cases if case not in runnable]:
+        raise ValueError(f"--cases {wrong[0]}: there is no CUDA device to upload to; leave it out")
 
 
 def table_config(preset: str, params: float, hidden: int, dtype: str) -> EngramConfig:

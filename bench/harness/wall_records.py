@@ -33,6 +33,7 @@ def run_record(
     """
     rows = variant.name != CONTROL
     limit, why = _limit(variant, step, limits)
+    held = variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0}
     return {
         "variant": variant.name,
         "schedule": variant.schedule,
@@ -43,8 +44,10 @@ def run_record(
         "exposed_s": samples.exposed_s if rows else [],
         "limit_s": limit,
         "limit_why": why,
-        "bytes": _bytes(variant, samples, on_bus) if rows else _no_bytes(),
-        "held": variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0},
+        "bytes": _bytes(variant, samples, on_bus) if rows else _no_bytes(on_bus),
+        "pcie": on_bus.traffic,
+        "held": held,
+        "freed": step["table"]["bytes"] - held["device"] if rows else None,
         "hot": _hot(variant),
         "energy": on_bus.energy,
         "energy_why": on_bus.energy_why,
@@ -59,9 +62,17 @@ def _table(table: dict[str, Any]) -> dict[str, Any]:
     return {"preset": table["preset"], "share": share, "row_dtype": table["row_dtype"], "layout": table["layout"]}
 
 
-def _no_bytes() -> dict[str, Any]:
-    empty: dict[str, Any] = {"from_ids": [], "copied": []}
-    return {**empty, "counter": None, "counter_what": None, "predicted": None, "predicted_counter": None}
+def _no_bytes(on_bus: OnBus) -> dict[str, Any]:
+    """Of the control: what crosses the bus without any rows, which is to be taken off what the others receive."""
+    counted = on_bus.received
+    return {
+        "from_ids": [],
+        "copied": [],
+        "counter": counted,
+        "counter_what": NVML_COUNTER if counted else None,
+        "predicted": None,
+        "predicted_counter": None,
+    }
 
 
 def _bytes(variant: Variant, samples: Samples, on_bus: OnBus) -> dict[str, Any]:

@@ -9,6 +9,7 @@ its table; what went against the prediction is a line that begins with "warning"
 
 from __future__ import annotations
 
+import functools
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -28,12 +29,14 @@ from bench.harness.wall_numbers import (
     hidden_share,
     median_bytes,
     noise_floor,
+    over_control,
     overhead,
     predicted_floor,
     rows_agree,
 )
 
 _WIDTH = 150
+CONTROL = "no_engram"
 _SECONDS = [(1.0, "s"), (1e-3, "ms"), (1e-6, "us")]
 _BYTES = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")]
 
@@ -168,10 +171,14 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     """Name, unit and text of each column; one unit of time and one of bytes for the whole step."""
     seconds, time_unit = _unit(max(statistics.median(run["step_s"]) for run in step["runs"]), _SECONDS)
     nbytes, byte_unit = _unit(step["prediction"]["bytes_unique"], _BYTES)
-    sizes = [
-        (name, byte_unit, lambda run, source=source: short(median_bytes(run, source) / nbytes))
+    sizes: list[tuple[str, str, Callable[[Run], str]]] = [
+        (name, byte_unit, functools.partial(_bytes_of, source=source, unit=nbytes))
         for name, source in (("from ids", "from_ids"), ("copied", "copied"), ("counter", "counter"))
     ]
+    if any(run["variant"] == CONTROL and run["bytes"]["counter"] for run in step["runs"]):
+        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step=step, unit=nbytes)))
+    if any("freed" in run for run in step["runs"]):  # older results say nothing of it
+        sizes.append(("freed", "GiB", _freed))
     preset = step["table"].get("preset")  # older results say nothing of it
     scale = [("table", f"of {preset}", lambda run: fraction(run["table"]["share"]))] if preset else []
     return [
@@ -189,6 +196,18 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         *sizes,
         ("hits", "%", lambda run: f"{100 * run['hot']['hit_rate']:.1f}" if run["hot"] else ""),
     ]
+
+
+def _bytes_of(run: Run, source: str, unit: float) -> str:
+    return short(median_bytes(run, source) / unit)
+
+
+def _freed(run: Run) -> str:
+    return "" if run["freed"] is None else signed(run["freed"] / 2**30)
+
+
+def _over_control(run: Run, step: Step, unit: float) -> str:
+    return "" if run["variant"] == CONTROL else signed(over_control(step, run) / unit)
 
 
 class _Gaps:
@@ -248,6 +267,7 @@ def _notes(step: Step) -> list[str]:
         "counter": _grouped(runs, lambda run: run["bytes"]["counter_what"]),
         "table held in": _grouped(runs, _held),
         "energy per step": _grouped(runs, _energy),
+        "PCIe sampled": _grouped(runs, _sampled),
     }
     lines = [f"{name}: {text}" for name, text in notes.items() if text] + hot
     return [part for line in lines for part in _wrapped(f"   {line}")]
@@ -272,6 +292,16 @@ def _energy(run: Run) -> str:
     if run["energy"] is None:
         return f"unknown, {run['energy_why']}"
     return f"{short(run['energy']['joules_per_step'])} J"
+
+
+def _sampled(run: Run) -> str | None:
+    """What stands in for a byte counter that the driver does not have; never a number of the table."""
+    fallback = run["pcie"]["fallback"] if run.get("pcie") else None
+    if fallback is None:
+        return None
+    if fallback["value"] is None:
+        return f"unknown, {fallback['why']}"
+    return f"{short(fallback['value']['bytes_per_s'] / 1e6)} MB/s by {fallback['what']}"
 
 
 def _warnings(step: Step) -> list[str]:
@@ -331,6 +361,11 @@ def short(value: float, digits: int = 4) -> str:
     if value >= 1000 or value == 0:
         return f"{value:.0f}"
     return f"{value:.{digits}g}" if value >= 1e-4 else "<0.0001"
+
+
+def signed(value: float) -> str:
+    """`short` of a number that may be negative."""
+    return f"{'-' if value < 0 else ''}{short(abs(value))}"
 
 
 def fraction(share: float) -> str:

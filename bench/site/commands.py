@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
+
+from bench.harness.reading import read_results
 
 # Command, what it does, what it needs beside Python, and the results file whose run it was.
 _COMMANDS = [
@@ -27,6 +28,7 @@ _COMMANDS = [
     ("make findings", "Every result, figure and document of the findings, from nothing", "", None),
     ("make bench-cpu", "Time and bytes of a table in RAM and in a real file", "a disk with space", None),
     ("python bench/gpu_wall.py", "Time and bus traffic of every placement around a decoder", "a CUDA device", None),
+    ("python bench/lookup_speed.py", "The lookup of a decode step alone, in microseconds, per placement", "", None),
     ("bench/gpu_checks.sh", "Every test and measurement that needs a GPU", "a CUDA device", None),
     ("make bench-layer", "Gather, convolution, layer, construction, cold reads against what others do", "", None),
     ("make speed", "Speed of hashing, of pricing, and of pricing at production scale", "", None),
@@ -48,7 +50,7 @@ def command_table(results: Path) -> str:
 
 def duration(path: Path) -> str | None:
     """How long the run of a results file took; None where it does not say."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_results(path)
     if not {"started", "finished"} <= content.keys():
         return None
     taken = datetime.fromisoformat(content["finished"]) - datetime.fromisoformat(content["started"])

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.harness.figures import source
+from bench.harness.output import source
+from bench.harness.reading import read_results
 from bench.harness.row_table import crossing_of, row_share, select
 from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.harness.whole_model import MODELS
@@ -93,7 +94,7 @@ def stories_script() -> str:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_results(path) if path.exists() else None
 
 
 def _script(name: str, content: Any, origin: str) -> str:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from engram_ref import fp8
+from engram_ref.compiled import numba_works
 from engram_ref.tables.gather import gather_parts, in_threads
 
 _decode_rows: Callable[..., Any] | None = None
-if importlib.util.find_spec("numba"):
+if numba_works():
     from engram_ref.tables.decoding_fused import decode_rows as _decode_rows
 _TRITON = importlib.util.find_spec("triton") is not None
 

@@ -36,7 +36,8 @@ def make_table(
     Args:
         placement: device, host, uva, hot or file.
         rows: plain values [R, D]; `Rows`, which may be fp8; or rows that lie in a safetensors file
-            (`StoredRows.find`). They are copied to their new place; for `file` they stay where they are.
+            (`StoredRows.find`). They are copied to their new place; for `file` they stay where they are. fp8 rows that
+            hold NaN are refused: here, or, where they stay in a file, when they are fetched.
         packed: of fp8 rows: True lays codes and scales of each row side by side, so that a row is one scattered read,
             False lays them apart; None leaves them as they are.
         hot: for `hot`, the row numbers to keep on the device (`most_frequent`).
@@ -44,7 +45,8 @@ def make_table(
         options: for `file`, also behind `hot`, those of `FileTable`.
 
     Raises:
-        ValueError: an unknown placement, one that this machine cannot serve, or rows that do not fit.
+        ValueError: an unknown placement, one that this machine cannot serve, rows that do not fit, or fp8 rows with a
+            code or a scale that is NaN.
     """
     target = as_device(device)
     if placement not in PLACEMENTS:
@@ -63,6 +65,8 @@ def make_table(
         if unknown:
             raise ValueError(f"placement 'file' has no option {', '.join(sorted(unknown))}: it has threads and direct")
         return FileTable(rows, target, **options)
+    if isinstance(rows, Rows):
+        rows.refuse_nan()
     if options:
         raise ValueError(f"placement {placement!r} has no option {', '.join(options)}")
     if placement == "uva":

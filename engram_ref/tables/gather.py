@@ -9,7 +9,6 @@ may use; they are ordinary threads that end, not a pool that spins on processors
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -18,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_ref.compiled import numba_works
+
 _copy_rows: Callable[..., Any] | None = None
-if importlib.util.find_spec("numba"):
+if numba_works():
     from engram_ref.tables.gather_fused import copy_rows as _copy_rows
 
 _THREAD_BYTES = 4 << 20  # of output for each thread: 0.3 ms or more, against 0.1 ms to start one

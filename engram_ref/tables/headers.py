@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engram_ref.safetensors_header import TensorEntry, read_header, read_metadata
+from engram_ref.quoting import listed, quoted
+from engram_ref.safetensors_header import TensorEntry, read_header, read_metadata, require_written
+from engram_ref.tables.reading import read_whole
 from engram_ref.tables.writing import DTYPES
-
-_NAMED = 8  # tensors of a file that a message lists
 
 
 class Stamp(NamedTuple):
@@ -43,15 +42,17 @@ class Header:
         stamp: what the file was when it was validated.
         tensors: what it has, by name.
         metadata: text.
+        sparse: whether holes are meant as zeros.
     """
 
     path: Path
     stamp: Stamp
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
+    sparse: bool = False
 
     @classmethod
-    def read(cls, path: str | Path) -> Header:
+    def read(cls, path: str | Path, sparse: bool = False) -> Header:
         """Read and validate it.
 
         Raises:
@@ -60,13 +61,13 @@ class Header:
         """
         path = Path(path)
         stamp = _stamp(os.stat(path))
-        header = cls(path, stamp, read_header(path), read_metadata(path))
+        header = cls(path, stamp, read_header(path), read_metadata(path), sparse)
         os.close(open_same(path, stamp))
         return header
 
     def what(self, name: str) -> str:
         """A tensor, as a message names it."""
-        return f"{self.path}, tensor {name!r}"
+        return f"{self.path}, tensor {quoted(name)}"
 
     def matrix(self, name: str, mend: str = "") -> tuple[str, tuple[int, int]]:
         """Dtype, as the file names it, and shape of a tensor that may be a table's.
@@ -79,28 +80,35 @@ class Header:
             ValueError: no such tensor, or not one with two dimensions and one element at least.
         """
         if name not in self.tensors:
-            names = list(self.tensors)
-            others = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
-            listed = ", ".join(names[:_NAMED]) or "none"
-            raise ValueError(f"{self.path} has no tensor {name!r}: it has {listed}{others}{mend}")
+            there = listed(list(self.tensors)) or "none"
+            raise ValueError(f"{self.path} has no tensor {quoted(name)}: it has {there}{mend}")
         shape = self.tensors[name].shape
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{self.what(name)} has shape {shape}: a table is [rows, width], with one row at least")
+            raise ValueError(
+                f"{self.what(name)} has shape {quoted(shape)}: a table is [rows, width], with one row at least"
+            )
         return self.tensors[name].dtype, (shape[0], shape[1])
 
     def read_tensor(self, name: str) -> Tensor:
         """One tensor of the file, in memory of its own.
 
         Raises:
-            ValueError: a dtype that is not used here, or a file that was changed.
+            ValueError: a dtype that is not used here, a tensor that was never written, or a file that was changed.
             OSError: it cannot be read.
         """
         entry = self.tensors[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{self.what(name)} is {entry.dtype}: known are {', '.join(DTYPES)}")
-        with open(open_same(self.path, self.stamp), "rb") as file:
-            raw = np.fromfile(file, np.uint8, entry.nbytes, offset=entry.offset)
-        return torch.from_numpy(raw).view(DTYPES[entry.dtype]).view(entry.shape)
+        if not self.sparse:
+            require_written([entry])
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        fd = open_same(self.path, self.stamp)
+        try:
+            read_whole(fd, raw.numpy().data, entry.offset)
+            require_same(self.path, fd, self.stamp)
+        finally:
+            os.close(fd)
+        return raw.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def open_same(path: Path, stamp: Stamp, flags: int = 0) -> int:
@@ -111,10 +119,26 @@ def open_same(path: Path, stamp: Stamp, flags: int = 0) -> int:
         OSError: it cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | flags)
-    if _stamp(os.fstat(fd)) != stamp:
+    try:
+        require_same(path, fd, stamp)
+    except ValueError:
         os.close(fd)
-        raise ValueError(f"{path} was changed after it was validated: call StoredRows.find again")
+        raise
     return fd
+
+
+def require_same(path: Path, fd: int, stamp: Stamp) -> None:
+    """Refuse an open file that is not any more, or no longer in the state, that has this stamp; a microsecond.
+
+    Every write gives a file a new time, before it gives it new bytes: what was read before this call is what was
+    validated. Two writes within one tick of the system's clock (up to 10 ms) have the same time, and who sets the time
+    back is not found out.
+
+    Raises:
+        ValueError: it was written to, or it is another file.
+    """
+    if _stamp(os.fstat(fd)) != stamp:
+        raise ValueError(f"{path} was changed after it was validated: call StoredRows.find again")
 
 
 def _stamp(found: os.stat_result) -> Stamp:

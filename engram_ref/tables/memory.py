@@ -4,7 +4,7 @@ A table is read one row here, one row there: with 4 KiB pages nearly every row m
 asks for huge pages, and says how much of it really got them. Memory that a GPU copies from or reads in place is
 page-locked with cudaHostRegister in pieces: torch's own pinned allocator rounds up to a power of two and keeps
 what is freed. One copy may not span two pieces (CUDA calls it an invalid value), so what is copied as a whole is
-locked as a whole.
+locked as a whole. Whoever forgets to close leaves nothing locked: the lock belongs to the mapping and ends before it.
 
     with HostMemory(rows * row_bytes) as memory:
         raw = memory.bytes.view(rows, row_bytes)
@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -44,8 +47,7 @@ class HostMemory:
         require_host_bytes(nbytes)
         self.nbytes = nbytes
         self.pinned = False
-        self._pieces: list[int] = []
-        self._pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pages = _Pages(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages refuses; `huge_page_share` says so
                 self._pages.madvise(mmap.MADV_HUGEPAGE)
@@ -55,7 +57,7 @@ class HostMemory:
             self.pin()
 
     def pin(self, piece: int = PIN_PIECE) -> None:
-        """Page-lock it; to be undone by `close`, which the owner must call.
+        """Page-lock it, until `close` or until nobody has the memory any more.
 
         Args:
             piece: bytes to lock at a time; one copy may not reach over two pieces.
@@ -63,16 +65,19 @@ class HostMemory:
         Raises:
             ValueError: CUDA refuses; the memory is closed then.
         """
-        runtime = torch.cuda.cudart()
         self.pinned = True
+        start = self.bytes.data_ptr()
         for offset in range(0, self.nbytes, piece):
-            address = self.bytes.data_ptr() + offset
-            error = int(runtime.cudaHostRegister(address, min(piece, self.nbytes - offset), 0))
-            if error != 0:
+            error = self._pages.lock(start + offset, min(piece, self.nbytes - offset))
+            if error:
                 _forget_cuda_error()
                 self.close()
                 raise ValueError(f"CUDA refused to page-lock {self.nbytes:,} B of host memory (error {error})")
-            self._pieces.append(address)
+
+    @property
+    def locked_pieces(self) -> int:
+        """In how many pieces it is page-locked."""
+        return len(self._pages.locked)
 
     def huge_page_share(self) -> float:
         """Share of the touched memory that lies on huge pages (from /proc/self/smaps); 0.0 where unknown."""
@@ -87,14 +92,12 @@ class HostMemory:
     def close(self) -> None:
         """Give the memory back; tensors made from it must not be used afterwards: they hold zeros."""
         if self.pinned:
-            torch.cuda.synchronize()  # nothing may still be reading
-            for address in self._pieces:
-                torch.cuda.cudart().cudaHostUnregister(address)
-            self._pieces = []
+            self._pages.unlock()
             self.pinned = False
         self.bytes = torch.empty(0, dtype=torch.uint8)
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)  # the addresses stay mapped while a tensor looks at them
+            with contextlib.suppress(OSError):  # a sandbox may refuse; they then go with the last tensor
+                self._pages.madvise(mmap.MADV_DONTNEED)  # the addresses stay mapped while a tensor looks at them
 
     def __enter__(self) -> HostMemory:
         return self
@@ -103,6 +106,44 @@ class HostMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Pages(mmap.mmap):
+    """Mapped pages that are unlocked before they are unmapped, whichever way they end.
+
+    The driver keeps what was registered: where the next mapping gets the same addresses, it refuses to lock them (error
+    712), or reads the pages that were there before. The last tensor keeps the pages; a finaliser of the tensors' owner
+    would come too early, and the callback of a weak reference too late: mmap unmaps before it makes these.
+    """
+
+    locked: Sequence[int] = ()  # addresses of the pieces
+    _process: int | None = None
+
+    def lock(self, address: int, nbytes: int) -> int:
+        """Lock some of them; CUDA's error, 0 for none."""
+        # Kept with the pages: when these go, at the end of the process, torch's own names may be gone.
+        self._runtime, self._synchronize = torch.cuda.cudart(), torch.cuda.synchronize
+        self._process = os.getpid()
+        error = int(self._runtime.cudaHostRegister(address, nbytes, 0))
+        if error == 0:
+            self.locked = (*self.locked, address)
+        return error
+
+    def unlock(self) -> None:
+        """Wait for the device, then unlock all of them; a forked child leaves the lock to its parent, whose it is."""
+        pieces, process = self.locked, self._process
+        self.locked, self._process = (), None
+        if process != os.getpid():
+            return
+        try:
+            self._synchronize()  # nothing may still be reading
+        finally:
+            for address in pieces:
+                self._runtime.cudaHostUnregister(address)
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # then CUDA may be down already, and the process takes its locks with it
+            self.unlock()
 
 
 def _forget_cuda_error() -> None:

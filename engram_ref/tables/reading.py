@@ -7,16 +7,16 @@ when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from r
 in two parts, codes and scales, are asked for in both before either is waited for.
 
 With numba this is compiled (`reading_fused`). Where the system cannot be asked ahead (macOS), and with `direct`,
-which bypasses the page cache, threads that wait read instead.
+which bypasses the page cache, threads that wait read instead. All of this only makes reading faster: where a sandbox
+refuses a hint, or a file system returns less than was asked for, the rows are read without it.
 
     python -m pytest tests/ref/test_file_table.py
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import functools
-import importlib.util
 import itertools
 import mmap
 import os
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engram_ref.compiled import numba_works
 from engram_ref.tables.read_plan import BLOCK, Reads, plan_reads, round_up
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _WAITING = 32, 4  # the same for threads that wait for each read
 _CAN_ASK_AHEAD = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
 
 _fused: Callable[..., int] | None = None
-if _CAN_ASK_AHEAD and importlib.util.find_spec("numba"):
+if _CAN_ASK_AHEAD and numba_works():
     from engram_ref.tables.reading_fused import read_rows as _fused
 
 
@@ -98,7 +99,7 @@ class RowReader:
         self._pool: ThreadPoolExecutor | None = None
         if hasattr(os, "posix_fadvise"):
             for fd in self._files.values():
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read rows to their places; how many different rows there were, and how many bytes the reads returned.
@@ -113,6 +114,12 @@ class RowReader:
             OSError: the disk failed.
         """
         self._require_same_size()
+        read = self._read(ordered, places, raw)
+        for fd, part in zip(self._fds, self._parts):  # afterwards, so that it holds for what was written meanwhile
+            part.require_same(fd)
+        return read
+
+    def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         if not len(ordered):
             return 0, 0
         if _fused is not None and self._ahead:
@@ -201,6 +208,7 @@ def _open_direct(part: StoredPart) -> int:
     refused = f"{part.path}: its file system cannot be read past the page cache: use direct=False"
     if not hasattr(os, "O_DIRECT"):
         raise ValueError(refused)
+    os.close(part.open())  # what fails here fails whichever way it is read
     try:
         fd = part.open(os.O_DIRECT)
         try:
@@ -209,10 +217,13 @@ def _open_direct(part: StoredPart) -> int:
             os.close(fd)
             raise
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
         raise ValueError(refused) from error
     return fd
+
+
+def _advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, advice)
 
 
 def _can_read_now(fd: int) -> bool:
@@ -221,9 +232,7 @@ def _can_read_now(fd: int) -> bool:
         os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
     except BlockingIOError:
         return True
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
+    except OSError:  # not supported, not known, not allowed; a disk that fails says so when it is read
         return False
     return True
 
@@ -245,7 +254,7 @@ def _read_ahead(pieces: Iterator[tuple[int, int, memoryview]], now: bool) -> int
         total += got
         if got == len(piece):
             continue
-        os.posix_fadvise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)
+        _advise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)
         asked.append((fd, offset + got, piece[got:]))
         if len(asked) > AHEAD:
             fd, offset, piece = asked.popleft()
@@ -256,7 +265,7 @@ def _read_ahead(pieces: Iterator[tuple[int, int, memoryview]], now: bool) -> int
 def _read_now(fd: int, piece: memoryview, offset: int) -> int:
     try:
         return os.preadv(fd, [piece], offset, os.RWF_NOWAIT)
-    except BlockingIOError:
+    except OSError:  # it would have to wait, or this kind of read is refused; the ordinary one says what is wrong
         return 0
 
 
@@ -268,10 +277,20 @@ def _read_blocks(fd: int, reads: Reads, found: np.ndarray) -> int:
     target, row_bytes = found.data.cast("B"), found.shape[1]
     aligned = memoryview(mmap.mmap(-1, int(round_up(reads.lengths.max()))))
     for offset, length, low, high in zip(reads.offsets.tolist(), reads.lengths.tolist(), reads.first, reads.first[1:]):
-        got = os.preadv(fd, [aligned[: round_up(length)]], offset)
-        if got < length:
-            raise _ended(offset + got)
-        total += got
+        _read_direct(fd, aligned[: round_up(length)], offset, length)
+        total += length
         for row, start in enumerate(reads.starts[low:high].tolist(), int(low)):
             target[row * row_bytes : (row + 1) * row_bytes] = aligned[start - offset : start - offset + row_bytes]
     return total
+
+
+def _read_direct(fd: int, blocks: memoryview, offset: int, length: int) -> None:
+    """Fill whole blocks, `length` bytes of which are in the file; after a short read, from its last whole block on."""
+    done = 0
+    while True:
+        got = done + os.preadv(fd, [blocks[done:]], offset + done)
+        if got >= length:
+            return
+        if got == done:
+            raise _ended(offset + got)
+        done = got // BLOCK * BLOCK if got - done >= BLOCK else got

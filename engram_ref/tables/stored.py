@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from engram_ref.config import SCALE_BLOCK
+from engram_ref.safetensors_header import require_written
 from engram_ref.tables.base import RowFormat
-from engram_ref.tables.headers import Header, Stamp, open_same
+from engram_ref.tables.headers import Header, Stamp, open_same, require_same
 from engram_ref.tables.memory import require_host_bytes
 from engram_ref.tables.nan_check import refuse_nan
 from engram_ref.tables.reading import read_whole
@@ -83,6 +84,10 @@ class StoredPart:
         """
         return open_same(self.path, self.stamp, flags)
 
+    def require_same(self, fd: int) -> None:
+        """Refuse what was read from the open file if it was written to since it was validated (`require_same`)."""
+        require_same(self.path, fd, self.stamp)
+
 
 @dataclass(frozen=True)
 class StoredRows:
@@ -104,6 +109,7 @@ class StoredRows:
         *,
         scale: str | None = None,
         scale_path: str | Path | None = None,
+        sparse: bool = False,
     ) -> StoredRows:
         """Find the rows of a table in a file.
 
@@ -113,10 +119,11 @@ class StoredRows:
                 with two dimensions, scales not counted.
             scale: name of the scales; None takes `name` with `scale` in place of `weight`.
             scale_path: the file that has the scales; None takes `path`.
+            sparse: take holes in the file, where nothing was ever written, for zeros that are meant.
 
         Raises:
-            ValueError: not a whole safetensors file, no such tensor, not rows of floating-point numbers, or scales
-                that do not fit.
+            ValueError: not a whole safetensors file, no such tensor, rows that were never written, not rows of
+                floating-point numbers, or scales that do not fit.
             OSError: a file cannot be opened.
         """
         header = Header.read(path)
@@ -127,11 +134,11 @@ class StoredRows:
             scale = _scale_of(header, name) if scale is None else scale
             _check_scales(header, name, there, scale)
             row_format = RowFormat(torch.bfloat16, width, scaled=True)
-            return cls(row_format, tuple(_parts(row_format.split_bytes, (header, name), (there, scale))))
+            return cls(row_format, tuple(_parts(row_format.split_bytes, sparse, (header, name), (there, scale))))
         if scale is not None or scale_path is not None:
             raise ValueError(f"{header.what(name)} is {dtype}: only codes, {_CODES}, have scales")
         row_format = _packed_format(header, name) if dtype == _PACKED else _plain_format(header, name)
-        return cls(row_format, tuple(_parts((row_format.row_bytes,), (header, name))))
+        return cls(row_format, tuple(_parts((row_format.row_bytes,), sparse, (header, name))))
 
     @property
     def path(self) -> Path:
@@ -185,6 +192,8 @@ class StoredRows:
             with ThreadPoolExecutor(_READERS) as pool:
                 for _ in pool.map(lambda piece: self._read_piece(targets, *piece), pieces):
                     pass
+            for part, fd, _ in pieces:
+                part.require_same(fd)
 
     def _read_piece(
         self, targets: Mapping[tuple[int, int], np.ndarray], part: StoredPart, fd: int, rows: slice
@@ -220,7 +229,9 @@ def _columns(widths: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *itertools.accumulate(widths)]))
 
 
-def _parts(widths: Sequence[int], *tensors: tuple[Header, str]) -> Iterator[StoredPart]:
+def _parts(widths: Sequence[int], sparse: bool, *tensors: tuple[Header, str]) -> Iterator[StoredPart]:
+    if not sparse:
+        require_written(header.tensors[name] for header, name in tensors)
     for (header, name), columns in zip(tensors, _columns(widths)):
         tensor = header.tensors[name]
         yield StoredPart(header.path, name, tensor.shape[0], columns, tensor.offset, header.stamp)

@@ -1,4 +1,4 @@
-"""Compiled twins of slow loops in `engram_toy`: the only place there where numpy and numba are imported.
+"""What needs numpy or numba: compiled twins of slow loops, and arrays. Nothing else in `engram_toy` imports them.
 
-Loaded on demand, never needed: every function here returns exactly what its plain Python twin returns.
+Loaded on demand, never needed: every compiled function returns exactly what its plain Python twin returns.
 """

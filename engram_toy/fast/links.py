@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from engram_toy.fast.compiling import compiled
 
 MOST_READS = 2**31 - 1  # links are 32-bit integers
 
@@ -144,7 +145,7 @@ def _on_all_cores(work: Callable[[int], Any], items: Iterable[int]) -> list[Any]
         return list(pool.map(work, items))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _slot(keys, row):
     """Where a row stands in a hash table, or would."""
     mask = np.uint64(len(keys) - 1)
@@ -155,7 +156,7 @@ def _slot(keys, row):
     return slot
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _link_column(rows, column, low, high, keys, last, links, tokens, step_reads, stride, first):
     """Link every read to the one before; -1 where there is none. Returns a token whose row is outside, or -1."""
     number, in_step = np.int64(first), 0
@@ -172,7 +173,7 @@ def _link_column(rows, column, low, high, keys, last, links, tokens, step_reads,
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _name_column(rows, column, distinct, first_place, links, tokens, step_reads, stride, first):
     number, in_step = np.int64(first), 0
     for t in range(len(rows)):
@@ -184,7 +185,7 @@ def _name_column(rows, column, distinct, first_place, links, tokens, step_reads,
             number, in_step = number + step_reads - tokens * stride, 0
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _count_reads(links, place, counts):
     for read in range(len(links)):
         link = links[read]

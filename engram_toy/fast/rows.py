@@ -23,8 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from engram_toy.fast.compiling import compiled
 from engram_toy.fast.links import RowReads
 from engram_toy.fast.timeline import axis_of, count_from, full_axis, give_up, settle
 
@@ -148,7 +148,7 @@ def price_rows(
     return Priced(sum(steps.tolist()), by_value, *tallies, steps, depths)
 
 
-@njit(cache=True)
+@compiled()
 def _read_again(links):
     """Whether the row of each read is read once more later."""
     again = np.zeros(len(links), np.bool_)
@@ -158,14 +158,14 @@ def _read_again(links):
     return again
 
 
-@njit(cache=True)
+@compiled()
 def _cumulative_price(n):
     """Sum of ceil(sqrt(i)) over i = 1 .. n; `engram_toy.stack.cumulative_price`."""
     m = _ceil_root(n)
     return m * (6 * n - 2 * m * m + 3 * m - 1) // 6
 
 
-@njit(cache=True)
+@compiled()
 def _ceil_root(n):
     """The least m with m*m >= n; the floating-point root is at most one off below 2^52."""
     m = np.int64(np.sqrt(np.float64(n)))
@@ -176,7 +176,7 @@ def _ceil_root(n):
     return m
 
 
-@njit(cache=True)
+@compiled()
 def _bin(n):
     """Position of the highest set bit."""
     b = 0
@@ -186,7 +186,7 @@ def _bin(n):
     return b
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _price(
     links, rank, buried, words, above, ahead, untouched, untouched_above,
     step_reads, row_bytes, between_steps, on_top, reads, cost, steps, depths,

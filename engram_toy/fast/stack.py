@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engram_toy.fast.compiling import compiled
 from engram_toy.fast.timeline import count_from, full_axis, give_up
 from engram_toy.stack import Log, check_log, unfit_returned, unstored_operand
 
@@ -42,7 +43,7 @@ def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
 _prefetch: Any = intrinsic(_fetch_soon)
 
 
-@njit(cache=True)
+@compiled()
 def _fates(inputs, left, right, third, needed, fate):
     """Walk back from the end: mark in `fate` who dies and lives where, and in `needed` who is ever read.
 
@@ -65,13 +66,13 @@ def _fates(inputs, left, right, third, needed, fate):
     return -1
 
 
-@njit(cache=True)
+@compiled()
 def _price(value, argument_depth, slot_of, words, above, untaken):
     slot = slot_of[value]
     return argument_depth[value] if slot < 0 else count_from(words, above, slot) - untaken
 
 
-@njit(cache=True)
+@compiled()
 def _move(value, dies, slot_of, words, above, new):
     """Give up the slot of an operand; take the next one if it lives on. A dying value takes none: nothing can tell."""
     if slot_of[value] >= 0:
@@ -82,7 +83,7 @@ def _move(value, dies, slot_of, words, above, new):
     return new + 1
 
 
-@njit(cache=True)
+@compiled()
 def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths):
     """Price every instruction into `depths`; return how many reads there were, and the next slot."""
     reads = 0
@@ -114,7 +115,7 @@ def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, ab
     return reads, new
 
 
-@njit(cache=True)
+@compiled()
 def _depths_now(values, argument_depth, slot_of, words, above, new, depths):
     """The depths of live values when nothing moves: what one last instruction reading them all is charged."""
     for i in range(len(values)):

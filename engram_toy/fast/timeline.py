@@ -14,8 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from engram_toy.fast.compiling import compiled
 
 
 def _bit_count(typing_context: Any, word: Any) -> Any:
@@ -30,7 +32,7 @@ def _bit_count(typing_context: Any, word: Any) -> Any:
 popcount: Any = intrinsic(_bit_count)  # called with the word alone; its signature would say otherwise
 
 
-@njit(cache=True)
+@compiled()
 def count_from(words, above, slot):
     """Count the taken slots from this one up, the untaken ones at the end included."""
     # Unsigned positions spare every access the test for negative ones.
@@ -44,7 +46,7 @@ def count_from(words, above, slot):
     return taken
 
 
-@njit(cache=True)
+@compiled()
 def give_up(words, above, slot):
     """Give up a slot."""
     slot = np.uint64(slot)
@@ -52,7 +54,7 @@ def give_up(words, above, slot):
     settle(above, slot >> np.uint64(6), 1)
 
 
-@njit(cache=True)
+@compiled()
 def settle(above, word, slots):
     """Let the tree know that so many slots of a word have been given up."""
     node, one = np.uint64(word) + np.uint64(1), np.uint64(1)

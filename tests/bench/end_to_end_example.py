@@ -56,6 +56,7 @@ def case(device: str = "cuda", rounds: int = len(DRIFT)) -> dict[str, Any]:
         "blocks": 36,
         "parameters": 8_000_000_000,
         "weights": "random",
+        "weight_bytes": {"model": 15_000_000_000, "engram": 50_000_000},
         "dtype": "bfloat16",
         "device": device,
         "batch": 4,
@@ -74,7 +75,7 @@ def case(device: str = "cuda", rounds: int = len(DRIFT)) -> dict[str, Any]:
             "row_dtype": "float8_e4m3fn",
             "huge_pages": 1.0,
         },
-        "needs": {"device": {"weights": 1}, "host": {"table": 26_400}},
+        "needs": {"device": {"weights": 1, "keys and values": 1 << 30}, "host": {"table": 26_400}},
         "rounds": [
             {"round": r, "prompt_tokens": 900, "output_tokens": 408, "rows_requested": 1000, "rows_unique": 500}
             for r in range(rounds)
@@ -91,7 +92,7 @@ def row(number: int, device: str, rounds: int) -> dict[str, Any]:
     return {
         "label": label,
         "variant": "throttled" if latency else label.removesuffix(" again"),
-        "schedule": schedule,
+        "schedule": "in graph" if resident and device == "cuda" else schedule,
         "repeat": int(label.endswith("again")),
         "hot_share": None,
         "bus": latency and {"bytes_per_s": None, "latency_s": latency},
@@ -100,6 +101,8 @@ def row(number: int, device: str, rounds: int) -> dict[str, Any]:
         "device_label": "CPU Example" if device == "cpu" else "GPU Example",
         "graphs": {"used": device == "cuda", "why": None if device == "cuda" else "not on CUDA"},
         "held": {"device": 26_400 if resident else 0, "host": 26_400, "disk": 0},
+        "freed": {"value": 0 if resident else 26_400, "why": None},
+        "weights": {"value": None, "why": "a CPU"},
         "pcie": {"value": None, "why": "no driver"},
         "energy": {"value": None, "why": "not asked for: --energy"},
         "rounds": [sample(r, times * (JITTER[r] if label == "resident again" else 1)) for r in range(rounds)],
@@ -122,4 +125,5 @@ def sample(number: int, times: float) -> dict[str, Any]:
         "copied": 264_000,
         "lookups": 0,
         "hits": 0,
+        "board": {"value": None, "why": "no driver"},
     }

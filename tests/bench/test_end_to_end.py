@@ -24,15 +24,18 @@ from bench.harness import (
 from bench.harness.backbones import build_backbone
 from bench.harness.end_to_end_contenders import Choice, Contender
 from bench.harness.end_to_end_graphs import Pieces
+from bench.harness.end_to_end_lookup import ResidentLookup
 from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention
 from bench.harness.end_to_end_numbers import same_tokens, step_bytes
 from bench.harness.end_to_end_pass import Server
+from bench.harness.end_to_end_records import Record
 from bench.harness.end_to_end_workload import TokenSource
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram, make_fusion
+from engram_ref.lookup import DeviceLookup
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.device import DeviceTable
 from tests.bench.test_backbones import TINY
@@ -69,8 +72,19 @@ class Served:
 
     backbone = ""
 
+    def with_kernels(self, captured):
+        """The resident table as a GPU looks it up, inside the steps' first piece where they are captured."""
+        lookup = DeviceLookup(self.plan, {1: self.table}, self.vocab)
+        resident = ResidentLookup(lookup, 1, self.model.slots, captured)
+        self.model.prepare(9, torch.float32, resident)
+        self.server = Server(self.model, self.vocab, self.plan, 1, resident=resident)
+        return lookup
+
     def serve(self, work, schedule, on_device=False):
         """One variant; `on_device` hashes as a GPU does."""
+        if schedule == "in graph":
+            contender = Contender("resident", schedule, table=self.table, prefetcher=NOBODY, kernels=NOBODY)
+            return self.server.serve(work, contender)
         hasher = DeviceHasher(self.plan, CPU) if on_device else NgramHasher(self.plan)
         with Prefetcher(hasher, {1: self.table}, background=schedule == "prefetched") as prefetcher:
             contender = Contender("resident", schedule, table=self.table, prefetcher=prefetcher)
@@ -86,6 +100,9 @@ def served(tmp_path, vocab_small):
         return Served(vocab_small, slots, preset, graphs)
 
     return make
+
+
+NOBODY = object()  # in place of what must not be asked
 
 
 def attached_choices(one, round_):
@@ -145,6 +162,27 @@ def test_rows_reach_a_step_in_pieces_where_a_graph_looks_for_them(served, schedu
     assert one.model.graphs == {"used": False, "why": "capturing failed: nothing is captured here"}
     round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
     assert choices_of(one, round_, schedule, False, monkeypatch)[0] == attached_choices(one, round_)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "v41-flash"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_resident_table_is_looked_up_by_the_step_itself(served, captured, preset, monkeypatch):
+    """Map, check, hash, gather and history run in the step, on ids, history and rows that stay where they are."""
+
+    def record(pieces, step, fuse):
+        step(fuse)  # a warm-up advances the history, which a pass begins anew
+        raise RuntimeError("nothing is captured here")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(Pieces, "_record", record)
+    one = served(2, preset, graphs=captured)
+    lookup = one.with_kernels(captured)
+    places = (one.server._resident._tail.data_ptr(), one.server._resident.rows.data_ptr())
+    round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
+    for _ in range(2):  # the second pass finds what the first one left
+        assert choices_of(one, round_, "in graph", True, monkeypatch)[0] == attached_choices(one, round_)
+    assert places == (one.server._resident._tail.data_ptr(), one.server._resident.rows.data_ptr())
+    lookup.check()
 
 
 def test_rows_change_what_is_chosen(served):
@@ -253,6 +291,10 @@ def test_every_row_is_there_in_order_and_says_that_it_is_a_cpus(results):
         for row in case["rows"]:
             assert row["device"] == "cpu" and row["device_label"].startswith("CPU ")
             assert row["graphs"]["used"] is False and row["energy"]["value"] is None and row["energy"]["why"]
+            assert row["weights"]["value"] is None and "a CPU" in row["weights"]["why"]
+            freed = None if row["label"] in VARIANTS[:2] else case["table"]["bytes"] - row["held"]["device"]
+            assert row["freed"]["value"] == freed and (freed is not None or row["freed"]["why"])
+            assert {sample["board"]["why"] for sample in row["rounds"]} == {"device cpu has no NVIDIA driver"}
 
 
 def test_every_variant_chose_the_same_tokens_from_the_same_rounds(results):
@@ -295,7 +337,7 @@ def test_bytes_are_counted_from_ids_and_by_what_was_read(results):
 
 def test_figures_and_nothing_else_are_left(results, program):
     names = {path.name for path in program.out.iterdir()}
-    assert names == {"config.json", "results.json", "overhead_parts.svg", "slower_bus.svg"}
+    assert names == {"config.json", "results.json", "baselines.svg", "overhead_parts.svg", "slower_bus.svg"}
 
 
 def test_another_configuration_is_refused_in_one_line(results, program, capsys):
@@ -336,6 +378,20 @@ def test_a_resident_table_that_does_not_fit_is_left_out_only_if_wanted(fit, caps
     assert capsys.readouterr().out == "resident is left out: 12 GiB are needed, 10 GiB are free\n"
 
 
+def test_a_file_that_the_disk_does_not_hold_is_left_out_by_itself(capsys, monkeypatch):
+    run = object.__new__(end_to_end.EndToEnd)
+    run.options, run.choice = Namespace(fit=True, out=None), Choice(("resident", "offload_disk"))
+    run.plan, run.config = Namespace(layers=[Namespace(rows=10)]), Namespace(row_bytes=lambda: 264)
+    run._planned = lambda: ["a case"]
+
+    def full(nbytes, folder):
+        raise ValueError(f"{nbytes} B do not fit")
+
+    monkeypatch.setattr(end_to_end, "require_disk", full)
+    assert run._fitting() == ["a case"] and run.choice.names == ("resident",)
+    assert capsys.readouterr().out == "offload_disk is left out: 2640 B do not fit\n"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -351,3 +407,15 @@ def test_bad_options_are_refused_in_one_line(program, options, said, capsys):
         program(*OPTIONS, *options)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"cases": [', "[" * 10**5])
+def test_a_broken_results_file_is_set_aside_and_the_run_begins_anew(tmp_path, capsys, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    (tmp_path / "stale.svg").write_text(f"<desc>results sha256 {'0' * 64}</desc>")
+    head = dict.fromkeys(("benchmark", "device", "device_name", "configuration", "code_sha256"))
+    assert Record.open(path, head, fresh=False).results["cases"] == []
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "results.json.broken"}
+    error = capsys.readouterr().err
+    assert "results.json cannot be continued" in error and error.count("\n") == 1

@@ -11,16 +11,26 @@ import pytest
 from bench.harness import end_to_end_numbers as numbers
 from bench.harness.end_to_end_figures import draw_all
 from bench.harness.end_to_end_table import report
-from bench.harness.figures import source
+from bench.harness.output import source
 from bench.harness.wall_numbers import NotMeasured
 from tests.bench.end_to_end_example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/end_to_end.schema.json").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "bench/harness/end_to_end.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_example_fits_the_schema(device):
     jsonschema.validate(example(device), SCHEMA)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("end_to_end_*.json")), ids=lambda path: path.stem)
+def test_committed_results_stay_valid_and_are_reported(path):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    jsonschema.validate(results, SCHEMA)
+    text = report({**results, "cases": results["cases"][:1]})
+    assert "% of resident" in text and "against no Engram at all, the paper's baseline: " in text
+    assert (results["device"] == "cpu") == ("no class, a CPU has no bus" in text)
 
 
 @pytest.mark.parametrize("phase", numbers.PHASES)
@@ -102,10 +112,92 @@ def test_copies_are_held_against_the_ids():
     assert "warning: offload_prefetch did not copy the bytes that the ids ask for" in report(one)
 
 
+def test_overheads_are_shares_of_their_baseline():
+    """Against no Engram all of it; against the resident table what is not hidden, of that table's time."""
+    one = case()
+    row = numbers.row_of(one, "offload_prefetch")
+    assert numbers.against(one, row, "no_engram", "together").median == pytest.approx(OWN + LOOKUP + NOT_HIDDEN)
+    part = numbers.against(one, row, "resident", "together")
+    assert part.median == pytest.approx(NOT_HIDDEN / (1 + OWN + LOOKUP)) and part.resolved
+    text = report(example())
+    line = next(line for line in text.splitlines() if line.startswith("offload_prefetch"))
+    assert "+3.5 [+3.5, +3.5] +0.5 [+0.5, +0.5]" in " ".join(line.split())
+    assert "against no Engram at all, the paper's baseline: LOSS" in text
+    assert "against the resident table, our baseline: WIN" in text
+
+
+@pytest.mark.parametrize(("gather", "bound"), [(0.4e12, True), (0.2e12, False)])
+def test_a_step_that_takes_over_twice_as_long_as_its_weights_is_launch_bound(gather, bound):
+    """A step of 100 ms and 15 GB: 0.15 TB/s, against half of 0.4 TB/s and half of 0.2."""
+    one, limits = case(), {"gather": {"bytes_per_s": gather}}
+    found = numbers.weight_reading(limits, one, numbers.row_of(one, "no_engram"))["value"]
+    assert found["launch_bound"] is bound and found["bytes_per_s"] == pytest.approx(15e9 / 0.1)
+    with_engram = numbers.weight_reading(limits, one, numbers.row_of(one, "resident"))["value"]
+    assert with_engram["bytes"] == 15_050_000_000
+    on_cpu = numbers.weight_reading({"gather": None}, one, one["rows"][0])
+    assert on_cpu["value"] is None and "a CPU" in on_cpu["why"]
+
+
+def test_the_weights_column_is_marked():
+    one = example()
+    for row in one["cases"][0]["rows"]:
+        row["weights"] = numbers.weight_reading({"gather": {"bytes_per_s": 0.4e12}}, one["cases"][0], row)
+    jsonschema.validate(one, SCHEMA)
+    text = report(one)
+    assert text.count("launch-bound 1") == 9 and "is marked launch-bound" in text and "400 GB/s were measured" in text
+
+
+def test_what_the_control_received_is_taken_off():
+    one = example()
+    rows = {row["label"]: row for row in one["cases"][0]["rows"]}
+    counted = {"why": None, "passes": 3, "seconds": 1.0, "row_bytes": 0, "fallback": None}
+    rows["no_engram"]["pcie"] = {"value": 2_000_000, **counted}
+    rows["offload_prefetch"]["pcie"] = {"value": 5_000_000, **counted}
+    jsonschema.validate(one, SCHEMA)
+    assert numbers.over_control(one["cases"][0], rows["offload_prefetch"]) == 3_000_000
+    assert numbers.over_control(one["cases"][0], rows["resident"]) is None
+    line = next(line for line in report(one).splitlines() if line.startswith("offload_prefetch"))
+    assert line.split()[-5:-2] == ["5", "3", "-"]
+
+
+def test_a_sampled_throughput_is_a_note_and_no_number_of_the_table():
+    one = example()
+    rows = {row["label"]: row for row in one["cases"][0]["rows"]}
+    for label, rate in (("no_engram", 1e6), ("offload_prefetch", 4e6)):
+        value = {"bytes_per_s": rate, "samples_bytes_per_s": [rate], "seconds": 1.0}
+        fallback = {"what": "sampled", "value": value, "why": None}
+        rows[label]["pcie"] = {
+            "value": None, "why": "no counter", "passes": 2, "seconds": 1.0, "row_bytes": 0, "fallback": fallback
+        }  # fmt: skip
+    jsonschema.validate(one, SCHEMA)
+    text = report(one)
+    assert "PCIe sampled instead (sampled): no_engram 1 MB/s, offload_prefetch 4 MB/s (3 more)" in text
+    assert "no PCIe counter: no counter" in text
+
+
+def test_a_pass_has_the_energy_of_the_whole_board():
+    one = example()
+    for sample in one["cases"][0]["rows"][0]["rounds"]:
+        joules = 100.0 * sample["round"]
+        sample["board"] = {
+            "value": {
+                "joules_before": 1000.0, "joules_after": 1000.0 + joules, "sm_mhz": 1980, "power_w": 650.5,
+                "throttled": [], "unknown": {},
+            },
+            "why": None,
+        }  # fmt: skip
+    jsonschema.validate(one, SCHEMA)
+    assert numbers.pass_joules(one["cases"][0]["rows"][0]) == 200.0
+    assert numbers.pass_joules(one["cases"][0]["rows"][1]) is None
+    assert "1980 to 1980 MHz, 650.5 to 650.5 W, slowed by nothing" in report(one)
+
+
 def test_freed_memory_and_energy():
     one = case()
     row = numbers.row_of(one, "offload_prefetch")
     assert numbers.freed_bytes(one, row) == 26_400 and numbers.freed_bytes(one, one["rows"][0]) is None
+    one["rows"] = [row for row in one["rows"] if row["variant"] != "resident"]  # it need not fit to be known
+    assert numbers.freed_bytes(one, row) == 26_400
     assert numbers.joules_per_token(row) is None
     row["energy"] = {"value": {"joules_per_step": 816.0, "output_tokens_per_step": 408}, "why": None}
     assert numbers.joules_per_token(row) == 2.0
@@ -164,7 +256,7 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes():
 def test_figures_are_drawn_and_name_their_results(tmp_path):
     results = example()
     paths = draw_all(results, tmp_path)
-    assert [path.name for path in paths] == ["overhead_parts.svg", "slower_bus.svg"]
+    assert [path.name for path in paths] == ["baselines.svg", "overhead_parts.svg", "slower_bus.svg"]
     for path in paths:
         text = path.read_text(encoding="utf-8")
         assert source(results) in text and text.count("<path") > 10

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from bench.harness import end_to_end_graphs, end_to_end_memory, end_to_end_report
-from bench.harness.backbones import BlockShape
+from bench.harness.backbones import BlockShape, measure_backbone
 from bench.harness.end_to_end_clock import EventPassClock, HostPassClock
 from bench.harness.end_to_end_contenders import Choice
 from bench.harness.end_to_end_memory import Plan, estimate, largest_batch
 from bench.harness.end_to_end_records import Record
 from bench.harness.end_to_end_throttle import Bus, ThrottledTable, rest
 from bench.harness.end_to_end_workload import Decode, Lengths, Prefill, TokenSource, schedule
+from bench.harness.wall_options import table_config
 from engram_ref.config import EngramConfig
 from engram_ref.tables.device import DeviceTable
 from tests.bench.end_to_end_example import example
@@ -211,6 +212,26 @@ def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
     text = str(refused.value)
     assert "\n" not in text and "GiB of host memory are needed" in text and "0.01 GiB are free" in text
     assert f"{estimate(plan(), CPU).total / 2**30:.2f} GiB" in text and "weights" in text and "--batches" in text
+
+
+@pytest.mark.parametrize(("card", "fits"), [(139, True), (78, False)])
+def test_a_hundred_billion_parameters_are_resident_where_the_card_holds_them(card, fits, monkeypatch):
+    """96 GiB of fp8 rows beside a model of 8 B class at batch 64: an H200 holds them, an H100 does not."""
+    vocabulary, names = 151_936, ("no_engram", "resident", "offload_prefetch", "offload_uva")
+    shape, blocks, parameters = measure_backbone("qwen3-8b", None, vocabulary)
+    config = table_config("v41-flash", 1e11, shape.hidden, "bfloat16")
+    rows = sum(size * config.heads for size in config.table_size_per_order)
+    head = vocabulary * shape.hidden
+    wanted = Plan(shape, blocks, parameters, head, 2, config, rows, 64, 256, 64, 64, 16384, Choice(names))
+    monkeypatch.setattr(end_to_end_memory, "free_device_bytes", lambda device: card << 30)
+    monkeypatch.setattr(end_to_end_memory, "free_host_bytes", lambda: 120 << 30)
+    needs = estimate(wanted, torch.device("cuda"))
+    assert needs.device["resident table"] / 2**30 == pytest.approx(96.0, abs=0.1)
+    if fits:
+        needs.require(torch.device("cuda"))
+        return
+    with pytest.raises(ValueError, match=rf"{needs.total / 2**30:.2f} GiB of cuda memory .* {card}.00 GiB are free"):
+        needs.require(torch.device("cuda"))
 
 
 def test_the_largest_batch_that_fits(monkeypatch):

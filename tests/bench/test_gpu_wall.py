@@ -79,6 +79,7 @@ def test_bytes_read_are_bytes_predicted(results):
         for run in step["runs"]:
             if run["variant"] == "offload_disk":
                 assert bytes_agree(run) and run["bytes"]["copied"] == run["bytes"]["from_ids"]
+            assert run["freed"] == step["table"]["bytes"] - run["held"]["device"] and run["pcie"] is None
 
 
 def test_fresh_ids_every_step(results):
@@ -249,6 +250,22 @@ def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch, capsys):
     assert "torch sees no CUDA device on this machine; use --device cpu" in capsys.readouterr().err
 
 
+def test_decode_steps_are_not_launched_one_by_one_on_cuda(monkeypatch, capsys):
+    """They would measure Python; a CPU, where nothing is launched, goes on as before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_wall"])
+    assert {shape.phase for shape in gpu_wall.parse_arguments().steps} == {"prefill"}
+    arguments = ["gpu_wall", "--device", "cuda", "--steps", "prefill:1x8", "decode:64"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_wall.parse_arguments()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert "--steps decode:64: on CUDA" in error and "--end-to-end --batches 64" in error
+    monkeypatch.setattr(sys, "argv", [*arguments[:2], "cpu", *arguments[3:]])
+    assert [shape.phase for shape in gpu_wall.parse_arguments().steps] == ["prefill", "decode"]
+
+
 def test_wrong_rows_are_never_timed(tmp_path, text, monkeypatch, capsys, cache_home):
     real = FileTable.start
 
@@ -331,3 +348,28 @@ def test_a_table_with_too_many_rows_is_refused_in_terms_of_the_option():
     wall_options.table_config("tiny", largest, 64, "float32")
     with pytest.raises(ValueError, match=r"--table_params 1e\+12: a table of preset tiny has at most 1\.37e\+11"):
         wall_options.table_config("tiny", 1e12, 64, "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--energy"], "--energy does nothing without CUDA"),
+        (["--end-to-end", "--eager"], "--eager does nothing without CUDA"),
+        (["--end-to-end", "--steps", "decode:1"], "--steps does nothing with --end-to-end"),
+        (["--end-to-end", "--cases", "hash", "--seq_len", "8"], "--cases, --seq_len do nothing with --end-to-end"),
+        (["--end-to-end", "--variants", "resident", "--buses", "1"], "--buses does nothing without throttled"),
+        (["--batches", "3"], "--batches does nothing without --end-to-end"),
+        (["--cases", "up_kv"], "--cases up_kv: there is no CUDA device to upload to"),
+        (["--cases", "hash", "none"], "none stands alone"),
+        (["--cases", "none", "--iterations", "3"], "--iterations does nothing with --cases none"),
+        (["--variants", "none", "--rounds", "3"], "--rounds does nothing with --variants none"),
+        (["--variants", "resident", "--page_cache", "cold"], "--page_cache does nothing without offload_disk"),
+        (["--steps", "prefill:1x8", "--context", "3"], "--context does nothing without a decode step"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.setattr(sys, "argv", ["gpu_wall", "--device", "cpu", "--out", str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit) as ended:
+        gpu_wall.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

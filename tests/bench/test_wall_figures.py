@@ -11,7 +11,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from bench.harness.figures import COLOURS, source
+from bench.harness.figures import COLOURS
+from bench.harness.output import source
 from bench.harness.wall_figures import KINDS, _merged, bandwidth, draw_all, overheads, timeline
 from bench.harness.wall_numbers import run_of
 from tests.bench.wall_example import example

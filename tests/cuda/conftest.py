@@ -1,7 +1,11 @@
-"""Skips everything here, loudly, where torch sees no CUDA device: `bench/gpu_checks.sh` runs it where there is one."""
+"""Skips everything here, loudly, where torch sees no CUDA device: `bench/gpu_checks.sh` runs it where there is one.
+
+ENGRAM_STRESS_STEPS=1000 python -m pytest tests/cuda       where minutes count: a tenth of the steps under stress
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,3 +28,41 @@ def device():
     import torch
 
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def stress_steps():
+    """How many steps the longest test takes; others take a share of them."""
+    return int(os.environ.get("ENGRAM_STRESS_STEPS", 10_000))
+
+
+class Locks:
+    """CUDA's runtime, and what is page-locked through it."""
+
+    def __init__(self, runtime):
+        self.runtime = runtime
+        self.held = {}  # address: bytes
+
+    def __getattr__(self, name):
+        return getattr(self.runtime, name)
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        error = self.runtime.cudaHostRegister(address, nbytes, flags)
+        if int(error) == 0:
+            self.held[address] = nbytes
+        return error
+
+    def cudaHostUnregister(self, address):
+        self.held.pop(address)
+        return self.runtime.cudaHostUnregister(address)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_locked(monkeypatch):
+    """Fails a test that leaves memory page-locked: in the next one CUDA would refuse to lock what takes its place."""
+    import torch
+
+    locks = Locks(torch.cuda.cudart())
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: locks)
+    yield
+    assert locks.held == {}

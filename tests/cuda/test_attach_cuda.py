@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -53,14 +54,21 @@ def no_gradients():
         yield
 
 
-def placed(layers, placement):
-    """The layers on the GPU, their rows where the placement says."""
-    made = {}
-    for layer_id, engram in layers.engrams.items():
-        rows = layers.weights[layer_id]
-        options = {"hot": torch.arange(0, len(rows), 3)} if placement == "hot" else {}
-        made[layer_id] = Engram(engram.fusion.cuda(), make_table(placement, rows, "cuda", **options))
-    return made
+@pytest.fixture
+def placed():
+    """Puts layers on the GPU and their rows where a placement says; the tables are closed after the test."""
+    with ExitStack() as tables:
+
+        def place(layers, placement):
+            made = {}
+            for layer_id, engram in layers.engrams.items():
+                rows = layers.weights[layer_id]
+                options = {"hot": torch.arange(0, len(rows), 3)} if placement == "hot" else {}
+                table = tables.enter_context(make_table(placement, rows, "cuda", **options))
+                made[layer_id] = Engram(engram.fusion.cuda(), table)
+            return made
+
+        yield place
 
 
 def static(model):
@@ -69,7 +77,7 @@ def static(model):
 
 @pytest.mark.parametrize("background", [True, False], ids=["prefetch", "naive"])
 @pytest.mark.parametrize("placement", PLACEMENTS[1:])
-def test_every_placement_equals_device(placement, background, model, layers, ids):
+def test_every_placement_equals_device(placed, placement, background, model, layers, ids):
     with attach(model, placed(layers, "device"), layers.plan, np.arange(VOCAB)):
         want = model(ids).logits
     with attach(model, placed(layers, placement), layers.plan, np.arange(VOCAB), background=background):
@@ -77,7 +85,7 @@ def test_every_placement_equals_device(placement, background, model, layers, ids
             assert torch.equal(model(ids).logits, want)
 
 
-def test_equals_the_cpu(model, layers, ids):
+def test_equals_the_cpu(placed, model, layers, ids):
     with attach(model, placed(layers, "device"), layers.plan):
         got = model(ids).logits
     on_cpu = make_model(dtype=torch.float32)
@@ -87,7 +95,7 @@ def test_equals_the_cpu(model, layers, ids):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_token_by_token_equals_one_shot(placement, model, layers, ids):
+def test_token_by_token_equals_one_shot(placed, placement, model, layers, ids):
     with attach(model, placed(layers, placement), layers.plan):
         want = model(ids).logits
         cache = static(model)
@@ -96,7 +104,7 @@ def test_token_by_token_equals_one_shot(placement, model, layers, ids):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_generate_with_a_static_cache(placement, model, layers, ids):
+def test_generate_with_a_static_cache(placed, placement, model, layers, ids):
     options = dict(max_new_tokens=8, do_sample=False, disable_compile=True)
     with attach(model, placed(layers, placement), layers.plan):
         for beams in (1, 3):
@@ -111,7 +119,7 @@ COMPILED = [("demo", "host"), ("v41", "uva")]
 
 
 @pytest.mark.parametrize(("form", "placement"), COMPILED)
-def test_generate_compiled_by_transformers(form, placement, model, ids):
+def test_generate_compiled_by_transformers(placed, form, placement, model, ids):
     """With a static cache, transformers compiles the decoding step by itself; so its logits are compared."""
     layers = make_layers(form=form, dtype=torch.float32)
     options = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
@@ -123,7 +131,7 @@ def test_generate_compiled_by_transformers(form, placement, model, ids):
 
 
 @pytest.mark.parametrize(("form", "placement"), COMPILED)
-def test_compiled(form, placement, model, ids):
+def test_compiled(placed, form, placement, model, ids):
     layers = make_layers(form=form, dtype=torch.float32)
     with attach(model, placed(layers, placement), layers.plan):
         want = model(ids).logits
@@ -147,7 +155,7 @@ def synchronisations(model, ids):
 
 
 @pytest.mark.parametrize("placement", ["device", "uva", "on hand"])
-def test_a_step_does_not_wait_for_the_device(placement, model, layers, ids):
+def test_a_step_does_not_wait_for_the_device(placed, placement, model, layers, ids):
     """No more than the model does by itself; where the CPU gathers, it must have the ids, and the count shows it."""
     bare = synchronisations(model, ids)
     engrams = placed(layers, "host" if placement == "on hand" else placement)
@@ -175,7 +183,7 @@ def steps_of(model, cache, ids, positions):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_captured_step_is_replayed(placement, overlap, model, layers, ids):
+def test_a_captured_step_is_replayed(placed, placement, overlap, model, layers, ids):
     """Bit for bit what the same steps give uncaptured; with overlap, the wait for the rows is in the graph."""
     positions = torch.arange(LENGTH, device="cuda")
     with attach(model, placed(layers, placement), layers.plan) as attached:
@@ -210,7 +218,7 @@ def test_a_captured_step_is_replayed(placement, overlap, model, layers, ids):
                     assert torch.equal(logits, want[step])
 
 
-def test_replayed_without_staging_it_is_wrong(model, layers, ids):
+def test_replayed_without_staging_it_is_wrong(placed, model, layers, ids):
     """The comparison above fails where rows are those of an older step."""
     with attach(model, placed(layers, "device"), layers.plan) as attached:
         want = model(ids).logits
@@ -232,7 +240,7 @@ def test_replayed_without_staging_it_is_wrong(model, layers, ids):
     assert not torch.allclose(logits[:, 0], want[:, 1], rtol=0, atol=1e-2)
 
 
-def test_what_only_the_device_knows_is_raised_by_check(model, layers, ids):
+def test_what_only_the_device_knows_is_raised_by_check(placed, model, layers, ids):
     with attach(model, placed(layers, "uva"), layers.plan, np.arange(VOCAB)) as attached:
         attached.check()
         model(ids.clone().fill_(VOCAB - 1))
@@ -245,7 +253,7 @@ def test_what_only_the_device_knows_is_raised_by_check(model, layers, ids):
             attached.check()
 
 
-def test_exposed_time(model, layers, ids):
+def test_exposed_time(placed, model, layers, ids):
     exposed = ExposedTime("cuda")
     with attach(model, placed(layers, "host"), layers.plan, exposed=exposed):
         model(ids)

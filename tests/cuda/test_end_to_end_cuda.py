@@ -17,7 +17,7 @@ from tests.bench.test_end_to_end_numbers import SCHEMA
 pytestmark = pytest.mark.cuda
 
 LABELS = ["no_engram", "own_compute", "resident", "resident again", "offload_naive", "offload_prefetch", "offload_uva"]
-LABELS += ["offload_hot 1 %", "throttled 0.01 GB/s"]
+LABELS += ["offload_hot 1 %", "offload_disk synchronous", "offload_disk prefetched", "throttled 0.01 GB/s"]
 
 
 def serve(out, patch, *options):
@@ -70,6 +70,10 @@ def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, tmp_pa
         assert [row["label"] for row in case["rows"]] == LABELS and same_tokens(case)
         assert {row["graphs"]["used"] for row in case["rows"]} == {graphs}, case["rows"][0]["graphs"]
         assert {row["device"] for row in case["rows"]} == {"cuda"}
+        schedules = {row["schedule"] for row in case["rows"] if row["variant"] == "resident"}
+        assert schedules == {"in graph" if graphs else "in place"}
+        assert all(row["weights"]["value"]["bytes_per_s"] > 0 for row in case["rows"])
+        assert {row["freed"]["value"] for row in case["rows"] if row["variant"] == "resident"} == {0}
         chosen.append([sample["tokens_sha256"] for row in case["rows"] for sample in row["rounds"]])
     assert chosen[0] == chosen[1]
 

@@ -108,13 +108,13 @@ def test_rows_are_laid_anew_on_the_way(placement, packed, raw, want, split, devi
 
 
 @pytest.mark.parametrize("placement", ["device", "host", "uva"])
-def test_poisoned_rows_are_not_read(placement, raw, want, split, device):
+def test_other_rows_are_not_read(placement, raw, want, split, device):
     poisoned = raw.clone()
-    poisoned[1::2] = 0xFF
+    poisoned[1::2] = 0x7E  # the largest code with a scale of 1/2
     rows = torch.arange(0, R, 2)
     with make_table(placement, rows_of(poisoned, split), device) as table:
         assert same_bits(table.start(rows.to(table.index_device)).wait(), want, rows)
-        assert table.start(torch.tensor([2, 3]).to(table.index_device)).wait()[1].isnan().all()
+        assert (table.start(torch.tensor([2, 3]).to(table.index_device)).wait()[1] == 224).all()
 
 
 def test_rows_cross_the_bus_as_they_are_stored(raw, split, device):
@@ -158,7 +158,7 @@ def test_memory_registered_in_many_pieces(split, device, monkeypatch):
     raw = random_rows(rows, D)
     host = HostMemory(raw.numel())
     host.pin(piece)
-    assert len(host._pieces) == 4
+    assert host.locked_pieces == 4
     parts, first, numbers = [], 0, []
     for part in rows_of(raw, split).parts:
         parts.append(host.bytes[first : first + part.numel()].view_as(part).copy_(part))

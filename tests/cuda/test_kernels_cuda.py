@@ -24,7 +24,6 @@ pytestmark = pytest.mark.cuda
 
 SHAPES = [(1, 1), (64, 1), (2, 333)]
 DELAY = 20_000_000  # GPU clock cycles: about ten milliseconds
-STEPS = 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +147,7 @@ def filled(nbytes: int, piece: int) -> HostMemory:
     """Random bytes, page-locked so many at a time."""
     host = HostMemory(nbytes)
     host.pin(piece)
-    assert len(host._pieces) == -(-nbytes // piece) > 1
+    assert host.locked_pieces == -(-nbytes // piece) > 1
     # By way of pageable memory: one copy to or from a GPU may not span two registered pieces.
     host.bytes.copy_(torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda").cpu())
     return host
@@ -269,12 +268,12 @@ def test_row_numbers_on_the_cpu_are_refused(table):
         table.start(torch.tensor([1]))
 
 
-def test_ten_thousand_fetches_between_two_streams(table, values, device):
+def test_ten_thousand_fetches_between_two_streams(table, values, device, stress_steps):
     """One stream makes row numbers, another uses the rows two steps later; memory is recycled all the while."""
     resident = values.to(device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     producer, consumer = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    sizes = np.random.default_rng(2).integers(1, 300, STEPS)
+    sizes = np.random.default_rng(2).integers(1, 300, stress_steps)
     flight: deque = deque()
     torch.cuda.synchronize()
 

@@ -106,6 +106,23 @@ def test_chunks_on_the_gpu(form, dtype):
     assert_near(torch.cat(steps, dim=1), want, dtype)
 
 
+@pytest.mark.parametrize("length", [4, 9, 12], ids=["below the reach", "at the reach", "above the reach"])
+def test_compiled_with_a_history(length):
+    """A compiler may not put the write to the history before the reads of it."""
+    _, gpu = on_both("demo", torch.float32)
+    assert gpu.fusion.reach == 9
+    e = torch.randn(2, length, CONFIG.embedding_width, generator=torch.Generator().manual_seed(5)).cuda()
+    hidden = make_inputs("demo", torch.float32, length=length)[0].cuda()
+    eager, ours = ShortConvHistory(gpu.fusion, 2), ShortConvHistory(gpu.fusion, 2)
+    torch.compiler.reset()
+    compiled = torch.compile(gpu.fusion, dynamic=False)
+    with torch.no_grad(), gpu.table:
+        for _ in range(3):
+            want, got = gpu.fusion(e, hidden, eager), compiled(e, hidden, ours)
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # sums in another order
+            torch.testing.assert_close(ours.values, eager.values, rtol=0, atol=1e-4)
+
+
 def test_gradients_on_the_gpu(form):
     cpu, gpu = on_both(form, torch.float32)
     hidden, rows = make_inputs(form, torch.float32)

@@ -42,13 +42,16 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    return Gpu(monkeypatch)
+def gpu(request, monkeypatch):
+    """With two staging buffers, or as many as the test says."""
+    made = Gpu(monkeypatch, getattr(request, "param", 2))
+    yield made
+    made.delivery.trim()
 
 
-@pytest.mark.parametrize("buffers", [2, 3])
-def test_rows_are_right_however_late_the_copies_run(buffers, monkeypatch):
-    assert all(Gpu(monkeypatch, buffers).steps())
+@pytest.mark.parametrize("gpu", [2, 3], indirect=True)
+def test_rows_are_right_however_late_the_copies_run(gpu):
+    assert all(gpu.steps())
 
 
 def test_fetches_that_nobody_has_waited_for_are_right_too(gpu):

@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_a_file_of_the_published_size_is_read_beyond_32_bits(way, tmp_path):
             file.seek(at + (rows - 4) * width)
             file.write(part[:4].data)
     wanted = torch.tensor([0, rows - 1, 2**31 // 8, rows - 4])
-    with contextlib.closing(FileTable(StoredRows.find(tmp_path / "large"), CPU, **way)) as table:
+    with contextlib.closing(FileTable(StoredRows.find(tmp_path / "large", sparse=True), CPU, **way)) as table:
         got = fetch(table, wanted)
     (tmp_path / "large").unlink()
     assert (got[[0, 2]] == 0).all()
@@ -645,6 +646,56 @@ def test_a_file_that_changes_its_size_while_it_is_open_is_refused(part, change, 
     change(changed.path)
     with pytest.raises(ValueError, match=f"bytes now and had {changed.file_bytes} when it was opened"):
         fetch(table, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("late", [False, True], ids=["before a fetch", "during a fetch"])
+def test_a_file_that_is_overwritten_in_place_is_noticed(part, late, way, make, monkeypatch):
+    """By its time: the size is the same."""
+    table = make(random_content("two files"), "two files", **way)
+    fetch(table, torch.tensor([0]))
+
+    def overwrite_in_place():
+        path = table.source.parts[part].path
+        time.sleep(0.02)  # until the clock that dates files has ticked
+        path.write_bytes(bytes(path.stat().st_size))
+
+    if late:
+        monkeypatch.setattr(table._reader, "_require_same_size", overwrite_in_place)
+    else:
+        overwrite_in_place()
+    with pytest.raises(ValueError, match=f"{part + 1}.safetensors was changed after it was validated"):
+        fetch(table, torch.arange(0, R, 7))
+
+
+@linux
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["preadv", "posix_fadvise"])
+def test_a_refused_hint_is_done_without(call, code, way, make, monkeypatch):
+    real = getattr(os, call)
+
+    def refuse(fd, *more):
+        if call == "preadv" and len(more) == 2:
+            return real(fd, *more)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, refuse)
+    content, rows = random_content("split"), torch.arange(0, R, 3)
+    assert_same_bits(fetch(make("split", **way), rows), content.values(), rows)
+
+
+@pytest.mark.parametrize("most", [4096, 5000, 512, 1000])
+def test_reads_that_return_less_are_continued(most, way, make, monkeypatch):
+    """As network file systems do, and signals."""
+    table, rows, preadv = make("split", **way), torch.arange(0, R, 3), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, offset, *flags: read_less(preadv, fd, to[0], offset, most))
+    assert_same_bits(fetch(table, rows), random_content("split").values(), rows)
+
+
+def read_less(preadv, fd, target, offset, most):
+    """A read of at most so many bytes, from anywhere, also of a file that is read directly."""
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        return preadv(file.fileno(), [target[:most]], offset)
 
 
 @pytest.mark.parametrize("part", [0, 1])

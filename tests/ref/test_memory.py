@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import mmap
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,6 +209,92 @@ def test_a_refusal_half_way_unlocks_what_was_locked(refuse, runtime):
         HostMemory(3 * PIN_PIECE, pinned=True)
     assert fake.registered == {}
     assert fake.calls == ["register"] * refuse + ["forget", "synchronize"] + ["unregister"] * refuse
+
+
+def test_memory_that_is_dropped_is_unlocked_before_it_is_unmapped(runtime):
+    """Its addresses are given to the next mapping, which CUDA would refuse to lock, or read as what was there."""
+    fake = runtime()
+    for _ in range(3):
+        memory = HostMemory(MIB, pinned=True)
+        rows = memory.bytes.view(-1, 256)[7:]
+        address = memory.bytes.data_ptr()
+        fake.cudaHostUnregister = lambda at, fake=fake, address=address: (
+            fake.calls.append(is_mapped(address)),
+            fake.registered.pop(at),
+        )
+        del memory
+        assert fake.registered and fake.calls[-1] == "register"  # a tensor still looks at it
+        del rows
+        assert fake.registered == {} and fake.calls[-2:] == ["synchronize", True]
+        assert not is_mapped(address)
+
+
+def test_the_end_of_a_test_is_the_end_of_its_stand_in(runtime, monkeypatch):
+    """Memory is unlocked by the runtime that locked it, whatever is called so by then."""
+    fake = runtime()
+    memory = HostMemory(MIB, pinned=True)
+    monkeypatch.undo()
+    del memory
+    assert fake.registered == {}
+
+
+def test_a_device_that_failed_does_not_keep_memory_locked(runtime, monkeypatch):
+    fake = runtime()
+
+    def failed():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", failed)
+    memory = HostMemory(MIB, pinned=True)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        memory.close()
+    assert fake.registered == {}
+    memory.close()
+
+
+def test_a_forked_child_leaves_the_lock_to_its_parent(runtime):
+    """CUDA does not work there, and what it would unlock is in use."""
+    fake = runtime()
+    closed, dropped = HostMemory(MIB, pinned=True), HostMemory(MIB, pinned=True)
+    child = os.fork()
+    if child == 0:
+        closed.close()
+        del dropped
+        os._exit(fake.calls != ["register"] * 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    closed.close()
+
+
+AT_EXIT = """
+import sys, torch
+from engram_ref.tables import memory
+class Runtime:
+    def cudaHostRegister(self, address, nbytes, flags): return 0
+    def cudaHostUnregister(self, address): print("unlocked")
+torch.cuda.cudart = Runtime
+torch.cuda.synchronize = lambda: print("waited")
+kept = memory.HostMemory(4096, pinned=True)
+cycle = [memory.HostMemory(4096, pinned=True)]; cycle.append(cycle)
+dropped = memory.HostMemory(4096, pinned=True); del dropped
+sys.modules["kept"] = kept
+"""
+
+
+def test_the_end_of_the_process_is_silent():
+    """CUDA may be down by then; the system takes the locks back."""
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "waited\nunlocked\n", "")
+
+
+def test_the_stand_in_refuses_what_cuda_refuses(runtime):
+    fake = runtime()
+    with HostMemory(MIB, pinned=True) as memory:
+        start = memory.bytes.data_ptr()
+        for address, nbytes in ((start, 1), (start + MIB - 1, 9), (start - 1, 2), (start - 1, 2 * MIB)):
+            assert fake.cudaHostRegister(address, nbytes, 0) == 712
+        with pytest.raises(ValueError, match=r"CUDA refused to page-lock 1,048,576 B of host memory \(error 712\)"):
+            memory.pin()
+        assert fake.registered == {}
 
 
 def test_a_refused_call_does_not_fail_the_next_kernel(monkeypatch):

@@ -271,7 +271,7 @@ def real_folder(tmp_path):
 
 
 def test_the_published_checkpoint_opens(real_folder, golden):
-    model = ModelFolder.open(real_folder)
+    model = ModelFolder.open(real_folder, sparse=True)
     assert model.config == EngramConfig.preset("v41-flash") and model.tokenizer_path is None
     assert model.vocab.digest == "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481"
     assert model.tokenizer_sha256 == "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"
@@ -292,7 +292,7 @@ def test_the_published_checkpoint_opens(real_folder, golden):
 @pytest.mark.parametrize("layer_id", [1, 14])
 def test_the_last_row_of_the_published_table_is_read_in_place(real_folder, layer_id):
     """Rows lie up to 98 GB into the file: no offset may be cut to 32 bits."""
-    model = ModelFolder.open(real_folder)
+    model = ModelFolder.open(real_folder, sparse=True)
     codes, scales = model.tensor(layer_id, "embed.weight"), model.tensor(layer_id, "embed.scale")
     last = codes.shape[0] - 1
     with open(codes.path, "r+b") as file:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_ref.quoting import one_line, quoted
+from engram_ref.quoting import listed, one_line, quoted
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.binary(),
@@ -70,6 +70,11 @@ def test_small_values_are_written_whole(value, text):
 def test_large_values_show_both_ends_and_how_many_there_are(value, begins, ends):
     text = quoted(value)
     assert text.startswith(begins) and text.endswith(ends) and len(text) <= 80 and text.isprintable()
+
+
+def test_of_many_names_some_are_given():
+    assert listed([]) == "" and listed(["a", "b"]) == "a, b"
+    assert listed(["\n"] * 1009) == ", ".join(["\\n"] * 8) + " and 1001 others"
 
 
 def test_nesting_costs_little():

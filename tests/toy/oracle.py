@@ -22,6 +22,7 @@ class Run:
 
     def __init__(self):
         self.names, self.events = [], []
+        self.wrapped = {}  # by address: a container that is met twice is one
 
     def apply(self, function, *operands):
         plain = [x.value if isinstance(x, Watched) else x for x in operands]
@@ -86,9 +87,11 @@ def oracle_trace(func, args):
 
 
 def _wrap(run, value):
-    if isinstance(value, (list, tuple)):
-        return type(value)(_wrap(run, part) for part in value)
-    return Watched(run, value)
+    if not isinstance(value, (list, tuple)):
+        return Watched(run, value)
+    if id(value) not in run.wrapped:
+        run.wrapped[id(value)] = type(value)(_wrap(run, part) for part in value)
+    return run.wrapped[id(value)]
 
 
 def _names(value):

@@ -13,7 +13,7 @@ from bench.harness.pricing import output_digest
 from bench.harness.workloads import make_workload, toy_config
 from engram_ref.hashing import HashPlan
 from engram_toy.attention import attention
-from engram_toy.bytedmd import trace, traced_eval
+from engram_toy.bytedmd import record, trace, traced_eval
 from engram_toy.fp8 import dequantise
 from engram_toy.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.programs import BOUNDARIES, build
@@ -196,6 +196,41 @@ def test_layouts_split_and_join():
         assert len(above) + len(below) == 10
         assert layout.join(above, below) == table
     assert Layout.variant("offload_hot", 10, [3, 7]).split(table)[0] == [[3, 3.5], [7, 7.5]]
+
+
+def staged_reads(layout, indices):
+    """Which kind of row each read of a two-column lookup is of, by the row's number: values are told by their size."""
+    table = [[10 * n, 10 * n + 1] for n in range(6)]
+
+    def function(above, below):
+        return [[[+x for x in row] for row in rows] for rows in layout.lookups(layout.join(above, below), indices)]
+
+    above, below = layout.split(table)
+    recording = record(function, (above, below), ["row", "row"])
+    order = [row[0] // 10 for row in (*below, *above) for _ in row]  # of the inputs' numbers: the last argument first
+    reads = [order[v] if v < recording.log.inputs else "staged" for v in recording.log.left]
+    assert recording.result == [[table[row] for row in position] for position in indices]
+    return reads[::2], recording
+
+
+def test_a_misprediction_copies_the_row_that_it_names_and_reads_the_right_one_late():
+    """Position by position: the copies of the next one come before the reads of this one."""
+    indices = [[0, 1], [2, 3], [4, 0]]
+    right = Layout("prefetched", 6, frozenset([3]), prefetch=True)
+    copies = [0, 1, 2, "staged", "staged", 4, 0, "staged", 3, "staged", "staged"]
+    assert staged_reads(right, indices)[0] == copies  # row 3 lies above: not copied
+    wrong = Layout("mispredicted", 6, frozenset([3]), prefetch=True, wrong={(0, 1): 5, (1, 1): 2, (2, 0): 3})
+    reads, recording = staged_reads(wrong, indices)
+    assert reads == [0, 5, 2, 2, "staged", 1, 3, 0, "staged", 3, 4, "staged"]
+    assert recording.kind_names == ("row", "activation", "staged row")
+    labelled = [kind for kind in recording.kind_of_value if kind == 2]
+    assert len(labelled) == 2 * 3  # rows 0, 2 and 0 again; what is copied in vain has no use to be named after
+
+
+def test_naive_lookups_copy_nothing_and_one_position_needs_no_next():
+    indices = [[0, 1], [2, 3]]
+    assert staged_reads(Layout("naive", 6, frozenset()), indices)[0] == [0, 1, 2, 3]
+    assert staged_reads(Layout("one", 6, frozenset(), prefetch=True), [[4, 5]])[0] == [4, 5, "staged", "staged"]
 
 
 def test_a_model_that_the_preset_does_not_have_is_refused():

@@ -1,0 +1,94 @@
+"""Results files as they are read back: named when they are not what they should be, harmless wherever they are shown.
+
+    results = read_results(Path("bench/results/production.json"), "production")
+
+What a results file says of a machine, a text or a model was written somewhere else, by somebody else. It ends in
+terminals, in Markdown, in HTML and in scripts; so every string of a file loses, where it is read, what any of these
+would take for an instruction, and is cut where no honest name is as long. Numbers are untouched, and a file without
+such characters is read as it is: every committed one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engram_ref.small_files import read_small
+
+_MOST_BYTES = 1 << 28  # the largest committed file has less than a megabyte
+MOST_CHARACTERS = 300  # of a string; a digest has 64, a description of a platform some 80
+# Look-alikes of what opens a tag, an attribute list, a link, code or a table's cell.
+_LOOK_ALIKES = str.maketrans(
+    {"<": "‹", ">": "›", "[": "(", "]": ")", "{": "(", "}": ")", "`": "'", "|": "¦", "\\": "/"}
+)
+_MEANS_SOMETHING = re.compile(r"[<>\[\]{}`|\\]|[^\x20-\x7e]")
+
+
+def read_results(path: Path, benchmark: str | None = None) -> dict[str, Any]:
+    """The content of a results file, with harmless strings.
+
+    Args:
+        benchmark: whose results they must be.
+
+    Raises:
+        ValueError: no such file, not a results file, or one of another benchmark.
+    """
+    found = read_small(path, _MOST_BYTES, "name a results file")
+    try:
+        content = harmless(json.loads(found.decode("utf-8")))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets without end
+        raise ValueError(f"{path} is not a results file: {harmless(str(error))}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a results file: it holds a {type(content).__name__}, not an object")
+    if benchmark is not None and content.get("benchmark") != benchmark:
+        raise ValueError(
+            f"{path} holds results of {content.get('benchmark')!r}; those of {benchmark!r} are wanted here"
+        )
+    return content
+
+
+def harmless(value: Any) -> Any:
+    """A value of JSON whose strings, keys included, are short, printable, and mean nothing to a page or a terminal."""
+    if isinstance(value, str):
+        return _harmless_text(value)
+    if isinstance(value, dict):
+        return {_harmless_text(key): harmless(inner) for key, inner in value.items()}
+    return [harmless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _harmless_text(text: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[:MOST_CHARACTERS]}..."
+    if _MEANS_SOMETHING.search(text) is None:
+        return text
+    printable = "".join(c if c.isprintable() else f"%{ord(c):02x}" for c in text)
+    return printable.translate(_LOOK_ALIKES)
+
+
+@contextmanager
+def as_this_version(path: Path) -> Iterator[None]:
+    """Around showing a file: what another version wrote, or nobody did, ends in a line that names it.
+
+    Raises:
+        ValueError: something that this version writes is not there.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        why = harmless(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{path} is not as this version writes it ({why}): measure again") from error
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a file that cannot be used, and say so: nothing that somebody may want is overwritten."""
+    names = (path.with_name(f"{path.name}.broken{number or ''}") for number in itertools.count())
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    print(f"{why}; it is kept as {kept}", file=sys.stderr, flush=True)
+    return kept

@@ -1,0 +1,336 @@
+"""The lookup of a decode step alone: from token ids to rows on the device, in microseconds, per placement.
+
+    python bench/lookup_speed.py --preset v41-flash --table_params 1e9         a GPU where there is one, else the CPU
+    python bench/lookup_speed.py --tokens 1 2 4 16 64 256 --repeats 1000 --out out/lookup_speed
+
+  resident   rows in device memory, by the two kernels of `engram_ref.lookup`; twice, which gives the noise floor
+  uva        rows in pinned host memory, read in place by the same two kernels
+  staged     hashed and gathered by the CPU, copied to the device through pinned staging
+
+One layer, one new token for each of so many sequences, random ids, other ones in every sample of every way. On CUDA the
+clock is the device's events. Kernels are queued behind a delay, so that launching is not in their time; what the CPU
+does for staged rows is in theirs, and begins on an idle device. Ways take turns, A B C, B C A; every sample is kept.
+Without CUDA the host's clock times the CPU's own placements, and no GPU figure follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+# Threads that spin while they wait stall everybody for milliseconds when another program needs a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.harness.accelerator import copy_bandwidth, describe
+from bench.harness.end_to_end_records import code_sha256, now
+from bench.harness.lookup_table import report
+from bench.harness.results import environment, git_commit, write_json
+from bench.harness.variants import TableSet, Variant
+from bench.harness.wall_options import LAYER, pick_device, table_config, table_params
+from engram_ref import cli
+from engram_ref.config import PRESETS
+from engram_ref.hashing import HashPlan, TokenHistory
+from engram_ref.lookup import DeviceLookup
+from engram_ref.prefetch import Prefetcher
+from engram_ref.tables.memory import require_bytes
+from engram_ref.tables.uva import require_uva
+from engram_ref.vocab import CompressedVocab
+
+PROG = "lookup_speed"
+WARM_UP = 10
+COPY_BYTES, COPIES = 1 << 28, 9
+DELAY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes to launch two kernels
+_CHECKED = (2, 16)
+WHAT = {
+    "resident": "device memory, two kernels from token ids to rows",
+    "uva": "pinned host memory read in place, two kernels from token ids to rows",
+    "staged": "host memory: hashed and gathered by the CPU, brought to the device",
+}
+ON_CPU = "RAM: hashed and gathered by the CPU"
+_NAMES = {"resident": "resident", "staged": "offload_naive", "uva": "offload_uva"}  # way -> variant
+
+
+class Timer(Protocol):
+    """Times one lookup."""
+
+    late: int
+
+    def time(self, run: Callable[[], object], queued: bool) -> float:
+        """Seconds of a lookup; `queued`: nothing of it waits for the host."""
+        ...
+
+
+class HostClock:
+    """For a CPU.
+
+    Attributes:
+        late: 0, as nothing is queued.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.late = 0
+
+    def time(self, run: Callable[[], object], queued: bool) -> float:
+        """As Timer."""
+        begin = self._clock()
+        run()
+        return self._clock() - begin
+
+
+class DeviceClock:
+    """For CUDA: events on the current stream.
+
+    Args:
+        event: makes one that keeps time.
+        delay: gives the device something to do, so that what is queued behind it starts without waiting for the host.
+
+    Attributes:
+        late: queued lookups of which the device had reached the begin before all was launched.
+    """
+
+    def __init__(self, event: Callable[[], Any], delay: Callable[[], object]) -> None:
+        self._event, self._delay = event, delay
+        self.late = 0
+
+    def time(self, run: Callable[[], object], queued: bool) -> float:
+        """As Timer."""
+        begin, end = self._event(), self._event()
+        if queued:
+            self._delay()
+        begin.record()
+        run()
+        self.late += queued and begin.query()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Timer:
+    """The clock that sees a device's work."""
+    if device.type == "cpu":
+        import time
+
+        return HostClock(time.perf_counter)
+    return DeviceClock(lambda: torch.cuda.Event(enable_timing=True), lambda: torch.cuda._sleep(DELAY_CYCLES))
+
+
+class ByKernels:
+    """A table that the device reads by itself.
+
+    Args:
+        lookup: of the table.
+        ids: token ids of every sample, [S, B, 1], on the device.
+        before: compressed ids before them, [S, B, N-1].
+    """
+
+    queued = True
+
+    def __init__(self, lookup: DeviceLookup, ids: Tensor, before: Tensor) -> None:
+        self._lookup, self._ids, self._before = lookup, ids, before
+        self._out = lookup.new_rows(ids.shape[1], 1)
+        self._after = lookup.new_tail(ids.shape[1])
+
+    def run(self, number: int) -> Tensor:
+        """The rows of a sample."""
+        found = self._lookup(self._ids[number], before=self._before[number], after=self._after, out=self._out)
+        return found.values[LAYER]
+
+
+class ByPrefetcher:
+    """A table that the CPU gathers from, waited for at once; arguments as for ByKernels, on the CPU."""
+
+    queued = False
+
+    def __init__(
+        self, prefetcher: Prefetcher, vocab: CompressedVocab, plan: HashPlan, ids: Tensor, before: Tensor
+    ) -> None:
+        self._prefetcher, self._vocab = prefetcher, vocab
+        self._ids, self._before = ids.numpy(), before.numpy()
+        self._history = TokenHistory(plan, ids.shape[1])
+
+    def run(self, number: int) -> Tensor:
+        """The rows of a sample."""
+        self._history.ids = self._before[number]
+        with self._prefetcher.start(self._vocab(self._ids[number]), self._history) as fetch:
+            return fetch[LAYER].wait()
+
+
+Way = ByKernels | ByPrefetcher
+
+
+class Lookups:
+    """One table in every placement that this machine serves, and the samples of one number of tokens after the other.
+
+    Args:
+        options: of the command line.
+        stack: closes everything.
+    """
+
+    def __init__(self, options: argparse.Namespace, stack: ExitStack) -> None:
+        self.options, self.device = options, pick_device(options.device)
+        self.vocab = CompressedVocab.from_tokenizer()
+        self.config = table_config(options.preset, options.table_params, 1, "bfloat16")
+        self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
+        self.skipped: list[dict[str, str]] = []
+        names = [name for name in WHAT if self._fits(name)]
+        wanted, on = [_NAMES[name] for name in names], self.device
+        self.tables = stack.enter_context(
+            TableSet(self.config, self.plan, wanted, on, options.out, options.seed, None, (), packed=True)
+        )
+        self.variants = {name: self._variant(_NAMES[name]) for name in names}
+        draw = np.random.default_rng(options.seed)
+        self.tables.check(self.vocab(draw.integers(0, len(self.vocab.ids), _CHECKED)))
+        self._lookups = {name: self._kernels(name) for name in names if self._by_kernels(name)}
+
+    def _variant(self, name: str) -> Variant:
+        return next(variant for variant in self.tables.variants if variant.name == name)
+
+    def _by_kernels(self, name: str) -> bool:
+        return self.device.type == "cuda" and name != "staged"
+
+    def _kernels(self, name: str) -> DeviceLookup:
+        table = self.variants[name].table
+        assert table is not None
+        return DeviceLookup(self.plan, {LAYER: table}, self.vocab)
+
+    def _fits(self, name: str) -> bool:
+        """Whether this machine serves a placement; why not is kept."""
+        nbytes = self.plan.layers[0].rows * self.config.row_bytes()
+        try:
+            if name == "uva" and self.device.type == "cpu":
+                raise ValueError("it needs a CUDA device: a CPU has no bus to read host memory over")
+            if name == "uva":
+                require_uva(self.device, nbytes)
+            elif name == "resident" and self.device.type == "cuda":
+                require_bytes(nbytes, self.device)
+        except ValueError as error:
+            self.skipped.append({"way": name, "why": str(error)})
+            return False
+        return True
+
+    def labels(self) -> list[str]:
+        """The ways, `resident` twice."""
+        return [
+            label for name in self.variants for label in ((name, f"{name} again") if name == "resident" else (name,))
+        ]
+
+    def measure(self, tokens: int) -> dict[str, Any]:
+        """Samples of every way for a step of so many tokens."""
+        options, labels, clock = self.options, self.labels(), clock_of(self.device)
+        count = WARM_UP + options.repeats
+        ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
+        samples: dict[str, list[float]] = {label: [] for label in labels}
+        late = dict.fromkeys(labels, 0)
+        for number in range(count):
+            turn = number % len(labels)
+            for label in [*labels[turn:], *labels[:turn]]:
+                before, way = clock.late, ways[label]
+                seconds = clock.time(functools.partial(way.run, number), way.queued)
+                if number >= WARM_UP:
+                    samples[label].append(round(seconds, 9))
+                    late[label] += clock.late - before
+        for lookup in self._lookups.values():
+            lookup.check()
+        rows = tokens * self.config.columns
+        nbytes = rows * self.tables.format.row_bytes
+        return {"tokens": tokens, "rows": rows, "bytes": nbytes, "samples_s": samples, "launched_late": late}
+
+    def _way(self, label: str, tokens: int, number: int, count: int) -> Way:
+        """A way with ids of its own: rows that another one has just read may still lie in a cache."""
+        draw = np.random.default_rng((self.options.seed, tokens, number))
+        ids = torch.from_numpy(draw.integers(0, len(self.vocab.ids), (count, tokens, 1)))
+        before = torch.from_numpy(draw.integers(0, len(self.vocab), (count, tokens, self.plan.max_ngram - 1)))
+        name = label.removesuffix(" again")
+        if name in self._lookups:
+            return ByKernels(self._lookups[name], ids.to(self.device), before.to(self.device))
+        prefetcher = self.tables.prefetcher(self._table(name), background=False)
+        return ByPrefetcher(prefetcher, self.vocab, self.plan, ids, before)
+
+    def _table(self, name: str) -> Any:
+        return self.variants[name].table
+
+    def head(self) -> dict[str, Any]:
+        """Everything of the results that is known before the first sample."""
+        options, table, accelerator, machine = self.options, self.tables, describe(self.device), environment()
+        on_gpu = self.device.type == "cuda"
+        return {
+            "schema_version": 1,
+            "benchmark": PROG,
+            "started": now(),
+            "device": self.device.type,
+            "device_name": accelerator["name"] if accelerator else machine["cpu"],
+            "configuration": {key: value for key, value in vars(options).items() if key not in ("out", "device")},
+            "code_sha256": code_sha256(),
+            "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
+            "git": git_commit(),
+            "limits": copy_bandwidth(self.device, COPY_BYTES, COPIES),
+            "clock": "device events" if on_gpu else "host clock",
+            "stream": "uniform",
+            "table": {
+                "preset": options.preset,
+                "parameters": table.rows * table.format.width,
+                "rows": table.rows,
+                "row_bytes": table.format.row_bytes,
+                "columns": self.config.columns,
+                "bytes": table.nbytes,
+                "row_dtype": self.config.row_dtype,
+                "layout": table.layout,
+                "huge_pages": table.memory.huge_page_share(),
+            },
+            "ways": {name: WHAT[name] if on_gpu else ON_CPU for name in self.variants},
+            "skipped": self.skipped,
+            "cases": [],
+        }
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/lookup_speed"), metavar="DIR", help="default: out/lookup_speed")
+    add("--preset", choices=list(PRESETS), default="v41-flash", help="geometry (default: v41-flash)")
+    add("--table_params", type=table_params, default=1e9, metavar="N", help="values in the rows (default: 1e9)")
+    add("--tokens", nargs="+", type=cli.at_least(1), default=[1, 2, 4, 16, 64, 256], metavar="B", help="of a step, one "
+        "of each sequence (default: 1 2 4 16 64 256)")  # fmt: skip
+    add("--repeats", type=cli.at_least(1), default=1000, help="samples of every way (default: 1000)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
+    add("--seed", type=cli.at_least(0), default=0)
+    options = parser.parse_args(given)
+    if options.table_params == "max":
+        parser.error("--table_params max: give a number of parameters")
+    return options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The results; the file is written after each number of tokens, complete each time."""
+    with ExitStack() as stack:
+        lookups = Lookups(options, stack)
+        results = lookups.head()
+        for tokens in dict.fromkeys(options.tokens):
+            print(f"{tokens} tokens", file=sys.stderr, flush=True)
+            results["cases"].append(lookups.measure(tokens))
+            write_json(options.out / "results.json", {**results, "finished": now()})
+    return results
+
+
+def main() -> None:
+    """The command."""
+    options = parse_arguments()
+    with cli.one_line_errors(PROG):
+        print(f"{report(measure(options))}\n\n{options.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG, left="results.json, if there is one, holds what was finished")

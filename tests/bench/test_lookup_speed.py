@@ -1,0 +1,166 @@
+"""The lookup alone: what is timed on a CPU, how the device's clock is used on CUDA, and what the table says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+from bench import lookup_speed
+from bench.harness.lookup_table import report
+from engram_ref.lookup import DeviceLookup
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/lookup_speed.schema.json").read_text(encoding="utf-8"))
+SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lookup_speed", *map(str, arguments)])
+    monkeypatch.setattr(lookup_speed, "COPY_BYTES", 1 << 20)
+    lookup_speed.main()
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch, cache_home, capsys):
+    """One small run on a CPU, and what it printed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    run_main(monkeypatch, *SMALL, "--out", tmp_path)
+    return json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), capsys.readouterr().out, tmp_path
+
+
+def test_a_cpu_is_timed_by_the_hosts_clock_and_says_so(results):
+    found, text, out = results
+    jsonschema.validate(found, SCHEMA)
+    assert text.startswith("Measured on the CPU ") and "no GPU figure follows" in text.splitlines()[0]
+    assert text.strip().splitlines()[-1] == str(out / "results.json")
+    assert found["clock"] == "host clock" and found["environment"]["accelerator"] is None
+    assert [case["tokens"] for case in found["cases"]] == [1, 5]
+    for case in found["cases"]:
+        assert set(case["samples_s"]) == {"resident", "resident again", "staged"}
+        assert all(len(samples) == 6 and min(samples) > 0 for samples in case["samples_s"].values())
+        assert (case["rows"], case["bytes"]) == (24 * case["tokens"], 264 * 24 * case["tokens"])
+    (left_out,) = found["skipped"]
+    assert left_out["way"] == "uva" and "it needs a CUDA device" in left_out["why"] and left_out["why"] in text
+
+
+def test_wrong_rows_are_never_timed(tmp_path, monkeypatch, cache_home, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.setattr(lookup_speed.Lookups, "measure", None)
+    real = lookup_speed.TableSet.check
+
+    def damaged(tables, ids, others=()):
+        tables.in_host.parts[0].zero_()
+        return real(tables, ids, others)
+
+    monkeypatch.setattr(lookup_speed.TableSet, "check", damaged)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *SMALL, "--out", tmp_path)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and "returned other rows than were written" in error[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tokens", "0"], "'0' must be an integer of at least 1"),
+        (["--table_params", "max"], "--table_params max: give a number"),
+        (["--table_params", "1e12"], "GiB do not fit into host memory, of which"),
+        (["--preset", "gpt"], "invalid choice: 'gpt'"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, said, tmp_path, monkeypatch, cache_home, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *SMALL, "--out", tmp_path, *options)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_both_ways_to_look_up_find_the_rows_of_a_samples_ids(fused, tmp_path, cache_home, monkeypatch):
+    """The kernels, in Triton's interpreter, on fresh ids and histories, against hash and gather by the CPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    options = lookup_speed.parse_arguments([*SMALL, "--out", str(tmp_path)])
+    with lookup_speed.ExitStack() as stack:
+        lookups = lookup_speed.Lookups(options, stack)
+        by_cpu = lookups._way("resident", 5, 0, 3)
+        table = lookups.variants["resident"].table
+        kernels = DeviceLookup(lookups.plan, {lookup_speed.LAYER: table}, lookups.vocab, fused=fused)
+        ids, before = torch.from_numpy(by_cpu._ids), torch.from_numpy(by_cpu._before)
+        by_kernels = lookup_speed.ByKernels(kernels, ids, before)
+        found = [by_kernels.run(number).clone() for number in range(3)]
+        assert all(torch.equal(rows, by_cpu.run(number)) for number, rows in enumerate(found))
+        assert not torch.equal(found[0], found[1])
+        assert (by_cpu._ids != lookups._way("resident again", 5, 1, 3)._ids).any()  # no way warms another's rows
+
+
+class Stream:
+    """A device that works through what it was given; the host's launches take time, too."""
+
+    def __init__(self, launch_s):
+        self.device_s, self.host_s, self.launch_s = 0.0, 0.0, launch_s
+
+    def give(self, seconds):
+        self.host_s += self.launch_s
+        self.device_s = max(self.device_s, self.host_s) + seconds
+
+    def event(self):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def record(self):
+        self.at = max(self.stream.device_s, self.stream.host_s)
+
+    def query(self):
+        return self.stream.host_s >= self.at
+
+    def synchronize(self):
+        self.stream.host_s = max(self.stream.host_s, self.at)
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.mark.parametrize(("launch_s", "seconds", "late"), [(10e-6, 8e-6, 0), (400e-6, 404e-6, 1)])
+def test_launching_is_not_in_the_time_of_kernels_or_they_are_called_late(launch_s, seconds, late):
+    """Two kernels of 4 us behind a delay of 500 us: launched in 20 us or in 800."""
+    stream = Stream(launch_s)
+
+    def delay():
+        stream.device_s = max(stream.device_s, stream.host_s) + 500e-6
+
+    clock = lookup_speed.DeviceClock(stream.event, delay)
+    took = clock.time(lambda: [stream.give(4e-6), stream.give(4e-6)], queued=True)
+    assert took == pytest.approx(seconds, abs=200e-6 if late else 1e-9) and clock.late == late
+    clock.late = 0
+    took = clock.time(lambda: [stream.give(4e-6), stream.give(4e-6)], queued=False)
+    assert took == pytest.approx(2 * launch_s + (4e-6 if launch_s > 4e-6 else 8e-6), abs=1e-7) and clock.late == 0
+
+
+def test_the_table_holds_uva_against_what_was_published(results):
+    """With what differs; other numbers of tokens and other ways have nothing to be held against."""
+    gpu = copy.deepcopy(results[0])
+    gpu.update(device="cuda", device_name="H100", skipped=[], clock="device events")
+    gpu["environment"]["accelerator"] = dict.fromkeys(("pcie_generation", "pcie_width", "driver", "cuda"), "x")
+    gpu["ways"]["uva"] = "in place"
+    for case in gpu["cases"]:
+        case["samples_s"] = {name: [1e-6] * 6 for name in ("resident", "resident again")}
+        case["samples_s"]["uva"] = [5e-6] * 6
+        case["launched_late"] = {"resident": 0, "resident again": 0, "uva": 2}
+    jsonschema.validate(gpu, SCHEMA)
+    text = report(gpu)
+    lines = [line.split() for line in text.splitlines() if "uva" in line.split()[:2]]
+    one, five = (line for line in lines if line[1] == "uva")
+    assert one[0] == "1" and one[-1] == "3.94" and one[3] == "5" and one[-2] == "2"
+    assert " ".join(one[5:8]) == "5 [5, 5]" and five[-1] == "2"
+    assert "GB300" in text and "not like for like" in text

@@ -1,0 +1,100 @@
+"""Results go where they can: found out before the work, printed even so, never beside figures of others."""
+
+from __future__ import annotations
+
+import errno
+import json
+import tempfile
+
+import pytest
+
+from bench import bytedmd_toy, hashing_speed, production
+from bench.harness import output
+from bench.harness.output import forget_figures, printed_anyway, require_writable, require_writable_file, source
+from bench.harness.results import write_json, write_unless_same
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path):
+    require_writable(tmp_path / "new" / "folder")
+    require_writable_file(tmp_path / "new" / "results.json")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nothing", "x" * 300, "full"])
+def test_an_unusable_folder_is_refused_in_one_line(tmp_path, monkeypatch, where):
+    (tmp_path / "file").write_text("")
+    if where == "full":
+
+        class Full:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                return None
+
+            def write(self, content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    for check in (require_writable, lambda folder: require_writable_file(folder / "results.json")):
+        with pytest.raises(ValueError, match="name a") as refused:
+            check(tmp_path / where)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        require_writable_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("main", "works", "arguments"),
+    [
+        (bytedmd_toy.main, (bytedmd_toy, "measure"), ["--quick", "--out"]),
+        (production.main, (production, "price_all"), ["--quick", "--out"]),
+        (hashing_speed.main, (hashing_speed, "measure"), ["--out"]),
+    ],
+)
+def test_commands_find_out_before_they_work(monkeypatch, capsys, main, works, arguments):
+    monkeypatch.setattr(*works, lambda *a, **k: pytest.fail("it went to work"))
+    monkeypatch.setattr("sys.argv", ["command", *arguments, "/proc/nothing/results"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_when_writing_fails(capsys):
+    with pytest.raises(OSError), printed_anyway(lambda: "the table"):
+        raise OSError("no space")
+    assert capsys.readouterr().out == "the table\n"
+
+
+def test_figures_of_earlier_results_go_and_others_stay(tmp_path):
+    old, new, other = {"price": 1}, {"price": 2}, {"grid": 3}
+    write_json(tmp_path / "other.json", other)
+    for name, text in {
+        "old": source(old), "new": source(new), "other": source(other), "stranger": "a drawing of my own"
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.svg").write_text(f"<svg><desc>{text}</desc></svg>")
+    (tmp_path / "broken.json").write_text("{")
+    write_json(tmp_path / "results.json", new)
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {"new", "other", "stranger"}
+
+
+def test_figures_go_only_when_the_numbers_do(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"git": "before", "points": [1]})
+    figure = tmp_path / "figure.svg"
+    figure.write_text(source(json.loads(path.read_text())))
+    assert not write_unless_same(path, {"git": "after", "points": [1]}, "points") and figure.exists()
+    assert write_unless_same(path, {"git": "after", "points": [2]}, "points") and not figure.exists()
+
+
+def test_a_broken_file_in_the_way_is_set_aside(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text("half a fi")
+    assert write_unless_same(path, {"points": [2]}, "points")
+    assert (tmp_path / "results.json.broken").read_text() == "half a fi"
+    assert "results.json is not a results file" in capsys.readouterr().err
+
+
+def test_without_a_figure_nothing_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "source", lambda results: pytest.fail("results were digested"))
+    forget_figures(tmp_path / "results.json", {})
