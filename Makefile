@@ -8,13 +8,14 @@
 #   make speed   the benchmarks of hashing, of pricing, and of pricing rows at production scale
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
+#   make ranges  both ends of every stated range of versions, each in an environment of its own (gigabytes)
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer clean
+.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer ranges clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -56,5 +57,8 @@ end-to-end-cpu: $(VENV)/stamp-fast,plot,ref
 bench-layer: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json
 
+ranges:
+	$(PYTHON) tests/ranges.py $(ENDS) $(foreach pin,$(PINS),--pin $(pin))
+
 clean:
-	rm -rf $(VENV) build site out *.egg-info
+	rm -rf $(VENV) .venvs-ranges build site out *.egg-info

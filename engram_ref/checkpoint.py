@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 
 from engram_ref.config import EngramConfig
+from engram_ref.devices import as_device
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import LayerPlan
 from engram_ref.layer import Engram, check_plan
@@ -102,6 +105,7 @@ def load_layer(
             configuration's, a table that belongs to another plan, or no safetensors file.
         OSError: the file cannot be opened.
     """
+    device = as_device(device)
     _check_form(config)
     check_plan(config, layer_plan)
     stored = StoredRows.find(path, prefix + TABLE, sparse=sparse)

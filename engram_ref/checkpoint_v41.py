@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 
+from engram_ref.devices import as_device
 from engram_ref.fusion_v41 import V41Fusion
 from engram_ref.layer import Engram
 from engram_ref.model_folder import ModelFolder, tensor_name
@@ -64,6 +67,7 @@ def load_fusion_v41(
     fp8: bool = False,
 ) -> V41Fusion:
     """The projection and the gains of one layer; arguments and errors as `load_layer_v41`."""
+    device = as_device(device)
     state = {part: _read(folder.tensor(layer_id, part), folder.sparse) for part in FUSION_PARTS}
     try:
         check_fp8(state["wkv.weight"], state["wkv.scale"], tensor_name(layer_id, "wkv."))

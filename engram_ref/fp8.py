@@ -14,6 +14,8 @@ these bits.
 
 from __future__ import annotations
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 

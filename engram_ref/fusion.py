@@ -24,6 +24,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 

@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 

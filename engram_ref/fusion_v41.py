@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import math
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 

@@ -24,9 +24,12 @@ import copy
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 
+from engram_ref.devices import as_device
 from engram_ref.hashing import DEAD, INT32_MAX, INT64_MAX, HashPlan, LayerPlan
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ class DeviceHasher:
         if largest > INT64_MAX:
             raise ValueError(f"multiplier {largest} exceeds 2^63 - 1: torch has no integers for it; use NgramHasher")
         self.plan = plan
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self._ids = _IdRange("compressed ids", DEAD, plan.compressed_size, self.device)
         self._nothing = torch.full((1, plan.max_ngram - 1), DEAD, dtype=torch.int64, device=self.device)
         if fused is None:
@@ -193,7 +196,7 @@ class DeviceHistory:
     """
 
     def __init__(self, plan: HashPlan, batch_size: int, device: str | torch.device) -> None:
-        self._ids = _IdRange("compressed ids", DEAD, plan.compressed_size, torch.device(device))
+        self._ids = _IdRange("compressed ids", DEAD, plan.compressed_size, as_device(device))
         shape = (batch_size, plan.max_ngram - 1)
         self.ids = torch.full(shape, DEAD, dtype=torch.int64, device=device)  # [B, N-1], replaced, never written to
 
@@ -222,7 +225,7 @@ class DeviceVocab:
     """A compressed vocabulary on a device: token id -> compressed id, by one gather from a map uploaded once."""
 
     def __init__(self, vocab: CompressedVocab, device: str | torch.device) -> None:
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self.size = len(vocab)
         self.map = torch.tensor(vocab.ids, device=self.device)  # int64 [tokens]
         self.allowed = _IdRange("token ids", 0, len(vocab.ids), self.device)

@@ -35,6 +35,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 import triton
 import triton.language as tl

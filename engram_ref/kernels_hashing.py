@@ -21,6 +21,8 @@ The remainder of any 64-bit h by p >= 2, without a division, from M = floor(2^64
 
 from __future__ import annotations
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 import triton
 import triton.language as tl

@@ -9,18 +9,25 @@ It stands before the decoder block's attention. `make_fusion` picks what is done
 form. A table is not a module and not moved by `.to()`: it is made for the device on which its rows are wanted. To train
 the rows, keep them: `Engram(fusion, DeviceTable(weight))` with a `weight` that requires gradients, and give it to the
 optimizer beside `engram.parameters()`.
+
+`engram.state_dict()` has the weights of the fusion and not the rows, which `save_layer` (`engram_ref.checkpoint`)
+writes with them. A deep copy has weights of its own and reads the same table; a layer is not pickled.
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
+
+import engram_ref.needs_torch  # noqa: F401
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
+from engram_ref.devices import as_device
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion_common import Fusion
 from engram_ref.fusion_v41 import V41Fusion
@@ -55,6 +62,23 @@ class Engram(nn.Module):
             raise ValueError(f"rows of {table.format.width} values; this layer needs {fusion.config.row_width}")
         self.fusion = fusion
         self.table = table
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engram:
+        """A layer with weights of its own and the same table.
+
+        Raises:
+            ValueError: rows that are trained, which two layers would both change.
+        """
+        if self.table.trained:
+            raise ValueError(
+                "an Engram layer whose rows are trained: build the copy from rows of its own, "
+                "Engram(copy.deepcopy(engram.fusion), DeviceTable(weight.detach().clone().requires_grad_()))"
+            )
+        memo[id(self.table)] = self.table
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def forward(
         self,
@@ -129,6 +153,8 @@ def make_fusion(
     Raises:
         ValueError: fp8 weights for the demo's form, or for a projection that is not made of 32 x 32 blocks.
     """
+    if device is not None and str(device) != "meta":
+        device = as_device(device)
     if config.form == "v41":
         return V41Fusion(config, device, dtype, fp8)
     if fp8:
@@ -160,6 +186,7 @@ def build_engram(
         ValueError: a plan of another geometry, a placement that this cannot make, or rows that do not fit.
     """
     check_plan(config, layer_plan)
+    device = as_device(device)
     if placement not in FRESH_PLACEMENTS:
         raise ValueError(f"placement {placement!r}: a new table is made as one of {', '.join(FRESH_PLACEMENTS)}")
     fusion = make_fusion(config, "meta", dtype).to_empty(device="cpu")

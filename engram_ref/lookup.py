@@ -21,6 +21,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 
 from engram_ref.layer import Engram
@@ -41,7 +43,8 @@ class OnHand:
             table = engram.table
             generator = torch.Generator(table.device).manual_seed(layer_id)
             shape = (tokens * engram.fusion.config.columns, table.format.width)  # [B*T*C, D]
-            rows = torch.randn(shape, generator=generator, device=table.device).to(table.format.dtype)
+            with torch.inference_mode(False):  # a later step may need gradients of what is made of them
+                rows = torch.randn(shape, generator=generator, device=table.device).to(table.format.dtype)
             self._rows[layer_id, tokens] = rows
         return rows
 

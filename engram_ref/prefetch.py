@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Union
 
+import engram_ref.needs_torch  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -207,6 +209,11 @@ class Prefetcher:
         if isinstance(self.hasher, DeviceHasher):
             self.hasher.check()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a Prefetcher of Engram rows has a thread, and fetches in flight: make a new one instead of a copy"
+        )
+
     def __enter__(self) -> Prefetcher:
         return self
 
@@ -299,7 +306,8 @@ class _Slot:
             return None
         kept = self._arrivals.get(layer_id)
         if kept is None or len(kept) < count:
-            kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
+            with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
+                kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
             self._arrivals[layer_id] = kept
         return kept[:count]
 

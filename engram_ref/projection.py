@@ -17,6 +17,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import engram_ref.needs_torch  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 

@@ -29,18 +29,25 @@ replay of a captured one:
         with torch.cuda.graph(graph):
             logits = model(ids, past_key_values=cache).logits
 
-One forward of a model at a time. What is in this package:
+Threads. Each has a step of its own; a thread waits where as many forwards as there are buffers are in progress.
+
+What is in this package:
 
 attached    attach, detach, and what a forward does
 blocks      the decoder and its blocks, found in a model
+hooks       what a model, its copies and its wrappers know of it
 padding     which positions are padding
+packing     several sequences in one row
 history     what is remembered of a sequence, in its cache
 source      token ids in, a started fetch out
 staged      rows in buffers that stay where they are
 step        one forward of the decoder
 recomputed  gradient checkpointing that runs hooks a second time
 exposed     how long the model waited for rows
+versions    releases that are newer than the tested ones
 """
+
+import engram_ref.needs_torch  # noqa: F401
 
 from engram_ref.attach.attached import Attached, attach
 from engram_ref.attach.exposed import ExposedTime

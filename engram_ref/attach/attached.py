@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,20 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram_ref.attach.blocks import Given, cache_in, check_layers, find_blocks, reader
+from engram_ref.attach.blocks import (
+    Given,
+    cache_in,
+    check_arguments,
+    check_layers,
+    find_blocks,
+    length_of,
+    reader,
+    tell_larger,
+)
 from engram_ref.attach.exposed import ExposedTime, Place
 from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
+from engram_ref.attach.hooks import Hook, refuse_twice
+from engram_ref.attach.packing import Packing, borders_of
 from engram_ref.attach.padding import padding_of
 from engram_ref.attach.recomputed import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.source import Room, Source, make_hasher
 from engram_ref.attach.staged import Staged, keep_address
 from engram_ref.attach.step import ForBlock, Step
+from engram_ref.attach.versions import tell_untested
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram
+from engram_ref.on_hand import OnHand
 from engram_ref.prefetch import LEAST_BUFFERS, FetchError, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
+
+_PATIENCE = 60.0  # seconds that a thread waits for the forwards of others to end, before it takes what there is
+
+_PACKED_AND_STAGED = "several sequences in one row of a staged step: stage a padded batch"
 
 
 def attach(
@@ -54,17 +72,39 @@ def attach(
         plan: constants of the hash, or a hasher that has them.
         vocab: token id -> compressed id; also a plain array of compressed ids, or None where token ids are compressed.
         background: fetch while earlier blocks compute; False waits for every fetch where it was started.
-        buffers: fetches that may be in flight.
+        buffers: fetches that may be in flight; of more threads that run the model, some wait for others.
         observer: told how long hash, gather and wait took (see `Prefetcher`).
         exposed: notes how long the model waited.
         prefetcher: where rows come from instead of a new `Prefetcher`; it stays the caller's to close.
 
     Raises:
-        ValueError: no list of blocks in the model, a layer that does not fit it, or a vocabulary that does not fit the
-            plan.
+        ValueError: no list of blocks in the model, a layer that does not fit it, a block that has one already, or a
+            vocabulary that does not fit the plan.
     """
+    tell_untested()
     decoder, blocks = find_blocks(model)
+    engrams = check_arguments(engrams, plan, buffers, observer, exposed, prefetcher)
     check_layers(model, blocks, engrams, plan if isinstance(plan, HashPlan) else plan.plan)
+    refuse_twice(blocks, engrams)
+    with torch.inference_mode(False):  # what is made here is written to in whatever mode the model runs
+        made = _attach(decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
+    if not isinstance(prefetcher, OnHand):
+        tell_larger(decoder, made.token_ids)
+    return made
+
+
+def _attach(
+    decoder: nn.Module,
+    blocks: nn.ModuleList,
+    engrams: Mapping[int, Engram],
+    plan: HashPlan | NgramHasher | DeviceHasher,
+    vocab: Any,
+    background: bool,
+    buffers: int,
+    observer: Observer | None,
+    exposed: ExposedTime | None,
+    prefetcher: Any,
+) -> Attached:
     hasher = make_hasher(plan, engrams, prefetcher)
     form = next(iter(engrams.values())).fusion.config.form
     if prefetcher is not None:
@@ -74,7 +114,9 @@ def attach(
     tables = {layer_id: engram.table for layer_id, engram in engrams.items()}
     own = Prefetcher(hasher, tables, buffers, background, observer)
     try:
-        return Attached(decoder, blocks, engrams, Source(hasher, vocab, own, form, not background), exposed, own)
+        return Attached(
+            decoder, blocks, engrams, Source(hasher, vocab, own, form, not background), exposed, own, buffers
+        )
     except BaseException:
         own.close()
         raise
@@ -87,6 +129,7 @@ class Attached:
         decoder: the module whose input are token ids.
         engrams: the layers, by block.
         prefetcher: where rows come from.
+        token_ids: how many the vocabulary has.
     """
 
     def __init__(
@@ -97,11 +140,12 @@ class Attached:
         source: Source,
         exposed: ExposedTime | None = None,
         own: Prefetcher | None = None,
+        buffers: int = sys.maxsize,
     ) -> None:
         self.decoder = decoder
         self.engrams = dict(engrams)
         self.prefetcher = source.prefetcher
-        self._blocks = blocks
+        self.token_ids = source.token_ids
         self._source = source
         self._exposed = exposed
         self._own = own
@@ -109,24 +153,33 @@ class Attached:
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lengths = LengthsOnDevice()
         self._recomputed = Recomputed()
-        self._step: Step | None = None
+        self._steps: dict[int, Step] = {}  # begun and not ended, by thread
+        self._turn = threading.Condition()  # steps of several threads begin one after the other
+        self._room = buffers
         self._staged: Staged | None = None  # inside of `staging`
+        self._staging_thread = 0
         self._stagings: dict[bool, Staged] = {}  # by overlap; captured graphs read their buffers as long as we live
+        self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
+        self._list = next(name for name, child in decoder.named_children() if child is blocks)
         self._read = reader(decoder)
-        self._handles = [decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        enter, leave = Hook(self._enter), Hook(self._leave)
+        self._handles: list[Any] = [enter, leave, decoder.register_forward_pre_hook(enter, with_kwargs=True)]
         for layer_id in self.engrams:
-            self._handles.append(blocks[layer_id].register_forward_pre_hook(self._before(layer_id), with_kwargs=True))
-        self._handles.append(decoder.register_forward_hook(self._leave, always_call=True))
+            before = Hook(self._before(layer_id), layer_id)
+            self._handles += [before, blocks[layer_id].register_forward_pre_hook(before, with_kwargs=True)]
+        self._handles.append(decoder.register_forward_hook(leave, always_call=True))
         _forget_compiled()
 
     def detach(self) -> None:
         """Make the model what it was. Calling it again does nothing.
 
         Raises:
+            RuntimeError: another thread is inside of a forward; then nothing has been done.
             ValueError: what `check` had to say.
         """
         if not self._handles:
             return
+        self._refuse_inside()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -137,11 +190,20 @@ class Attached:
         self._recomputed.clear()
         self._stagings.clear()
         try:
-            self._drop()
+            for thread in list(self._steps):
+                self._drop(thread)
             self.check()
         finally:
             if self._own is not None:
                 self._own.close()
+
+    def _refuse_inside(self) -> None:
+        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        if alive & self._steps.keys():
+            raise RuntimeError("another thread is inside of a forward of this model: let it end before detach()")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError("what attach() gave cannot be copied or pickled: attach Engram to the other model anew")
 
     def check(self) -> None:
         """Wait for the device, and raise what only it knows; for long runs, now and then. `detach` does it, too.
@@ -164,7 +226,7 @@ class Attached:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._staged is None:
-            self._begin(args, kwargs)
+            self._begin(module, args, kwargs)
         elif not torch.compiler.is_compiling():
             self._compare_staged(args, kwargs)
 
@@ -181,7 +243,10 @@ class Attached:
     def _add(self, layer_id: int, hidden: Tensor) -> Tensor:
         """The residual stream [B, T, H] after the layer."""
         needed = self._join(layer_id, hidden) if self._staged is None else self._staged.at(layer_id)
-        return self.engrams[layer_id](hidden, Ready(needed.rows), needed.past, padding=needed.padding)
+        engram, rows = self.engrams[layer_id], Ready(needed.rows)
+        if needed.packing is None:
+            return engram(hidden, rows, needed.past, padding=needed.padding)
+        return needed.packing.pick(engram(needed.packing.spread(hidden), rows, padding=needed.padding))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._staged is None:
@@ -190,35 +255,46 @@ class Attached:
     # --- what they do ----------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._drop()
-        with self._waiting("start"):
-            self._step = self._start(self._read(args, kwargs))
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        thread = threading.get_ident()
+        self._drop(thread)
+        given = self._read(args, kwargs)
+        with self._waiting("start"), self._turn:
+            # A thread that never ends its step does not stop the others for good: without a buffer they are refused.
+            self._turn.wait_for(lambda: len(self._steps) < self._room, timeout=_PATIENCE)
+            self._steps[thread] = self._start(given, module)
 
-    def _start(self, given: Given, room: Room | None = None) -> Step:
+    def _start(self, given: Given, decoder: Any, room: Room | None = None) -> Step:
         """Begin to fetch for token ids [B, T], into `room` where the source can."""
-        again = is_checkpointed(self.decoder, self._blocks)
+        blocks = getattr(decoder, self._list)
+        again = is_checkpointed(decoder, blocks)
         use_cache = given.use_cache
         if use_cache is None:
-            use_cache = bool(getattr(self.decoder.config, "use_cache", False))
+            use_cache = bool(getattr(decoder.config, "use_cache", False))
         past = self._past_length(given)
         if again and past:
             raise ValueError(
                 f"gradient checkpointing with a cache of {past} positions, which it does not read: leave the cache out"
             )
-        history = self._history(given, past) if (use_cache or given.cache is not None) and not again else None
+        cached = use_cache or given.cache is not None
+        borders = borders_of(given, past, cached, decoder.config)
+        history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
-        fetch, recent = self._source.start(given.ids, padding, history, room)
+        packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
+        fetch, recent = self._source.start(given.ids, padding, history, room, packing)
         if history is not None:
             history.open = True
-        again = again and torch.is_grad_enabled() and hooks_run_again(self._blocks)
-        return Step(fetch, given.ids.shape, recent, history, padding, again)
+        if packing is not None:
+            padding = packing.lay_padding(padding)
+        again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
+        counted = given.cache if given.position is None else None
+        return Step(fetch, given.ids.shape, recent, history, padding, again, packing, counted)
 
     def _past_length(self, given: Given) -> int:
         """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""
         if given.cache is None:
             return 0
-        length = given.cache.get_seq_length() if given.position is None else given.position[0]
+        length = length_of(given.cache) if given.position is None else given.position[0]
         history = history_of(given.cache, self._key)
         if history is None or self._source.reads_on_cpu or not _is_on_accelerator(length):
             return int(length)
@@ -251,11 +327,13 @@ class Attached:
 
     @torch.compiler.disable
     def _join(self, layer_id: int, hidden: Tensor) -> ForBlock:
-        step = self._step
+        step = self._steps.get(threading.get_ident())
         if step is None:
             needed = self._recomputed.take(layer_id, hidden)
             if needed is None:
-                raise RuntimeError(f"block {layer_id} ran by itself: call the whole model, or detach Engram first")
+                raise RuntimeError(
+                    f"block {layer_id} ran by itself: call the whole model, in one thread, or detach Engram first"
+                )
             return needed
         with self._waiting(layer_id):
             needed = step.for_block(layer_id, hidden)
@@ -265,24 +343,49 @@ class Attached:
 
     @torch.compiler.disable
     def _end(self, output: Any) -> None:
+        thread = threading.get_ident()
         if output is None:
-            return self._drop()
-        step, self._step = self._step, None
-        assert step is not None
-        step.end()
-        cache = None if step.history is None else cache_in(output)
-        if cache is None or history_of(cache, self._key) is not None:
-            return
-        assert step.history is not None
-        if cache.get_seq_length() == step.history.length:
-            self._follow(cache, step.history)
+            return self._drop(thread)
+        step = self._steps[thread]
+        try:
+            step.end()
+        finally:
+            self._forget(thread)
+        if step.history is not None:
+            self._check_followed(step, step.history, cache_in(output))
 
-    def _drop(self) -> None:
-        """Forget a forward that an exception ended."""
-        step, self._step = self._step, None
-        if step is not None:
+    def _check_followed(self, step: Step, history: CacheHistory, cache: Any) -> None:
+        """A step has ended: let its cache carry the history, and refuse one that does not count along."""
+        if step.counted is not None:
+            cache = step.counted
+        elif cache is None or history_of(cache, self._key) is not None:
+            return
+        length = length_of(cache)
+        # At the next step, too small a count would pass for a cache that was cropped, or emptied.
+        if not _is_on_accelerator(length) and int(length) != history.length:
+            raise ValueError(
+                f"a {type(cache).__name__} that counts {int(length)} positions after {history.length}, so that Engram "
+                "cannot follow it: use_cache=False"
+            )
+        if history_of(cache, self._key) is None:
+            self._follow(cache, history)
+
+    def _drop(self, thread: int) -> None:
+        """Forget a forward of a thread that an exception ended."""
+        step = self._steps.get(thread)
+        if step is None:
+            return
+        try:
             with suppress(FetchError):  # one error has been raised already
                 step.fetch.release()
+        finally:
+            self._forget(thread)
+
+    def _forget(self, thread: int) -> None:
+        """A thread's step is over, its fetch given back: another thread may begin."""
+        del self._steps[thread]
+        with self._turn:
+            self._turn.notify_all()
 
     def _waiting(self, place: Place) -> Any:
         return nullcontext() if self._exposed is None else self._exposed.around(place)
@@ -299,11 +402,14 @@ class Attached:
             overlap: on CUDA, let the graph itself wait for the rows, just before the block that needs them.
 
         Raises:
+            RuntimeError: inside of another one.
             ValueError: overlap without CUDA.
         """
+        if self._staged is not None:
+            raise RuntimeError("staging() inside of staging(), of this thread or another: leave the first one before")
         if overlap not in self._stagings:
             self._stagings[overlap] = Staged(next(iter(self.engrams.values())).fusion.device, overlap)
-        self._staged = self._stagings[overlap]
+        self._staged, self._staging_thread = self._stagings[overlap], threading.get_ident()
         self._staged.forget()
         try:
             yield self
@@ -324,16 +430,28 @@ class Attached:
         if self._staged is None:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
+        self._require_staging_thread()
         as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
-        step = self._start(given, self._staged.room if as_stored else None)
+        step = self._start(given, self.decoder, self._staged.room if as_stored else None)
+        if step.packing is not None:
+            step.fetch.release()
+            raise ValueError(_PACKED_AND_STAGED)
         self._staged.fill(step, self.engrams)
         step.end()
+
+    def _require_staging_thread(self) -> None:
+        if threading.get_ident() != self._staging_thread:
+            raise RuntimeError("another thread is inside of staging(): one thread at a time can use it")
 
     @torch.compiler.disable
     def _compare_staged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward that runs as it is written, not as part of a graph, must be the one that was staged."""
         assert self._staged is not None
+        self._require_staging_thread()
         given = self._read(args, kwargs)
+        cached = given.cache is not None or bool(given.use_cache)
+        if borders_of(given, 0, cached, self.decoder.config) is not None:
+            raise ValueError(_PACKED_AND_STAGED)
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
         history = None if given.cache is None else history_of(given.cache, self._key)

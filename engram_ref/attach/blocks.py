@@ -8,12 +8,15 @@ Found by structure, not by name: the only list of as many modules as the configu
 from __future__ import annotations
 
 import inspect
+import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from engram_ref.hashing import HashPlan
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram, check_plan
 
 
@@ -42,6 +45,36 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     return found[0]
 
 
+def check_arguments(
+    engrams: Any, plan: Any, buffers: Any, observer: Any, exposed: Any, prefetcher: Any
+) -> dict[int, Engram]:
+    """The layers by block number, and a refusal of whatever is not what `attach` takes.
+
+    Raises:
+        ValueError: says what is wanted.
+    """
+    if not isinstance(engrams, Mapping):
+        raise ValueError(f"engrams is a {type(engrams).__name__}: give a mapping, {{block number: Engram}}")
+    for layer_id, engram in engrams.items():
+        if isinstance(layer_id, bool) or not hasattr(layer_id, "__index__"):
+            raise ValueError(f"layer {layer_id!r} is a {type(layer_id).__name__}: give the number of a block, an int")
+        if not isinstance(engram, Engram):
+            raise ValueError(f"layer {layer_id} is a {type(engram).__name__}: give an Engram, as build_engram makes it")
+    if not isinstance(plan, (HashPlan, NgramHasher, DeviceHasher)):
+        raise ValueError(f"plan is a {type(plan).__name__}: give a HashPlan, as HashPlan.build makes it, or a hasher")
+    if isinstance(buffers, bool) or not isinstance(buffers, int):
+        raise ValueError(f"buffers={buffers!r}: give how many fetches may be in flight, an int")
+    for name, given, method in (
+        ("observer", observer, "__call__"),
+        ("exposed", exposed, "around"),
+        ("prefetcher", prefetcher, "start"),
+    ):
+        if given is not None and (isinstance(given, type) or not hasattr(given, method)):
+            shown = given.__name__ if isinstance(given, type) else type(given).__name__
+            raise ValueError(f"{name} is a {shown}, without {method}: give a made object that has it, or leave it out")
+    return {operator.index(layer_id): engram for layer_id, engram in engrams.items()}
+
+
 def check_layers(model: Any, blocks: nn.ModuleList, engrams: Mapping[int, Engram], plan: HashPlan) -> None:
     """Refuse layers that do not go into this model.
 
@@ -66,6 +99,19 @@ def check_layers(model: Any, blocks: nn.ModuleList, engrams: Mapping[int, Engram
         raise ValueError(f"layers of the forms {', '.join(forms)} in one model: they treat padding differently")
 
 
+def tell_larger(decoder: Any, known: int) -> None:
+    """Warn of a model that has more token ids than are known to its vocabulary; many embeddings are padded."""
+    embedding = getattr(decoder, "embed_tokens", None)
+    weight = getattr(embedding, "weight", None)
+    count = decoder.config.get_text_config().vocab_size if weight is None else len(weight)
+    if count > known:
+        warnings.warn(
+            f"the model has token ids 0 .. {count - 1}, the vocabulary of Engram 0 .. {known - 1}: a forward with a "
+            "token beyond is refused; if it can come, compress with the vocabulary that the model was trained with",
+            stacklevel=3,
+        )
+
+
 class Given(NamedTuple):
     """The arguments of a decoder's forward that matter to Engram."""
 
@@ -74,33 +120,105 @@ class Given(NamedTuple):
     mask: Any
     position: Any  # `cache_position`, which some releases of transformers hand over: where the chunk begins
     use_cache: bool | None
+    places: Any = None  # `position_ids`
+    packed: Mapping[str, Any] = {}  # what else says that several sequences lie in one row, by name
+
+
+CACHES = ("cache", "past_key_values", "cache_params")  # by release and kind of model, the name of a decoder's cache
+_PASTS = ("state", "mems", "layer_past", "past_key_value")  # a past in another form than a cache
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Given]:
-    """A function that picks them from the arguments of the decoder's forward, by position or by name."""
-    names = list(inspect.signature(decoder.forward).parameters)
+    """A function that picks them from the arguments of the decoder's forward, by position or by name.
+
+    It raises a ValueError for arguments that Engram cannot follow, among them every cache that it does not know.
+    """
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        if len(args) > len(names):
+            raise ValueError(f"{len(args)} arguments by position; the decoder's forward names {len(names)}: name them")
         given = {**dict(zip(names, args)), **kwargs}
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        ids = given.get("input_ids")
         if ids is None:
             raise ValueError(
                 "inputs_embeds without input_ids: Engram looks rows up by token ids; give the model input_ids, or "
                 "detach Engram first"
             )
-        if given.get("cu_seq_lens_q") is not None:
-            raise ValueError(
-                "several sequences packed into one row (cu_seq_lens_q): Engram would look across their borders; give a "
-                "padded batch"
-            )
-        if cache is not None and not hasattr(cache, "get_seq_length"):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}: give a Cache of transformers")
-        return Given(ids, cache, given.get("attention_mask"), given.get("cache_position"), given.get("use_cache"))
+        if ids.ndim != 2:
+            raise ValueError(f"token ids of shape {tuple(ids.shape)}: give a batch of sequences, [B, T]")
+        packed = {name: given[name] for name in _PACKED if given.get(name) is not None}
+        mask, position, use_cache = (given.get(name) for name in ("attention_mask", "cache_position", "use_cache"))
+        return Given(ids, _cache_among(given), mask, position, use_cache, given.get("position_ids"), packed)
 
     return read
 
 
+def _cache_among(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a forward is given, or None."""
+    found = None
+    for name, value in arguments.items():
+        if value is None or value is found or (isinstance(value, (Tensor, bool, int)) and name not in _PASTS):
+            continue
+        if name in CACHES:
+            if not hasattr(value, "get_seq_length"):
+                raise ValueError(f"{name} is a {type(value).__name__}: give a Cache of transformers")
+            if found is not None:
+                raise ValueError(f"two caches, {name} is one of them: give one")
+            found = value
+        elif name in _PASTS or looks_like_cache(value):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, a past that Engram does not follow: give a Cache of transformers "
+                f"as one of {', '.join(CACHES)}, or use_cache=False"
+            )
+    return found
+
+
+def looks_like_cache(value: Any) -> bool:
+    """Whether something is a cache, or holds one, as far as can be seen from outside."""
+    if value is None or isinstance(value, (Tensor, str, bytes, int, float, set, frozenset)):
+        return False
+    if isinstance(value, Mapping):
+        return any(looks_like_cache(part) for part in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(looks_like_cache(part) for part in value)
+    if hasattr(value, "get_seq_length") or any(kind.__name__.endswith("Cache") for kind in type(value).__mro__):
+        return True
+    return hasattr(value, "update") and not hasattr(value, "to_dict")  # a configuration has both
+
+
 def cache_in(output: Any) -> Any:
-    """The cache that a decoder gave back, or None."""
-    parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
+    """The cache that a decoder gave back, or None.
+
+    Raises:
+        ValueError: several, or one that does not say how many positions it holds.
+    """
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    else:
+        parts = list(output) if isinstance(output, (tuple, list)) else list(getattr(output, "__dict__", {}).values())
+    found = {id(part): part for part in parts if looks_like_cache(part)}
+    if not found:
+        return None
+    cache, *others = found.values()
+    if others or not hasattr(cache, "get_seq_length"):
+        kinds = ", ".join(type(part).__name__ for part in found.values())
+        raise ValueError(f"the model gives back {kinds}, which Engram does not follow: use_cache=False")
+    return cache
+
+
+def length_of(cache: Any) -> Any:
+    """How many positions a cache holds, an integer or a tensor.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    try:
+        return cache.get_seq_length()
+    except ValueError as error:
+        raise ValueError(
+            f"a {type(cache).__name__} that does not say how many positions it holds, so Engram cannot follow it: "
+            f"use_cache=False ({error})"
+        ) from error

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from engram_ref.devices import as_device
+
 Place = str | int  # "start", or the block before which rows were joined
 
 
@@ -30,7 +32,7 @@ class ExposedTime:
     """
 
     def __init__(self, device: str | torch.device) -> None:
-        self._device = torch.device(device)
+        self._device = as_device(device)
         self._waits: list[tuple[Place, Any, Any]] = []
 
     @contextmanager

@@ -28,6 +28,14 @@ SLACK = 64  # positions that may be cropped away
 _ATTRIBUTE = "_engram_histories"
 
 
+def _written_to(tensor: Tensor) -> Tensor:
+    """A tensor that may be written to under `no_grad`, even if it was made under `inference_mode`."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 class CacheHistory:
     """The past of some sequences, for all Engram layers of a model.
 
@@ -43,6 +51,7 @@ class CacheHistory:
             replaced, never written to, and may still be on their way: reading them lets the current stream wait.
         convolutions: by layer id, the past of those that have a convolution.
         open: a step has begun and not ended.
+        packed: several sequences lie in one row, so that none can go on.
     """
 
     def __init__(self, plan: HashPlan, batch_size: int, device: torch.device, engrams: Mapping[int, Engram]) -> None:
@@ -52,8 +61,10 @@ class CacheHistory:
         self.convolutions: dict[int, ShortConvHistory] = {}
         for layer_id, engram in engrams.items():
             if isinstance(engram.fusion, DemoFusion) and engram.fusion.reach:
-                self.convolutions[layer_id] = ShortConvHistory(engram.fusion, batch_size)
+                past = self.convolutions[layer_id] = ShortConvHistory(engram.fusion, batch_size)
+                past.values = _written_to(past.values)
         self.open = False
+        self.packed = False
 
     @property
     def batch_size(self) -> int:
@@ -108,6 +119,8 @@ class CacheHistory:
             raise ValueError(
                 "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
             )
+        if self.packed:
+            raise ValueError("a cache of several sequences packed into one row, of which none can go on: use a new one")
         if length > self.length:
             raise ValueError(_apart(length, self.length))
         if length < self.length:
@@ -126,7 +139,7 @@ class CacheHistory:
 
     def reset(self) -> None:
         """Back to before the first position; a CUDA graph that reads the convolutions' past goes on reading it."""
-        self.length, self.open = 0, False
+        self.length, self.open, self.packed = 0, False, False
         self.recent = torch.full_like(self.recent[:, : self._context], DEAD)
         for past in self.convolutions.values():
             past.values.zero_()
@@ -136,13 +149,14 @@ class CacheHistory:
         self.recent = self.recent[sequences.to(self.recent.device)]
         for past in self.convolutions.values():
             chosen = past.values[sequences.to(past.values.device)]
-            past.values = past.values.copy_(chosen) if chosen.shape == past.values.shape else chosen
+            same = chosen.shape == past.values.shape
+            past.values = past.values.copy_(chosen) if same else _written_to(chosen)
 
     def repeat(self, times: int) -> None:
         """Each sequence so many times, one after the other."""
         self.recent = self.recent.repeat_interleave(times, dim=0)
         for past in self.convolutions.values():
-            past.values = past.values.repeat_interleave(times, dim=0)
+            past.values = _written_to(past.values.repeat_interleave(times, dim=0))
 
 
 def _apart(length: Any, remembered: Any) -> str:
@@ -204,11 +218,24 @@ def unfollow(cache: Any, key: str) -> None:
 @functools.cache
 def _following(kind: type) -> type:
     """A subclass of a kind of cache, of the same name, whose methods also act on the histories."""
-    namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__reduce_ex__": _reduce}
     for name, act in _ACTS.items():
         if hasattr(kind, name):
             namespace[name] = _and_then(getattr(kind, name), act)
     return type(kind.__name__, (kind,), namespace)
+
+
+def _reduce(cache: Any, protocol: Any) -> Any:
+    """For copies and pickles: as the kind of cache does it, the subclass named by the kind that it follows."""
+    kind: Any = type(cache).__bases__[0]
+    make, arguments, *rest = kind.__reduce_ex__(cache, protocol)
+    if not arguments or arguments[0] is not type(cache):
+        raise ValueError(f"a {kind.__name__} with Engram's history, which cannot be copied or pickled: detach() first")
+    return _remake, (make, kind, *arguments[1:]), *rest
+
+
+def _remake(make: Any, kind: type, *arguments: Any) -> Any:
+    return make(_following(kind), *arguments)
 
 
 def _and_then(method: Any, act: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HIDDEN = -1e4  # what is added to the score of what is not to be seen, or less; a bias by distance is more
 _MEND = "give the two-dimensional mask, [B, positions], or none"
 
 
@@ -28,8 +29,7 @@ def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
     Raises:
         ValueError: a mask from which this cannot be seen.
     """
-    if isinstance(mask, dict):
-        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    mask = chosen(mask)
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
@@ -44,6 +44,25 @@ def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
         return (mask[:, past : past + length] == 0).expand(batch, length)
     if mask.shape[2] != length:
         raise ValueError(f"an attention mask of shape {tuple(mask.shape)} for {length} new positions: {_MEND}")
-    own = mask[:, 0, :, past : past + length].diagonal(dim1=1, dim2=2)  # [B, T], does a position see itself?
-    hidden = ~own if own.dtype == torch.bool else own < 0
-    return hidden.expand(batch, length)
+    sees = visible(mask)[:, :, past : past + length]
+    return ~sees.diagonal(dim1=1, dim2=2).expand(batch, length)  # does a position see itself?
+
+
+def chosen(mask: Any) -> Any:
+    """Of masks by kind of attention the one that hides least."""
+    if not isinstance(mask, dict):
+        return mask
+    return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Which position sees which, in any head, by a mask of four dimensions: booleans [B, T, positions].
+
+    Raises:
+        ValueError: integers, which transformers would add to the scores.
+    """
+    if mask.dtype == torch.bool:
+        return mask.any(dim=1)
+    if not mask.is_floating_point():
+        raise ValueError(f"an attention mask of shape {tuple(mask.shape)}, {mask.dtype}: give booleans; {_MEND}")
+    return (mask > _HIDDEN).any(dim=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.attach.history import CacheHistory
+from engram_ref.attach.packing import Packing
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.layer import Engram
@@ -40,6 +41,7 @@ class Source:
     Attributes:
         device: where ids are hashed.
         reads_on_cpu: whether the CPU needs the token ids, and so waits for the device that has them.
+        token_ids: how many there are.
 
     Raises:
         ValueError: a vocabulary that the plan was not made for.
@@ -58,6 +60,7 @@ class Source:
         self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
         self._wait_at_once = wait_at_once
         vocab = _as_vocab(vocab, self.plan)
+        self.token_ids = self.plan.compressed_size if vocab is None else len(vocab.ids)
         self._on_cpu = None if self._on_device else vocab
         self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self._on_device else None
         self._lookup = self._make_lookup()
@@ -71,7 +74,12 @@ class Source:
         return DeviceLookup(self.plan, self.prefetcher.tables, self._uploaded, fused=True)
 
     def start(
-        self, ids: Tensor, padding: Tensor | None, history: CacheHistory | None, room: Room | None = None
+        self,
+        ids: Tensor,
+        padding: Tensor | None,
+        history: CacheHistory | None,
+        room: Room | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Any, Pending | None]:
         """Begin to fetch the rows of all layers.
 
@@ -80,14 +88,16 @@ class Source:
             padding: booleans [B, T], or None.
             history: of the sequences; it is read.
             room: gives the buffers that the rows of all layers are wanted in, if they are written by one launch.
+            packing: how several sequences of one row are laid apart, or None; then the rows are of [B, W].
 
         Returns:
             The fetch, and what is to be the history's `recent` after this step; None without a history.
         """
-        if self._lookup is not None:
+        if self._lookup is not None and packing is None:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
         compressed = self._compress(ids, padding)
-        fetch = self._fetch(compressed, history)
+        hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
+        fetch = self._fetch(hashed, history)
         return fetch, None if history is None else Ready(history.followed_by(compressed))
 
     def _look_up(
@@ -188,7 +198,12 @@ def _as_vocab(vocab: Any, plan: HashPlan) -> CompressedVocab | None:
     if vocab is None:
         return None
     if not isinstance(vocab, CompressedVocab):
-        ids = np.asarray(vocab)
+        ids = vocab.cpu().numpy() if isinstance(vocab, Tensor) else np.asarray(vocab)
+        if ids.dtype.kind not in "iuf":
+            raise ValueError(
+                f"vocab is a {type(vocab).__name__}: give a CompressedVocab, as CompressedVocab.from_tokenizer makes "
+                "it, or one compressed id per token id"
+            )
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0:
             raise ValueError(f"a vocabulary of {ids.dtype} {ids.shape}: give one compressed id per token id")
         if ids.max() >= plan.compressed_size:

@@ -90,7 +90,8 @@ class Staged:
     def _lay(self, key: tuple[Any, ...], values: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
-            buffer = self._buffers[key] = torch.empty_like(values)
+            with torch.inference_mode(False):  # written to in whatever mode a later step runs
+                buffer = self._buffers[key] = torch.empty_like(values)
             keep_address(buffer)
         if values.data_ptr() == buffer.data_ptr():  # they were put there
             return buffer

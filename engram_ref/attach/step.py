@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.attach.history import CacheHistory
+from engram_ref.attach.packing import Packing
 from engram_ref.fusion import ShortConvHistory
 from engram_ref.tables.base import Pending
 
@@ -19,6 +20,7 @@ class ForBlock(NamedTuple):
     rows: Tensor  # [B*T*C, D]
     past: ShortConvHistory | None
     padding: Tensor | None  # [B, T]
+    packing: Packing | None = None  # then rows and padding are of the W positions that sequences are laid apart to
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Step:
         recent: of the history once the step has ended; None without one.
         history: of the sequences; None where nothing comes after this step.
         padding: booleans [B, T], or None.
+        packing: how several sequences of one row are laid apart, or None; then padding and rows are, too.
+        counted: the cache, if its own count of positions is relied on.
         recomputed: blocks may be computed again in the backward pass, hooks included.
     """
 
@@ -40,10 +44,14 @@ class Step:
     history: CacheHistory | None
     padding: Tensor | None
     recomputed: bool = False
+    packing: Packing | None = None
+    counted: Any = None
 
     def past(self, layer_id: int) -> ShortConvHistory | None:
         """Of the convolution of a layer, if it has one."""
-        return None if self.history is None else self.history.convolutions.get(layer_id)
+        if self.history is None or self.packing is not None:
+            return None
+        return self.history.convolutions.get(layer_id)
 
     def for_block(self, layer_id: int, hidden: Tensor) -> ForBlock:
         """Wait for the rows of a layer; `hidden` is the residual stream [B, T, H] before its block."""
@@ -53,7 +61,8 @@ class Step:
         if rows.device.type == "cpu" and (torch.is_grad_enabled() or self.recomputed) and not rows.requires_grad:
             rows = rows.clone()  # gradients need them after the fetch's buffer has been filled again
         padding = None if self.padding is None else self.padding.to(hidden.device)
-        return ForBlock(rows, self.past(layer_id), padding)
+        packing = None if self.packing is None else self.packing.to(hidden.device)
+        return ForBlock(rows, self.past(layer_id), padding, packing)
 
     def end(self) -> None:
         """Give the fetch back, and let the history go on."""
@@ -61,3 +70,4 @@ class Step:
         if self.history is not None:
             assert self.recent is not None
             self.history.go_on(self.recent, self.shape[1])
+            self.history.packed = self.packing is not None

@@ -10,6 +10,8 @@ file     in a safetensors file: batched, sorted, deduplicated reads
     values = table.start(rows).wait()        # [N, D], the same bits from every placement
 """
 
+import engram_ref.needs_torch  # noqa: F401
+
 from engram_ref.tables.base import Pending, RowFormat, Table
 from engram_ref.tables.factory import PLACEMENTS, make_table
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -184,6 +184,12 @@ class Table(ABC):
     def bytes_copied(self) -> int:
         """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
         return 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            f"a {self.placement} table of Engram is neither copied nor pickled: two layers may read one table; to keep "
+            "its rows use save_layer(path, fusion, rows, plan) or save_rows(path, rows), and load_layer or make_table"
+        )
 
     def trim(self) -> None:  # noqa: B027, most tables have none
         """Give back staging memory; the next fetch makes it anew."""

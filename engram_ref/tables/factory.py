@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_ref.devices import as_device
 from engram_ref.tables.base import Table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import FileTable, StoredRows
@@ -47,11 +48,10 @@ def make_table(
         ValueError: an unknown placement, one that this machine cannot serve, rows that do not fit, or fp8 rows with a
             code or a scale that is NaN.
     """
-    target = _device(device)
+    target = as_device(device)
     if placement not in PLACEMENTS:
         raise ValueError(f"no placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
-    if isinstance(rows, Tensor) and rows.ndim != 2:
-        raise ValueError(f"rows of shape {tuple(rows.shape)}: a table is [rows, values per row]")
+    _require_types(rows, packed, hot)
     if placement == "hot":
         return _hot(rows, target, hot, behind, {"packed": packed, **options})
     if hot is not None:
@@ -61,6 +61,9 @@ def make_table(
             raise ValueError("placement 'file' needs rows that lie in a file: write them with save_rows first")
         if packed is not None:
             raise ValueError("placement 'file' leaves rows as they lie: save_rows(path, rows.packed()) lays them anew")
+        unknown = options.keys() - {"threads", "direct"}
+        if unknown:
+            raise ValueError(f"placement 'file' has no option {', '.join(sorted(unknown))}: it has threads and direct")
         return FileTable(rows, target, **options)
     if isinstance(rows, Rows):
         rows.refuse_nan()
@@ -73,16 +76,20 @@ def make_table(
     return _in_host_memory(placement, rows, target, packed)
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: use 'cpu' or 'cuda'") from error
-    if target.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(target)!r}: use 'cpu' or 'cuda'")
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(target)!r}: torch sees no CUDA device on this machine; use 'cpu'")
-    return target
+def _require_types(rows: Any, packed: Any, hot: Any) -> None:
+    if not isinstance(rows, (Tensor, Rows, StoredRows)):
+        raise ValueError(
+            f"rows is a {type(rows).__name__}: give a tensor [rows, values per row], Rows, or StoredRows.find(path) of "
+            "a file"
+        )
+    if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.is_meta):
+        raise ValueError(f"rows is a tensor of layout {rows.layout} on {rows.device}: give a dense one with values")
+    if isinstance(rows, Tensor) and rows.ndim != 2:
+        raise ValueError(f"rows of shape {tuple(rows.shape)}: a table is [rows, values per row]")
+    if packed not in (None, True, False):
+        raise ValueError(f"packed={packed!r}: use True, False or None")
+    if hot is not None and not isinstance(hot, Tensor):
+        raise ValueError(f"hot is a {type(hot).__name__}: give a tensor of row numbers, as most_frequent makes it")
 
 
 def _hot(

@@ -225,6 +225,7 @@ def test_exposed_time_on_the_clock_of_a_gpu(monkeypatch):
         def elapsed_time(self, other):
             return other.at - self.at
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -392,6 +393,65 @@ def test_vocabularies_that_do_not_fit_are_refused(model, layers):
         with pytest.raises(ValueError, match=message):
             attach(model, layers.engrams, layers.plan, vocab)
     assert not model.model._forward_pre_hooks
+
+
+class Wordless:
+    """Has nothing that `attach` could call."""
+
+
+WRONG = {
+    "a model's name": (dict(model="Qwen/Qwen3-4B"), "str has no configuration of transformers"),
+    "a layer": (dict(engrams=make_layers().engrams[1]), r"engrams is a Engram: give a mapping, \{block number"),
+    "a list": (dict(engrams=[make_layers().engrams[1]]), "engrams is a list: give a mapping"),
+    "nothing": (dict(engrams=None), "engrams is a NoneType: give a mapping"),
+    "a word for a block": (dict(engrams={"1": make_layers().engrams[1]}), "layer '1' is a str: give the number of a"),
+    "a float": (dict(engrams={1.0: make_layers().engrams[1]}), "layer 1.0 is a float"),
+    "a truth": (dict(engrams={True: make_layers().engrams[1]}), "layer True is a bool"),
+    "a fusion": (dict(engrams={1: make_layers().engrams[1].fusion}), "layer 1 is a DemoFusion: give an Engram"),
+    "a table": (dict(engrams={1: make_layers().engrams[1].table}), "layer 1 is a DeviceTable: give an Engram"),
+    "a configuration": (dict(plan=EngramConfig.preset("tiny")), "plan is a EngramConfig: give a HashPlan"),
+    "a plan's text": (dict(plan=make_layers().plan.to_json()), "plan is a str: give a HashPlan"),
+    "a tokenizer's name": (dict(vocab="tokenizer.json"), "vocab is a str: give a CompressedVocab"),
+    "a dictionary": (dict(vocab={"a": 1}), "vocab is a dict: give a CompressedVocab"),
+    "words": (dict(vocab=["a", "b"]), "vocab is a list: give a CompressedVocab"),
+    "buffers": (dict(buffers="2"), "buffers='2': give how many"),
+    "an observer": (dict(observer=Wordless()), "observer is a Wordless, without __call__"),
+    "a clock": (dict(exposed=Wordless()), "exposed is a Wordless, without around"),
+    "a source": (dict(prefetcher=Wordless()), "prefetcher is a Wordless, without start"),
+    "a class": (dict(prefetcher=OnHand), "prefetcher is a OnHand, .* give a made object"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_not_what_attach_takes_is_refused_in_a_line(given, message, model, layers):
+    right = dict(model=model, engrams=layers.engrams, plan=layers.plan, vocab=None)
+    with pytest.raises(ValueError, match=message) as caught:
+        attach(**(right | given))
+    assert "\n" not in str(caught.value)
+    assert not model.model._forward_pre_hooks and not any(block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_numbers_of_other_kinds_are_blocks(model, layers, ids):
+    engrams = {np.int64(layer_id): engram for layer_id, engram in layers.engrams.items()}
+    with attach(model, engrams, layers.plan, torch.arange(VOCAB)):
+        got = model(ids).logits
+    assert torch.equal(got, by_hand(model, layers, ids))
+
+
+@pytest.mark.parametrize("known", [VOCAB, 90])
+def test_more_token_ids_than_the_vocabulary_has_are_told(known, recwarn):
+    model, layers = make_model(vocab_size=VOCAB + 8), make_layers()
+    vocab = None if known == VOCAB else np.arange(known)
+    for prefetcher in (None, OnHand(layers.engrams)):
+        recwarn.clear()
+        attach(model, layers.engrams, layers.plan, vocab, prefetcher=prefetcher).detach()
+        said = [str(warning.message) for warning in recwarn if "token ids" in str(warning.message)]
+        assert [text.split(": a")[0] for text in said] == [
+            f"the model has token ids 0 .. 104, the vocabulary of Engram 0 .. {known - 1}"
+        ] * (prefetcher is None)
+    recwarn.clear()
+    attach(make_model(), layers.engrams, layers.plan).detach()
+    assert not [warning for warning in recwarn if "token ids" in str(warning.message)]
 
 
 def test_models_without_one_list_of_blocks_are_refused(layers):

@@ -295,7 +295,7 @@ def test_after_a_broken_step_the_cache_is_refused(model, attached, ids):
 
 
 def test_a_cache_of_another_kind_is_refused(model, attached, ids):
-    with pytest.raises(ValueError, match="past_key_values is a tuple: give a Cache"):
+    with pytest.raises(ValueError, match="is a tuple: give a Cache"):
         model(ids, past_key_values=((), ()))
 
 

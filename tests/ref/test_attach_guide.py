@@ -17,7 +17,7 @@ def test_the_guide_runs(monkeypatch, cache_home):
     names: dict = {}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     assert names["tokens"].shape == (1, 11) and names["logits"].isfinite().all()
     assert [place for place, _ in names["waited"]] == ["start", 1]
     assert not names["model"].model._forward_pre_hooks

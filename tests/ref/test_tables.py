@@ -17,11 +17,19 @@ import numpy as np
 import pytest
 import torch
 
+from engram_ref.attach import ExposedTime
+from engram_ref.checkpoint import load_layer
 from engram_ref.config import EngramConfig
+from engram_ref.devices import as_device
+from engram_ref.hashing import HashPlan
+from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.layer import build_engram, make_fusion
 from engram_ref.tables import PLACEMENTS, RowFormat, Table, make_table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.memory import HostMemory
+from engram_ref.tables.rows import Rows
+from engram_ref.vocab import CompressedVocab
 from tests.ref.fp8_pairs import assert_bits, rows_of
 from tests.ref.fp8_pairs import random_rows as random_fp8_rows
 
@@ -385,7 +393,59 @@ REFUSED = {
     "hot rows elsewhere": (("host",), {"hot": torch.tensor([1])}, "use placement 'hot', behind='host'"),
     "rows for file": (("file",), {}, "write them with save_rows first"),
     "an option": (("host",), {"threads": 3}, "placement 'host' has no option threads"),
+    "no name": ((None,), {}, "no placement None: use one of"),
+    "no device": (("host",), {"device": None}, "device None: use 'cpu' or 'cuda'"),
+    "a number for a device": (("host",), {"device": 3}, "device 3: use 'cpu' or 'cuda'"),
+    "packed or not": (("host",), {"packed": "yes"}, "packed='yes': use True, False or None"),
+    "hot rows in a list": (("hot",), {"hot": [1, 2]}, "hot is a list: give a tensor of row numbers"),
+    "behind nothing": (("hot",), {"hot": torch.tensor([1]), "behind": None}, "no placement None"),
 }
+NO_ROWS = {
+    "a list": [[1.0, 2.0]],
+    "an array": np.zeros((3, 4), np.float32),
+    "nothing": None,
+    "a path": "table.safetensors",
+    "sparse": torch.eye(4).to_sparse(),
+    "meta": torch.zeros(3, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "hot", "file"])
+@pytest.mark.parametrize("rows", NO_ROWS.values(), ids=NO_ROWS)
+def test_what_is_no_rows_is_refused(rows, placement):
+    hot = {"hot": torch.tensor([1])} if placement == "hot" else {}
+    with pytest.raises(ValueError, match=r"^rows is a [^\n]*: give a [^\n]*$"):
+        make_table(placement, rows, **hot)
+
+
+def test_an_option_that_a_file_table_has_not_is_refused(tmp_path):
+    save_rows(tmp_path / "table.safetensors", Rows.of(random_values()))
+    with pytest.raises(ValueError, match="placement 'file' has no option thread: it has threads and direct"):
+        make_table("file", StoredRows.find(tmp_path / "table.safetensors"), thread=3)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = EngramConfig.preset("tiny").replace(layer_ids=(1,))
+    plan = HashPlan.build(config, 97, 2)
+    for ask in (
+        lambda device: build_engram(config, plan.layer(1), device=device),
+        lambda device: make_fusion(config, device),
+        lambda device: load_layer("layer.safetensors", config, plan.layer(1), device=device),
+        lambda device: DeviceHasher(plan, device),
+        lambda device: DeviceHistory(plan, 1, device),
+        lambda device: DeviceVocab(CompressedVocab.from_map([0]), device),
+        lambda device: ExposedTime(device),
+    ):
+        with pytest.raises(ValueError, match=r"^device 'cuda': torch sees no CUDA device on this machine; use 'cpu'$"):
+            ask("cuda")
+        with pytest.raises(ValueError, match=r"^device 'gpu': use 'cpu' or 'cuda'$"):
+            ask("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert as_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"^device 'cuda:2': torch sees 2 CUDA devices, from 0$"):
+        as_device("cuda:2")
 
 
 @pytest.mark.parametrize("case", REFUSED)

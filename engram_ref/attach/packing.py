@@ -1,0 +1,174 @@
+"""Several sequences in one row: found as transformers finds them, laid apart, and put together again.
+
+    borders = borders_of(given, past=0, use_cache=False, config=model.config)      # booleans [B, T], or None: no border
+    packing = Packing(borders, gap)
+    wide = packing.spread(hidden)                           # [B, T, ...] -> [B, W, ...]
+    hidden = packing.pick(wide)                             # and back
+
+transformers sees borders in `position_ids` that do not go on by one, where there is neither a mask nor a cache, and in
+a mask [B, 1, T, T] that is block-diagonal. Between two sequences the layers get so many positions of nothing as they
+look back: DEAD to the hash, padding to the convolution. So each sequence gives what it gives alone, to the bit of its
+rows. Where the borders cannot be known, or transformers would attend across them, the forward is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_ref.attach.blocks import Given
+from engram_ref.attach.padding import chosen, visible
+
+_MEND = "give a padded batch"
+
+
+class Packing:
+    """How the positions of some rows are laid apart.
+
+    Args:
+        borders: booleans [B, T], true where a position begins a sequence although it is not the row's first.
+        gap: positions of nothing between two sequences.
+
+    Attributes:
+        apart: booleans [B, W], true where nothing is.
+    """
+
+    def __init__(self, borders: Tensor, gap: int) -> None:
+        batch, length = borders.shape
+        numbers = torch.arange(length, device=borders.device).expand(batch, length)
+        self._places = numbers + gap * borders.cumsum(1)  # [B, T], of each position among the wide ones
+        shape = (batch, int(self._places.max()) + 1)
+        self._source = torch.zeros(shape, dtype=torch.int64, device=borders.device).scatter(1, self._places, numbers)
+        self.apart = torch.ones(shape, dtype=torch.bool, device=borders.device).scatter(1, self._places, False)
+
+    def to(self, device: torch.device) -> Packing:
+        """The same on a device."""
+        if self.apart.device == device:
+            return self
+        moved = object.__new__(Packing)
+        moved._places, moved._source, moved.apart = (x.to(device) for x in (self._places, self._source, self.apart))
+        return moved
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, W, ...]; where nothing is stands the row's first value."""
+        return _take(values, self._source)
+
+    def lay_padding(self, padding: Tensor | None) -> Tensor:
+        """Where no token is, booleans [B, W], of padding [B, T] or none."""
+        return self.apart if padding is None else self.spread(padding.to(self.apart.device)) | self.apart
+
+    def pick(self, values: Tensor) -> Tensor:
+        """[B, W, ...] -> [B, T, ...]."""
+        return _take(values, self._places)
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    return values[torch.arange(len(values), device=values.device)[:, None], places]
+
+
+def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor | None:
+    """Where sequences begin behind others in one row: booleans [B, T], or None where none does.
+
+    Args:
+        given: the arguments of the forward.
+        past: positions in the cache.
+        use_cache: whether there is a cache, or will be.
+        config: of the model.
+
+    Raises:
+        ValueError: borders that transformers would attend across, or that are not said in a way that it follows.
+    """
+    batch, length = given.ids.shape
+    if length == 1:
+        return None
+    mask = chosen(given.mask)
+    if mask is None:
+        found = _in_positions(given, use_cache, config)
+    else:
+        found = _in_mask(mask, length, past) if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    if found is not None:
+        found = found.expand(batch, length)
+    for name, said in given.packed.items():
+        _compare(name, said, found, batch, length)
+    if found is not None and past:
+        raise ValueError(f"several sequences in one row behind a cache of {past} positions: {_MEND}")
+    return found
+
+
+def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
+    """Borders where `position_ids` do not go on by one, which is where transformers sees them."""
+    positions = given.places
+    if positions is None:
+        return None
+    positions = positions[None] if positions.ndim == 1 else positions  # [B or 1, T], of some models several of these
+    if positions.shape[-1] != given.ids.shape[1]:
+        raise ValueError(f"position_ids of shape {tuple(positions.shape)} for token ids of {tuple(given.ids.shape)}")
+    borders = torch.zeros_like(positions, dtype=torch.bool)
+    borders[..., 1:] = positions.diff(dim=-1) != 1
+    if not borders.any():
+        return None
+    if positions.ndim != 2:
+        raise ValueError(f"position_ids of shape {tuple(positions.shape)} that do not go on by one: {_MEND}")
+    if use_cache:
+        raise ValueError(
+            "position_ids do not go on by one, as of several sequences in one row, and there is a cache, with which "
+            f"transformers attends across their borders: use_cache=False, or {_MEND}"
+        )
+    if not _keeps_apart(positions, borders, len(given.ids), config):
+        raise ValueError(
+            "position_ids do not go on by one, as of several sequences in one row; this release of transformers, or "
+            f"this attention, would attend across their borders: {_MEND}"
+        )
+    return borders
+
+
+def _keeps_apart(positions: Tensor, borders: Tensor, batch: int, config: Any) -> bool:
+    """Whether transformers attends within these borders."""
+    if "flash" in str(getattr(config, "_attn_implementation", "")):  # it sees only one row, by its smallest position
+        starts = positions == positions.min()
+        return batch == 1 and bool(starts[:, 0].all()) and torch.equal(starts[:, 1:], borders[:, 1:])
+    return hasattr(sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices")
+
+
+def _in_mask(mask: Tensor, length: int, past: int) -> Tensor | None:
+    """Borders where a position does not see the one before it, in a mask [B, H, T, P]; padding is passed over."""
+    sees = visible(mask)[:, :, past : past + length]  # [B, T, T]
+    real = sees.diagonal(dim1=1, dim2=2)  # [B, T]
+    numbers = torch.arange(length, device=sees.device)
+    newest = torch.where(real, numbers, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(newest[:, :-1], (1, 0), value=-1)  # [B, T], the last position with a token
+    linked = sees.gather(2, before.clamp_min(0)[:, :, None])[:, :, 0]
+    borders = real & (before >= 0) & ~linked
+    if not borders.any():
+        return None
+    number = borders.cumsum(1)  # of the sequence
+    across = sees & (number[:, :, None] != number[:, None, :]) & real[:, :, None] & real[:, None, :]
+    if across.tril().any():
+        raise ValueError(
+            "an attention mask in which a position sees not the one before it, but others: neither causal nor "
+            f"block-diagonal, so the tokens before it are not known; {_MEND}"
+        )
+    return borders
+
+
+def _compare(name: str, said: Any, found: Tensor | None, batch: int, length: int) -> None:
+    """Refuse what speaks of other borders than those that are followed."""
+    said = torch.as_tensor(said)
+    borders = torch.zeros(batch, length, dtype=torch.bool, device=said.device)
+    if name == "seq_idx":
+        if said.shape != borders.shape:
+            raise ValueError(f"seq_idx of shape {tuple(said.shape)} for token ids of {(batch, length)}")
+        borders[:, 1:] = said.diff(dim=1) != 0
+    else:
+        starts = said[(said > 0) & (said < batch * length)]
+        borders.view(-1)[starts.to(torch.int64)] = True
+        borders[:, 0] = False
+    followed = torch.zeros_like(borders) if found is None else found.to(borders.device)
+    if not torch.equal(borders, followed):
+        raise ValueError(
+            f"several sequences packed into one row ({name}), and other borders or none by position_ids or mask, which "
+            f"attention may cross: give position_ids that begin anew with each sequence, or {_MEND}"
+        )
