@@ -72,7 +72,7 @@ class Record:
         record = cls(path, head)
         if path.exists() and not fresh:
             found = json.loads(path.read_text(encoding="utf-8"))
-            _require_same(path, found, head)
+            require_same(path, found, head)
             record.results = found
             record._keep_whole_rounds()
         record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
@@ -175,9 +175,14 @@ def _identity(description: Json) -> Json:
     return {key: description[key] for key in ("backbone", "batch", "stream")}
 
 
-def _require_same(path: Path, found: Json, head: Json) -> None:
+def require_same(path: Path, found: Json, head: Json) -> None:
+    """Refuse to go on with results of another configuration, machine or code.
+
+    Raises:
+        ValueError: names the first difference.
+    """
     for key in _SAME:
-        there, here = copy.copy(found.get(key)), head[key]
+        there, here = copy.copy(found.get(key)), head.get(key)
         if there == here:
             continue
         what = key
