@@ -21,6 +21,7 @@
 #   HOST_GIB      host memory that may be taken, where the system gives it only as it is used (default: what is free)
 #   STRESS_STEPS  of the stress tests (default 1000)
 #   WORK          default: /tmp/gpu_checks
+#   ONLY          names of steps, such as "served_8b tests_attach": the others are left out
 #   GO_ON=1       measure even where the canary fails
 #   PYTHON        default: python3; it needs torch with CUDA, Triton, transformers, numba
 #   REHEARSE=1    the same lines at toy sizes; RUN names what runs them (default: python3 -m tests.rehearsal, a stand-in)
@@ -51,7 +52,7 @@ PARAMS=1.6e10 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOK
 PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS=""
 if [ -n "${REHEARSE:-}" ]; then
   [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
-  LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 4 5 --output_tokens 2 2"
+  LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 9 10 --output_tokens 2 2"
   PARAMS=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x8 prefill:2x8" TOKENS="1 2" REPEATS=3
   PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few"
 fi
@@ -64,6 +65,7 @@ failed=0
 step() { # step SECONDS NAME COMMAND...: run it within its limit and what is left, keep log and status, pack, go on
   local limit=$1 name=$2 rest begun code
   shift 2
+  case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
   rest=$(left)
   begun=$(date +%s)
   if [ "$rest" -lt 3 ]; then

@@ -8,7 +8,6 @@ Whatever fails is named; the exit code is then 3. What Triton compiles here, lat
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import re
 import sys

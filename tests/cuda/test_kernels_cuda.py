@@ -19,12 +19,12 @@ from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.tables import make_table, uva
 from engram_ref.tables.memory import PIN_PIECE, HostMemory
 from engram_ref.tables.uva import UvaTable
+from tests.cuda.stress import steps
 
 pytestmark = pytest.mark.cuda
 
 SHAPES = [(1, 1), (64, 1), (2, 333)]
 DELAY = 20_000_000  # GPU clock cycles: about ten milliseconds
-STEPS = 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +274,7 @@ def test_ten_thousand_fetches_between_two_streams(table, values, device):
     resident = values.to(device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     producer, consumer = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    sizes = np.random.default_rng(2).integers(1, 300, STEPS)
+    sizes = np.random.default_rng(2).integers(1, 300, steps(10_000))
     flight: deque = deque()
     torch.cuda.synchronize()
 

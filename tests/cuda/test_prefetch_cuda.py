@@ -18,6 +18,7 @@ from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.delivery import Delivery
+from tests.cuda.stress import steps
 from tests.ref.fp8_pairs import random_rows, rows_of
 
 pytestmark = pytest.mark.cuda
@@ -26,6 +27,7 @@ CONFIG = EngramConfig.preset("tiny").replace(row_width=64, table_size_per_order=
 PLAN = HashPlan.build(CONFIG, 5000, 2)
 LAYER = 1
 DELAY = 2_000_000  # GPU clock cycles: about a millisecond
+LONG_DELAY = 10_000_000  # memory that is let go of must be given out again, and written, while its consumer still waits
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +54,13 @@ def want(values, pool):
     return [resident[torch.from_numpy(hasher(ids, LAYER)).cuda().long().reshape(-1)] for ids in pool]
 
 
-def run_steps(prefetcher, pool, want, steps, before_use=lambda: None):
+def run_steps(prefetcher, pool, want, count, before_use=lambda: None):
     """Steps that used wrong rows. Nothing synchronises in between; rows are dropped as soon as they were used."""
     on_device = isinstance(prefetcher.hasher, DeviceHasher)
     batches = [torch.from_numpy(ids).cuda() for ids in pool] if on_device else pool
-    wrong = torch.zeros(steps, dtype=torch.bool, device="cuda")
+    wrong = torch.zeros(count, dtype=torch.bool, device="cuda")
     current = prefetcher.start(batches[0])
-    for step in range(steps):
+    for step in range(count):
         upcoming = prefetcher.start(batches[(step + 1) % len(pool)])
         rows = current[LAYER].wait()
         before_use()
@@ -97,19 +99,19 @@ def fp8_prefetcher(request, placement, coded, device):
 
 
 def test_ten_thousand_steps_are_equal_to_the_bit(prefetcher, pool, want):
-    assert run_steps(prefetcher, pool, want, 10_000) == 0
+    assert run_steps(prefetcher, pool, want, steps(10_000)) == 0
 
 
 def test_two_thousand_steps_with_fp8_rows(fp8_prefetcher, pool, want):
-    assert run_steps(fp8_prefetcher, pool, want, 2000) == 0
+    assert run_steps(fp8_prefetcher, pool, want, steps(2000)) == 0
 
 
 def test_a_busy_gpu_changes_nothing_of_fp8_rows(fp8_prefetcher, pool, want):
-    assert run_steps(fp8_prefetcher, pool, want, 200, before_use=lambda: torch.cuda._sleep(DELAY)) == 0
+    assert run_steps(fp8_prefetcher, pool, want, steps(200), before_use=lambda: torch.cuda._sleep(DELAY)) == 0
 
 
 def test_a_busy_gpu_changes_nothing(prefetcher, pool, want):
-    assert run_steps(prefetcher, pool, want, 300, before_use=lambda: torch.cuda._sleep(DELAY)) == 0
+    assert run_steps(prefetcher, pool, want, steps(300), before_use=lambda: torch.cuda._sleep(DELAY)) == 0
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_without_the_event_wait_rows_are_wrong(host_prefetcher, pool, want, monk
 
 def test_without_record_stream_rows_are_wrong(host_prefetcher, pool, want, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    assert run_steps(host_prefetcher, pool, want, 200, before_use=lambda: torch.cuda._sleep(DELAY)) > 20
+    assert run_steps(host_prefetcher, pool, want, 200, before_use=lambda: torch.cuda._sleep(LONG_DELAY)) > 20
 
 
 def test_without_the_second_staging_buffer_rows_are_wrong(host_prefetcher, pool, want, monkeypatch):

@@ -48,6 +48,7 @@ def serve(path: str) -> None:
 def _child(connection: socket.socket) -> int:
     """Run one command; its exit status goes to the client and is returned."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the server was started without
     request, files = _receive(connection)
     for number, file in enumerate(files):
         os.dup2(file, number)
