@@ -121,7 +121,9 @@ def summary(work: Path) -> str:
 
 def _preflight(work: Path) -> str:
     found = _json(work / "preflight.json")
-    return "" if not found else "preflight: " + "; ".join(f"{key} {value}" for key, value in found.items())[:2000] + "\n"
+    return (
+        "" if not found else "preflight: " + "; ".join(f"{key} {value}" for key, value in found.items())[:2000] + "\n"
+    )
 
 
 def _served(folder: Path) -> str:
@@ -129,7 +131,9 @@ def _served(folder: Path) -> str:
     lines = []
     for case in (_json(folder / "results.json") or {}).get("cases", []):
         control = _per_token(next((row for row in case["rows"] if row["label"] == "no_engram"), {"rounds": []}))
-        lines.append(f"{folder.name}: {case['backbone']}, batch {case['batch']}, {case['table']['parameters']:.3g} parameters")
+        lines.append(
+            f"{folder.name}: {case['backbone']}, batch {case['batch']}, {case['table']['parameters']:.3g} parameters"
+        )
         for row in case["rows"]:
             common = sorted(set(control) & (own := _per_token(row)).keys())
             ratios = sorted(own[number] / control[number] for number in common)

@@ -312,7 +312,9 @@ class Benchmark:
 
     def trace(self, stepper: steps.Stepper, params: float, log: SpanLog) -> None:
         """Spans of one step of every variant, put beside its samples; a profiler that fails is named."""
-        step = next(s for s in self.results["steps"] if (s["table"]["params"], s["shape"]) == (params, asdict(stepper.shape)))
+        step = next(
+            s for s in self.results["steps"] if (s["table"]["params"], s["shape"]) == (params, asdict(stepper.shape))
+        )
         for variant, run in zip(variants_of(stepper), step["runs"]):
             try:
                 spans = trace_step(stepper, variant, log, self.chrome_trace(stepper.shape, variant))
@@ -390,7 +392,9 @@ class Benchmark:
         samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
         for variant in variants:
             counted = steps.count_on_bus(stepper, variant, self.options.energy)
-            step["runs"].append(run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, []))
+            step["runs"].append(
+                run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, [])
+            )
         self.results["steps"].append(step)
 
     def chrome_trace(self, shape: steps.Shape, variant: Variant) -> Path | None:

@@ -1,7 +1,7 @@
 """Run a command on the stand-in, as `python` would run it: a script, or a module after -m.
 
-    python -m tests.rehearsal bench/gpu_wall.py --device cuda ...
-    python -m tests.rehearsal -m pytest tests/cuda/test_tables_cuda.py
+python -m tests.rehearsal bench/gpu_wall.py --device cuda ...
+python -m tests.rehearsal -m pytest tests/cuda/test_tables_cuda.py
 """
 
 from __future__ import annotations

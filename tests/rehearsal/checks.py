@@ -1,6 +1,6 @@
 """What the stand-in must refuse, and what it must compute: run in a process of its own, told as JSON.
 
-    python -m tests.rehearsal.checks            {name: null, or what went wrong}
+python -m tests.rehearsal.checks            {name: null, or what went wrong}
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def in_capture(action: Callable[[], object]) -> None:
 def devices_are_not_mixed() -> None:
     there, here = torch.ones(3, device=GPU), torch.ones(3)
     words = "Expected all tensors to be on the same device"
-    for action in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.nn.functional.linear(here, there)):
+    for action in (
+        lambda: there + here,
+        lambda: torch.cat([there, here]),
+        lambda: torch.nn.functional.linear(here, there),
+    ):
         refused(action, words)
         with torch.inference_mode():
             refused(action, words)
@@ -155,7 +159,10 @@ def decoding_from_graphs_is_decoding(prompts: tuple[int, ...] = (250, 252, 254))
     lengths, places = torch.tensor(prompts, device=GPU), torch.arange(slots, device=GPU)
     ids = torch.randint(0, 300, (slots, max(prompts)), device=GPU)
     rows = torch.randn(ids.numel() * config.columns, config.row_width, device=GPU)
-    assert graphs.prefill(ids, lengths, places, lambda: rows).tolist() == eager.prefill(ids, lengths, places, lambda: rows).tolist()
+    assert (
+        graphs.prefill(ids, lengths, places, lambda: rows).tolist()
+        == eager.prefill(ids, lengths, places, lambda: rows).tolist()
+    )
     spans = set()
     for step in range(6):
         rows = torch.randn(slots * config.columns, config.row_width, device=GPU)

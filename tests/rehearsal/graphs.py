@@ -130,7 +130,9 @@ class CUDAGraph:
 def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     made = func(*args, **kwargs)
     for kept, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(made)):
-        shared = isinstance(kept, torch.Tensor) and kept.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+        shared = (
+            isinstance(kept, torch.Tensor) and kept.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+        )
         if isinstance(kept, torch.Tensor) and not shared:  # a view, and what was written in place, is there already
             kept.copy_(new)
 

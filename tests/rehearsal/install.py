@@ -1,6 +1,6 @@
 """Put the stand-in in CUDA's place, for the whole process: import this before anything that asks torch for a device.
 
-    python -m tests.rehearsal COMMAND ...       does
+python -m tests.rehearsal COMMAND ...       does
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def _replace_torch_cuda() -> None:
     cuda.cudart = lambda: RUNTIME
     cuda.mem_get_info = lambda device=None: (_FREE, _TOTAL)
     cuda.memory_allocated = cuda.max_memory_allocated = cuda.memory_reserved = lambda device=None: 0
-    cuda.get_device_properties, cuda.get_device_name = (lambda device=None: Properties()), lambda d=None: Properties.name
+    cuda.get_device_properties, cuda.get_device_name = (
+        (lambda device=None: Properties()),
+        lambda d=None: Properties.name,
+    )
     cuda.get_device_capability = lambda device=None: (Properties.major, Properties.minor)
     cuda.set_sync_debug_mode = tensors.SyncDebug.set
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
@@ -110,6 +113,7 @@ def _replace_in_torch() -> None:
         return CudaTensor(plain_tensor(*args, **{**kwargs, "device": "cpu"}))
 
     torch.tensor = tensor
+
     def is_pinned(self: torch.Tensor, *args: Any) -> bool:
         return RUNTIME.holds(self.untyped_storage().data_ptr(), 1) != "in no range"
 
