@@ -12,6 +12,7 @@ import pytest
 from bench import gpu_wall
 from bench.harness import end_to_end
 from bench.harness.end_to_end_numbers import same_tokens
+from tests.bench.test_backbones import TINY
 
 pytestmark = pytest.mark.cuda
 

@@ -13,9 +13,9 @@ from tests.rehearsal import install
 
 install.install()
 
-import torch
+import torch  # noqa: E402 - the stand-in comes first
 
-from tests.rehearsal.host_memory import RUNTIME
+from tests.rehearsal.host_memory import RUNTIME  # noqa: E402
 
 GPU = torch.device("cuda")
 

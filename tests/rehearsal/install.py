@@ -134,7 +134,7 @@ def _replace_in_torch() -> None:
 
 
 def _guard_cuda_as_meta() -> None:
-    """A build of torch for CPUs has no guard of CUDA devices, which indexing asks for: meta's, which does nothing, serves.
+    """A build of torch for CPUs has no guard of CUDA devices, which indexing asks for: meta's, which is idle, serves.
 
     Guards stand in an array of pointers, by the number of the device's type.
     """

@@ -52,7 +52,8 @@ def _child(connection: socket.socket) -> int:
     request, files = _receive(connection)
     for number, file in enumerate(files):
         os.dup2(file, number)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, mode, buffering=1, closefd=False) for n, mode in enumerate("rww"))
+    files_of = enumerate(("r", "w", "w"))  # open until the process ends
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, buffering=1, closefd=False) for n, mode in files_of)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"], TRITON_INTERPRET="1")

@@ -58,9 +58,11 @@ def strangers(files, packages):
             top = name.split(".")[0]
             if (own := own_file(name)) is not None:
                 left.append(own)
-            elif top not in sys.stdlib_module_names and own_file(top) is None and not (ROOT / top).is_dir():
-                if _AS_IMPORTED.get(top.lower(), top.lower()) not in packages:
-                    missing.add((top, path.name))
+                continue
+            ours = own_file(top) is not None or (ROOT / top).is_dir()
+            there_as = _AS_IMPORTED.get(top.lower(), top.lower())
+            if not ours and top not in sys.stdlib_module_names and there_as not in packages:
+                missing.add((top, path.name))
     return missing
 
 
