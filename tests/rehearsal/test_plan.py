@@ -53,7 +53,7 @@ def call(socket, tmp_path, cache_home):
         environment = {
             **os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "WORK": str(tmp_path / "work"),
             "RUN": f"{sys.executable} {ROOT}/tests/rehearsal/server.py {socket}", "OMP_NUM_THREADS": "1",
-            "XDG_CACHE_HOME": str(cache_home), "PACK_EVERY": "0.5", **settings,
+            "XDG_CACHE_HOME": str(cache_home), "PACK_EVERY": "4", **settings,
         }  # fmt: skip
         with (tmp_path / "told").open("ab") as told:
             command = ["bash", str(SCRIPT), which, str(tmp_path / "out")]
