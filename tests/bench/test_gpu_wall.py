@@ -400,7 +400,8 @@ def test_sigterm_gives_everything_back(tmp_path):
     """Code 143, and what stands in `finally` has run."""
     program = (
         "import os, signal; from engram_ref import cli\n"
-        "def main():\n    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n    finally:\n        print('given back')\n"
+        "def main():\n    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n        print('given back')\n"
         "cli.run(main, 'x')"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
