@@ -155,8 +155,9 @@ def test_a_cut_at_any_moment_loses_nothing_that_was_finished(seed, number, call,
         kill_session(script.pid)
         script.wait()
         assert before <= passes(record)
-        return assert_can_come_back(out)
     assert_can_come_back(out)
+    if number == signal.SIGKILL:
+        return  # going on is the same after both, and seconds longer
     assert call("first", ONLY="served_8b").wait(timeout=200) == 0
     again = json.loads(record.read_text())
     whole = {case for case, _, _ in before if sum(c == case for c, _, _ in before) == 8}
