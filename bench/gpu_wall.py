@@ -4,6 +4,7 @@
   python bench/gpu_wall.py --table_params 1e9 1e10 max            several table sizes; max is what memory holds
   python bench/gpu_wall.py --preset v41-flash --rows split        DeepSeek-V4.1-Flash: 4-grams, 24 columns, fp8 rows
   python bench/gpu_wall.py --backbone none --steps prefill:1x64   the layer by itself
+  python bench/gpu_wall.py --out out/gpu_wall                     again, after a cut: finished shapes are kept
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
   python bench/gpu_wall.py --end-to-end --table_params 1e11       a whole model, served; the overhead taken apart
   python bench/lookup_speed.py                                    the lookup alone, in microseconds
@@ -25,8 +26,9 @@ Variants (where rows live, how they arrive):
 The run predicts (rows, bytes, measured bandwidth, hence the floor), measures all variants in interleaved rounds with
 fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with
 a 95 % interval; "not resolved" means that the interval holds 1. On CUDA single steps are prefills: a decode step that
-the host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Without CUDA the
-variants are resident (RAM) and offload_disk, and no GPU figure follows.
+the host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Results are on
+disk after every shape, and the same command with the same OUT goes on behind the last; --fresh begins anew. Without
+CUDA the variants are resident (RAM) and offload_disk, and no GPU figure follows.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from bench.harness import components, end_to_end_options, end_to_end_report, ste
 from bench.harness.accelerator import copy_bandwidth, describe
 from bench.harness.backbones import BACKBONES, Backbone, build_backbone
 from bench.harness.end_to_end_contenders import chosen_names
+from bench.harness.end_to_end_records import code_sha256, found_at, require_same
 from bench.harness.output import require_writable
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.rivals import fio_random_read
@@ -83,6 +86,7 @@ PROG = "gpu_wall"
 DTYPES = ("float32", "float16", "bfloat16")
 FIO_SECONDS = 4
 HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
+_GROWN = ("steps", "components", "components_skipped")
 COPY_BYTES, COPIES = 1 << 28, 9  # of the copies that bandwidth is measured with
 
 
@@ -146,6 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=cli.at_least(1), help="samples per variant and shape (default: 20)")
     add("--warmup", type=cli.at_least(1), help="rounds that are not kept (default: 2)")
     add("--energy", action="store_true", help="board energy, 30 s per variant and shape (CUDA); try --backbone none")
+    add("--no_trace", action="store_true", help="no profiled step per phase and variant after each table")
     add("--profile", type=Path, metavar="FILE.json", help="a Chrome trace per phase and variant, beside FILE")
 
     parts_group = parser.add_argument_group("component cases")
@@ -217,7 +222,7 @@ class Benchmark:
         half = len(whole.ids) // 2
         self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
         self.corpus = whole.since(half)
-        self.results = self.head()
+        self.results = continued(options.out / "results.json", self.head(), options.fresh)
 
     def head(self) -> dict[str, Any]:
         """Everything of the results that is known before the first step."""
@@ -238,6 +243,7 @@ class Benchmark:
                 "pinned": self.device.type == "cuda",
             },
             "git": git_commit(),
+            "code_sha256": code_sha256(),
             "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens},
             "limits": {
                 **copy_bandwidth(self.device, COPY_BYTES, COPIES),
@@ -255,17 +261,26 @@ class Benchmark:
         return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.corpus)
 
     def run(self) -> dict[str, Any]:
-        """Measure everything; the file is written after each table size, complete each time."""
+        """Measure what is not there yet; the file is written after each shape, complete each time."""
         print(wall_table.measured_on(self.results), flush=True)
-        if self.variants:
+        missing = {params: self.missing_shapes(params) for params in self.options.table_params}
+        if self.results["steps"]:
+            tell(f"continued: {len(self.results['steps'])} shapes kept")
+        if self.variants and any(missing.values()):
             backbone = self.build_backbone()
-            for params in self.options.table_params:
-                self.measure_table(backbone, params)
-                self.save()
+            for params, shapes in missing.items():
+                if shapes:
+                    self.measure_table(backbone, params, shapes)
             del backbone
-        self.measure_components()
+        if not (self.results["components"] or self.results["components_skipped"]):
+            self.measure_components()
         self.save()
         return self.results
+
+    def missing_shapes(self, params: float) -> list[steps.Shape]:
+        """Shapes that have not been measured on a table of so many parameters."""
+        done = [(step["table"]["params"], step["shape"]) for step in self.results["steps"]]
+        return [shape for shape in self.options.steps if (params, asdict(shape)) not in done]
 
     def save(self) -> None:
         """Write the results so far."""
@@ -277,8 +292,8 @@ class Benchmark:
         hidden = EngramConfig.preset(self.options.preset).hidden
         return build_backbone(self.options.backbone, self.options.blocks, self.device, self.dtype, hidden)
 
-    def measure_table(self, backbone: Backbone, params: float) -> None:
-        """All steps on one table size."""
+    def measure_table(self, backbone: Backbone, params: float, shapes: list[steps.Shape]) -> None:
+        """These steps on one table size, then the traces: whatever becomes of those, the steps are on disk."""
         options = self.options
         config = table_config(options.preset, params, backbone.hidden, options.dtype)
         plan = self.plan_of(config)
@@ -293,11 +308,37 @@ class Benchmark:
             self.results["environment"]["huge_pages"] = tables.memory.huge_page_share()
             self.measure_disk_limit(tables)
             fusion = make_fusion(config, self.device, self.dtype).eval()
-            for shape in options.steps:
-                decode = plan if shape.phase == "decode" else None
-                batches = self.batches(shape.batch, shape.tokens, decode)
-                stepper = steps.Stepper(tables, fusion, backbone, shape, batches)
-                self.measure_step(stepper, config, params, log)
+
+            def stepper(shape: steps.Shape) -> steps.Stepper:
+                batches = self.batches(shape.batch, shape.tokens, plan if shape.phase == "decode" else None)
+                return steps.Stepper(tables, fusion, backbone, shape, batches)
+
+            for shape in shapes:
+                self.measure_step(stepper(shape), config, params)
+                self.save()
+            for shape in [] if options.no_trace else self.untraced(shapes):
+                self.trace(stepper(shape), params, log)
+                self.save()
+
+    def untraced(self, shapes: list[steps.Shape]) -> list[steps.Shape]:
+        """The first shape of each phase that no step has spans of: a profiled step takes a second."""
+        traced = {step["shape"]["phase"] for step in self.results["steps"] if any(run["spans"] for run in step["runs"])}
+        first = {shape.phase: shape for shape in reversed(shapes) if shape.phase not in traced}
+        return [shape for shape in shapes if first.get(shape.phase) is shape]
+
+    def trace(self, stepper: steps.Stepper, params: float, log: SpanLog) -> None:
+        """Spans of one step of every variant, put beside its samples; a profiler that fails is named."""
+        step = next(
+            s for s in self.results["steps"] if (s["table"]["params"], s["shape"]) == (params, asdict(stepper.shape))
+        )
+        for variant, run in zip(variants_of(stepper), step["runs"]):
+            try:
+                spans = trace_step(stepper, variant, log, self.chrome_trace(stepper.shape, variant))
+            except Exception as error:  # whatever a profiler raises: what was measured must outlive it
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"warning: no trace of {variant.label}, {stepper.shape}: {why}", file=sys.stderr, flush=True)
+                continue
+            run["spans"] = [list(span) for span in spans]
 
     def plan_of(self, config: EngramConfig) -> HashPlan:
         """The hash plan of a geometry with this run's vocabulary."""
@@ -336,10 +377,10 @@ class Benchmark:
             tell("measuring random reads with fio")
             self.results["limits"]["disk"] = fio_random_read(files[0].source.path, FIO_SECONDS)
 
-    def measure_step(self, stepper: steps.Stepper, config: EngramConfig, params: float, log: SpanLog) -> None:
+    def measure_step(self, stepper: steps.Stepper, config: EngramConfig, params: float) -> None:
         """Predict, print, measure and record one shape."""
         tables, shape, backbone = stepper.tables, stepper.shape, stepper.backbone
-        variants = [*([steps.control()] if backbone.blocks else []), *tables.variants]
+        variants = variants_of(stepper)
         step = {
             "shape": asdict(shape),
             "table": {
@@ -365,14 +406,11 @@ class Benchmark:
         print("\n".join(wall_table.step_header(self.results, step)))
         print(wall_table.prediction(self.results, step), flush=True)
         samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
-        # A profiled step takes a second: one step of each phase shows what there is to see.
-        traced = shape.phase not in {done["shape"]["phase"] for done in self.results["steps"]}
         for variant in variants:
             asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
             counted = steps.count_on_bus(stepper, variant, self.options.energy, asked)
-            spans = trace_step(stepper, variant, log, self.chrome_trace(shape, variant)) if traced else []
             step["runs"].append(
-                run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, spans)
+                run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, [])
             )
         self.results["steps"].append(step)
 
@@ -407,6 +445,30 @@ class Benchmark:
             self.results["components"] = components.measure(parts, cases, options.iterations, rates, tell)
         finally:
             parts.close()
+
+
+def variants_of(stepper: steps.Stepper) -> list[Variant]:
+    """What a step is measured with, in the order of its runs: the control first, where there is a backbone."""
+    return [*([steps.control()] if stepper.backbone.blocks else []), *stepper.tables.variants]
+
+
+def continued(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """The results that an earlier run of the same left there, to be gone on with; else `head`.
+
+    Raises:
+        ValueError: the file is of another configuration, machine or code.
+    """
+    found = None if fresh else found_at(path)
+    if found is None:
+        return head
+    require_same(path, comparable(found), comparable(head))
+    return {**head, **{key: found[key] for key in ("environment", "git", "limits", *_GROWN)}}
+
+
+def comparable(results: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for results to be of one run; where they are written does not matter."""
+    settings = {key: value for key, value in results["configuration"].items() if key not in ("out", "fresh", "profile")}
+    return {**results, "configuration": settings}
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,7 +90,11 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None], prog: str, left: str = "nothing was written") -> NoReturn:
-    """Run a command; Ctrl-C ends it in one line, which says what is `left` of the run."""
+    """Run a command; Ctrl-C ends it in one line, which says what is `left` of the run.
+
+    SIGTERM ends it with code 143 as an exception would: what must be given back or removed, is.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except KeyboardInterrupt:

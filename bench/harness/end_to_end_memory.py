@@ -19,7 +19,7 @@ from bench.harness.end_to_end_flush import FLUSHED
 from bench.harness.end_to_end_model import served_bytes
 from engram_ref.config import EngramConfig
 from engram_ref.tables.base import RowFormat
-from engram_ref.tables.memory import free_device_bytes, free_host_bytes
+from engram_ref.tables.memory import free_device_bytes, free_host_bytes, said_by
 
 LARGEST = 256  # places that are tried
 _HEADROOM = 1 << 30  # of a device: contexts, workspaces, graphs
@@ -97,7 +97,8 @@ def _require(place: str, needed: dict[str, int], free: int | None, host: bool) -
     assert free is not None
     parts = ", ".join(f"{name} {nbytes / 2**30:.2f}" for name, nbytes in needed.items() if nbytes)
     raise ValueError(
-        f"{total / 2**30:.2f} GiB of {place} memory are needed ({parts}), {free / 2**30:.2f} GiB are free: "
+        f"{total / 2**30:.2f} GiB of {place} memory are needed ({parts}), {free / 2**30:.2f} GiB are free"
+        f"{said_by(torch.device('cpu')) if host else ''}: "
         "take smaller --batches, --table_params or lengths, or fewer --variants"
     )
 

@@ -35,7 +35,7 @@ _OWN_DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 # Options that only an end-to-end run has.
-OWN_OPTIONS = (*_OWN_DEFAULTS, "streams", "prefill_tokens", "hot_shares", "eager", "fresh")
+OWN_OPTIONS = (*_OWN_DEFAULTS, "streams", "prefill_tokens", "hot_shares", "eager")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,9 +72,9 @@ class Record:
         """
         head = {**head, "sessions": [], "cases": []}
         record = cls(path, head)
-        found = None if fresh else _found(path)
+        found = None if fresh else found_at(path)
         if found is not None:
-            _require_same(path, found, head)
+            require_same(path, found, head)
             record.results = found
             record._keep_whole_rounds()
         record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
@@ -174,7 +174,7 @@ class Case:
         self._record.save()
 
 
-def _found(path: Path) -> Json | None:
+def found_at(path: Path) -> Json | None:
     """The results of an earlier run; none there, or a file that holds none and is set aside."""
     if not path.exists():
         return None
@@ -192,9 +192,14 @@ def _identity(description: Json) -> Json:
     return {key: description[key] for key in ("backbone", "batch", "stream")}
 
 
-def _require_same(path: Path, found: Json, head: Json) -> None:
+def require_same(path: Path, found: Json, head: Json) -> None:
+    """Refuse to go on with results of another configuration, machine or code.
+
+    Raises:
+        ValueError: names the first difference.
+    """
     for key in _SAME:
-        there, here = copy.copy(found.get(key)), head[key]
+        there, here = copy.copy(found.get(key)), head.get(key)
         if there == here:
             continue
         what = key

@@ -42,8 +42,11 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> dict[str, Any]:
-    """Commit of the code that ran, and whether the code had changes since; nulls outside a git checkout."""
-    commit = _git("rev-parse", "HEAD")
+    """Commit of the code that ran, and whether the code had changes since.
+
+    Outside a git checkout, such as in a copy, the commit is what ENGRAM_GIT_COMMIT says, or null; changes are unknown.
+    """
+    commit = _git("rev-parse", "HEAD") or os.environ.get("ENGRAM_GIT_COMMIT")
     status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "bench", ":!bench/results")
     return {"commit": commit or None, "dirty": None if status is None else bool(status)}
 

@@ -23,6 +23,7 @@ from types import TracebackType
 
 import torch
 
+_SAID = "ENGRAM_HOST_GIB"
 HUGE_PAGE = 2 << 20
 PIN_PIECE = 1 << 30  # bytes per cudaHostRegister call: one call for a whole table would hold the driver for minutes
 _HEADROOM = 1 << 28  # left to everybody else
@@ -173,7 +174,18 @@ def _text(path: Path) -> str:
 
 
 def free_host_bytes() -> int | None:
-    """Host memory that this process can still take, or None where the system does not say."""
+    """Host memory that this process can still take, or None where the system does not say.
+
+    ENGRAM_HOST_GIB says it instead, for a machine that is given memory only as it takes it.
+
+    Raises:
+        ValueError: ENGRAM_HOST_GIB is no number of GiB.
+    """
+    said = os.environ.get(_SAID)
+    if said:
+        if not re.fullmatch(r"\d+(\.\d+)?", said):
+            raise ValueError(f"{_SAID}={said!r} must be a number of GiB, such as 118")
+        return int(float(said) * 2**30)
     available = _kilobytes(_text(Path("/proc/meminfo")), "MemAvailable")
     rooms = [available * 1024] if available else []
     for names in _CGROUPS:
@@ -191,6 +203,14 @@ def free_device_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def said_by(device: torch.device) -> str:
+    """For a refusal: who says how much host memory is free, and how to say otherwise; nothing of an accelerator's."""
+    if device.type != "cpu":
+        return ""
+    total = _kilobytes(_text(Path("/proc/meminfo")), "MemTotal") / 2**20
+    return f" (MemTotal {total:.2f} GiB; where a machine grows as it is used, set {_SAID})"
+
+
 def require_host_bytes(nbytes: int) -> None:
     """Refuse with both numbers what host memory cannot hold."""
     require_bytes(nbytes, torch.device("cpu"))
@@ -206,6 +226,6 @@ def require_bytes(nbytes: int, device: torch.device) -> None:
     if free is not None and nbytes + _HEADROOM > free:
         place = "host" if device.type == "cpu" else str(device)
         raise ValueError(
-            f"{nbytes / 2**30:.2f} GiB do not fit into {place} memory, of which {free / 2**30:.2f} GiB are free: "
-            "take a smaller table or another placement"
+            f"{nbytes / 2**30:.2f} GiB do not fit into {place} memory, of which {free / 2**30:.2f} GiB are free"
+            f"{said_by(device)}: take a smaller table or another placement"
         )

@@ -412,4 +412,4 @@ def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         end_to_end_report.main()
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of gpu_wall" in error
+    assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of 'gpu_wall'" in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -373,3 +374,90 @@ def test_what_would_do_nothing_is_refused(tmp_path, monkeypatch, capsys, options
         gpu_wall.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+TWO_SHAPES = ["--steps", "prefill:1x5", "decode:2", "--variants", "resident", "--rounds", 2, "--cases", "none"]
+
+
+def steps_of(out):
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))["steps"]
+
+
+@pytest.mark.parametrize("cut", [KeyboardInterrupt, SystemExit(143), RuntimeError("CUDA error")])
+def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(cut, tmp_path, text, monkeypatch, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    real = gpu_wall.steps.measure
+
+    def measure(stepper, *given):
+        if stepper.shape.phase == "decode":
+            raise cut
+        return real(stepper, *given)
+
+    monkeypatch.setattr(gpu_wall.steps, "measure", measure)
+    with pytest.raises(type(cut) if isinstance(cut, BaseException) else cut):
+        run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    kept = steps_of(tmp_path)
+    assert [step["shape"]["phase"] for step in kept] == ["prefill"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    measured = []
+    monkeypatch.setattr(
+        gpu_wall.steps, "measure", lambda s, *given: (measured.append(s.shape.phase), real(s, *given))[1]
+    )
+    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    found = steps_of(tmp_path)
+    assert measured == ["decode"] and [step["shape"]["phase"] for step in found] == ["prefill", "decode"]
+    assert [run["step_s"] for run in found[0]["runs"]] == [run["step_s"] for run in kept[0]["runs"]]
+    jsonschema.validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), SCHEMA)
+    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    assert measured == ["decode"] and steps_of(tmp_path) == found
+    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path, "--fresh")
+    assert measured == ["decode", "prefill", "decode"]
+
+
+def test_another_configuration_is_not_continued(tmp_path, text, monkeypatch, capsys, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path, "--rounds", 3)
+    assert "holds rows with another option rounds (2, now 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Kineto"), ValueError("no event"), StopIteration(), KeyError("x")])
+def test_a_profiler_that_fails_costs_no_shape(error, tmp_path, text, monkeypatch, capsys, cache_home):
+    """Traces come last: when the first fails, all shapes are on disk, and the others are tried."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    on_disk = []
+
+    def trace_step(*given):
+        on_disk.append(len(steps_of(tmp_path)))
+        raise error
+
+    monkeypatch.setattr(gpu_wall, "trace_step", trace_step)
+    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    assert on_disk == [2, 2, 2, 2] and len(steps_of(tmp_path)) == 2
+    assert f"warning: no trace of resident in place, prefill 1 x 5: {type(error).__name__}" in capsys.readouterr().err
+
+
+def test_sigterm_gives_everything_back(tmp_path):
+    """Code 143, and what stands in `finally` has run."""
+    program = (
+        "import os, signal; from engram_ref import cli\n"
+        "def main():\n    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n        print('given back')\n"
+        "cli.run(main, 'x')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "given back\n")
+
+
+def test_host_memory_that_the_machine_grows_into(monkeypatch):
+    from engram_ref.tables.memory import free_host_bytes, require_host_bytes
+
+    monkeypatch.setenv("ENGRAM_HOST_GIB", "4000")
+    assert free_host_bytes() == 4000 << 30
+    require_host_bytes(3000 << 30)
+    with pytest.raises(ValueError, match=r"5000.00 GiB do not .* 4000.00 GiB are free \(MemTotal [\d.]+ GiB; where"):
+        require_host_bytes(5000 << 30)
+    monkeypatch.setenv("ENGRAM_HOST_GIB", "much")
+    with pytest.raises(ValueError, match="ENGRAM_HOST_GIB='much' must be a number of GiB, such as 118"):
+        require_host_bytes(1)

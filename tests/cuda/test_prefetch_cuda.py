@@ -18,6 +18,7 @@ from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.delivery import Delivery
+from tests.cuda.stress import steps
 from tests.ref.fp8_pairs import random_rows, rows_of
 
 pytestmark = pytest.mark.cuda
@@ -53,13 +54,13 @@ def want(values, pool):
     return [resident[torch.from_numpy(hasher(ids, LAYER)).cuda().long().reshape(-1)] for ids in pool]
 
 
-def run_steps(prefetcher, pool, want, steps, before_use=lambda: None):
+def run_steps(prefetcher, pool, want, count, before_use=lambda: None):
     """Steps that used wrong rows. Nothing synchronises in between; rows are dropped as soon as they were used."""
     on_device = isinstance(prefetcher.hasher, DeviceHasher)
     batches = [torch.from_numpy(ids).cuda() for ids in pool] if on_device else pool
-    wrong = torch.zeros(steps, dtype=torch.bool, device="cuda")
+    wrong = torch.zeros(count, dtype=torch.bool, device="cuda")
     current = prefetcher.start(batches[0])
-    for step in range(steps):
+    for step in range(count):
         upcoming = prefetcher.start(batches[(step + 1) % len(pool)])
         rows = current[LAYER].wait()
         before_use()
@@ -106,11 +107,11 @@ def test_two_thousand_steps_with_fp8_rows(fp8_prefetcher, pool, want, stress_ste
 
 
 def test_a_busy_gpu_changes_nothing_of_fp8_rows(fp8_prefetcher, pool, want):
-    assert run_steps(fp8_prefetcher, pool, want, 200, before_use=lambda: torch.cuda._sleep(DELAY)) == 0
+    assert run_steps(fp8_prefetcher, pool, want, steps(200), before_use=lambda: torch.cuda._sleep(DELAY)) == 0
 
 
 def test_a_busy_gpu_changes_nothing(prefetcher, pool, want):
-    assert run_steps(prefetcher, pool, want, 300, before_use=lambda: torch.cuda._sleep(DELAY)) == 0
+    assert run_steps(prefetcher, pool, want, steps(300), before_use=lambda: torch.cuda._sleep(DELAY)) == 0
 
 
 @pytest.fixture

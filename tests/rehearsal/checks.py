@@ -1,0 +1,200 @@
+"""What the stand-in must refuse, and what it must compute: run in a process of its own, told as JSON.
+
+python -m tests.rehearsal.checks            {name: null, or what went wrong}
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+
+from tests.rehearsal import install
+
+install.install()
+
+import torch  # noqa: E402 - the stand-in comes first
+
+from tests.rehearsal.host_memory import RUNTIME  # noqa: E402
+
+GPU = torch.device("cuda")
+
+
+def refused(action: Callable[[], object], words: str) -> None:
+    """It raises, and says so."""
+    try:
+        action()
+    except (RuntimeError, TypeError) as error:
+        assert words in str(error), f"{words!r} is not in {str(error)!r}"
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def in_capture(action: Callable[[], object]) -> None:
+    """Run it while a stream is captured."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        action()
+
+
+def devices_are_not_mixed() -> None:
+    there, here = torch.ones(3, device=GPU), torch.ones(3)
+    words = "Expected all tensors to be on the same device"
+    for action in (
+        lambda: there + here,
+        lambda: torch.cat([there, here]),
+        lambda: torch.nn.functional.linear(here, there),
+    ):
+        refused(action, words)
+        with torch.inference_mode():
+            refused(action, words)
+    refused(lambda: here[torch.tensor([0]).to(GPU)], "indices should be")
+    refused(there.numpy, "can't convert cuda:0")
+    refused(lambda: torch.rand(2, device=GPU, generator=torch.Generator()), "generator")
+    assert (there + torch.tensor(1.0)).device == torch.device("cuda", 0)  # a number may come from the CPU
+    assert torch.equal((there + 1).cpu(), here + 1) and there.is_cuda and not here.is_cuda
+
+
+def the_host_does_not_wait_in_a_capture() -> None:
+    tensor, event = torch.ones(3, device=GPU), torch.cuda.Event()
+    words = "not permitted when stream is capturing"
+    for action in (
+        tensor.sum().item, tensor.tolist, tensor.cpu, tensor.nonzero, torch.cuda.synchronize, event.synchronize,
+        lambda: torch.ones(3).to(GPU), lambda: torch.tensor([1], device=GPU), lambda: tensor[tensor > 0],
+        lambda: tensor.copy_(torch.ones(3), non_blocking=True), torch.cuda.current_stream().synchronize,
+    ):  # fmt: skip
+        refused(lambda action=action: in_capture(action), words)
+    pinned = torch.ones(3).pin_memory()
+    in_capture(lambda: tensor.copy_(pinned, non_blocking=True))
+
+
+def captures_are_begun_and_ended_as_cuda_wants() -> None:
+    graph = torch.cuda.CUDAGraph()
+    refused(graph.replay, "without a preceding successful capture")
+    refused(graph.capture_begin, "non-default stream")
+    side = torch.cuda.Stream()
+    before = torch.cuda.Event()
+    before.record()
+    refused(lambda: in_capture(lambda: torch.cuda.current_stream().wait_event(before)), "outside of the capture")
+    refused(lambda: in_capture(lambda: side.wait_stream(torch.cuda.current_stream())), "were not joined")
+
+    def fork_and_join() -> None:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            torch.ones(3, device=GPU)
+        main.wait_stream(side)
+
+    in_capture(fork_and_join)
+
+
+def synchronisation_is_told() -> None:
+    tensor = torch.ones(3, device=GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        refused(tensor.sum().item, "called a synchronizing CUDA operation")
+        tensor + 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def a_replay_is_what_was_captured() -> None:
+    given, total = torch.zeros(3, device=GPU), torch.zeros(3, device=GPU)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = (given[1:] + 1) * 2
+        total.add_(given)
+    assert out.isnan().all().item(), "captured, not computed"
+    assert total.sum().item() == 0
+    for value in (3, 5):
+        given.fill_(value)
+        graph.replay()
+        assert out.tolist() == [2.0 * (value + 1)] * 2
+    assert total.tolist() == [8.0] * 3
+
+
+def registrations_are_ranges() -> None:
+    raw = torch.zeros(4096, dtype=torch.uint8)
+    first = raw.data_ptr()
+    assert RUNTIME.cudaHostRegister(first, 2048, 0) == 0
+    for address, nbytes in ((first, 2048), (first + 2047, 10), (first - 5, 6), (first + 10, 1)):
+        assert RUNTIME.cudaHostRegister(address, nbytes, 0) == 712
+    assert RUNTIME.cudaHostRegister(first + 2048, 2048, 0) == 0
+    target = torch.zeros(4096, dtype=torch.uint8, device=GPU)
+    target[:2048].copy_(raw[:2048])
+    refused(lambda: target.copy_(raw), "one copy reaches over the end")
+    assert RUNTIME.cudaHostUnregister(first) == RUNTIME.cudaHostUnregister(first + 2048) == 0
+    assert RUNTIME.cudaHostUnregister(first) == 713
+    assert len(RUNTIME.refused) == 5 and "0 ranges still registered, 5 calls refused" in install.report()
+    RUNTIME.refused.clear()
+
+
+def a_kernel_reads_no_pageable_memory() -> None:
+    from engram_ref import kernels
+
+    rows = torch.zeros((8, 16), dtype=torch.uint8)
+    numbers, out = torch.tensor([3, 1], device=GPU), torch.empty((2, 16), dtype=torch.uint8, device=GPU)
+    bad = torch.zeros(1, dtype=torch.int64, device=GPU)
+    refused(lambda: kernels.gather_rows(rows, numbers, out, bad), "no GPU can read")
+    rows[3], rows[1] = 7, 9
+    kernels.gather_rows(rows.pin_memory(), numbers, out, bad)
+    assert out.cpu()[:, 0].tolist() == [7, 9]
+
+
+def decoding_from_graphs_is_decoding(prompts: tuple[int, ...] = (250, 252, 254)) -> None:
+    """Tokens, keys, values and histories equal to the bit, across a change of span; and other rows give others."""
+    from bench.harness.backbones import build_backbone
+    from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention, rounded_span
+    from engram_ref.config import EngramConfig
+    from engram_ref.layer import make_fusion
+
+    register_attention()
+    decoder = build_backbone("tiny", 2, GPU, torch.float32, 0, vocabulary=300, attention=ATTENTION)
+    head = torch.empty((300, decoder.hidden), device=GPU).normal_(0, 0.02)
+    config = EngramConfig.preset("tiny").replace(hidden=decoder.hidden, hc_mult=1)
+    fusion = make_fusion(config, GPU, torch.float32).eval()
+    slots = len(prompts)
+    graphs, eager = (ServedModel(decoder, head, fusion, slots, 262, used) for used in (True, False))
+    graphs.prepare(min(prompts), torch.float32)
+    assert graphs.graphs["used"], graphs.graphs["why"]
+    lengths, places = torch.tensor(prompts, device=GPU), torch.arange(slots, device=GPU)
+    ids = torch.randint(0, 300, (slots, max(prompts)), device=GPU)
+    rows = torch.randn(ids.numel() * config.columns, config.row_width, device=GPU)
+    assert (
+        graphs.prefill(ids, lengths, places, lambda: rows).tolist()
+        == eager.prefill(ids, lengths, places, lambda: rows).tolist()
+    )
+    spans = set()
+    for step in range(6):
+        rows = torch.randn(slots * config.columns, config.row_width, device=GPU)
+        ids, span = torch.randint(0, 300, (slots, 1), device=GPU), rounded_span(max(prompts) + step)
+        spans.add(span)
+        chosen = []
+        for model in (graphs, eager):
+            model.next_tokens.copy_(ids)
+            model.positions.copy_(lengths + step)
+            chosen.append(model.decode(span, True, lambda: None, lambda rows=rows: rows).tolist())
+        assert chosen[0] == chosen[1]
+        for a, b in zip(graphs._stored, eager._stored):
+            assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu())
+        if eager._conv is not None:
+            assert torch.equal(graphs._conv.values.cpu(), eager._conv.values.cpu())
+    assert len(spans) == 2
+    graphs.decode(span, True, lambda: None, lambda: -rows)
+    assert not torch.equal(graphs._stored[1][0].cpu(), eager._stored[1][0].cpu()), "the comparison would not notice"
+
+
+CHECKS = [
+    devices_are_not_mixed, the_host_does_not_wait_in_a_capture, captures_are_begun_and_ended_as_cuda_wants,
+    synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges, a_kernel_reads_no_pageable_memory,
+    decoding_from_graphs_is_decoding,
+]  # fmt: skip
+
+if __name__ == "__main__":
+    found: dict[str, str | None] = {}
+    for check in CHECKS:
+        try:
+            check()
+            found[check.__name__] = None
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+    print(json.dumps(found))
