@@ -194,12 +194,15 @@ class _IdRange:
             raise ValueError(f"{self.what} on {ids.device}; they are wanted on {self.bad_id.device}: move them there")
 
     def admit(self, ids: Tensor) -> Tensor:
-        """Which ids are in the vocabulary, booleans; one of the others, if any, is remembered."""
+        """Which ids are in the vocabulary, booleans; of the others one is raised on a CPU, and remembered elsewhere."""
         good = (ids >= self.least) & (ids < self.size)
         wrong = torch.where(good, 0, ids).to(torch.int64)
         low, high = wrong.amin(), wrong.amax()
         found = torch.where(low < 0, low, high)
-        self.bad_id.copy_(torch.where(found == 0, self.bad_id, found))
+        if self.device.type == "cpu":  # not by way of `bad_id`: what several threads share may hold another's
+            self._refuse(int(found))
+        else:
+            self.bad_id.copy_(torch.where(found == 0, self.bad_id, found))
         return good
 
     def check_now(self) -> None:
@@ -214,6 +217,10 @@ class _IdRange:
         wrong = int(self.bad_id)
         if wrong:
             self.bad_id.zero_()
+        self._refuse(wrong)
+
+    def _refuse(self, wrong: int) -> None:
+        if wrong:
             raise ValueError(f"{self.what} contain {wrong}; the vocabulary has {self.least} .. {self.size - 1}")
 
 

@@ -11,7 +11,7 @@ import secrets
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -25,11 +25,11 @@ from engram_ref.attach.padding import padding_of
 from engram_ref.attach.recomputed import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.source import Source, make_hasher
 from engram_ref.attach.staged import Staged, keep_address
-from engram_ref.attach.step import ForBlock, Step
+from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram
-from engram_ref.prefetch import LEAST_BUFFERS, FetchError, Observer, Prefetcher
+from engram_ref.prefetch import LEAST_BUFFERS, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
 
@@ -209,11 +209,15 @@ class Attached:
         history = self._history(given, past) if (use_cache or given.cache is not None) and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
         compressed = self._source.compress(given.ids, padding)
-        fetch = self._source.start(compressed, history)
-        if history is not None:
-            history.open = True
         again = again and torch.is_grad_enabled() and hooks_run_again(self._blocks)
-        return Step(fetch, given.ids.shape, compressed, history, padding, again)
+        fetch = self._source.start(compressed, history)
+        try:
+            if history is not None:
+                history.open = True
+            return Step(fetch, given.ids.shape, compressed, history, padding, again)
+        except BaseException:
+            give_back(fetch)
+            raise
 
     def _past_length(self, given: Given) -> int:
         """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""
@@ -282,8 +286,7 @@ class Attached:
         """Forget a forward that an exception ended."""
         step, self._step = self._step, None
         if step is not None:
-            with suppress(FetchError):  # one error has been raised already
-                step.fetch.release()
+            give_back(step.fetch)
 
     def _waiting(self, place: Place) -> Any:
         return nullcontext() if self._exposed is None else self._exposed.around(place)
@@ -326,7 +329,11 @@ class Attached:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
         step = self._start(given)
-        self._staged.fill(step, self.engrams)
+        try:
+            self._staged.fill(step, self.engrams)
+        except BaseException:
+            give_back(step.fetch)
+            raise
         step.end()
 
     @torch.compiler.disable

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.attach.history import CacheHistory
+from engram_ref.attach.step import give_back
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.layer import Engram
@@ -76,9 +77,14 @@ class Source:
             return self.prefetcher.start(compressed)
         ids = compressed if self._on_device else compressed.numpy()
         fetch = self.prefetcher.start(ids, None if history is None else self._before(history))
-        if self._wait_at_once:
+        if not self._wait_at_once:
+            return fetch
+        try:
             for pending in fetch.values():
                 pending.wait()
+        except BaseException:
+            give_back(fetch)
+            raise
         return fetch
 
     def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:

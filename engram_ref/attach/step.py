@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from engram_ref.attach.history import CacheHistory
 from engram_ref.fusion import ShortConvHistory
+from engram_ref.prefetch import FetchError
 
 
 class ForBlock(NamedTuple):
@@ -59,3 +61,9 @@ class Step:
         self.fetch.release()
         if self.history is not None:
             self.history.append(self.compressed)
+
+
+def give_back(fetch: Any) -> None:
+    """Release a fetch that an error has made useless; what is wrong with it besides is not raised."""
+    with suppress(FetchError):
+        fetch.release()

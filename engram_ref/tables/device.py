@@ -52,9 +52,10 @@ class DeviceTable(Table):
         numbers beforehand, the CPU would have to wait for them. If it is one of fp8 rows, its row is bytes 0xFF, and it
         is raised later: by this fetch's `wait`, the next `start` or `close`.
         """
-        table = self._rows
-        if table is None:
-            raise ValueError("this table was closed: its memory is gone")
+        with self._users.here():
+            return self._start(self._open(), rows, out)
+
+    def _start(self, table: Rows, rows: Tensor, out: Tensor | None) -> Pending:
         if self._delivery is None:
             check_shape(rows, self.index_device)
         else:
@@ -77,15 +78,22 @@ class DeviceTable(Table):
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
-        if self._rows is None:
-            raise ValueError("this table was closed: its memory is gone")
-        return self._rows.take(check_rows(rows, self.rows))
+        with self._users.here():
+            return self._open().take(check_rows(rows, self.rows))
+
+    def _open(self) -> Rows:
+        self._require_open()
+        assert self._rows is not None
+        return self._rows
 
     def _held(self) -> dict[str, int]:
         return {"device": 0 if self._rows is None else self._rows.nbytes}
 
     def close(self) -> None:
         """Let go of the rows, and raise a bad row number that nobody has heard of yet."""
+        super().close()
+
+    def _give_back(self) -> None:
         in_place, self._in_place = self._in_place, None
         self._rows = self._trained = None
         if self._memory is not None:

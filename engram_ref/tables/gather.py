@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from engram_ref.errands import Pool
 
 _copy_rows: Callable[..., Any] | None = None
 if importlib.util.find_spec("numba"):
@@ -69,7 +71,8 @@ def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> N
         work(0, count)
         return
     bounds = [count * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        started = [pool.submit(work, first, last) for first, last in pairwise(bounds)]
-    for share in started:
-        share.result()
+    pool = Pool(threads, "gather")
+    try:
+        pool.do_all([partial(work, *share) for share in pairwise(bounds)])
+    finally:
+        pool.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engram_ref import prefetch as module
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher
@@ -191,7 +192,7 @@ def test_without_the_join_rows_are_wrong(values, monkeypatch):
 
         def unjoined(fetch, layer_id):
             join = real(fetch, layer_id)
-            room = fetch._slot.room(layer_id, prefetcher.tables[layer_id], 300 * 16)
+            room = fetch._lease.buffers.room(layer_id, prefetcher.tables[layer_id], 300 * 16)
             patch.setattr(join, "wait", lambda: room, raising=False)
             return join
 
@@ -202,8 +203,8 @@ def test_without_the_join_rows_are_wrong(values, monkeypatch):
 
 def test_without_the_second_buffer_rows_are_wrong(values, monkeypatch):
     def one_buffer(prefetcher, patch):
-        first, second = prefetcher._slots
-        patch.setattr(second, "_arrivals", first._arrivals)
+        shared = module._Buffers()
+        patch.setattr(module, "_Buffers", lambda: shared)
 
     assert steps_gone_wrong(values, monkeypatch, one_buffer, AFTER_OTHER_FETCHES) > 10
 
@@ -234,14 +235,14 @@ def test_a_wrong_id_is_raised_at_the_join(values, background):
 
 def test_staging_is_bounded(values):
     with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
-        first = prefetcher.start(random_ids(0))
-        prefetcher.start(random_ids(1))
+        first, second = prefetcher.start(random_ids(0)), prefetcher.start(random_ids(1))
         with pytest.raises(RuntimeError, match="2 fetches are in flight"):
             prefetcher.start(random_ids(2))
         kept = first[1].wait().data_ptr()
         first.release()
         with prefetcher.start(random_ids(2)) as third:
             assert third[1].wait().data_ptr() == kept  # no new memory
+        second.release()
 
 
 def test_closing_leaves_no_thread_and_no_memory(values):
@@ -251,7 +252,7 @@ def test_closing_leaves_no_thread_and_no_memory(values):
     assert len(alive()) == 1
     prefetcher.close()
     assert not alive() and all(table.trims == 1 for table in tables.values())
-    assert all(not slot._arrivals for slot in prefetcher._slots)
+    assert all(slot.kept is None for slot in prefetcher._slots)
     with pytest.raises(RuntimeError, match="closed"):
         prefetcher.start(random_ids(0))
 
