@@ -86,9 +86,13 @@ class Errand(Generic[T]):
             raise self.error
         return self._result
 
+    def forbid(self) -> None:
+        """Let nobody begin it any more."""
+        self._work = None
+
     def call_off(self) -> None:
         """Return when it has ended, or never will begin; those who wait for it are told."""
-        self._work = None
+        self.forbid()
         if os.getpid() != self._process:
             return  # nobody does it here
         with self._doing:
@@ -100,6 +104,8 @@ class Errand(Generic[T]):
 def call_off(errands: Sequence[Errand[Any]]) -> None:
     """Return when nobody does any of them, even if this is interrupted; then raise the interruption."""
     try:
+        for errand in errands:
+            errand.forbid()
         for errand in errands:
             errand.call_off()
     except BaseException:

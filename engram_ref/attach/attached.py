@@ -333,6 +333,8 @@ class Attached:
             self._staged.fill(step, self.engrams)
         except BaseException:
             give_back(step.fetch)
+            if step.history is not None:
+                step.history.open = False  # no block has run, so the cache is as it was
             raise
         step.end()
 
