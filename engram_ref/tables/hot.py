@@ -122,7 +122,9 @@ class HotTable(Table):
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory: those behind."""
-        return self._behind.stored(rows)
+        with self._users.here():
+            self._require_open()
+            return self._behind.stored(rows)
 
     def report(self) -> HotReport:
         """Hits and use so far."""
