@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from engram_ref.forks import renew_after_fork
@@ -116,6 +117,8 @@ def call_off(errands: Sequence[Errand[Any]]) -> None:
 class Pool:
     """Threads that begin with the first errand, belong to one process, and end with `close`.
 
+    Not a ThreadPoolExecutor: its own locks stay locked if Ctrl-C comes while something is submitted.
+
     Args:
         threads: at most.
         name: of the threads.
@@ -130,15 +133,20 @@ class Pool:
     def renew(self) -> None:
         """In a forked process: the threads are not there."""
         self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
+        self._members: list[threading.Thread] = []
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
 
     def give(self, work: Callable[[], object]) -> None:
         """Let a thread do it; they begin in the order in which they are given."""
         with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._threads, self._name)
-            executor = self._executor
-        executor.submit(work)
+            self._members = [member for member in self._members if member.is_alive()]
+            if len(self._members) < self._threads:
+                name = f"{self._name}_{len(self._members)}"
+                # Daemons, because one whose start was interrupted may wait for good, and another one takes its place.
+                member = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+                self._members.append(member)
+                member.start()
+            self._queue.put(work)
 
     def do_all(self, works: Sequence[Callable[[], T]]) -> list[T]:
         """What they return, when all have ended.
@@ -160,6 +168,18 @@ class Pool:
     def close(self) -> None:
         """Wait for what was given, and end the threads."""
         with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown()
+            members, queue = self._members, self._queue
+            self._members, self._queue = [], SimpleQueue()
+        queue.put(None)
+        for member in members:
+            if member.is_alive():
+                member.join()
+
+
+def _serve(queue: SimpleQueue[Callable[[], object] | None]) -> None:
+    """Do what comes, until None does. An errand keeps what goes wrong; its interruption ends nobody else's."""
+    while (work := queue.get()) is not None:
+        with suppress(SystemExit, KeyboardInterrupt):
+            work()
+        del work  # and what it holds, before the next one comes
+    queue.put(None)  # for the next thread; there may be more than the pool knows, if a start was interrupted
