@@ -6,6 +6,7 @@ in one of two ways: plain torch operations, readable, on any device; or one Trit
 
     vocab, hasher = DeviceVocab(vocab, "cuda"), DeviceHasher(plan, "cuda")
     rows = hasher(vocab(token_ids))         # {layer_id: [B, T, C]}
+    hashed = hasher.from_tokens(token_ids, vocab, before=tail, after=tail)      # the same, and the history: one launch
     ...
     vocab.check(), hasher.check()           # now and then: both wait for the device
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import copy
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +80,76 @@ class DeviceHasher:
         self._ids.check_now()
         return rows
 
+    def from_tokens(
+        self,
+        token_ids: Tensor,
+        vocab: DeviceVocab | None = None,
+        before: Tensor | None = None,
+        after: Tensor | None = None,
+        dead: Tensor | None = None,
+        stand_in: int = DEAD,
+    ) -> Hashed:
+        """Compress, hash for all layers and advance: one launch of the kernel, which a CUDA graph can capture.
+
+        Args:
+            token_ids: int32 or int64 [B, T], with any strides, on the hasher's device.
+            vocab: on that device; None where the token ids are compressed already.
+            before: the compressed ids before this chunk, int64 [B, W] with W >= N - 1, DEAD where there are none; each
+                row contiguous. None where sequences begin.
+            after: int64 [B, W'], contiguous: takes the last ids of `before` and the chunk together. It may be `before`
+                itself, as a graph that is replayed needs it.
+            dead: booleans [B, T]; where true the token id is not looked at, and `stand_in` is its compressed id.
+            stand_in: DEAD, or a compressed id.
+
+        Raises:
+            ValueError: as for a call; an id outside the vocabulary counts as DEAD until `check` raises it, here and in
+                the vocabulary.
+        """
+        self._check_tokens(token_ids, vocab, dead, stand_in)
+        self._check_tails(token_ids, before, after)
+        if before is None:
+            before = self._nothing.expand(len(token_ids), -1)
+        hashed = self._way.from_tokens(token_ids, vocab, before, after, dead, stand_in)
+        if vocab is not None:
+            vocab.check_now()
+        self._ids.check_now()
+        return hashed
+
+    def _check_tokens(self, ids: Tensor, vocab: DeviceVocab | None, dead: Tensor | None, stand_in: int) -> None:
+        if vocab is None:
+            self._ids.check_batch(ids)
+        else:
+            vocab.check_batch(ids, dead)
+            if vocab.size != self.plan.compressed_size:
+                raise ValueError(
+                    f"a vocabulary of {vocab.size} compressed ids; the plan was made for {self.plan.compressed_size}: "
+                    "build it from this vocabulary"
+                )
+        if not DEAD <= stand_in < self.plan.compressed_size:
+            raise ValueError(
+                f"stand_in={stand_in}: give DEAD ({DEAD}) or a compressed id, below {self.plan.compressed_size}"
+            )
+
+    def _check_tails(self, ids: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+        context = self.plan.max_ngram - 1
+        for name, tail, least in (("before", before, context), ("after", after, 1)):
+            if tail is None:
+                continue
+            if tail.dtype != torch.int64 or tail.ndim != 2 or len(tail) != len(ids) or tail.shape[1] < least:
+                raise ValueError(
+                    f"{name} is {tail.dtype} {tuple(tail.shape)}; {len(ids)} sequences of this plan need int64 "
+                    f"[{len(ids)}, {least} or more]"
+                )
+            if tail.device != ids.device:
+                raise ValueError(f"{name} is on {tail.device}; the ids are on {ids.device}: make it there")
+            if tail.stride(1) != 1 or (tail is after and not tail.is_contiguous()):
+                raise ValueError(f"{name} of strides {tail.stride()}: its ids must lie one after the other")
+        if after is None:
+            return
+        in_place = before is not None and before.is_contiguous() and _extent(before) == _extent(after)
+        if _overlap(after, ids) or (before is not None and not in_place and _overlap(after, before)):
+            raise ValueError("after shares memory with what is read: give `before` itself, or memory of its own")
+
     def _before(self, ids: Tensor, history: DeviceHistory | None) -> Tensor:
         if history is None:
             return self._nothing.expand(len(ids), -1)
@@ -100,6 +171,19 @@ class DeviceHasher:
             ValueError: names one such id.
         """
         self._ids.check()
+
+
+class Hashed(NamedTuple):
+    """What `DeviceHasher.from_tokens` found.
+
+    Attributes:
+        rows: row indices [L, B, T, C], layers in the plan's order; int32 where every layer's table has at most
+            2^31 - 1 rows, else int64.
+        compressed: compressed ids, int64 [B, T].
+    """
+
+    rows: Tensor
+    compressed: Tensor
 
 
 class DeviceHistory:
@@ -139,8 +223,9 @@ class DeviceVocab:
 
     def __init__(self, vocab: CompressedVocab, device: str | torch.device) -> None:
         self.device = torch.device(device)
-        self._map = torch.tensor(vocab.ids, device=self.device)  # int64 [tokens]
-        self._tokens = _IdRange("token ids", 0, len(vocab.ids), self.device)
+        self.size = len(vocab)
+        self.map = torch.tensor(vocab.ids, device=self.device)  # int64 [tokens]
+        self.allowed = _IdRange("token ids", 0, len(vocab.ids), self.device)
 
     def __call__(self, token_ids: Tensor, dead: Tensor | None = None) -> Tensor:
         """Compressed ids of a batch, int64 [B, T].
@@ -153,34 +238,48 @@ class DeviceVocab:
             ValueError: wrong dtype, shape or device, an empty batch; an id outside the vocabulary at once on a CPU,
                 from `check` on CUDA, until when it becomes DEAD.
         """
-        self._tokens.check_batch(token_ids)
+        self.check_batch(token_ids, dead)
+        compressed = self.look_up(token_ids, dead, DEAD)
+        self.check_now()
+        return compressed
+
+    def look_up(self, token_ids: Tensor, dead: Tensor | None, stand_in: int) -> Tensor:
+        """The same without looking at what is given, and with any compressed id where `dead` is true."""
         if dead is not None:
-            if dead.dtype != torch.bool or dead.shape != token_ids.shape or dead.device != token_ids.device:
-                raise ValueError(
-                    f"dead is {dead.dtype} {tuple(dead.shape)} on {dead.device}: "
-                    f"give booleans of shape {tuple(token_ids.shape)} on {token_ids.device}"
-                )
             token_ids = token_ids.masked_fill(dead, 0)
-        good = self._tokens.admit(token_ids)
-        self._tokens.check_now()
-        if dead is not None:
-            good = good & ~dead
-        return torch.where(good, self._map[torch.where(good, token_ids, 0).to(torch.int64)], DEAD)
+        nearest, good = self.allowed.admit(token_ids)
+        compressed = torch.where(good, self.map[nearest], DEAD)
+        return compressed if dead is None else compressed.masked_fill_(dead, stand_in)
+
+    def check_batch(self, token_ids: Tensor, dead: Tensor | None) -> None:
+        """Refuse what is no batch of token ids on this device, or no mask of it."""
+        self.allowed.check_batch(token_ids)
+        if dead is not None and (
+            dead.dtype != torch.bool or dead.shape != token_ids.shape or dead.device != token_ids.device
+        ):
+            raise ValueError(
+                f"dead is {dead.dtype} {tuple(dead.shape)} on {dead.device}: "
+                f"give booleans of shape {tuple(token_ids.shape)} on {token_ids.device}"
+            )
+
+    def check_now(self) -> None:
+        """`check` where it costs no waiting: on a CPU."""
+        self.allowed.check_now()
 
     def check(self) -> None:
         """Wait for the device and raise if a token id outside the vocabulary was met since the last check."""
-        self._tokens.check()
+        self.allowed.check()
 
 
 class _IdRange:
-    """The ids that may come, and one that came although it may not, kept on the device until somebody asks."""
+    """The ids that may come, and the extremes of those that came, kept on the device until somebody asks."""
 
     def __init__(self, what: str, least: int, size: int, device: torch.device) -> None:
         self.what = what
         self.least = least
         self.size = size
         self.device = device
-        self.bad_id = torch.zeros(1, dtype=torch.int64, device=device)  # 0 is in every vocabulary: none came
+        self.met = torch.zeros(2, dtype=torch.int64, device=device)  # lowest, highest; 0 is in every vocabulary
 
     def check_batch(self, ids: Tensor) -> None:
         """Refuse what is no batch of ids on this device, whatever the ids are."""
@@ -190,20 +289,20 @@ class _IdRange:
             raise ValueError(f"{self.what} of shape {tuple(ids.shape)}: give a batch of sequences, [B, T]")
         if ids.numel() == 0:
             raise ValueError(f"{self.what} of shape {tuple(ids.shape)}: an empty batch has nothing to look up")
-        if ids.device != self.bad_id.device:
-            raise ValueError(f"{self.what} on {ids.device}; they are wanted on {self.bad_id.device}: move them there")
+        if ids.device != self.met.device:
+            raise ValueError(f"{self.what} on {ids.device}; they are wanted on {self.met.device}: move them there")
 
-    def admit(self, ids: Tensor) -> Tensor:
-        """Which ids are in the vocabulary, booleans; of the others one is raised on a CPU, and remembered elsewhere."""
-        good = (ids >= self.least) & (ids < self.size)
-        wrong = torch.where(good, 0, ids).to(torch.int64)
-        low, high = wrong.amin(), wrong.amax()
-        found = torch.where(low < 0, low, high)
-        if self.device.type == "cpu":  # not by way of `bad_id`: what several threads share may hold another's
-            self._refuse(int(found))
+    def admit(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest ids that may come, int64, and which of these came; others are raised on a CPU, or by `check`."""
+        ids = ids.to(torch.int64)
+        low, high = ids.aminmax()
+        if self.device.type == "cpu":  # at once, not by way of `met`: what several threads share may hold another's
+            self._refuse([int(low), int(high)])
         else:
-            self.bad_id.copy_(torch.where(found == 0, self.bad_id, found))
-        return good
+            torch.minimum(self.met[0], low, out=self.met[0])
+            torch.maximum(self.met[1], high, out=self.met[1])
+        nearest = ids.clamp(self.least, self.size - 1)
+        return nearest, nearest == ids
 
     def check_now(self) -> None:
         """`check` where it costs no waiting: on a CPU."""
@@ -214,14 +313,15 @@ class _IdRange:
         """Raise if a bad id was met, once."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # whatever stream met it
-        wrong = int(self.bad_id)
-        if wrong:
-            self.bad_id.zero_()
-        self._refuse(wrong)
+        met = self.met.tolist()
+        if any(met):
+            self.met.zero_()
+        self._refuse(met)
 
-    def _refuse(self, wrong: int) -> None:
-        if wrong:
-            raise ValueError(f"{self.what} contain {wrong}; the vocabulary has {self.least} .. {self.size - 1}")
+    def _refuse(self, met: list[int]) -> None:
+        for wrong in met:
+            if not self.least <= wrong < self.size:
+                raise ValueError(f"{self.what} contain {wrong}; the vocabulary has {self.least} .. {self.size - 1}")
 
 
 class _Plain:
@@ -237,8 +337,7 @@ class _Plain:
         return primes, offsets  # int64 [C] each
 
     def __call__(self, ids: Tensor, before: Tensor) -> dict[int, Tensor]:
-        padded = torch.cat([before, ids], dim=1)  # [B, N-1 + T]
-        padded = torch.where(self._ids.admit(padded), padded, DEAD)
+        padded = self._admitted(torch.cat([before, ids], dim=1))  # [B, N-1 + T]
         length = ids.shape[1]
         context = self.plan.max_ngram - 1
         shifts = []
@@ -248,6 +347,36 @@ class _Plain:
             blocked = blocked | (shifted == DEAD)
             shifts.append(torch.where(blocked, self.plan.pad_compressed, shifted))
         return {layer.layer_id: self._hash(layer, shifts, *constants) for layer, *constants in self._layers}
+
+    def _admitted(self, ids: Tensor) -> Tensor:
+        """Ids, DEAD for those that are none."""
+        nearest, good = self._ids.admit(ids)
+        return torch.where(good, nearest, DEAD)
+
+    def from_tokens(
+        self,
+        token_ids: Tensor,
+        vocab: DeviceVocab | None,
+        before: Tensor,
+        after: Tensor | None,
+        dead: Tensor | None,
+        stand_in: int,
+    ) -> Hashed:
+        if vocab is not None:
+            ids = vocab.look_up(token_ids, dead, stand_in)
+        else:
+            ids = token_ids.to(torch.int64) if dead is None else token_ids.to(torch.int64).masked_fill(dead, stand_in)
+        ids = self._admitted(ids)
+        rows = self(ids, before[:, before.shape[1] - (self.plan.max_ngram - 1) :])
+        if vocab is not None:
+            vocab.check_now()
+        self._ids.check_now()  # where a bad id is refused at once, nothing has been advanced
+        if after is not None:
+            kept = after.shape[1]
+            missing = before.new_full((len(ids), max(0, kept - before.shape[1] - ids.shape[1])), DEAD)
+            after.copy_(torch.cat([missing, before, ids], dim=1)[:, -kept:])
+        widest = max((x.dtype for x in rows.values()), key=lambda dtype: dtype.itemsize)
+        return Hashed(torch.stack([x.to(widest) for x in rows.values()]), ids)
 
     def _hash(self, layer: LayerPlan, shifts: list[Tensor], primes: Tensor, offsets: Tensor) -> Tensor:
         heads = self.plan.heads
@@ -261,7 +390,7 @@ class _Plain:
 
 
 class _Fused:
-    """The same in one launch of a Triton kernel; in two where some layers' indices are int32 and others' int64."""
+    """The same in one launch of a Triton kernel; a call needs two where some indices are int32 and others int64."""
 
     def __init__(self, plan: HashPlan, allowed: _IdRange) -> None:
         self.plan = plan
@@ -275,13 +404,54 @@ class _Fused:
             if layers:
                 constants = self._kernels.pack_constants(layers, allowed.device)
                 self._launches.append((dtype, [layer.layer_id for layer in layers], constants))
+        self._widest = self._launches[-1][0]
+        self._all = (
+            constants if len(self._launches) == 1 else self._kernels.pack_constants(list(plan.layers), allowed.device)
+        )
 
     def __call__(self, ids: Tensor, before: Tensor) -> dict[int, Tensor]:
         rows: dict[int, Tensor] = {}
         for dtype, layer_ids, constants in self._launches:
-            hashed = self._kernels.hash_layers(self.plan, ids, before, constants, dtype, self._ids.bad_id)
+            hashed = self._kernels.hash_layers(self.plan, ids, before, constants, dtype, self._ids.met)
             rows.update(zip(layer_ids, hashed))
         return {layer.layer_id: rows[layer.layer_id] for layer in self.plan.layers}
+
+    def from_tokens(
+        self,
+        token_ids: Tensor,
+        vocab: DeviceVocab | None,
+        before: Tensor,
+        after: Tensor | None,
+        dead: Tensor | None,
+        stand_in: int,
+    ) -> Hashed:
+        compressed = torch.empty(token_ids.shape, dtype=torch.int64, device=token_ids.device)
+        rows = self._kernels.hash_layers(
+            self.plan,
+            token_ids,
+            before,
+            self._all,
+            self._widest,
+            self._ids.met,
+            vocab=None if vocab is None else vocab.map,
+            met_tokens=None if vocab is None else vocab.allowed.met,
+            mask=dead,
+            stand_in=stand_in,
+            compressed=compressed,
+            after=after,
+        )
+        return Hashed(rows, compressed)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of its first byte and behind its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (first, end), (other_first, other_end) = _extent(one), _extent(other)
+    return first < other_end and other_first < end
 
 
 def _row_dtype(layer: LayerPlan) -> torch.dtype:
@@ -290,10 +460,10 @@ def _row_dtype(layer: LayerPlan) -> torch.dtype:
 
 def _import_kernels() -> ModuleType:
     try:
-        from engram_ref import kernels
+        from engram_ref import kernels_hashing
     except ImportError as error:
         raise ValueError(f"the fused hash needs Triton ({error}): pip install triton, or use fused=False") from error
-    return kernels
+    return kernels_hashing
 
 
 def _triton_is_there() -> bool:

@@ -1,15 +1,9 @@
-"""The GPU kernels, in Triton: all layers' hashes in one launch, rows read where they lie, fp8 rows decoded on the way.
+"""The GPU kernels for rows, in Triton: read where they lie, from one table or all layers', fp8 decoded on the way.
 
 They leave the CPU out: they neither synchronise nor bring a number back. So none can refuse a bad number
 on the spot. It is never used for an address; it is stored where the caller looks for it later, and what stands
-in its place is said below. This is the only module that imports Triton; Triton's interpreter (TRITON_INTERPRET=1
+in its place is said below. Only this module and `kernels_hashing` import Triton; its interpreter (TRITON_INTERPRET=1
 in the environment before the first import) runs the same code on a CPU, slowly, for tests.
-
-The remainder of any 64-bit h by p >= 2, without a division, from M = floor(2^64 / p):
-
-    q = floor(h * M / 2^64)       M is less than 1 below 2^64 / p and h less than 2^64, so the product is less
-                                  than 1 below h / p: q is floor(h / p) or one less
-    r = h - q * p                 therefore in 0 .. 2p - 1: at most one subtraction of p is left to do
 
 The value of an fp8 code and its scale (`engram_ref.fp8`), in float32 without a rounding:
 
@@ -39,7 +33,7 @@ memory that was registered in pieces must be mapped in one stretch: `engram_ref.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -47,65 +41,20 @@ import triton.language as tl
 from torch import Tensor
 
 from engram_ref.config import SCALE_BLOCK
-from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan
 
 if TYPE_CHECKING:
     from engram_ref.tables.rows import Rows
 
-TOKENS_PER_PROGRAM = 16
 ROWS_PER_PROGRAM = 2  # few, because a fetch for one token has few: each program waits for the bus by itself
 SCALED_ROWS_PER_PROGRAM = 4  # two for each warp; a multiprocessor takes more warps than programs
 _CODES_PER_LANE = 8  # its values are the 16 bytes that it can write at once; a warp reads 256 codes at once
 _WIDE_ROW = 1 << 10  # bytes from which a row is more than one warp's work
+_WIDEST = 16  # bytes of the widest access
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-_DEAD = tl.constexpr(DEAD)
 _BLOCK = tl.constexpr(SCALE_BLOCK)
 _SIGN_AND_FIELDS = tl.constexpr(~0x780FFFFF)  # 0x87F00000: where a code's eight bits are put in a float32
 _REBIAS = tl.constexpr(2.0**120)  # the exponents of float32 begin at -127, those of e4m3 at -7
 _SMALLEST_SCALE = tl.constexpr(0x00400000)  # 2^-127 as a float32, the only scale that is subnormal
-
-
-@triton.jit(
-    do_not_specialize=["ids", "ids_b", "ids_t", "before", "before_b", "length", "tiles", "tokens", "size", "pad"]
-)
-def _hash(
-    ids, ids_b, ids_t, before, before_b, constants, rows, bad_id, length, tiles, tokens, size, pad,
-    N: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    sequence = (tl.program_id(0) // tiles).to(tl.int64)
-    layer = tl.program_id(1).to(tl.int64)
-    t = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)  # [TILE]
-    inside = t < length
-    lane = tl.arange(0, LANES)
-    constants += layer * (N + 3 * COLUMNS)
-
-    blocked = t < 0
-    mix = tl.zeros([TILE], tl.uint64)
-    mixes = tl.zeros([TILE, LANES], tl.uint64)  # of each column's order
-    for s in tl.static_range(N):
-        at = t - s
-        now = tl.load(ids + sequence * ids_b + at * ids_t, mask=inside & (at >= 0), other=_DEAD).to(tl.int64)
-        past = tl.load(before + sequence * before_b + at + N - 1, mask=inside & (at < 0), other=_DEAD)
-        c = tl.where(at >= 0, now, past)
-        bad = (c < _DEAD) | (c >= size)
-        tl.store(bad_id + 0 * t, c, mask=bad)
-        blocked = blocked | bad | (c == _DEAD)
-        mix = mix ^ (tl.where(blocked, pad, c) * tl.load(constants + s)).to(tl.uint64, bitcast=True)
-        mixes = tl.where((lane // HEADS == s - 1)[None, :], mix[:, None], mixes)
-
-    here = lane < COLUMNS
-    prime = tl.load(constants + N + lane, mask=here, other=1).to(tl.uint64, bitcast=True)
-    offset = tl.load(constants + N + COLUMNS + lane, mask=here, other=0)
-    reciprocal = tl.load(constants + N + 2 * COLUMNS + lane, mask=here, other=0).to(tl.uint64, bitcast=True)
-    row = _remainder(mixes, prime[None, :], reciprocal[None, :]).to(tl.int64) + offset[None, :]
-    place = (layer * tokens + sequence * length + t)[:, None] * COLUMNS + lane[None, :]
-    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=inside[:, None] & here[None, :])
-
-
-@triton.jit
-def _remainder(h, prime, reciprocal):
-    r = h - tl.umulhi(h, reciprocal + tl.zeros_like(h)) * prime
-    return tl.where(r >= prime, r - prime, r)
 
 
 @triton.jit(do_not_specialize=["rows", "bad_row", "count", "table_rows"])
@@ -120,6 +69,27 @@ def _gather(
     here = (lane < WORDS)[None, :]
     words = tl.load(table + row[:, None] * WORDS + lane[None, :], mask=readable[:, None] & here, other=-1)
     tl.store(out + place[:, None] * WORDS + lane[None, :], words, mask=asked[:, None] & here)
+
+
+@triton.jit(do_not_specialize=["addresses", "rows", "out", "count"])
+def _gather_layers(
+    addresses, rows, out, count,
+    WORDS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # [TILE]
+    asked = place < count
+    row = tl.load(rows + layer * count + place, mask=asked, other=0).to(tl.int64)
+    table = tl.load(addresses + layer).to(out.dtype)
+    lane = tl.arange(0, LANES)
+    here = asked[:, None] & (lane < WORDS)[None, :]
+    words = tl.load(_aligned(table, row, WORDS, lane, ALIGNED), mask=here)
+    tl.store(_aligned(out, layer * count + place, WORDS, lane, ALIGNED), words, mask=here)
+
+
+@triton.jit
+def _aligned(start, row, WORDS: tl.constexpr, lane, ALIGNED: tl.constexpr):
+    return tl.multiple_of(start + row[:, None] * WORDS + lane[None, :], [1, ALIGNED])
 
 
 @triton.jit
@@ -140,6 +110,22 @@ def _gather_scaled(
     row, readable = _row_numbers(rows, place, asked, table_rows, bad_row)
     bits = _decode(codes, scales, row, readable, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
     _write(out, bits, place, asked, BLOCKS, LANES, OUT_ALIGNED)
+
+
+@triton.jit(do_not_specialize=["addresses", "rows", "out", "count"])
+def _gather_scaled_layers(
+    addresses, rows, out, count,
+    CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, ALIGNED: tl.constexpr, OUT_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # [TILE]
+    asked = place < count
+    row = tl.load(rows + layer * count + place, mask=asked, other=0).to(tl.int64)
+    codes = tl.load(addresses + layer).to(tl.pointer_type(tl.int8))
+    scales = tl.load(addresses + tl.num_programs(1) + layer).to(tl.pointer_type(tl.uint8))
+    bits = _decode(codes, scales, row, asked, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
+    _write(out, bits, layer * count + place, asked, BLOCKS, LANES, OUT_ALIGNED)
 
 
 @triton.jit(do_not_specialize=["codes", "scales", "out", "count"])
@@ -187,55 +173,12 @@ def _write(out, bits, place, asked, BLOCKS: tl.constexpr, LANES: tl.constexpr, O
     tl.store(at, bits, mask=(asked[:, None] & (block < BLOCKS)[None, :])[:, :, None])
 
 
-INTERPRETED = not isinstance(_hash, triton.JITFunction)  # settled when Triton decorated the kernels
+INTERPRETED = not isinstance(_gather, triton.JITFunction)  # settled when Triton decorated the kernels
 
 
 def can_run_on(device: torch.device) -> bool:
     """Whether the kernels run there: on CUDA, and anywhere in Triton's interpreter."""
     return device.type == "cuda" or INTERPRETED
-
-
-def pack_constants(layers: list[LayerPlan], device: torch.device) -> Tensor:
-    """What `hash_layers` needs of these layers: multipliers, primes, offsets, reciprocals. [L, N + 3 C] int64"""
-    return torch.tensor(
-        [[*x.multipliers, *x.primes, *x.offsets, *(_signed(2**64 // p) for p in x.primes)] for x in layers],
-        dtype=torch.int64,
-        device=device,
-    )
-
-
-def _signed(word: int) -> int:
-    """The signed integer with the bits of an unsigned 64-bit one: torch has no other."""
-    return word - 2**64 if word > INT64_MAX else word
-
-
-def hash_layers(
-    plan: HashPlan, ids: Tensor, before: Tensor, constants: Tensor, row_dtype: torch.dtype, bad_id: Tensor
-) -> Tensor:
-    """Row indices of several layers of a plan, in one launch. [L, B, T, C]
-
-    A bad id counts as DEAD, so that every index is one of the layer's rows whatever is in `ids`.
-
-    Args:
-        plan: of these layers.
-        ids: compressed ids [B, T], int32 or int64, with any strides.
-        before: the N - 1 ids before them, int64 [B, N - 1], DEAD where there are none; its rows are contiguous.
-        constants: of the layers, from `pack_constants`.
-        row_dtype: of the indices, int32 or int64.
-        bad_id: int64 [1], takes one of the ids outside -1 .. compressed_size - 1, if there is one.
-    """
-    batch, length = ids.shape
-    columns = len(plan.layers[0].primes)
-    rows = torch.empty((len(constants), batch, length, columns), dtype=row_dtype, device=ids.device)  # [L, B, T, C]
-    tiles = triton.cdiv(length, TOKENS_PER_PROGRAM)
-    with _on(ids.device):
-        _hash[(batch * tiles, len(constants))](
-            ids, *ids.stride(), before, before.stride(0), constants, rows, bad_id,
-            length, tiles, batch * length, plan.compressed_size, plan.pad_compressed,
-            N=plan.max_ngram, HEADS=plan.heads, COLUMNS=columns,
-            TILE=TOKENS_PER_PROGRAM, LANES=triton.next_power_of_2(columns),
-        )  # fmt: skip
-    return rows
 
 
 def gather_rows(table: Tensor, rows: Tensor, out: Tensor, bad_row: Tensor) -> None:
@@ -254,7 +197,7 @@ def gather_rows(table: Tensor, rows: Tensor, out: Tensor, bad_row: Tensor) -> No
         return
     word = _widest_word(table, out)
     words = table.shape[1] // word.itemsize
-    with _on(out.device):
+    with on_device(out.device):
         _gather[(triton.cdiv(len(rows), ROWS_PER_PROGRAM),)](
             table.view(-1).view(word), rows, out.view(-1).view(word), bad_row, len(rows), len(table),
             **_gather_shape(words, table.shape[1]),
@@ -277,10 +220,54 @@ def gather_scaled(table: Rows, rows: Tensor, out: Tensor, bad_row: Tensor) -> No
         return
     codes, scales = _codes_and_scales(table.parts, out.shape[1])
     shape = _scaled_shape(table.parts, out)
-    with _on(out.device):
+    with on_device(out.device):
         _gather_scaled[(triton.cdiv(len(rows), shape["TILE"]),)](
             codes, scales, rows, out.view(torch.int16), bad_row, len(rows), len(table), **shape
         )
+
+
+class LayerRows:
+    """Tables of several layers, to be read by one launch, wherever each of them lies.
+
+    Args:
+        tables: rows of one format, all in one part or all in two, in memory that `device` reads at the addresses of
+            its bytes: its own, or host memory that is mapped there.
+        device: where row numbers are and values are wanted.
+    """
+
+    def __init__(self, tables: list[Rows], device: torch.device) -> None:
+        self._tables = tables  # as long as they live, so do the addresses
+        self.format = tables[0].format
+        starts = [[part.data_ptr() for part in table.parts] for table in tables]
+        if self.format.scaled and len(tables[0].parts) == 1:
+            starts = [[codes, codes + self.format.width] for (codes,) in starts]
+        self._addresses = torch.tensor(starts, dtype=torch.int64).T.contiguous().to(device)  # [parts, L]
+
+    def gather(self, rows: Tensor, out: Tensor) -> None:
+        """Values of some rows of every layer, on the current stream; nothing is checked.
+
+        Args:
+            rows: row numbers [L, N], int32 or int64, contiguous, all of them rows of the layer's table.
+            out: [L, N, D] of the tables' dtype, contiguous.
+        """
+        count = rows.shape[1]
+        if not out.numel():
+            return
+        kernel, target, shape = self._launch(out)
+        with on_device(out.device):
+            kernel[(triton.cdiv(count, shape["TILE"]), len(rows))](self._addresses, rows, target, count, **shape)
+
+    def _launch(self, out: Tensor) -> tuple[Any, Tensor, dict[str, int]]:
+        """The kernel of the format, `out` as it sees it, and how its programs cut up rows."""
+        parts = [table.parts for table in self._tables]
+        if self.format.scaled:
+            shapes = [_scaled_shape(table, out[0]) for table in parts]
+            return _gather_scaled_layers, out.view(torch.int16), min(shapes, key=lambda shape: shape["ALIGNED"])
+        raw = out.view(-1).view(torch.uint8)
+        word = min((_widest_word(table, raw) for (table,) in parts), key=lambda word: word.itemsize)
+        width = parts[0][0].shape[1]
+        aligned = min(_alignment(tensor, width, _WIDEST) for tensor in (raw, *(table for (table,) in parts)))
+        return _gather_layers, raw.view(word), {**_gather_shape(width // word.itemsize, width), "ALIGNED": aligned}
 
 
 def dequantise_rows(raw: Tensor, width: int, out: Tensor) -> None:
@@ -295,7 +282,7 @@ def dequantise_rows(raw: Tensor, width: int, out: Tensor) -> None:
         return
     codes, scales = _codes_and_scales((raw,), width)
     shape = _scaled_shape((raw,), out)
-    with _on(out.device):
+    with on_device(out.device):
         _dequantise[(triton.cdiv(len(out), shape["TILE"]),)](codes, scales, out.view(torch.int16), len(out), **shape)
 
 
@@ -341,6 +328,6 @@ def _gather_shape(words: int, width: int) -> dict[str, int]:
     return {"WORDS": words, "TILE": ROWS_PER_PROGRAM, "LANES": triton.next_power_of_2(words), "num_warps": warps}
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, wherever its arguments are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

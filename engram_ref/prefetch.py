@@ -35,7 +35,7 @@ from engram_ref.errands import Errand, Pool, call_off
 from engram_ref.forks import renew_after_fork
 from engram_ref.hashing import NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory
-from engram_ref.tables.base import Pending, Table
+from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.delivery import Arriving
 from engram_ref.users import Users
 
@@ -112,16 +112,47 @@ class Prefetcher:
             RuntimeError: as many fetches as there are buffers are in flight: release one. Also of a closed prefetcher,
                 and from within one of its own fetches.
         """
+        if self._on_device():
+            return self._lent(lambda lease: self._on_stream(compressed_ids, history))
+        return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
+
+    def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
+        """Begin what brings the rows of all layers by itself, `engram_ref.lookup`, on the side stream.
+
+        Args:
+            lookup: called at once, on the stream that is to do it: gives the values [B*T*C, D] by layer id, and one
+                more tensor that it has written.
+
+        Returns:
+            The fetch, and the other tensor, to be waited for where it is used.
+
+        Raises:
+            RuntimeError: as `start`.
+        """
+        others: list[Pending] = []
+
+        def begin(lease: _Lease) -> dict[int, Errand[Pending]]:
+            arrive: Callable[[Tensor], Pending] = Ready
+            if self._stream is None:
+                values, other = lookup()
+            else:
+                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+                with torch.cuda.stream(self._stream):
+                    values, other = lookup()
+                    arrive = partial(Arriving, arrived=self._stream.record_event())
+            others.append(arrive(other))
+            return {layer_id: _run_now(partial(arrive, rows)) for layer_id, rows in values.items()}
+
+        return self._lent(begin), others[0]
+
+    def _lent(self, begin: Callable[[_Lease], dict[int, Errand[Pending]]]) -> Fetch:
+        """A fetch with a slot for it, and what `begin` has begun."""
         with self._users.here():
             if self._users.closed:
                 raise RuntimeError("this prefetcher is closed: make a new one")
             lease = self._lend()
             try:
-                if self._on_device():
-                    errands = self._on_stream(compressed_ids, history)
-                else:
-                    errands = self._on_cpu(compressed_ids, history, lease)
-                return Fetch(lease, errands, self._observer)
+                return Fetch(lease, begin(lease), self._observer)
             except BaseException:  # nobody has the fetch, so nobody else would release it
                 lease.end()
                 raise
@@ -136,7 +167,7 @@ class Prefetcher:
                 raise RuntimeError(
                     f"{self._buffers} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
                 )
-            return min(free, key=_Slot.is_written).lend(self._users)
+            return next((slot for slot in free if not slot.is_written()), free[0]).lend(self._users)
 
     def _free_slots(self) -> list[_Slot]:
         return [slot for slot in self._slots if slot.is_free()]
@@ -253,6 +284,7 @@ class Fetch(Mapping[int, Pending]):
         try:
             for join in self._joins.values():
                 join.settle()
+            self._lease.errands.clear()  # all have ended
         finally:
             self._lease.end()
         for join in self._joins.values():
@@ -359,7 +391,8 @@ class _Slot:
 
     def lend(self, users: Users) -> _Lease:
         """A new lease, as soon as nobody works for the old one."""
-        call_off(self._errands)
+        if self._errands:
+            call_off(self._errands)
         lease = _Lease(self, self.kept or _Buffers(), users)
         self.kept, self._errands, self._lease = None, lease.errands, weakref.ref(lease)
         return lease

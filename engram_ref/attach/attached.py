@@ -23,7 +23,7 @@ from engram_ref.attach.exposed import ExposedTime, Place
 from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
 from engram_ref.attach.padding import padding_of
 from engram_ref.attach.recomputed import Recomputed, hooks_run_again, is_checkpointed
-from engram_ref.attach.source import Source, make_hasher
+from engram_ref.attach.source import Room, Source, make_hasher
 from engram_ref.attach.staged import Staged, keep_address
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -195,8 +195,8 @@ class Attached:
         with self._waiting("start"):
             self._step = self._start(self._read(args, kwargs))
 
-    def _start(self, given: Given) -> Step:
-        """Begin to fetch for token ids [B, T]."""
+    def _start(self, given: Given, room: Room | None = None) -> Step:
+        """Begin to fetch for token ids [B, T], into `room` where the source can."""
         again = is_checkpointed(self.decoder, self._blocks)
         use_cache = given.use_cache
         if use_cache is None:
@@ -208,13 +208,12 @@ class Attached:
             )
         history = self._history(given, past) if (use_cache or given.cache is not None) and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
-        compressed = self._source.compress(given.ids, padding)
         again = again and torch.is_grad_enabled() and hooks_run_again(self._blocks)
-        fetch = self._source.start(compressed, history)
+        fetch, recent = self._source.start(given.ids, padding, history, room)
         try:
             if history is not None:
                 history.open = True
-            return Step(fetch, given.ids.shape, compressed, history, padding, again)
+            return Step(fetch, given.ids.shape, recent, history, padding, again)
         except BaseException:
             give_back(fetch)
             raise
@@ -328,7 +327,8 @@ class Attached:
         if self._staged is None:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
-        step = self._start(given)
+        as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
+        step = self._start(given, self._staged.room if as_stored else None)
         try:
             self._staged.fill(step, self.engrams)
         except BaseException:

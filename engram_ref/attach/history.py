@@ -22,6 +22,7 @@ from torch import Tensor
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.hashing import DEAD, HashPlan
 from engram_ref.layer import Engram
+from engram_ref.tables.base import Pending, Ready
 
 SLACK = 64  # positions that may be cropped away
 _ATTRIBUTE = "_engram_histories"
@@ -38,7 +39,8 @@ class CacheHistory:
 
     Attributes:
         length: positions so far, padding included.
-        recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R].
+        recent: compressed ids of the last of them, at least max_ngram - 1 and at most SLACK more: [B, R]. They are
+            replaced, never written to, and may still be on their way: reading them lets the current stream wait.
         convolutions: by layer id, the past of those that have a convolution.
         open: a step has begun and not ended.
     """
@@ -63,10 +65,35 @@ class CacheHistory:
         """The max_ngram - 1 ids before the next position, [B, N-1]."""
         return self.recent[:, -self._context :]
 
+    @property
+    def recent(self) -> Tensor:
+        """See the attributes."""
+        return self._recent.wait()
+
+    @recent.setter
+    def recent(self, ids: Tensor) -> None:
+        self._recent: Pending = Ready(ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recent": Ready(self.recent)}  # a copy has the ids, not an event of a stream
+
+    def followed_by(self, ids: Tensor) -> Tensor:
+        """What `recent` is after some more positions [B, T]."""
+        return torch.cat([self.recent, ids], dim=1)[:, -(self._context + SLACK) :]
+
+    def room_after(self, count: int) -> Tensor:
+        """Memory for what `recent` is after so many more positions."""
+        recent = self.recent
+        return recent.new_empty((len(recent), min(recent.shape[1] + count, self._context + SLACK)))
+
     def append(self, ids: Tensor) -> None:
         """Go on by some positions, [B, T]: a step has ended."""
-        self.recent = torch.cat([self.recent, ids], dim=1)[:, -(self._context + SLACK) :]
-        self.length += ids.shape[1]
+        self.go_on(Ready(self.followed_by(ids)), ids.shape[1])
+
+    def go_on(self, recent: Pending, count: int) -> None:
+        """Go on by so many positions, which have been put behind the others already."""
+        self._recent = recent
+        self.length += count
         self.open = False
 
     def settle(self, length: int) -> None:

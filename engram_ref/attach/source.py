@@ -1,12 +1,13 @@
 """Token ids in, a started fetch out: compress, hash with what came before, start to gather.
 
 Ids are hashed where the tables want their row numbers: on the CPU, or on the accelerator, where the CPU waits for
-nothing. Both give the same rows.
+nothing and two launches do it all, the history included (`engram_ref.lookup`). All give the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,13 @@ from engram_ref.attach.step import give_back
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.layer import Engram
+from engram_ref.lookup import DeviceLookup, can_fuse
 from engram_ref.on_hand import OnHand
+from engram_ref.prefetch import Prefetcher
+from engram_ref.tables.base import Pending, Ready
 from engram_ref.vocab import CompressedVocab
+
+Room = Callable[[torch.Size, Iterable[int], Callable[[], Tensor]], Tensor]  # see `Staged.room`
 
 
 class Source:
@@ -55,8 +61,73 @@ class Source:
         vocab = _as_vocab(vocab, self.plan)
         self._on_cpu = None if self._on_device else vocab
         self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self._on_device else None
+        self._lookup = self._make_lookup()
 
-    def compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
+    def _make_lookup(self) -> DeviceLookup | None:
+        """What does all in two launches, where it can."""
+        if not (isinstance(self._hasher, DeviceHasher) and isinstance(self.prefetcher, Prefetcher)):
+            return None
+        if not self._hasher.fused or not can_fuse(self.prefetcher.tables):
+            return None
+        return DeviceLookup(self.plan, self.prefetcher.tables, self._uploaded, fused=True)
+
+    def start(
+        self, ids: Tensor, padding: Tensor | None, history: CacheHistory | None, room: Room | None = None
+    ) -> tuple[Any, Pending | None]:
+        """Begin to fetch the rows of all layers.
+
+        Args:
+            ids: token ids [B, T].
+            padding: booleans [B, T], or None.
+            history: of the sequences; it is read.
+            room: gives the buffers that the rows of all layers are wanted in, if they are written by one launch.
+
+        Returns:
+            The fetch, and what is to be the history's `recent` after this step; None without a history.
+        """
+        if self._lookup is not None:
+            return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
+        compressed = self._compress(ids, padding)
+        recent = None if history is None else Ready(history.followed_by(compressed))
+        return self._fetch(compressed, history), recent
+
+    def _look_up(
+        self,
+        lookup: DeviceLookup,
+        ids: Tensor,
+        padding: Tensor | None,
+        history: CacheHistory | None,
+        room: Room | None,
+    ) -> tuple[Any, Pending | None]:
+        padding = None if padding is None else padding.to(self.device)
+        out = (
+            None if room is None else room(ids.shape, lookup.layer_ids, functools.partial(lookup.new_rows, *ids.shape))
+        )
+
+        def on_stream() -> tuple[dict[int, Tensor], Tensor]:
+            for tensor in (ids, padding):
+                if tensor is not None and tensor.is_cuda:  # the caller may let go of it
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            before = None if history is None else history.recent
+            after = None if history is None else history.room_after(ids.shape[1])
+            found = lookup(ids, before, after, padding, self._stand_in, out)
+            return found.values, found.compressed if after is None else after
+
+        fetch, recent = self.prefetcher.start_lookup(on_stream)
+        self._let_wait(fetch)
+        return fetch, None if history is None else recent
+
+    def _let_wait(self, fetch: Any) -> None:
+        if not self._wait_at_once:
+            return
+        try:
+            for pending in fetch.values():
+                pending.wait()
+        except BaseException:
+            give_back(fetch)
+            raise
+
+    def _compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
         """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, nothing is read: 0."""
         if not self._looks_up:
             return torch.zeros(ids.shape, dtype=torch.int64, device=self.device)
@@ -71,20 +142,12 @@ class Source:
             return self._uploaded(ids)
         return ids.to(torch.int64) if self._on_cpu is None else torch.from_numpy(self._on_cpu(ids.numpy()))
 
-    def start(self, compressed: Tensor, history: CacheHistory | None) -> Any:
-        """Begin to fetch the rows of all layers, given what came before."""
+    def _fetch(self, compressed: Tensor, history: CacheHistory | None) -> Any:
         if not self._looks_up:
             return self.prefetcher.start(compressed)
         ids = compressed if self._on_device else compressed.numpy()
         fetch = self.prefetcher.start(ids, None if history is None else self._before(history))
-        if not self._wait_at_once:
-            return fetch
-        try:
-            for pending in fetch.values():
-                pending.wait()
-        except BaseException:
-            give_back(fetch)
-            raise
+        self._let_wait(fetch)
         return fetch
 
     def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:
@@ -103,6 +166,8 @@ class Source:
             self._uploaded.check()
         if isinstance(self._hasher, DeviceHasher):
             self._hasher.check()
+        if self._lookup is not None:
+            self._lookup.check()
 
 
 def make_hasher(

@@ -8,7 +8,7 @@ the replay begins; only copies, and reads by the accelerator itself, overlap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,6 +36,7 @@ class Staged:
     def __init__(self, device: torch.device, overlap: bool = False) -> None:
         self.shape: torch.Size | None = None
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._together: dict[torch.Size, Tensor] = {}  # rows of all layers, by the steps' shape: `room`
         self._current: dict[int, ForBlock] = {}
         self._padded: dict[torch.Size, bool] = {}
         self._device = device
@@ -75,11 +76,24 @@ class Staged:
                     self._event(layer_id).record(self._stream)
         self.shape = shape
 
+    def room(self, shape: torch.Size, layer_ids: Iterable[int], new_rows: Callable[[], Tensor]) -> Tensor:
+        """The buffers of these layers side by side, [L, B*T*C, D], for a step of this shape; `new_rows` makes them."""
+        rows = self._together.get(shape)
+        if rows is None:
+            rows = self._together[shape] = new_rows()
+            for layer_id, buffer in zip(layer_ids, rows):
+                key = ("rows", layer_id, *shape)
+                self._buffers[key] = buffer
+                keep_address(buffer)
+        return rows
+
     def _lay(self, key: tuple[Any, ...], values: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
             buffer = self._buffers[key] = torch.empty_like(values)
             keep_address(buffer)
+        if values.data_ptr() == buffer.data_ptr():  # they were put there
+            return buffer
         return buffer.copy_(values)
 
     def _event(self, layer_id: int) -> Any:

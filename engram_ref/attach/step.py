@@ -12,6 +12,7 @@ from torch import Tensor
 from engram_ref.attach.history import CacheHistory
 from engram_ref.fusion import ShortConvHistory
 from engram_ref.prefetch import FetchError
+from engram_ref.tables.base import Pending
 
 
 class ForBlock(NamedTuple):
@@ -29,7 +30,7 @@ class Step:
     Attributes:
         fetch: by layer id, what to wait for.
         shape: of the token ids, [B, T].
-        compressed: their compressed ids, [B, T].
+        recent: of the history once the step has ended; None without one.
         history: of the sequences; None where nothing comes after this step.
         padding: booleans [B, T], or None.
         recomputed: blocks may be computed again in the backward pass, hooks included.
@@ -37,7 +38,7 @@ class Step:
 
     fetch: Any
     shape: torch.Size
-    compressed: Tensor
+    recent: Pending | None
     history: CacheHistory | None
     padding: Tensor | None
     recomputed: bool = False
@@ -60,7 +61,8 @@ class Step:
         """Give the fetch back, and let the history go on."""
         self.fetch.release()
         if self.history is not None:
-            self.history.append(self.compressed)
+            assert self.recent is not None
+            self.history.go_on(self.recent, self.shape[1])
 
 
 def give_back(fetch: Any) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from engram_ref import fp8
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.tables.decoding import dequantise_rows
 from engram_ref.users import Users
+
+if TYPE_CHECKING:
+    from engram_ref.tables.rows import Rows
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -164,6 +167,14 @@ class Table(ABC):
         Args:
             rows: row numbers [N], as for `start`, on the CPU.
         """
+
+    def in_place(self) -> Rows | None:
+        """The rows where a kernel on `device` can read them by their addresses; None where only the table can.
+
+        Raises:
+            ValueError: the table was closed.
+        """
+        return None
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of the table by place: `device`, `host` and `disk`; staging memory is not counted."""

@@ -1,8 +1,8 @@
 """Rows in the memory of the device that uses them: the resident table, which every other placement is held against.
 
 On a CPU the compiled gather fetches them. On CUDA a fetch is one kernel on the current stream, which decodes fp8 rows
-on the way (without Triton it takes several); which stream that is, is the schedule's business. Rows that are being
-trained are fetched so that gradients reach them.
+on the way (without Triton, torch's own operations do it); which stream that is, is the schedule's business. Rows that
+are being trained are fetched so that gradients reach them.
 
     with DeviceTable(weights) as table:
         values = table.start(rows).wait()
@@ -40,7 +40,7 @@ class DeviceTable(Table):
         self.trained = self._trained is not None
         self._rows: Rows | None = rows
         self._memory = memory
-        kernels = kernels_for(rows.device) if rows.format.scaled else None
+        kernels = kernels_for(rows.device)
         self._in_place = None if kernels is None else InPlace(rows, rows.device, kernels)
         gathered = rows.device.type == "cpu" and self._in_place is None
         self._delivery = Delivery(rows.device, rows.format) if gathered else None
@@ -48,9 +48,9 @@ class DeviceTable(Table):
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Fetch now, on the current stream.
 
-        On CUDA a row number outside the table stops the device with an assertion of the kernel's: to look at the
-        numbers beforehand, the CPU would have to wait for them. If it is one of fp8 rows, its row is bytes 0xFF, and it
-        is raised later: by this fetch's `wait`, the next `start` or `close`.
+        On CUDA the row of a number outside the table is bytes 0xFF, and the number is raised later, by this fetch's
+        `wait`, the next `start` or `close`: to look at the numbers beforehand, the CPU would have to wait for them.
+        Without Triton it stops the device with an assertion, as where rows are fetched to be trained.
         """
         with self._users.here():
             return self._start(self._open(), rows, out)
@@ -76,15 +76,19 @@ class DeviceTable(Table):
         found = [torch.index_select(part, 0, rows) for part in table.parts]
         return Ready(self.format.decode(torch.cat(found, dim=1), out))
 
-    def stored(self, rows: Tensor) -> Tensor:
-        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
-        with self._users.here():
-            return self._open().take(check_rows(rows, self.rows))
-
     def _open(self) -> Rows:
         self._require_open()
         assert self._rows is not None
         return self._rows
+
+    def in_place(self) -> Rows | None:
+        """The rows; None where they are trained, as no kernel passes gradients back."""
+        return None if self.trained else self._open()
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
+        with self._users.here():
+            return self._open().take(check_rows(rows, self.rows))
 
     def _held(self) -> dict[str, int]:
         return {"device": 0 if self._rows is None else self._rows.nbytes}

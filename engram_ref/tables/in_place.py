@@ -1,6 +1,6 @@
 """Rows that a kernel reads where they lie, by numbers that only the device has seen.
 
-What `UvaTable` and, for fp8 rows, `DeviceTable` have in common. Nobody but the kernel looks at the row numbers, so a
+What `UvaTable` and, on CUDA, `DeviceTable` have in common. Nobody but the kernel looks at the row numbers, so a
 row number outside the table is not read: the kernel writes it to a word in pinned memory, and whichever comes first
 after it has run, the next `start`, a `wait` or `close`, raises it.
 

@@ -50,6 +50,7 @@ class UvaTable(Table):
         super().__init__(len(rows), rows.format, target, target)
         self._in_place: InPlace | None = InPlace(rows, target, kernels)
         self._memory = memory
+        self._addressable: bool | None = None  # asked once: the driver answers slowly
         self._stream: Any = torch.cuda.Stream(target) if self._cuda else None
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
@@ -77,6 +78,13 @@ class UvaTable(Table):
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         return Arriving(values, arrived)
+
+    def in_place(self) -> Rows | None:
+        """The rows; None on a GPU that has other addresses for host memory."""
+        rows = self._open().table
+        if self._addressable is None:
+            self._addressable = not self._cuda or _host_addresses_serve()
+        return rows if self._addressable else None
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""

@@ -80,16 +80,16 @@ def test_any_chunks_give_what_one_shot_gives(sizes, new_cache, model, layers, id
 def test_a_forgotten_past_shows(forgotten, model, ids, demo, monkeypatch):
     """The comparison above fails where either history is dropped."""
     want = model(ids).logits
-    honest = CacheHistory.append
+    honest = CacheHistory.go_on
 
-    def forgetful(history, chunk):
-        honest(history, chunk)
+    def forgetful(history, recent, count):
+        honest(history, recent, count)
         if forgotten == "recent":
             history.recent = torch.full_like(history.recent, -1)
         else:
             history.convolutions[1].values.zero_()
 
-    monkeypatch.setattr(CacheHistory, "append", forgetful)
+    monkeypatch.setattr(CacheHistory, "go_on", forgetful)
     assert not torch.allclose(in_chunks(model, ids, 3, DynamicCache()), want, rtol=0, atol=1e-6)
 
 

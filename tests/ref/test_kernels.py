@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import fp8, kernels
+from engram_ref import fp8, kernels, kernels_hashing
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.tables.rows import Rows
 from tests.ref.fp8_pairs import BLOCK, assert_bits, pair_rows, random_rows, rows_of
@@ -46,11 +46,11 @@ def hashed(plan: HashPlan, ids: np.ndarray, before: np.ndarray | None = None) ->
     ids_there = torch.as_tensor(ids, device=DEVICE)
     if before is None:
         before = np.full((len(ids), plan.max_ngram - 1), DEAD)
-    constants = kernels.pack_constants(list(plan.layers[:1]), DEVICE)
-    bad_id = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    constants = kernels_hashing.pack_constants(list(plan.layers[:1]), DEVICE)
+    met = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     before_there = torch.as_tensor(before, device=DEVICE)
-    rows = kernels.hash_layers(plan, ids_there, before_there, constants, torch.int64, bad_id)
-    return rows[0].cpu().numpy(), int(bad_id)
+    rows = kernels_hashing.hash_layers(plan, ids_there, before_there, constants, torch.int64, met)
+    return rows[0].cpu().numpy(), int(met.sum())  # a negative one or another, never both
 
 
 # --- the remainder --------------------------------------------------------------------------------
@@ -118,10 +118,10 @@ def test_lengths_about_the_tile(length):
 )
 def test_strides_and_dtypes_of_the_ids(view):
     ids = view(torch.tensor(stream((5, 20)), device=DEVICE))
-    bad_id = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    met = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     before = torch.full((1, 2), DEAD, device=DEVICE).expand(len(ids), -1)
-    constants = kernels.pack_constants(list(SMALL.layers), DEVICE)
-    got = kernels.hash_layers(SMALL, ids, before, constants, torch.int32, bad_id)[0].cpu()
+    constants = kernels_hashing.pack_constants(list(SMALL.layers), DEVICE)
+    got = kernels_hashing.hash_layers(SMALL, ids, before, constants, torch.int32, met)[0].cpu()
     assert got.dtype == torch.int32
     assert (got.numpy() == definition(ids.cpu().numpy())).all()
 
@@ -403,10 +403,11 @@ def test_they_run_on_a_cpu_in_the_interpreter_only(monkeypatch):
 
 
 COMPILE = """
-import json, re, sys, torch, triton
+import json, pathlib, re, subprocess, tempfile, torch, triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engram_ref import kernels as k
+from engram_ref import kernels as k, kernels_hashing as h
 
 def accesses(kernel, types, constants, aligned, capability):
     options = {"num_warps": constants.pop("num_warps", 4)}
@@ -418,32 +419,53 @@ def accesses(kernel, types, constants, aligned, capability):
         {(number(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    return re.findall(r"(?:ld|st)\\.(?:global|shared)\\S*|(?:div|rem)\\.[us]64|\\S*ftz\\S*", code)
+    found = re.findall(r"(?:ld|st)\\.(?:global|shared)\\S*|(?:div|rem)\\.[us]64|bar\\.sync|\\S*ftz\\S*", code)
+    return found + spilled(code, re.search(r"\\.target (\\w+)", code)[1])
+
+def spilled(code, target):
+    # what the assembler says about registers that do not fit
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "kernel.ptx")
+        file.write_text(code)
+        ptxas = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+        command = [ptxas, "-v", "--gpu-name", target, "-o", file.with_suffix(".cubin"), file]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    amounts = re.findall(r"(\\d+) bytes (?:stack frame|spill stores|spill loads)", said)
+    assert len(amounts) == 3, said
+    return ["spill"] * any(map(int, amounts))
 
 found = {}
 for width in (160, 256, 264):
     types = dict(table="*i64", rows="*i32", out="*i64", bad_row="*i64", count="i32", table_rows="i64")
     found[width] = accesses(k._gather, types, k._gather_shape(width // 8, width), ["table", "out"], 80)
+for width in (128, 160, 256, 264, 512, 1024):
+    types = dict(addresses="*i64", rows="*i32", out="*i64", count="i32")
+    shape = {**k._gather_shape(width // 8, width), "ALIGNED": 16 if width % 16 == 0 else 8}
+    found[f"layers {width}"] = accesses(k._gather_layers, types, shape, [], 90)
 for name, widths in dict(packed=[264], split=[256, 8]).items():
     out = torch.empty(4, 256, dtype=torch.bfloat16)
     shape = k._scaled_shape([torch.empty(4, width, dtype=torch.uint8) for width in widths], out)
     types = dict(codes="*i8", scales="*u8", rows="*i32", out="*i16", bad_row="*i64", count="i32", table_rows="i64")
     found[name] = accesses(k._gather_scaled, types, dict(shape), [], 70)
+    types = dict(addresses="*i64", rows="*i32", out="*i16", count="i32")
+    found[f"layers {name}"] = accesses(k._gather_scaled_layers, types, dict(shape), [], 90)
     if name == "packed":
         types = dict(codes="*i8", scales="*u8", out="*i16", count="i32")
         found["in order"] = accesses(k._dequantise, types, dict(shape), [], 90)
-types = dict(ids="*i64", ids_b="i32", ids_t="i32", before="*i64", before_b="i32", constants="*i64", rows="*i32",
-             bad_id="*i64", length="i32", tiles="i32", tokens="i32", size="i32", pad="i32")
-constants = dict(N=4, HEADS=8, COLUMNS=24, TILE=16, LANES=32)
-found["hash"] = accesses(k._hash, types, constants, ["constants", "rows"], 90)
+numbers = "ids_b ids_t mask_b mask_t before_b length tiles tokens known size pad stand_in past kept"
+tensors = "ids vocab before constants compressed after met_tokens met_ids"
+types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "*i64") | {"rows": "*i32"}
+for length in (1, 100):
+    constants = dict(N=4, HEADS=8, COLUMNS=24, LAYERS=2, WINDOW=4, mask=None, **h._shape(4, 48, length))
+    found[f"hash {length}"] = accesses(h._hash, types, constants, ["constants", "rows", "compressed"], 90)
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Memory accesses, divisions and flushing operations of the kernels as compiled for a V100 (gather of fp8 rows),
-    an A100 (gather of plain ones) and an H100 (decoding in order, hash)."""
+    """Memory accesses, barriers, divisions, flushing operations and spills of the kernels, as compiled for a V100
+    (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
@@ -451,16 +473,17 @@ def compiled(tmp_path_factory):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("width", ["160", "256"])
+@pytest.mark.parametrize("width", ["160", "256", *(f"layers {width}" for width in (160, 256, 512, 1024))])
 def test_rows_cross_the_bus_in_16_byte_words(width, compiled):
     assert "ld.global.v2.b64" in compiled[width] and "st.global.v2.b64" in compiled[width]
 
 
 def test_rows_that_no_16_divides_cross_in_8_byte_words(compiled):
-    assert "ld.global.b64" in compiled["264"] and "ld.global.b8" not in compiled["264"]
+    for gather in ("264", "layers 264", "layers 128"):  # of 128 B, a program's two rows are 8 bytes for each thread
+        assert "ld.global.b64" in compiled[gather] and "ld.global.b8" not in compiled[gather]
 
 
-@pytest.mark.parametrize("way", ["packed", "split", "in order"])
+@pytest.mark.parametrize("way", ["packed", "split", "in order", "layers packed", "layers split"])
 def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
     assert "ld.global.v2.b32" in compiled[way] and "st.global.v4.b32" in compiled[way]
     assert not [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
@@ -470,6 +493,18 @@ def test_no_kernel_flushes_subnormal_numbers(compiled):
     assert [op for ops in compiled.values() for op in ops if "ftz" in op] == []
 
 
+def test_no_kernel_needs_more_registers_than_there_are(compiled):
+    assert [name for name, ops in compiled.items() if "spill" in ops] == []
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_the_history_is_overwritten_after_all_threads_have_read_it(length, compiled):
+    """A barrier stands before the last store, and nothing is read behind it."""
+    ops = compiled[f"hash {length}"]
+    behind = ops[ops.index("bar.sync") + 1 :]
+    assert behind and all(op.startswith("st.global") for op in behind)
+
+
 def test_no_kernel_divides_64_bit_numbers(compiled):
-    assert "st.global.v4.b32" in compiled["hash"]  # indices leave together
+    assert "st.global.v4.b32" in compiled["hash 100"]  # indices leave together
     assert [op for ops in compiled.values() for op in ops if op.startswith(("div", "rem"))] == []
