@@ -296,11 +296,14 @@ class _IdRange:
             raise ValueError(f"{self.what} on {ids.device}; they are wanted on {self.met.device}: move them there")
 
     def admit(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest ids that may come, int64, and which of these came; the others will be known to `check`."""
+        """The nearest ids that may come, int64, and which of these came; others are raised on a CPU, or by `check`."""
         ids = ids.to(torch.int64)
         low, high = ids.aminmax()
-        torch.minimum(self.met[0], low, out=self.met[0])
-        torch.maximum(self.met[1], high, out=self.met[1])
+        if self.device.type == "cpu":  # at once, not by way of `met`: what several threads share may hold another's
+            self._refuse([int(low), int(high)])
+        else:
+            torch.minimum(self.met[0], low, out=self.met[0])
+            torch.maximum(self.met[1], high, out=self.met[1])
         nearest = ids.clamp(self.least, self.size - 1)
         return nearest, nearest == ids
 
@@ -313,9 +316,14 @@ class _IdRange:
         """Raise if a bad id was met, once."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # whatever stream met it
-        for wrong in self.met.tolist():
+        met = self.met.tolist()
+        if any(met):
+            self.met.zero_()
+        self._refuse(met)
+
+    def _refuse(self, met: list[int]) -> None:
+        for wrong in met:
             if not self.least <= wrong < self.size:
-                self.met.zero_()
                 raise ValueError(f"{self.what} contain {wrong}; the vocabulary has {self.least} .. {self.size - 1}")
 
 

@@ -9,18 +9,23 @@ Tables that the CPU gathers from are served by one worker thread, which also has
 reads by itself by a side stream, with hashing on the device. Waiting at once (`background=False`) is the
 synchronous schedule: the same code, nothing overlapped. At most `buffers` fetches are in flight, two at least:
 one is being used while the next is filled. An error in the background is raised at the join.
+
+Whose buffers are whose: a fetch has a lease on a slot, and the slot is lent again when that lease is over: released, or
+in nobody's hands any more (an exception, Ctrl-C, a fetch that was forgotten). What still writes for an old lease is
+waited for, and what has not begun never will.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
+import gc
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Union
+from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -28,12 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram_ref.errands import Errand, Pool, call_off
+from engram_ref.forks import renew_after_fork
 from engram_ref.hashing import NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory
 from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.delivery import Arriving
+from engram_ref.users import Users
 
-_Job = Union["Future[Pending]", "_Done"]
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
 LEAST_BUFFERS = 2
 # Handing a fetch to the thread costs some 50 us; rows in memory of up to this many bytes are gathered in less.
@@ -77,10 +84,16 @@ class Prefetcher:
             _check_hasher(hasher, table)
         self._background = background
         self._observer = observer
-        self._slots = [_Slot() for _ in range(buffers)]
+        self._buffers = buffers
+        self._users = Users("this prefetcher")
         self._stream = self._side_stream()
-        self._worker = ThreadPoolExecutor(1, "engram-prefetch") if self._wants_thread() else None
-        self._closed = False
+        self._worker = Pool(1, "engram-prefetch") if background and not self._on_device() else None
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """In a forked process: whoever writes for fetches of before the fork does so elsewhere, and never ends here."""
+        self._slots = [_Slot() for _ in range(self._buffers)]
 
     def _on_device(self) -> bool:
         return isinstance(self.hasher, DeviceHasher)
@@ -90,9 +103,6 @@ class Prefetcher:
         wanted = self._background and self._on_device() and device.type == "cuda"
         return torch.cuda.Stream(device) if wanted else None
 
-    def _wants_thread(self) -> bool:
-        return self._background and not self._on_device()
-
     def start(self, compressed_ids: np.ndarray | Tensor, history: TokenHistory | DeviceHistory | None = None) -> Fetch:
         """Begin to fetch the rows of every layer for compressed ids [B, T].
 
@@ -101,16 +111,12 @@ class Prefetcher:
             history: what came before; it is read, and may be advanced as soon as this returns.
 
         Raises:
-            RuntimeError: as many fetches as there are buffers are in flight: release one.
+            RuntimeError: as many fetches as there are buffers are in flight: release one. Also of a closed prefetcher,
+                and from within one of its own fetches.
         """
-        slot = self._free_slot()
-        jobs = (
-            self._on_stream(compressed_ids, history)
-            if self._on_device()
-            else self._on_cpu(compressed_ids, history, slot)
-        )
-        slot.busy = True
-        return Fetch(slot, jobs, self._observer)
+        if self._on_device():
+            return self._lent(lambda lease: self._on_stream(compressed_ids, history))
+        return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
         """Begin what brings the rows of all layers by itself, `engram_ref.lookup`, on the side stream.
@@ -123,43 +129,68 @@ class Prefetcher:
             The fetch, and the other tensor, to be waited for where it is used.
 
         Raises:
-            RuntimeError: as many fetches as there are buffers are in flight: release one.
+            RuntimeError: as `start`.
         """
-        slot = self._free_slot()
-        arrive: Callable[[Tensor], Pending] = Ready
-        if self._stream is None:
-            values, other = lookup()
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            with torch.cuda.stream(self._stream):
+        others: list[Pending] = []
+
+        def begin(lease: _Lease) -> dict[int, Errand[Pending]]:
+            arrive: Callable[[Tensor], Pending] = Ready
+            if self._stream is None:
                 values, other = lookup()
-                arrive = functools.partial(Arriving, arrived=self._stream.record_event())
-        slot.busy = True
-        jobs: dict[int, _Job] = {layer_id: _Done(arrive(rows)) for layer_id, rows in values.items()}
-        return Fetch(slot, jobs, self._observer), arrive(other)
-
-    def _free_slot(self) -> _Slot:
-        if self._closed:
-            raise RuntimeError("this prefetcher is closed: make a new one")
-        slot = next((slot for slot in self._slots if not slot.busy), None)
-        if slot is None:
-            raise RuntimeError(
-                f"{len(self._slots)} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
-            )
-        return slot
-
-    def _on_cpu(self, ids: Any, history: Any, slot: _Slot) -> dict[int, _Job]:
-        here = self._worker is None or self._is_small(ids)
-        if not here:
-            ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
-        jobs: dict[int, _Job] = {}
-        for layer_id, table in self.tables.items():
-            if here:
-                jobs[layer_id] = _run_now(self._fetch, layer_id, table, ids, history, slot)
             else:
-                assert self._worker is not None
-                jobs[layer_id] = self._worker.submit(self._fetch, layer_id, table, ids, history, slot)
-        return jobs
+                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+                with torch.cuda.stream(self._stream):
+                    values, other = lookup()
+                    arrive = partial(Arriving, arrived=self._stream.record_event())
+            others.append(arrive(other))
+            return {layer_id: _run_now(partial(arrive, rows)) for layer_id, rows in values.items()}
+
+        return self._lent(begin), others[0]
+
+    def _lent(self, begin: Callable[[_Lease], dict[int, Errand[Pending]]]) -> Fetch:
+        """A fetch with a slot for it, and what `begin` has begun."""
+        with self._users.here():
+            if self._users.closed:
+                raise RuntimeError("this prefetcher is closed: make a new one")
+            lease = self._lend()
+            try:
+                return Fetch(lease, begin(lease), self._observer)
+            except BaseException:  # nobody has the fetch, so nobody else would release it
+                lease.end()
+                raise
+
+    def _lend(self) -> _Lease:
+        with self._users.alone:
+            free = self._free_slots()
+            if not free:
+                gc.collect()  # a fetch that was forgotten may be part of a circle
+                free = self._free_slots()
+            if not free:
+                raise RuntimeError(
+                    f"{self._buffers} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
+                )
+            return next((slot for slot in free if not slot.is_written()), free[0]).lend(self._users)
+
+    def _free_slots(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.is_free()]
+
+    def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> dict[int, Errand[Pending]]:
+        worker = None if self._is_small(ids) else self._worker
+        if worker is not None:
+            ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
+        errands: dict[int, Errand[Pending]] = {}
+        for layer_id, table in self.tables.items():
+            errands[layer_id] = errand = Errand(partial(self._fetch, layer_id, table, ids, history, lease.buffers))
+            lease.errands.append(errand)
+            if worker is None:
+                errand()
+            else:
+                worker.give(partial(self._beside, errand))
+        return errands
+
+    def _beside(self, errand: Errand[Pending]) -> None:
+        with self._users.here():
+            errand()
 
     def _is_small(self, ids: Any) -> bool:
         tables = self.tables.values()
@@ -170,42 +201,48 @@ class Prefetcher:
         return len(self.hasher.plan.layer(layer_id).primes)
 
     def _fetch(
-        self, layer_id: int, table: Table, ids: np.ndarray, history: TokenHistory | None, slot: _Slot
+        self, layer_id: int, table: Table, ids: np.ndarray, history: TokenHistory | None, buffers: _Buffers
     ) -> Pending:
         assert isinstance(self.hasher, NgramHasher)
         begin = time.perf_counter()
         rows = torch.from_numpy(self.hasher(ids, layer_id, history=history).reshape(-1))  # [B*T*C]
         hashed = time.perf_counter()
-        pending = table.start(rows, slot.room(layer_id, table, len(rows)))
+        pending = table.start(rows, buffers.room(layer_id, table, len(rows)))
         if self._observer:
             self._observer("hash", layer_id, begin, hashed)
             self._observer("gather", layer_id, hashed, time.perf_counter())
         return pending
 
-    def _on_stream(self, ids: Any, history: Any) -> dict[int, _Job]:
+    def _on_stream(self, ids: Any, history: Any) -> dict[int, Errand[Pending]]:
         """Hash and gather on the device; on a side stream, which first waits for the token ids."""
         assert isinstance(self.hasher, DeviceHasher)
         if self._stream is None:
             rows = self.hasher(ids, history)
-            return {i: _run_now(table.start, rows[i].reshape(-1)) for i, table in self.tables.items()}
-        jobs: dict[int, _Job] = {}
+            return {i: _run_now(partial(table.start, rows[i].reshape(-1))) for i, table in self.tables.items()}
+        errands: dict[int, Errand[Pending]] = {}
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             ids.record_stream(self._stream)  # the caller may let go of it
             rows = self.hasher(ids, history)
             for layer_id, table in self.tables.items():
-                jobs[layer_id] = _run_now(_arrive, table, rows[layer_id].reshape(-1), self._stream)
-        return jobs
+                arrive = partial(_arrive, table, rows[layer_id].reshape(-1), self._stream)
+                errands[layer_id] = _run_now(arrive)
+        return errands
 
     def close(self) -> None:
-        """Wait for what is in flight, end the thread, give back all staging memory."""
-        self._closed = True
+        """Wait for what is in flight, end the thread, give back all staging memory; again, it does nothing more.
+
+        Raises:
+            RuntimeError: called from within one of its own fetches.
+        """
+        self._users.close()
         if self._worker is not None:
-            self._worker.shutdown()
-        for slot in self._slots:
-            slot.free()
-        for table in self.tables.values():
-            table.trim()
+            self._worker.close()
+        with self._users.here(), self._users.alone:  # others may close it, too
+            for slot in self._slots:
+                slot.empty()
+            for table in self.tables.values():
+                table.trim()
         if isinstance(self.hasher, DeviceHasher):
             self.hasher.check()
 
@@ -227,11 +264,12 @@ class Fetch(Mapping[int, Pending]):
     """The started fetch of one batch: per layer id something to wait for.
 
     The rows stay as they are until `release`; use the fetch as a context manager and they are released at its end.
+    A fetch that was forgotten is given back when it is collected; rows of it that somebody has kept stay as they are.
     """
 
-    def __init__(self, slot: _Slot, jobs: dict[int, _Job], observer: Observer | None) -> None:
-        self._slot = slot
-        self._joins = {layer_id: _Join(layer_id, job, observer) for layer_id, job in jobs.items()}
+    def __init__(self, lease: _Lease, errands: dict[int, Errand[Pending]], observer: Observer | None) -> None:
+        self._lease = lease
+        self._joins = {layer_id: _Join(layer_id, errand, lease, observer) for layer_id, errand in errands.items()}
 
     def __getitem__(self, layer_id: int) -> _Join:
         return self._joins[layer_id]
@@ -243,12 +281,22 @@ class Fetch(Mapping[int, Pending]):
         return len(self._joins)
 
     def release(self) -> None:
-        """Let the buffers be filled again. An error that no join has raised is raised here."""
+        """Let the buffers be filled again, once nobody writes to them; a second time does nothing.
+
+        Raises:
+            FetchError: the fetch of a layer failed, and no join has raised it.
+        """
+        if self._lease.over:
+            return
         try:
             for join in self._joins.values():
                 join.settle()
+            self._lease.errands.clear()  # all have ended
         finally:
-            self._slot.busy = False
+            self._lease.end()
+        for join in self._joins.values():
+            if not join.told:
+                join.tell()
 
     def __enter__(self) -> Fetch:
         return self
@@ -256,48 +304,116 @@ class Fetch(Mapping[int, Pending]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
+        try:
+            self.release()
+        except FetchError:
+            if error is None:  # otherwise what ended the block is raised, which came first
+                raise
 
 
 class _Join:
     """The pending fetch of one layer, wherever it is running."""
 
-    def __init__(self, layer_id: int, job: _Job, observer: Observer | None) -> None:
+    def __init__(self, layer_id: int, errand: Errand[Pending], lease: _Lease, observer: Observer | None) -> None:
         self._layer_id = layer_id
-        self._job = job
+        self._errand = errand
+        self._lease = lease  # while somebody may still wait, nobody else gets the slot
         self._observer = observer
-        self._told = False
+        self.told = False
 
     def wait(self) -> Tensor:
         """The rows, [B*T*C, D], safe to use on the current stream.
 
         Raises:
             FetchError: the fetch failed; the cause is chained.
+            RuntimeError: the fetch was released.
         """
         begin = time.perf_counter()
-        values = self._started().wait()
+        self.settle()
+        if self._lease.over:
+            raise RuntimeError(f"the rows of layer {self._layer_id} were released: wait for them before release()")
+        self.tell()
+        values = self._errand.result().wait()
         if self._observer:
             self._observer("wait", self._layer_id, begin, time.perf_counter())
         return values
 
     def settle(self) -> None:
         """Wait until nobody writes into the buffers any more."""
-        if not self._told:
-            self._started()
+        if self._errand.ended or self._lease.over:
+            return
+        if self._lease.users.is_here():
+            raise RuntimeError("a fetch is waited for from within one of the same prefetcher (observer): return first")
+        self._errand.wait()
 
-    def _started(self) -> Pending:
-        error = self._job.exception()
-        self._told = True
+    def tell(self) -> None:
+        """Raise what went wrong in the background."""
+        self.told = True
+        error = self._errand.error
         if error is not None:
             raise FetchError(f"fetching the rows of layer {self._layer_id} failed: {error}") from error
-        return self._job.result()
+
+
+class _Lease:
+    """The right of one fetch to a slot and the buffers in it, until it ends it or nobody has it any more."""
+
+    def __init__(self, slot: _Slot, buffers: _Buffers, users: Users) -> None:
+        self.slot = slot
+        self.buffers = buffers
+        self.users = users  # of the prefetcher
+        self.errands: list[Errand[Pending]] = []  # each is here before anybody can begin it
+        self._ended = threading.Lock()  # locked once, by the first who ends it
+
+    @property
+    def over(self) -> bool:
+        """Whether the slot may be lent to another fetch."""
+        return self._ended.locked()
+
+    def end(self) -> None:
+        """Give the slot and the buffers back."""
+        if self._ended.acquire(False):
+            self.slot.kept = self.buffers
 
 
 class _Slot:
-    """The buffers of one fetch in flight: where rows arrive on a CPU; on an accelerator the table brings them."""
+    """Room for one fetch in flight; at any time one lease on it is valid, or none.
+
+    Attributes:
+        kept: buffers that were given back; those of a forgotten lease were not, and stay with whoever has rows of it.
+    """
 
     def __init__(self) -> None:
-        self.busy = False
+        self.kept: _Buffers | None = None
+        self._lease: weakref.ref[_Lease] | None = None
+        self._errands: list[Errand[Pending]] = []  # of the last lease
+
+    def is_free(self) -> bool:
+        """Whether no fetch has it."""
+        lease = None if self._lease is None else self._lease()
+        return lease is None or lease.over
+
+    def is_written(self) -> bool:
+        """Whether somebody still works for a lease that is over."""
+        return any(errand.is_being_done for errand in self._errands)
+
+    def lend(self, users: Users) -> _Lease:
+        """A new lease, as soon as nobody works for the old one."""
+        if self._errands:
+            call_off(self._errands)
+        lease = _Lease(self, self.kept or _Buffers(), users)
+        self.kept, self._errands, self._lease = None, lease.errands, weakref.ref(lease)
+        return lease
+
+    def empty(self) -> None:
+        """Let go of all buffers, as soon as nobody writes to them."""
+        call_off(self._errands)
+        self.kept = None
+
+
+class _Buffers:
+    """Where the rows of one fetch arrive on a CPU; on an accelerator the table brings the memory."""
+
+    def __init__(self) -> None:
         self._arrivals: dict[int, Tensor] = {}
 
     def room(self, layer_id: int, table: Table, count: int) -> Tensor | None:
@@ -310,9 +426,6 @@ class _Slot:
                 kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
             self._arrivals[layer_id] = kept
         return kept[:count]
-
-    def free(self) -> None:
-        self._arrivals.clear()
 
 
 def _check_hasher(hasher: NgramHasher | DeviceHasher, table: Table) -> None:
@@ -329,23 +442,8 @@ def _arrive(table: Table, rows: Tensor, stream: Any) -> Pending:
     return Arriving(table.start(rows).wait(), stream.record_event())
 
 
-@dataclass(frozen=True)
-class _Done:
-    """The outcome of a fetch that ran in the caller's thread; what failed is raised at the join, too."""
-
-    pending: Pending | None
-    error: Exception | None = None
-
-    def exception(self) -> Exception | None:
-        return self.error
-
-    def result(self) -> Pending:
-        assert self.pending is not None
-        return self.pending
-
-
-def _run_now(function: Callable[..., Pending], *arguments: Any) -> _Done:
-    try:
-        return _Done(function(*arguments))
-    except Exception as error:  # nothing is swallowed: the join raises it
-        return _Done(None, error)
+def _run_now(work: Callable[[], Pending]) -> Errand[Pending]:
+    """An errand that is done already; what failed is raised at the join, too."""
+    errand = Errand(work)
+    errand()
+    return errand

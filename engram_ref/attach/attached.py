@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -37,13 +37,13 @@ from engram_ref.attach.padding import padding_of
 from engram_ref.attach.recomputed import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.source import Room, Source, make_hasher
 from engram_ref.attach.staged import Staged, keep_address
-from engram_ref.attach.step import ForBlock, Step
+from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing_torch import DeviceHasher
 from engram_ref.layer import Engram
 from engram_ref.on_hand import OnHand
-from engram_ref.prefetch import LEAST_BUFFERS, FetchError, Observer, Prefetcher
+from engram_ref.prefetch import LEAST_BUFFERS, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
 
@@ -281,14 +281,18 @@ class Attached:
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
-        fetch, recent = self._source.start(given.ids, padding, history, room, packing)
-        if history is not None:
-            history.open = True
-        if packing is not None:
-            padding = packing.lay_padding(padding)
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
-        return Step(fetch, given.ids.shape, recent, history, padding, again, packing, counted)
+        fetch, recent = self._source.start(given.ids, padding, history, room, packing)
+        try:
+            if history is not None:
+                history.open = True
+            if packing is not None:
+                padding = packing.lay_padding(padding)
+            return Step(fetch, given.ids.shape, recent, history, padding, again, packing, counted)
+        except BaseException:
+            give_back(fetch)
+            raise
 
     def _past_length(self, given: Given) -> int:
         """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""
@@ -376,8 +380,7 @@ class Attached:
         if step is None:
             return
         try:
-            with suppress(FetchError):  # one error has been raised already
-                step.fetch.release()
+            give_back(step.fetch)  # one error has been raised already
         finally:
             self._forget(thread)
 
@@ -433,10 +436,15 @@ class Attached:
         self._require_staging_thread()
         as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
         step = self._start(given, self.decoder, self._staged.room if as_stored else None)
-        if step.packing is not None:
-            step.fetch.release()
-            raise ValueError(_PACKED_AND_STAGED)
-        self._staged.fill(step, self.engrams)
+        try:
+            if step.packing is not None:
+                raise ValueError(_PACKED_AND_STAGED)
+            self._staged.fill(step, self.engrams)
+        except BaseException:
+            give_back(step.fetch)
+            if step.history is not None:
+                step.history.open = False  # no block has run, so the cache is as it was
+            raise
         step.end()
 
     def _require_staging_thread(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engram_ref.attach.history import CacheHistory
 from engram_ref.attach.packing import Packing
+from engram_ref.attach.step import give_back
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.layer import Engram
@@ -97,8 +98,8 @@ class Source:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
         compressed = self._compress(ids, padding)
         hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
-        fetch = self._fetch(hashed, history)
-        return fetch, None if history is None else Ready(history.followed_by(compressed))
+        recent = None if history is None else Ready(history.followed_by(compressed))
+        return self._fetch(hashed, history), recent
 
     def _look_up(
         self,
@@ -127,9 +128,14 @@ class Source:
         return fetch, None if history is None else recent
 
     def _let_wait(self, fetch: Any) -> None:
-        if self._wait_at_once:
+        if not self._wait_at_once:
+            return
+        try:
             for pending in fetch.values():
                 pending.wait()
+        except BaseException:
+            give_back(fetch)
+            raise
 
     def _compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
         """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, nothing is read: 0."""

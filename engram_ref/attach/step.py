@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from engram_ref.attach.history import CacheHistory
 from engram_ref.attach.packing import Packing
 from engram_ref.fusion import ShortConvHistory
+from engram_ref.prefetch import FetchError
 from engram_ref.tables.base import Pending
 
 
@@ -71,3 +73,9 @@ class Step:
             assert self.recent is not None
             self.history.go_on(self.recent, self.shape[1])
             self.history.packed = self.packing is not None
+
+
+def give_back(fetch: Any) -> None:
+    """Release a fetch that an error has made useless; what is wrong with it besides is not raised."""
+    with suppress(FetchError):
+        fetch.release()

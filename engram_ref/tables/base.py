@@ -8,7 +8,8 @@ they become values.
     values = pending.wait()         # [N, D] on table.device, equal to the bit for every placement
 
 Row numbers are given where `table.index_device` says: on the CPU for tables that the CPU gathers from, on the
-accelerator for tables that it reads by itself. A fetch is started and waited for by one thread at a time.
+accelerator for tables that it reads by itself. Several threads may fetch from one table, and close it: closing waits
+for the fetches that are being started, and none starts afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from engram_ref import fp8
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.tables.decoding import dequantise_rows
+from engram_ref.users import Users
 
 if TYPE_CHECKING:
     from engram_ref.tables.rows import Rows
@@ -144,6 +146,7 @@ class Table(ABC):
         self.format = row_format
         self.device = device
         self.index_device = index_device
+        self._users = Users("this table")
 
     @abstractmethod
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
@@ -154,7 +157,7 @@ class Table(ABC):
             out: [N, D] on `device` to write into instead of new memory; nobody may still be reading it.
 
         Raises:
-            ValueError: a row number outside 0 .. rows - 1, or the wrong dtype, shape or device.
+            ValueError: a row number outside 0 .. rows - 1, the wrong dtype, shape or device, or a closed table.
         """
 
     @abstractmethod
@@ -195,8 +198,22 @@ class Table(ABC):
         """Give back staging memory; the next fetch makes it anew."""
 
     def close(self) -> None:
-        """Give back everything; the table cannot be used afterwards."""
+        """Wait for fetches that other threads are starting, and give back everything; again, it does nothing.
+
+        Raises:
+            RuntimeError: called from within a fetch of this table.
+        """
+        self._users.close()
+        with self._users.here(), self._users.alone:  # others may close it, too
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Give back everything: nobody uses it."""
         self.trim()
+
+    def _require_open(self) -> None:
+        if self._users.closed:
+            raise ValueError("this table was closed: its memory is gone")
 
     def __enter__(self) -> Table:
         return self

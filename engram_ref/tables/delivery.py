@@ -20,6 +20,7 @@ from engram_ref.tables.decoding import gather_values
 from engram_ref.tables.gather import gather_parts
 from engram_ref.tables.memory import HUGE_PAGE, HostMemory
 from engram_ref.tables.rows import Rows
+from engram_ref.users import Users
 
 Fill = Callable[[Tensor], object]  # writes the stored rows of one fetch into uint8 [N, row_bytes]
 STAGING_BUFFERS = 2
@@ -46,6 +47,7 @@ class Delivery:
         self._cuda = device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._slots = [_Slot() for _ in range(buffers)] if self._cuda else []
+        self._users = Users("the staging of this table")
         self._turn = 0
         self.bytes_copied = 0
 
@@ -82,21 +84,31 @@ class Delivery:
         return torch.empty((count, self.format.width), dtype=self.format.dtype, device=self.device)
 
     def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None) -> Pending:
-        slot = self._next_slot()
-        staged = slot.room(count * self.format.row_bytes).view(count, self.format.row_bytes)
-        fill(staged)
+        if out is not None:
+            out.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the copy
+        with self._users.here(), self._users.alone:  # one thread at a time has the turn
+            slot = self._next_slot()
+            staged = slot.room(count * self.format.row_bytes).view(count, self.format.row_bytes)
+            fill(staged)
+            try:
+                return self._copy(slot, staged, out)
+            except BaseException:
+                self._stream.synchronize()  # a copy that nobody else will wait for may be reading the buffer
+                raise
+
+    def _copy(self, slot: _Slot, staged: Tensor, out: Tensor | None) -> Arriving:
+        """Start the copy of a filled buffer, and note in its slot when it has ended."""
         with torch.cuda.stream(self._stream):
-            values = self.empty(count) if out is None else out
+            values = self.empty(len(staged)) if out is None else out
             raw = torch.empty_like(staged, device=self.device) if self.format.scaled else values.view(torch.uint8)
             raw.copy_(staged, non_blocking=True)
             if self.format.scaled:
                 self.format.decode(raw, values)
             self.bytes_copied += staged.nbytes
-            slot.copied = torch.cuda.Event()
-            slot.copied.record(self._stream)
-        if out is not None:
-            out.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the copy
-        return Arriving(values, slot.copied)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+            slot.copied = copied
+        return Arriving(values, copied)
 
     def _next_slot(self) -> _Slot:
         self._turn = (self._turn + 1) % len(self._slots)
@@ -106,8 +118,9 @@ class Delivery:
 
     def trim(self) -> None:
         """Unpin and free the staging buffers."""
-        for slot in self._slots:
-            slot.free()
+        with self._users.here(), self._users.alone:
+            for slot in self._slots:
+                slot.free()
 
 
 @dataclass

@@ -52,7 +52,10 @@ class DeviceTable(Table):
         `wait`, the next `start` or `close`: to look at the numbers beforehand, the CPU would have to wait for them.
         Without Triton it stops the device with an assertion, as where rows are fetched to be trained.
         """
-        table = self._open()
+        with self._users.here():
+            return self._start(self._open(), rows, out)
+
+    def _start(self, table: Rows, rows: Tensor, out: Tensor | None) -> Pending:
         if self._delivery is None:
             check_shape(rows, self.index_device)
         else:
@@ -74,8 +77,8 @@ class DeviceTable(Table):
         return Ready(self.format.decode(torch.cat(found, dim=1), out))
 
     def _open(self) -> Rows:
-        if self._rows is None:
-            raise ValueError("this table was closed: its memory is gone")
+        self._require_open()
+        assert self._rows is not None
         return self._rows
 
     def in_place(self) -> Rows | None:
@@ -84,13 +87,17 @@ class DeviceTable(Table):
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
-        return self._open().take(check_rows(rows, self.rows))
+        with self._users.here():
+            return self._open().take(check_rows(rows, self.rows))
 
     def _held(self) -> dict[str, int]:
         return {"device": 0 if self._rows is None else self._rows.nbytes}
 
     def close(self) -> None:
         """Let go of the rows, and raise a bad row number that nobody has heard of yet."""
+        super().close()
+
+    def _give_back(self) -> None:
         in_place, self._in_place = self._in_place, None
         self._rows = self._trained = None
         if self._memory is not None:

@@ -151,20 +151,23 @@ class FileTable(Table):
             OSError: the disk failed.
         """
         check_shape(rows, self.index_device)
-        self._reader.require_open()
-        numbers = rows.numpy()
-        places = np.argsort(numbers)
-        ordered = numbers[places].astype(np.int64, copy=False)
-        if len(ordered) and (ordered[0] < 0 or ordered[-1] >= self.rows):
-            check_rows(rows, self.rows)  # says which row
-        return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
+        with self._users.here():
+            self._require_open()
+            numbers = rows.numpy()
+            places = np.argsort(numbers)
+            ordered = numbers[places].astype(np.int64, copy=False)
+            if len(ordered) and (ordered[0] < 0 or ordered[-1] >= self.rows):
+                check_rows(rows, self.rows)  # says which row
+            return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; counted like any fetch."""
         numbers = check_rows(rows, self.rows).numpy()
         places = np.argsort(numbers)
         raw = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8)
-        self._fill(numbers[places].astype(np.int64, copy=False), places, raw)
+        with self._users.here():
+            self._require_open()
+            self._fill(numbers[places].astype(np.int64, copy=False), places, raw)
         return raw
 
     def _fill(self, ordered: np.ndarray, places: np.ndarray, staged: Tensor) -> None:
@@ -172,7 +175,9 @@ class FileTable(Table):
         unique, bytes_read = self._reader.read(ordered, places, raw)
         if self.format.scaled:
             refuse_nan(self.source.path, raw, self.format.width, lambda at: int(ordered[places == at][0]))
-        self._traffic += _traffic(len(ordered), unique, self.source, bytes_read)
+        traffic = _traffic(len(ordered), unique, self.source, bytes_read)
+        with self._users.alone:
+            self._traffic += traffic
 
     def predict(self, rows: Tensor) -> Prediction:
         """What a fetch of these rows will read."""
@@ -184,12 +189,20 @@ class FileTable(Table):
 
     def drop_cache(self) -> None:
         """Make the system forget the files, so that the next fetch is cold."""
-        for fd in self._reader.require_open():
-            pagecache.drop_pages(fd)
+        with self._users.here():
+            self._require_open()
+            for fd in self._reader.require_open():
+                pagecache.drop_pages(fd)
 
     def cached_share(self) -> float:
         """Share of the files' pages that are in memory."""
-        return pagecache.cached_share(*self._reader.require_open())
+        with self._users.here():
+            self._require_open()
+            return pagecache.cached_share(*self._reader.require_open())
+
+    def _require_open(self) -> None:
+        if self._users.closed:
+            raise ValueError(f"the table in {self.source.path} was closed: make a new one")
 
     def _held(self) -> dict[str, int]:
         return {"disk": self.source.nbytes}
@@ -204,6 +217,9 @@ class FileTable(Table):
         self._delivery.trim()
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """Wait for the fetches of other threads, then end the threads and close the files."""
         super().close()
+
+    def _give_back(self) -> None:
+        self.trim()
         self._reader.close()

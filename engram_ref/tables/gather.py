@@ -10,7 +10,7 @@ may use; they are ordinary threads that end, not a pool that spins on processors
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.compiled import numba_works
+from engram_ref.errands import Pool
 
 _copy_rows: Callable[..., Any] | None = None
 if numba_works():
@@ -70,7 +71,8 @@ def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> N
         work(0, count)
         return
     bounds = [count * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        started = [pool.submit(work, first, last) for first, last in pairwise(bounds)]
-    for share in started:
-        share.result()
+    pool = Pool(threads, "gather")
+    try:
+        pool.do_all([partial(work, *share) for share in pairwise(bounds)])
+    finally:
+        pool.close()

@@ -40,19 +40,21 @@ class HostTable(Table):
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Gather, and start the copy to the device."""
-        table = self._rows
-        if table is None:
-            raise ValueError("this table was closed: its memory is gone")
-        rows = check_rows(rows, self.rows)
-        if self.device.type == "cpu":
-            return self._delivery.take(table, rows, out)
-        return self._delivery.send(len(rows), lambda staged: gather_parts(table.parts, rows, staged), out)
+        with self._users.here():
+            table, rows = self._open(), check_rows(rows, self.rows)
+            if self.device.type == "cpu":
+                return self._delivery.take(table, rows, out)
+            return self._delivery.send(len(rows), lambda staged: gather_parts(table.parts, rows, staged), out)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
-        if self._rows is None:
-            raise ValueError("this table was closed: its memory is gone")
-        return self._rows.take(check_rows(rows, self.rows))
+        with self._users.here():
+            return self._open().take(check_rows(rows, self.rows))
+
+    def _open(self) -> Rows:
+        self._require_open()
+        assert self._rows is not None
+        return self._rows
 
     def _held(self) -> dict[str, int]:
         return {"host": 0 if self._rows is None else self._rows.nbytes}
@@ -66,8 +68,7 @@ class HostTable(Table):
         """Give the staging buffers back."""
         self._delivery.trim()
 
-    def close(self) -> None:
-        """Give back staging buffers and memory."""
+    def _give_back(self) -> None:
         self.trim()
         self._rows = None
         if self._memory is not None:

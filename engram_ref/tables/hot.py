@@ -93,17 +93,22 @@ class HotTable(Table):
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Tell hits from misses, and start the fetch of the misses."""
-        if self._hot is None:
-            raise ValueError("this table was closed: its memory is gone")
-        check_shape(rows, self.index_device)
-        check_rows(rows.cpu(), self.rows)
-        if out is not None:
-            check_out(out, len(rows), self.format, self.device)
+        with self._users.here():
+            self._require_open()
+            check_shape(rows, self.index_device)
+            check_rows(rows.cpu(), self.rows)
+            if out is not None:
+                check_out(out, len(rows), self.format, self.device)
+            return self._start(rows, out)
+
+    def _start(self, rows: Tensor, out: Tensor | None) -> Pending:
+        assert self._hot is not None
         slots = self._slots.index_select(0, rows)  # [N]
         missed = (slots < 0).nonzero().view(-1)  # [M], places in this fetch
         misses = rows.index_select(0, missed)
-        self._lookups += len(rows)
-        self._hits += len(rows) - len(misses)
+        with self._users.alone:
+            self._lookups += len(rows)
+            self._hits += len(rows) - len(misses)
         self._hot_seen[slots] = True
         self._slots[misses] = _SEEN
         return _Mixed(self._hot, len(rows), self._send(slots, missed), self._behind.start(misses), out)
@@ -117,7 +122,9 @@ class HotTable(Table):
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory: those behind."""
-        return self._behind.stored(rows)
+        with self._users.here():
+            self._require_open()
+            return self._behind.stored(rows)
 
     def report(self) -> HotReport:
         """Hits and use so far."""
@@ -155,6 +162,9 @@ class HotTable(Table):
 
     def close(self) -> None:
         """Give back the hot rows and the table behind; the report stays."""
+        super().close()
+
+    def _give_back(self) -> None:
         self._numbers.trim()
         self._hot = None
         self._behind.close()

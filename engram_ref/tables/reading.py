@@ -23,13 +23,13 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engram_ref.compiled import numba_works
+from engram_ref.errands import Pool
 from engram_ref.tables.read_plan import BLOCK, Reads, plan_reads, round_up
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class RowReader:
         self._now = self._ahead and all(map(_can_read_now, self._files.values()))
         most, self._fewest = _ASKING if self._ahead else _WAITING
         self._threads = threads or most
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = Pool(self._threads, "rows")
         if hasattr(os, "posix_fadvise"):
             for fd in self._files.values():
                 _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -172,10 +172,7 @@ class RowReader:
         """What the tasks return; a single one is done in this thread."""
         if len(tasks) == 1:
             return [tasks[0]()]
-        pool = self._pool = self._pool or ThreadPoolExecutor(self._threads, "rows")
-        started = [pool.submit(task) for task in tasks]
-        wait(started)  # for all, so that none writes to memory that an error has handed back
-        return [task.result() for task in started]
+        return self._pool.do_all(tasks)  # none of them writes to memory that an error has handed back
 
     def _require_same_size(self) -> None:
         self.require_open()
@@ -198,9 +195,7 @@ class RowReader:
 
     def close(self) -> None:
         """End the threads and close the files; a second time does nothing."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._pool.close()
         self._close_files()
 
 

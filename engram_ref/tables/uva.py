@@ -58,24 +58,25 @@ class UvaTable(Table):
         check_shape(rows, self.index_device)
         if out is not None:
             check_out(out, len(rows), self.format, self.device)
-        table = self._open()
-        table.admit(rows)
-        fetch = self._start_on_gpu(table, rows.contiguous(), out) if self._cuda else Ready(table.read(rows, out))
-        return table.checked(fetch)
+        with self._users.here():
+            table = self._open()
+            table.admit(rows)
+            fetch = self._start_on_gpu(table, rows.contiguous(), out) if self._cuda else Ready(table.read(rows, out))
+            return table.checked(fetch)
 
     def _open(self) -> InPlace:
-        if self._in_place is None:
-            raise ValueError("this table was closed: its memory is gone")
+        self._require_open()
+        assert self._in_place is not None
         return self._in_place
 
     def _start_on_gpu(self, table: InPlace, rows: Tensor, out: Tensor | None) -> Arriving:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # it made the row numbers
+        for tensor in (rows,) if out is None else (rows, out):
+            tensor.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the kernel
         with torch.cuda.stream(self._stream):
-            values = table.read(rows, out)
+            values = table.read(rows, out)  # new memory is this stream's
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
-        for tensor in (rows, values):
-            tensor.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the kernel
         return Arriving(values, arrived)
 
     def in_place(self) -> Rows | None:
@@ -87,13 +88,17 @@ class UvaTable(Table):
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""
-        return self._open().table.take(check_rows(rows, self.rows))
+        with self._users.here():
+            return self._open().table.take(check_rows(rows, self.rows))
 
     def _held(self) -> dict[str, int]:
         return {"host": 0 if self._in_place is None else self._in_place.table.nbytes}
 
     def close(self) -> None:
         """Wait for the kernels, give the memory back, and raise a bad row number that nobody has heard of yet."""
+        super().close()
+
+    def _give_back(self) -> None:
         table, self._in_place = self._in_place, None
         if table is not None:
             table.finish()

@@ -70,6 +70,9 @@ class FakeStream:
             target.copy_(source)
         self.done = max(self.done, count)
 
+    def synchronize(self) -> None:
+        self.run_until(len(self.copies))
+
     def wait_event(self, event: FakeEvent) -> None:
         event.synchronize()
 

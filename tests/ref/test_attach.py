@@ -10,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import engram_ref.layer
 from engram_ref.attach import ExposedTime, attach
+from engram_ref.attach import attached as attached_module
 from engram_ref.attach.blocks import find_blocks
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -495,6 +496,77 @@ def test_a_broken_forward_does_no_harm(model, layers, ids):
             hook.remove()
         got = model(ids).logits
     assert torch.equal(got, by_hand(model, layers, ids))
+
+
+def stage(model, attached, ids):
+    with attached.staging():
+        attached.stage(ids)
+
+
+def forward(model, attached, ids):
+    model(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("background", "use"), [(True, forward), (False, forward), (True, stage), (False, stage)])
+def test_a_fetch_that_fails_keeps_no_buffer(error, background, use, model, layers, ids, monkeypatch):
+    table = layers.engrams[1].table
+    kept = []  # errors, and with them the frames of all that they passed through
+
+    def fail(rows, out=None):
+        raise error
+
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan, background=background) as attached:
+        for _ in range(3):  # more often than there are buffers
+            with monkeypatch.context() as patch, pytest.raises((FetchError, KeyboardInterrupt)) as caught:
+                patch.setattr(table, "start", fail)
+                use(model, attached, ids)
+            kept.append(caught)
+        use(model, attached, ids)
+        got = model(ids).logits
+    assert torch.equal(got, by_hand(model, layers, ids))
+
+
+@pytest.mark.parametrize("place", ["Step", "give"])
+def test_an_interruption_before_a_step_is_known_keeps_no_buffer(place, model, layers, ids, monkeypatch):
+    """Between the start of a fetch and the moment at which the step is stored."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    kept = []
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        for _ in range(3):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+                if place == "Step":
+                    patch.setattr(attached_module, "Step", interrupted)
+                else:
+                    patch.setattr(attached._source.prefetcher, "_is_small", lambda ids: False)
+                    patch.setattr(attached._source.prefetcher._worker, "give", interrupted)
+                model(ids, use_cache=False)
+            kept.append(caught)
+        got = model(ids).logits
+    assert torch.equal(got, by_hand(model, layers, ids))
+
+
+def test_a_step_whose_staging_failed_can_be_staged_again(model, layers, ids, monkeypatch):
+    from transformers import DynamicCache
+
+    table, cache = layers.engrams[1].table, DynamicCache(config=model.config)
+
+    def fail(rows, out=None):
+        raise OSError(5, "Input/output error")
+
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached, attached.staging():
+        attached.stage(ids[:, :5], cache)
+        first = model(ids[:, :5], past_key_values=cache, use_cache=True).logits
+        with monkeypatch.context() as patch, pytest.raises(FetchError, match="Input/output error"):
+            patch.setattr(table, "start", fail)
+            attached.stage(ids[:, 5:], cache)
+        attached.stage(ids[:, 5:], cache)
+        rest = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+    whole = by_hand(model, layers, ids)
+    assert torch.allclose(torch.cat([first, rest], dim=1), whole, atol=1e-10)  # float64, sums in another order
 
 
 def test_also_to_be_had_from_layer():

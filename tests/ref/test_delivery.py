@@ -7,6 +7,8 @@ Every safeguard is taken away once, and rows must come out wrong. The same on a 
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -130,6 +132,40 @@ def test_a_failure_to_fill_is_raised_and_the_next_fetch_works(gpu):
             gpu.delivery.send(5, fail)
     assert (pending.wait() == 1).all()
     assert all(gpu.steps())
+
+
+def test_an_interrupted_copy_is_waited_for_before_its_buffer_is_filled_again(gpu, monkeypatch):
+    outs = [gpu.delivery.empty(50) for _ in range(2)]
+    for number, out in enumerate(outs):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch.cuda.Event, "record", lambda event, stream: (_ for _ in ()).throw(KeyboardInterrupt))
+            gpu.send(number, out=out)
+    later = [gpu.send(number) for number in (7, 8)]
+    assert [int(fetch.wait()[0, 0]) for fetch in later] == [7, 8]
+    assert [int(out[0, 0]) for out in outs] == [0, 1]
+
+
+def test_threads_take_turns_with_the_staging_buffers(gpu):
+    """One is filling a buffer; another one may neither take it nor trim it away."""
+    filling, go_on, got = threading.Event(), threading.Event(), []
+
+    def fill(staged):
+        filling.set()
+        assert go_on.wait(30)
+        staged.view(torch.float32).fill_(5)
+
+    first = threading.Thread(target=lambda: got.append(gpu.delivery.send(50, fill)))
+    first.start()
+    assert filling.wait(30)
+    others = [threading.Thread(target=lambda: got.append(gpu.send(6))), threading.Thread(target=gpu.delivery.trim)]
+    for other in others:
+        other.start()
+        other.join(0.03)
+        assert other.is_alive()
+    go_on.set()
+    for thread in (first, *others):
+        thread.join(30)
+    assert sorted(int(fetch.wait()[0, 0]) for fetch in got) == [5, 6]
 
 
 def test_one_buffer_is_refused():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from engram_ref import prefetch as module
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing_torch import DeviceHasher
@@ -191,7 +194,7 @@ def test_without_the_join_rows_are_wrong(values, monkeypatch):
 
         def unjoined(fetch, layer_id):
             join = real(fetch, layer_id)
-            room = fetch._slot.room(layer_id, prefetcher.tables[layer_id], 300 * 16)
+            room = fetch._lease.buffers.room(layer_id, prefetcher.tables[layer_id], 300 * 16)
             patch.setattr(join, "wait", lambda: room, raising=False)
             return join
 
@@ -202,8 +205,8 @@ def test_without_the_join_rows_are_wrong(values, monkeypatch):
 
 def test_without_the_second_buffer_rows_are_wrong(values, monkeypatch):
     def one_buffer(prefetcher, patch):
-        first, second = prefetcher._slots
-        patch.setattr(second, "_arrivals", first._arrivals)
+        shared = module._Buffers()
+        patch.setattr(module, "_Buffers", lambda: shared)
 
     assert steps_gone_wrong(values, monkeypatch, one_buffer, AFTER_OTHER_FETCHES) > 10
 
@@ -234,14 +237,272 @@ def test_a_wrong_id_is_raised_at_the_join(values, background):
 
 def test_staging_is_bounded(values):
     with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
-        first = prefetcher.start(random_ids(0))
-        prefetcher.start(random_ids(1))
+        first, second = prefetcher.start(random_ids(0)), prefetcher.start(random_ids(1))
         with pytest.raises(RuntimeError, match="2 fetches are in flight"):
             prefetcher.start(random_ids(2))
         kept = first[1].wait().data_ptr()
         first.release()
         with prefetcher.start(random_ids(2)) as third:
             assert third[1].wait().data_ptr() == kept  # no new memory
+        second.release()
+
+
+# --- whose buffers are whose ------------------------------------------------------------------------------
+
+
+def test_a_second_release_does_nothing_to_the_next_fetch(values):
+    ids = [random_ids(seed) for seed in range(3)]
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        with prefetcher.start(ids[0]) as first:
+            first[1].wait(), first.release()
+            second = prefetcher.start(ids[1])
+            rows = second[1].wait()
+        first.release()
+        with prefetcher.start(ids[2]) as third:
+            third[1].wait()
+            assert torch.equal(rows, expected(values, ids[1], 1))
+            with pytest.raises(RuntimeError, match=r"rows of layer 1 were released: wait for them before release\(\)"):
+                first[1].wait()
+        second.release()
+
+
+class Gated(SlowTable):
+    """A table whose large fetches wait until they may go on."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def start(self, rows, out=None):
+        if len(rows) > 1000:
+            self.begun.set()
+            assert self.may_end.wait(30)
+        return super().start(rows, out)
+
+
+def test_a_failed_layer_frees_no_buffer_that_another_is_writing(values):
+    tables = {1: SlowTable(values[1], fail_at=1), 3: Gated(values[3])}
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
+        fetch = prefetcher.start(random_ids(0, (4, 60)))
+
+        def release():
+            with pytest.raises(FetchError, match="layer 1 failed: the disk has gone"):
+                fetch.release()
+
+        releasing = threading.Thread(target=release)
+        releasing.start()
+        assert tables[3].begun.wait(30)
+        releasing.join(0.05)
+        assert releasing.is_alive() and not fetch._lease.over
+        tables[3].may_end.set()
+        releasing.join(30)
+        assert fetch._lease.over
+        fetch.release()  # it was told
+
+
+def test_an_error_of_the_block_is_not_hidden_by_one_of_the_fetch(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values, fail_at=1)) as prefetcher:
+        with pytest.raises(KeyboardInterrupt), prefetcher.start(random_ids(4, (2, 300))):
+            raise KeyboardInterrupt
+        for _ in range(3):
+            prefetcher.start(random_ids(5)).release()
+
+
+def test_a_release_that_is_interrupted_lends_the_slot_when_nobody_writes_any_more(values, monkeypatch):
+    tables = {1: SlowTable(values[1]), 3: Gated(values[3])}
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
+        first, second = prefetcher.start(random_ids(0, (4, 60))), prefetcher.start(random_ids(1, (4, 60)))
+        assert tables[3].begun.wait(30)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module._Join, "settle", lambda join: (_ for _ in ()).throw(KeyboardInterrupt))
+            first.release()
+        threading.Timer(0.1, tables[3].may_end.set).start()
+        with prefetcher.start(random_ids(2, (4, 60))) as third:  # the same slot, which the worker was writing to
+            assert tables[3].may_end.is_set()
+            assert torch.equal(third[3].wait(), expected(values, random_ids(2, (4, 60)), 3))
+        second.release()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_start_that_is_interrupted_keeps_no_slot(values, background, monkeypatch):
+    tables = slow_tables(values)
+    with Prefetcher(NgramHasher(PLAN), tables, background=background) as prefetcher:
+        for _ in range(5):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+                where, name = (module, "Fetch") if background else (tables[3], "start")
+                patch.setattr(where, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                prefetcher.start(random_ids(0))
+            assert caught.tb  # it holds the frames, and what was in them
+        with prefetcher.start(random_ids(1)) as fetch:
+            assert torch.equal(fetch[3].wait(), expected(values, random_ids(1), 3))
+
+
+@pytest.mark.parametrize("collected", ["at once", "with its circle"])
+def test_a_forgotten_fetch_gives_its_slot_back_and_its_rows_stay(values, collected):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        kept = []
+        for seed in range(6):
+            fetch = prefetcher.start(random_ids(seed))
+            kept.append(fetch[3].wait())
+            if collected == "with its circle":
+                fetch.itself = fetch
+            del fetch
+        for seed, rows in enumerate(kept):
+            assert torch.equal(rows, expected(values, random_ids(seed), 3))
+
+
+def test_a_join_keeps_the_slot_of_a_forgotten_fetch(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        joins = [prefetcher.start(random_ids(seed))[3] for seed in range(2)]
+        with pytest.raises(RuntimeError, match="2 fetches are in flight"):
+            prefetcher.start(random_ids(2))
+        for seed, join in enumerate(joins):
+            assert torch.equal(join.wait(), expected(values, random_ids(seed), 3))
+
+
+def test_what_nobody_wants_any_more_is_waited_for_or_not_begun(values):
+    tables = {1: Gated(values[1]), 3: SlowTable(values[3])}
+    large = (4, 60)
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
+        prefetcher.start(random_ids(0, large))
+        assert tables[1].begun.wait(30)
+        prefetcher.start(random_ids(1, large))  # stands behind the first
+        threading.Timer(0.1, tables[1].may_end.set).start()
+        fetches = [prefetcher.start(random_ids(seed, large)) for seed in (2, 3)]
+        for seed, fetch in zip((2, 3), fetches):
+            assert torch.equal(fetch[3].wait(), expected(values, random_ids(seed, large), 3))
+            fetch.release()
+    assert tables[3].fetches == 2  # the forgotten ones had not begun with this layer
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+def test_a_storm_of_interruptions(values):
+    """Ctrl-C anywhere: no slot is lost, no row is wrong, closing does not hang."""
+    tables = {layer_id: make_table("host", v) for layer_id, v in values.items()}
+    pool = [random_ids(seed, shape) for seed, shape in enumerate([(1, 1), (2, 9), (4, 120)])]
+    want = [expected(values, ids, 3) for ids in pool]
+    generator, interruptions, whole = np.random.default_rng(0), 0, 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        prefetcher = Prefetcher(NgramHasher(PLAN), tables)
+        for step in range(1500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 6e-4))
+                with prefetcher.start(pool[step % 3]) as fetch:
+                    rows = fetch[3].wait()
+                    assert torch.equal(rows, want[step % 3])
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                whole += 1
+            except KeyboardInterrupt:
+                interruptions += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interruptions > 50 and whole > 50
+    fetches = [prefetcher.start(pool[2]) for _ in range(2)]
+    assert all(torch.equal(fetch[3].wait(), want[2]) for fetch in fetches)
+    prefetcher.close()
+    for table in tables.values():
+        table.close()
+
+
+@pytest.mark.parametrize("placement", ["host", "hot", "slow"])
+def test_two_threads_get_their_own_rows(values, placement):
+    options = {"hot": torch.arange(0, 5000, 3)} if placement == "hot" else {}
+    tables = {
+        i: SlowTable(v) if placement == "slow" else make_table(placement, v, **options) for i, v in values.items()
+    }
+    pool = [random_ids(seed, (1, 1 + 40 * (seed % 5))) for seed in range(20)]
+    want = [expected(values, ids, 3) for ids in pool]
+    wrong = []
+    with Prefetcher(NgramHasher(PLAN), tables, buffers=4) as prefetcher:
+
+        def serve(offset):
+            generator = np.random.default_rng(offset)
+            for _ in range(150):
+                first, second = generator.integers(0, 20, 2)
+                fetches = [(n, prefetcher.start(pool[n])) for n in (first, second)]
+                for n, fetch in fetches[:: generator.choice([-1, 1])]:
+                    if not torch.equal(fetch[3].wait(), want[n]):
+                        wrong.append(n)
+                    fetch.release()
+
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(serve, range(2)))
+    assert not wrong
+
+
+def test_releases_in_any_order(values):
+    """10,000 steps: up to four in flight, small and large, released, forgotten or left to their block."""
+    pool = [random_ids(seed, (1, 4 if seed % 2 else 70)) for seed in range(40)]
+    want = [expected(values, ids, 1) for ids in pool]
+    generator = np.random.default_rng(5)
+    in_flight, started = [], 0
+    choices, places = generator.integers(0, 40, 10_000), generator.random(20_000)
+    with Prefetcher(NgramHasher(PLAN), {1: SlowTable(values[1])}, buffers=4) as prefetcher:
+        for n in choices:
+            if len(in_flight) == 4:
+                m, fetch = in_flight.pop(int(4 * places[started]))
+                rows = fetch[1].wait()
+                assert torch.equal(rows, want[m]), started
+                if places[started + 1] < 0.9:
+                    fetch.release()
+                del fetch
+            in_flight.append((n, prefetcher.start(pool[n])))
+            started += 1
+        del in_flight
+    assert started == 10_000
+
+
+def test_calls_from_within_a_fetch_say_so(values):
+    told, calls = [], []
+
+    def observe(stage, *_):
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                told.append(str(error))
+
+    for shape in ((1, 1), (2, 300)):  # in this thread, and beside it
+        told.clear()
+        prefetcher = Prefetcher(NgramHasher(PLAN), slow_tables_that_do_not_wait(values), observer=observe)
+        calls[:] = [lambda p=prefetcher: p.start(random_ids(0)), prefetcher.close]
+        with prefetcher.start(random_ids(0, shape)) as fetch:
+            calls.append(fetch[3].wait) if shape != (1, 1) else None
+            while not all(join._errand.ended for join in fetch._joins.values()):
+                time.sleep(0.001)
+            calls.clear()
+            assert torch.equal(fetch[3].wait(), expected(values, random_ids(0, shape), 3))
+        assert any("is used from within a call of its own" in message for message in told)
+        assert any("is closed from within a call of its own" in message for message in told)
+        prefetcher.close()
+
+
+def slow_tables_that_do_not_wait(values):
+    tables = slow_tables(values)
+    for table in tables.values():
+        table.waits = False
+    return tables
+
+
+def test_closing_waits_for_a_start_in_another_thread(values):
+    tables = {1: Gated(values[1])}
+    prefetcher = Prefetcher(NgramHasher(PLAN), tables, background=False)
+    ids, got = random_ids(0, (4, 60)), []
+    starting = threading.Thread(target=lambda: got.append(prefetcher.start(ids)[1].wait()))
+    starting.start()
+    assert tables[1].begun.wait(30)
+    closing = threading.Thread(target=prefetcher.close)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive() and tables[1].trims == 0
+    tables[1].may_end.set()
+    starting.join(30), closing.join(30)
+    assert torch.equal(got[0], expected(values, ids, 1)) and tables[1].trims == 1
+    prefetcher.close()
+    with pytest.raises(RuntimeError, match="this prefetcher is closed: make a new one"):
+        prefetcher.start(ids)
 
 
 def test_closing_leaves_no_thread_and_no_memory(values):
@@ -251,7 +512,7 @@ def test_closing_leaves_no_thread_and_no_memory(values):
     assert len(alive()) == 1
     prefetcher.close()
     assert not alive() and all(table.trims == 1 for table in tables.values())
-    assert all(not slot._arrivals for slot in prefetcher._slots)
+    assert all(slot.kept is None for slot in prefetcher._slots)
     with pytest.raises(RuntimeError, match="closed"):
         prefetcher.start(random_ids(0))
 

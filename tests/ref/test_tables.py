@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +313,71 @@ def test_a_closed_table_says_so(case, make):
     with pytest.raises(ValueError, match="closed"):
         fetch(table, torch.tensor([1]))
     table.close()
+
+
+@every_case
+@pytest.mark.parametrize("use", ["start", "stored"])
+def test_closing_waits_for_a_fetch_of_another_thread(case, use, make, monkeypatch):
+    values = random_values()
+    table, rows = make(case, values), random_rows(50)
+    inside, go_on, given_back, got = threading.Event(), threading.Event(), [], []
+    require_open, give_back = type(table)._require_open, type(table)._give_back
+
+    def stop_once(table):
+        require_open(table)  # it was open, and is used from here on
+        if not inside.is_set():
+            inside.set()
+            assert go_on.wait(30)
+
+    def work():
+        got.append(fetch(table, rows).cpu() if use == "start" else table.stored(rows).view(values.dtype))
+
+    monkeypatch.setattr(type(table), "_require_open", stop_once)
+    monkeypatch.setattr(type(table), "_give_back", lambda table: given_back.append(1) or give_back(table))
+    fetching, closing = threading.Thread(target=work), threading.Thread(target=table.close)
+    fetching.start()
+    assert inside.wait(30)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive() and not given_back
+    go_on.set()
+    fetching.join(30), closing.join(30)
+    assert given_back
+    assert_same_bits(got[0], values, rows)
+
+
+@every_case
+def test_a_table_that_is_closed_from_within_a_fetch_says_so(case, make):
+    table = make(case, random_values())
+    with table._users.here(), pytest.raises(RuntimeError, match="this table is closed from within a call of its own"):
+        table.close()
+    assert_same_bits(fetch(table, random_rows(9)), random_values(), random_rows(9))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "uva" not in case])
+def test_closing_in_the_middle_of_many_fetches(case, make):
+    """Threads fetch all the time while one closes: each fetch has its rows, or says that the table is closed."""
+    values = random_values()
+    table, wrong, closed = make(case, values), [], []
+
+    def serve(seed):
+        rows = random_rows(30 + seed)
+        while True:
+            try:
+                got = table.start(rows).wait()
+            except ValueError as error:
+                return closed.append(str(error))
+            if not torch.equal(got.view(torch.uint8), values[rows].view(torch.uint8)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.03)
+    table.close()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong and len(closed) == 3 and all("closed" in message for message in closed)
 
 
 @pytest.mark.parametrize("case", ["device", "host", "uva", "hot"])
