@@ -274,6 +274,11 @@ class DeviceVocab:
         self.allowed.check()
 
 
+def _known_at_once(device: torch.device) -> bool:
+    """Whether looking at a value makes nobody wait."""
+    return device.type == "cpu"
+
+
 class _IdRange:
     """The ids that may come, and the extremes of those that came, kept on the device until somebody asks."""
 
@@ -299,7 +304,7 @@ class _IdRange:
         """The nearest ids that may come, int64, and which of these came; others are raised on a CPU, or by `check`."""
         ids = ids.to(torch.int64)
         low, high = ids.aminmax()
-        if self.device.type == "cpu":  # at once, not by way of `met`: what several threads share may hold another's
+        if _known_at_once(self.device):  # not by way of `met`: what several threads share may hold another's
             self._refuse([int(low), int(high)])
         else:
             torch.minimum(self.met[0], low, out=self.met[0])
@@ -309,7 +314,7 @@ class _IdRange:
 
     def check_now(self) -> None:
         """`check` where it costs no waiting: on a CPU."""
-        if self.device.type == "cpu":
+        if _known_at_once(self.device):
             self.check()
 
     def check(self) -> None:

@@ -314,12 +314,18 @@ def test_a_run_that_was_cut_goes_on_where_it_was(results):
         assert [entry["round"] for entry in case["rounds"]] == [0, 1, 2]
 
 
+def test_figures_and_nothing_else_are_left(results, program):
+    names = {path.name for path in program.out.iterdir()}
+    assert names == {"config.json", "results.json", "baselines.svg", "overhead_parts.svg", "slower_bus.svg"}
+
+
 def test_the_same_again_measures_nothing(results, program, monkeypatch):
     monkeypatch.setattr(end_to_end_rounds.Server, "serve", None)
     monkeypatch.setattr(end_to_end_report, "draw_all", lambda results, out: [])
     monkeypatch.setattr(end_to_end_report, "report", lambda results: "")
     again = program(*OPTIONS)
     assert again["cases"] == results["cases"] and again["sessions"][-1]["kept"] == 2 * 10 * 3
+    assert not list(program.out.glob("*.svg"))  # those of the results before, and nothing was drawn
 
 
 def test_bytes_are_counted_from_ids_and_by_what_was_read(results):
@@ -333,11 +339,6 @@ def test_bytes_are_counted_from_ids_and_by_what_was_read(results):
             assert {sample["lookups"] for sample in samples} == {entry["rows_requested"]}
             assert samples[0]["hits"] <= samples[1]["hits"]
         assert step_bytes(case) == case["batch"] * 16 * 16
-
-
-def test_figures_and_nothing_else_are_left(results, program):
-    names = {path.name for path in program.out.iterdir()}
-    assert names == {"config.json", "results.json", "baselines.svg", "overhead_parts.svg", "slower_bus.svg"}
 
 
 def test_another_configuration_is_refused_in_one_line(results, program, capsys):
