@@ -8,6 +8,7 @@
 #   make speed   the benchmarks of hashing, of pricing, and of pricing rows at production scale
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
+#   make mutants    random one-place changes of the exact files, each run against its tests; most of an hour
 #   make ranges  both ends of every stated range of versions, each in an environment of its own (gigabytes)
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 
@@ -15,7 +16,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer ranges clean
+.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer ranges mutants clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -27,7 +28,7 @@ toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
@@ -59,6 +60,9 @@ bench-layer: $(VENV)/stamp-fast,plot,ref
 
 ranges:
 	$(PYTHON) tests/ranges.py $(ENDS) $(foreach pin,$(PINS),--pin $(pin))
+
+mutants: $(VENV)/stamp-fast,plot,ref,test,docs
+	$(BIN)/python -m tests.mutants
 
 clean:
 	rm -rf $(VENV) .venvs-ranges build site out *.egg-info
