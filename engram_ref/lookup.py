@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import engram_ref.needs_torch  # noqa: F401
@@ -122,9 +123,11 @@ class DeviceLookup:
         numbers = hashed.rows.flatten(1)  # [L, B*T*C]
         out = self.new_rows(*token_ids.shape) if out is None else self._checked(out, numbers)
         if self._together is not None:
-            for table in self._tables.values():
-                table.in_place()  # raises for one whose memory is gone
-            self._together.gather(numbers, out)
+            with ExitStack() as inside:
+                for table in self._tables.values():
+                    inside.enter_context(table.inside())
+                    table.in_place()  # raises for one whose memory is gone
+                self._together.gather(numbers, out)
         else:
             for table, wanted, values in zip(self._tables.values(), numbers, out):
                 table.start(wanted, values).wait()

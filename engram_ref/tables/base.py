@@ -197,6 +197,10 @@ class Table(ABC):
     def trim(self) -> None:  # noqa: B027, most tables have none
         """Give back staging memory; the next fetch makes it anew."""
 
+    def inside(self) -> Any:
+        """To be held by `with` while somebody else reads the table's memory: closing waits for it."""
+        return self._users.here()
+
     def close(self) -> None:
         """Wait for fetches that other threads are starting, and give back everything; again, it does nothing.
 

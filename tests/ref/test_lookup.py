@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -524,3 +525,29 @@ def test_staging_a_step_is_two_launches_into_buffers_that_stay(monkeypatch):
             model(token, past_key_values=cache)
     assert launches[1:] == [["_hash", "_gather_layers"]] * 2  # the first makes the buffers, and an empty history
     assert addresses[1:] == addresses[:-1]
+
+
+def test_a_table_is_not_closed_from_under_a_lookup(plan, monkeypatch):
+    """Closing waits for a lookup in another thread that is reading the tables' memory."""
+    lookup, begun, go_on, closed = lookup_of(plan, True), threading.Event(), threading.Event(), []
+    real = lookup._together.gather
+
+    def gather(*given):
+        begun.set()
+        assert go_on.wait(30)
+        closed.append([table._users.closed for table in lookup._tables.values()])
+        return real(*given)
+
+    monkeypatch.setattr(lookup._together, "gather", gather)
+    reader = threading.Thread(target=lookup, args=(torch.from_numpy(np.ones((1, 3), np.int64)),))
+    reader.start()
+    assert begun.wait(30)
+    table = next(iter(lookup._tables.values()))
+    closing = threading.Thread(target=table.close)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    go_on.set()
+    for thread in (reader, closing):
+        thread.join(30)
+    assert not closing.is_alive() and closed and closed[0][0]
