@@ -18,8 +18,8 @@ from typing import Any
 
 from bench.harness.output import printed_anyway, require_writable_file
 from bench.harness.results import environment, git_commit, write_json
+from bench.harness.stress import line, report
 from engram_ref import cli
-from tests.fuzz.report import line, report
 
 PROG = "fuzz"
 COUNTS = {

@@ -38,8 +38,9 @@ def run(count: int, seed: int) -> dict[str, Any]:
 
         def once(number: int) -> None:
             rows = StoredRows.find(path) if number % 2 else values
-            with make_table("file" if number % 2 else "host", rows) as table:
-                with Prefetcher(hasher, {layer.layer_id: table}) as prefetcher, prefetcher.start(ids) as fetch:
+            placement = "file" if number % 2 else "host"
+            with make_table(placement, rows) as table, Prefetcher(hasher, {layer.layer_id: table}) as prefetcher:
+                with prefetcher.start(ids) as fetch:
                     fetch[layer.layer_id].wait()
 
         for number in range(WARM_UP):

@@ -25,7 +25,7 @@ CLOSE_EVERY = 250  # steps of a thread between two closes
 def run(count: int, seed: int) -> dict[str, Any]:
     """So many steps, half of them in each of two threads that share tables."""
     plan = HashPlan.build(EngramConfig.preset("tiny"), compressed_size=VOCAB, pad_compressed=2)
-    hasher, width = NgramHasher(plan), plan.config.row_width if hasattr(plan, "config") else 8
+    hasher, width = NgramHasher(plan), 8
     generator = torch.Generator().manual_seed(seed)
     values = {layer.layer_id: torch.randn(layer.rows, width, generator=generator) for layer in plan.layers}
     faults: list[str] = []

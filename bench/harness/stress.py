@@ -1,6 +1,6 @@
 """The table of a stress run, as printed and as `docs/stress.md` shows it.
 
-python -m tests.fuzz
+python -m tests.fuzz      (its modules say what each kind does)
 """
 
 from __future__ import annotations
