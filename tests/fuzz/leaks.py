@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engram_ref.config import EngramConfig
@@ -39,9 +40,8 @@ def run(count: int, seed: int) -> dict[str, Any]:
         def once(number: int) -> None:
             rows = StoredRows.find(path) if number % 2 else values
             placement = "file" if number % 2 else "host"
-            with make_table(placement, rows) as table, Prefetcher(hasher, {layer.layer_id: table}) as prefetcher:
-                with prefetcher.start(ids) as fetch:
-                    fetch[layer.layer_id].wait()
+            with make_table(placement, rows) as table:
+                _fetch(Prefetcher(hasher, {layer.layer_id: table}), ids)
 
         for number in range(WARM_UP):
             once(number)
@@ -55,6 +55,12 @@ def run(count: int, seed: int) -> dict[str, Any]:
         if after[name] > before[name] + most
     ]
     return {"cases": count, "faults": faults}
+
+
+def _fetch(prefetcher: Prefetcher, ids: np.ndarray) -> None:
+    with prefetcher, prefetcher.start(ids) as fetch:
+        for pending in fetch.values():
+            pending.wait()
 
 
 def _held() -> dict[str, int]:
