@@ -11,12 +11,13 @@
 #   make mutants    random one-place changes of the exact files, each run against its tests; most of an hour
 #   make ranges  both ends of every stated range of versions, each in an environment of its own (gigabytes)
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
+#   make fuzz    stress: random programs, damaged files, kills, threads, forks, leaks; under ten minutes
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer ranges mutants clean
+.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer ranges mutants fuzz clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -63,6 +64,9 @@ ranges:
 
 mutants: $(VENV)/stamp-fast,plot,ref,test,docs
 	$(BIN)/python -m tests.mutants
+
+fuzz: $(VENV)/stamp-fast,plot,ref,test
+	$(BIN)/python -m tests.fuzz --out bench/results/stress.json
 
 clean:
 	rm -rf $(VENV) .venvs-ranges build site out *.egg-info

@@ -27,6 +27,7 @@ from bench.harness import (
     figures,
     published,
     row_figures,
+    stress,
     sweep_figures,
     wall_figures,
 )
@@ -95,6 +96,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
     **verdict.blocks(Evidence(RESULTS)),
+    "stress": lambda: as_text(load("stress"), stress.report(load("stress"))),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 # Single values in sentences.
