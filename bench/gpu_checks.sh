@@ -131,7 +131,7 @@ if [ "$CALL" = second ]; then
   rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")
   $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
   step 170 hundred_billion $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/hundred_billion" \
-    --backbones $LARGE --batches 64 --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
+    --backbones $LARGE --batches ${BATCHES%% *} --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
     --variants no_engram resident offload_prefetch offload_uva --table_params $HUGE
   exit
 fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -187,8 +188,9 @@ def report() -> str:
     return f"stand-in: {len(RUNTIME.registered)} ranges still registered, {len(RUNTIME.refused)} calls refused"
 
 
+@functools.cache
 def install() -> None:
-    """Once."""
+    """Once, however often it is called."""
     _guard_cuda_as_meta()
     _replace_torch_cuda()
     _replace_in_torch()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(on_stand_in):
     """By check: nothing, or what went wrong; from a process of its own, which the stand-in may change."""
-    command = [sys.executable, "-m", "tests.rehearsal.checks"]
+    command = [*on_stand_in, "-m", "tests.rehearsal.checks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

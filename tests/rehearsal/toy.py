@@ -13,16 +13,19 @@ COPY = 1 << 20
 
 def shrink() -> None:
     """Make bandwidth copies, cache flushes, text and calibration small, and kernel programs large."""
-    from bench import gpu_preflight, gpu_wall
+    from bench import gpu_preflight, gpu_wall, lookup_speed
     from bench.harness import accelerator, end_to_end, end_to_end_flush, steps
-    from engram_ref import kernels
+    from engram_ref import kernels, kernels_hashing
+    from engram_ref.tables import uva
 
     accelerator._BUSY_COPIES, accelerator._BUSY_BYTES = 2, COPY
     gpu_wall.COPY_BYTES, gpu_wall.COPIES, gpu_wall.HOT_TOKENS = COPY, 3, 1 << 12
     end_to_end_flush.FLUSHED = COPY
     gpu_preflight._COPY_BYTES, gpu_preflight._COPIES, gpu_preflight._PINNED = COPY, 3, COPY
+    lookup_speed.COPY_BYTES, lookup_speed.COPIES, lookup_speed.WARM_UP = COPY, 3, 1
     steps.BUS_SECONDS = 0.01
     for module in (gpu_wall, end_to_end):
         module.standard_library = functools.partial(module.standard_library, nbytes=TEXT_BYTES)
     kernels.ROWS_PER_PROGRAM = kernels.SCALED_ROWS_PER_PROGRAM = 512
-    kernels.TOKENS_PER_PROGRAM = 64
+    kernels_hashing.TOKENS_PER_PROGRAM = 64
+    uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
