@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from engram_toy import definitions, stack, tally
+from engram_toy import definitions, floor, stack, tally
 from engram_toy.tracked import Recorder, Tracked
 from engram_toy.wrapping import Unwrapper, Wrapper, leaves
 
@@ -266,5 +266,11 @@ def trace_to_bytedmd(trace: Iterable[int], bytes_per_element: int) -> int:
 
 
 def bytedmd(func: Callable[..., Any], args: Sequence[Any], bytes_per_element: int = 1, definition: str = "lru") -> int:
-    """ByteDMD price of `func(*args)`: the sum over all bytes read of ceil(sqrt(depth of the byte))."""
+    """ByteDMD price of `func(*args)`: the sum over all bytes read of ceil(sqrt(depth of the byte)).
+
+    Under the definition "floor" no read has a depth: the price is what any memory manager must pay at least
+    (`engram_toy.floor`).
+    """
+    if definition == "floor":
+        return floor.floor(*floor.waits(record(func, args).log), bytes_per_element)
     return trace(func, args, definition=definition).cost(bytes_per_element)
