@@ -72,9 +72,11 @@ from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab
+from engram_toy.definitions import DEFINITIONS
 from engram_toy.hashing import NgramHasher
 from engram_toy.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.programs import BOUNDARIES, MODELS
+from engram_toy.stack import check_definition
 
 PROG = "bytedmd_toy"
 SCHEMA_VERSION = 1
@@ -114,7 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="which window of the text, which weights (default: 0)",
     )
-    add("--definition", choices=["lru", "two-stack"], default="lru", help="of ByteDMD (default: lru, one stack)")
+    add("--definition", choices=DEFINITIONS, default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
     add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
     add(
@@ -260,6 +262,8 @@ def main() -> None:
     """The command."""
     options = parse()
     if options.sweep:
+        with cli.one_line_errors(PROG):
+            check_definition(options.definition)  # only these can be laid down anew from one recording
         return run_sweeps(options, PROG, say)
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":

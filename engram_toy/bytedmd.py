@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from engram_toy import stack, tally
+from engram_toy import definitions, floor, stack, tally
 from engram_toy.tracked import Recorder, Tracked
 from engram_toy.wrapping import Unwrapper, Wrapper, leaves
 
@@ -104,8 +104,8 @@ class Recording:
         distances, counting = _engine(compiled)
         return Trace(
             result=self.result,
-            depths=distances.stack_depths(log, definition),
-            kinds=counting.read_kinds(log, definition, self.kind_of_value),
+            depths=distances.depths(log, definition),
+            kinds=counting.read_kinds(log, definitions.reads_like(definition), self.kind_of_value),
             kind_names=self.kind_names,
             instructions=len(log.left),
             escapes=self.escapes,
@@ -139,7 +139,7 @@ def trace(
 
     Args:
         kinds: a name per argument for what its values are ("token", "weight", ...).
-        definition: "lru", one stack; or "two-stack", arguments at fixed depth on a stack of their own.
+        definition: one of `engram_toy.definitions.DEFINITIONS`; "lru" is one stack.
         compiled: find depths with numba, in plain Python, or (None) with numba where it is installed and
             the run is long. The depths are the same.
 
@@ -147,17 +147,17 @@ def trace(
         ValueError: an unknown definition; not one kind per argument, or too many; a result whose work is still to be
             done; values of another run, or used in a second thread.
     """
-    stack.check_definition(definition)
-    return record(func, args, kinds, definition == "two-stack").trace(definition, compiled)
+    definitions.check_definition(definition)
+    return record(func, args, kinds, definition != "lru").trace(definition, compiled)
 
 
 def record(
-    func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str] | None = None, two_stack: bool = True
+    func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str] | None = None, fixed_depths: bool = True
 ) -> Recording:
     """Run `func(*args)` once on tracked values and keep its log, unpriced; arguments as for `trace`.
 
     Args:
-        two_stack: note the arguments' depths, which the definition of that name needs.
+        fixed_depths: note the arguments' depths, which every definition but "lru" needs.
     """
     kinds = ["argument"] * len(args) if kinds is None else kinds
     if len(kinds) != len(args):
@@ -166,13 +166,13 @@ def record(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _record(func, args, kinds, two_stack)
+        return _record(func, args, kinds, fixed_depths)
     finally:
         if collecting:
             gc.enable()
 
 
-def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str], two_stack: bool) -> Recording:
+def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str], fixed_depths: bool) -> Recording:
     recorder = Recorder()
     wrapper = Wrapper(recorder)
     wrapped: list[Any] = []
@@ -181,7 +181,7 @@ def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str],
         before = wrapper.inputs
         wrapped.insert(0, wrapper.wrap(argument))
         sizes.insert(0, wrapper.inputs - before)
-    argument_depth = _argument_depth(wrapped, wrapper.inputs) if two_stack else None
+    argument_depth = _argument_depth(wrapped, wrapper.inputs) if fixed_depths else None
     recorder.start(wrapper.inputs)
     parts: list[Any] = []
     try:
@@ -195,14 +195,15 @@ def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str],
     result = unwrap(returned)
     ids = [part.id for part in parts if isinstance(part, Tracked)]
     live = list(dict.fromkeys(ids))
-    log = stack.Log(wrapper.inputs, recorder.left, recorder.right, recorder.third, live, argument_depth)
+    columns = (recorder.left, recorder.right, recorder.third)
+    log = stack.Log(wrapper.inputs, *columns, live, argument_depth, recorder.unstored)
     numbered = list(zip(reversed(kinds), reversed(sizes)))  # in the order of the values' numbers
     names, codes = _kind_codes(kinds, numbered, recorder.labels, len(log.left))
     return Recording(result, log, codes, names, tuple(sizes), dict(recorder.escapes), len(parts) - len(ids))
 
 
 def _argument_depth(arguments: list[Any], inputs: int) -> array[int]:
-    """Position of every input in the flattened arguments, from 1: its depth in the two-stack definition."""
+    """Position of every input in the flattened arguments, from 1: its depth, where that is fixed."""
     position = array("i", bytes(4 * inputs))
     depth = 0
     for leaf in leaves(arguments):
@@ -229,7 +230,7 @@ def _kind_codes(
 def _engine(compiled: bool) -> tuple[Any, Any]:
     """The modules that find depths and count reads: plain Python, or numba and numpy."""
     if not compiled:
-        return stack, tally
+        return definitions, tally
     engine = _compiled_engine()
     if engine is None:
         raise ValueError("compiled=True, but numba cannot be used here: repair it, or leave `compiled` out")
@@ -240,14 +241,14 @@ def _engine(compiled: bool) -> tuple[Any, Any]:
 def _compiled_engine() -> tuple[Any, Any] | None:
     """The compiled modules, loaded only here; None, with a warning, where they cannot be."""
     try:
-        from engram_toy.fast import stack as fast_stack
+        from engram_toy.fast import definitions as fast_definitions
         from engram_toy.fast import tally as fast_tally
     # What a broken installation raises: numpy too new or too old for numba, libraries of LLVM missing or foreign.
     except (ImportError, OSError, AttributeError, RuntimeError, SystemError, ValueError) as error:
         cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         warnings.warn(f"numba is not used, plain Python prices the run more slowly ({cause})", stacklevel=2)
         return None
-    return fast_stack, fast_tally
+    return fast_definitions, fast_tally
 
 
 def traced_eval(func: Callable[..., Any], args: Sequence[Any], definition: str = "lru") -> tuple[list[int], Any]:
@@ -265,5 +266,11 @@ def trace_to_bytedmd(trace: Iterable[int], bytes_per_element: int) -> int:
 
 
 def bytedmd(func: Callable[..., Any], args: Sequence[Any], bytes_per_element: int = 1, definition: str = "lru") -> int:
-    """ByteDMD price of `func(*args)`: the sum over all bytes read of ceil(sqrt(depth of the byte))."""
+    """ByteDMD price of `func(*args)`: the sum over all bytes read of ceil(sqrt(depth of the byte)).
+
+    Under the definition "floor" no read has a depth: the price is what any memory manager must pay at least
+    (`engram_toy.floor`).
+    """
+    if definition == "floor":
+        return floor.floor(*floor.waits(record(func, args).log), bytes_per_element)
     return trace(func, args, definition=definition).cost(bytes_per_element)

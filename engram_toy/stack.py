@@ -42,7 +42,8 @@ class Log:
     right: array[int]
     third: dict[int, int] = field(default_factory=dict)
     returned: list[int] = field(default_factory=list)  # distinct; live to the end
-    argument_depth: array[int] | None = None  # two-stack only: the fixed depth of every input
+    argument_depth: array[int] | None = None  # the fixed depth of every input; "lru" needs none
+    unstored: array[int] = field(default_factory=lambda: array("i"))  # numbers whose instructions store nothing
 
 
 def stack_depths(log: Log, definition: str = "lru") -> array[int]:
@@ -55,15 +56,15 @@ def stack_depths(log: Log, definition: str = "lru") -> array[int]:
     """
     check_log(log, definition)
     argument_depth = log.argument_depth if definition == "two-stack" else None
-    last = _last_reads(log)
+    last = last_reads(log)
     slot_of = array("q", [-1]) * len(last)
-    timeline = _Timeline(log.inputs + 3 * len(log.left) + len(log.third))
+    timeline = Timeline(log.inputs + 3 * len(log.left) + len(log.third))
     if argument_depth is None:
         for value in range(log.inputs):
             if last[value] >= 0:
                 slot_of[value] = timeline.next
                 timeline.next += 1
-    depths = _replay(log, argument_depth, last, slot_of, timeline)
+    depths = replay(log, argument_depth, last, slot_of, timeline)
     if argument_depth is not None:
         depths.extend(_depths_now(log.returned, argument_depth, slot_of, timeline))
     return depths
@@ -94,7 +95,7 @@ def check_log(log: Log, definition: str) -> None:
 
 def _check_argument_depth(log: Log) -> None:
     if log.argument_depth is None:
-        raise ValueError('argument_depth is None: the definition "two-stack" needs the depth of every input')
+        raise ValueError('argument_depth is None: give the depth of every input, or price "lru"')
     if len(log.argument_depth) != log.inputs:
         raise ValueError(f"argument_depth has {len(log.argument_depth)} entries: give one per input, {log.inputs}")
     if min(log.argument_depth, default=1) < 1:
@@ -124,7 +125,7 @@ def read_values(log: Log, definition: str = "lru") -> array[int]:
     return values
 
 
-def _last_reads(log: Log) -> array[int]:
+def last_reads(log: Log) -> array[int]:
     """Return for every value the instruction of its last read: -1 if never read, beyond the last if returned."""
     # The entry too many stands at index -1, where absent operands write; it has no slot, so nothing reads it.
     last = array("i", [-1]) * (log.inputs + len(log.left) + 1)
@@ -145,7 +146,7 @@ def _last_reads(log: Log) -> array[int]:
     return last
 
 
-class _Timeline:
+class Timeline:
     """The time axis: which slots still hold the latest touch of a live value.
 
     All slots exist from the start and count as taken, so that taking one costs nothing; only giving one up
@@ -197,8 +198,8 @@ class _Timeline:
         self.blocks[block] -= 1
 
 
-def _replay(
-    log: Log, argument_depth: Sequence[int] | None, last: array[int], slot_of: array[int], timeline: _Timeline
+def replay(
+    log: Log, argument_depth: Sequence[int] | None, last: array[int], slot_of: array[int], timeline: Timeline
 ) -> array[int]:
     """Price every instruction of the log.
 
@@ -288,7 +289,7 @@ def _step(
     argument_depth: Sequence[int] | None,
     last: array[int],
     slot_of: array[int],
-    timeline: _Timeline,
+    timeline: Timeline,
 ) -> list[int]:
     """One instruction with any number of operands: return their depths and move them to the top."""
     operands = [v for v in (log.left[k], log.right[k], log.third.get(k, -1)) if v >= 0]
@@ -310,7 +311,7 @@ def _first_read(value: int, argument_depth: Sequence[int] | None, k: int) -> int
 
 
 def _depths_now(
-    values: Iterable[int], argument_depth: Sequence[int], slot_of: array[int], timeline: _Timeline
+    values: Iterable[int], argument_depth: Sequence[int], slot_of: array[int], timeline: Timeline
 ) -> list[int]:
     """The depths of live values when nothing moves: what one last instruction reading them all is charged."""
     return [argument_depth[v] if slot_of[v] < 0 else timeline.depth(slot_of[v]) for v in values]

@@ -101,6 +101,7 @@ class Recorder:
 
     Attributes:
         left, right, third: operands, as in `engram_toy.stack.Log`; call `flush` before reading them.
+        unstored: numbers that stand for nothing, as in `engram_toy.stack.Log`.
         labels: kinds given to values by hand, by number.
         escapes: how often a value left the tracer, by conversion.
         owned: whether the calling thread may log.
@@ -112,6 +113,7 @@ class Recorder:
         self.left = array("i")
         self.right = array("i")
         self.third: dict[int, int] = {}
+        self.unstored = array("i")
         self.labels: dict[int, str] = {}
         self.escapes: Counter[str] = Counter()
         # Appending to a list is three times cheaper than to an array. Numbers are handed out in blocks, and
@@ -229,6 +231,7 @@ class Recorder:
     def _store(self, result: Any, id: int) -> Any:
         """Wrap a result; the parts of a tuple, list or array are stored one after the other."""
         if isinstance(result, Tracked):
+            self.unstored.append(id)
             return result
         if not isinstance(result, (tuple, list)) and not is_array(result):
             return self.watch(result, id)
@@ -237,6 +240,7 @@ class Recorder:
             parts.append(self._store(part, id))
             self._read()
             id = self.next_id()
+        self.unstored.append(id)  # one more than there are parts
         if is_array(result):
             from engram_toy.fast.arrays import tracked_array
 
@@ -321,6 +325,7 @@ def _reflected(recorder: Recorder, compute: Callable[..., Any]) -> Any:
 def _conversion(recorder: Recorder, name: str, convert: Callable[[Any], Any]) -> Any:
     left, right, next_id = recorder.recent_left.append, recorder.recent_right.append, recorder.next_id
     escapes, owned, refuse = recorder.escapes, recorder.owned, recorder.refuse
+    unstored = recorder.unstored.append
 
     def leave(self: Tracked) -> Any:
         if not owned():
@@ -328,7 +333,7 @@ def _conversion(recorder: Recorder, name: str, convert: Callable[[Any], Any]) ->
         result = convert(self.value)
         left(self.id)
         right(-1)
-        next_id()  # the result leaves the tracer, so what is stored here is never read: it occupies nothing
+        unstored(next_id())  # the result leaves the tracer: nothing is stored
         escapes[name] += 1
         return result
 

@@ -16,6 +16,10 @@ A model around the table reads its weights once a step. Between two steps they a
 `between_steps` bytes are added to the depth of a row whose last read was in another step, or that was never read. A
 table that starts `on_top` of those weights is spared them in the first step, and only there (also those that the step
 reads before it comes to the table: such a table is priced from below).
+
+That is the definition "lru". Under the others of `engram_toy.definitions` a row's first read is charged its address,
+its place in the `Start` from the top; under "stationary" every read is. Each instruction reads one row and none is
+returned, so "two-stack" and "live" are one here. `engram_toy.fast.floor` has the bound under all managers.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engram_toy.definitions import check_definition
 from engram_toy.fast.compiling import compiled
+from engram_toy.fast.definitions import find
 from engram_toy.fast.links import RowReads
 from engram_toy.fast.timeline import axis_of, count_from, full_axis, give_up, settle
 
@@ -114,6 +120,7 @@ def price_rows(
     between_steps: int = 0,
     on_top: bool = False,
     keep_depths: bool = False,
+    definition: str = "lru",
 ) -> Priced:
     """Price a stream of row reads.
 
@@ -123,15 +130,26 @@ def price_rows(
         between_steps: bytes read between two steps and live throughout; above every row that was not read since.
         on_top: the table starts above those bytes; else below them.
         keep_depths: return the depth of every read, too.
+        definition: one of `engram_toy.definitions.DEFINITIONS`.
 
     Raises:
-        ValueError: fewer than one byte a row, or a stack deeper than 2^41 bytes.
+        ValueError: fewer than one byte a row, a stack deeper than 2^41 bytes, an unknown definition, or steps that read
+            something in between under "opt", where the depth of a row depends on when that is read.
     """
+    check_definition(definition)
     deepest = reads.table_rows * row_bytes + between_steps
     if row_bytes < 1 or between_steps < 0 or deepest > MOST_BYTES:
         raise ValueError(f"a stack of {deepest:,} bytes, {row_bytes} a row: give 1 byte or more, up to 2^41 in all")
     count = len(reads.links)
-    if begin.held:
+    if definition == "opt" and between_steps and reads.step_reads < count:
+        raise ValueError(f'{between_steps:,} bytes between steps under "opt": leave them out, or take one step')
+    place = addresses(begin) if definition != "lru" else np.empty(0, np.int64)
+    known = np.empty(0, np.int64)
+    if definition == "stationary":
+        known = _row_of_each(reads.links, place)
+    elif definition == "opt":
+        known = _fullest_waits(reads.links, place, *full_axis(count))
+    if begin.held if definition == "lru" else definition == "classic":
         words, above = full_axis(count)
         ahead = 64 * len(words)
     else:
@@ -142,10 +160,46 @@ def price_rows(
     tallies = np.zeros((2, BINS), np.int64), np.zeros((2, BINS), np.int64)
     depths = np.empty(count if keep_depths else 0, np.int64)
     by_value = _price(
-        reads.links, begin.rank, begin.buried, words, above, ahead, untouched, untouched_above,
-        reads.step_reads, row_bytes, between_steps, on_top, *tallies, steps, depths,
+        reads.links, begin.rank, begin.buried, place, known, words, above, ahead, untouched, untouched_above,
+        reads.step_reads, row_bytes, between_steps, on_top, *tallies, steps, depths, definition == "stationary",
     )  # fmt: skip
     return Priced(sum(steps.tolist()), by_value, *tallies, steps, depths)
+
+
+def addresses(begin: Start) -> np.ndarray:
+    """Place of each distinct row from the top of a start, int64 from 1: its address where arguments have one."""
+    return begin.buried + len(begin.rank) - begin.rank
+
+
+@compiled()
+def _row_of_each(links, address):
+    """The address of every read's row."""
+    found = np.empty(len(links), np.int64)
+    for read in range(len(links)):
+        found[read] = address[-1 - links[read]] if links[read] < 0 else found[links[read]]
+    return found
+
+
+@compiled()
+def _fullest_waits(links, address, words, above):
+    """The depths of `engram_toy.definitions._fullest_waits`, where every moment is the read of an argument."""
+    again = np.cumsum(links >= 0)  # marks made up to and with each read
+    nearest = np.arange(len(links) + 1).astype(np.int32)
+    found, marks = np.empty(len(links), np.int64), 0
+    for read in range(len(links)):
+        link = links[read]
+        if link < 0:
+            found[read] = address[-1 - link]
+            continue
+        found[read] = 1
+        if again[link + 1] < marks:
+            found[read] += count_from(words, above, again[link + 1]) - (64 * len(words) - marks)
+        mark = find(nearest, again[link])
+        if mark:
+            give_up(words, above, mark - 1)
+            nearest[mark] = mark - 1
+        marks += 1
+    return found
 
 
 @compiled()
@@ -159,7 +213,7 @@ def _read_again(links):
 
 
 @compiled()
-def _cumulative_price(n):
+def cumulative_price(n):
     """Sum of ceil(sqrt(i)) over i = 1 .. n; `engram_toy.stack.cumulative_price`."""
     m = _ceil_root(n)
     return m * (6 * n - 2 * m * m + 3 * m - 1) // 6
@@ -188,10 +242,11 @@ def _bin(n):
 
 @compiled(nogil=True)
 def _price(
-    links, rank, buried, words, above, ahead, untouched, untouched_above,
-    step_reads, row_bytes, between_steps, on_top, reads, cost, steps, depths,
+    links, rank, buried, address, known, words, above, ahead, untouched, untouched_above,
+    step_reads, row_bytes, between_steps, on_top, reads, cost, steps, depths, fixed,
 ):  # fmt: skip
-    """Price every read into the tallies. `ahead` counts the taken slots from the read in hand on, which is to come.
+    """Price every read into the tallies. `address`, of each distinct row, and `known`, the depth of each read in rows,
+    are empty where the stack says them. `ahead` counts the taken slots from the read in hand on, which is to come.
 
     A slot of the time axis is a read. From the start a slot counts as taken if its row stays on the stack after that
     read: then nothing has to be written when it comes, and only leaving is. The heads of an n-gram that is seen again
@@ -207,7 +262,10 @@ def _price(
         link = links[read]
         if link < 0:
             place = -1 - link
-            rows = live + buried[place] + count_from(untouched, untouched_above, rank[place])
+            if len(address):
+                rows = address[place]
+            else:
+                rows = live + buried[place] + count_from(untouched, untouched_above, rank[place])
             give_up(untouched, untouched_above, rank[place])
         else:
             if link == run + 1:
@@ -222,16 +280,24 @@ def _price(
             words[word] ^= one << np.uint64(link & 63)
             run, given_up, live = link, given_up + 1, live - 1
             rows = taken - ahead
+        if len(known):
+            rows = known[read]
         stays = np.int64((words[read >> 6] >> np.uint64(read & 63)) & one)
         live, ahead = live + stays, ahead - stays
         deepest = rows * row_bytes
-        if link < step_begins and not (on_top and step == 0):
+        if len(known):  # fixed places, or a single step
+            below = not on_top and (link < 0 or fixed)
+        elif len(address) and link < 0:
+            below = not on_top
+        else:
+            below = link < step_begins and not (on_top and step == 0)
+        if below:
             deepest += between_steps
         root = _ceil_root(deepest)
         price = row_bytes * root
         by_value += price
         if (root - 1) * (root - 1) > deepest - row_bytes:  # the bytes of the row do not all cost the same
-            price = _cumulative_price(deepest) - _cumulative_price(deepest - row_bytes)
+            price = cumulative_price(deepest) - cumulative_price(deepest - row_bytes)
         steps[step] += price
         later, b = np.int64(link >= 0), _bin(deepest)
         reads[later, b] += 1

@@ -8,6 +8,7 @@ number of taken slots from one slot up. A million touches need 200 kB; nothing i
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from engram_toy.stack import Log, check_log, unfit_returned, unstored_operand
 
 _AHEAD = 16  # instructions; with millions of live values, waiting for memory is half of the time
 # What becomes of the values of an instruction, one bit each.
-_LEFT_DIES, _RIGHT_DIES, _THIRD_DIES, _RESULT_LIVES = 1, 2, 4, 8
+LEFT_DIES, _RIGHT_DIES, _THIRD_DIES, RESULT_LIVES = 1, 2, 4, 8
 
 
 def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
@@ -44,7 +45,7 @@ _prefetch: Any = intrinsic(_fetch_soon)
 
 
 @compiled()
-def _fates(inputs, left, right, third, needed, fate):
+def fates(inputs, left, right, third, needed, fate):
     """Walk back from the end: mark in `fate` who dies and lives where, and in `needed` who is ever read.
 
     Returns an instruction that reads a value not stored yet, or -1.
@@ -53,9 +54,9 @@ def _fates(inputs, left, right, third, needed, fate):
         a, b, c = left[k], right[k], third[k] if len(third) else -1
         if max(a, b, c) >= inputs + k:
             return k
-        fate[k] = _RESULT_LIVES * needed[inputs + k]
+        fate[k] = RESULT_LIVES * needed[inputs + k]
         if a >= 0 and not needed[a]:
-            fate[k] |= _LEFT_DIES
+            fate[k] |= LEFT_DIES
             needed[a] = True
         if b >= 0 and not needed[b]:
             fate[k] |= _RIGHT_DIES
@@ -84,7 +85,7 @@ def _move(value, dies, slot_of, words, above, new):
 
 
 @compiled()
-def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths):
+def replay(inputs, left, right, third, fate, argument_depth, slot_of, words, above, new, depths):
     """Price every instruction into `depths`; return how many reads there were, and the next slot."""
     reads = 0
     slots = 64 * len(words)
@@ -104,12 +105,12 @@ def _replay(inputs, left, right, third, fate, argument_depth, slot_of, words, ab
             depths[reads] = _price(c, argument_depth, slot_of, words, above, untaken)
             reads += 1
         if a >= 0:
-            new = _move(a, fate[k] & _LEFT_DIES, slot_of, words, above, new)
+            new = _move(a, fate[k] & LEFT_DIES, slot_of, words, above, new)
         if b >= 0 and b != a:
             new = _move(b, fate[k] & _RIGHT_DIES, slot_of, words, above, new)
         if c >= 0 and c != a and c != b:
             new = _move(c, fate[k] & _THIRD_DIES, slot_of, words, above, new)
-        if fate[k] & _RESULT_LIVES:
+        if fate[k] & RESULT_LIVES:
             slot_of[inputs + k] = new
             new += 1
     return reads, new
@@ -122,7 +123,7 @@ def _depths_now(values, argument_depth, slot_of, words, above, new, depths):
         depths[i] = _price(values[i], argument_depth, slot_of, words, above, 64 * len(words) - new)
 
 
-def _third_column(log: Log) -> np.ndarray:
+def third_column(log: Log) -> np.ndarray:
     """The third operands as a column, empty if there are none."""
     third = np.full(len(log.left) if log.third else 0, -1, np.int32)
     for k, value in log.third.items():
@@ -130,7 +131,7 @@ def _third_column(log: Log) -> np.ndarray:
     return third
 
 
-def _returned_column(log: Log) -> np.ndarray:
+def returned_column(log: Log) -> np.ndarray:
     # By way of an array: twice as fast as numpy on a long list.
     return np.asarray(array("i", log.returned), np.int32)
 
@@ -142,9 +143,8 @@ def stack_depths(log: Log, definition: str = "lru") -> array[int]:
     """
     check_log(log, definition)
     two_stack = definition == "two-stack"
-    left, right, third = np.asarray(log.left, np.int32), np.asarray(log.right, np.int32), _third_column(log)
-    returned = _returned_column(log)
-    argument_depth = np.asarray(log.argument_depth if two_stack else (), np.int32)
+    left, right, third = np.asarray(log.left, np.int32), np.asarray(log.right, np.int32), third_column(log)
+    returned = returned_column(log)
 
     needed = np.zeros(log.inputs + len(left), np.bool_)
     if len(returned) and not 0 <= returned.min() <= returned.max() < len(needed):
@@ -153,18 +153,26 @@ def stack_depths(log: Log, definition: str = "lru") -> array[int]:
     if needed.sum() != len(returned):
         raise unfit_returned(log)
     fate = np.zeros(len(left), np.uint8)
-    early = _fates(log.inputs, left, right, third, needed, fate)
+    early = fates(log.inputs, left, right, third, needed, fate)
     if early >= 0:
         raise unstored_operand(early)
 
+    live = np.flatnonzero(needed[: log.inputs]) if not two_stack else np.empty(0, np.int64)
+    return replayed(log, fate, live, two_stack)
+
+
+def replayed(log: Log, fate: np.ndarray, live: Sequence[int] | np.ndarray = (), two_stack: bool = True) -> array[int]:
+    """The depths of a checked log, whose values meet these fates; `live` inputs are on the stack from the start."""
+    left, right, third = np.asarray(log.left, np.int32), np.asarray(log.right, np.int32), third_column(log)
+    returned = returned_column(log)
+    argument_depth = np.asarray(log.argument_depth if two_stack else (), np.int32)
     slots = log.inputs + 3 * len(left) + len(log.third)
     words, above = full_axis(slots)
-    slot_of = np.full(len(needed), -1, np.int32 if slots < 2**31 else np.int64)
-    live = np.flatnonzero(needed[: log.inputs]) if not two_stack else np.empty(0, np.int64)
-    slot_of[live] = np.arange(len(live))
+    slot_of = np.full(log.inputs + len(left), -1, np.int32 if slots < 2**31 else np.int64)
+    slot_of[np.asarray(live, np.int64)] = np.arange(len(live))
     depths = np.empty(2 * len(left) + len(log.third) + two_stack * len(returned), np.int32)
     columns = (log.inputs, left, right, third, fate, argument_depth)
-    reads, new = _replay(*columns, slot_of, words, above, len(live), depths)
+    reads, new = replay(*columns, slot_of, words, above, len(live), depths)
     if two_stack:
         _depths_now(returned, argument_depth, slot_of, words, above, new, depths[reads:])
         reads += len(returned)

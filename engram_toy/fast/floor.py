@@ -1,0 +1,162 @@
+"""The bound under all memory managers, compiled: what `engram_toy.floor` finds, and the same for rows of a table.
+
+    misses(intervals, capacity), floor(first_addresses, intervals), bracket(first_addresses, intervals)
+    row_floor(reads, start(reads, held=True), row_bytes=264)      # (low, high), within 1 %
+
+Where places fell free is a set of whole numbers, and what is asked is its largest member up to some number: one bit for
+each, and five levels of words over them that say which words below hold any. Most questions end in the first word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from engram_toy import floor as plain
+from engram_toy.fast.compiling import compiled
+from engram_toy.fast.links import RowReads
+from engram_toy.fast.rows import MOST_BYTES, Start, addresses, cumulative_price
+from engram_toy.floor import Interval, check_capacity, enclose
+from engram_toy.stack import read_price
+
+
+def misses(intervals: Iterable[Interval], capacity: int) -> int:
+    """See `engram_toy.floor.misses`, which it equals; an array [N, 2] will do."""
+    check_capacity(capacity)
+    return _missed(_ends_before(intervals), capacity)
+
+
+def floor(first_addresses: Iterable[int], intervals: Iterable[Interval], bytes_per_element: int = 1) -> int:
+    """See `engram_toy.floor.floor`, which it equals; `intervals` may be an array [N, 2]."""
+    return bracket(first_addresses, intervals, bytes_per_element, within=0)[0]
+
+
+def bracket(
+    first_addresses: Iterable[int], intervals: Iterable[Interval], bytes_per_element: int = 1, within: float = 0.01
+) -> tuple[int, int]:
+    """See `engram_toy.floor.bracket`, which it equals; `intervals` may be an array [N, 2]."""
+    ends = _ends_before(intervals)
+    first = sum(read_price(int(address), bytes_per_element) for address in first_addresses)
+    return enclose(lambda capacity: _missed(ends, capacity), len(ends), first, bytes_per_element, within)
+
+
+def row_floor(reads: RowReads, begin: Start, row_bytes: int, padding: int = 0, within: float = 0.01) -> tuple[int, int]:
+    """The bound for a stream of row reads, between two numbers; the lower one is a bound itself.
+
+    Args:
+        begin: where the rows lie before the first read; a row's address is its place from the top.
+        row_bytes: of one row.
+        padding: bytes above all rows at the start.
+        within: the share of the lower number by which the upper may exceed it.
+
+    Raises:
+        ValueError: less than one byte a row, or addresses beyond 2^41.
+    """
+    deepest = reads.table_rows * row_bytes + padding
+    if row_bytes < 1 or padding < 0 or deepest > MOST_BYTES:
+        raise ValueError(
+            f"addresses up to {deepest:,}, {row_bytes} bytes a row: give 1 byte or more, up to 2^41 in all"
+        )
+    again = np.cumsum(reads.links >= 0, dtype=np.int32)
+    ends = again[reads.links[reads.links >= 0]]
+    first = _first_prices(addresses(begin), row_bytes, padding)
+    return enclose(lambda capacity: _missed(ends, capacity), len(ends), int(first), row_bytes, within)
+
+
+def _ends_before(intervals: Iterable[Interval]) -> np.ndarray:
+    """See `engram_toy.floor._ends_before`."""
+    pairs = intervals if isinstance(intervals, np.ndarray) else np.array(list(intervals))
+    begins, ends = pairs.reshape(-1, 2).T
+    if (begins > ends).any():
+        return np.array(plain._ends_before(pairs.tolist()))  # raises
+    order = np.lexsort((begins, ends))
+    before = np.searchsorted(ends[order], begins[order], side="right")
+    return np.minimum(before, np.arange(len(before)))
+
+
+def _missed(ends_before: np.ndarray, capacity: int) -> int:
+    sizes = [len(ends_before) // 64 + 1]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 64 + 1)
+    starts = np.cumsum([0, *sizes[:-1]])
+    return _keep(ends_before, capacity, np.zeros(sum(sizes), np.uint64), starts)
+
+
+def _leading_zeros(typing_context: Any, word: Any) -> Any:
+    """The processor's own count of the zeros above the highest set bit of a 64-bit word."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+leading_zeros: Any = intrinsic(_leading_zeros)
+
+
+@compiled(nogil=True)
+def _keep(ends_before, capacity, bits, starts):
+    """See `engram_toy.floor._misses`."""
+    unused, missed = capacity, 0
+    for number in range(len(ends_before)):
+        free = _last(bits, starts, np.int64(ends_before[number]) - 1)
+        if free >= 0:
+            _remove(bits, starts, free)
+        elif unused > 0:
+            unused -= 1
+        else:
+            missed += 1
+            continue
+        _add(bits, starts, number)
+    return missed
+
+
+@compiled()
+def _last(bits, starts, place):
+    """The largest member up to `place`, or -1."""
+    for level in range(len(starts)):
+        if place < 0:
+            return -1
+        word = bits[starts[level] + (place >> 6)] << np.uint64(63 - (place & 63))
+        if word:
+            place -= np.int64(leading_zeros(word))
+            for below in range(level - 1, -1, -1):
+                place = 64 * place + 63 - np.int64(leading_zeros(bits[starts[below] + place]))
+            return place
+        place = (place >> 6) - 1
+    return -1
+
+
+@compiled()
+def _add(bits, starts, place):
+    for start in starts:
+        word = bits[start + (place >> 6)]
+        bits[start + (place >> 6)] = word | np.uint64(1) << np.uint64(place & 63)
+        if word:
+            return
+        place >>= 6
+
+
+@compiled()
+def _remove(bits, starts, place):
+    for start in starts:
+        word = bits[start + (place >> 6)] ^ np.uint64(1) << np.uint64(place & 63)
+        bits[start + (place >> 6)] = word
+        if word:
+            return
+        place >>= 6
+
+
+@compiled()
+def _first_prices(place, row_bytes, padding):
+    """Price of reading each row once where it starts."""
+    total = 0
+    for address in place:
+        deepest = padding + address * row_bytes
+        total += cumulative_price(deepest) - cumulative_price(deepest - row_bytes)
+    return total
