@@ -58,7 +58,7 @@ bench-layer: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json
 
 ranges:
-	$(PYTHON) tests/ranges.py $(ENDS) $(foreach pin,$(PINS),--pin $(pin))
+	$(PYTHON) tests/ranges.py $(ENDS) $(if $(TORCH),--torch $(TORCH))
 
 clean:
 	rm -rf $(VENV) .venvs-ranges build site out *.egg-info
