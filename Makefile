@@ -8,7 +8,7 @@
 #   make speed   the benchmarks of hashing, of pricing, and of pricing rows at production scale
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
-#   make ranges  both ends of every stated range of versions, each in an environment of its own (gigabytes)
+#   make ranges  both ends of every stated range of versions, each in an environment of its own (gigabytes); ENDS=newest: one
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 
 PYTHON ?= python3
