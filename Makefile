@@ -9,7 +9,7 @@
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
 #   make mutants    random one-place changes of the exact files, each run against its tests; most of an hour
-#   make ranges  both ends of every stated range of versions, each in an environment of its own (gigabytes)
+#   make ranges  both ends of the stated ranges of versions, each in an environment of its own; ENDS=newest: one
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 #   make fuzz    stress: random programs, damaged files, kills, threads, forks, leaks; under ten minutes
 
@@ -60,7 +60,7 @@ bench-layer: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json
 
 ranges:
-	$(PYTHON) tests/ranges.py $(ENDS) $(foreach pin,$(PINS),--pin $(pin))
+	$(PYTHON) tests/ranges.py $(ENDS) $(if $(TORCH),--torch $(TORCH))
 
 mutants: $(VENV)/stamp-fast,plot,ref,test,docs
 	$(BIN)/python -m tests.mutants

@@ -277,6 +277,10 @@ def test_an_emptied_cache_takes_another_batch(model, attached, ids):
     cache = DynamicCache()
     model(ids, past_key_values=cache)
     cache.reset()
+    if cache.get_seq_length():  # transformers 5.17 fills it with zeros and keeps its length
+        with pytest.raises(ValueError, match="begin with a new cache"):
+            model(ids[:1], past_key_values=cache)
+        return
     assert torch.equal(model(ids[:1], past_key_values=cache).logits, model(ids[:1]).logits)
 
 
