@@ -65,7 +65,9 @@ def damaged(chance: random.Random) -> bytes:
         at = chance.randrange(len(text))
         text[at : at + chance.randint(0, 2)] = chance.choice((b"", b"{", b"]", b"9" * 1500, b"\xff", b"[" * 5000, b'"'))
     length = (
-        len(text) if "length" not in kinds else chance.choice((0, len(text) - 1, len(text) + 1, 1 << 40, 2**64 - 1))
+        len(text)
+        if "length" not in kinds
+        else chance.choice((0, max(0, len(text) - 1), len(text) + 1, 1 << 40, 2**64 - 1))
     )
     content = length.to_bytes(8, "little") + bytes(text) + bytes(end)
     return content[: chance.randrange(len(content) + 1)] if "cut" in kinds else content

@@ -9,7 +9,7 @@ import importlib
 
 import pytest
 
-SHARES = {"programs": 60, "headers": 600, "folders": 40, "prefetch": 200, "forks": 8, "leaks": 60, "kills": 1}
+SHARES = {"programs": 60, "headers": 600, "folders": 15, "prefetch": 200, "forks": 8, "leaks": 60, "kills": 1}
 
 
 @pytest.mark.parametrize("kind", SHARES)
