@@ -74,7 +74,8 @@ def run(end: str, wanted: list[str]) -> bool:
         def call(*command: str) -> bool:
             return subprocess.run([str(python), "-m", *command], cwd=ROOT, stdout=output, stderr=output).returncode == 0
 
-        if not call("pip", "install", "--upgrade", "--upgrade-strategy=eager", "--no-input", *wanted):
+        newer = ("--upgrade",) if end == "newest" else ()  # exact versions that are there need no look into the index
+        if not call("pip", "install", "--no-input", *newer, *wanted):
             print(f"{end}: cannot be installed: see {log.relative_to(ROOT)}", flush=True)
             return False
         installed = time.monotonic()
