@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = ("bench/bytedmd_toy.py", "--quick", "--sweep", "padding", "--model", "engram", "--text", "docs/log.md", "--seq_len", "16", "--jobs", "1", "--out")
+COMMAND = (
+    "bench/bytedmd_toy.py", "--quick", "--sweep", "padding", "--model", "engram", "--text", "docs/log.md",
+    "--seq_len", "16", "--jobs", "1", "--out",
+)  # fmt: skip
 RESULTS = "sweeps.json"
 LIMIT = 300  # seconds for one run
 KILLS_OF_A_RUN = 5  # then it is let finish, and the next begins
