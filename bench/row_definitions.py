@@ -60,7 +60,7 @@ def report(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--tokens", type=cli.at_least(1), nargs="+", default=[10**5], help="default: 10^5")
+    parser.add_argument("--tokens", type=cli.at_least(1, 1 << 25), nargs="+", default=[10**5], help="default: 10^5")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write prices and environment here")
     options = parser.parse_args()
     with cli.one_line_errors(PROG):

@@ -107,7 +107,8 @@ def _fixed_places(events: Log) -> array[int]:
     """The place of every value that is read: an argument's own, or the lowest that is free when a value is stored."""
     last = stack.last_reads(events)
     place = array("i", events.argument_depth or ()) + array("i", [0]) * len(events.left)
-    depths, free, places = array("i"), [], 0
+    free: list[int] = []
+    depths, places = array("i"), 0
     for k, value in enumerate(events.left):
         if value >= 0:
             depths.append(place[value])

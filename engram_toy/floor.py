@@ -27,6 +27,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from math import isqrt
 
 from engram_toy.definitions import find, single_reads
@@ -122,7 +123,7 @@ def enclose(
     roots = [1]
     while missed(roots[-1]):
         roots.append(2 * roots[-1])
-    gaps = [open_between(*pair) for pair in zip(roots, roots[1:])]
+    gaps = [open_between(*pair) for pair in pairwise(roots)]
     heapify(gaps)
     low = first + bytes_per_element * reuses + missed(1)
     low += sum((right - left) * missed(right) for _, left, right in gaps)

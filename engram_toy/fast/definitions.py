@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 from heapq import heappop, heappush
+from typing import Any
 
 import numpy as np
 
@@ -59,10 +60,8 @@ def single_reads(log: Log) -> Log:
     dropped = np.full(len(left), True)
     dropped[end] = False
     dropped[number[np.asarray(log.unstored, np.int64)] - inputs] = True
-    return replace(
-        log, left=left, right=np.full(len(left), -1, np.int32), third={}, returned=[],
-        unstored=(inputs + np.flatnonzero(dropped)).astype(np.int32),
-    )  # fmt: skip
+    columns: dict[str, Any] = {"left": left, "right": np.full(len(left), -1, np.int32), "third": {}, "returned": []}
+    return replace(log, **columns, unstored=array("i", (inputs + np.flatnonzero(dropped)).astype(np.int32).tobytes()))
 
 
 def _twice(values: np.ndarray) -> bool:

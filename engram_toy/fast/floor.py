@@ -59,9 +59,7 @@ def row_floor(reads: RowReads, begin: Start, row_bytes: int, padding: int = 0, w
     """
     deepest = reads.table_rows * row_bytes + padding
     if row_bytes < 1 or padding < 0 or deepest > MOST_BYTES:
-        raise ValueError(
-            f"addresses up to {deepest:,}, {row_bytes} bytes a row: give 1 byte or more, up to 2^41 in all"
-        )
+        raise ValueError(f"addresses up to {deepest:,}, {row_bytes} bytes a row: give 1 or more, up to 2^41 in all")
     again = np.cumsum(reads.links >= 0, dtype=np.int32)
     ends = again[reads.links[reads.links >= 0]]
     first = _first_prices(addresses(begin), row_bytes, padding)

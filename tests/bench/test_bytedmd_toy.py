@@ -280,5 +280,5 @@ def test_the_default_text_is_named():
 def test_every_definition_is_offered_and_a_sweep_says_which_it_takes(tmp_path):
     done = command(*SMALL, "--definition", "stationary", "--model", "engram", "--out", str(tmp_path / "one"))
     assert done.returncode == 0, done.stderr
-    done = command(*SMALL, "--definition", "live", "--sweep", "padding", "--out", str(tmp_path / "two"))
+    done = command("--quick", "--definition", "live", "--sweep", "padding", "--out", str(tmp_path / "two"))
     assert done.returncode != 0 and "unknown definition 'live': use one of lru, two-stack" in done.stderr

@@ -131,7 +131,7 @@ def test_a_wrong_greedy_is_seen(monkeypatch):
 
 
 def test_order_relations():
-    """What can be proved: an opt read is never deeper than a classic one, nor is a live one; and the floor is lowest."""
+    """What can be proved: no read is deeper than under classic, be it live or opt; and the floor is below classic."""
     for seed in range(30):
         log = random_log(seed, 12, 150)
         classic, live, opt = (definitions.depths(log, name) for name in ("classic", "live", "opt"))
