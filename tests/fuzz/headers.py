@@ -62,7 +62,7 @@ def damaged(chance: random.Random) -> bytes:
         entry[chance.choice(list(entry))] = chance.choice(ODD)
     text = bytearray(json.dumps(header).encode())
     for _ in range(chance.randint(1, 4) if "bytes" in kinds else 0):
-        at = chance.randrange(len(text))
+        at = chance.randrange(len(text) + 1)  # its end, too: nothing may be left of it
         text[at : at + chance.randint(0, 2)] = chance.choice((b"", b"{", b"]", b"9" * 1500, b"\xff", b"[" * 5000, b'"'))
     length = (
         len(text)

@@ -560,3 +560,21 @@ def test_bad_arguments(values):
     tables[1].index_device = torch.device("cuda")
     with pytest.raises(ValueError, match="use NgramHasher for the CPU, DeviceHasher for an accelerator"):
         Prefetcher(NgramHasher(PLAN), tables)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_up_to_64_kib_of_rows_are_gathered_here(layers):
+    """Sixteen rows of sixteen bytes a token and layer: 256 tokens of one layer, and not one more."""
+    config = EngramConfig.preset("tiny").replace(layer_ids=(1, 2)[:layers])
+    plan = HashPlan.build(config, 1000, 2)
+    tables = {layer.layer_id: make_table("host", torch.zeros(layer.rows, 4)) for layer in plan.layers}
+    most = 64 * 1024 // (16 * 16 * layers)
+    with Prefetcher(NgramHasher(plan), tables) as prefetcher:
+        given = []
+        real = prefetcher._worker.give
+        prefetcher._worker.give = lambda errand: (given.append(errand), real(errand))[1]
+        for shape in ((1, most), (2, most // 2), (1, 1)):
+            prefetcher.start(np.ones(shape, np.int64)).release()
+        assert given == []
+        prefetcher.start(np.ones((1, most + 1), np.int64)).release()
+        assert len(given) == layers
