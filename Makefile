@@ -11,7 +11,7 @@
 #   make mutants    random one-place changes of the exact files, each run against its tests; most of an hour
 #   make ranges  both ends of the stated ranges of versions, each in an environment of its own; ENDS=newest: one
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
-#   make fuzz    stress: random programs, damaged files, kills, threads, forks, leaks; some half an hour
+#   make fuzz    stress: random programs, damaged files, kills, threads, forks, leaks; some ten minutes
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,6 +1,6 @@
 """Stress of every kind, more than the suite has time for; a line per kind, and exit status 1 if there is a fault.
 
-make fuzz                                   the whole, some half an hour on two cores
+make fuzz                                   the whole, some ten minutes on two cores
 python -m tests.fuzz --share 0.02           a fiftieth of it
 python -m tests.fuzz --only headers kills   some kinds
 """
