@@ -9,10 +9,10 @@ from typing import Any
 
 
 def report(results: dict[str, Any]) -> str:
-    """A line per kind."""
-    return "\n".join(
-        [f"{'kind':<9} {'cases':>7} {'refused':>8} {'faults':>7} {'seconds':>8}", *map(line, results["kinds"])]
-    )
+    """A line per kind, and how much of the whole this was."""
+    head = f"{'kind':<9} {'cases':>7} {'refused':>8} {'faults':>7} {'seconds':>8}"
+    share = f"{100 * results['configuration']['share']:g} % of the whole run of each kind"
+    return "\n".join([head, *map(line, results["kinds"]), "", share])
 
 
 def line(kind: dict[str, Any]) -> str:
