@@ -29,7 +29,7 @@ toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto # forked children cannot use threads of OpenMP
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
