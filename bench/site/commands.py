@@ -30,19 +30,19 @@ _COMMANDS = [
     ("python bench/gpu_wall.py", "Time and bus traffic of every placement around a decoder", "a CUDA device", None),
     ("python bench/lookup_speed.py", "The lookup of a decode step alone, in microseconds, per placement", "", None),
     (
-        "bash bench/gpu_checks.sh first OUT",
+        "bench/gpu_checks.sh first OUT",
         "All that needs a GPU, what tells most first, within 580 s; at most eight files come back in `OUT`",
         "a CUDA device",
         None,
     ),
     (
-        "bash bench/gpu_checks.sh second OUT",
+        "bench/gpu_checks.sh second OUT",
         "100 B parameters beside an 8B model, resident and offloaded, within 185 s",
         "a CUDA device of 139 GiB",
         None,
     ),
     (
-        "REHEARSE=1 bash bench/gpu_checks.sh first OUT",
+        "bench/gpu_checks.sh first OUT  # with REHEARSE=1",
         "The same lines at toy sizes on a stand-in for CUDA: a fault shows before a GPU is at hand",
         "Triton",
         None,
