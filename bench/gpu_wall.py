@@ -77,9 +77,9 @@ from bench.harness.wall_options import (
 from bench.harness.wall_records import run_record
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
+from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.layer import make_fusion
-from engram_ref.tables.memory import require_bytes
+from engram_ref.rows.memory import require_bytes
 from engram_ref.vocab import CompressedVocab
 
 PROG = "gpu_wall"

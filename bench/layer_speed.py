@@ -47,10 +47,10 @@ from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, causal_conv
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.layer import Engram, build_engram
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.filling import fill_normal
+from engram_ref.rows.filling import fill_normal
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import HUGE_PAGE, HostMemory
 from engram_ref.tables.host import HostTable
-from engram_ref.tables.memory import HUGE_PAGE, HostMemory
 
 PROG = "layer_speed"
 CASES = ("gather", "convolution", "layer", "construction", fp8_gather.CASE, "cold")

@@ -1,6 +1,6 @@
 """Whether loops can be compiled here: numba makes them faster, and nothing may fail because of it.
 
-    loops = importlib.import_module("engram_ref.tables.gather_fused") if numba_works() else None
+    loops = importlib.import_module("engram_ref.rows.gather_fused") if numba_works() else None
 
 An installed numba may still refuse to be imported: each version supports some versions of NumPy and of Python, and an
 upgrade of those outruns it. That is told once; the loops of NumPy and torch take over, with the same results.

@@ -28,16 +28,15 @@ from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
 from engram_ref.devices import as_device
-from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion_common import Fusion
-from engram_ref.fusion_v41 import V41Fusion
-from engram_ref.hashing import LayerPlan
+from engram_ref.fusion.base import Fusion, ShortConvHistory
+from engram_ref.fusion.factory import make_fusion
+from engram_ref.hashing.plan import LayerPlan
+from engram_ref.rows.filling import fill_normal
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import Pending, RowFormat, Table, make_table
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.filling import fill_normal
 from engram_ref.tables.host import HostTable
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
 from engram_ref.tables.uva import UvaTable
 
 FRESH_PLACEMENTS = ("device", "host", "uva")
@@ -137,31 +136,6 @@ class Engram(nn.Module):
         return values.view(batch, length, config.embedding_width).to(self.fusion.dtype)
 
 
-def make_fusion(
-    config: EngramConfig,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    fp8: bool = False,
-) -> DemoFusion | V41Fusion:
-    """A fusion of the configuration's form.
-
-    Args:
-        config: geometry.
-        device, dtype: of the parameters, and of what goes in and comes out.
-        fp8: in the form v41, keep the projection as fp8 codes and scales.
-
-    Raises:
-        ValueError: fp8 weights for the demo's form, or for a projection that is not made of 32 x 32 blocks.
-    """
-    if device is not None and str(device) != "meta":
-        device = as_device(device)
-    if config.form == "v41":
-        return V41Fusion(config, device, dtype, fp8)
-    if fp8:
-        raise ValueError("fp8=True: the demo's form has no fp8 weights; use fp8=False, or form v41")
-    return DemoFusion(config, device, dtype)
-
-
 def build_engram(
     config: EngramConfig,
     layer_plan: LayerPlan,
@@ -233,12 +207,3 @@ def check_plan(config: EngramConfig, layer_plan: LayerPlan) -> None:
             f"a plan of layer {layer_plan.layer_id} with {len(layer_plan.primes)} columns; this configuration has "
             f"layers {config.layer_ids} with {config.columns}: build the plan from the same configuration"
         )
-
-
-def __getattr__(name: str) -> Any:
-    """`attach` belongs to the layer and has a file of its own, which imports this one."""
-    if name == "attach":
-        from engram_ref.attach import attach
-
-        return attach
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

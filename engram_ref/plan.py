@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from engram_ref import cli
+from engram_ref.checkpoint.folder import ModelFolder
 from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.hashing import HashPlan, checksum
-from engram_ref.model_folder import ModelFolder
+from engram_ref.files.replacing import replacing
+from engram_ref.hashing.plan import HashPlan, checksum
 from engram_ref.quoting import one_line
-from engram_ref.replacing import replacing
 from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer, tokenizer_json
 
 PROG = "plan"

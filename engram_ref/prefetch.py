@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_ref.errands import Errand, Pool, call_off
-from engram_ref.forks import renew_after_fork
-from engram_ref.hashing import NgramHasher, TokenHistory
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory
+from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.tables.base import Pending, Ready, Table
-from engram_ref.tables.delivery import Arriving
-from engram_ref.users import Users
+from engram_ref.tables.staging import Arriving
+from engram_ref.threads.errands import Errand, Pool, call_off
+from engram_ref.threads.forks import renew_after_fork
+from engram_ref.threads.users import Users
 
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
 LEAST_BUFFERS = 2
@@ -119,7 +119,7 @@ class Prefetcher:
         return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
-        """Begin what brings the rows of all layers by itself, `engram_ref.lookup`, on the side stream.
+        """Begin what brings the rows of all layers by itself, `engram_ref.device_lookup`, on the side stream.
 
         Args:
             lookup: called at once, on the stream that is to do it: gives the values [B*T*C, D] by layer id, and one

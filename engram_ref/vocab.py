@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
-from engram_ref.hashing import DEAD, check_ids
+from engram_ref.files.replacing import replacing
+from engram_ref.files.small_files import read_small
+from engram_ref.ids import DEAD, check_ids
 from engram_ref.quoting import one_line, quoted
-from engram_ref.replacing import replacing
-from engram_ref.small_files import read_small
 
 PACKAGED_TOKENIZER_SHA256 = "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"  # DeepSeek-V4
 

@@ -1,4 +1,4 @@
-"""The twin of `engram_ref.fp8`: stored bytes to the numbers that they stand for, and codes times scales.
+"""The twin of `engram_ref.rows.fp8`: stored bytes to the numbers that they stand for, and codes times scales.
 
     e4m3(0x7E)                          # 448.0, the largest code
     e8m0(120)                           # 2^-7

@@ -2,7 +2,7 @@
 
 One projection without bias makes a key for each residual copy and one value for all. Key and stream are normalised
 and compared, a sigmoid of the signed square root of the result gates the value, and the gated value is added to the
-stream. There is no convolution. Names as in `engram_ref.fusion_v41`; the demo's form is `engram_toy.layer`.
+stream. There is no convolution. Names as in `engram_ref.fusion.v41`; the demo's form is `engram_toy.layer`.
 
     stream = engram_v41(hidden, lookups, weights)           # the stream after the layer, not an update to it
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from engram_ref import cli
+from engram_ref.checkpoint.folder import ModelFolder
+from engram_ref.checkpoint.sample import sample_config, write_sample
 from engram_ref.hashing import NgramHasher
-from engram_ref.model_folder import ModelFolder
 from engram_ref.prefetch import Prefetcher
-from engram_ref.sample_checkpoint import sample_config, write_sample
 from engram_ref.tables import make_table
 from engram_ref.vocab import load_tokenizer
 from engram_toy import hashing as twin

@@ -74,7 +74,7 @@ def plans(vocab_v4):
 @pytest.fixture(scope="session")
 def sample_folder(tmp_path_factory, cache_home):
     """A small checkpoint in DeepSeek-V4.1's layout, seed 3; tests do not change it."""
-    from engram_ref.sample_checkpoint import sample_config, write_sample
+    from engram_ref.checkpoint.sample import sample_config, write_sample
 
     folder = tmp_path_factory.mktemp("sample") / "model"
     with pytest.MonkeyPatch.context() as patch:

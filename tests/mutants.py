@@ -39,12 +39,12 @@ _CONTEXT = 40  # characters on either side of a change
 
 # File -> its tests, the quickest to fail first.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "engram_ref/hashing.py": ("tests/ref/test_hashing.py", "tests/ref/test_hashing_fused.py"),
+    "engram_ref/hashing/ngram.py": ("tests/ref/test_hashing.py", "tests/ref/test_hashing_fused.py"),
     "engram_ref/prefetch.py": ("tests/ref/test_prefetch.py",),
     "engram_ref/tables/hot.py": ("tests/ref/test_hot.py",),
-    "engram_ref/tables/delivery.py": ("tests/ref/test_delivery.py",),
-    "engram_ref/tables/read_plan.py": ("tests/ref/test_file_table.py",),
-    "engram_ref/fp8.py": ("tests/ref/test_fp8.py",),
+    "engram_ref/tables/staging.py": ("tests/ref/test_delivery.py",),
+    "engram_ref/files/read_plan.py": ("tests/ref/test_file_table.py",),
+    "engram_ref/rows/fp8.py": ("tests/ref/test_fp8.py",),
     "engram_toy/hashing.py": ("tests/toy/test_hashing.py", "tests/cross/test_index_stream.py"),
     "engram_toy/stack.py": ("tests/toy/test_stack.py", "tests/toy/test_bytedmd.py"),
     "engram_toy/relaying.py": ("tests/toy/test_relaying.py",),

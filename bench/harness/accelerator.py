@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from engram_ref.tables.memory import PIN_PIECE, HostMemory
+from engram_ref.rows.memory import PIN_PIECE, HostMemory
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bench.harness.decoder_sizes import SIZES as PUBLISHED
 from bench.harness.decoder_sizes import BlockShape, flops_per_token
 from engram_ref.config import require_int
-from engram_ref.tables.memory import require_bytes
+from engram_ref.rows.memory import require_bytes
 
 Insert = Callable[[Tensor], Tensor]  # residual stream [B, T, H] -> the same, with something added
 

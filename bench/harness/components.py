@@ -26,9 +26,9 @@ from bench.harness.token_batches import TokenBatches
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.tables.base import RowFormat
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import HostMemory, require_host_bytes
 from engram_ref.tables.host import HostTable
-from engram_ref.tables.memory import HostMemory, require_host_bytes
 
 CASES = ("hash", "compute", "up_embed", "up_kv", "full")
 WHAT = {

@@ -33,8 +33,8 @@ from bench.harness.token_batches import Corpus, standard_library, text_file
 from bench.harness.wall_options import LAYER, largest, pick_device, require_disk, table_config
 from bench.harness.wall_table import device_label
 from engram_ref.config import EngramConfig
+from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.layer import make_fusion
 from engram_ref.vocab import CompressedVocab
 
 PROG = "end_to_end"

@@ -24,9 +24,9 @@ from torch import Tensor
 from bench.harness.end_to_end_throttle import Bus, ThrottledTable
 from bench.harness.variants import CONTROL, TableSet
 from engram_ref.config import EngramConfig
+from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import HashPlan
-from engram_ref.hashing_torch import DeviceHasher
-from engram_ref.lookup import DeviceLookup
+from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.base import Table
 from engram_ref.tables.file import FileTable, StoredRows, save_rows

@@ -18,8 +18,8 @@ from bench.harness.end_to_end_contenders import OWN_COMPUTE, Choice
 from bench.harness.end_to_end_flush import FLUSHED
 from bench.harness.end_to_end_model import served_bytes
 from engram_ref.config import EngramConfig
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.memory import free_device_bytes, free_host_bytes, said_by
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import free_device_bytes, free_host_bytes, said_by
 
 LARGEST = 256  # places that are tried
 _HEADROOM = 1 << 30  # of a device: contexts, workspaces, graphs

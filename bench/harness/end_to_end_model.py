@@ -28,7 +28,7 @@ from bench.harness.backbones import Decoder
 from bench.harness.end_to_end_graphs import Pieces
 from bench.harness.end_to_end_lookup import ResidentLookup
 from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion_common import Fusion
+from engram_ref.fusion.base import Fusion
 
 SPAN = 256  # positions
 ATTENTION = "engram_served"  # under which transformers knows `served_attention`

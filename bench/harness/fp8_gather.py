@@ -29,11 +29,11 @@ from torch import Tensor
 from bench.harness import synthetic
 from bench.harness.rivals import Way, prepared_samples
 from bench.harness.timing import paired_ratio
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.decoding import gather_values
-from engram_ref.tables.gather import gather_parts, in_threads
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
+from engram_ref.rows.decoding import gather_values
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.gather import gather_parts, in_threads
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 
 CASE = "fp8_gather"
 RIVAL, OURS = "bf16 rows", "packed, as stored"

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from bench.harness.reading import set_aside
-from engram_ref.small_files import read_small
+from engram_ref.files.small_files import read_small
 
 MOST_BYTES = 1 << 30  # a full run of every sweep leaves some megabytes
 _START = b'["'

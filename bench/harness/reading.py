@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engram_ref.small_files import read_small
+from engram_ref.files.small_files import read_small
 
 _MOST_BYTES = 1 << 28  # the largest committed file has less than a megabyte
 MOST_CHARACTERS = 300  # of a string; a digest has 64, a description of a platform some 80

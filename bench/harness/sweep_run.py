@@ -35,8 +35,8 @@ from engram_ref.vocab import CompressedVocab
 LIBRARY_BYTES = 1 << 20  # of the standard library's sources; a window needs no more
 # The code that decides a price; a test compares it with what is imported.
 PRICING_CODE = (
-    "engram_ref/compiled.py", "engram_ref/config.py", "engram_ref/hashing.py", "engram_ref/quoting.py",
-    "engram_ref/replacing.py", "engram_ref/small_files.py", "engram_ref/vocab.py", "engram_toy/*.py",
+    "engram_ref/compiled.py", "engram_ref/config.py", "engram_ref/hashing/ngram.py", "engram_ref/quoting.py",
+    "engram_ref/files/replacing.py", "engram_ref/files/small_files.py", "engram_ref/vocab.py", "engram_toy/*.py",
     "engram_toy/fast/*.py",
     "bench/harness/encoding.py", "bench/harness/pricing.py", "bench/harness/relaid.py", "bench/harness/streams.py",
     "bench/harness/sweep_pricing.py", "bench/harness/sweeps.py", "bench/harness/token_batches.py",

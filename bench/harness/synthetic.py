@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_ref import fp8
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.rows import Rows
+from engram_ref.rows import fp8
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
 
 _WORD = np.dtype("<u8")
 _CHUNK = 1 << 16  # words: chunk and pattern, 1 MiB together, stay in a core's cache

@@ -21,15 +21,16 @@ from torch import Tensor
 from bench.harness import synthetic
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Observer, Prefetcher
-from engram_ref.tables.base import RowFormat, Table
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import HostMemory, require_bytes
+from engram_ref.rows.rows import Rows
+from engram_ref.tables.base import Table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import FileTable, StoredRows, save_rows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable, most_frequent
-from engram_ref.tables.memory import HostMemory, require_bytes
-from engram_ref.tables.rows import Rows
 
 VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM

@@ -17,8 +17,8 @@ from bench.harness.variants import ON_CPU, VARIANTS
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.quoting import quoted
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.memory import free_host_bytes
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import free_host_bytes
 
 MOST_ROWS = 2**31 - 1000  # of a column; its prime, found from there upwards, must be below 2^31
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment

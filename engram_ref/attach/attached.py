@@ -29,20 +29,21 @@ from engram_ref.attach.blocks import (
     reader,
     tell_larger,
 )
+from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.exposed import ExposedTime, Place
+from engram_ref.attach.graphs import Staged, keep_address
 from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
 from engram_ref.attach.hooks import Hook, refuse_twice
+from engram_ref.attach.lookup import Room, Source, make_hasher
+from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing, borders_of
 from engram_ref.attach.padding import padding_of
-from engram_ref.attach.recomputed import Recomputed, hooks_run_again, is_checkpointed
-from engram_ref.attach.source import Room, Source, make_hasher
-from engram_ref.attach.staged import Staged, keep_address
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
-from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.ngram import NgramHasher
+from engram_ref.hashing.plan import HashPlan
 from engram_ref.layer import Engram
-from engram_ref.on_hand import OnHand
 from engram_ref.prefetch import LEAST_BUFFERS, Observer, Prefetcher
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab

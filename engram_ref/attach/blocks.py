@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.ngram import NgramHasher
+from engram_ref.hashing.plan import HashPlan
 from engram_ref.layer import Engram, check_plan
 
 

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.hashing import DEAD, HashPlan
+from engram_ref.fusion.base import ShortConvHistory
+from engram_ref.fusion.demo import DemoFusion
+from engram_ref.hashing.plan import HashPlan
+from engram_ref.ids import DEAD
 from engram_ref.layer import Engram
 from engram_ref.tables.base import Pending, Ready
 

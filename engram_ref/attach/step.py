@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram_ref.attach.history import CacheHistory
 from engram_ref.attach.packing import Packing
-from engram_ref.fusion import ShortConvHistory
+from engram_ref.fusion.base import ShortConvHistory
 from engram_ref.prefetch import FetchError
 from engram_ref.tables.base import Pending
 

@@ -12,7 +12,8 @@ file     in a safetensors file: batched, sorted, deduplicated reads
 
 import engram_ref.needs_torch  # noqa: F401
 
-from engram_ref.tables.base import Pending, RowFormat, Table
+from engram_ref.rows.format import RowFormat
+from engram_ref.tables.base import Pending, Table
 from engram_ref.tables.factory import PLACEMENTS, make_table
 
 __all__ = ["PLACEMENTS", "Pending", "RowFormat", "Table", "make_table"]

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engram_ref.rows.decoding import kernels_for
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
-from engram_ref.tables.decoding import kernels_for
-from engram_ref.tables.delivery import Delivery
 from engram_ref.tables.in_place import InPlace
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
+from engram_ref.tables.staging import Delivery
 
 
 class DeviceTable(Table):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from engram_ref.devices import as_device
+from engram_ref.rows.memory import HostMemory, require_bytes
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import FileTable, StoredRows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable
-from engram_ref.tables.memory import HostMemory, require_bytes
-from engram_ref.tables.rows import Rows
 from engram_ref.tables.uva import UvaTable, require_uva
 
 PLACEMENTS = ("device", "host", "uva", "hot", "file")

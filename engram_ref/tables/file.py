@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_ref.tables import pagecache
+from engram_ref.files import pagecache
+from engram_ref.files.conventions import round_up
+from engram_ref.files.read_plan import plan_reads
+from engram_ref.files.row_reader import RowReader
+from engram_ref.files.stored_rows import StoredRows
+from engram_ref.files.validated import StoredPart
+from engram_ref.files.writing import save_pieces, save_rows
+from engram_ref.rows.nan_check import refuse_nan
 from engram_ref.tables.base import Pending, Table, check_rows, check_shape
-from engram_ref.tables.delivery import Delivery
-from engram_ref.tables.nan_check import refuse_nan
-from engram_ref.tables.read_plan import plan_reads, round_up
-from engram_ref.tables.reading import RowReader
-from engram_ref.tables.stored import StoredPart, StoredRows
-from engram_ref.tables.writing import save_pieces, save_rows
+from engram_ref.tables.staging import Delivery
 
 __all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
 
@@ -140,7 +142,7 @@ class FileTable(Table):
         self.source = stored
         self.direct = direct
         self._delivery = Delivery(device, stored.format)
-        self._reader = RowReader(stored, threads, direct)
+        self._reader = RowReader(stored.parts, threads, direct)
         self._traffic = Traffic()
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engram_ref.rows.gather import gather_parts
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Pending, Table, check_rows
-from engram_ref.tables.delivery import Delivery
-from engram_ref.tables.gather import gather_parts
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
+from engram_ref.tables.staging import Delivery
 
 
 class HostTable(Table):

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engram_ref.tables.base import Pending, RowFormat, Table, check_out, check_rows, check_shape
-from engram_ref.tables.delivery import Arriving, Delivery
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import require_bytes
+from engram_ref.rows.rows import Rows
+from engram_ref.tables.base import Pending, Table, check_out, check_rows, check_shape
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.memory import require_bytes
-from engram_ref.tables.rows import Rows
+from engram_ref.tables.staging import Arriving, Delivery
 
 _READ_BYTES = 16 << 20  # of hot rows, fetched at a time when the table is made
 _NEW, _SEEN = -1, -2  # in place of a slot: a row behind that nobody has asked for yet, one that was asked for

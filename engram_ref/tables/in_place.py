@@ -19,8 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Pending, check_rows
-from engram_ref.tables.rows import Rows
 
 
 class InPlace:
@@ -29,7 +29,7 @@ class InPlace:
     Args:
         table: in memory that the device can read.
         device: where the numbers are and the values are wanted.
-        kernels: `engram_ref.kernels`, which run there.
+        kernels: `engram_ref.rows.kernels`, which run there.
     """
 
     def __init__(self, table: Rows, device: torch.device, kernels: ModuleType) -> None:
@@ -50,7 +50,7 @@ class InPlace:
         if out is None:
             out = torch.empty((len(numbers), row_format.width), dtype=row_format.dtype, device=self.device)
         if row_format.scaled:
-            self._kernels.gather_scaled(self.table, numbers.contiguous(), out, self._bad_row.word)
+            self._kernels.gather_scaled(self.table.parts, numbers.contiguous(), out, self._bad_row.word)
         else:
             raw = self.table.parts[0]
             self._kernels.gather_rows(raw, numbers.contiguous(), out.view(torch.uint8), self._bad_row.word)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_ref.rows.memory import PIN_PIECE, HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
-from engram_ref.tables.delivery import Arriving
 from engram_ref.tables.in_place import InPlace
-from engram_ref.tables.memory import PIN_PIECE, HostMemory
-from engram_ref.tables.rows import Rows
+from engram_ref.tables.staging import Arriving
 
 _CAN_USE_HOST_POINTER = 91  # cuda.h: CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 
@@ -116,10 +116,11 @@ def require_uva(device: torch.device, nbytes: int) -> ModuleType:
     """
     missing = f"this machine cannot serve placement uva: needs a CUDA device and Triton, not {device}"
     try:
-        from engram_ref import kernels
+        from engram_ref import gpu
+        from engram_ref.rows import kernels
     except ImportError as error:
         raise ValueError(f"{missing} without Triton ({error}): pip install triton, or use placement host") from error
-    if not kernels.can_run_on(device):
+    if not gpu.can_run_on(device):
         raise ValueError(f"{missing}; use placement host")
     if device.type == "cuda" and nbytes > PIN_PIECE and not _host_addresses_serve():
         raise ValueError(

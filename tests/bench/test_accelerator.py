@@ -21,7 +21,7 @@ from bench.harness.accelerator import (
     open_driver,
     step_timer,
 )
-from engram_ref.tables.memory import PIN_PIECE
+from engram_ref.rows.memory import PIN_PIECE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WRAP = 1 << 32

@@ -255,7 +255,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_what_memory_cannot_hold_is_refused_before_it_is_taken(monkeypatch, tiny):
-    monkeypatch.setattr("engram_ref.tables.memory.free_host_bytes", lambda: 3 << 30)
+    monkeypatch.setattr("engram_ref.rows.memory.free_host_bytes", lambda: 3 << 30)
     with pytest.raises(ValueError, match=r"6\.77 GiB do not fit .* 3\.00 GiB are free"):
         build_backbone("qwen3-4b", None, CPU, torch.bfloat16, 0)
     with pytest.raises(ValueError, match=r"GiB do not fit"):

@@ -32,10 +32,11 @@ from bench.harness.end_to_end_records import Record
 from bench.harness.end_to_end_workload import TokenSource
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
+from engram_ref.device_lookup import DeviceLookup
+from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
-from engram_ref.layer import Engram, make_fusion
-from engram_ref.lookup import DeviceLookup
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.layer import Engram
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.device import DeviceTable
 from tests.bench.test_backbones import TINY

@@ -17,7 +17,7 @@ from bench.harness import wall_options
 from bench.harness.variants import TableSet
 from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_ref.config import EngramConfig
-from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
 from engram_ref.tables.file import FileTable
 from tests.bench.test_backbones import TINY
@@ -451,7 +451,7 @@ def test_sigterm_gives_everything_back(tmp_path):
 
 
 def test_host_memory_that_the_machine_grows_into(monkeypatch):
-    from engram_ref.tables.memory import free_host_bytes, require_host_bytes
+    from engram_ref.rows.memory import free_host_bytes, require_host_bytes
 
     monkeypatch.setenv("ENGRAM_HOST_GIB", "4000")
     assert free_host_bytes() == 4000 << 30

@@ -10,9 +10,9 @@ import torch
 
 from bench.harness import synthetic
 from bench.harness.synthetic import expected_rows, expected_values, fill
-from engram_ref import fp8
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.rows import Rows
+from engram_ref.rows import fp8
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MASK = (1 << 64) - 1

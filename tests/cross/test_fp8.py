@@ -11,8 +11,8 @@ import struct
 import pytest
 import torch
 
-from engram_ref import fp8 as ref
-from engram_ref.tables.base import RowFormat
+from engram_ref.rows import fp8 as ref
+from engram_ref.rows.format import RowFormat
 from engram_toy import fp8 as toy
 
 BYTES = torch.arange(256, dtype=torch.uint8)

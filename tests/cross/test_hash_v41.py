@@ -18,9 +18,9 @@ import torch
 
 import engram_toy.hashing as toy
 from bench.harness.streams import read_text
-from engram_ref import hashing as ref
 from engram_ref.hashing import DEAD, HashPlan
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing import ngram as ref
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.vocab import load_tokenizer
 
 LENGTH = 64
@@ -45,7 +45,7 @@ class Reference:
 
 
 class Device:
-    """`engram_ref.hashing_torch`, in plain torch on a CPU."""
+    """`engram_ref.hashing.device`, in plain torch on a CPU."""
 
     def __init__(self, plan: HashPlan) -> None:
         self.hasher = DeviceHasher(plan, "cpu", fused=False)

@@ -16,12 +16,12 @@ import torch
 
 import engram_toy.hashing as toy_hashing
 from engram_ref.config import EngramConfig
-from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher
 from engram_ref.layer import Engram
-from engram_ref.tables.base import RowFormat
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.rows import Rows
 from engram_toy.fp8 import numbers
 from engram_toy.layer_v41 import V41Weights, engram_v41
 

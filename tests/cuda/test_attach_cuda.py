@@ -11,8 +11,8 @@ import torch
 from transformers import StaticCache
 
 from engram_ref.attach import ExposedTime, attach
+from engram_ref.attach.on_hand import OnHand
 from engram_ref.layer import Engram
-from engram_ref.on_hand import OnHand
 from engram_ref.tables import make_table
 from tests.ref.attach_models import VOCAB, make_ids, make_layers, make_model
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engram_ref import fp8, kernels
+from engram_ref.rows import fp8, kernels
+from engram_ref.rows.decoding import dequantise_rows
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table, uva
-from engram_ref.tables.decoding import dequantise_rows
 from engram_ref.tables.file import StoredRows, save_rows
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
 from engram_ref.tables.uva import UvaTable
 from tests.cuda.test_kernels_cuda import boundary_rows, no_synchronisation
 from tests.ref.fp8_pairs import assert_bits, expected_bits, pair_rows, random_rows, rows_of

@@ -15,9 +15,9 @@ import torch
 
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.rows.memory import PIN_PIECE, HostMemory
 from engram_ref.tables import make_table, uva
-from engram_ref.tables.memory import PIN_PIECE, HostMemory
 from engram_ref.tables.uva import UvaTable
 
 pytestmark = pytest.mark.cuda

@@ -9,7 +9,7 @@ import torch
 
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import ShortConvHistory
-from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
 from engram_ref.layer import Engram, build_engram
 

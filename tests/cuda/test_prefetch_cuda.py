@@ -14,10 +14,10 @@ import torch
 
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
-from engram_ref.tables.delivery import Delivery
+from engram_ref.tables.staging import Delivery
 from tests.cuda.stress import steps
 from tests.ref.fp8_pairs import random_rows, rows_of
 

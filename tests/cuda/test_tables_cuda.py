@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engram_ref.rows.memory import HUGE_PAGE, HostMemory
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
-from engram_ref.tables.memory import HUGE_PAGE, HostMemory
 
 pytestmark = pytest.mark.cuda
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from engram_ref.checkpoint.folder import INDEX_FILE, ModelFolder
+from engram_ref.checkpoint.sample import sample_config, write_sample
 from engram_ref.hashing import NgramHasher
-from engram_ref.model_folder import INDEX_FILE, ModelFolder
-from engram_ref.sample_checkpoint import sample_config, write_sample
 from engram_ref.tables import make_table
 
 IDS = [[22898, 19737, 270, 5, 7, 1000]]

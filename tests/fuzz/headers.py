@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engram_ref.safetensors_header import DTYPE_BITS, read_header
+from engram_ref.files.header import DTYPE_BITS, read_header
 
 SOON = 5.0  # seconds for a header of some kilobytes, on a machine that does other things, too
 MOST_GROWTH = 200 << 10  # KiB of peak memory, for all of them

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from engram_ref.config import EngramConfig
+from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher
-from engram_ref.layer import Engram, make_fusion
+from engram_ref.layer import Engram
 from engram_ref.tables.device import DeviceTable
 
 KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from engram_ref.tables import delivery, memory
+from engram_ref.rows import memory
+from engram_ref.tables import staging as delivery
 
 ALREADY_LOCKED = 712  # cudaErrorHostMemoryAlreadyRegistered
 

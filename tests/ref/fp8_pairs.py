@@ -10,8 +10,8 @@ import functools
 
 import torch
 
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.rows import Rows
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
 
 BLOCK = 32
 NAN = -1  # in place of bits

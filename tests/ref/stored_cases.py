@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from engram_ref.fp8 import CODE_DTYPE, NAN_CODE, NAN_SCALE, SCALE_DTYPE
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.rows import Rows
-from engram_ref.tables.stored import StoredRows
-from engram_ref.tables.writing import make_header, save_rows
+from engram_ref.files.stored_rows import StoredRows
+from engram_ref.files.writing import make_header, save_rows
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.fp8 import CODE_DTYPE, NAN_CODE, NAN_SCALE, SCALE_DTYPE
+from engram_ref.rows.rows import Rows
 
 R = 701
 FORMATS = {  # row bytes that divide a page, straddle two, three, and every odd size

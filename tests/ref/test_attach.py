@@ -8,21 +8,20 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-import engram_ref.layer
 from engram_ref.attach import ExposedTime, attach
 from engram_ref.attach import attached as attached_module
 from engram_ref.attach.blocks import find_blocks
+from engram_ref.attach.on_hand import OnHand
 from engram_ref.config import EngramConfig
+from engram_ref.files.stored_rows import StoredRows
+from engram_ref.files.writing import save_rows
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
 from engram_ref.layer import Engram, build_engram
-from engram_ref.on_hand import OnHand
 from engram_ref.prefetch import FetchError, Prefetcher
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.rows import Rows
-from engram_ref.tables.stored import StoredRows
-from engram_ref.tables.writing import save_rows
 from engram_ref.vocab import CompressedVocab
 from tests.ref.attach_models import PAD, VOCAB, add_by_hand, by_hand, make_ids, make_layers, make_model
 
@@ -567,9 +566,3 @@ def test_a_step_whose_staging_failed_can_be_staged_again(model, layers, ids, mon
         rest = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
     whole = by_hand(model, layers, ids)
     assert torch.allclose(torch.cat([first, rest], dim=1), whole, atol=1e-10)  # float64, sums in another order
-
-
-def test_also_to_be_had_from_layer():
-    assert engram_ref.layer.attach is attach
-    with pytest.raises(AttributeError, match="detach"):
-        engram_ref.layer.detach  # noqa: B018

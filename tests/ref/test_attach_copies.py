@@ -12,9 +12,9 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from engram_ref.attach import attach
+from engram_ref.attach.on_hand import OnHand
 from engram_ref.hashing import NgramHasher
 from engram_ref.layer import build_engram
-from engram_ref.on_hand import OnHand
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from tests.ref.attach_models import by_hand, make_ids, make_layers, make_model

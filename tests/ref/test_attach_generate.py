@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import reader
 from engram_ref.attach.history import CacheHistory
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach_models import by_hand, make_ids, make_layers, make_model, padded_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

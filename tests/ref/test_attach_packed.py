@@ -9,7 +9,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import Given
 from engram_ref.attach.packing import Packing, borders_of
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach_models import make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

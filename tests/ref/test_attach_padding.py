@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from engram_ref.attach import attach
+from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.padding import padding_of
 from engram_ref.hashing import NgramHasher
-from engram_ref.on_hand import OnHand
 from tests.ref.attach_models import by_hand, make_ids, make_layers, make_model, padded_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from engram_ref.attach import attach
-from engram_ref.attach.staged import Staged
+from engram_ref.attach.graphs import Staged
 from engram_ref.attach.step import Step
 from engram_ref.tables.base import Ready
 from tests.ref.attach_models import Plainest, by_hand, make_ids, make_layers, make_model

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engram_ref.attach import attach
-from engram_ref.attach.recomputed import hooks_run_again
+from engram_ref.attach.checkpointing import hooks_run_again
 from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
 from tests.ref.attach_models import by_hand, make_ids, make_layers, make_model

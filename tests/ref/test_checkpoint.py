@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bench.harness.demo_way import DemoWay
-from engram_ref.checkpoint import OFFSETS, TABLE, load_layer, save_layer
+from engram_ref.checkpoint import load_layer, save_layer
+from engram_ref.checkpoint.demo import OFFSETS, TABLE
 from engram_ref.config import EngramConfig
+from engram_ref.files.stored_rows import StoredRows
 from engram_ref.fusion import DemoFusion
-from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
-from engram_ref.tables.stored import StoredRows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
 RECORDED = EngramConfig(

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from engram_ref import fp8
-from engram_ref.checkpoint_v41 import load_fusion_v41, load_layer_v41
+from engram_ref.checkpoint.folder import ModelFolder, expected_tensors, tensor_name
+from engram_ref.checkpoint.sample import sample_bytes
+from engram_ref.checkpoint.v41 import load_fusion_v41, load_layer_v41
+from engram_ref.files.conventions import DTYPES
 from engram_ref.hashing import NgramHasher
-from engram_ref.model_folder import ModelFolder, expected_tensors, tensor_name
-from engram_ref.sample_checkpoint import sample_bytes
+from engram_ref.rows import fp8
 from engram_ref.tables import make_table
-from engram_ref.tables.writing import DTYPES
 
 LAYERS = [1, 14]
 

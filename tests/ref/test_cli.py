@@ -12,7 +12,8 @@ import pytest
 
 from bench import bytedmd_toy, gpu_wall, production
 from bench.harness import end_to_end_options, wall_options
-from engram_ref import cli, sample_checkpoint
+from engram_ref import cli
+from engram_ref.checkpoint import sample as sample_checkpoint
 
 HUGE = ("99999999999999", "1" + "0" * 30, "9" * 5000)
 

@@ -70,7 +70,7 @@ with warnings.catch_warnings(record=True) as told:
     from engram_ref.hashing import HashPlan, NgramHasher
     from engram_ref.tables import make_table
     from engram_ref.tables.file import StoredRows, save_rows
-    from engram_ref.tables.rows import Rows
+    from engram_ref.rows.rows import Rows
     NgramHasher(HashPlan.build(EngramConfig.preset("tiny"), 97, 2))(numpy.array([[3, 4]]), 1)
 told = [str(warning.message) for warning in told if "numba" in str(warning.message)]
 assert len(told) == 1 and "Numba needs NumPy 2.4 or less" in told[0], told

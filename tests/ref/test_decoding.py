@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("numba", reason="the compiled decoding needs numba (pip install 'engram-offload[ref]')")
 
-from engram_ref import fp8
-from engram_ref.tables import decoding as module
-from engram_ref.tables import gather as gather_module
-from engram_ref.tables.decoding import dequantise_rows, gather_values
+from engram_ref.rows import decoding as module
+from engram_ref.rows import fp8
+from engram_ref.rows import gather as gather_module
+from engram_ref.rows.decoding import dequantise_rows, gather_values
 from tests.ref.fp8_pairs import assert_bits, pair_rows, random_rows, rows_of
 
 CANARY = 0x5A5A

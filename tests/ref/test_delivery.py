@@ -12,11 +12,11 @@ import threading
 import pytest
 import torch
 
-from engram_ref.tables import delivery as module
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import HUGE_PAGE, PIN_PIECE
 from engram_ref.tables import make_table
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.delivery import Delivery
-from engram_ref.tables.memory import HUGE_PAGE, PIN_PIECE
+from engram_ref.tables import staging as module
+from engram_ref.tables.staging import Delivery
 from tests.ref.fake_cuda import install_gpu
 
 FORMAT = RowFormat(torch.float32, 4)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from engram_ref.errands import Errand, Pool, call_off
+from engram_ref.threads.errands import Errand, Pool, call_off
 
 
 @pytest.fixture

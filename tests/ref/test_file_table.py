@@ -24,12 +24,15 @@ import numpy as np
 import pytest
 import torch
 
-from engram_ref.tables import make_table, pagecache, read_plan, reading
-from engram_ref.tables.base import RowFormat
+from engram_ref.files import pagecache, read_plan
+from engram_ref.files import row_reader as reading
+from engram_ref.files.conventions import BLOCK
+from engram_ref.files.read_plan import plan_reads
+from engram_ref.files.writing import make_header
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
+from engram_ref.tables import make_table
 from engram_ref.tables.file import FileTable, Prediction, StoredRows, Traffic, predict
-from engram_ref.tables.read_plan import BLOCK, plan_reads
-from engram_ref.tables.rows import Rows
-from engram_ref.tables.writing import make_header
 from tests.ref.stored_cases import (
     CASES,
     FORMATS,

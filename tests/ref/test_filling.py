@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from engram_ref.tables import filling as module
-from engram_ref.tables.filling import fill_normal
+from engram_ref.rows import filling as module
+from engram_ref.rows.filling import fill_normal
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from engram_ref.config import EngramConfig
-from engram_ref.errands import Pool
+from engram_ref.files import row_reader as reading
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.prefetch import FetchError, Prefetcher
-from engram_ref.tables import make_table, reading
+from engram_ref.tables import make_table
 from engram_ref.tables.base import Ready
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.host import HostTable
-from engram_ref.users import Users
+from engram_ref.threads.errands import Pool
+from engram_ref.threads.users import Users
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from engram_ref import fp8
+from engram_ref.rows import fp8
 from tests.ref.fp8_pairs import assert_bits, bits_of, pair_rows
 
 BLOCK = 32

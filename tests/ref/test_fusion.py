@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bench.harness.demo_way import DemoWay, transposed_conv
-from engram_ref import fusion as fusion_module
-from engram_ref import fusion_common
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory, causal_conv
+from engram_ref.fusion import base as fusion_common
+from engram_ref.fusion import demo as fusion_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"

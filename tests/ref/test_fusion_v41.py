@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engram_ref import fp8, fusion_common, fusion_v41, projection
 from engram_ref.config import EngramConfig
-from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion_v41 import V41Fusion
-from engram_ref.layer import make_fusion
+from engram_ref.fusion import DemoFusion, ShortConvHistory, projection
+from engram_ref.fusion import base as fusion_common
+from engram_ref.fusion import v41 as fusion_v41
+from engram_ref.fusion.factory import make_fusion
+from engram_ref.fusion.v41 import V41Fusion
+from engram_ref.rows import fp8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_v41.safetensors"

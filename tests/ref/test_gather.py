@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("numba", reason="the compiled gather needs numba (pip install 'engram-offload[ref]')")
 
-from engram_ref.tables import gather as module
-from engram_ref.tables.gather import gather, gather_parts
+from engram_ref.rows import gather as module
+from engram_ref.rows.gather import gather, gather_parts
 
 WIDTHS = [1, 3, 8, 16, 48, 64, 128, 160, 256, 264, 1000]
 COUNTS = [0, 1, 2, 63, 64, 65, 1000]  # around the number of rows that are asked for ahead

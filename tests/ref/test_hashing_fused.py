@@ -23,9 +23,10 @@ pytest.importorskip("numba", reason="the compiled hash needs numba (pip install 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_ref import hashing_fused, hashing_step
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
+from engram_ref.hashing import fused as hashing_fused
+from engram_ref.hashing import step as hashing_step
 
 ROOT = Path(__file__).parents[2]
 PRIMES = (3, 5, 7, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
@@ -309,16 +310,17 @@ def test_copies_have_constants_of_their_own(duplicate):
 def test_read_only_checkout(cache, tmp_path):
     """Numba cannot write beside the module: it falls back to the user's cache folder, else to no cache."""
     shutil.copytree(ROOT / "engram_ref", tmp_path / "engram_ref", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "engram_ref" / "__pycache__").write_text("a file where a folder should go")
+    for folder in ("", "hashing"):
+        (tmp_path / "engram_ref" / folder / "__pycache__").write_text("a file where a folder should go")
     home = tmp_path / "home"
     home.mkdir() if cache == "user folder" else home.write_text("no folder either")
-    code = "import engram_ref.hashing_fused as f; print(f.__file__)"
+    code = "import engram_ref.hashing.fused as f; print(f.__file__)"
     environment = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(tmp_path / "engram_ref" / "hashing_fused.py")
+    assert run.stdout.strip() == str(tmp_path / "engram_ref" / "hashing" / "fused.py")
     if cache == "user folder":
         assert list(home.rglob("*.nbi"))

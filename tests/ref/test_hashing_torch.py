@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from test_hashing import DEMO_BATCHES, DEMO_CONFIGS, demo_config, digest, recipe_ids, v41_ids
 
 import engram_ref
-from engram_ref import hashing_torch
+from engram_ref import gpu
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing import device as hashing_torch
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 
 WAYS = ["plain", "fused"]
 PRIMES = (2, 3, 9, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
@@ -51,9 +52,8 @@ def hasher_of(plan: HashPlan, way: str) -> DeviceHasher:
     if way == "plain":
         return DeviceHasher(plan, "cpu", fused=False)
     pytest.importorskip("triton", reason="the fused hash needs Triton (pip install 'engram-offload[test]' on Linux)")
-    from engram_ref import kernels
 
-    return DeviceHasher(plan, "cpu" if kernels.INTERPRETED else "cuda:0", fused=True)
+    return DeviceHasher(plan, "cpu" if gpu.INTERPRETED else "cuda:0", fused=True)
 
 
 def hash_all(hasher: DeviceHasher, ids: object, history: DeviceHistory | None = None) -> dict[int, np.ndarray]:
@@ -366,8 +366,8 @@ def test_a_multiplier_beyond_64_bits_is_refused(way):
 
 
 def test_a_cpu_is_refused_outside_the_interpreter(tiny, monkeypatch):
-    kernels = pytest.importorskip("engram_ref.kernels", reason="needs Triton", exc_type=ImportError)
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    pytest.importorskip("engram_ref.rows.kernels", reason="needs Triton", exc_type=ImportError)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     with pytest.raises(ValueError, match="fused=True on cpu: the kernel needs a CUDA device; use fused=False"):
         DeviceHasher(tiny, "cpu", fused=True)
 
@@ -377,9 +377,9 @@ def test_a_cpu_hashes_in_plain_torch_by_default(tiny):
 
 
 def test_without_triton_only_the_fused_way_is_refused(tiny, monkeypatch):
-    for name in ("kernels", "kernels_hashing"):
-        monkeypatch.delattr(engram_ref, name, raising=False)
-        monkeypatch.delitem(sys.modules, f"engram_ref.{name}", raising=False)
+    for package, name in ((engram_ref, "gpu"), (engram_ref.hashing, "kernels")):
+        monkeypatch.delattr(package, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"the fused hash needs Triton \(.*\): pip install triton, or use fused=False"):
         DeviceHasher(tiny, "cpu", fused=True)
@@ -401,11 +401,16 @@ def imports(tree: ast.AST, deep: bool) -> set[str]:
 
 def test_triton_is_imported_by_the_kernels_only_and_these_on_demand():
     package = Path(engram_ref.__file__).parent
-    trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")}
+    trees = {
+        str(path.relative_to(package)): ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")
+    }
     users = {name for name, tree in trees.items() if any(x.split(".")[0] == "triton" for x in imports(tree, True))}
-    assert users == {"kernels.py", "kernels_hashing.py"}
-    modules = {"engram_ref.kernels", "engram_ref.kernels_hashing"}
-    assert {name for name, tree in trees.items() if modules & imports(tree, True)} >= {"uva.py", "hashing_torch.py"}
+    assert users == {"gpu.py", "hashing/kernels.py", "rows/kernels.py"}
+    modules = {"engram_ref.gpu", "engram_ref.rows.kernels", "engram_ref.hashing.kernels"}
+    assert {name for name, tree in trees.items() if modules & imports(tree, True)} >= {
+        "tables/uva.py",
+        "hashing/device.py",
+    }
     assert {name for name, tree in trees.items() if modules & imports(tree, False)} <= users
 
 

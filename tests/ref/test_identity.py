@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models
 
 from engram_ref.attach import attach
 from engram_ref.checkpoint import load_layer, save_layer
+from engram_ref.checkpoint.folder import ModelFolder
 from engram_ref.config import EngramConfig
+from engram_ref.files.header import read_metadata
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.model_folder import ModelFolder
-from engram_ref.safetensors_header import read_metadata
 from engram_ref.vocab import CompressedVocab
 from engram_toy.hashing import NgramHasher as ToyHasher
 from tests.ref.attach_models import VOCAB, make_layers, make_model
@@ -207,7 +207,7 @@ def test_where_nothing_is_recorded_a_warning_says_what_is_believed(folder):
 
 
 def test_the_published_tables_are_known(tmp_path):
-    from engram_ref import model_folder
+    from engram_ref.checkpoint import folder as model_folder
 
     config = EngramConfig.preset("v41-flash")
     assert model_folder._is_published(tmp_path, config)

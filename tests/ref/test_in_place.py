@@ -12,18 +12,19 @@ import torch
 
 pytest.importorskip("triton", reason="reading in place needs Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import kernels
-from engram_ref.tables import decoding, device
+from engram_ref import gpu
+from engram_ref.rows import decoding, kernels
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
+from engram_ref.tables import device
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
 from engram_ref.tables.uva import UvaTable
 from tests.ref.fp8_pairs import assert_bits, pair_rows, random_rows, rows_of
 
 # The interpreter multiplies with NumPy, which speaks of an overflow where fp8 rows have infinity for a value.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in multiply")
 
-DEVICE = torch.device("cpu" if kernels.INTERPRETED else "cuda:0")
+DEVICE = torch.device("cpu" if gpu.INTERPRETED else "cuda:0")
 CUDA = DEVICE.type == "cuda"
 R, D = 50, 64
 

@@ -20,16 +20,18 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import fp8, kernels, kernels_hashing
+from engram_ref import gpu
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.tables.rows import Rows
+from engram_ref.hashing import kernels as kernels_hashing
+from engram_ref.rows import fp8, kernels
+from engram_ref.rows.rows import Rows
 from tests.ref.fp8_pairs import BLOCK, assert_bits, pair_rows, random_rows, rows_of
 
 # The interpreter multiplies with NumPy, which speaks of an overflow where fp8 rows have infinity for a value.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in multiply")
 
 ROOT = Path(__file__).parents[2]
-DEVICE = torch.device("cpu" if kernels.INTERPRETED else "cuda", None if kernels.INTERPRETED else 0)
+DEVICE = torch.device("cpu" if gpu.INTERPRETED else "cuda", None if gpu.INTERPRETED else 0)
 PRIMES = (2, 3, 9, 1009, 65_537, 646_403, 16_000_057, 2**31 - 1)
 ROW_BYTES = (1, 6, 128, 160, 256, 264, 1032)
 
@@ -156,7 +158,7 @@ def test_a_bad_id_in_a_history_is_remembered():
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if kernels.INTERPRETED else tensor.pin_memory()
+    return tensor if gpu.INTERPRETED else tensor.pin_memory()
 
 
 def table_of(rows: int, row_bytes: int) -> torch.Tensor:
@@ -242,7 +244,7 @@ def decoded(table: Rows, numbers: torch.Tensor) -> tuple[torch.Tensor, int]:
     width = table.format.width
     around = torch.full((len(numbers) + 2, width), 3.0, dtype=torch.bfloat16, device=DEVICE)
     bad_row = pinned(torch.zeros(1, dtype=torch.int64))
-    kernels.gather_scaled(table, numbers.to(DEVICE), around[1:-1], bad_row)
+    kernels.gather_scaled(table.parts, numbers.to(DEVICE), around[1:-1], bad_row)
     result = around.cpu()
     assert (result[[0, -1]] == 3.0).all()
     return result[1:-1], int(bad_row)
@@ -348,8 +350,7 @@ def test_fp8_rows_that_are_not_aligned(shift, aligned, split):
     shape = kernels._scaled_shape(parts, out)  # a GPU faults on what is wider than it is aligned
     assert (shape["ALIGNED"], shape["OUT_ALIGNED"]) == (aligned, min(2 * aligned, 16))
     rows = torch.tensor([19, 0, 4], device=DEVICE)
-    table = Rows(rows_of(raw).format, parts)
-    kernels.gather_scaled(table, rows, out, pinned(torch.zeros(1, dtype=torch.int64)))
+    kernels.gather_scaled(parts, rows, out, pinned(torch.zeros(1, dtype=torch.int64)))
     assert_bits(out, raw[rows.cpu()])
 
 
@@ -397,9 +398,9 @@ def test_poisoned_fp8_rows_leave_the_others_alone(split):
 
 def test_they_run_on_a_cpu_in_the_interpreter_only(monkeypatch):
     for interpreted in (True, False):
-        monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
-        assert kernels.can_run_on(torch.device("cuda"))
-        assert kernels.can_run_on(torch.device("cpu")) == interpreted
+        monkeypatch.setattr(gpu, "INTERPRETED", interpreted)
+        assert gpu.can_run_on(torch.device("cuda"))
+        assert gpu.can_run_on(torch.device("cpu")) == interpreted
 
 
 COMPILE = """
@@ -407,7 +408,8 @@ import json, pathlib, re, subprocess, tempfile, torch, triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engram_ref import kernels as k, kernels_hashing as h
+from engram_ref.hashing import kernels as h
+from engram_ref.rows import kernels as k
 
 def accesses(kernel, types, constants, aligned, capability):
     options = {"num_warps": constants.pop("num_warps", 4)}

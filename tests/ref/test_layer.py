@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 from engram_ref import layer as layer_module
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion_v41 import V41Fusion
+from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
 from engram_ref.layer import Engram, build_engram
 from engram_ref.prefetch import Prefetcher
+from engram_ref.rows.filling import fill_normal
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
-from engram_ref.tables.base import Ready, RowFormat
+from engram_ref.tables.base import Ready
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.filling import fill_normal
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
 GOLDEN_V41 = GOLDEN.with_name("layer_v41.safetensors")

@@ -22,12 +22,15 @@ from transformers import DynamicCache, StaticCache
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import hashing_torch, kernels, kernels_hashing
+from engram_ref import gpu
 from engram_ref.attach import attach
-from engram_ref.attach.source import Source
+from engram_ref.attach.lookup import Source
+from engram_ref.device_lookup import DeviceLookup, can_fuse
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.hashing_torch import DeviceHasher
-from engram_ref.lookup import DeviceLookup, can_fuse
+from engram_ref.hashing import device as hashing_torch
+from engram_ref.hashing import kernels as kernels_hashing
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.rows import kernels
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.uva import UvaTable
@@ -37,7 +40,7 @@ from tests.ref.fp8_pairs import assert_bits, random_rows, rows_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not kernels.INTERPRETED, reason="tests/cuda/test_lookup_cuda.py does this on a GPU"),
+    pytest.mark.skipif(not gpu.INTERPRETED, reason="tests/cuda/test_lookup_cuda.py does this on a GPU"),
     # The interpreter multiplies with NumPy, which speaks of an overflow where fp8 rows have infinity for a value.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in multiply"),
 ]

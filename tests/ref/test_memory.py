@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engram_ref.tables import memory as module
-from engram_ref.tables.memory import (
+from engram_ref.rows import memory as module
+from engram_ref.rows.memory import (
     HUGE_PAGE,
     PIN_PIECE,
     HostMemory,

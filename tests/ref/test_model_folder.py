@@ -18,11 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from engram_ref.checkpoint.config_json import config_fields, read_config, table_rows
+from engram_ref.checkpoint.folder import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TOKENIZER_FILE,
+    ModelFolder,
+    expected_tensors,
+    tensor_name,
+)
+from engram_ref.checkpoint.sample import sample_bytes
 from engram_ref.config import EngramConfig
-from engram_ref.model_config import config_fields, read_config, table_rows
-from engram_ref.model_folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILE, ModelFolder, expected_tensors, tensor_name
-from engram_ref.safetensors_header import DTYPE_BITS, read_header
-from engram_ref.sample_checkpoint import sample_bytes
+from engram_ref.files.header import DTYPE_BITS, read_header
 from engram_ref.tables import make_table
 
 ROOT = Path(__file__).parents[2]
@@ -609,7 +616,7 @@ ALONE = """
 import sys
 for name in ("torch", "numba", "safetensors", "bench"):
     sys.modules[name] = None
-from engram_ref.model_folder import ModelFolder
+from engram_ref.checkpoint.folder import ModelFolder
 model = ModelFolder.open(sys.argv[1])
 assert model.tensor(14, "embed.scale").shape == (model.plan.layer(14).rows, 8)
 try:

@@ -14,7 +14,7 @@ import torch
 from engram_ref import prefetch as module
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
-from engram_ref.hashing_torch import DeviceHasher
+from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Fetch, FetchError, Prefetcher
 from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables.base import Ready, check_rows

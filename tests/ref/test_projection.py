@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from engram_ref import fp8, projection
-from engram_ref.projection import Fp8Projection, PlainProjection
+from engram_ref.fusion import projection
+from engram_ref.fusion.projection import Fp8Projection, PlainProjection
+from engram_ref.rows import fp8
 
 INPUTS, OUTPUTS = 96, 160
 ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from engram_ref.replacing import replacing, replacing_path
+from engram_ref.files.replacing import replacing, replacing_path
 
 ROOT = Path(__file__).parents[2]
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from engram_ref.replacing import replacing, replacing_path
+from engram_ref.files.replacing import replacing, replacing_path
 path = Path(sys.argv[1])
 with replacing(path) as file, replacing_path(path) as part:
     file.write(b"half")

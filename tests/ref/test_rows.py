@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engram_ref import fp8
 from engram_ref.config import EngramConfig
+from engram_ref.rows import fp8
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import RowFormat
-from engram_ref.tables.rows import Rows
 
 
 def fp8_rows(count: int = 20, width: int = 64) -> Rows:
@@ -73,7 +73,7 @@ def test_nan_is_refused_and_the_row_named(part, column, byte):
 
 
 def test_the_row_with_nan_is_counted_from_the_first(monkeypatch):
-    monkeypatch.setattr("engram_ref.tables.rows._CHECKED", 8)
+    monkeypatch.setattr("engram_ref.rows.rows._CHECKED", 8)
     raw = fp8_rows().packed().parts[0].clone()
     raw[17, 0] = 0x7F
     with pytest.raises(ValueError, match="row 17 "):

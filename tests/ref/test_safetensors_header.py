@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from engram_ref.safetensors_header import (
+from engram_ref.files.conventions import DTYPES
+from engram_ref.files.header import (
     DTYPE_BITS,
     LARGEST_HEADER,
     parse_json,
@@ -23,7 +24,6 @@ from engram_ref.safetensors_header import (
     read_metadata,
     require_written,
 )
-from engram_ref.tables.writing import DTYPES
 
 DATA = bytes(range(24))
 GOOD = {

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from engram_ref import cli, sample_checkpoint
+from engram_ref import cli
+from engram_ref.checkpoint import sample as sample_checkpoint
+from engram_ref.checkpoint.folder import ModelFolder
+from engram_ref.checkpoint.sample import sample_bytes, sample_config, write_sample
 from engram_ref.config import EngramConfig
-from engram_ref.model_folder import ModelFolder
-from engram_ref.sample_checkpoint import sample_bytes, sample_config, write_sample
 
 
 @pytest.fixture(autouse=True)

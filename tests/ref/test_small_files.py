@@ -12,9 +12,9 @@ import pytest
 
 from bench.harness.journal import Journal
 from bench.harness.streams import read_text
-from engram_ref.model_config import read_config
-from engram_ref.safetensors_header import read_json
-from engram_ref.small_files import MOST_JSON, read_small
+from engram_ref.checkpoint.config_json import read_config
+from engram_ref.files.header import read_json
+from engram_ref.files.small_files import MOST_JSON, read_small
 from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer
 
 

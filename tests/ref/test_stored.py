@@ -18,15 +18,16 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from engram_ref import fp8
-from engram_ref.fp8 import CODE_DTYPE, SCALE_DTYPE
-from engram_ref.tables import stored, writing
-from engram_ref.tables.base import RowFormat
-from engram_ref.tables.nan_check import find_nan
-from engram_ref.tables.read_plan import BLOCK
-from engram_ref.tables.rows import Rows
-from engram_ref.tables.stored import StoredRows
-from engram_ref.tables.writing import packed_mark, save_pieces, save_rows
+from engram_ref.files import stored_rows as stored
+from engram_ref.files import writing
+from engram_ref.files.conventions import BLOCK, packed_mark
+from engram_ref.files.stored_rows import StoredRows
+from engram_ref.files.writing import save_pieces, save_rows
+from engram_ref.rows import fp8
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.fp8 import CODE_DTYPE, SCALE_DTYPE
+from engram_ref.rows.nan_check import find_nan
+from engram_ref.rows.rows import Rows
 from tests.ref.stored_cases import (
     CASES,
     FORMATS,
@@ -318,7 +319,7 @@ def test_fp8_rows_with_nan_are_not_loaded(case, column, byte, tmp_path, monkeypa
 
 @pytest.mark.parametrize("checked", [1, 264, 1000, 1 << 20])
 def test_the_first_nan_is_found_wherever_it_is(checked, monkeypatch):
-    monkeypatch.setattr("engram_ref.tables.nan_check._CHECKED", checked)
+    monkeypatch.setattr("engram_ref.rows.nan_check._CHECKED", checked)
     raw = random_content("packed").parts[0].numpy().copy()
     assert find_nan(raw, 256) is None and find_nan(raw[:0], 256) is None
     for row, column, byte in [(700, 263, 0xFF), (699, 255, 0x7F), (4, 256, 0xFF), (3, 0, 0xFF), (0, 128, 0x7F)]:

@@ -19,18 +19,20 @@ import numpy as np
 import pytest
 import torch
 
+from engram_ref import gpu
 from engram_ref.attach import ExposedTime
 from engram_ref.checkpoint import load_layer
 from engram_ref.config import EngramConfig
 from engram_ref.devices import as_device
+from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
-from engram_ref.layer import build_engram, make_fusion
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.layer import build_engram
+from engram_ref.rows.memory import HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import PLACEMENTS, RowFormat, Table, make_table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import StoredRows, save_rows
-from engram_ref.tables.memory import HostMemory
-from engram_ref.tables.rows import Rows
 from engram_ref.vocab import CompressedVocab
 from tests.ref.fp8_pairs import assert_bits, rows_of
 from tests.ref.fp8_pairs import random_rows as random_fp8_rows
@@ -69,9 +71,8 @@ def device_for(case: str) -> str:
     if "uva" not in case:
         return "cpu"
     pytest.importorskip("triton", reason="placement uva needs Triton (pip install 'engram-offload[test]' on Linux)")
-    from engram_ref import kernels
 
-    return "cpu" if kernels.INTERPRETED else "cuda"
+    return "cpu" if gpu.INTERPRETED else "cuda"
 
 
 @pytest.fixture

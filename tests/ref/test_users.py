@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from engram_ref.users import Users
+from engram_ref.threads.users import Users
 
 
 def in_thread(work):

@@ -15,12 +15,13 @@ import torch
 pytest.importorskip("triton", reason="placement uva needs Triton (pip install 'engram-offload[test]' on Linux)")
 
 import engram_ref
-from engram_ref import kernels
+from engram_ref import gpu
+from engram_ref.rows import kernels
+from engram_ref.rows.memory import HostMemory
 from engram_ref.tables import uva
-from engram_ref.tables.memory import HostMemory
 from engram_ref.tables.uva import UvaTable
 
-DEVICE = torch.device("cpu" if kernels.INTERPRETED else "cuda:0")
+DEVICE = torch.device("cpu" if gpu.INTERPRETED else "cuda:0")
 CUDA = DEVICE.type == "cuda"
 FORMATS = [(torch.float32, 4), (torch.bfloat16, 64), (torch.bfloat16, 80), (torch.float16, 3), (torch.uint8, 264)]
 
@@ -186,7 +187,7 @@ def test_rows_that_do_not_lie_one_after_the_other_are_refused():
 
 
 def test_a_cpu_is_refused_outside_the_interpreter(values, monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     with pytest.raises(
         ValueError, match="this machine cannot serve placement uva: needs a CUDA device and Triton, not cpu;"
     ):
@@ -195,7 +196,7 @@ def test_a_cpu_is_refused_outside_the_interpreter(values, monkeypatch):
 
 def test_a_machine_without_triton_is_refused(values, monkeypatch):
     monkeypatch.delattr(engram_ref, "kernels")
-    monkeypatch.delitem(sys.modules, "engram_ref.kernels")
+    monkeypatch.delitem(sys.modules, "engram_ref.rows.kernels")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"this machine cannot serve placement uva: .*: pip install triton, or use"):
         UvaTable(values, DEVICE)

@@ -129,7 +129,7 @@ def registrations_are_ranges() -> None:
 
 
 def a_kernel_reads_no_pageable_memory() -> None:
-    from engram_ref import kernels
+    from engram_ref.rows import kernels
 
     rows = torch.zeros((8, 16), dtype=torch.uint8)
     numbers, out = torch.tensor([3, 1], device=GPU), torch.empty((2, 16), dtype=torch.uint8, device=GPU)
@@ -145,7 +145,7 @@ def decoding_from_graphs_is_decoding(prompts: tuple[int, ...] = (250, 252, 254))
     from bench.harness.backbones import build_backbone
     from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention, rounded_span
     from engram_ref.config import EngramConfig
-    from engram_ref.layer import make_fusion
+    from engram_ref.fusion.factory import make_fusion
 
     register_attention()
     decoder = build_backbone("tiny", 2, GPU, torch.float32, 0, vocabulary=300, attention=ATTENTION)

@@ -15,7 +15,8 @@ def shrink() -> None:
     """Make bandwidth copies, cache flushes, text and calibration small, and kernel programs large."""
     from bench import gpu_preflight, gpu_wall, lookup_speed
     from bench.harness import accelerator, end_to_end, end_to_end_flush, steps
-    from engram_ref import kernels, kernels_hashing
+    from engram_ref.hashing import kernels as kernels_hashing
+    from engram_ref.rows import kernels
     from engram_ref.tables import uva
 
     accelerator._BUSY_COPIES, accelerator._BUSY_BYTES = 2, COPY

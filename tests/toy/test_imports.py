@@ -40,7 +40,7 @@ assert not loaded & {"torch", "numpy", "numba", "engram_ref", "bench"}, loaded
 REFERENCE_WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
-import engram_ref.config, engram_ref.vocab, engram_ref.hashing, engram_ref.model_folder, engram_ref.plan
+import engram_ref.config, engram_ref.vocab, engram_ref.hashing, engram_ref.checkpoint.folder, engram_ref.plan
 assert "numba" not in sys.modules and "transformers" not in sys.modules and "sympy" not in sys.modules
 assert "bench" not in sys.modules
 """

@@ -1,0 +1,223 @@
+"""Token ids in, a started fetch out: compress, hash with what came before, start to gather.
+
+Ids are hashed where the tables want their row numbers: on the CPU, or on the accelerator, where the CPU waits for
+nothing and two launches do it all, the history included (`engram_ref.device_lookup`). All give the same rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_ref.attach.history import CacheHistory
+from engram_ref.attach.on_hand import OnHand
+from engram_ref.attach.packing import Packing
+from engram_ref.attach.step import give_back
+from engram_ref.device_lookup import DeviceLookup, can_fuse
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.ngram import NgramHasher, TokenHistory
+from engram_ref.hashing.plan import HashPlan
+from engram_ref.ids import DEAD
+from engram_ref.layer import Engram
+from engram_ref.prefetch import Prefetcher
+from engram_ref.tables.base import Pending, Ready
+from engram_ref.vocab import CompressedVocab, map_digest
+
+Room = Callable[[torch.Size, Iterable[int], Callable[[], Tensor]], Tensor]  # see `Staged.room`
+
+
+class Source:
+    """Where the rows of a step come from.
+
+    Args:
+        hasher: its device is where ids are wanted.
+        vocab: as for `attach`.
+        prefetcher: starts the fetches.
+        form: of the layers, for padding.
+        wait_at_once: let the current stream wait for what was started.
+
+    Attributes:
+        device: where ids are hashed.
+        reads_on_cpu: whether the CPU needs the token ids, and so waits for the device that has them.
+        token_ids: how many there are.
+
+    Raises:
+        ValueError: a vocabulary that the plan was not made for.
+    """
+
+    def __init__(
+        self, hasher: NgramHasher | DeviceHasher, vocab: Any, prefetcher: Any, form: str, wait_at_once: bool
+    ) -> None:
+        self.plan: HashPlan = hasher.plan
+        self.device = hasher.device if isinstance(hasher, DeviceHasher) else torch.device("cpu")
+        self.prefetcher = prefetcher
+        self._looks_up = not isinstance(prefetcher, OnHand)
+        self._on_device = isinstance(hasher, DeviceHasher)
+        self.reads_on_cpu = self._looks_up and not self._on_device
+        self._hasher = hasher
+        self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
+        self._wait_at_once = wait_at_once
+        vocab = _as_vocab(vocab, self.plan)
+        self.token_ids = self.plan.compressed_size if vocab is None else len(vocab.ids)
+        self._on_cpu = None if self._on_device else vocab
+        self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self._on_device else None
+        self._lookup = self._make_lookup()
+
+    def _make_lookup(self) -> DeviceLookup | None:
+        """What does all in two launches, where it can."""
+        if not (isinstance(self._hasher, DeviceHasher) and isinstance(self.prefetcher, Prefetcher)):
+            return None
+        if not self._hasher.fused or not can_fuse(self.prefetcher.tables):
+            return None
+        return DeviceLookup(self.plan, self.prefetcher.tables, self._uploaded, fused=True)
+
+    def start(
+        self,
+        ids: Tensor,
+        padding: Tensor | None,
+        history: CacheHistory | None,
+        room: Room | None = None,
+        packing: Packing | None = None,
+    ) -> tuple[Any, Pending | None]:
+        """Begin to fetch the rows of all layers.
+
+        Args:
+            ids: token ids [B, T].
+            padding: booleans [B, T], or None.
+            history: of the sequences; it is read.
+            room: gives the buffers that the rows of all layers are wanted in, if they are written by one launch.
+            packing: how several sequences of one row are laid apart, or None; then the rows are of [B, W].
+
+        Returns:
+            The fetch, and what is to be the history's `recent` after this step; None without a history.
+        """
+        if self._lookup is not None and packing is None:
+            return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
+        compressed = self._compress(ids, padding)
+        hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
+        recent = None if history is None else Ready(history.followed_by(compressed))
+        return self._fetch(hashed, history), recent
+
+    def _look_up(
+        self,
+        lookup: DeviceLookup,
+        ids: Tensor,
+        padding: Tensor | None,
+        history: CacheHistory | None,
+        room: Room | None,
+    ) -> tuple[Any, Pending | None]:
+        padding = None if padding is None else padding.to(self.device)
+        out = (
+            None if room is None else room(ids.shape, lookup.layer_ids, functools.partial(lookup.new_rows, *ids.shape))
+        )
+
+        def on_stream() -> tuple[dict[int, Tensor], Tensor]:
+            for tensor in (ids, padding):
+                if tensor is not None and tensor.is_cuda:  # the caller may let go of it
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            before = None if history is None else history.recent
+            after = None if history is None else history.room_after(ids.shape[1])
+            found = lookup(ids, before, after, padding, self._stand_in, out)
+            return found.values, found.compressed if after is None else after
+
+        fetch, recent = self.prefetcher.start_lookup(on_stream)
+        self._let_wait(fetch)
+        return fetch, None if history is None else recent
+
+    def _let_wait(self, fetch: Any) -> None:
+        if not self._wait_at_once:
+            return
+        try:
+            for pending in fetch.values():
+                pending.wait()
+        except BaseException:
+            give_back(fetch)
+            raise
+
+    def _compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
+        """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, nothing is read: 0."""
+        if not self._looks_up:
+            return torch.zeros(ids.shape, dtype=torch.int64, device=self.device)
+        ids = ids.to(self.device)
+        if padding is None:
+            return self._compressed(ids)
+        padding = padding.to(self.device)
+        return self._compressed(ids.masked_fill(padding, 0)).masked_fill(padding, self._stand_in)
+
+    def _compressed(self, ids: Tensor) -> Tensor:
+        if self._uploaded is not None:
+            return self._uploaded(ids)
+        return ids.to(torch.int64) if self._on_cpu is None else torch.from_numpy(self._on_cpu(ids.numpy()))
+
+    def _fetch(self, compressed: Tensor, history: CacheHistory | None) -> Any:
+        if not self._looks_up:
+            return self.prefetcher.start(compressed)
+        ids = compressed if self._on_device else compressed.numpy()
+        fetch = self.prefetcher.start(ids, None if history is None else self._before(history))
+        self._let_wait(fetch)
+        return fetch
+
+    def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:
+        context = history.context.contiguous()
+        if self._on_device:
+            on_device = DeviceHistory(self.plan, history.batch_size, self.device)
+            on_device.ids = context
+            return on_device
+        before = TokenHistory(self.plan, history.batch_size)
+        before.ids = context.numpy()
+        return before
+
+    def check(self) -> None:
+        """Raise if a token id outside the vocabulary was met on the device."""
+        if self._uploaded is not None:
+            self._uploaded.check()
+        if isinstance(self._hasher, DeviceHasher):
+            self._hasher.check()
+        if self._lookup is not None:
+            self._lookup.check()
+
+
+def make_hasher(
+    plan: HashPlan | NgramHasher | DeviceHasher, engrams: Mapping[int, Engram], prefetcher: Any
+) -> NgramHasher | DeviceHasher:
+    """The hasher that was given, or the prefetcher's own, or one where the tables want their row numbers.
+
+    Raises:
+        ValueError: they want them in different places.
+    """
+    if not isinstance(plan, HashPlan):
+        return plan
+    if hasattr(prefetcher, "hasher"):
+        return prefetcher.hasher
+    devices = {engram.table.index_device for engram in engrams.values()}
+    if len({device.type for device in devices}) > 1:
+        raise ValueError("some tables are gathered from by the CPU and some by the accelerator: place them alike")
+    device = devices.pop()
+    return NgramHasher(plan) if device.type == "cpu" else DeviceHasher(plan, device)
+
+
+def _as_vocab(vocab: Any, plan: HashPlan) -> CompressedVocab | None:
+    """What the user gave, checked against the plan."""
+    if vocab is None:
+        return None
+    if not isinstance(vocab, CompressedVocab):
+        ids = vocab.cpu().numpy() if isinstance(vocab, Tensor) else np.asarray(vocab)
+        if ids.dtype.kind not in "iuf":
+            raise ValueError(
+                f"vocab is a {type(vocab).__name__}: give a CompressedVocab, as CompressedVocab.from_tokenizer makes "
+                "it, or one compressed id per token id"
+            )
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0:
+            raise ValueError(f"a vocabulary of {ids.dtype} {ids.shape}: give one compressed id per token id")
+        if ids.max() >= plan.compressed_size:
+            raise ValueError(
+                f"compressed id {ids.max()} in the vocabulary; the plan has 0 .. {plan.compressed_size - 1}"
+            )
+        vocab = CompressedVocab(ids.astype(np.int64), plan.compressed_size, map_digest(ids))
+    plan.require_vocab(vocab)
+    return vocab

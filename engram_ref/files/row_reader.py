@@ -1,0 +1,269 @@
+"""Many small reads from a file, as fast as the disk serves them: the I/O of a table that lives in a file.
+
+A disk serves scattered reads fast only when it has many of them at a time. Threads that each wait for one are the
+usual way; here a thread asks for many without waiting. Every piece is first read with RWF_NOWAIT, which succeeds
+if it is in the page cache. For one that is not, posix_fadvise(WILLNEED) starts the disk's work; the piece is read
+when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from reading what nobody asked for. Rows
+in two parts, codes and scales, are asked for in both before either is waited for.
+
+With numba this is compiled (`reading_fused`). Where the system cannot be asked ahead (macOS), and with `direct`,
+which bypasses the page cache, threads that wait read instead. All of this only makes reading faster: where a sandbox
+refuses a hint, or a file system returns less than was asked for, the rows are read without it.
+
+    python -m pytest tests/ref/test_file_table.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from engram_ref.compiled import numba_works
+from engram_ref.files.conventions import BLOCK, round_up
+from engram_ref.files.read_plan import Reads, plan_reads
+from engram_ref.files.validated import Stamp, StoredPart, ended_early, read_whole
+from engram_ref.threads.errands import Pool
+
+AHEAD = 1024  # pieces that the disk is asked for before the first is waited for
+_ASKING = 4, 1024  # threads that ask ahead, and reads that are worth another one
+_WAITING = 32, 4  # the same for threads that wait for each read
+_CAN_ASK_AHEAD = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
+
+_fused: Callable[..., int] | None = None
+if _CAN_ASK_AHEAD and numba_works():
+    from engram_ref.files.row_reader_fused import read_rows as _fused
+
+
+class RowReader:
+    """Reads rows of a table's files into memory, in the calling thread and, for many rows, in others.
+
+    Args:
+        parts: of the rows: one, or codes and scales.
+        threads: that read at most; None takes what is fastest here.
+        direct: read whole blocks, past the page cache.
+
+    Raises:
+        ValueError: no threads, a file that was changed, or one that cannot be read past the page cache.
+    """
+
+    def __init__(self, parts: Sequence[StoredPart], threads: int | None = None, direct: bool = False) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads}: one at least must read")
+        self._parts = parts
+        self._direct = direct
+        self._files: dict[Stamp, int] = {}
+        with ExitStack() as undo:
+            for part in parts:
+                if part.stamp not in self._files:
+                    self._files[part.stamp] = _open_direct(part) if direct else part.open()
+                    undo.callback(os.close, self._files[part.stamp])
+            self._close_files = weakref.finalize(self, undo.pop_all().close)
+        self._fds = [self._files[part.stamp] for part in parts]
+        places = [(fd, part.offset, part.columns[0], part.row_bytes) for fd, part in zip(self._fds, parts)]
+        self._places = np.array(places, dtype=np.int64)  # [P, 4], as the compiled loop wants them
+        self._ahead = _CAN_ASK_AHEAD and not direct
+        self._now = self._ahead and all(map(_can_read_now, self._files.values()))
+        most, self._fewest = _ASKING if self._ahead else _WAITING
+        self._threads = threads or most
+        self._pool = Pool(self._threads, "rows")
+        if hasattr(os, "posix_fadvise"):
+            for fd in self._files.values():
+                _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+        """Read rows to their places; how many different rows there were, and how many bytes the reads returned.
+
+        Args:
+            ordered: row numbers [N], int64, sorted, checked.
+            places: where each of them is wanted, [N], int64, each place once.
+            raw: uint8 [N, row_bytes] to write the rows into, contiguous.
+
+        Raises:
+            ValueError: a file was changed, or the reader closed.
+            OSError: the disk failed.
+        """
+        self._require_same_size()
+        read = self._read(ordered, places, raw)
+        for fd, part in zip(self._fds, self._parts):  # afterwards, so that it holds for what was written meanwhile
+            part.require_same(fd)
+        return read
+
+    def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+        if not len(ordered):
+            return 0, 0
+        if _fused is not None and self._ahead:
+            unique = self._read_fused(_fused, ordered, places, raw)
+            if unique is not None:
+                return unique, unique * raw.shape[1]
+        return self._read_planned(ordered, places, raw)
+
+    def _read_fused(
+        self, fused: Callable[..., int], ordered: np.ndarray, places: np.ndarray, raw: np.ndarray
+    ) -> int | None:
+        """How many different rows the compiled loop read, or None if it could not read some row."""
+        shares = self._shares(len(ordered) * len(self._parts))
+        cuts = [len(ordered) * share // shares for share in range(1, shares)]
+        bounds = [0, *np.searchsorted(ordered, ordered[cuts]).tolist(), len(ordered)]  # repeats stay together
+        ahead = max(1, AHEAD // len(self._parts))
+
+        def read(low: int, high: int) -> int:
+            return fused(self._places, ordered[low:high], places[low:high], raw, ahead, self._now)
+
+        unique = self._run([functools.partial(read, *bound) for bound in itertools.pairwise(bounds)])
+        return None if min(unique) < 0 else sum(unique)
+
+    def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+        """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
+        unique, index = np.unique(ordered, return_inverse=True)
+        found = [np.empty((len(unique), part.row_bytes), dtype=np.uint8) for part in self._parts]
+        plans = [plan_reads(unique, part, self._direct) for part in self._parts]
+        shares = self._shares(sum(map(len, plans)))
+        split = zip(*(plan.split(shares) for plan in plans))
+        total = sum(self._run([functools.partial(self._read_share, reads, found) for reads in split]))
+        for part, rows in zip(self._parts, found):
+            raw[places, slice(*part.columns)] = rows[index]
+        return len(unique), total
+
+    def _read_share(self, reads: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
+        """Do some of the reads of each part; how many bytes they returned."""
+        if self._direct:
+            return sum(map(_read_blocks, self._fds, reads, found))
+        pieces = itertools.chain.from_iterable(map(_pieces, self._fds, reads, found))
+        if self._ahead:
+            return _read_ahead(pieces, self._now)
+        return sum(read_whole(fd, piece, offset) for fd, offset, piece in pieces)
+
+    def _shares(self, count: int) -> int:
+        """Into how many shares so many reads are split, one for each thread."""
+        return min(self._threads, -(-count // self._fewest))
+
+    def _run(self, tasks: Sequence[Callable[[], int]]) -> list[int]:
+        """What the tasks return; a single one is done in this thread."""
+        if len(tasks) == 1:
+            return [tasks[0]()]
+        return self._pool.do_all(tasks)  # none of them writes to memory that an error has handed back
+
+    def _require_same_size(self) -> None:
+        self.require_open()
+        for fd, part in zip(self._fds, self._parts):
+            size = os.fstat(fd).st_size
+            if size != part.file_bytes:
+                raise ValueError(
+                    f"{part.path} has {size} bytes now and had {part.file_bytes} when it was opened: open it anew"
+                )
+
+    def require_open(self) -> list[int]:
+        """The descriptors, one for each file.
+
+        Raises:
+            ValueError: they were closed.
+        """
+        if not self._close_files.alive:
+            raise ValueError(f"the table in {self._parts[0].path} was closed: make a new one")
+        return list(self._files.values())
+
+    def close(self) -> None:
+        """End the threads and close the files; a second time does nothing."""
+        self._pool.close()
+        self._close_files()
+
+
+def _open_direct(part: StoredPart) -> int:
+    refused = f"{part.path}: its file system cannot be read past the page cache: use direct=False"
+    if not hasattr(os, "O_DIRECT"):
+        raise ValueError(refused)
+    os.close(part.open())  # what fails here fails whichever way it is read
+    try:
+        fd = part.open(os.O_DIRECT)
+        try:
+            os.preadv(fd, [mmap.mmap(-1, BLOCK)], 0)  # some file systems refuse only here
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise ValueError(refused) from error
+    return fd
+
+
+def _advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, advice)
+
+
+def _can_read_now(fd: int) -> bool:
+    """Whether the file system can refuse to wait for a page that is not in memory."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:  # not supported, not known, not allowed; a disk that fails says so when it is read
+        return False
+    return True
+
+
+def _pieces(fd: int, reads: Reads, found: np.ndarray) -> Iterator[tuple[int, int, memoryview]]:
+    """File, position in it, and the memory that it fills, of each read."""
+    target, row_bytes = found.data.cast("B"), found.shape[1]
+    places = (reads.first[:-1] * row_bytes).tolist()
+    for offset, place, length in zip(reads.offsets.tolist(), places, reads.lengths.tolist()):
+        yield fd, offset, target[place : place + length]
+
+
+def _read_ahead(pieces: Iterator[tuple[int, int, memoryview]], now: bool) -> int:
+    """Read what is in memory at once, ask for the rest, and read it later; how many bytes that were."""
+    total = 0
+    asked: deque[tuple[int, int, memoryview]] = deque()
+    for fd, offset, piece in pieces:
+        got = _read_now(fd, piece, offset) if now else 0
+        total += got
+        if got == len(piece):
+            continue
+        _advise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)
+        asked.append((fd, offset + got, piece[got:]))
+        if len(asked) > AHEAD:
+            fd, offset, piece = asked.popleft()
+            total += read_whole(fd, piece, offset)
+    return total + sum(read_whole(fd, piece, offset) for fd, offset, piece in asked)
+
+
+def _read_now(fd: int, piece: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(fd, [piece], offset, os.RWF_NOWAIT)
+    except OSError:  # it would have to wait, or this kind of read is refused; the ordinary one says what is wrong
+        return 0
+
+
+def _read_blocks(fd: int, reads: Reads, found: np.ndarray) -> int:
+    """Read blocks into aligned memory and copy the rows from there; how many bytes were read."""
+    if not len(reads):
+        return 0
+    total = 0
+    target, row_bytes = found.data.cast("B"), found.shape[1]
+    aligned = memoryview(mmap.mmap(-1, int(round_up(reads.lengths.max()))))
+    for offset, length, low, high in zip(reads.offsets.tolist(), reads.lengths.tolist(), reads.first, reads.first[1:]):
+        _read_direct(fd, aligned[: round_up(length)], offset, length)
+        total += length
+        for row, start in enumerate(reads.starts[low:high].tolist(), int(low)):
+            target[row * row_bytes : (row + 1) * row_bytes] = aligned[start - offset : start - offset + row_bytes]
+    return total
+
+
+def _read_direct(fd: int, blocks: memoryview, offset: int, length: int) -> None:
+    """Fill whole blocks, `length` bytes of which are in the file; after a short read, from its last whole block on."""
+    done = 0
+    while True:
+        got = done + os.preadv(fd, [blocks[done:]], offset + done)
+        if got >= length:
+            return
+        if got == done:
+            raise ended_early(offset + got)
+        done = got // BLOCK * BLOCK if got - done >= BLOCK else got

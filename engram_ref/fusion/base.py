@@ -1,0 +1,183 @@
+"""What both forms of the fusion share: the checks, the cut into blocks, and one way to call either.
+
+A fusion holds the weights of one Engram layer after the lookup. `DemoFusion` (`engram_ref.fusion`) is the demo's and
+the paper's form, `V41Fusion` (`engram_ref.fusion.v41`) the form of DeepSeek-V4.1-Flash; `make_fusion`
+(`engram_ref.layer`) picks one by the configuration.
+
+    hidden = fusion.add_to(hidden, e)       # e: [B, T, C*D] looked-up rows, hidden: [B, T, G, H]
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import engram_ref.needs_torch  # noqa: F401
+
+import torch
+from torch import Tensor, nn
+
+from engram_ref.config import EngramConfig, require_int
+
+GATE_FLOOR = 1e-6
+# Without autograd: positions that are projected at once, and values of the stream that are then fused at once.
+# On a CPU the former are enough for the matrix product to run at full speed and the latter stay in the cache; an
+# accelerator only has its memory to save.
+CPU_BLOCKS = (1 << 10, 1 << 19)
+ACCELERATOR_BLOCKS = (1 << 14, 1 << 26)
+
+
+class Fusion(nn.Module, ABC):
+    """Looked-up rows and the residual stream before a layer become the stream after it.
+
+    Attributes:
+        form: of the configurations that it is made for.
+        config: geometry.
+
+    Raises:
+        ValueError: a configuration of another form.
+    """
+
+    form: str
+
+    def __init__(self, config: EngramConfig) -> None:
+        super().__init__()
+        if config.form != self.form:
+            raise ValueError(
+                f"a configuration of form {config.form!r}; {type(self).__name__} is the form {self.form!r}: "
+                "let make_fusion pick the class"
+            )
+        self.config = config
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of what goes in and comes out."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    @property
+    def reach(self) -> int:
+        """Positions before a chunk that its update depends on; there are none without a convolution."""
+        return 0
+
+    @property
+    def inner_dtype(self) -> torch.dtype:
+        """In which everything after the projection is computed: float32, or float64 for float64."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new weights."""
+
+    @abstractmethod
+    def add_to(
+        self,
+        hidden: Tensor,
+        e: Tensor,
+        history: ShortConvHistory | None = None,
+        dead: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream after the layer, whatever the form.
+
+        Args:
+            hidden: the stream before it, [B, T, G, H].
+            e: looked-up rows, [B, T, C*D].
+            history: of the demo's convolution, what came before this chunk; it is read and advanced.
+            dead: in the form v41, booleans [B, T]; where true the stream passes through bit for bit.
+            padding: booleans [B, T], true where a batch is filled up: nothing of these positions reaches another one.
+
+        Raises:
+            ValueError: wrong shape or dtype, or an argument that this form does not know.
+        """
+
+    def _check(self, name: str, given: Tensor, width: int, hidden: Tensor) -> None:
+        """Refuse what does not fit this layer, or `given` [B, T, width] that does not fit `hidden`."""
+        copies, size = self.config.hc_mult, self.config.hidden
+        if hidden.ndim != 4 or hidden.shape[2:] != (copies, size):
+            raise ValueError(f"hidden of shape {tuple(hidden.shape)}; this layer needs [B, T, {copies}, {size}]")
+        if given.shape != (*hidden.shape[:2], width):
+            raise ValueError(
+                f"{name} of shape {tuple(given.shape)}; hidden of shape {tuple(hidden.shape)} needs "
+                f"[{hidden.shape[0]}, {hidden.shape[1]}, {width}]"
+            )
+        for what, tensor in ((name, given), ("hidden", hidden)):
+            if tensor.dtype != self.dtype or tensor.device.type != self.device.type:
+                raise ValueError(
+                    f"{what} is {tensor.dtype} on {tensor.device}; this layer is {self.dtype} on {self.device}: "
+                    "convert one of them with .to()"
+                )
+
+
+def block_sizes(device: torch.device) -> tuple[int, int]:
+    """Without autograd: positions to project at once, and values of the stream to fuse at once."""
+    return CPU_BLOCKS if device.type == "cpu" else ACCELERATOR_BLOCKS
+
+
+def check_positions(name: str, marked: Tensor | None, hidden: Tensor) -> None:
+    """Refuse marks that are not one boolean for each position of `hidden`."""
+    if marked is None:
+        return
+    if marked.dtype != torch.bool or marked.shape != hidden.shape[:2] or marked.device.type != hidden.device.type:
+        raise ValueError(
+            f"{name} of shape {tuple(marked.shape)}, {marked.dtype} on {marked.device}: hidden needs booleans "
+            f"{list(hidden.shape[:2])} on {hidden.device}"
+        )
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Over the last dimension, which stays; nothing as large as x is written."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+
+
+def spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Slices of `step`, the last one shorter, that cover start .. stop - 1."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
+class ShortConvHistory:
+    """What the convolution needs of each sequence's past, carried from chunk to chunk.
+
+    A new history stands before the start of its sequences; `forward` reads and advances it:
+
+        history = ShortConvHistory(fusion, batch_size)
+        for chunk in chunks:
+            update = fusion(chunk.e, chunk.hidden, history)
+
+    `copy` keeps a state to return to, for instance before tokens that may be rejected.
+
+    Attributes:
+        values: the last (K-1) * max_ngram gated values, normalised, before the norm's gain: [B, P, G, H].
+    """
+
+    def __init__(self, fusion: Fusion, batch_size: int) -> None:
+        require_int("batch_size", batch_size, 0)
+        shape = (batch_size, fusion.reach, fusion.config.hc_mult, fusion.config.hidden)
+        # Where nothing was, the convolution adds nothing.
+        self.values = torch.zeros(shape, dtype=fusion.inner_dtype, device=fusion.device)
+
+    def advance(self, values: Tensor) -> None:
+        """Put what comes next in place of what was; where it is, unless gradients still need the old."""
+        if torch.is_grad_enabled():
+            self.values = values.detach().clone()
+        else:
+            self.values.copy_(values)
+
+    def copy(self) -> ShortConvHistory:
+        """An independent history in the same state."""
+        return copy.deepcopy(self)
+
+    def check(self, fusion: Fusion, batch_size: int) -> None:
+        """Refuse a batch, or a layer, that this is not the history of."""
+        needed = (batch_size, fusion.reach, fusion.config.hc_mult, fusion.config.hidden)
+        if tuple(self.values.shape) != needed or self.values.dtype != fusion.inner_dtype:
+            raise ValueError(
+                f"a history of {tuple(self.values.shape)}, {self.values.dtype}; {batch_size} sequences of this layer "
+                f"need {needed}, {fusion.inner_dtype}: make one with ShortConvHistory(fusion, batch_size)"
+            )

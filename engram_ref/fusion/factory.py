@@ -1,0 +1,38 @@
+"""A fusion of the form that the configuration names.
+
+fusion = make_fusion(config, device="cuda", dtype=torch.bfloat16)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engram_ref.config import EngramConfig
+from engram_ref.devices import as_device
+from engram_ref.fusion.demo import DemoFusion
+from engram_ref.fusion.v41 import V41Fusion
+
+
+def make_fusion(
+    config: EngramConfig,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    fp8: bool = False,
+) -> DemoFusion | V41Fusion:
+    """A fusion of the configuration's form.
+
+    Args:
+        config: geometry.
+        device, dtype: of the parameters, and of what goes in and comes out.
+        fp8: in the form v41, keep the projection as fp8 codes and scales.
+
+    Raises:
+        ValueError: fp8 weights for the demo's form, or for a projection that is not made of 32 x 32 blocks.
+    """
+    if device is not None and str(device) != "meta":
+        device = as_device(device)
+    if config.form == "v41":
+        return V41Fusion(config, device, dtype, fp8)
+    if fp8:
+        raise ValueError("fp8=True: the demo's form has no fp8 weights; use fp8=False, or form v41")
+    return DemoFusion(config, device, dtype)

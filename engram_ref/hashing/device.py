@@ -1,0 +1,483 @@
+"""From token ids to row indices on the device: for tables that the device reads by itself, so the CPU is left out.
+
+`DeviceHasher` gives the indices of `engram_ref.hashing.NgramHasher` bit for bit, for all layers of a plan at once,
+in one of two ways: plain torch operations, readable, on any device; or one Triton kernel. `DeviceVocab` and
+`DeviceHistory` are the device's CompressedVocab and TokenHistory.
+
+    vocab, hasher = DeviceVocab(vocab, "cuda"), DeviceHasher(plan, "cuda")
+    rows = hasher(vocab(token_ids))         # {layer_id: [B, T, C]}
+    hashed = hasher.from_tokens(token_ids, vocab, before=tail, after=tail)      # the same, and the history: one launch
+    ...
+    vocab.check(), hasher.check()           # now and then: both wait for the device
+
+Whether an id is in the vocabulary is known on the device; to ask at every call would stop the CPU until the
+device has caught up. On CUDA a bad id is therefore remembered there, and `check` raises what it would have raised
+at once; until then the id counts as DEAD, so that every index is one of the table's rows and no memory is misread.
+On a CPU a bad id is refused at once.
+
+    python -m pytest tests/ref/test_hashing_torch.py
+"""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import engram_ref.needs_torch  # noqa: F401
+
+import torch
+from torch import Tensor
+
+from engram_ref.devices import as_device
+from engram_ref.hashing.plan import INT32_MAX, INT64_MAX, HashPlan, LayerPlan
+from engram_ref.ids import DEAD
+
+if TYPE_CHECKING:
+    from engram_ref.vocab import CompressedVocab
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class DeviceHasher:
+    """Row indices of every position, for all layers of a plan.
+
+    Args:
+        plan: the integers to hash with.
+        device: where the ids are and the indices are wanted.
+        fused: True for the Triton kernel, False for torch operations, None for the kernel on CUDA where Triton
+            is installed.
+
+    Raises:
+        ValueError: a kernel is asked for that cannot run here, or a multiplier is no 64-bit integer.
+    """
+
+    def __init__(self, plan: HashPlan, device: str | torch.device, fused: bool | None = None) -> None:
+        largest = max(m for layer in plan.layers for m in layer.multipliers)
+        if largest > INT64_MAX:
+            raise ValueError(f"multiplier {largest} exceeds 2^63 - 1: torch has no integers for it; use NgramHasher")
+        self.plan = plan
+        self.device = as_device(device)
+        self._ids = _IdRange("compressed ids", DEAD, plan.compressed_size, self.device)
+        self._nothing = torch.full((1, plan.max_ngram - 1), DEAD, dtype=torch.int64, device=self.device)
+        if fused is None:
+            fused = self.device.type == "cuda" and _triton_is_there()
+        self.fused = fused
+        self._way = _Fused(plan, self._ids) if fused else _Plain(plan, self._ids)
+
+    def __call__(self, compressed_ids: Tensor, history: DeviceHistory | None = None) -> dict[int, Tensor]:
+        """Hash compressed ids [B, T] into row indices [B, T, C] of every layer, offsets added.
+
+        Args:
+            compressed_ids: int32 or int64 in 0 .. compressed_size - 1, or DEAD (-1), on the hasher's device.
+            history: what came before this chunk; it is read, not advanced.
+
+        Returns:
+            By layer_id; int32 where the layer's table has at most 2^31 - 1 rows, else int64.
+
+        Raises:
+            ValueError: wrong dtype, shape or device, an empty batch; an id outside the vocabulary at once on a CPU,
+                from `check` on CUDA.
+        """
+        self._ids.check_batch(compressed_ids)
+        rows = self._way(compressed_ids, self._before(compressed_ids, history))
+        self._ids.check_now()
+        return rows
+
+    def from_tokens(
+        self,
+        token_ids: Tensor,
+        vocab: DeviceVocab | None = None,
+        before: Tensor | None = None,
+        after: Tensor | None = None,
+        dead: Tensor | None = None,
+        stand_in: int = DEAD,
+    ) -> Hashed:
+        """Compress, hash for all layers and advance: one launch of the kernel, which a CUDA graph can capture.
+
+        Args:
+            token_ids: int32 or int64 [B, T], with any strides, on the hasher's device.
+            vocab: on that device; None where the token ids are compressed already.
+            before: the compressed ids before this chunk, int64 [B, W] with W >= N - 1, DEAD where there are none; each
+                row contiguous. None where sequences begin.
+            after: int64 [B, W'], contiguous: takes the last ids of `before` and the chunk together. It may be `before`
+                itself, as a graph that is replayed needs it.
+            dead: booleans [B, T]; where true the token id is not looked at, and `stand_in` is its compressed id.
+            stand_in: DEAD, or a compressed id.
+
+        Raises:
+            ValueError: as for a call; an id outside the vocabulary counts as DEAD until `check` raises it, here and in
+                the vocabulary.
+        """
+        self._check_tokens(token_ids, vocab, dead, stand_in)
+        self._check_tails(token_ids, before, after)
+        if before is None:
+            before = self._nothing.expand(len(token_ids), -1)
+        hashed = self._way.from_tokens(token_ids, vocab, before, after, dead, stand_in)
+        if vocab is not None:
+            vocab.check_now()
+        self._ids.check_now()
+        return hashed
+
+    def _check_tokens(self, ids: Tensor, vocab: DeviceVocab | None, dead: Tensor | None, stand_in: int) -> None:
+        if vocab is None:
+            self._ids.check_batch(ids)
+        else:
+            vocab.check_batch(ids, dead)
+            if vocab.size != self.plan.compressed_size:
+                raise ValueError(
+                    f"a vocabulary of {vocab.size} compressed ids; the plan was made for {self.plan.compressed_size}: "
+                    "build it from this vocabulary"
+                )
+        if not DEAD <= stand_in < self.plan.compressed_size:
+            raise ValueError(
+                f"stand_in={stand_in}: give DEAD ({DEAD}) or a compressed id, below {self.plan.compressed_size}"
+            )
+
+    def _check_tails(self, ids: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+        context = self.plan.max_ngram - 1
+        for name, tail, least in (("before", before, context), ("after", after, 1)):
+            if tail is None:
+                continue
+            if tail.dtype != torch.int64 or tail.ndim != 2 or len(tail) != len(ids) or tail.shape[1] < least:
+                raise ValueError(
+                    f"{name} is {tail.dtype} {tuple(tail.shape)}; {len(ids)} sequences of this plan need int64 "
+                    f"[{len(ids)}, {least} or more]"
+                )
+            if tail.device != ids.device:
+                raise ValueError(f"{name} is on {tail.device}; the ids are on {ids.device}: make it there")
+            if tail.stride(1) != 1 or (tail is after and not tail.is_contiguous()):
+                raise ValueError(f"{name} of strides {tail.stride()}: its ids must lie one after the other")
+        if after is None:
+            return
+        in_place = before is not None and before.is_contiguous() and _extent(before) == _extent(after)
+        if _overlap(after, ids) or (before is not None and not in_place and _overlap(after, before)):
+            raise ValueError("after shares memory with what is read: give `before` itself, or memory of its own")
+
+    def _before(self, ids: Tensor, history: DeviceHistory | None) -> Tensor:
+        if history is None:
+            return self._nothing.expand(len(ids), -1)
+        if history.ids.device != ids.device:
+            raise ValueError(f"a history on {history.ids.device}; the ids are on {ids.device}: make it there")
+        if history.ids.shape != (len(ids), self.plan.max_ngram - 1):
+            raise ValueError(
+                f"a history of {tuple(history.ids.shape)}; {len(ids)} sequences of this plan need "
+                f"{(len(ids), self.plan.max_ngram - 1)}: make one with DeviceHistory(plan, batch_size, device)"
+            )
+        if ids.device.type == "cuda":  # the history may be advanced, and these ids let go, before they have been read
+            history.ids.record_stream(torch.cuda.current_stream(ids.device))
+        return history.ids
+
+    def check(self) -> None:
+        """Wait for the device and raise if an id outside the vocabulary was hashed since the last check.
+
+        Raises:
+            ValueError: names one such id.
+        """
+        self._ids.check()
+
+
+class Hashed(NamedTuple):
+    """What `DeviceHasher.from_tokens` found.
+
+    Attributes:
+        rows: row indices [L, B, T, C], layers in the plan's order; int32 where every layer's table has at most
+            2^31 - 1 rows, else int64.
+        compressed: compressed ids, int64 [B, T].
+    """
+
+    rows: Tensor
+    compressed: Tensor
+
+
+class DeviceHistory:
+    """The last max_ngram - 1 compressed ids of each sequence, on a device; see `engram_ref.hashing.TokenHistory`.
+
+    On CUDA `advance` takes ids as they are: a bad one that reaches a hash is reported by the hasher's `check`.
+    """
+
+    def __init__(self, plan: HashPlan, batch_size: int, device: str | torch.device) -> None:
+        self._ids = _IdRange("compressed ids", DEAD, plan.compressed_size, as_device(device))
+        shape = (batch_size, plan.max_ngram - 1)
+        self.ids = torch.full(shape, DEAD, dtype=torch.int64, device=device)  # [B, N-1], replaced, never written to
+
+    def advance(self, compressed_ids: Tensor) -> None:
+        """Append a chunk [B, T], T = 0 included, and keep what the next one needs."""
+        if compressed_ids.ndim != 2 or len(compressed_ids) != len(self.ids):
+            raise ValueError(
+                f"chunk of shape {tuple(compressed_ids.shape)}; this history follows {len(self.ids)} sequences: [B, T]"
+            )
+        if compressed_ids.numel() == 0:
+            return
+        self._ids.check_batch(compressed_ids)
+        if self._ids.device.type == "cpu":
+            self._ids.admit(compressed_ids)
+            self._ids.check()
+        width = self.ids.shape[1]
+        last = compressed_ids[:, -width:].to(torch.int64)
+        self.ids = torch.cat([self.ids, last], dim=1)[:, -width:].contiguous()
+
+    def copy(self) -> DeviceHistory:
+        """An independent history in the same state."""
+        return copy.copy(self)
+
+
+class DeviceVocab:
+    """A compressed vocabulary on a device: token id -> compressed id, by one gather from a map uploaded once."""
+
+    def __init__(self, vocab: CompressedVocab, device: str | torch.device) -> None:
+        self.device = as_device(device)
+        self.size = len(vocab)
+        self.map = torch.tensor(vocab.ids, device=self.device)  # int64 [tokens]
+        self.allowed = _IdRange("token ids", 0, len(vocab.ids), self.device)
+
+    def __call__(self, token_ids: Tensor, dead: Tensor | None = None) -> Tensor:
+        """Compressed ids of a batch, int64 [B, T].
+
+        Args:
+            token_ids: int32 or int64 [B, T] in 0 .. number of tokens - 1.
+            dead: optional booleans [B, T]; where true the result is DEAD and the token id is not looked at.
+
+        Raises:
+            ValueError: wrong dtype, shape or device, an empty batch; an id outside the vocabulary at once on a CPU,
+                from `check` on CUDA, until when it becomes DEAD.
+        """
+        self.check_batch(token_ids, dead)
+        compressed = self.look_up(token_ids, dead, DEAD)
+        self.check_now()
+        return compressed
+
+    def look_up(self, token_ids: Tensor, dead: Tensor | None, stand_in: int) -> Tensor:
+        """The same without looking at what is given, and with any compressed id where `dead` is true."""
+        if dead is not None:
+            token_ids = token_ids.masked_fill(dead, 0)
+        nearest, good = self.allowed.admit(token_ids)
+        compressed = torch.where(good, self.map[nearest], DEAD)
+        return compressed if dead is None else compressed.masked_fill_(dead, stand_in)
+
+    def check_batch(self, token_ids: Tensor, dead: Tensor | None) -> None:
+        """Refuse what is no batch of token ids on this device, or no mask of it."""
+        self.allowed.check_batch(token_ids)
+        if dead is not None and (
+            dead.dtype != torch.bool or dead.shape != token_ids.shape or dead.device != token_ids.device
+        ):
+            raise ValueError(
+                f"dead is {dead.dtype} {tuple(dead.shape)} on {dead.device}: "
+                f"give booleans of shape {tuple(token_ids.shape)} on {token_ids.device}"
+            )
+
+    def check_now(self) -> None:
+        """`check` where it costs no waiting: on a CPU."""
+        self.allowed.check_now()
+
+    def check(self) -> None:
+        """Wait for the device and raise if a token id outside the vocabulary was met since the last check."""
+        self.allowed.check()
+
+
+def _known_at_once(device: torch.device) -> bool:
+    """Whether looking at a value makes nobody wait."""
+    return device.type == "cpu"
+
+
+class _IdRange:
+    """The ids that may come, and the extremes of those that came, kept on the device until somebody asks."""
+
+    def __init__(self, what: str, least: int, size: int, device: torch.device) -> None:
+        self.what = what
+        self.least = least
+        self.size = size
+        self.device = device
+        self.met = torch.zeros(2, dtype=torch.int64, device=device)  # lowest, highest; 0 is in every vocabulary
+
+    def check_batch(self, ids: Tensor) -> None:
+        """Refuse what is no batch of ids on this device, whatever the ids are."""
+        if ids.dtype not in _INTEGERS:
+            raise ValueError(f"{self.what} of dtype {ids.dtype}: give int32 or int64")
+        if ids.ndim != 2:
+            raise ValueError(f"{self.what} of shape {tuple(ids.shape)}: give a batch of sequences, [B, T]")
+        if ids.numel() == 0:
+            raise ValueError(f"{self.what} of shape {tuple(ids.shape)}: an empty batch has nothing to look up")
+        if ids.device != self.met.device:
+            raise ValueError(f"{self.what} on {ids.device}; they are wanted on {self.met.device}: move them there")
+
+    def admit(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest ids that may come, int64, and which of these came; others are raised on a CPU, or by `check`."""
+        ids = ids.to(torch.int64)
+        low, high = ids.aminmax()
+        if _known_at_once(self.device):  # not by way of `met`: what several threads share may hold another's
+            self._refuse([int(low), int(high)])
+        else:
+            torch.minimum(self.met[0], low, out=self.met[0])
+            torch.maximum(self.met[1], high, out=self.met[1])
+        nearest = ids.clamp(self.least, self.size - 1)
+        return nearest, nearest == ids
+
+    def check_now(self) -> None:
+        """`check` where it costs no waiting: on a CPU."""
+        if _known_at_once(self.device):
+            self.check()
+
+    def check(self) -> None:
+        """Raise if a bad id was met, once."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # whatever stream met it
+        met = self.met.tolist()
+        if any(met):
+            self.met.zero_()
+        self._refuse(met)
+
+    def _refuse(self, met: list[int]) -> None:
+        for wrong in met:
+            if not self.least <= wrong < self.size:
+                raise ValueError(f"{self.what} contain {wrong}; the vocabulary has {self.least} .. {self.size - 1}")
+
+
+class _Plain:
+    """The definition, in torch operations: one order after the other, all heads of an order at once."""
+
+    def __init__(self, plan: HashPlan, allowed: _IdRange) -> None:
+        self.plan = plan
+        self._ids = allowed
+        self._layers = [(layer, *self._upload(layer)) for layer in plan.layers]
+
+    def _upload(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+        primes, offsets = (torch.tensor(x, device=self._ids.device) for x in (layer.primes, layer.offsets))
+        return primes, offsets  # int64 [C] each
+
+    def __call__(self, ids: Tensor, before: Tensor) -> dict[int, Tensor]:
+        padded = self._admitted(torch.cat([before, ids], dim=1))  # [B, N-1 + T]
+        length = ids.shape[1]
+        context = self.plan.max_ngram - 1
+        shifts = []
+        blocked = torch.zeros_like(ids, dtype=torch.bool)
+        for s in range(self.plan.max_ngram):
+            shifted = padded[:, context - s : context - s + length]  # ids at p - s
+            blocked = blocked | (shifted == DEAD)
+            shifts.append(torch.where(blocked, self.plan.pad_compressed, shifted))
+        return {layer.layer_id: self._hash(layer, shifts, *constants) for layer, *constants in self._layers}
+
+    def _admitted(self, ids: Tensor) -> Tensor:
+        """Ids, DEAD for those that are none."""
+        nearest, good = self._ids.admit(ids)
+        return torch.where(good, nearest, DEAD)
+
+    def from_tokens(
+        self,
+        token_ids: Tensor,
+        vocab: DeviceVocab | None,
+        before: Tensor,
+        after: Tensor | None,
+        dead: Tensor | None,
+        stand_in: int,
+    ) -> Hashed:
+        if vocab is not None:
+            ids = vocab.look_up(token_ids, dead, stand_in)
+        else:
+            ids = token_ids.to(torch.int64) if dead is None else token_ids.to(torch.int64).masked_fill(dead, stand_in)
+        ids = self._admitted(ids)
+        rows = self(ids, before[:, before.shape[1] - (self.plan.max_ngram - 1) :])
+        if vocab is not None:
+            vocab.check_now()
+        self._ids.check_now()  # where a bad id is refused at once, nothing has been advanced
+        if after is not None:
+            kept = after.shape[1]
+            missing = before.new_full((len(ids), max(0, kept - before.shape[1] - ids.shape[1])), DEAD)
+            after.copy_(torch.cat([missing, before, ids], dim=1)[:, -kept:])
+        widest = max((x.dtype for x in rows.values()), key=lambda dtype: dtype.itemsize)
+        return Hashed(torch.stack([x.to(widest) for x in rows.values()]), ids)
+
+    def _hash(self, layer: LayerPlan, shifts: list[Tensor], primes: Tensor, offsets: Tensor) -> Tensor:
+        heads = self.plan.heads
+        rows = torch.empty((*shifts[0].shape, len(primes)), dtype=_row_dtype(layer), device=primes.device)  # [B, T, C]
+        mix = shifts[0] * layer.multipliers[0]
+        for s in range(1, self.plan.max_ngram):
+            mix = mix ^ (shifts[s] * layer.multipliers[s])
+            order = slice((s - 1) * heads, s * heads)
+            rows[:, :, order] = mix[:, :, None] % primes[order] + offsets[order]
+        return rows
+
+
+class _Fused:
+    """The same in one launch of a Triton kernel; a call needs two where some indices are int32 and others int64."""
+
+    def __init__(self, plan: HashPlan, allowed: _IdRange) -> None:
+        self.plan = plan
+        self._ids = allowed
+        self._kernels = _import_kernels()
+        if not self._kernels.can_run_on(allowed.device):
+            raise ValueError(f"fused=True on {allowed.device}: the kernel needs a CUDA device; use fused=False")
+        self._launches = []
+        for dtype in _INTEGERS:
+            layers = [layer for layer in plan.layers if _row_dtype(layer) == dtype]
+            if layers:
+                constants = self._kernels.pack_constants(layers, allowed.device)
+                self._launches.append((dtype, [layer.layer_id for layer in layers], constants))
+        self._widest = self._launches[-1][0]
+        self._all = (
+            constants if len(self._launches) == 1 else self._kernels.pack_constants(list(plan.layers), allowed.device)
+        )
+
+    def __call__(self, ids: Tensor, before: Tensor) -> dict[int, Tensor]:
+        rows: dict[int, Tensor] = {}
+        for dtype, layer_ids, constants in self._launches:
+            hashed = self._kernels.hash_layers(self.plan, ids, before, constants, dtype, self._ids.met)
+            rows.update(zip(layer_ids, hashed))
+        return {layer.layer_id: rows[layer.layer_id] for layer in self.plan.layers}
+
+    def from_tokens(
+        self,
+        token_ids: Tensor,
+        vocab: DeviceVocab | None,
+        before: Tensor,
+        after: Tensor | None,
+        dead: Tensor | None,
+        stand_in: int,
+    ) -> Hashed:
+        compressed = torch.empty(token_ids.shape, dtype=torch.int64, device=token_ids.device)
+        rows = self._kernels.hash_layers(
+            self.plan,
+            token_ids,
+            before,
+            self._all,
+            self._widest,
+            self._ids.met,
+            vocab=None if vocab is None else vocab.map,
+            met_tokens=None if vocab is None else vocab.allowed.met,
+            mask=dead,
+            stand_in=stand_in,
+            compressed=compressed,
+            after=after,
+        )
+        return Hashed(rows, compressed)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of its first byte and behind its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (first, end), (other_first, other_end) = _extent(one), _extent(other)
+    return first < other_end and other_first < end
+
+
+def _row_dtype(layer: LayerPlan) -> torch.dtype:
+    return torch.int32 if layer.rows <= INT32_MAX else torch.int64
+
+
+def _import_kernels() -> ModuleType:
+    try:
+        from engram_ref.hashing import kernels
+    except ImportError as error:
+        raise ValueError(f"the fused hash needs Triton ({error}): pip install triton, or use fused=False") from error
+    return kernels
+
+
+def _triton_is_there() -> bool:
+    try:
+        _import_kernels()
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,192 @@
+"""The same indices in one pass over the ids, compiled: the fast path of `NgramHasher`, one thread.
+
+NumPy makes a 64-bit array for every shift, product and remainder; here a token's hash stays in a register
+and each index is written once. What costs is the remainder: a 64-bit division per index. It is replaced
+by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), on eight heads at a time.
+`hashing_step` is the same loop for a few tokens; no other module of the package imports numba. Compiling takes
+a few seconds once; numba then keeps the machine code on disk.
+
+    python -m pytest tests/ref/test_hashing_fused.py
+    python bench/hashing_speed.py
+
+The remainder of h < 2^63 by an odd p < 2^31, with R1 = 2^32 mod p, R2 = 2^64 mod p, q = p^-1 mod 2^32 and
+x = hi(x) * 2^32 + lo(x):
+
+    v = hi(h)*R2 + lo(h)*R1       congruent to h * 2^32; v < (2^31 + 2^32) * p < 2^64: it cannot overflow
+    m = lo(lo(v) * q) * p         a multiple of p with lo(m) = lo(v), so v - m = (hi(v) - hi(m)) * 2^32
+    r = hi(v) - hi(m)             hence congruent to h, with hi(v) < 1.5 p and hi(m) < p
+
+One conditional subtraction of p from hi(v) and one conditional addition to r give 0 <= r < p (Montgomery's
+reduction, 1985). No step rounds, so small moduli are as exact as large ones; an even modulus has no q.
+"""
+
+# mypy: disable-error-code="call-arg, call-overload, var-annotated"
+# (the signatures of functions that numba compiles are not those that mypy sees)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types, uint64
+from numba.extending import intrinsic
+
+from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
+from engram_ref.loops import compiled, pointer
+
+_LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
+_HEADER = 4  # constants before the multipliers: compressed size, compressed pad, longest n-gram, heads
+_DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
+_SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
+NO_HISTORY = np.empty((0, 0), dtype=np.int64)
+
+
+def can_fuse(layer: LayerPlan) -> bool:
+    """Whether this layer's constants suit the compiled loop: no even modulus, 63-bit multipliers."""
+    return all(prime % 2 for prime in layer.primes) and max(layer.multipliers) <= INT64_MAX
+
+
+def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:
+    """All constants of a layer in one array, in the loop's order: header, multipliers, then 5 rows [C]."""
+    primes = layer.primes
+    return np.array(
+        [plan.compressed_size, plan.pad_compressed, plan.max_ngram, plan.heads]
+        + list(layer.multipliers)
+        + list(primes)
+        + [pow(p, -1, 2**32) for p in primes]
+        + [2**32 % p for p in primes]
+        + [2**64 % p for p in primes]
+        + (list(layer.offsets) if offsets else [0] * len(primes)),
+        dtype=np.uint64,
+    )
+
+
+class _Lanes:
+    """Writes LLVM instructions on vectors of `count` 64-bit lanes.
+
+    By hand, because the compiler's own vectoriser gives up on this loop: it cannot tell that writing the
+    indices leaves the constants as they are.
+    """
+
+    def __init__(self, builder: Any, count: int) -> None:
+        self.builder = builder
+        self.wide = ir.VectorType(ir.IntType(64), count)
+        self.narrow = ir.VectorType(ir.IntType(32), count)
+
+    def every(self, value: int) -> Any:
+        return ir.Constant(self.wide, [value] * self.wide.count)
+
+    def splat(self, scalar: Any) -> Any:
+        undefined = ir.Constant(self.wide, ir.Undefined)
+        first = self.builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(self.narrow, [0] * self.wide.count))
+
+    def low(self, x: Any) -> Any:
+        return self.builder.and_(x, self.every(2**32 - 1))
+
+    def high(self, x: Any) -> Any:
+        return self.builder.trunc(self.builder.lshr(x, self.every(32)), self.narrow)
+
+    def times(self, x: Any, y: Any) -> Any:
+        """lo(x) * lo(y), all 64 bits: with both upper halves known to be zero it is one instruction."""
+        return self.builder.mul(self.low(x), self.low(y))
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        """Unsigned minimum: it picks x - p or x, x + p or x, by which of them has not wrapped around."""
+        return self.builder.select(self.builder.icmp_unsigned("<", x, y), x, y)
+
+    def remainder(self, h: Any, p: Any, q: Any, r1: Any, r2: Any) -> Any:
+        """h mod p in 32-bit lanes, by the lines of the module's docstring."""
+        b = self.builder
+        p32 = b.trunc(p, self.narrow)
+        v = b.add(self.times(b.lshr(h, self.every(32)), r2), self.times(h, r1))
+        m = self.times(self.times(v, q), p)
+        above = self.high(v)
+        above = self.smaller(above, b.sub(above, p32))
+        r = b.sub(above, self.high(m))
+        return self.smaller(r, b.add(r, p32))
+
+
+def _index_writer(count: int) -> Callable[..., None]:
+    """A compiled `write(h, constants, first, columns, rows, at)`: indices of `count` columns, all of hash h.
+
+    `first` is the place of the first column's modulus in `constants`; its other constants follow at steps of
+    `columns`. The indices go to the flat places `at`, `at` + 1, … of `rows`.
+    """
+
+    @intrinsic
+    def write(typing_context, h, constants, first, columns, rows, at):
+        def generate(context, builder, signature, arguments):
+            h, constants, first, columns, rows, at = arguments
+            rows_type = signature.args[4]
+            lanes = _Lanes(builder, count)
+            loaded = []
+            for _ in range(5):
+                place = builder.bitcast(builder.gep(constants, [first]), lanes.wide.as_pointer())
+                loaded.append(builder.load(place, align=8))
+                first = builder.add(first, columns)
+            p, q, r1, r2, offset = loaded
+            index = lanes.remainder(lanes.splat(h), p, q, r1, r2)
+            if rows_type.dtype == types.int32:
+                index = builder.add(index, builder.trunc(offset, lanes.narrow))
+            else:
+                index = builder.add(builder.zext(index, lanes.wide), offset)
+            data = context.make_array(rows_type)(context, builder, rows).data
+            place = builder.bitcast(builder.gep(data, [at]), index.type.as_pointer())
+            builder.store(index, place, align=rows_type.dtype.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(h, constants, first, columns, rows, at), generate
+
+    return write
+
+
+_write_lanes = _index_writer(_LANES)
+_write_one = _index_writer(1)
+
+
+def _hash_rows(ids, before, address, rows):
+    constants = pointer(address, uint64(0))
+    size, pad = constants[0], constants[1]
+    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
+    batch, length, columns = rows.shape
+    if rows.size == 0:
+        return False
+    past = before.shape[1]
+    if past != 0 and (past != max_ngram - 1 or before.shape[0] != batch):
+        return False
+    in_lanes = heads // _LANES
+    valid = True
+    at = 0
+    for b in range(batch):
+        for t in range(length):
+            h = uint64(0)
+            blocked = False
+            first = _HEADER + max_ngram
+            for s in range(max_ngram):
+                c = _DEAD  # before the start, unless a history reaches there
+                if t >= s:
+                    c = uint64(ids[b, t - s])
+                elif t - s + past >= 0:
+                    c = uint64(before[b, t - s + past])
+                valid &= c + uint64(1) <= size  # DEAD + 1 is 0
+                blocked |= c == _DEAD
+                h ^= (pad if blocked else c) * constants[_HEADER + s]
+                if s:
+                    for _ in range(in_lanes):
+                        _write_lanes(h, constants, first, columns, rows, at)
+                        first += _LANES
+                        at += _LANES
+                    for _ in range(heads - in_lanes * _LANES):
+                        _write_one(h, constants, first, columns, rows, at)
+                        first += 1
+                        at += 1
+    return valid
+
+
+# hash_rows(ids int64 [B, T], history int64 [B, N-1] or NO_HISTORY, address of the packed constants, rows int32
+# or int64 [B, T, C]) -> whether rows now holds the indices. It does not where an id is outside the vocabulary,
+# the batch is empty or the history is not of these sequences. Other types of argument are a TypeError.
+hash_rows = compiled(_hash_rows, _SIGNATURES, nogil=True)

@@ -1,0 +1,173 @@
+"""How rows that the CPU gathers reach the device: at once on a CPU, through pinned staging and a side stream on CUDA.
+
+Two staging buffers at least: while one is being copied, the next fetch gathers into the other. A buffer is
+filled again only after the copy that reads it has ended; the rows are used only after the stream that uses them
+was told to wait for their copy; and their memory is not recycled before that stream is done with them. Take
+away any of the three and rows come out wrong, now and then: the tests do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_ref.rows.decoding import gather_values
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.gather import gather_parts
+from engram_ref.rows.memory import HUGE_PAGE, HostMemory
+from engram_ref.rows.rows import Rows
+from engram_ref.tables.base import Pending, Ready, check_out
+from engram_ref.threads.users import Users
+
+Fill = Callable[[Tensor], object]  # writes the stored rows of one fetch into uint8 [N, row_bytes]
+STAGING_BUFFERS = 2
+_FRESH_BYTES = 32 << 20  # from here the C library takes new pages for every allocation, 4 KiB at a time
+
+
+class Delivery:
+    """Brings rows to one device.
+
+    Args:
+        device: where they are wanted.
+        row_format: of the table.
+        buffers: staging buffers, two at least; a CPU needs none.
+
+    Attributes:
+        bytes_copied: to an accelerator, so far.
+    """
+
+    def __init__(self, device: torch.device, row_format: RowFormat, buffers: int = STAGING_BUFFERS) -> None:
+        if buffers < STAGING_BUFFERS:
+            raise ValueError(f"buffers={buffers}: with fewer than {STAGING_BUFFERS} nothing overlaps")
+        self.device = device
+        self.format = row_format
+        self._cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._slots = [_Slot() for _ in range(buffers)] if self._cuda else []
+        self._users = Users("the staging of this table")
+        self._turn = 0
+        self.bytes_copied = 0
+
+    def send(self, count: int, fill: Fill, out: Tensor | None = None) -> Pending:
+        """Let `fill` write `count` stored rows, and start them on their way."""
+        if out is not None:
+            check_out(out, count, self.format, self.device)
+        if self._cuda:
+            return self._send_to_gpu(count, fill, out)
+        values = self.empty(count) if out is None else out
+        if not self.format.scaled:
+            fill(values.view(torch.uint8))
+            return Ready(values)
+        raw = torch.empty((count, self.format.row_bytes), dtype=torch.uint8)
+        fill(raw)
+        return Ready(self.format.decode(raw, values))
+
+    def take(self, table: Rows, rows: Tensor, out: Tensor | None = None) -> Ready:
+        """On a CPU: gather rows of a table in memory straight to where they are wanted, decoded on the way."""
+        if out is not None:
+            check_out(out, len(rows), self.format, self.device)
+        values = self.empty(len(rows)) if out is None else out
+        if self.format.scaled:
+            gather_values(table.parts, rows, values)
+        else:
+            gather_parts(table.parts, rows, values.view(torch.uint8))
+        return Ready(values)
+
+    def empty(self, count: int) -> Tensor:
+        """New memory for the rows of a fetch."""
+        nbytes = count * self.format.width * self.format.dtype.itemsize
+        if self.device.type == "cpu" and nbytes >= _FRESH_BYTES:
+            return HostMemory(nbytes).bytes.view(self.format.dtype).view(count, self.format.width)
+        return torch.empty((count, self.format.width), dtype=self.format.dtype, device=self.device)
+
+    def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None) -> Pending:
+        if out is not None:
+            out.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the copy
+        with self._users.here(), self._users.alone:  # one thread at a time has the turn
+            slot = self._next_slot()
+            staged = slot.room(count * self.format.row_bytes).view(count, self.format.row_bytes)
+            fill(staged)
+            try:
+                return self._copy(slot, staged, out)
+            except BaseException:
+                self._stream.synchronize()  # a copy that nobody else will wait for may be reading the buffer
+                raise
+
+    def _copy(self, slot: _Slot, staged: Tensor, out: Tensor | None) -> Arriving:
+        """Start the copy of a filled buffer, and note in its slot when it has ended."""
+        with torch.cuda.stream(self._stream):
+            values = self.empty(len(staged)) if out is None else out
+            raw = torch.empty_like(staged, device=self.device) if self.format.scaled else values.view(torch.uint8)
+            raw.copy_(staged, non_blocking=True)
+            if self.format.scaled:
+                self.format.decode(raw, values)
+            self.bytes_copied += staged.nbytes
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+            slot.copied = copied
+        return Arriving(values, copied)
+
+    def _next_slot(self) -> _Slot:
+        self._turn = (self._turn + 1) % len(self._slots)
+        slot = self._slots[self._turn]
+        slot.finish()
+        return slot
+
+    def trim(self) -> None:
+        """Unpin and free the staging buffers."""
+        with self._users.here(), self._users.alone:
+            for slot in self._slots:
+                slot.free()
+
+
+@dataclass
+class _Slot:
+    """One pinned staging buffer and the copy that last read it.
+
+    It grows by doubling at least, because growing stops the device; it is locked in one piece, because it is copied
+    as a whole.
+    """
+
+    memory: HostMemory | None = None
+    copied: Any = field(default=None)
+
+    def finish(self) -> None:
+        """Wait until the buffer may be written again."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def room(self, nbytes: int) -> Tensor:
+        """The first `nbytes` of the buffer, which grows to a multiple of a huge page when it must."""
+        held = 0 if self.memory is None else self.memory.nbytes
+        if self.memory is None or held < nbytes:
+            self.free()
+            memory = HostMemory(-(-max(nbytes, 2 * held, 1) // HUGE_PAGE) * HUGE_PAGE)
+            memory.pin(piece=memory.nbytes)
+            self.memory = memory
+        return self.memory.bytes[:nbytes]
+
+    def free(self) -> None:
+        self.finish()
+        if self.memory is not None:
+            self.memory.close()
+        self.memory = None
+        self.copied = None
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Rows on their way on a side stream."""
+
+    values: Tensor
+    arrived: Any  # torch.cuda.Event
+
+    def wait(self) -> Tensor:
+        """The rows; the current stream waits for them, the CPU does not."""
+        stream = torch.cuda.current_stream(self.values.device)
+        stream.wait_event(self.arrived)
+        self.values.record_stream(stream)
+        return self.values

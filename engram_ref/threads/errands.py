@@ -1,0 +1,185 @@
+"""Work that other threads do, into memory that is not theirs: it can be waited for, and called off for certain.
+
+    pool = Pool(4, "readers")
+    found = pool.do_all([read_this, read_that])     # all have ended, whatever goes wrong
+
+Memory may be used for something else only when nobody writes to it any more. A future cannot promise that to somebody
+who was interrupted (Ctrl-C) while he handed it over: it may be running, or begin later. An errand is known before it is
+handed over; once it is called off it has ended, or it will never begin.
+
+    python -m pytest tests/ref/test_errands.py
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from engram_ref.threads.forks import renew_after_fork
+
+T = TypeVar("T")
+
+
+class Errand(Generic[T]):
+    """Work to be done once, by whoever calls the errand.
+
+    Attributes:
+        ended: whether it has a result or an error.
+        error: what it raised, or why it has no result.
+    """
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.ended = False
+        self.error: BaseException | None = None
+        self._result: Any = None
+        self._work: Callable[[], T] | None = work
+        self._process = os.getpid()
+        self._doing = threading.Lock()  # held by whoever does it
+        self._waiting = threading.Lock()  # held until it has ended
+        self._waiting.acquire()
+
+    def __call__(self) -> None:
+        """Do it, unless it was called off; what it raises is kept, and an interruption raised besides."""
+        with self._doing:
+            work, self._work = self._work, None
+            if work is None:
+                return
+            try:
+                self._result = work()
+            except BaseException as error:
+                self.error = error
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        self._waiting.release()
+
+    @property
+    def is_being_done(self) -> bool:
+        """Whether somebody is at it."""
+        return self._doing.locked()
+
+    def wait(self) -> None:
+        """Return when it has ended; in a fork of the process whose threads do it, at once, with an error."""
+        if self.ended:
+            return
+        if os.getpid() != self._process:
+            self.error = RuntimeError(f"it was under way in process {self._process}, not in this fork: start it anew")
+            return
+        with self._waiting:
+            pass
+
+    def result(self) -> T:
+        """What it returned, once it has ended.
+
+        Raises:
+            BaseException: what it raised.
+        """
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+    def forbid(self) -> None:
+        """Let nobody begin it any more."""
+        self._work = None
+
+    def call_off(self) -> None:
+        """Return when it has ended, or never will begin; those who wait for it are told."""
+        self.forbid()
+        if os.getpid() != self._process:
+            return  # nobody does it here
+        with self._doing:
+            if not self.ended:
+                self.error = RuntimeError("it was called off before it began")
+                self._end()
+
+
+def call_off(errands: Sequence[Errand[Any]]) -> None:
+    """Return when nobody does any of them, even if this is interrupted; then raise the interruption."""
+    try:
+        for errand in errands:
+            errand.forbid()
+        for errand in errands:
+            errand.call_off()
+    except BaseException:
+        call_off(errands)
+        raise
+
+
+class Pool:
+    """Threads that begin with the first errand, belong to one process, and end with `close`.
+
+    Not a ThreadPoolExecutor: its own locks stay locked if Ctrl-C comes while something is submitted.
+
+    Args:
+        threads: at most.
+        name: of the threads.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._threads = threads
+        self._name = name
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """In a forked process: the threads are not there."""
+        self._lock = threading.Lock()
+        self._members: list[threading.Thread] = []
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+
+    def give(self, work: Callable[[], object]) -> None:
+        """Let a thread do it; they begin in the order in which they are given."""
+        with self._lock:
+            self._members = [member for member in self._members if member.is_alive()]
+            if len(self._members) < self._threads:
+                name = f"{self._name}_{len(self._members)}"
+                # Daemons, because one whose start was interrupted may wait for good, and another one takes its place.
+                member = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+                self._members.append(member)
+                member.start()
+            self._queue.put(work)
+
+    def do_all(self, works: Sequence[Callable[[], T]]) -> list[T]:
+        """What they return, when all have ended.
+
+        Raises:
+            BaseException: what the first of them to fail raised.
+        """
+        errands = [Errand(work) for work in works]
+        try:
+            for errand in errands:
+                self.give(errand)
+            for errand in errands:
+                errand.wait()
+        except BaseException:
+            call_off(errands)
+            raise
+        return [errand.result() for errand in errands]
+
+    def close(self) -> None:
+        """Wait for what was given, and end the threads."""
+        with self._lock:
+            members, queue = self._members, self._queue
+            self._members, self._queue = [], SimpleQueue()
+        queue.put(None)
+        for member in members:
+            if member.is_alive():
+                member.join()
+
+
+def _serve(queue: SimpleQueue[Callable[[], object] | None]) -> None:
+    """Do what comes, until None does. An errand keeps what goes wrong; its interruption ends nobody else's."""
+    while (work := queue.get()) is not None:
+        with suppress(SystemExit, KeyboardInterrupt):
+            work()
+        del work  # and what it holds, before the next one comes
+    queue.put(None)  # for the next thread; there may be more than the pool knows, if a start was interrupted
