@@ -74,9 +74,9 @@ from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab
 from engram_toy.definitions import DEFINITIONS
 from engram_toy.hashing import NgramHasher
-from engram_toy.layouts import VARIANTS, Layout, most_frequent
-from engram_toy.programs import BOUNDARIES, MODELS
-from engram_toy.stack import check_definition
+from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
+from engram_toy.models.programs import BOUNDARIES, MODELS
+from engram_toy.tracer.stack import check_definition
 
 PROG = "bytedmd_toy"
 SCHEMA_VERSION = 1

@@ -5,7 +5,7 @@
     python bench/pricing_speed.py --out FILE.json          raw samples and environment, to keep
 
 Tracing: the same arithmetic on plain numbers, on tracked ones, and as an inner product that the tracer logs at
-once. Pricing: `stack_depths` of `engram_toy.stack` and `engram_toy.fast.stack` on the same logs:
+once. Pricing: `stack_depths` of `engram_toy.tracer.stack` and `engram_toy.fast.stack` on the same logs:
 
     random-100k          10^5 live values, 3*10^5 touches, anywhere on the stack
     random-1m            10^6 live values, 3*10^6 touches, anywhere on the stack: the worst case
@@ -33,10 +33,10 @@ from bench.harness.output import printed_anyway, require_writable_file
 from bench.harness.results import environment, git_commit, write_json
 from bench.harness.timing import interleave, paired_ratio, summary
 from engram_ref import cli
-from engram_toy import stack
 from engram_toy.bytedmd import traced_eval
 from engram_toy.functional import dot
-from engram_toy.stack import Log
+from engram_toy.tracer import stack
+from engram_toy.tracer.stack import Log
 
 PROG = "pricing_speed"
 # name: values that are read, values that lie below them, touches; all at scale 1

@@ -58,7 +58,7 @@ QUICK_TOKENS, QUICK_STEPS = 5000, (1, 512)
 # The code that decides a price; what a finished case is filed under.
 PRICING_CODE = (
     "engram_ref/compiled.py", "engram_ref/config.py", "engram_ref/hashing*.py", "engram_ref/quoting.py",
-    "engram_ref/files/replacing.py", "engram_ref/files/small_files.py", "engram_ref/vocab.py", "engram_toy/stack.py",
+    "engram_ref/files/replacing.py", "engram_ref/files/small_files.py", "engram_ref/vocab.py", "engram_toy/tracer/stack.py",
     "engram_toy/fast/*.py",
     "bench/harness/decoder_sizes.py", "bench/harness/encoding.py", "bench/harness/row_cases.py",
     "bench/harness/streams.py", "bench/harness/token_batches.py", "bench/harness/whole_model.py",

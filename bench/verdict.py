@@ -33,9 +33,9 @@ from bench.harness.timing import summary
 from bench.harness.verdict import WALL_TIME_CLAIM, classify
 from bench.harness.whole_model import MODELS
 from engram_ref import cli
-from engram_toy.layouts import VARIANTS
-from engram_toy.programs import BOUNDARIES
-from engram_toy.programs import MODELS as TOYS
+from engram_toy.models.layouts import VARIANTS
+from engram_toy.models.programs import BOUNDARIES
+from engram_toy.models.programs import MODELS as TOYS
 
 
 def halves(evidence: Evidence) -> str:

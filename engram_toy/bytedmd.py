@@ -11,9 +11,9 @@ original (github.com/cybertronai/ByteDMD, branch main of 2026-04-13), so either 
 What differs from it, apart from the price: docs/how-bytedmd-works.md, "Where it differs from the original".
 `trace` says more: which kind of value (token, row, weight, ...) each read was of, and what it cost.
 
-How it works: every argument is wrapped (`engram_toy.wrapping`) in a `Tracked` value, whose operators write a
-log (`engram_toy.tracked`). When the function has returned, last uses are known, and `engram_toy.stack` replays
-the log to find every read's depth.
+How it works: every argument is wrapped (`engram_toy.tracer.wrapping`) in a `Tracked` value, whose operators write a
+log (`engram_toy.tracer.recorder`). When the function has returned, last uses are known, and
+`engram_toy.tracer.stack` replays the log to find every read's depth.
 
 What leaves the tracer: `int()`, `float()`, `bool()`, `hash()` and use as an index read the value once and
 return a plain one, whose later reads are not seen (`math.sqrt` and `math.exp` call `float`). Write a square
@@ -32,9 +32,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from engram_toy import definitions, floor, stack, tally
-from engram_toy.tracked import Recorder, Tracked
-from engram_toy.wrapping import Unwrapper, Wrapper, leaves
+from engram_toy import definitions, floor
+from engram_toy.tracer import stack
+from engram_toy.tracer.recorder import Recorder
+from engram_toy.tracer.tracked import Tracked
+from engram_toy.tracer.wrapping import Unwrapper, Wrapper, leaves
 
 _MOST_KINDS = 256  # a read's kind takes one byte
 _WORTH_COMPILING = 200_000  # values; below this, loading numba takes longer than it saves
@@ -230,7 +232,7 @@ def _kind_codes(
 def _engine(compiled: bool) -> tuple[Any, Any]:
     """The modules that find depths and count reads: plain Python, or numba and numpy."""
     if not compiled:
-        return definitions, tally
+        return definitions, stack
     engine = _compiled_engine()
     if engine is None:
         raise ValueError("compiled=True, but numba cannot be used here: repair it, or leave `compiled` out")
@@ -242,13 +244,13 @@ def _compiled_engine() -> tuple[Any, Any] | None:
     """The compiled modules, loaded only here; None, with a warning, where they cannot be."""
     try:
         from engram_toy.fast import definitions as fast_definitions
-        from engram_toy.fast import tally as fast_tally
+        from engram_toy.fast import stack as fast_stack
     # What a broken installation raises: numpy too new or too old for numba, libraries of LLVM missing or foreign.
     except (ImportError, OSError, AttributeError, RuntimeError, SystemError, ValueError) as error:
         cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         warnings.warn(f"numba is not used, plain Python prices the run more slowly ({cause})", stacklevel=2)
         return None
-    return fast_definitions, fast_tally
+    return fast_definitions, fast_stack
 
 
 def traced_eval(func: Callable[..., Any], args: Sequence[Any], definition: str = "lru") -> tuple[list[int], Any]:

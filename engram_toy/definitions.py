@@ -13,8 +13,8 @@ other and then stores its result; the end loads every returned value once. Argum
 load of one is charged that depth.
 
 How: `single_reads` writes a log as such events, an instruction for each load. Then `classic` and `live` are what
-`engram_toy.stack` does with two stacks. `engram_toy.fast.definitions` finds the same depths compiled; the bound under
-all managers is `engram_toy.floor`.
+`engram_toy.tracer.stack` does with two stacks. `engram_toy.fast.definitions` finds the same depths compiled; the bound
+under all managers is `engram_toy.floor`.
 
     depths(Log(inputs=2, left=array("i", [0]), right=array("i", [1]), returned=[2], argument_depth=array("i", [1, 2])),
            "live")                                                     # c = a + b; then c is read: [1, 2, 1]
@@ -26,8 +26,8 @@ from array import array
 from dataclasses import replace
 from heapq import heappop, heappush
 
-from engram_toy import stack
-from engram_toy.stack import Log
+from engram_toy.tracer import stack
+from engram_toy.tracer.stack import Log
 
 DEFINITIONS = (*stack.DEFINITIONS, "classic", "live", "stationary", "opt")
 
@@ -57,7 +57,7 @@ def check_definition(definition: str) -> None:
 
 
 def reads_like(definition: str) -> str:
-    """The definition of `engram_toy.stack` that has the same reads, in the same order."""
+    """The definition of `engram_toy.tracer.stack` that has the same reads, in the same order."""
     return "lru" if definition == "lru" else "two-stack"
 
 

@@ -31,7 +31,7 @@ from itertools import pairwise
 from math import isqrt
 
 from engram_toy.definitions import find, single_reads
-from engram_toy.stack import Log, read_price
+from engram_toy.tracer.stack import Log, read_price
 
 Interval = Sequence[float]  # begin and end
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from engram_toy.tracked import Tracked
+from engram_toy.tracer.tracked import Tracked
 
 Vector = Sequence[Any]  # [H]
 Matrix = Sequence[Vector]  # [rows][columns]

@@ -17,7 +17,7 @@ from bench.harness.reading import read_results
 from bench.harness.row_table import TEXT, crossing_of, one, row_share, select
 from bench.harness.sweep_table import ratios
 from bench.harness.table import find_run
-from engram_toy.stack import read_price
+from engram_toy.tracer.stack import read_price
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STEP = 512  # tokens: the sequences of the paper's run, one token each

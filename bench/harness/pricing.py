@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engram_toy.bytedmd import Trace, trace
-from engram_toy.layouts import Layout
-from engram_toy.programs import Program, Workload, build
-from engram_toy.stack import read_price
+from engram_toy.models.layouts import Layout
+from engram_toy.models.programs import Program, Workload, build
+from engram_toy.tracer.stack import read_price
 
 
 @dataclass(frozen=True)

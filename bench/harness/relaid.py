@@ -1,7 +1,7 @@
 """The price of one recorded program in every layout and at every padding, by kind of value.
 
 A program is recorded once per schedule; where the table starts, how much padding lies above it and how wide a value is
-change only what its first reads are charged (`engram_toy.relaying`).
+change only what its first reads are charged (`engram_toy.tracer.first_reads`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from itertools import chain
 
 from engram_toy.bytedmd import Recording
-from engram_toy.layouts import Layout
-from engram_toy.programs import Program
-from engram_toy.relaying import Start, first_reads
-from engram_toy.stack import read_price
+from engram_toy.models.layouts import Layout
+from engram_toy.models.programs import Program
+from engram_toy.tracer.first_reads import Start, first_reads
+from engram_toy.tracer.stack import read_price
 
 
 class Relaid:

@@ -20,9 +20,9 @@ from bench.harness.whole_model import MODELS, step_price
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab
-from engram_toy.fast.links import Linker, RowReads
+from engram_toy.fast.last_reads import Linker, RowReads
 from engram_toy.fast.rows import Priced, Start, among, price_rows, start
-from engram_toy.stack import read_price
+from engram_toy.tracer.stack import read_price
 
 LAYOUTS = {"held live": True, "compacted": False}
 _WHOLE_TEXT = 1 << 62  # bytes

@@ -23,8 +23,8 @@ from bench.harness.workloads import digest, make_workload, row_stream
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import Recording, record
-from engram_toy.layouts import Layout, most_frequent
-from engram_toy.programs import Workload, build
+from engram_toy.models.layouts import Layout, most_frequent
+from engram_toy.models.programs import Workload, build
 
 Indices = Sequence[Sequence[int]]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.harness.workloads import MODELS_OF
-from engram_toy.layouts import VARIANTS
-from engram_toy.programs import BOUNDARIES
+from engram_toy.models.layouts import VARIANTS
+from engram_toy.models.programs import BOUNDARIES
 
 HOT_PREFETCH = "offload_hot_prefetch"  # of the grid: hot rows above, the others below and prefetched
 GRID = "grid"

@@ -2,7 +2,7 @@
 
 A variant is a table (where rows live), a prefetcher (when they are fetched) and, for a file, a state of the page
 cache. They share the memory that they can share, so that the largest table is there once in host memory, once
-on the device and once on disk. Names as in the twin: `engram_toy/layouts.py`.
+on the device and once on disk. Names as in the twin: `engram_toy/models/layouts.py`.
 """
 
 from __future__ import annotations

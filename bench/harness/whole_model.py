@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from bench.harness.decoder_sizes import QWEN3_VOCABULARY, SIZES, BlockShape
 from engram_ref.config import EngramConfig
-from engram_toy.stack import cumulative_price
+from engram_toy.tracer.stack import cumulative_price
 
 _BFLOAT16 = 2
 # The paper's table: 100 B parameters in one layer, at the geometry of Engram-27B, rows of 80 bfloat16 values.

@@ -18,11 +18,11 @@ import numpy as np
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy import fp8
-from engram_toy.attention import AttentionWeights
-from engram_toy.kv_bank import BankWeights
-from engram_toy.layer import EngramWeights
-from engram_toy.layer_v41 import V41Weights
-from engram_toy.programs import MODELS, Workload
+from engram_toy.fusion.demo import EngramWeights
+from engram_toy.fusion.v41 import V41Weights
+from engram_toy.models.attention import AttentionWeights
+from engram_toy.models.kv_bank import BankWeights
+from engram_toy.models.programs import MODELS, Workload
 
 # What each preset is cut to; the orders, the heads and the form stay.
 CUTS: dict[str, dict[str, Any]] = {

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engram_toy import stack
 from engram_toy.functional import copy
-from engram_toy.tracked import Recorder, Tracked
-from engram_toy.wrapping import Wrapper, leaves
+from engram_toy.tracer import stack
+from engram_toy.tracer.recorder import Recorder
+from engram_toy.tracer.tracked import Tracked
+from engram_toy.tracer.wrapping import Wrapper, leaves
 
 PADDING = 12
 

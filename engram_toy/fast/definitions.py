@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from engram_toy import definitions, stack
+from engram_toy import definitions
 from engram_toy.fast import stack as fast_stack
 from engram_toy.fast.compiling import compiled
 from engram_toy.fast.stack import LEFT_DIES, RESULT_LIVES
-from engram_toy.fast.timeline import count_from, full_axis, give_up
-from engram_toy.stack import Log
+from engram_toy.fast.time_axis import count_from, full_axis, give_up
+from engram_toy.tracer import stack
+from engram_toy.tracer.stack import Log
 
 
 def depths(log: Log, definition: str = "lru") -> array[int]:

@@ -19,10 +19,10 @@ from numba.extending import intrinsic
 
 from engram_toy import floor as plain
 from engram_toy.fast.compiling import compiled
-from engram_toy.fast.links import RowReads
+from engram_toy.fast.last_reads import RowReads
 from engram_toy.fast.rows import MOST_BYTES, Start, addresses, cumulative_price
 from engram_toy.floor import Interval, check_capacity, enclose
-from engram_toy.stack import read_price
+from engram_toy.tracer.stack import read_price
 
 
 def misses(intervals: Iterable[Interval], capacity: int) -> int:

@@ -1,6 +1,6 @@
 """The exact ByteDMD price of reading rows of a real table, at row granularity: tens of millions of reads in seconds.
 
-    reads = linker.finish()                                     # engram_toy.fast.links
+    reads = linker.finish()                                     # engram_toy.fast.last_reads
     priced = price_rows(reads, start(reads, held=True), row_bytes=264)
     priced.total, priced.reads, priced.cost                     # price; reads and price by depth, first and later ones
 
@@ -31,8 +31,8 @@ import numpy as np
 from engram_toy.definitions import check_definition
 from engram_toy.fast.compiling import compiled
 from engram_toy.fast.definitions import find
-from engram_toy.fast.links import RowReads
-from engram_toy.fast.timeline import axis_of, count_from, full_axis, give_up, settle
+from engram_toy.fast.last_reads import RowReads
+from engram_toy.fast.time_axis import axis_of, count_from, full_axis, give_up, settle
 
 BINS = 64  # powers of two of depth in bytes
 MOST_BYTES = 1 << 41  # depths beyond this overflow the closed form in 64 bits
@@ -214,7 +214,7 @@ def _read_again(links):
 
 @compiled()
 def cumulative_price(n):
-    """Sum of ceil(sqrt(i)) over i = 1 .. n; `engram_toy.stack.cumulative_price`."""
+    """Sum of ceil(sqrt(i)) over i = 1 .. n; `engram_toy.tracer.stack.cumulative_price`."""
     m = _ceil_root(n)
     return m * (6 * n - 2 * m * m + 3 * m - 1) // 6
 

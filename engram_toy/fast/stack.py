@@ -1,13 +1,14 @@
-"""Exact LRU stack distances, compiled: what `engram_toy.stack.stack_depths` returns, over ten times sooner.
+"""Exact LRU stack distances, compiled: what `engram_toy.tracer.stack.stack_depths` returns, over ten times sooner.
 
 What: the same log in, the same depths out, bit for bit.
-Why: every touch of a live value takes the next slot on a time axis (`engram_toy.fast.timeline`), and a depth is the
+Why: every touch of a live value takes the next slot on a time axis (`engram_toy.fast.time_axis`), and a depth is the
 number of taken slots from one slot up. A million touches need 200 kB; nothing is compacted.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engram_toy.fast.compiling import compiled
-from engram_toy.fast.timeline import count_from, full_axis, give_up
-from engram_toy.stack import Log, check_log, unfit_returned, unstored_operand
+from engram_toy.fast.time_axis import count_from, full_axis, give_up
+from engram_toy.tracer.stack import Log, check_log, unfit_returned, unstored_operand
 
 _AHEAD = 16  # instructions; with millions of live values, waiting for memory is half of the time
 # What becomes of the values of an instruction, one bit each.
@@ -138,7 +139,7 @@ def returned_column(log: Log) -> np.ndarray:
 
 
 def stack_depths(log: Log, definition: str = "lru") -> array[int]:
-    """Return the depth of every read in reading order; see `engram_toy.stack.stack_depths`, which it equals.
+    """Return the depth of every read in reading order; see `engram_toy.tracer.stack.stack_depths`, which it equals.
 
     The first call compiles for some seconds, unless an earlier run left the result in numba's cache.
     """
@@ -180,3 +181,28 @@ def replayed(log: Log, fate: np.ndarray, live: Sequence[int] | np.ndarray = (), 
     result = array("i")
     result.frombytes(depths[:reads].tobytes())
     return result
+
+
+def read_kinds(log: Log, definition: str, code_of_value: bytearray) -> bytes:
+    """The kind of every read; see `engram_toy.tracer.stack.read_kinds`, which it equals."""
+    columns = [np.asarray(log.left, np.int32), np.asarray(log.right, np.int32)]
+    if log.third:
+        third = np.full(len(log.left), -1, np.int32)
+        third[list(log.third)] = list(log.third.values())
+        columns.append(third)
+    operands = np.stack(columns, axis=1).ravel()
+    reads = operands[operands >= 0]
+    if definition == "two-stack":
+        reads = np.concatenate([reads, np.asarray(log.returned, np.int32)])
+    return np.frombuffer(code_of_value, np.uint8)[reads].tobytes()
+
+
+def tally(kinds: bytes, depths: array[int]) -> Counter[tuple[int, int]]:
+    """How many reads there were of each (kind, depth); see `engram_toy.tracer.stack.tally`, which it equals."""
+    kind_of_read = np.frombuffer(kinds, np.uint8)
+    depth_of_read = np.asarray(depths, np.int32)
+    counts: Counter[tuple[int, int]] = Counter()
+    for kind in np.unique(kind_of_read).tolist():
+        found, reads = np.unique(depth_of_read[kind_of_read == kind], return_counts=True)
+        counts.update({(kind, depth): n for depth, n in zip(found.tolist(), reads.tolist())})
+    return counts

@@ -22,7 +22,7 @@ from bench.harness.table import groups, is_valid, verdict_table
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_toy import bytedmd as own
-from engram_toy.programs import BOUNDARIES, MODELS
+from engram_toy.models.programs import BOUNDARIES, MODELS
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "bench/harness/bytedmd_toy.schema.json").read_text())

@@ -19,7 +19,7 @@ from bench.harness.row_table import crossing_of
 from bench.harness.whole_model import MODELS, WholeModel, step_price
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
-from engram_toy.stack import cumulative_price, read_price
+from engram_toy.tracer.stack import cumulative_price, read_price
 
 TOKENS = 512
 SCHEMA = json.loads((Path(production.__file__).parent / "harness/production.schema.json").read_text(encoding="utf-8"))

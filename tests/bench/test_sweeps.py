@@ -30,7 +30,7 @@ from bench.harness.sweeps import HOT_PREFETCH, NAMES, SWEEPS, Case, Settings, po
 from bench.harness.workloads import make_workload, toy_config
 from engram_ref import cli
 from engram_ref.hashing import HashPlan
-from engram_toy.layouts import VARIANTS
+from engram_toy.models.layouts import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "bench/harness/bytedmd_sweeps.schema.json").read_text())

@@ -21,7 +21,7 @@ from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.layer import Engram
 from engram_ref.tables.device import DeviceTable
-from engram_toy.layer import EngramWeights, engram
+from engram_toy.fusion.demo import EngramWeights, engram
 
 SIZE = 60  # of the compressed vocabulary
 # Sums of order 1 in another order differ by some 1e-15; the gate's slope reaches 125 where its argument is small, and

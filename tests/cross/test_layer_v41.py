@@ -23,7 +23,7 @@ from engram_ref.rows.format import RowFormat
 from engram_ref.rows.rows import Rows
 from engram_ref.tables.device import DeviceTable
 from engram_toy.fp8 import numbers
-from engram_toy.layer_v41 import V41Weights, engram_v41
+from engram_toy.fusion.v41 import V41Weights, engram_v41
 
 SIZE = 60  # of the compressed vocabulary
 # Relative, to values of 1 and more. Sums of order 1 in another order differ by some 1e-15; the gate's slope reaches 125

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engram_toy import stack
 from engram_toy.bytedmd import bytedmd, label, trace, traced_eval
 from engram_toy.functional import dot
-from engram_toy.stack import price
-from engram_toy.tracked import Tracked
+from engram_toy.tracer import stack
+from engram_toy.tracer.stack import price
+from engram_toy.tracer.tracked import Tracked
 from tests.golden import bytedmd_programs as programs
 from tests.toy.oracle import oracle_trace
 

@@ -15,12 +15,13 @@ import pytest
 
 pytest.importorskip("numba", reason="both implementations are compared: pip install numba")
 
-from engram_toy import definitions, floor, stack
+from engram_toy import definitions, floor
 from engram_toy.bytedmd import bytedmd, record, trace
 from engram_toy.fast import definitions as fast_definitions
 from engram_toy.fast import floor as fast_floor
 from engram_toy.fast.rows import price_rows, start
-from engram_toy.stack import Log, price
+from engram_toy.tracer import stack
+from engram_toy.tracer.stack import Log, price
 from tests.toy.test_rows import Stream
 from tests.toy.test_stack import random_log
 

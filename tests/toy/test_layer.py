@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from engram_toy.attention import AttentionWeights, attention
 from engram_toy.functional import copy, dot, linear, mix, rms_norm, sigmoid, softmax
-from engram_toy.kv_bank import BankWeights, kv_bank
-from engram_toy.layer import EngramWeights, embed, engram, signed_sqrt
+from engram_toy.fusion.demo import EngramWeights, embed, engram, signed_sqrt
+from engram_toy.models.attention import AttentionWeights, attention
+from engram_toy.models.kv_bank import BankWeights, kv_bank
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
 DILATION = 3  # of the recorded layer: its longest n-gram

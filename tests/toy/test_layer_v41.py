@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from engram_toy import layer_v41
 from engram_toy.fp8 import numbers
 from engram_toy.functional import linear
-from engram_toy.layer_v41 import V41Weights, embed, engram_v41, gate, signed_sqrt
+from engram_toy.fusion import v41 as layer_v41
+from engram_toy.fusion.v41 import V41Weights, embed, engram_v41, gate, signed_sqrt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_v41.safetensors"
 WIDTH = 80  # of the recorded stream

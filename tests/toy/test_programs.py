@@ -12,11 +12,11 @@ import pytest
 from bench.harness.pricing import output_digest
 from bench.harness.workloads import make_workload, toy_config
 from engram_ref.hashing import HashPlan
-from engram_toy.attention import attention
 from engram_toy.bytedmd import record, trace, traced_eval
 from engram_toy.fp8 import dequantise
-from engram_toy.layouts import VARIANTS, Layout, most_frequent
-from engram_toy.programs import BOUNDARIES, build
+from engram_toy.models.attention import attention
+from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
+from engram_toy.models.programs import BOUNDARIES, build
 from tests.toy.oracle import oracle_trace
 
 TOKENS, WIDTH, PADDING = 6, 4, 5000

@@ -16,12 +16,12 @@ import pytest
 from bench.harness.relaid import Relaid
 from bench.harness.workloads import make_workload, toy_config
 from engram_ref.hashing import HashPlan
-from engram_toy import relaying
 from engram_toy.bytedmd import record, trace
-from engram_toy.layouts import VARIANTS, Layout, most_frequent
-from engram_toy.programs import BOUNDARIES, build
-from engram_toy.relaying import first_reads
-from engram_toy.stack import DEFINITIONS, Log, read_price, stack_depths
+from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
+from engram_toy.models.programs import BOUNDARIES, build
+from engram_toy.tracer import first_reads as relaying
+from engram_toy.tracer.first_reads import first_reads
+from engram_toy.tracer.stack import DEFINITIONS, Log, read_price, stack_depths
 
 PADDINGS = (0, 777)
 TEXT = [7, 8, 7]

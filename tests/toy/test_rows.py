@@ -12,9 +12,9 @@ pytest.importorskip("numba", reason="row prices are compiled: pip install numba"
 
 from engram_toy.bytedmd import bytedmd, trace, traced_eval
 from engram_toy.fast import rows as rows_module
-from engram_toy.fast.links import Linker
+from engram_toy.fast.last_reads import Linker
 from engram_toy.fast.rows import price_rows, start
-from engram_toy.stack import cumulative_price, read_price
+from engram_toy.tracer.stack import cumulative_price, read_price
 
 
 class Stream:

@@ -25,7 +25,7 @@ import pytest
 
 from engram_toy.bytedmd import bytedmd, record, trace, trace_to_bytedmd, traced_eval
 from engram_toy.functional import dot
-from engram_toy.tracked import Tracked
+from engram_toy.tracer.tracked import Tracked
 
 ROOT = Path(__file__).parents[2]
 Pair = namedtuple("Pair", "x y")

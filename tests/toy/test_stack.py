@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engram_toy import stack
 from engram_toy.fast import stack as fast_stack
-from engram_toy.stack import Log, cumulative_price, price, read_price, read_values
+from engram_toy.tracer import stack
+from engram_toy.tracer.stack import Log, cumulative_price, price, read_price, read_values
 
 StackDepths = Callable[[Log, str], "array[int]"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from engram_toy.bytedmd import trace, traced_eval
 from engram_toy.fp8 import SCALE_BLOCK, numbers
-from engram_toy.layer_v41 import V41Weights, embed, engram_v41, signed_sqrt
+from engram_toy.fusion.v41 import V41Weights, embed, engram_v41, signed_sqrt
 from tests.toy.oracle import oracle_trace
 
 TOKENS, COLUMNS, BLOCKS, COPIES, HIDDEN = 5, 3, 2, 2, 4

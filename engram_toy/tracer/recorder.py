@@ -1,4 +1,4 @@
-"""Watched values, and the log that their operators write.
+"""The log of one run, and the operators of watched values that write it.
 
 An operation on `Tracked` values computes the plain result, appends the operands' numbers to the log and wraps
 the result under the next number. Instruction k of a run stores value `inputs + k`; what it stores may be dead
@@ -11,86 +11,17 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain, count, islice
 from reprlib import repr as shortened
 from typing import Any, NoReturn
 
-PLAIN_TYPES = frozenset((int, float, bool, complex, str))  # closed under their own arithmetic, but for divmod
+from engram_toy.tracer.tracked import Tracked, _TrackedObject, is_array, plain_types
+
 _FLUSH_EVERY = 1 << 12
-_ENTERED = "only lists, tuples and NumPy arrays are looked into, so pass its parts in one of these"
-
-
-def is_array(value: Any) -> bool:
-    """Whether `value` is a NumPy array. NumPy is never imported for this: where there is an array, it has been."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
-
-
-def plain_types() -> frozenset[type]:
-    """PLAIN_TYPES and, where NumPy is loaded, its numbers and texts, whose arithmetic is closed as well."""
-    return _with_numpy() if "numpy" in sys.modules else PLAIN_TYPES
-
-
-@lru_cache(maxsize=1)
-def _with_numpy() -> frozenset[type]:
-    import numpy
-
-    return PLAIN_TYPES | set(numpy.sctypeDict.values()) - {numpy.object_, numpy.void}
-
-
-class Tracked:
-    """One watched value. Each run has subclasses of its own, which hold that run's recorder and operators.
-
-    There is no __init__, and `Recorder.watch` fills the slots: that makes an operation a sixth faster.
-    """
-
-    __slots__ = ("value", "id")
-    __array_priority__ = (
-        -1.0
-    )  # NumPy: a scalar on the left leaves the operation to the operators here, an array does not
-    _recorder: Recorder
-    value: Any
-    id: int
-
-    def __iter__(self) -> NoReturn:
-        raise TypeError(f"a tracked {type(self.value).__name__} is one value, not iterable: {_ENTERED}")
-
-    def __contains__(self, part: Any) -> NoReturn:
-        raise TypeError(f"a tracked {type(self.value).__name__} is one value, not searched: {_ENTERED}")
-
-    def __len__(self) -> NoReturn:
-        raise TypeError(f"a tracked {type(self.value).__name__} is one value, without a length: {_ENTERED}")
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-    def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
-
-
-class _TrackedObject(Tracked):
-    """What is no number or text. (In `Tracked`, a __getattr__ would slow every access to its slots.)"""
-
-    __slots__ = ()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") or name in Tracked.__slots__:  # asked for by protocols, such as copying
-            raise AttributeError(name)
-        raise AttributeError(f"a tracked {type(self.value).__name__} has no {name!r}: {_ENTERED}")
-
-    def __getitem__(self, key: Any) -> NoReturn:
-        raise TypeError(f"a tracked {type(self.value).__name__} is one value, without items: {_ENTERED}")
-
-    __setitem__: Any = lambda self, key, part: self[key]
 
 
 class Recorder:
@@ -100,8 +31,8 @@ class Recorder:
     value that is kept from one run to the next would be taken for one of the latter's.
 
     Attributes:
-        left, right, third: operands, as in `engram_toy.stack.Log`; call `flush` before reading them.
-        unstored: numbers that stand for nothing, as in `engram_toy.stack.Log`.
+        left, right, third: operands, as in `engram_toy.tracer.stack.Log`; call `flush` before reading them.
+        unstored: numbers that stand for nothing, as in `engram_toy.tracer.stack.Log`.
         labels: kinds given to values by hand, by number.
         escapes: how often a value left the tracer, by conversion.
         owned: whether the calling thread may log.
@@ -242,7 +173,7 @@ class Recorder:
             id = self.next_id()
         self.unstored.append(id)  # one more than there are parts
         if is_array(result):
-            from engram_toy.fast.arrays import tracked_array
+            from engram_toy.tracer.arrays import tracked_array
 
             return tracked_array(parts, result.shape, None)
         return parts if isinstance(result, list) else tuple(parts)

@@ -16,7 +16,8 @@ from operator import is_not
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from engram_toy.tracked import PLAIN_TYPES, Recorder, Tracked, is_array
+from engram_toy.tracer.recorder import Recorder
+from engram_toy.tracer.tracked import PLAIN_TYPES, Tracked, is_array
 
 # What an operation has not done yet, it is not charged for: iterators and generators, coroutines, asynchronous ones.
 _LAZY = ("__next__", "__await__", "__anext__")
@@ -127,7 +128,7 @@ class Wrapper:
         return list(self.recorder.watch_plain(values, first))
 
     def _wrap_array(self, array: Any) -> Any:
-        from engram_toy.fast.arrays import elements, tracked_array
+        from engram_toy.tracer.arrays import elements, tracked_array
 
         scalars = self.recorder.plain_types
         parts = [self._leaf(x) if type(x) in scalars else self.wrap(x) for x in elements(array)]
@@ -146,7 +147,7 @@ class Wrapper:
                 if len(copy) != len(before) or any(map(is_not, copy, before)):
                     list.__setitem__(original, slice(None), list(map(unwrap, copy)))
             else:
-                from engram_toy.fast.arrays import changed
+                from engram_toy.tracer.arrays import changed
 
                 for place, part in changed(before, copy):
                     original[place] = unwrap(part)
@@ -222,7 +223,7 @@ class Unwrapper:
             value[key] = part
 
     def _array(self, value: Any) -> Any:
-        from engram_toy.fast.arrays import TrackedArray, plain_array
+        from engram_toy.tracer.arrays import TrackedArray, plain_array
 
         if value.dtype != object:
             return value.view(type(value).__mro__[1]) if isinstance(value, TrackedArray) else value

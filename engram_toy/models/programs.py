@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engram_toy import layer_v41
-from engram_toy.attention import AttentionWeights, attention
 from engram_toy.bytedmd import label
 from engram_toy.functional import Matrix, Vector
+from engram_toy.fusion import v41 as layer_v41
+from engram_toy.fusion.demo import EngramWeights, embed, engram
 from engram_toy.hashing import NgramHasher, hash_columns
-from engram_toy.kv_bank import BankWeights, kv_bank
-from engram_toy.layer import EngramWeights, embed, engram
-from engram_toy.layouts import Layout
+from engram_toy.models.attention import AttentionWeights, attention
+from engram_toy.models.kv_bank import BankWeights, kv_bank
+from engram_toy.models.layouts import Layout
 
 MODELS = ("engram", "kv-bank")
 BOUNDARIES = ("lookup", "layer", "block")

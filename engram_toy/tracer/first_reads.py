@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from engram_toy.stack import Log, check_definition
+from engram_toy.tracer.stack import Log, check_definition
 
 _STRETCH = 256  # instructions
 

@@ -2,7 +2,7 @@
 
 One projection without bias makes a key for each residual copy and one value for all. Key and stream are normalised
 and compared, a sigmoid of the signed square root of the result gates the value, and the gated value is added to the
-stream. There is no convolution. Names as in `engram_ref.fusion.v41`; the demo's form is `engram_toy.layer`.
+stream. There is no convolution. Names as in `engram_ref.fusion.v41`; the demo's form is `engram_toy.fusion.demo`.
 
     stream = engram_v41(hidden, lookups, weights)           # the stream after the layer, not an update to it
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from engram_toy.fp8 import dequantise
 from engram_toy.functional import Matrix, Vector, dot, linear, sigmoid
-from engram_toy.layer import floored_root
+from engram_toy.fusion.demo import floored_root
 
 NORM_EPS = 1e-20
 

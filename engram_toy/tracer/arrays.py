@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_toy.tracked import Tracked
+from engram_toy.tracer.tracked import Tracked
 
 
 class TrackedArray(np.ndarray):

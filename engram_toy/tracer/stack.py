@@ -346,3 +346,13 @@ def price(depths: Iterable[int], bytes_per_element: int = 1) -> int:
     """Return the price of all these reads; depths that repeat are priced once and multiplied."""
     _check_bytes(bytes_per_element)
     return sum(count * read_price(depth, bytes_per_element) for depth, count in Counter(depths).items())
+
+
+def read_kinds(log: Log, definition: str, code_of_value: bytearray) -> bytes:
+    """The kind of every read, in reading order; `code_of_value` holds a code per value of the log."""
+    return bytes(map(code_of_value.__getitem__, read_values(log, definition)))
+
+
+def tally(kinds: bytes, depths: array[int]) -> Counter[tuple[int, int]]:
+    """How many reads there were of each (kind, depth)."""
+    return Counter(zip(kinds, depths))
