@@ -58,16 +58,16 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness.output import printed_anyway, require_writable
-from bench.harness.parallel import in_parallel
-from bench.harness.pricing import Job, output_digest, price_job, upstream
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.streams import Stream, text_stream
-from bench.harness.sweep_command import run_sweeps
-from bench.harness.sweeps import NAMES
-from bench.harness.table import verdict_table
-from bench.harness.timing import interleave, paired_ratio, summary
-from bench.harness.workloads import CUTS, digest, make_workload, row_stream, scale_of, toy_config
+from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.parallel import in_parallel
+from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.timing import interleave, paired_ratio, summary
+from bench.price.job import Job, output_digest, price_job, upstream
+from bench.price.models import CUTS, digest, make_workload, row_stream, scale_of, toy_config
+from bench.price.table import verdict_table
+from bench.setup.streams import Stream, text_stream
+from bench.sweeps.command import run_sweeps
+from bench.sweeps.points import NAMES
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
@@ -250,7 +250,7 @@ def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models
 def draw(results: dict[str, Any], out: Path) -> None:
     """Figures beside the results, where matplotlib is installed."""
     try:
-        from bench.harness.figures import draw_all
+        from bench.price.figures import draw_all
     except ImportError:
         say("no figures: pip install matplotlib draws them")
         return

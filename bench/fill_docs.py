@@ -6,7 +6,7 @@
 A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is one of BLOCKS. A single value in a
 sentence stands between `<!-- v: NAME -->` and `<!-- /v -->`; NAME is one of VALUES. Neither mark shows when rendered.
 The data that the site's scripts draw from are written as scripts, too (SCRIPTS): a page opened as a file may load no
-other kind. In `docs/findings/` and on the start page no number may be typed (`bench.harness.typed_numbers`).
+other kind. In `docs/findings/` and on the start page no number may be typed (`bench.evidence.typed_numbers`).
 """
 
 from __future__ import annotations
@@ -20,31 +20,28 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import hashing_speed, layer_speed, pricing_speed, row_speed, verdict
-from bench.harness import (
-    end_to_end_explained,
-    end_to_end_figures,
-    figures,
-    published,
-    row_figures,
-    stress,
-    sweep_figures,
-    wall_figures,
-)
-from bench.harness.evidence import Evidence
-from bench.harness.explained import published_forms, what_fits, worked_example
-from bench.harness.output import source
-from bench.harness.reading import read_results
-from bench.harness.results import atomic_path
-from bench.harness.table import verdict_table
-from bench.harness.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
-from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
-from bench.harness.wall_table import wall_table
+from bench import hashing_speed, layer_speed, pricing_speed, row_speed
+from bench.evidence import price, published, stress
+from bench.evidence import wall_time as end_to_end_explained
+from bench.evidence.committed import Evidence
+from bench.evidence.from_code import published_forms, what_fits, worked_example
+from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
+from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
+from bench.instruments.output import source
+from bench.instruments.reading import read_results
+from bench.instruments.results import atomic_path
+from bench.price import figures
+from bench.price.table import verdict_table
+from bench.rows import figures as row_figures
+from bench.served import figures as end_to_end_figures
 from bench.site import data
 from bench.site.commands import command_table
 from bench.site.schema_tables import schema_tables
 from bench.site.stack_story import story_tables
 from bench.site.start_page import verdict_cards, verdict_figure, verdict_sentence
+from bench.sweeps import figures as sweep_figures
+from bench.wall import figures as wall_figures
+from bench.wall.table import wall_table
 from engram_ref import cli
 from examples.same_rows import report_on_sample
 
@@ -95,14 +92,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stack_stories": story_tables,
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
-    **verdict.blocks(Evidence(RESULTS)),
+    **price.blocks(Evidence(RESULTS)),
     "stress": lambda: as_text(load("stress"), stress.report(load("stress"))),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
 # Single values in sentences.
 VALUES: dict[str, Callable[[], str]] = {
     **published.VALUES,
-    **verdict.values(Evidence(RESULTS)),
+    **price.values(Evidence(RESULTS)),
     "threshold.strong": lambda: f"{STRONG_BELOW:g}",
     "threshold.win": lambda: f"{WIN_UP_TO:g}",
     "threshold.loss": lambda: f"{LOSS_ABOVE:g}",

@@ -23,17 +23,17 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness.evidence import RESULTS
-from bench.harness.output import require_writable
-from bench.harness.reading import read_results
-from bench.harness.results import atomic_path
-from bench.harness.sweep_run import code_sha256
+from bench.evidence.committed import RESULTS
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.output import require_writable
+from bench.instruments.reading import read_results
+from bench.instruments.results import atomic_path
 from engram_ref import cli
 
 PROG = "findings"
 BENCH = Path(__file__).resolve().parent
 # What a run of the toy depends on, beside its options; the other steps see for themselves what they have finished.
-TOY_CODE = ("engram_ref/*.py", "engram_toy/**/*.py", "bench/bytedmd_toy.py", "bench/harness/*.py")
+TOY_CODE = "bench.bytedmd_toy"
 # What a run says of when and where it ran, by which code, and of time: nothing that another run has to find again.
 _OF_THE_RUN = {"started", "finished", "environment", "git", "code_sha256", "noise_floor", "out", "jobs"}
 _OF_TIME = {"wall_time_s", "wall_time_summary_s"}

@@ -57,7 +57,7 @@ if [ -n "${REHEARSE:-}" ]; then
   PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few" SLACK=10 # for a CPU that others use, too
 fi
 
-pack() { $PYTHON bench/gpu_evidence.py "$WORK" "$OUT" "$CALL"; }
+pack() { $PYTHON bench/gpu/evidence.py "$WORK" "$OUT" "$CALL"; }
 
 left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
@@ -125,7 +125,7 @@ trap 'failed=143; exit 143' INT TERM
 } >"$WORK/machine.txt" 2>&1
 echo "$CALL call, $(date -u +%FT%TZ), code ${GIT_COMMIT:-unknown}" >>"$WORK/steps.txt"
 
-step 35 preflight $RUN bench/gpu_preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
+step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
 
 if [ "$CALL" = second ]; then
   rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")

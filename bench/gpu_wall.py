@@ -37,57 +37,39 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 # Threads that spin while they wait stall everybody for milliseconds when another program needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 
-from bench.harness import components, end_to_end_options, end_to_end_report, steps, wall_figures, wall_table
-from bench.harness.accelerator import copy_bandwidth, describe
-from bench.harness.backbones import BACKBONES, Backbone, build_backbone
-from bench.harness.end_to_end_contenders import chosen_names
-from bench.harness.end_to_end_records import code_sha256, found_at, require_same
-from bench.harness.output import require_writable
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.rivals import fio_random_read
-from bench.harness.timeline import SpanLog, trace_step
-from bench.harness.token_batches import TokenBatches, standard_library, text_batches, text_file, uniform_batches
-from bench.harness.variants import TableSet, Variant
-from bench.harness.wall_options import (
-    LAYER,
+from bench.instruments.output import require_writable, tell
+from bench.served import options as end_to_end_options
+from bench.served import run as end_to_end
+from bench.served.variants import chosen_names
+from bench.setup.backbones import BACKBONES
+from bench.setup.sizes import largest, pick_device
+from bench.wall import components
+from bench.wall import figures as wall_figures
+from bench.wall import table as wall_table
+from bench.wall.options import (
     LAYOUTS,
     STEPS_CPU,
     STEPS_GPU,
-    largest,
-    pick_device,
     refuse_idle_options,
-    require_disk,
     require_steps,
     row_layout,
     step_shape,
-    table_config,
     table_params,
     wanted_variants,
 )
-from bench.harness.wall_records import run_record
+from bench.wall.run import COPIES, COPY_BYTES, PROG, Benchmark
 from engram_ref import cli
-from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.fusion.factory import make_fusion
-from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.rows.memory import require_bytes
-from engram_ref.vocab import CompressedVocab
+from engram_ref.config import PRESETS
 
-PROG = "gpu_wall"
 DTYPES = ("float32", "float16", "bfloat16")
-FIO_SECONDS = 4
-HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
-_GROWN = ("steps", "components", "components_skipped")
-COPY_BYTES, COPIES = 1 << 28, 9  # of the copies that bandwidth is measured with
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -173,7 +155,7 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
         device = pick_device(options.device)
         on_gpu = device.type == "cuda"
         (chosen_names if options.end_to_end else wanted_variants)(options.variants, device)  # refuses unknown ones
-        refuse_idle_options(options, given, on_gpu)
+        refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
         end_to_end_options.fill_defaults(options, on_gpu)
         options.rows = row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
@@ -199,293 +181,11 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         if options.end_to_end:
-            return end_to_end_report.measure(options, tell, (COPY_BYTES, COPIES))
+            return end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
         results = Benchmark(options).run()
         print(f"\n{wall_table.wall_table(results)}\n\n{options.out / 'results.json'}")
         for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
             print(figure)
-
-
-class Benchmark:
-    """One run of the program: what is the same for all table sizes and shapes, and the results so far."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = pick_device(options.device)
-        self.dtype = getattr(torch, options.dtype)
-        self.variants = wanted_variants(options.variants, self.device)
-        self.vocab = CompressedVocab.from_tokenizer()
-        self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
-        tell("tokenizing the text")
-        wanted = 4 * max(shape.batch * shape.tokens for shape in options.steps)  # two batches, and as many to calibrate
-        whole = text_file(options.text, self.vocab, tokens=wanted) if options.text else standard_library(self.vocab)
-        half = len(whole.ids) // 2
-        self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
-        self.corpus = whole.since(half)
-        self.results = continued(options.out / "results.json", self.head(), options.fresh)
-
-    def head(self) -> dict[str, Any]:
-        """Everything of the results that is known before the first step."""
-        options = {name: plain(value) for name, value in vars(self.options).items()}
-        accelerator = describe(self.device)
-        machine = environment()
-        stream = self.batches(1, 1024)
-        return {
-            "benchmark": PROG,
-            "device": self.device.type,
-            "device_name": accelerator["name"] if accelerator else machine["cpu"],
-            "configuration": {**options, "device": self.device.type},
-            "environment": {
-                **machine,
-                "accelerator": accelerator,
-                "huge_pages": None,
-                "page_size": os.sysconf("SC_PAGE_SIZE"),
-                "pinned": self.device.type == "cuda",
-            },
-            "git": git_commit(),
-            "code_sha256": code_sha256(),
-            "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens},
-            "limits": {
-                **copy_bandwidth(self.device, COPY_BYTES, COPIES),
-                "disk": {"reads_per_s": None, "why": "no file was read"},
-            },
-            "steps": [],
-            "components": [],
-            "components_skipped": [],
-        }
-
-    def batches(self, batch: int, tokens: int, plan: HashPlan | None = None) -> TokenBatches:
-        """Token ids of the chosen stream; with a plan, sequences that go on from step to step."""
-        if self.options.stream == "uniform":
-            return uniform_batches(self.vocab, batch, tokens, self.options.seed, plan)
-        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.corpus)
-
-    def run(self) -> dict[str, Any]:
-        """Measure what is not there yet; the file is written after each shape, complete each time."""
-        print(wall_table.measured_on(self.results), flush=True)
-        missing = {params: self.missing_shapes(params) for params in self.options.table_params}
-        if self.results["steps"]:
-            tell(f"continued: {len(self.results['steps'])} shapes kept")
-        if self.variants and any(missing.values()):
-            backbone = self.build_backbone()
-            for params, shapes in missing.items():
-                if shapes:
-                    self.measure_table(backbone, params, shapes)
-            del backbone
-        if not (self.results["components"] or self.results["components_skipped"]):
-            self.measure_components()
-        self.save()
-        return self.results
-
-    def missing_shapes(self, params: float) -> list[steps.Shape]:
-        """Shapes that have not been measured on a table of so many parameters."""
-        done = [(step["table"]["params"], step["shape"]) for step in self.results["steps"]]
-        return [shape for shape in self.options.steps if (params, asdict(shape)) not in done]
-
-    def save(self) -> None:
-        """Write the results so far."""
-        write_json(self.options.out / "results.json", self.results)
-
-    def build_backbone(self) -> Backbone:
-        """The blocks around the Engram layer."""
-        tell(f"building {self.options.backbone}")
-        hidden = EngramConfig.preset(self.options.preset).hidden
-        return build_backbone(self.options.backbone, self.options.blocks, self.device, self.dtype, hidden)
-
-    def measure_table(self, backbone: Backbone, params: float, shapes: list[steps.Shape]) -> None:
-        """These steps on one table size, then the traces: whatever becomes of those, the steps are on disk."""
-        options = self.options
-        config = table_config(options.preset, params, backbone.hidden, options.dtype)
-        plan = self.plan_of(config)
-        names = self.fitting(config, plan)
-        hot = self.hot_rows(plan) if "offload_hot" in names else None
-        tell(f"building a table of {plan.layers[0].rows * config.row_bytes() / 2**30:.2f} GiB: {', '.join(names)}")
-        log = SpanLog()
-        packed = options.rows != "split"
-        with TableSet(
-            config, plan, names, self.device, options.out, options.seed, hot, options.page_cache, log, packed
-        ) as tables:
-            self.results["environment"]["huge_pages"] = tables.memory.huge_page_share()
-            self.measure_disk_limit(tables)
-            fusion = make_fusion(config, self.device, self.dtype).eval()
-
-            def stepper(shape: steps.Shape) -> steps.Stepper:
-                batches = self.batches(shape.batch, shape.tokens, plan if shape.phase == "decode" else None)
-                return steps.Stepper(tables, fusion, backbone, shape, batches)
-
-            for shape in shapes:
-                self.measure_step(stepper(shape), config, params)
-                self.save()
-            for shape in [] if options.no_trace else self.untraced(shapes):
-                self.trace(stepper(shape), params, log)
-                self.save()
-
-    def untraced(self, shapes: list[steps.Shape]) -> list[steps.Shape]:
-        """The first shape of each phase that no step has spans of: a profiled step takes a second."""
-        traced = {step["shape"]["phase"] for step in self.results["steps"] if any(run["spans"] for run in step["runs"])}
-        first = {shape.phase: shape for shape in reversed(shapes) if shape.phase not in traced}
-        return [shape for shape in shapes if first.get(shape.phase) is shape]
-
-    def trace(self, stepper: steps.Stepper, params: float, log: SpanLog) -> None:
-        """Spans of one step of every variant, put beside its samples; a profiler that fails is named."""
-        step = next(
-            s for s in self.results["steps"] if (s["table"]["params"], s["shape"]) == (params, asdict(stepper.shape))
-        )
-        for variant, run in zip(variants_of(stepper), step["runs"]):
-            try:
-                spans = trace_step(stepper, variant, log, self.chrome_trace(stepper.shape, variant))
-            except Exception as error:  # whatever a profiler raises: what was measured must outlive it
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"warning: no trace of {variant.label}, {stepper.shape}: {why}", file=sys.stderr, flush=True)
-                continue
-            run["spans"] = [list(span) for span in spans]
-
-    def plan_of(self, config: EngramConfig) -> HashPlan:
-        """The hash plan of a geometry with this run's vocabulary."""
-        return HashPlan.for_vocab(config, self.vocab)
-
-    def fitting(self, config: EngramConfig, plan: HashPlan) -> list[str]:
-        """The variants whose table fits; the others are refused, or with --fit named and left out."""
-        fit = []
-        nbytes = plan.layers[0].rows * config.row_bytes()
-        on_device = 0  # of the variants so far: they are all there at once
-        for name in self.variants:
-            share = {"resident": 1.0, "offload_hot": self.options.hot_share}.get(name, 0.0)
-            needed = int(share * nbytes) if self.device.type == "cuda" else 0
-            try:
-                if name == "offload_disk":
-                    require_disk(nbytes, self.options.out)
-                if needed:
-                    require_bytes(on_device + needed, self.device)
-                fit.append(name)
-                on_device += needed
-            except ValueError as error:
-                if not self.options.fit:
-                    raise
-                print(f"{name} is left out: {error}", flush=True)
-        return fit
-
-    def hot_rows(self, plan: HashPlan) -> tuple[torch.Tensor, int]:
-        """Row numbers of calibration text, and how many of the most frequent to keep on the device."""
-        rows = NgramHasher(plan)(self.calibration[None, :HOT_TOKENS], LAYER)
-        return torch.from_numpy(rows), max(1, int(self.options.hot_share * plan.layers[0].rows))
-
-    def measure_disk_limit(self, tables: TableSet) -> None:
-        """What the device under the table's file can do, once per run."""
-        files = [found for found in map(steps.file_behind, tables.variants) if found is not None]
-        if files and self.results["limits"]["disk"]["reads_per_s"] is None:
-            tell("measuring random reads with fio")
-            self.results["limits"]["disk"] = fio_random_read(files[0].source.path, FIO_SECONDS)
-
-    def measure_step(self, stepper: steps.Stepper, config: EngramConfig, params: float) -> None:
-        """Predict, print, measure and record one shape."""
-        tables, shape, backbone = stepper.tables, stepper.shape, stepper.backbone
-        variants = variants_of(stepper)
-        step = {
-            "shape": asdict(shape),
-            "table": {
-                "params": params,
-                "rows": tables.rows,
-                "row_bytes": tables.format.row_bytes,
-                "bytes": tables.nbytes,
-                "columns": config.columns,
-                "layer_ids": list(config.layer_ids),
-                "preset": self.options.preset,
-                "published_rows": self.published_rows,
-                "row_dtype": config.row_dtype,
-                "layout": tables.layout,
-            },
-            "backbone": self.options.backbone,
-            "blocks": backbone.blocks,
-            "dtype": self.options.dtype,
-            "device": self.device.type,
-            "prediction": stepper.predict(),
-            "runs": [],
-        }
-        digest = tables.check(stepper.next_ids()[0])  # rows that differ are never timed
-        print("\n".join(wall_table.step_header(self.results, step)))
-        print(wall_table.prediction(self.results, step), flush=True)
-        samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
-        for variant in variants:
-            asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
-            counted = steps.count_on_bus(stepper, variant, self.options.energy, asked)
-            step["runs"].append(
-                run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, [])
-            )
-        self.results["steps"].append(step)
-
-    def chrome_trace(self, shape: steps.Shape, variant: Variant) -> Path | None:
-        """Where `--profile` wants the trace of a variant in a phase."""
-        path = self.options.profile
-        return path and path.with_name(f"{path.stem}-{shape.phase}-{variant.label.replace(' ', '-')}.json")
-
-    def measure_components(self) -> None:
-        """The component cases that this machine can run."""
-        options = self.options
-        runnable = components.CASES if self.device.type == "cuda" else components.ON_CPU
-        for case in options.cases:
-            if case not in runnable:
-                self.results["components_skipped"].append({"case": case, "why": "there is no CUDA device to upload to"})
-        cases = [case for case in options.cases if case in runnable]
-        if not cases:
-            return
-        tell(f"components {', '.join(cases)}: {options.batch_size} x {options.seq_len} tokens")
-        config = EngramConfig.preset("demo").replace(row_dtype=options.dtype)
-        plan = self.plan_of(config)
-        batches = self.batches(options.batch_size, options.seq_len)
-        memory = copy_bandwidth(torch.device("cpu"), COPY_BYTES, COPIES)["copy"]
-        assert memory is not None
-        rates = components.Rates(
-            memcpy=memory["bytes_per_s"],
-            upload=self.results["limits"]["copy"]["bytes_per_s"] if self.device.type == "cuda" else None,
-            matmul=components.matmul_rate(self.dtype),
-        )
-        parts = components.Components(config, plan, batches, self.device, self.dtype)
-        try:
-            self.results["components"] = components.measure(parts, cases, options.iterations, rates, tell)
-        finally:
-            parts.close()
-
-
-def variants_of(stepper: steps.Stepper) -> list[Variant]:
-    """What a step is measured with, in the order of its runs: the control first, where there is a backbone."""
-    return [*([steps.control()] if stepper.backbone.blocks else []), *stepper.tables.variants]
-
-
-def continued(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any]:
-    """The results that an earlier run of the same left there, to be gone on with; else `head`.
-
-    Raises:
-        ValueError: the file is of another configuration, machine or code.
-    """
-    found = None if fresh else found_at(path)
-    if found is None:
-        return head
-    require_same(path, comparable(found), comparable(head))
-    return {**head, **{key: found[key] for key in ("environment", "git", "limits", *_GROWN)}}
-
-
-def comparable(results: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for results to be of one run; where they are written does not matter."""
-    settings = {key: value for key, value in results["configuration"].items() if key not in ("out", "fresh", "profile")}
-    return {**results, "configuration": settings}
-
-
-def plain(value: Any) -> Any:
-    """An option as JSON holds it."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, steps.Shape):
-        return str(value)
-    return [plain(item) for item in value] if isinstance(value, list) else value
-
-
-def tell(text: str) -> None:
-    """Progress on stderr; on a terminal one line that is overwritten."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 import numpy as np
 
-from bench.harness.output import printed_anyway, require_writable_file
-from bench.harness.results import environment, git_commit, write_json
+from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.results import environment, git_commit, write_json
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan, NgramHasher

@@ -34,14 +34,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.harness import fp8_gather, synthetic
-from bench.harness.demo_way import DemoWay, transposed_conv
-from bench.harness.output import printed_anyway, require_writable_file
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.rivals import STORE, ColdRace, Way, prepared_samples
-from bench.harness.timing import interleave, paired_ratio
 from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
+from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.timing import Way, interleave, paired_ratio, prepared_samples
+from bench.rivals import fp8_gather
+from bench.rivals.demo_layer import DemoWay, transposed_conv
+from bench.rivals.engramdb import STORE, ColdRace
+from bench.setup import table_content as synthetic
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, causal_conv

@@ -32,12 +32,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness.accelerator import copy_bandwidth, describe
-from bench.harness.end_to_end_records import code_sha256, now
-from bench.harness.lookup_table import report
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.variants import TableSet, Variant
-from bench.harness.wall_options import LAYER, pick_device, table_config, table_params
+from bench.evidence.lookup_table import report
+from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.continuing import now
+from bench.instruments.driver import describe
+from bench.instruments.results import environment, git_commit, write_json
+from bench.setup.sizes import LAYER, pick_device, table_config
+from bench.setup.variants import TableSet, Variant
+from bench.wall.options import table_params
 from engram_ref import cli
 from engram_ref.config import PRESETS
 from engram_ref.device_lookup import DeviceLookup
@@ -272,7 +275,7 @@ class Lookups:
             "device": self.device.type,
             "device_name": accelerator["name"] if accelerator else machine["cpu"],
             "configuration": {key: value for key, value in vars(options).items() if key not in ("out", "device")},
-            "code_sha256": code_sha256(),
+            "code_sha256": code_sha256("bench.lookup_speed"),
             "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
             "git": git_commit(),
             "limits": copy_bandwidth(self.device, COPY_BYTES, COPIES),

@@ -29,9 +29,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness.output import printed_anyway, require_writable_file
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.timing import interleave, paired_ratio, summary
+from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.timing import interleave, paired_ratio, summary
 from engram_ref import cli
 from engram_toy.bytedmd import traced_eval
 from engram_toy.functional import dot

@@ -38,14 +38,14 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 if importlib.util.find_spec("numba") is None:
     sys.exit("production: error: numba is not installed, and plain Python would take days: pip install '.[fast]'")
 
-from bench.harness.journal import Journal
-from bench.harness.output import printed_anyway, require_writable
-from bench.harness.parallel import in_parallel
-from bench.harness.results import environment, git_commit, write_unless_same
-from bench.harness.row_cases import Case, price_case, source
-from bench.harness.row_table import TABLES, TEXT, report
-from bench.harness.sweep_run import code_sha256
-from bench.harness.whole_model import MODELS
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.journal import Journal
+from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.parallel import in_parallel
+from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.rows.cases import Case, price_case, source
+from bench.rows.table import TABLES, TEXT, report
+from bench.rows.whole_model import MODELS
 from engram_ref import cli
 
 PROG = "production"
@@ -56,13 +56,7 @@ PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
 STEP_TOKENS = (1, 8, 64, 512, 4096, 32_768, 131_072)
 QUICK_TOKENS, QUICK_STEPS = 5000, (1, 512)
 # The code that decides a price; what a finished case is filed under.
-PRICING_CODE = (
-    "engram_ref/compiled.py", "engram_ref/config.py", "engram_ref/hashing*.py", "engram_ref/quoting.py",
-    "engram_ref/files/replacing.py", "engram_ref/files/small_files.py", "engram_ref/vocab.py", "engram_toy/tracer/stack.py",
-    "engram_toy/fast/*.py",
-    "bench/harness/decoder_sizes.py", "bench/harness/encoding.py", "bench/harness/row_cases.py",
-    "bench/harness/streams.py", "bench/harness/token_batches.py", "bench/harness/whole_model.py",
-)  # fmt: skip
+PRICING_CODE = ("bench.rows.cases", "bench.rows.whole_model", "bench.setup.streams", "bench.setup.token_batches")
 
 
 def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
@@ -109,7 +103,7 @@ def say(message: str) -> None:
 
 def keys_of(cases: list[Case]) -> dict[Case, str]:
     """What each case is filed under: a digest of all that its prices depend on."""
-    code = [code_sha256(PRICING_CODE), platform.python_version(), platform.machine()]
+    code = [code_sha256(*PRICING_CODE), platform.python_version(), platform.machine()]
     keys = {}
     for case in cases:
         about = [*code, source(case.stream, case.tokens).sha256, asdict(case)]

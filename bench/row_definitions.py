@@ -16,9 +16,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.row_cases import LAYOUTS, read_rows, source
-from bench.harness.table import aligned
+from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.words import aligned
+from bench.rows.cases import LAYOUTS, read_rows, source
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_toy.definitions import DEFINITIONS

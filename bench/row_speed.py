@@ -22,10 +22,10 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness.output import printed_anyway, require_writable_file
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.table import aligned
-from bench.harness.timing import summary
+from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.timing import summary
+from bench.instruments.words import aligned
 from engram_ref import cli
 
 PROG = "row_speed"
@@ -37,7 +37,7 @@ STAGES = ("load", "text", "link", "price")
 def measure_once(tokens: int | None) -> dict[str, Any]:
     """Seconds of every stage, and the peak of memory, in the process that runs it."""
     began = time.perf_counter()
-    from bench.harness.row_cases import read_rows, source
+    from bench.rows.cases import read_rows, source
     from engram_ref.config import EngramConfig
     from engram_toy.fast.rows import price_rows, start
 

@@ -49,12 +49,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engram_toy/tracer/stack.py": ("tests/toy/test_stack.py", "tests/toy/test_bytedmd.py"),
     "engram_toy/tracer/first_reads.py": ("tests/toy/test_relaying.py",),
     "engram_toy/models/layouts.py": ("tests/toy/test_programs.py", "tests/toy/test_copies.py"),
-    "bench/harness/row_cases.py": ("tests/bench/test_row_cases.py", "tests/bench/test_production.py"),
-    "bench/harness/whole_model.py": ("tests/bench/test_production.py",),
-    "bench/harness/journal.py": ("tests/bench/test_sweeps.py",),
-    "bench/harness/results.py": ("tests/bench/test_results.py", "tests/bench/test_output.py"),
-    "bench/harness/end_to_end_numbers.py": ("tests/bench/test_end_to_end_numbers.py",),
-    "bench/harness/wall_numbers.py": ("tests/bench/test_wall_table.py",),
+    "bench/rows/cases.py": ("tests/bench/test_row_cases.py", "tests/bench/test_production.py"),
+    "bench/rows/whole_model.py": ("tests/bench/test_production.py",),
+    "bench/instruments/journal.py": ("tests/bench/test_sweeps.py",),
+    "bench/instruments/results.py": ("tests/bench/test_results.py", "tests/bench/test_output.py"),
+    "bench/served/numbers.py": ("tests/bench/test_end_to_end_numbers.py",),
+    "bench/wall/numbers.py": ("tests/bench/test_wall_table.py",),
 }
 
 _COMPARISONS: dict[type, type] = {

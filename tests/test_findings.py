@@ -8,8 +8,8 @@ import re
 import pytest
 
 from bench import fill_docs
-from bench.harness import published
-from bench.harness.typed_numbers import marks_at_line_start, marks_inside_lines, typed_numbers
+from bench.evidence import published
+from bench.evidence.typed_numbers import marks_at_line_start, marks_inside_lines, typed_numbers
 
 ROOT = fill_docs.ROOT
 FINDINGS = sorted((ROOT / "docs/findings").glob("*.md"))

@@ -12,10 +12,10 @@ import jsonschema
 import pytest
 
 from bench import fill_docs
-from bench.harness.output import source
-from bench.harness.sweeps import SWEEPS
-from bench.harness.timing import paired_ratio
-from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
+from bench.instruments.output import source
+from bench.instruments.timing import paired_ratio
+from bench.sweeps.points import SWEEPS
+from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_toy.bytedmd import bytedmd, traced_eval
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def test_the_figures_name_their_results():
     ],
 )
 def test_committed_results_fit_the_schema(results, schema):
-    rules = json.loads((ROOT / f"bench/harness/{schema}.schema.json").read_text(encoding="utf-8"))
+    rules = json.loads((ROOT / f"bench/schemas/{schema}.schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(fill_docs.load(results), rules)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from bench.harness.reading import read_results
+from bench.instruments.reading import read_results
 
 # Command, what it does, what it needs beside Python, and the results file whose run it was.
 _COMMANDS = [

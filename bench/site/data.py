@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.harness.output import source
-from bench.harness.reading import read_results
-from bench.harness.row_table import crossing_of, row_share, select
-from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
-from bench.harness.whole_model import MODELS
+from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
+from bench.instruments.output import source
+from bench.instruments.reading import read_results
+from bench.rows.table import crossing_of, row_share, select
+from bench.rows.whole_model import MODELS
 from bench.site.stack_story import as_data
 
 GRID_AXES = ("padding", "share", "hot", "compute")

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "harness"
+FOLDER = Path(__file__).resolve().parents[1] / "schemas"
 
 
 def schema_tables() -> str:
-    """Every `bench/harness/*.schema.json`, by file name."""
+    """Every `bench/schemas/*.schema.json`, by file name."""
     return "\n\n".join(schema_table(path) for path in sorted(FOLDER.glob("*.schema.json")))
 
 
 def schema_table(path: Path) -> str:
     """One schema: its title and description, and its fields; alternatives one after the other, by their names."""
     schema = json.loads(path.read_text(encoding="utf-8"))
-    lines = [f"## {schema['title']}", "", f"`bench/harness/{path.name}`. {schema.get('description', '')}".strip(), ""]
+    lines = [f"## {schema['title']}", "", f"`bench/schemas/{path.name}`. {schema.get('description', '')}".strip(), ""]
     alternatives = [rules["$ref"] for rules in schema.get("oneOf", ())]
     for reference in alternatives:
         heading = f"### {reference.rpartition('/')[2]}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bench.harness.evidence import STEP, Evidence, rounded_up
-from bench.harness.table import verdict
-from bench.harness.verdict import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
-from bench.harness.whole_model import MODELS
+from bench.evidence.committed import STEP, Evidence, rounded_up
+from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
+from bench.price.table import verdict
+from bench.rows.whole_model import MODELS
 
 _MODEL = "dense-4b"  # the smaller of the paper's two
 _PREFETCH = "offload_prefetch"

@@ -26,7 +26,7 @@
     return made;
   }
 
-  // The same rule as bench/harness/verdict.py, with its thresholds.
+  // The same rule as bench/instruments/claim.py, with its thresholds.
   function classify(ratio, { strong_below, win_up_to, loss_above }) {
     if (ratio < strong_below) return ["WIN", `below ${strong_below}×: the claim holds, more than the thresholds ask`];
     if (ratio <= win_up_to) return ["WIN", `up to ${win_up_to}×: the claim holds`];

@@ -9,18 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.harness import accelerator
-from bench.harness.accelerator import (
-    Driver,
-    EnergyMeter,
-    EventTimer,
-    HostTimer,
-    PcieCounter,
-    copy_bandwidth,
-    describe,
-    open_driver,
-    step_timer,
-)
+from bench.instruments import driver as accelerator
+from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.clocks import EventTimer, HostTimer, step_timer
+from bench.instruments.driver import Driver, EnergyMeter, PcieCounter, describe, open_driver
 from engram_ref.rows.memory import PIN_PIECE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from bench.harness import backbones
-from bench.harness.backbones import BACKBONES, BlockShape, build_backbone, flops_per_token
+from bench.setup import backbones
+from bench.setup.backbones import BACKBONES, BlockShape, build_backbone, flops_per_token
 
 CPU = torch.device("cpu")
 TINY = dict(

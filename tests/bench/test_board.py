@@ -8,11 +8,15 @@ import jsonschema
 import pytest
 import torch
 
-from bench.harness import board, end_to_end_rounds, steps, wall_table
-from bench.harness.accelerator import Driver, open_driver
-from bench.harness.board import BoardWatch, PcieThroughput, count_traffic, reasons
-from bench.harness.wall_numbers import NotMeasured, over_control, run_of
-from bench.harness.wall_records import run_record
+from bench.instruments import board
+from bench.instruments.board import BoardWatch, PcieThroughput, count_traffic, reasons
+from bench.instruments.driver import Driver, open_driver
+from bench.instruments.timing import NotMeasured
+from bench.served import rounds as end_to_end_rounds
+from bench.wall import step as steps
+from bench.wall import table as wall_table
+from bench.wall.numbers import over_control, run_of
+from bench.wall.record import run_record
 from tests.bench.test_accelerator import WRAP, FakeNvml
 from tests.bench.test_end_to_end_numbers import SCHEMA
 from tests.bench.test_gpu_wall import SCHEMA as WALL_SCHEMA

@@ -10,9 +10,9 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from bench.harness import encoding, streams
-from bench.harness.encoding import encode_texts
-from bench.harness.streams import read_text, text_source
+from bench.setup import encoding, streams
+from bench.setup.encoding import encode_texts
+from bench.setup.streams import read_text, text_source
 from engram_ref.vocab import load_tokenizer
 
 PIECE = 700  # characters: a short text has many cuts

@@ -13,23 +13,20 @@ import torch
 import torch.nn.functional as F
 
 from bench import gpu_wall
-from bench.harness import (
-    end_to_end,
-    end_to_end_flush,
-    end_to_end_memory,
-    end_to_end_pass,
-    end_to_end_report,
-    end_to_end_rounds,
-)
-from bench.harness.backbones import build_backbone
-from bench.harness.end_to_end_contenders import Choice, Contender
-from bench.harness.end_to_end_graphs import Pieces
-from bench.harness.end_to_end_lookup import ResidentLookup
-from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention
-from bench.harness.end_to_end_numbers import same_tokens, step_bytes
-from bench.harness.end_to_end_pass import Server
-from bench.harness.end_to_end_records import Record
-from bench.harness.end_to_end_workload import TokenSource
+from bench.instruments import timing
+from bench.served import memory as end_to_end_memory
+from bench.served import one_pass as end_to_end_pass
+from bench.served import rounds as end_to_end_rounds
+from bench.served import run as end_to_end
+from bench.served.graphs import Pieces
+from bench.served.model import ATTENTION, ServedModel, register_attention
+from bench.served.numbers import same_tokens, step_bytes
+from bench.served.one_pass import Server
+from bench.served.record import Record
+from bench.served.requests import TokenSource
+from bench.served.variants import Choice, Contender
+from bench.setup.backbones import build_backbone
+from bench.setup.lookup import ResidentLookup
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
 from engram_ref.device_lookup import DeviceLookup
@@ -236,7 +233,7 @@ class Program:
         config.write_text(json.dumps(TINY))
         patch.setattr(end_to_end, "_QWEN3_TOKENS", 100)  # that the head can choose
         patch.setattr(gpu_wall, "COPY_BYTES", 1 << 20)
-        patch.setattr(end_to_end_flush, "FLUSHED", 1 << 16)
+        patch.setattr(timing, "FLUSHED", 1 << 16)
         self.out, self._patch = out, patch
         self._common = ["--end-to-end", "--device", "cpu", "--backbones", config, "--table_params", "3e5"]
         self._common += ["--text", text, "--prompt_tokens", 9, 12, "--output_tokens", 2, 4, "--hot_shares", 0.01, 0.1]
@@ -322,8 +319,8 @@ def test_figures_and_nothing_else_are_left(results, program):
 
 def test_the_same_again_measures_nothing(results, program, monkeypatch):
     monkeypatch.setattr(end_to_end_rounds.Server, "serve", None)
-    monkeypatch.setattr(end_to_end_report, "draw_all", lambda results, out: [])
-    monkeypatch.setattr(end_to_end_report, "report", lambda results: "")
+    monkeypatch.setattr(end_to_end, "draw_all", lambda results, out: [])
+    monkeypatch.setattr(end_to_end, "report", lambda results: "")
     again = program(*OPTIONS)
     assert again["cases"] == results["cases"] and again["sessions"][-1]["kept"] == 2 * 10 * 3
     assert not list(program.out.glob("*.svg"))  # those of the results before, and nothing was drawn

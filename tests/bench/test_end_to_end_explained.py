@@ -7,11 +7,10 @@ import json
 
 import pytest
 
-from bench.harness import end_to_end_explained as explained
-from bench.harness.end_to_end_classes import classify
-from bench.harness.end_to_end_numbers import row_of
-from bench.harness.end_to_end_reading import reading
-from bench.harness.end_to_end_table import report
+from bench.evidence import wall_time as explained
+from bench.served.doubts import reading
+from bench.served.numbers import classify, row_of
+from bench.served.table import report
 from tests.bench.end_to_end_example import WINDOW, case, example
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from bench.harness import end_to_end_numbers as numbers
-from bench.harness.end_to_end_figures import draw_all
-from bench.harness.end_to_end_table import report
-from bench.harness.output import source
-from bench.harness.wall_numbers import NotMeasured
+from bench.instruments.output import source
+from bench.instruments.timing import NotMeasured
+from bench.served import numbers
+from bench.served.figures import draw_all
+from bench.served.table import report
 from tests.bench.end_to_end_example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "bench/harness/end_to_end.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((ROOT / "bench/schemas/end_to_end.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

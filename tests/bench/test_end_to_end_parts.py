@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench.harness import end_to_end_graphs, end_to_end_memory, end_to_end_report
-from bench.harness.backbones import BlockShape, measure_backbone
-from bench.harness.end_to_end_clock import EventPassClock, HostPassClock
-from bench.harness.end_to_end_contenders import Choice
-from bench.harness.end_to_end_memory import Plan, estimate, largest_batch
-from bench.harness.end_to_end_records import Record
-from bench.harness.end_to_end_throttle import Bus, ThrottledTable, rest
-from bench.harness.end_to_end_workload import Decode, Lengths, Prefill, TokenSource, schedule
-from bench.harness.wall_options import table_config
+from bench.instruments.clocks import EventPassClock, HostPassClock
+from bench.served import graphs as end_to_end_graphs
+from bench.served import memory as end_to_end_memory
+from bench.served import run as end_to_end
+from bench.served.memory import Plan, estimate, largest_batch
+from bench.served.record import Record
+from bench.served.requests import Decode, Lengths, Prefill, TokenSource, schedule
+from bench.served.variants import Choice
+from bench.setup.backbones import BlockShape, measure_backbone
+from bench.setup.sizes import table_config
+from bench.setup.slow_bus import Bus, ThrottledTable, rest
 from engram_ref.config import EngramConfig
 from engram_ref.tables.device import DeviceTable
 from tests.bench.end_to_end_example import example
@@ -256,7 +258,7 @@ HEAD = {
 WRITER = """
 import sys
 from pathlib import Path
-from bench.harness.end_to_end_records import Record
+from bench.served.record import Record
 head, description = eval(sys.argv[2]), eval(sys.argv[3])
 case = Record.open(Path(sys.argv[1]), head, fresh=False).case(description, ["a", "b", "c"])
 number = 0
@@ -408,8 +410,8 @@ def test_a_capture_that_fails_leaves_a_step_that_runs(cuda, capsys):
 def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     path.write_text('{"benchmark": "gpu_wall"}', encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["end_to_end_report", str(path)])
+    monkeypatch.setattr(sys, "argv", ["bench.served.run", str(path)])
     with pytest.raises(SystemExit) as ended:
-        end_to_end_report.main()
+        end_to_end.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of 'gpu_wall'" in error

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from bench import verdict
-from bench.harness.evidence import Evidence, rounded_up
-from bench.harness.row_table import reuse
-from bench.harness.table import verdict as classified
-from bench.harness.verdict import classify
-from bench.harness.whole_model import MODELS
+from bench.evidence.committed import Evidence, rounded_up
+from bench.instruments.claim import classify
+from bench.price.table import verdict as classified
+from bench.rows.table import reuse
+from bench.rows.whole_model import MODELS
 
 ROOT = Path(verdict.__file__).resolve().parents[1]
 

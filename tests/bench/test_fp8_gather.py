@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench import layer_speed
-from bench.harness import fp8_gather, synthetic
-from bench.harness.fp8_gather import BF16, FP8, LIMITS, OURS, RIVAL, Race
+from bench.rivals import fp8_gather
+from bench.rivals.fp8_gather import BF16, FP8, LIMITS, OURS, RIVAL, Race
+from bench.setup import table_content as synthetic
 
 ROWS, MOST = 500, 300
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_evidence
-from bench.harness.results import git_commit
+from bench.gpu import evidence as gpu_evidence
+from bench.instruments.results import git_commit
 
 SCRIPT = Path(__file__).parents[2] / "bench/gpu_checks.sh"
 TEXT = SCRIPT.read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ def test_a_suite_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_the_commit_is_what_the_environment_says_where_there_is_no_git(monkeypatch, tmp_path):
-    monkeypatch.setattr("bench.harness.results._ROOT", tmp_path)
+    monkeypatch.setattr("bench.instruments.results._ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setenv("ENGRAM_GIT_COMMIT", "abc123")
     assert git_commit() == {"commit": "abc123", "dirty": None}
@@ -114,5 +114,5 @@ def test_steps_of_stress_tests_are_refused_by_name(said, monkeypatch):
 
 
 def test_evidence_needs_nothing_but_the_standard_library():
-    command = [sys.executable, "-S", "-I", str(SCRIPT.with_name("gpu_evidence.py"))]
+    command = [sys.executable, "-S", "-I", str(SCRIPT.with_name("gpu") / "evidence.py")]
     assert "usage:" in subprocess.run(command, capture_output=True, text=True).stderr

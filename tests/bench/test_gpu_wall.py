@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench import gpu_wall
-from bench.harness import wall_options
-from bench.harness.variants import TableSet
-from bench.harness.wall_numbers import bytes_agree, hidden_share, rows_agree, run_of
+from bench.setup.variants import TableSet
+from bench.wall import options as wall_options
+from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
@@ -23,7 +23,7 @@ from engram_ref.tables.file import FileTable
 from tests.bench.test_backbones import TINY
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "bench/harness/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((ROOT / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))
 SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
 
 
@@ -120,7 +120,7 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
     """A backbone that takes longer than the fetch: what is exposed is a small share of the synchronous wait."""
     import time
 
-    from bench.harness.backbones import Backbone
+    from bench.setup.backbones import Backbone
 
     class Sleeping(Backbone):
         def step(self, embeds, cache, before_second):
@@ -204,7 +204,7 @@ def test_one_wrong_scale_is_seen(tmp_path):
 @pytest.mark.parametrize("layout", ["packed", "split"])
 def test_a_table_is_moved_to_a_device_with_its_parts(layout, tmp_path, monkeypatch):
     """The copy in pieces knows nothing of the parts, which need not begin where a piece does."""
-    from bench.harness import variants
+    from bench.setup import variants
 
     monkeypatch.setattr(variants, "_PIECE", 1000)
     config = wall_options.table_config("v41-flash", 3e5, 64, "bfloat16")

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bench import lookup_speed
-from bench.harness.lookup_table import report
+from bench.evidence.lookup_table import report
 from engram_ref.device_lookup import DeviceLookup
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/lookup_speed.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parents[2] / "bench/schemas/lookup_speed.schema.json").read_text(encoding="utf-8"))
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from bench.harness import merge
+from bench.wall import merge
 from tests.bench.wall_example import example
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parents[2] / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import tempfile
 import pytest
 
 from bench import bytedmd_toy, hashing_speed, production
-from bench.harness import output
-from bench.harness.output import forget_figures, printed_anyway, require_writable, require_writable_file, source
-from bench.harness.results import write_json, write_unless_same
+from bench.instruments import output
+from bench.instruments.output import forget_figures, printed_anyway, require_writable, require_writable_file, source
+from bench.instruments.results import write_json, write_unless_same
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path):

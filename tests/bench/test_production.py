@@ -12,17 +12,19 @@ import pytest
 pytest.importorskip("numba", reason="row prices are compiled: pip install numba")
 
 from bench import production
-from bench.harness import row_cases, row_figures, row_table
-from bench.harness.results import environment, git_commit, write_unless_same
-from bench.harness.row_cases import Case, plan_of, price_case, read_rows, source
-from bench.harness.row_table import crossing_of
-from bench.harness.whole_model import MODELS, WholeModel, step_price
+from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.rows import cases as row_cases
+from bench.rows import figures as row_figures
+from bench.rows import table as row_table
+from bench.rows.cases import Case, plan_of, price_case, read_rows, source
+from bench.rows.table import crossing_of
+from bench.rows.whole_model import MODELS, WholeModel, step_price
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 from engram_toy.tracer.stack import cumulative_price, read_price
 
 TOKENS = 512
-SCHEMA = json.loads((Path(production.__file__).parent / "harness/production.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(production.__file__).parent / "schemas/production.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench import fill_docs, verdict
-from bench.harness import end_to_end_explained
-from bench.harness.evidence import RESULTS, Evidence
-from bench.harness.reading import MOST_CHARACTERS, as_this_version, harmless, read_results, set_aside
+from bench.evidence import wall_time as end_to_end_explained
+from bench.evidence.committed import RESULTS, Evidence
+from bench.instruments.reading import MOST_CHARACTERS, as_this_version, harmless, read_results, set_aside
 from bench.site import commands, data, start_page
 
 HOSTILE = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness.results import atomic_path, environment, git_commit, write_json
+from bench.instruments.results import atomic_path, environment, git_commit, write_json
 
 
 def test_write_json(tmp_path):

@@ -18,8 +18,10 @@ import pytest
 
 pytest.importorskip("torch", reason="tables need torch (pip install 'engram-offload[ref]')")
 
-from bench.harness import rivals
-from bench.harness.rivals import DISK, OURS, STORE, ColdRace, Way, fio_random_read, prepared_samples
+from bench.instruments.bandwidth import fio_random_read
+from bench.instruments.timing import Way, prepared_samples
+from bench.rivals import engramdb as rivals
+from bench.rivals.engramdb import DISK, OURS, STORE, ColdRace
 
 ROWS, ROW_BYTES = 2000, 64
 linux = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="only Linux can empty the page cache of a file")

@@ -20,9 +20,9 @@ import pytest
 pytest.importorskip("numba", reason="row prices are compiled: pip install numba")
 
 from bench import production
-from bench.harness import row_cases
-from bench.harness.row_cases import Case, price_case, source
-from bench.harness.whole_model import WholeModel, step_price
+from bench.rows import cases as row_cases
+from bench.rows.cases import Case, price_case, source
+from bench.rows.whole_model import WholeModel, step_price
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 

@@ -19,21 +19,25 @@ import jsonschema
 import pytest
 
 from bench import bytedmd_toy
-from bench.harness import sweep_command, sweep_results, sweep_run, sweep_table, workloads
-from bench.harness.journal import Journal
-from bench.harness.pricing import Job, price_job
-from bench.harness.streams import random_source
-from bench.harness.sweep_figures import draw_all
-from bench.harness.sweep_pricing import Layouts
-from bench.harness.sweep_table import Crossing, crossing_text, crossings, ratios, report
-from bench.harness.sweeps import HOT_PREFETCH, NAMES, SWEEPS, Case, Settings, points_of
-from bench.harness.workloads import make_workload, toy_config
+from bench.instruments.journal import Journal
+from bench.price import models as workloads
+from bench.price.job import Job, price_job
+from bench.price.models import make_workload, toy_config
+from bench.setup.streams import random_source
+from bench.sweeps import command as sweep_command
+from bench.sweeps import record as sweep_results
+from bench.sweeps import run as sweep_run
+from bench.sweeps import table as sweep_table
+from bench.sweeps.figures import draw_all
+from bench.sweeps.points import HOT_PREFETCH, NAMES, SWEEPS, Case, Settings, points_of
+from bench.sweeps.pricing import Layouts
+from bench.sweeps.table import Crossing, crossing_text, crossings, ratios, report
 from engram_ref import cli
 from engram_ref.hashing import HashPlan
 from engram_toy.models.layouts import VARIANTS
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "bench/harness/bytedmd_sweeps.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "bench/schemas/bytedmd_sweeps.schema.json").read_text())
 COMMITTED = ROOT / "bench/results"
 TINY = ["--quick", "--seq_len", "4", "--d_model", "4"]
 SMALL = [*TINY, "--model", "kv-bank", "--tokenizer", str(ROOT / "tests/golden/tokenizer_small")]
@@ -316,7 +320,7 @@ RECORDINGS = 3 + 2 * 3  # per boundary: without copies, and with those of two sh
 KILLED = """
 import os, signal, sys
 from bench import bytedmd_toy
-from bench.harness.journal import Journal
+from bench.instruments.journal import Journal
 
 add = Journal.add
 
@@ -407,7 +411,7 @@ def test_a_journal_with_torn_and_foreign_lines(tmp_path, capsys):
 
 
 def test_the_key_names_all_code_that_decides_a_price():
-    loads = "import sys, bench.harness.sweep_pricing; print(*(getattr(m, '__file__', 0) for m in sys.modules.values()))"
+    loads = "import sys, bench.sweeps.pricing; print(*(getattr(m, '__file__', 0) for m in sys.modules.values()))"
     loaded = subprocess.run([sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ours = {Path(name) for name in loaded.split() if Path(name).is_relative_to(ROOT) and ".venv" not in name}
     known = {path for pattern in sweep_run.PRICING_CODE for path in ROOT.glob(pattern)}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.harness import synthetic
-from bench.harness.synthetic import expected_rows, expected_values, fill
+from bench.setup import table_content as synthetic
+from bench.setup.table_content import expected_rows, expected_values, fill
 from engram_ref.rows import fp8
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.rows import Rows

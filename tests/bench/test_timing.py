@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from bench.harness.timing import interleave, paired_ratio, summary
+from bench.instruments.timing import interleave, paired_ratio, summary
 
 
 class FakeClock:

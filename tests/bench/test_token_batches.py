@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from bench.harness.token_batches import Corpus, standard_library, text_batches, text_file, uniform_batches
+from bench.setup.token_batches import Corpus, standard_library, text_batches, text_file, uniform_batches
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher
 from engram_ref.vocab import load_tokenizer

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from bench.harness.table import claimed_overhead, verdict, verdict_table, wall_overhead
-from bench.harness.verdict import classify
+from bench.instruments.claim import classify
+from bench.price.table import claimed_overhead, verdict, verdict_table, wall_overhead
 
 UP = 1e-9
 

@@ -11,10 +11,10 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from bench.harness.figures import COLOURS
-from bench.harness.output import source
-from bench.harness.wall_figures import KINDS, _merged, bandwidth, draw_all, overheads, timeline
-from bench.harness.wall_numbers import run_of
+from bench.instruments.drawing import COLOURS
+from bench.instruments.output import source
+from bench.wall.figures import KINDS, _merged, bandwidth, draw_all, overheads, timeline
+from bench.wall.numbers import run_of
 from tests.bench.wall_example import example
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_the_command_draws_the_same_bytes_and_names_the_results(results, tmp_pat
     drawn = draw_all(results, tmp_path / "here")
     assert [figure.name for figure in drawn] == NAMES and sorted((tmp_path / "here").iterdir()) == sorted(drawn)
     assert all(source(results) in figure.read_text(encoding="utf-8") for figure in drawn)
-    command = [sys.executable, "-m", "bench.harness.wall_figures"]
+    command = [sys.executable, "-m", "bench.wall.figures"]
     done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / name) for name in NAMES]
@@ -194,6 +194,6 @@ def test_the_command_draws_the_same_bytes_and_names_the_results(results, tmp_pat
 
 
 def test_the_command_without_a_file_says_how_to_use_it():
-    command = [sys.executable, "-m", "bench.harness.wall_figures"]
+    command = [sys.executable, "-m", "bench.wall.figures"]
     bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert bare.returncode == 1 and bare.stderr == "usage: python -m bench.harness.wall_figures RESULTS.json\n"
+    assert bare.returncode == 1 and bare.stderr == "usage: python -m bench.wall.figures RESULTS.json\n"

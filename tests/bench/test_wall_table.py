@@ -9,9 +9,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from bench.harness.timing import is_resolved, quantile
-from bench.harness.wall_numbers import (
-    NotMeasured,
+from bench.instruments.timing import NotMeasured, is_resolved, quantile
+from bench.instruments.words import fraction, gib, measured_on, percent, short
+from bench.wall.numbers import (
     bytes_agree,
     exposed,
     fetch_rates,
@@ -25,22 +25,10 @@ from bench.harness.wall_numbers import (
     run_of,
     synchronous_run,
 )
-from bench.harness.wall_table import (
-    fraction,
-    gib,
-    measured_on,
-    percent,
-    prediction,
-    run_label,
-    scale_label,
-    short,
-    step_label,
-    step_table,
-    wall_table,
-)
+from bench.wall.table import prediction, run_label, scale_label, step_label, step_table, wall_table
 from tests.bench.wall_example import COPY, DRIFT, UNIQUE_BYTES, example, older
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "bench/harness/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parents[2] / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

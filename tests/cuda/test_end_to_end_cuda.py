@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_wall
-from bench.harness import end_to_end
-from bench.harness.end_to_end_numbers import same_tokens
+from bench.served import run as end_to_end
+from bench.served.numbers import same_tokens
 from tests.bench.test_backbones import TINY
 
 pytestmark = pytest.mark.cuda

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.harness.output import printed_anyway, require_writable_file
-from bench.harness.results import environment, git_commit, write_json
-from bench.harness.stress import line, report
+from bench.evidence.stress import line, report
+from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.results import environment, git_commit, write_json
 from engram_ref import cli
 
 PROG = "fuzz"

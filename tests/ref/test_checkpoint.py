@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bench.harness.demo_way import DemoWay
+from bench.rivals.demo_layer import DemoWay
 from engram_ref.checkpoint import load_layer, save_layer
 from engram_ref.checkpoint.demo import OFFSETS, TABLE
 from engram_ref.config import EngramConfig

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from bench import bytedmd_toy, gpu_wall, production
-from bench.harness import end_to_end_options, wall_options
+from bench.served import options as end_to_end_options
+from bench.wall import options as wall_options
 from engram_ref import cli
 from engram_ref.checkpoint import sample as sample_checkpoint
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bench.harness.demo_way import DemoWay, transposed_conv
+from bench.rivals.demo_layer import DemoWay, transposed_conv
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory, causal_conv
 from engram_ref.fusion import base as fusion_common

@@ -10,8 +10,8 @@ import tracemalloc
 
 import pytest
 
-from bench.harness.journal import Journal
-from bench.harness.streams import read_text
+from bench.instruments.journal import Journal
+from bench.setup.streams import read_text
 from engram_ref.checkpoint.config_json import read_config
 from engram_ref.files.header import read_json
 from engram_ref.files.small_files import MOST_JSON, read_small

@@ -142,8 +142,8 @@ def a_kernel_reads_no_pageable_memory() -> None:
 
 def decoding_from_graphs_is_decoding(prompts: tuple[int, ...] = (250, 252, 254)) -> None:
     """Tokens, keys, values and histories equal to the bit, across a change of span; and other rows give others."""
-    from bench.harness.backbones import build_backbone
-    from bench.harness.end_to_end_model import ATTENTION, ServedModel, register_attention, rounded_span
+    from bench.served.model import ATTENTION, ServedModel, register_attention, rounded_span
+    from bench.setup.backbones import build_backbone
     from engram_ref.config import EngramConfig
     from engram_ref.fusion.factory import make_fusion
 

@@ -13,15 +13,19 @@ COPY = 1 << 20
 
 def shrink() -> None:
     """Make bandwidth copies, cache flushes, text and calibration small, and kernel programs large."""
-    from bench import gpu_preflight, gpu_wall, lookup_speed
-    from bench.harness import accelerator, end_to_end, end_to_end_flush, steps
+    from bench import gpu_wall, lookup_speed
+    from bench.gpu import preflight as gpu_preflight
+    from bench.instruments import driver as accelerator
+    from bench.instruments import timing
+    from bench.served import run as end_to_end
+    from bench.wall import step as steps
     from engram_ref.hashing import kernels as kernels_hashing
     from engram_ref.rows import kernels
     from engram_ref.tables import uva
 
     accelerator._BUSY_COPIES, accelerator._BUSY_BYTES = 2, COPY
     gpu_wall.COPY_BYTES, gpu_wall.COPIES, gpu_wall.HOT_TOKENS = COPY, 3, 1 << 12
-    end_to_end_flush.FLUSHED = COPY
+    timing.FLUSHED = COPY
     gpu_preflight._COPY_BYTES, gpu_preflight._COPIES, gpu_preflight._PINNED = COPY, 3, COPY
     lookup_speed.COPY_BYTES, lookup_speed.COPIES, lookup_speed.WARM_UP = COPY, 3, 1
     steps.BUS_SECONDS = 0.01

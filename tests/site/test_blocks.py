@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from bench.harness.evidence import Evidence
-from bench.harness.verdict import classify
+from bench.evidence.committed import Evidence
+from bench.instruments.claim import classify
 from bench.site import data
 from bench.site.commands import command_table, duration
 from bench.site.schema_tables import FOLDER, schema_table, schema_tables
@@ -76,7 +76,7 @@ def test_a_grid_with_a_hole_is_refused(change, words):
 def test_every_schema_has_a_table():
     text = schema_tables()
     for path in FOLDER.glob("*.schema.json"):
-        assert f"`bench/harness/{path.name}`" in text
+        assert f"`bench/schemas/{path.name}`" in text
 
 
 def test_a_schema_table_names_every_field(tmp_path):

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from bench.harness.verdict import classify
+from bench.instruments.claim import classify
 from bench.site.stack_story import STORIES, tell
 from tests.site import synthetic
 from tests.site.conftest import build

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from bench.harness.pricing import output_digest
-from bench.harness.workloads import make_workload, toy_config
+from bench.price.job import output_digest
+from bench.price.models import make_workload, toy_config
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import record, trace, traced_eval
 from engram_toy.fp8 import dequantise

@@ -13,8 +13,8 @@ from itertools import chain
 
 import pytest
 
-from bench.harness.relaid import Relaid
-from bench.harness.workloads import make_workload, toy_config
+from bench.price.models import make_workload, toy_config
+from bench.sweeps.pricing import Relaid
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import record, trace
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent

@@ -1,0 +1,87 @@
+"""The table of a lookup-speed results file: microseconds per placement and tokens, beside what others published.
+
+    print(report(json.loads(Path("out/lookup_speed/results.json").read_text())))
+
+Ratios are paired, round by round, with a 95 % interval; "not resolved" stands where it holds 1 or reaches into the
+noise floor, `resident` against itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.evidence.published import figure
+from bench.instruments.timing import is_resolved, paired_ratio, quantile
+from bench.instruments.words import aligned, gib, measured_on, short
+
+PUBLISHED = (1, 2, 4)  # tokens
+_PUBLISHED_ID = "vllm.lookup.{}"
+_HEAD = [
+    ["tokens", "way", "on", "median", "p20-p80", "times resident", "floor", "late", "vLLM"],
+    ["", "", "", "us", "us", "", "us", "", "us"],
+]
+
+
+def report(results: dict[str, Any]) -> str:
+    """Everything that a results file says; the first line names the device it was measured on."""
+    table, clock = results["table"], results["clock"]
+    lines = [
+        measured_on(results),
+        f"One layer of {table['preset']}, {table['parameters'] / 1e9:.3g}e9 parameters, {gib(table['bytes'])}: "
+        f"{table['columns']} rows of {table['row_bytes']} B a token; {results['stream']} ids; {clock}",
+    ]
+    rows = [row for case in results["cases"] for row in _case(results, case)]
+    notes = [f"   {name}: {what}" for name, what in results["ways"].items()]
+    notes += [f"   {left_out['way']}: left out, {left_out['why']}" for left_out in results["skipped"]]
+    return "\n".join([*lines, aligned(_HEAD + rows, left={1, 2}, headers=2), *notes, *_foot(results)])
+
+
+def _foot(results: dict[str, Any]) -> list[str]:
+    copied = results["limits"]["copy"]
+    return [
+        f"   floor: bytes of the rows over {short(copied['bytes_per_s'] / 1e9)} GB/s ({copied['what']}, measured in "
+        "this run); for rows that the device has, none is given",
+        "   late: samples whose kernels were not all launched when the device came to them: launching is in them",
+        f"   vLLM: published for the same kind of lookup in place, {short(figure('vllm.lookup.table_gib'))} GiB of "
+        "rows in host memory, on a GB300: another GPU, another bus to the host (NVLink-C2C, not PCIe), another clock; "
+        "to hold against uva, not like for like",
+    ]
+
+
+def _case(results: dict[str, Any], case: dict[str, Any]) -> list[list[str]]:
+    floor = case["bytes"] / results["limits"]["copy"]["bytes_per_s"]
+    rows = []
+    for label, samples in case["samples_s"].items():
+        published = label == "uva" and case["tokens"] in PUBLISHED
+        low, high = (short(1e6 * quantile(samples, share)) for share in (0.2, 0.8))
+        rows.append(
+            [
+                f"{case['tokens']}",
+                label,
+                results["device"],
+                short(1e6 * statistics.median(samples)),
+                f"{low}-{high}",
+                _ratio(case, label),
+                "" if label.startswith("resident") else short(1e6 * floor),
+                f"{case['launched_late'][label]}",
+                f"{figure(_PUBLISHED_ID.format(case['tokens'])):g}" if published else "",
+            ]
+        )
+    return rows
+
+
+def _ratio(case: dict[str, Any], label: str) -> str:
+    """Against `resident`, which is the noise floor where it is measured again."""
+    samples = case["samples_s"]
+    if "resident" not in samples:
+        return "-"
+    if label == "resident":
+        return "baseline"
+    found = paired_ratio(samples[label], samples["resident"])
+    interval = f"[{found['low']:.3g}, {found['high']:.3g}]"
+    if label == "resident again":
+        return f"noise floor {interval}"
+    noise = paired_ratio(samples["resident again"], samples["resident"])
+    resolved = is_resolved(found, noise, len(samples[label]))
+    return f"{format(found['median'], '.3g') if resolved else 'not resolved'} {interval}"

@@ -1,0 +1,193 @@
+"""Figures and quotations that others published: one data file, and what follows from it by arithmetic.
+
+    from bench.evidence.published import figure, VALUES
+
+    figure("tokens_s.4b.baseline")    # 9031.62
+    VALUES["loss.4b"]()               # '1.92'
+
+The documents never hold such a figure as typed text: an inline mark names one of VALUES, and `bench/fill_docs.py`
+writes it. The data file says of each where it stands, and whether it was read there, reported by others or inferred.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).resolve().parents[2] / "docs" / "findings" / "published.json"
+KINDS = ("primary", "secondary", "inferred")
+
+
+@cache
+def _content() -> dict[str, Any]:
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def figures() -> dict[str, dict[str, Any]]:
+    """Every entry of the data file by its id."""
+    return {entry["id"]: entry for entry in _content()["figures"]}
+
+
+def sources() -> dict[str, dict[str, Any]]:
+    """What the entries were taken from, by the name that they use for it."""
+    return _content()["sources"]
+
+
+def figure(name: str) -> float:
+    """The number of one entry; ValueError for a quotation, a range or an unknown id."""
+    value = figures()[name]["value"] if name in figures() else None
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name!r} is no single figure of {PATH.name}: give the id of one")
+    return value
+
+
+def throughput_loss(backbone: str) -> float:
+    """Share of the throughput that the paper's Engram costs on a backbone ("4b" or "8b"); no Engram at all is 0."""
+    return 1 - figure(f"tokens_s.{backbone}.engram") / figure(f"tokens_s.{backbone}.baseline")
+
+
+def extra_time(backbone: str) -> float:
+    """Seconds that a token takes longer with Engram."""
+    return 1 / figure(f"tokens_s.{backbone}.engram") - 1 / figure(f"tokens_s.{backbone}.baseline")
+
+
+def rows_per_token() -> int:
+    """Rows of a token and layer in the paper's geometry."""
+    return int(figure("heads") * figure("orders"))
+
+
+def bytes_per_token(dtype: str) -> float:
+    """Bytes of a token's rows in one layer of the paper's geometry; dtype "bf16", "fp8" or "fp32"."""
+    return figure("d_mem") * figure(f"bytes_{dtype}")
+
+
+def pcie_bandwidth() -> float:
+    """Bytes per second that a Gen5 x16 slot carries one way, before packet headers."""
+    return figure("pcie5_rate") * 1e9 * figure("pcie5_coding") * figure("pcie_lanes") / 8
+
+
+def row_traffic(dtype: str) -> float:
+    """Bytes per second of rows at the paper's faster throughput, output tokens only."""
+    return bytes_per_token(dtype) * figure("tokens_s.4b.engram")
+
+
+# pJ per bit of each level, from the closest to the farthest; the last is per useful bit.
+_LEVELS = {
+    "8 KB SRAM": "sram_8k",
+    "32 KB SRAM": "sram_32k",
+    "1 MB SRAM": "sram_1m",
+    "HBM3E": "hbm3e",
+    "HBM2": "hbm2",
+    "HBM2E": "hbm2e",
+    "LPDDR5": "lpddr5",
+    "GDDR5": "gddr5",
+    "DDR, whole access": "ddr",
+    "SerDes lane, 112G": "serdes",
+    "flash channel, bus alone": "flash_channel",
+    "PCIe link": "pcie",
+}
+
+
+def energy_per_bit() -> dict[str, tuple[float, float, str]]:
+    """Per level or path: least and largest pJ/bit, and where it comes from. Paths are sums of ours."""
+    found = {}
+    for label, name in _LEVELS.items():
+        entry = figures()[f"energy.{name}"]
+        low, high = entry["value"] if isinstance(entry["value"], list) else [entry["value"]] * 2
+        found[label] = (low, high, entry["source"])
+    (lp, _, _), (ddr_low, ddr_high, _), (link, _, _) = found["LPDDR5"], found["DDR, whole access"], found["PCIe link"]
+    sequential = 1e12 / (figure("energy.nvme_rate_per_watt") * 1e6) / 8
+    random = figure("energy.nvme_random_io") * 1e6 / figure("energy.row_bytes") / 8
+    found["host memory over PCIe, LPDDR5"] = (lp + link, lp + link, "sum, inferred")
+    found["host memory over PCIe, DDR"] = (ddr_low + link, ddr_high + link, "sum, inferred")
+    found["NVMe SSD, sequential"] = (sequential, sequential, "pm1743, inferred")
+    found["NVMe SSD, random rows, per useful bit"] = (random, random, "pm1743, inferred")
+    return found
+
+
+def energy_against_hbm(label: str) -> tuple[float, float]:
+    """Least and largest energy per bit of a level, as a multiple of HBM2's."""
+    low, high, _ = energy_per_bit()[label]
+    return low / figure("energy.hbm2"), high / figure("energy.hbm2")
+
+
+def energy_table() -> str:
+    """Published energy per bit of every level, with the multiple of HBM2 and the source, as a table."""
+    lines = ["| level or path | pJ/bit | times HBM2 | source |", "| --- | ---: | ---: | --- |"]
+    for label, (low, high, source) in energy_per_bit().items():
+        lines.append(f"| {label} | {_span(low, high)} | {_times_hbm(label)} | {source} |")
+    return "\n".join(lines)
+
+
+def overhead_table() -> str:
+    """The paper's throughput with and without the offloaded table; the two last columns are our arithmetic."""
+    head = "| backbone | without Engram, tok/s | with the table in host memory, tok/s | loss | more time per token |"
+    lines = [head, "| --- | ---: | ---: | ---: | ---: |"]
+    for key in ("4b", "8b"):
+        without, with_table = (figures()[f"tokens_s.{key}.{name}"]["text"] for name in ("baseline", "engram"))
+        loss, extra = f"{100 * throughput_loss(key):.2f} %", f"{1e6 * extra_time(key):.2f} µs"
+        lines.append(f"| Dense-{key.upper()} | {without} | {with_table} | {loss} | {extra} |")
+    return "\n".join(lines)
+
+
+def sources_table() -> str:
+    """What was read, how much of it, and when."""
+    lines = ["| short name | source | what was read of it |", "| --- | --- | --- |"]
+    for name, entry in sources().items():
+        title = f"[{entry['title']}]({entry['url']})" if entry["url"] else entry["title"]
+        accessed = f", {entry['accessed']}" if entry["accessed"] else ""
+        lines.append(f"| {name} | {title} | {entry['read']}{accessed} |")
+    return "\n".join(lines)
+
+
+def _span(low: float, high: float, digits: int = 3) -> str:
+    return _short(low, digits) if low == high else f"{_short(low, digits)}–{_short(high, digits)}"
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{float(f'{value:.{digits}g}'):,g}"
+
+
+def _times_hbm(label: str) -> str:
+    return _span(*energy_against_hbm(label), digits=2)
+
+
+def _as_written(name: str) -> Callable[[], str]:
+    return lambda: figures()[name]["text"]
+
+
+def _table_gb(dtype: str) -> str:
+    return f"{figure('table_parameters') * figure(f'bytes_{dtype}'):.0f}"
+
+
+_DERIVED: dict[str, Callable[[], str]] = {
+    "loss.4b": lambda: f"{100 * throughput_loss('4b'):.2f}",
+    "loss.8b": lambda: f"{100 * throughput_loss('8b'):.2f}",
+    "extra_us.4b": lambda: f"{1e6 * extra_time('4b'):.2f}",
+    "extra_us.8b": lambda: f"{1e6 * extra_time('8b'):.2f}",
+    "table_gb.bf16": lambda: _table_gb("bf16"),
+    "table_gb.fp8": lambda: _table_gb("fp8"),
+    "table_gib.fp8": lambda: f"{figure('table_parameters') * 1e9 * figure('bytes_fp8') / 2**30:.0f}",
+    "m_to_M.4b": lambda: f"1:{figure('table_parameters') / figure('backbone.4b'):g}",
+    "m_to_M.8b": lambda: f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
+    "rows_per_token": lambda: f"{rows_per_token()}",
+    "bytes_per_token.bf16": lambda: f"{bytes_per_token('bf16'):,.0f}",
+    "bytes_per_token.fp32": lambda: f"{bytes_per_token('fp32'):,.0f}",
+    "traffic_mb_s.bf16": lambda: f"{row_traffic('bf16') / 1e6:.0f}",
+    "traffic_mb_s.fp32": lambda: f"{row_traffic('fp32') / 1e6:.0f}",
+    "traffic_of_pcie.fp32": lambda: f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
+    "pcie_gb_s": lambda: f"{pcie_bandwidth() / 1e9:.0f}",
+    "backbone_gb.4b": lambda: f"{figure('backbone.4b') * figure('bytes_bf16'):.0f}",
+    "cxl.loss": lambda: f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
+    "mlx.loss_prefetched": lambda: f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
+    "mlx.loss_synchronous": lambda: f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",
+    "energy.host_lpddr5": lambda: _times_hbm("host memory over PCIe, LPDDR5"),
+    "energy.host_ddr": lambda: _times_hbm("host memory over PCIe, DDR"),
+    "energy.ssd_sequential": lambda: _times_hbm("NVMe SSD, sequential"),
+    "energy.ssd_random": lambda: _times_hbm("NVMe SSD, random rows, per useful bit"),
+    "layer.loss_gain": lambda: f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
+}
+VALUES: dict[str, Callable[[], str]] = {**{name: _as_written(name) for name in figures()}, **_DERIVED}

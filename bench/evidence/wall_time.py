@@ -1,0 +1,174 @@
+"""What the finding about wall time shows of committed end-to-end results, and what it says where there are none.
+
+    python bench/fill_docs.py           fills docs/findings/engram-offload-wall-time.md with these blocks
+
+Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`; a CPU's is never shown in their place.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bench.instruments.claim import WALL_TIME_CLAIM
+from bench.instruments.reading import read_results
+from bench.instruments.timing import NotMeasured
+from bench.instruments.words import device_label, short
+from bench.served.doubts import reading
+from bench.served.numbers import (
+    BASELINES,
+    PARTS,
+    WHOLE,
+    Json,
+    against,
+    breaking_bus,
+    classify,
+    decomposition,
+    offloaded,
+    slowed,
+    step_bytes,
+)
+from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, part_text, report
+from engram_ref.config import EngramConfig
+
+NO_RUN = "No run on a CUDA machine is committed yet."
+_PHASE = "together"
+_LATEST = (
+    *("measured on", "model, batch", "rows of a step", "window"),
+    *("3 % expected at", "as bandwidth", "holds to", "broken at"),
+)
+_PUBLISHED_BATCHES = (1, 16, 64, 256)
+
+
+def committed(folder: Path, device: str) -> list[tuple[str, Json]]:
+    """File names and contents of the committed runs on a kind of device."""
+    found = [(path.name, read_results(path)) for path in folder.glob("end_to_end_*.json")]
+    return sorted((name, results) for name, results in found if results["device"] == device)
+
+
+def wall_time_runs(folder: Path, device: str) -> str:
+    """Everything that the runs on a kind of device say, or that there is none."""
+    runs = committed(folder, device)
+    if not runs:
+        return NO_RUN
+    return "\n\n".join(f"`bench/results/{name}`:\n\n```text\n{report(results)}\n```" for name, results in runs)
+
+
+def wall_time_story(folder: Path) -> str:
+    """The one comparison: the overhead in its parts, a line per case, of CUDA machines first."""
+    head = ["measured on", "model, batch, stream", *PARTS, "all of it", "of `resident`"]
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
+    runs = committed(folder, "cuda")
+    for _, results in [*runs, *committed(folder, "cpu")]:
+        lines += [_line(results, case) for case in results["cases"]]
+    note = [] if runs else ["", f"{NO_RUN} The lines above are a CPU's, and say nothing about a GPU."]
+    return "\n".join([*lines, *note])
+
+
+def _line(results: Json, case: Json) -> str:
+    what = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
+    try:
+        parts = decomposition(case, _PHASE)
+        ours = against(case, offloaded(case), "resident", _PHASE)
+        cells = [part_text(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
+    except NotMeasured as why:
+        cells = [str(why), *[""] * (len(PARTS) + 1)]
+    return f"| {' | '.join([device_label(results), what, *cells])} |"
+
+
+def wall_time_class(folder: Path) -> str:
+    """WIN, LOSS, INVALID or INCONCLUSIVE against each baseline, and why, of the runs on CUDA machines."""
+    cases = [case for _, results in committed(folder, "cuda") for case in results["cases"]]
+    lines = []
+    for baseline, whose in BASELINES.items():
+        none = "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:].removesuffix('.')}"
+        label, reason = classify(cases, baseline) if cases else none
+        lines.append(f"- Against {whose}: **{label}**, {reason}.")
+    return "\n".join(lines)
+
+
+def wall_time_sensitivity(folder: Path) -> str:
+    """Per case, how late a step's rows may come, expected and measured on slowed buses; then from published numbers."""
+    rows: list[tuple[str, ...]] = [_LATEST]
+    for _, results in [*committed(folder, "cuda"), *committed(folder, "cpu")]:
+        rows += [_sensitivity(results, case) for case in results["cases"]]
+    rows += [_published(batch) for batch in _PUBLISHED_BATCHES]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"| --- | --- |{' ---: |' * (len(rows[0]) - 2)}", *lines[1:]])
+
+
+def _sensitivity(results: Json, case: Json) -> tuple[str, ...]:
+    name = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
+    try:
+        found, buses = breaking_bus(case), slowed(case)
+    except NotMeasured as why:
+        return (device_label(results), name, _kilobytes(step_bytes(case)), str(why), "", "", "", "")
+    window = statistics.median(one.window_s for one in buses)
+    measured = ["not resolved" if at is None else _us(at) for at in (found.holds_s, found.breaks_s)]
+    return (device_label(results), name, *_expected(step_bytes(case), window, found.predicted_s), *measured)
+
+
+def _published(batch: int) -> tuple[str, ...]:
+    """By arithmetic: one layer of v41-flash in a model whose window and step others have computed."""
+    config = EngramConfig.preset("v41-flash")
+    nbytes = batch * config.columns * config.row_bytes()
+    latest = PUBLISHED_WINDOW_S + WALL_TIME_CLAIM * PUBLISHED_STEP_S
+    expected = _expected(nbytes, PUBLISHED_WINDOW_S, latest)
+    return ("arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, "", "")
+
+
+def _expected(nbytes: int, window: float, latest: float) -> tuple[str, ...]:
+    return (_kilobytes(nbytes), _us(window), _us(latest), f"{short(nbytes / latest / 1e9, digits=3)} GB/s")
+
+
+def _kilobytes(nbytes: int) -> str:
+    return f"{short(nbytes / 1e3, digits=3)} kB"
+
+
+def _us(seconds: float) -> str:
+    return f"{short(1e6 * seconds, digits=3)} us"
+
+
+def wall_time_reading(folder: Path) -> str:
+    """A sceptic's questions to every committed run."""
+    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    read = [f"{name}, {device_label(results)}\n{reading(results)}" for name, results in runs]
+    return "```text\n{}\n```".format("\n\n".join(read))
+
+
+def wall_time_setup(folder: Path) -> str:
+    """Configuration of every case, and the machines."""
+    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    rows: list[tuple[str, ...]] = [("machine", "model", "served", "table", "code")]
+    rows += [_setup(results, case) for _, results in runs for case in results["cases"]]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "| --- | --- | --- | --- | --- |", *dict.fromkeys(lines[1:])])
+
+
+def _setup(results: Json, case: Json) -> tuple[str, ...]:
+    table, git = case["table"], results["git"]
+    (low, high), (least, most) = case["prompt_tokens"], case["output_tokens"]
+    decoding = "CUDA graphs" if case["rows"][0]["graphs"]["used"] else "no CUDA graphs"
+    return (
+        f"{device_label(results)}, {results['environment']['cpu_count']} cores",
+        f"{case['backbone']}, {case['blocks']} blocks, random {case['dtype']} weights, {decoding}",
+        f"{len(case['rounds'])} rounds of {case['sequences']}, {case['batch']} at a time; prompts {low} to {high}, "
+        f"outputs {least} to {most} tokens; {case['stream']['name']}",
+        f"{table['preset']}, {table['parameters'] / 1e9:.3g}e9 values, {table['columns']} rows of "
+        f"{table['row_bytes']} B a token",
+        f"`{(git['commit'] or 'unknown')[:12]}`{' with changes' if git['dirty'] else ''}",
+    )
+
+
+def blocks(folder: Path) -> dict[str, Any]:
+    """Name of each block -> what fills it."""
+    return {
+        "wall_time_setup": lambda: wall_time_setup(folder),
+        "wall_time_story": lambda: wall_time_story(folder),
+        "wall_time_class": lambda: wall_time_class(folder),
+        "wall_time_gpu": lambda: wall_time_runs(folder, "cuda"),
+        "wall_time_cpu": lambda: wall_time_runs(folder, "cpu"),
+        "wall_time_sensitivity": lambda: wall_time_sensitivity(folder),
+        "wall_time_reading": lambda: wall_time_reading(folder),
+    }

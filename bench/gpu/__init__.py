@@ -1,0 +1,1 @@
+"""What `bench/gpu_checks.sh` calls before and after it measures on a CUDA machine."""

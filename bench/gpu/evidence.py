@@ -1,0 +1,181 @@
+"""Pack what a call of `gpu_checks.sh` has measured so far: at most eight files that can come back, and a summary.
+
+    python bench/gpu/evidence.py WORK OUT [first|second]
+
+OUT gets evidence.tar.gz, everything of WORK that is no table, wheel or compiled kernel, and by name what tells most.
+Each is complete or as it was before, whenever this is cut. Only the standard library is used: it runs every 20 seconds
+beside what is measured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as xml
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PROG = "gpu_evidence"
+LARGEST = 16 << 20  # bytes of a file that comes back
+SUMMARY = 12_000  # characters
+_LOG = 2 << 20  # bytes of all logs of tests
+_LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
+_SERVED = ("hundred_billion", "served_8b", "served_4b")
+_TOLD = 1200  # characters of a failed step's log in the summary
+
+
+def main() -> None:
+    """The command."""
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python bench/gpu/evidence.py WORK OUT [first|second]")
+    work, out = Path(sys.argv[1]), Path(sys.argv[2])
+    with (work / "pack.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the one of every 20 seconds and that behind a step take turns
+        pack(work, out, sys.argv[3] if len(sys.argv) == 4 else "first")
+
+
+def pack(work: Path, out: Path, call: str) -> None:
+    """Write the files that come back, the summary last."""
+    served = "hundred_billion" if call == "second" else "served_8b"
+    named: dict[str, Callable[[Path], object]] = {
+        "evidence.tar.gz": lambda path: _archive(work, path),
+        "end_to_end.json": lambda path: _copy(work / served / "results.json", path),
+        "wall.json": lambda path: _copy(work / "prefill/results.json", path),
+        "lookup.json": lambda path: _copy(work / "lookup/results.json", path),
+        "tests.xml": lambda path: _merge_tests(work, path),
+        "tests.log": lambda path: _join_logs(work, path),
+        "machine.txt": lambda path: _copy(work / "machine.txt", path),
+        "summary.txt": lambda path: path.write_text(summary(work), encoding="utf-8"),
+    }
+    with _staging(work, out) as folder:
+        for name, write in named.items():
+            part = Path(folder) / name
+            write(part)
+            if part.exists() and part.stat().st_size <= LARGEST:
+                part.replace(out / name)
+
+
+def _staging(work: Path, out: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder whose files can be renamed into OUT, outside of it: in WORK, or beside OUT on another file system."""
+    same = work.stat().st_dev == out.stat().st_dev
+    return tempfile.TemporaryDirectory(prefix=".packing-", dir=work if same else out.parent)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.exists():
+        shutil.copyfile(source, target)
+
+
+def _kept(work: Path) -> Iterator[Path]:
+    for path in sorted(work.rglob("*")):
+        relative = path.relative_to(work)
+        if path.is_file() and not any(Path(part).match(p) for part in relative.parts for p in _LEFT_OUT):
+            yield path
+
+
+def _archive(work: Path, path: Path) -> None:
+    """Everything; where that is too large, without the largest files, whose names the summary of the archive gives."""
+    files, left_out = list(_kept(work)), []
+    while True:
+        with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+            for file in files:
+                archive.add(file, arcname=file.relative_to(work).as_posix())
+        if path.stat().st_size <= LARGEST or not files:
+            break
+        left_out.append(files.pop(max(range(len(files)), key=lambda at: files[at].stat().st_size)))
+    for file in left_out:
+        print(f"{PROG}: {file.relative_to(work)} is too large for the archive", file=sys.stderr)
+
+
+def _merge_tests(work: Path, path: Path) -> None:
+    """All suites whose file is whole, as one."""
+    root = xml.Element("testsuites")
+    for file in sorted(work.glob("tests_*.xml")):
+        try:
+            root.extend(xml.parse(file).getroot().iter("testsuite"))
+        except xml.ParseError:
+            continue  # being written: its log says as much
+    xml.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _join_logs(work: Path, path: Path) -> None:
+    text = "".join(f"== {file.stem}\n{_text(file)}\n" for file in sorted(work.glob("tests_*.log")))
+    path.write_text(text[-_LOG:], encoding="utf-8")
+
+
+def summary(work: Path) -> str:
+    """What a reader wants first, at most SUMMARY characters: steps, figures, tests, then the ends of failed logs."""
+    steps = _text(work / "steps.txt")
+    parts = [steps, _preflight(work), *(_served(work / name) for name in _SERVED), _lookup(work), _tests(work)]
+    head = "\n".join(part for part in parts if part)
+    failed = [line.split()[0] for line in steps.splitlines() if " ended with " in line and " with 0 " not in line]
+    ends = [f"-- the end of {name}.log\n{_text(work / f'{name}.log')[-_TOLD:]}\n" for name in dict.fromkeys(failed)]
+    return "\n".join([head, *ends])[:SUMMARY]
+
+
+def _preflight(work: Path) -> str:
+    found = _json(work / "preflight.json")
+    return (
+        "" if not found else "preflight: " + "; ".join(f"{key} {value}" for key, value in found.items())[:2000] + "\n"
+    )
+
+
+def _served(folder: Path) -> str:
+    """Milliseconds a token and overhead of every variant, from whatever passes there are."""
+    lines = []
+    for case in (_json(folder / "results.json") or {}).get("cases", []):
+        control = _per_token(next((row for row in case["rows"] if row["label"] == "no_engram"), {"rounds": []}))
+        lines.append(
+            f"{folder.name}: {case['backbone']}, batch {case['batch']}, {case['table']['parameters']:.3g} parameters"
+        )
+        for row in case["rows"]:
+            common = sorted(set(control) & (own := _per_token(row)).keys())
+            ratios = sorted(own[number] / control[number] for number in common)
+            over = f"{100 * (ratios[len(ratios) // 2] - 1):+.2f} % of no_engram" if ratios else "no common round"
+            times = sorted(own.values())
+            time = f"{1e3 * times[len(times) // 2]:.4f} ms a decode step" if times else "no pass"
+            lines.append(f"  {row['label']:24} {time}, {over} ({len(own)} rounds)")
+    return "\n".join(lines)
+
+
+def _per_token(row: dict[str, Any]) -> dict[int, float]:
+    """Mean seconds of a decode step, by round."""
+    return {s["round"]: sum(s["decode_s"]) / len(s["decode_s"]) for s in row["rounds"] if s["decode_s"]}
+
+
+def _lookup(work: Path) -> str:
+    return _text(work / "lookup.log")[-1500:]
+
+
+def _tests(work: Path) -> str:
+    lines = []
+    for file in sorted(work.glob("tests_*.xml")):
+        try:
+            suites = list(xml.parse(file).getroot().iter("testsuite"))
+        except xml.ParseError:
+            continue
+        for suite in suites:
+            counts = ", ".join(f"{suite.get(key)} {key}" for key in ("tests", "failures", "errors", "skipped"))
+            lines.append(f"{file.stem}: {counts}")
+            bad = [c for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None]
+            lines.extend(f"  failed: {case.get('classname')}::{case.get('name')}"[:160] for case in bad[:15])
+    return "\n".join(lines)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    os.nice(10)
+    main()

@@ -1,1 +1,0 @@
-"""What the benchmarks share: token streams, timing, results, figures, verdicts."""

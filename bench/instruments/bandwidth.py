@@ -1,0 +1,92 @@
+"""How fast bytes move on this machine: copies in both directions, and random reads of a disk as fio measures them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.instruments.clocks import HostTimer, StepTimer, step_timer
+from engram_ref.rows.memory import PIN_PIECE, HostMemory
+
+_WARM_UP = 2  # copies before the first that counts
+
+
+def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> dict[str, dict[str, Any] | None]:
+    """What this machine can copy at most: raw samples, and bytes per second of their median.
+
+    Args:
+        nbytes: of one copy; it stays within one piece of registered memory.
+        repeats: samples.
+
+    Returns:
+        `copy`: pinned host memory to the device; on a CPU, RAM to RAM by one thread, bytes counted once.
+        `gather`: within the device, bytes read and written both counted; None on a CPU.
+    """
+    if not 1 <= nbytes <= PIN_PIECE or repeats < 1:
+        raise ValueError(f"{repeats} copies of {nbytes:,} B: give at least one, of 1 .. {PIN_PIECE:,} B")
+    cuda = device.type == "cuda"
+    with HostMemory(nbytes, pinned=cuda) as host:
+        host.bytes.fill_(0xA5)  # memory that was never written is one page of zeros, and always cached
+        if not cuda:
+            return {"copy": _ram_copy(host, nbytes, repeats), "gather": None}
+        target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        timer = step_timer(device)
+        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), repeats, timer)
+        other = torch.empty_like(target)
+        gather = _copy_samples(lambda: other.copy_(target), repeats, timer)
+    within = _bandwidth("device to device", 2 * nbytes, gather)
+    return {
+        "copy": _bandwidth("pinned host to device", nbytes, copy),
+        "gather": {**within, "counted": "bytes read and written"},
+    }
+
+
+def _ram_copy(source: HostMemory, nbytes: int, repeats: int) -> dict[str, Any]:
+    with HostMemory(nbytes) as target:
+        to, by = target.bytes.numpy(), source.bytes.numpy()
+        samples = _copy_samples(lambda: np.copyto(to, by), repeats, HostTimer())
+    return _bandwidth("memcpy in RAM", nbytes, samples)
+
+
+def _copy_samples(copy: Callable[[], object], repeats: int, timer: StepTimer) -> list[float]:
+    samples = []
+    for _ in range(_WARM_UP + repeats):
+        timer.begin()
+        copy()
+        samples.append(timer.end()["end"])
+    return samples[_WARM_UP:]
+
+
+def _bandwidth(what: str, nbytes: int, samples: list[float]) -> dict[str, Any]:
+    return {"bytes_per_s": nbytes / statistics.median(samples), "samples_s": samples, "bytes": nbytes, "what": what}
+
+
+_DEPTH = 64  # reads that fio has in flight
+
+
+def fio_random_read(path: Path, seconds: float) -> dict[str, Any]:
+    """What the disk under a file can do: random reads of 4 KiB, past the page cache, 64 at a time.
+
+    Returns:
+        reads_per_s, bytes_per_s and what was measured; or reads_per_s None and why.
+    """
+    if shutil.which("fio") is None:
+        return {"reads_per_s": None, "why": "fio is not installed"}
+    name = str(path).replace(":", r"\:")  # to fio a colon separates files
+    command = ["fio", "--name=limit", f"--filename={name}", "--readonly", "--rw=randread", "--bs=4k", "--direct=1"]
+    command += ["--ioengine=libaio", f"--iodepth={_DEPTH}", f"--runtime={round(1000 * seconds)}ms", "--time_based"]
+    done = subprocess.run([*command, "--randrepeat=0", "--output-format=json"], capture_output=True, text=True)
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        return {"reads_per_s": None, "why": f"fio failed: {said[0] if said else done.returncode}"}
+    read = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]
+    what = f"fio, 4 KiB random direct reads, {_DEPTH} in flight, {seconds:g} s"
+    return {"reads_per_s": read["iops"], "bytes_per_s": float(read["bw_bytes"]), "what": what}

@@ -1,0 +1,98 @@
+"""Where results go: found unusable before the work, printed even if they cannot be written, beside no stale figure.
+
+require_writable(folder)                                        before the work
+with printed_anyway(lambda: table(results)): write(results)     after it
+forget_figures(path, results)                                   before a results file takes another's place
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_ORIGIN = re.compile(r"results sha256 [0-9a-f]{64}")
+_PROBE_BYTES = 1 << 16  # a full disk has room for a name, and none for bytes
+
+
+def require_writable(folder: Path, option: str = "--out") -> None:
+    """Make a folder, and find out now what would else be found after hours.
+
+    Raises:
+        ValueError: no files can be made there.
+    """
+    if os.path.exists(folder) and not folder.is_dir():  # as a method, it raises on a name that is too long
+        raise ValueError(f"{option} {folder} is a file: name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise ValueError(f"{option} {folder} cannot be written ({error.strerror}): name another folder") from None
+
+
+def require_writable_file(path: Path | None, option: str = "--out") -> None:
+    """The same for the file that an option names, if it names one.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"{option} {path} is a folder: name a file in it")
+    require_writable(path.parent, option)
+
+
+@contextmanager
+def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
+    """Around writing results: their table is printed after it, also when writing fails, or else they would be lost."""
+    try:
+        yield
+    finally:
+        print(report(), flush=True)
+
+
+def source(results: dict[str, Any]) -> str:
+    """What a figure says of its origin: the digest of the results that it was drawn from."""
+    canonical = json.dumps(results, sort_keys=True, separators=(",", ":"))
+    return f"results sha256 {hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def forget_figures(path: Path, results: dict[str, Any]) -> None:
+    """Remove figures beside `path` that show neither these results, which it is to hold, nor another file's there."""
+    drawn = {figure: match[0] for figure in path.parent.glob("*.svg") if (match := _origin(figure))}
+    if not drawn:
+        return
+    others = (other for other in path.parent.glob("*.json") if other != path)
+    valid = {source(results), *filter(None, map(_source_of, others))}
+    for figure, origin in drawn.items():
+        if origin not in valid:
+            figure.unlink(missing_ok=True)
+
+
+def _origin(figure: Path) -> re.Match[str] | None:
+    """What a figure of ours says that it was drawn from; None of a stranger's."""
+    return _ORIGIN.search(figure.read_text(encoding="utf-8", errors="replace"))
+
+
+def _source_of(path: Path) -> str | None:
+    try:
+        return source(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return None  # no results: no figure shows it
+
+
+def tell(text: str) -> None:
+    """Progress on stderr; on a terminal one line that is overwritten."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)

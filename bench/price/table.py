@@ -1,0 +1,122 @@
+"""The verdict table of a results file, as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.instruments.claim import WALL_TIME_CLAIM, Verdict, classify
+from bench.instruments.timing import LEAST_SAMPLES, is_resolved, paired_ratio
+from bench.instruments.words import aligned
+
+Run = dict[str, Any]
+
+
+def find_run(results: dict[str, Any], model: str, boundary: str, variant: str) -> Run:
+    """The one run of these names."""
+    for run in results["runs"]:
+        if (run["model"], run["boundary"], run["variant"]) == (model, boundary, variant):
+            return run
+    raise ValueError(f"no run of {model}/{boundary}/{variant} in these results")
+
+
+def groups(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The (model, boundary) pairs, in the order of the runs."""
+    return list(dict.fromkeys((run["model"], run["boundary"]) for run in results["runs"]))
+
+
+def variants(results: dict[str, Any]) -> list[str]:
+    """The variants, in the order of the runs."""
+    return list(dict.fromkeys(run["variant"] for run in results["runs"]))
+
+
+def is_valid(results: dict[str, Any], model: str, boundary: str) -> bool:
+    """Whether all variants gave the same output bits, traced and untraced, and nothing escaped the tracer."""
+    runs = [run for run in results["runs"] if (run["model"], run["boundary"]) == (model, boundary)]
+    outputs = {run[key] for run in runs for key in ("output_sha256", "untraced_output_sha256")}
+    # An index into the table and the branch on a comparison read their value and need it plain; numbers do not.
+    allowed = {"index", "bool"}
+    escaped = any(run["untracked_outputs"] or set(run["escapes"]) - allowed for run in runs)
+    return len(outputs) == 1 and not escaped and len({tuple(run["escapes"].items()) for run in runs}) == 1
+
+
+def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
+    """Extra wall time as a share of the baseline's; None where the samples do not resolve it.
+
+    `floor` is the interval of the baseline against itself: what lies within it is noise.
+    """
+    ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
+    return ratio["median"] - 1 if is_resolved(ratio, floor, len(run["wall_time_s"])) else None
+
+
+def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
+    """The overhead to hold against the claim: its upper end where that is small enough, resolved or not."""
+    high = max(paired_ratio(run["wall_time_s"], baseline["wall_time_s"])["high"], floor["high"]) - 1
+    enough = len(run["wall_time_s"]) >= LEAST_SAMPLES
+    return high if enough and high < WALL_TIME_CLAIM else wall_overhead(run, baseline, floor)
+
+
+def noise_floor(results: dict[str, Any], model: str, boundary: str) -> dict[str, float]:
+    """Paired ratio of `resident` against itself."""
+    for floor in results["noise_floor"]:
+        if (floor["model"], floor["boundary"]) == (model, boundary):
+            return floor["ratio"]
+    raise ValueError(f"no noise floor of {model}/{boundary} in these results")
+
+
+def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "offload_prefetch") -> Verdict:
+    """The classification of a variant against `resident`."""
+    run, resident = (find_run(results, model, boundary, name) for name in (variant, "resident"))
+    overhead = claimed_overhead(run, resident, noise_floor(results, model, boundary))
+    return classify(run["cost"] / resident["cost"], overhead, is_valid(results, model, boundary))
+
+
+def scale_text(run: Run) -> str:
+    """By how much a run is smaller than the model that it stands for; empty where nothing was cut."""
+    if "scale" not in run:
+        return ""
+    scale = run["scale"]
+    rows, full_rows = scale["table_rows"]
+    of = {name: f"{here:,} of {full:,}" for name, (here, full) in scale.items()}
+    return (
+        f"table 1/{round(full_rows / rows):,}, row {of['row_width']} values, hidden {of['hidden']}, "
+        f"copies {of['hc_mult']}, layers {of['layers']}"
+    )
+
+
+def verdict_table(results: dict[str, Any]) -> str:
+    """Price ratios of every variant to `resident`, wall time of the prefetch, and its class, per boundary.
+
+    Lines of a model that was cut say by how much.
+    """
+    offloads = [name for name in variants(results) if name != "resident"]
+    names = [name.removeprefix("offload_") for name in offloads]
+    rows = [["model", "boundary", "resident price", *names, "prefetch wall time", "verdict", "scale"]]
+    reasons = {}
+    for model, boundary in groups(results):
+        resident = find_run(results, model, boundary, "resident")
+        runs = [find_run(results, model, boundary, name) for name in offloads]
+        ratios = [f"{run['cost'] / resident['cost']:.3f}" for run in runs]
+        floor = noise_floor(results, model, boundary)
+        wall = wall_text(find_run(results, model, boundary, "offload_prefetch"), resident, floor)
+        label, reason = verdict(results, model, boundary)
+        reasons[reason] = label
+        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label, scale_text(resident)])
+    if not any(row[-1] for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
+    notes = [f"{label}: {reason}" for reason, label in reasons.items()]
+    return "\n".join(
+        [
+            aligned(rows, left={0, 1, *range(len(names) + 4, len(rows[0]))}),
+            "",
+            f"{', '.join(names)}: ByteDMD price / price of resident",
+            *notes,
+        ]
+    )
+
+
+def wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
+    """Extra wall time with its interval, or "not resolved" before it."""
+    ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
+    overhead = wall_overhead(run, baseline, floor)
+    interval = f"[{100 * (ratio['low'] - 1):+.1f}, {100 * (ratio['high'] - 1):+.1f}] %"
+    return f"not resolved {interval}" if overhead is None else f"{100 * overhead:+.1f} % {interval}"

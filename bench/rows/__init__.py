@@ -1,0 +1,1 @@
+"""Tables of published size: every row read priced, against the weights of whole models (`bench/production.py`)."""

@@ -1,0 +1,135 @@
+"""Figures of `bench/production.py`'s results; they show nothing that is not in them.
+
+  python -m bench.rows.figures out/production/results.json     draw them, beside it
+
+row_depths.svg    how deep the rows of each published table lie when they are read
+place.svg         the lookups alone: what it costs to lie under other bytes, with the thresholds
+hot_tier.svg      what a tier of frequent rows saves
+whole_model.svg   the rows against the weights of a whole model, by tokens per step, with the 3 % line
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
+from bench.instruments.drawing import legend_below, redraw, save_all
+from bench.rows.table import depth_shares, one, row_share, select
+from bench.rows.whole_model import MODELS
+
+TABLE_COLOURS = {"demo": "#009E73", "paper-27b": "#56B4E9", "paper-40b": "#0072B2", "v41-flash": "#D55E00"}
+MODEL_COLOURS = {"dense-4b": "#0072B2", "dense-8b": "#56B4E9", "v41-flash": "#D55E00", "v41-flash-all": "#E69F00"}
+LAYOUT_LINES = {"held live": "-", "compacted": "--"}
+
+
+def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
+    """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
+    return save_all(
+        {"row_depths": _depths, "place": _place, "hot_tier": _hot, "whole_model": _whole_model}, results, out
+    )
+
+
+def _depths(results: dict[str, Any]) -> Any:
+    """Share of the reads per power of two of the depth; first reads above the axis's foot, later ones on them."""
+    found = select(results, part="scale", stream="python-stdlib")
+    longest = {table: max(r["tokens"] for r in found if r["table"] == table) for table in TABLE_COLOURS}
+    figure, axes = plt.subplots(2, len(longest), figsize=(11, 5), sharex=True, sharey=True)
+    for row, layout in zip(axes, LAYOUT_LINES):
+        for axis, (table, tokens) in zip(row, longest.items()):
+            record = one(results, part="scale", table=table, stream="python-stdlib", tokens=tokens, layout=layout)
+            bins = depth_shares([record])
+            first, later = ([100 * pair[i] for pair in bins.values()] for i in (0, 1))
+            axis.bar(list(bins), first, 0.85, color="#D55E00", label="first read of a row")
+            axis.bar(list(bins), later, 0.85, bottom=first, color="#0072B2", label="read before")
+            axis.set_title(f"{table}, {layout}", fontsize=9)
+            axis.set_xticks(range(10, 41, 10), [f"$2^{{{b}}}$" for b in range(10, 41, 10)])
+        row[0].set_ylabel("% of the reads")
+    for axis in axes[-1]:
+        axis.set_xlabel("depth in bytes")
+    figure.suptitle("How deep a row lies when it is read: all of the standard library's sources, token by token")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    legend_below(figure, axes[0][0])
+    return figure
+
+
+def _place(results: dict[str, Any]) -> Any:
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
+    found = select(results, part="place")
+    for table, colour in TABLE_COLOURS.items():
+        for layout, style in LAYOUT_LINES.items():
+            line = [r for r in found if (r["table"], r["layout"]) == (table, layout)]
+            ratios = [r["offload_naive"] / r["resident"] for r in line]
+            sizes = [r["padding_bytes"] for r in line]
+            axis.plot(sizes, ratios, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
+    axis.set(xscale="log", yscale="log", xlabel="bytes above the table, live and never read")
+    axis.set_ylabel("price below them / price above them")
+    for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
+        _level(axis, level, text)
+    axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axis.minorticks_off()
+    figure.suptitle("The lookups alone: a verdict on what lies above, not on where the table is")
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
+    return figure
+
+
+def _hot(results: dict[str, Any]) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharex=True)
+    for table, colour in TABLE_COLOURS.items():
+        for layout, style in LAYOUT_LINES.items():
+            line = [r for r in select(results, part="hot", table=table, layout=layout) if r["hot_share"]]
+            base = one(results, part="hot", table=table, layout=layout, hot_share=0.0)
+            shares = [100 * r["hot_share"] for r in line]
+            saved = [100 * (1 - r["price"] / base["price"]) for r in line]
+            axes[0].plot(shares, saved, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
+        axes[1].plot(shares, [100 * r["tier_rows_filled"] / r["tier_rows"] for r in line], color=colour, marker="o")
+        axes[1].plot(shares, [100 * r["reads_of_tier"] / r["reads"] for r in line], ":", color=colour, marker="s")
+    axes[0].set(xscale="log", ylabel="% of the price saved", title="what it saves", ylim=(0, None))
+    axes[1].set(title="how full it gets (line), reads that it serves (dots)", ylabel="%", ylim=(0, 105))
+    for axis in axes:
+        axis.set_xlabel("rows in the hot tier, % of all")
+        axis.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+        axis.minorticks_off()
+    figure.suptitle("A hot tier, chosen on one half of the text and charged on the other")
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
+    return figure
+
+
+def _whole_model(results: dict[str, Any]) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    for axis, mode in zip(axes, ("decode", "prefill")):
+        for model, colour in MODEL_COLOURS.items():
+            for layout, style in LAYOUT_LINES.items():
+                wanted = dict(part="whole_model", table=model, mode=mode, layout=layout)
+                line = select(results, stream="python-stdlib", **wanted)
+                random = select(results, stream="uniform", **wanted)
+                tokens = [r["tokens_per_step"] for r in line]
+                label = f"{MODELS[model].name}, {layout}"
+                axis.plot(tokens, [100 * row_share(r) for r in line], style, color=colour, label=label)
+                if layout == "held live":
+                    axis.plot(tokens, [100 * row_share(r) for r in random], ":", color=colour, linewidth=1)
+        axis.set(xscale="log", yscale="log", title=mode, xlabel="tokens per step")
+        _level(axis, 100 * WALL_TIME_CLAIM, "3 %: the claim")
+    axes[0].set_ylabel("price of the rows, % of the weights' price")
+    figure.suptitle("The whole model: what reading the table adds to a step (dotted: random ids)")
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
+    return figure
+
+
+def _level(axis: Any, level: float, text: str) -> None:
+    """A threshold, written at the left end of its line."""
+    axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--")
+    place = dict(xycoords=axis.get_yaxis_transform(), xytext=(0, 2), textcoords="offset points")
+    axis.annotate(text, (0.02, level), fontsize=8, color="0.35", **place)
+
+
+if __name__ == "__main__":
+    redraw(draw_all, "bench.rows.figures")

@@ -1,0 +1,168 @@
+"""Figures of an end-to-end results file; every panel names its device.
+
+  python -m bench.served.figures bench/results/end_to_end_cpu.json     draw them again
+
+baselines.svg        the overhead of every variant against both baselines, a panel per case
+overhead_parts.svg   the overhead of the prefetched table as stacked parts, per phase, a panel per case
+slower_bus.svg       what a slowed bus costs, by the delay of a decode step's rows, with the window and 3 %
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from bench.instruments.claim import WALL_TIME_CLAIM
+from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
+from bench.instruments.timing import NotMeasured
+from bench.instruments.words import device_label
+from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Part, Slowed, against, decomposition, slowed
+from bench.served.table import PUBLISHED_WINDOW_S
+
+PART_COLOURS = {
+    "own compute": COLOURS["offload_hot"],
+    "lookup": COLOURS["resident"],
+    "not hidden": COLOURS["offload_prefetch"],
+}
+_COLUMNS = 2
+_CLAIM = 100 * WALL_TIME_CLAIM
+
+
+def draw_all(results: Json, out: Path) -> list[Path]:
+    """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
+    drawings = {"baselines": baselines, "overhead_parts": overhead_parts}
+    if any(row["bus"] for case in results["cases"] for row in case["rows"]):
+        drawings["slower_bus"] = slower_bus
+    return save_all(drawings, results, out)
+
+
+def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
+    cases = [case for case in results["cases"] if case["rows"]]
+    columns = min(_COLUMNS, len(cases))
+    lines = math.ceil(len(cases) / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 3.3 * lines + 1), squeeze=False)
+    panels = list(grid.flat)
+    for left_over in panels[len(cases) :]:
+        left_over.axis("off")
+    for axis, case in zip(panels, cases):
+        name = f"{case['backbone']}, batch {case['batch']}, {case['stream']['name']}"
+        axis.set_title(f"{name}\n{device_label(results)}", fontsize=9)
+    figure.suptitle(title)
+    return figure, list(zip(panels, cases))
+
+
+def baselines(results: Json) -> Any:
+    """A line per variant, with a point against each baseline; what is not resolved is hollow."""
+    figure, panels = _panels(
+        results, "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved"
+    )
+    for axis, case in panels:
+        rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.axvline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
+        for place, row in enumerate(rows):
+            _compare(axis, place, case, row)
+        axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set_xlabel("% of the baseline")
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    legend_below(figure, panels[0][0])
+    return figure
+
+
+def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
+    for number, baseline in enumerate(BASELINES):
+        if row["label"] == baseline:
+            continue
+        try:
+            part = against(case, row, baseline, "together")
+        except NotMeasured:
+            continue
+        height, colour = place + 0.3 * number - 0.15, COLOURS[baseline]
+        axis.plot([100 * part.low, 100 * part.high], [height] * 2, color="black", linewidth=1.2)
+        axis.plot(
+            100 * part.median, height, "o", markersize=6, color=colour, markeredgecolor="black",
+            markerfacecolor=colour if part.resolved else "white", label=f"against {baseline}" if place == 0 else None,
+        )  # fmt: skip
+
+
+def overhead_parts(results: Json) -> Any:
+    """Stacked parts, one bar per phase; what is not resolved is hollow, the whole as measured is a line."""
+    figure, panels = _panels(
+        results, "Overhead of a prefetched table, taken apart\nmedians; hollow: not resolved; line: the whole, 95 %"
+    )
+    for axis, case in panels:
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_ylabel("% of the model without Engram")
+        try:
+            for place, phase in enumerate(PHASES):
+                _stack(axis, place, decomposition(case, phase))
+        except NotMeasured as why:
+            axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
+        axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
+        axis.set_xticks(range(len(PHASES)), [phase.replace("token", "median token") for phase in PHASES])
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    legend_below(figure, panels[0][0])
+    return figure
+
+
+def _stack(axis: Any, place: int, parts: dict[str, Part]) -> None:
+    """Parts above each other; negative ones hang below 0."""
+    foot = {True: 0.0, False: 0.0}
+    for name in PARTS:
+        part, colour = parts[name], PART_COLOURS[name]
+        height, up = 100 * part.median, part.median >= 0
+        fill = colour if part.resolved else "white"
+        style = {"facecolor": fill, "edgecolor": colour, "hatch": "" if part.resolved else "////"}
+        axis.bar(place, height, 0.5, bottom=foot[up], label=name if place == 0 else None, **style)
+        foot[up] += height
+    whole = parts[WHOLE]
+    axis.plot([place + 0.33] * 2, [100 * whole.low, 100 * whole.high], color="black", linewidth=1.4)
+    axis.plot(place + 0.33, 100 * whole.median, "o", color="black", markersize=5)
+
+
+def slower_bus(results: Json) -> Any:
+    """Overhead above `resident` against the delay of a step's rows."""
+    figure, panels = _panels(
+        results, "What a slower bus costs a decode step, above the resident table\nhollow: not resolved"
+    )
+    for axis, case in panels:
+        try:
+            buses = slowed(case)
+        except NotMeasured as why:
+            axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
+            continue
+        _draw_buses(axis, buses)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    legend_below(figure, panels[0][0])
+    return figure
+
+
+def _draw_buses(axis: Any, buses: list[Slowed]) -> None:
+    for number, one in enumerate(buses):
+        delay, part = 1e6 * one.delay_s, one.extra
+        axis.plot([delay] * 2, [100 * part.low, 100 * part.high], color="black", linewidth=1.2)
+        colour = COLOURS["offload_prefetch"]
+        axis.plot(
+            delay, 100 * part.median, "o", markersize=7, color=colour, markeredgecolor="black",
+            markerfacecolor=colour if part.resolved else "white", label="median, 95 %" if number == 0 else None,
+        )  # fmt: skip
+    axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
+    if buses:
+        axis.axvline(1e6 * buses[0].window_s, color=COLOURS["resident"], linewidth=1.2, label="window here")
+    axis.axvline(
+        1e6 * PUBLISHED_WINDOW_S, color=COLOURS["offload_naive"], linestyle=":", label="56 us, computed by others"
+    )
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=10)
+    axis.margins(y=0.12)
+    axis.set_xlabel("us from the request until a step's rows have arrived")
+    axis.set_ylabel("% of no_engram")
+
+
+if __name__ == "__main__":
+    redraw(draw_all, "bench.served.figures")

@@ -1,0 +1,411 @@
+"""What the samples of an end-to-end run mean: the overhead taken apart, tokens per second, and what a slower bus does.
+
+    case = results["cases"][0]
+    parts = decomposition(case, "decode")           # own compute, lookup, what was not hidden
+    against(case, row, "resident", "decode")        # overhead against a baseline: "no_engram" or "resident"
+    breaking_bus(case)                              # between which delays 3 % are lost
+
+Pure functions of a results file. Samples are paired by round, within one process; a part is a difference of two
+variants as a share of the model without an Engram layer, the median over rounds with a 95 % bootstrap interval. It is
+not resolved where its interval holds 0 or reaches into the noise floor, `resident` against itself. Medians of parts
+need not add up to the median of the whole.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, NamedTuple
+
+from bench.instruments.claim import WALL_TIME_CLAIM
+from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, is_resolved, paired_ratio, quantile
+
+Json = dict[str, Any]
+PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
+# Part -> the row that has it, and the row without: alternatives in the order in which they are looked for.
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "own compute": (("own_compute",), ("no_engram",)),
+    "lookup": (("resident",), ("own_compute",)),
+    "not hidden": (("offload_prefetch", "offload_disk prefetched"), ("resident",)),
+}
+WHOLE = "overhead"
+# What an offloaded table is compared with, and whose baseline that is.
+BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
+LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
+_STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
+
+
+class Part(NamedTuple):
+    """A share of the baseline's time (0.03 is 3 %), with the 95 % interval of its median."""
+
+    median: float
+    low: float
+    high: float
+    resolved: bool
+
+
+def row_of(case: Json, label: str) -> Json:
+    """The row of a label.
+
+    Raises:
+        NotMeasured: there is none, or it has no samples.
+    """
+    for row in case["rows"]:
+        if row["label"] == label and row["rounds"]:
+            return row
+    raise NotMeasured(f"{label} was not measured")
+
+
+def first_of(case: Json, labels: tuple[str, ...]) -> Json:
+    """The first of these rows that was measured.
+
+    Raises:
+        NotMeasured: none was.
+    """
+    for row in case["rows"]:
+        if row["label"] in labels and row["rounds"]:
+            return row
+    raise NotMeasured(f"{' or '.join(labels)} was not measured")
+
+
+def seconds(sample: Json, phase: str) -> float:
+    """Time of one pass in a phase; of its median decode step, which no stall of the machine moves, for `token`."""
+    if phase == "token":
+        return statistics.median(sample["decode_s"])
+    parts = {"prefill": ("prefill_s",), "decode": ("decode_s",), "together": ("prefill_s", "decode_s")}[phase]
+    return sum(sum(sample[part]) for part in parts)
+
+
+def paired(rows: list[Json], phase: str) -> list[list[float]]:
+    """Seconds of each row in the rounds that all of them have, measured by one process.
+
+    Raises:
+        NotMeasured: there is no such round.
+    """
+    found = [{(sample["round"], sample["session"]): seconds(sample, phase) for sample in row["rounds"]} for row in rows]
+    common = sorted(set.intersection(*(set(times) for times in found)))
+    if not common:
+        raise NotMeasured(f"{', '.join(row['label'] for row in rows)} have no round in common")
+    return [[times[key] for key in common] for times in found]
+
+
+def share(later: list[float], earlier: list[float], base: list[float]) -> dict[str, float]:
+    """1 + (later - earlier) / base, round by round: median and interval, to be compared with 1."""
+    return paired_ratio([a - b + c for a, b, c in zip(later, earlier, base)], base)
+
+
+def difference(case: Json, later: Json, earlier: Json, phase: str, baseline: str = "no_engram") -> Part:
+    """By how much a row takes longer than another one, as a share of a baseline's time.
+
+    Raises:
+        NotMeasured: a row is missing.
+    """
+    base = row_of(case, baseline)
+    times = paired([later, earlier, base], phase)
+    found = share(*times)
+    try:
+        resolved = is_resolved(found, noise_floor(case, phase, baseline), len(times[0]))
+    except NotMeasured:
+        resolved = False
+    return Part(found["median"] - 1, found["low"] - 1, found["high"] - 1, resolved)
+
+
+def against(case: Json, row: Json, baseline: str, phase: str) -> Part:
+    """The overhead of a row against one of BASELINES, as a share of that baseline's time.
+
+    Raises:
+        NotMeasured: the baseline is missing.
+    """
+    return difference(case, row, row_of(case, baseline), phase, baseline)
+
+
+def offloaded(case: Json) -> Json:
+    """The prefetched table, which classes are about.
+
+    Raises:
+        NotMeasured: there is none.
+    """
+    return first_of(case, PARTS["not hidden"][0])
+
+
+def noise_floor(case: Json, phase: str, baseline: str = "no_engram") -> dict[str, float]:
+    """`resident` against itself as `share` gives it, in terms of a baseline.
+
+    Raises:
+        NotMeasured: it was not measured twice, or not often enough.
+    """
+    times = paired([row_of(case, name) for name in ("resident again", "resident", baseline)], phase)
+    if len(times[0]) < LEAST_SAMPLES:
+        raise NotMeasured(f"{len(times[0])} rounds: a noise floor needs {LEAST_SAMPLES}")
+    return share(*times)
+
+
+def decomposition(case: Json, phase: str) -> dict[str, Part]:
+    """The parts of the overhead, in their order, and the whole of it.
+
+    Raises:
+        NotMeasured: a row of a part is missing.
+    """
+    parts = {
+        name: difference(case, first_of(case, more), first_of(case, less), phase)
+        for name, (more, less) in PARTS.items()
+    }
+    return {**parts, WHOLE: against(case, offloaded(case), "no_engram", phase)}
+
+
+# --- what a user sees ---------------------------------------------------------------------------------
+
+
+def tokens_per_second(case: Json, row: Json, phase: str = "together") -> list[float]:
+    """Output tokens per second of each round; the first token of a sequence is the prefill's."""
+    made = {entry["round"]: entry["output_tokens"] for entry in case["rounds"]}
+    firsts = case["sequences"]
+    found = []
+    for sample in row["rounds"]:
+        tokens = {"prefill": firsts, "decode": made[sample["round"]] - firsts, "together": made[sample["round"]]}[phase]
+        found.append(tokens / seconds(sample, phase))
+    return found
+
+
+def per_step(row: Json, name: str) -> list[float]:
+    """All samples of a kind, of all rounds: `decode_s`, `first_token_s`, `window_s`, `decode_exposed_s`, ..."""
+    return [value for sample in row["rounds"] for value in sample[name]]
+
+
+def token_times(row: Json) -> dict[str, float]:
+    """Time per output token: median and 99th percentile of all decode steps."""
+    times = per_step(row, "decode_s")
+    return {"median": statistics.median(times), "p99": quantile(times, 0.99)}
+
+
+def freed(case: Json, variant: str, held: dict[str, int]) -> Json:
+    """Device memory that a table leaves free against a resident one, which holds all of its bytes there; and why not.
+
+    Args:
+        held: bytes of the variant's table by place.
+    """
+    if variant in ("no_engram", "own_compute"):
+        return {"value": None, "why": "no table is looked up"}
+    return {"value": case["table"]["bytes"] - held["device"], "why": None}
+
+
+def freed_bytes(case: Json, row: Json) -> int | None:
+    """Device memory that a row's table leaves free against a resident one; None where nothing is looked up."""
+    return freed(case, row["variant"], row["held"])["value"]
+
+
+def weight_reading(limits: Json, case: Json, row: Json) -> Json:
+    """How fast a median decode step reads the weights, each once; and whether it is launch-bound: `value` and `why`.
+
+    Launch-bound is a step that takes over twice as long as its weights do at the bandwidth that was measured on the
+    device. Keys and values are not counted, so a large batch with a long context is marked by what it reads of them.
+    """
+    if limits["gather"] is None:
+        return {"value": None, "why": "a CPU: no kernels are launched, and nothing is read from a device's memory"}
+    times = per_step(row, "decode_s")
+    if not times:
+        return {"value": None, "why": "no decode step was measured"}
+    step, limit = statistics.median(times), limits["gather"]["bytes_per_s"]
+    nbytes = case["weight_bytes"]["model"] + (case["weight_bytes"]["engram"] if row["variant"] != "no_engram" else 0)
+    value = {
+        "bytes": nbytes,
+        "bytes_per_s": nbytes / step,
+        "limit_bytes_per_s": limit,
+        "launch_bound": step > LAUNCH_BOUND * nbytes / limit,
+    }
+    return {"value": value, "why": None}
+
+
+def over_control(case: Json, row: Json) -> int | None:
+    """Bytes that a row's pass received over PCIe, less those of the model without Engram; None where one is unknown."""
+    try:
+        both = [found["pcie"] and found["pcie"]["value"] for found in (row, row_of(case, "no_engram"))]
+    except NotMeasured:
+        return None
+    return None if None in both else both[0] - both[1]
+
+
+def pass_joules(row: Json) -> float | None:
+    """Energy of the whole board in a median pass, idle power included; None where the counter is not there."""
+    boards = [sample["board"]["value"] for sample in row["rounds"] if sample.get("board")]
+    ends = [(value["joules_before"], value["joules_after"]) for value in boards if value]
+    spent = [after - before for before, after in ends if before is not None and after is not None]
+    return statistics.median(spent) if spent else None
+
+
+def hit_rate(row: Json) -> float | None:
+    """Rows found on the device, of those asked for."""
+    lookups = sum(sample["lookups"] for sample in row["rounds"])
+    return sum(sample["hits"] for sample in row["rounds"]) / lookups if lookups else None
+
+
+def joules_per_token(row: Json) -> float | None:
+    """Energy of the board above idle, per output token; None where it was not resolved."""
+    energy = row["energy"] and row["energy"]["value"]
+    return energy and energy["joules_per_step"] / energy["output_tokens_per_step"]
+
+
+def same_tokens(case: Json) -> bool:
+    """Whether in each round all variants with an Engram layer chose the same tokens."""
+    chosen: dict[int, set[str]] = {}
+    for row in case["rows"]:
+        if row["variant"] != "no_engram":
+            for sample in row["rounds"]:
+                chosen.setdefault(sample["round"], set()).add(sample["tokens_sha256"])
+    return all(len(digests) == 1 for digests in chosen.values())
+
+
+def step_bytes(case: Json) -> int:
+    """Bytes of rows that one decode step asks for."""
+    return case["batch"] * case["table"]["columns"] * case["table"]["row_bytes"]
+
+
+def fetch_floor(results: Json, case: Json) -> float:
+    """Seconds that the unique rows of a median round take at the measured copy bandwidth."""
+    return round_bytes(case)[1] / results["limits"]["copy"]["bytes_per_s"]
+
+
+def round_bytes(case: Json) -> tuple[float, float]:
+    """Bytes of rows that a median round asks for, and those left when each step asks for a row once; from the ids."""
+    counts = [(entry["rows_requested"], entry["rows_unique"]) for entry in case["rounds"]]
+    requested, unique = (statistics.median(column) * case["table"]["row_bytes"] for column in zip(*counts))
+    return requested, unique
+
+
+def copies_agree(case: Json, row: Json) -> bool:
+    """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not."""
+    if case["device"] == "cpu" or row["variant"] not in _STAGED:
+        return True
+    asked = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
+    return all(sample["copied"] == asked[sample["round"]] for sample in row["rounds"])
+
+
+def exposed_in_round(row: Json) -> float:
+    """Median over rounds of the time that the model waited for rows."""
+    return statistics.median(
+        sum(sample["prefill_exposed_s"]) + sum(sample["decode_exposed_s"]) for sample in row["rounds"]
+    )
+
+
+# --- a slower bus -------------------------------------------------------------------------------------
+
+
+class Slowed(NamedTuple):
+    """One slowed bus.
+
+    Attributes:
+        label: of the row.
+        delay_s: from the request until a decode step's rows have arrived.
+        window_s: median time between the request and the join.
+        exposed_s: median time waited there.
+        extra: than `resident`, as a share of the model without Engram.
+        whole: overhead against the model without Engram.
+        noise: upper end of `resident` against itself, likewise.
+    """
+
+    label: str
+    delay_s: float
+    window_s: float
+    exposed_s: float
+    extra: Part
+    whole: Part
+    noise: float
+
+    @property
+    def breaks(self) -> bool | None:
+        """Whether the bus alone costs more than 3 %; None where the interval, or the noise, leaves that open."""
+        if self.extra.low > WALL_TIME_CLAIM and self.extra.resolved:
+            return True
+        return False if max(self.extra.high, self.noise) <= WALL_TIME_CLAIM else None
+
+
+def slowed(case: Json) -> list[Slowed]:
+    """All slowed buses, fastest first, by their median decode steps: a delay is the same in every step.
+
+    Raises:
+        NotMeasured: no `resident`, no noise floor or no model without Engram to compare with.
+    """
+    found, noise = [], noise_floor(case, "token")["high"] - 1
+    for row in case["rows"]:
+        if row["bus"] and row["rounds"]:
+            rate = row["bus"]["bytes_per_s"]
+            found.append(
+                Slowed(
+                    row["label"],
+                    row["bus"]["latency_s"] + (step_bytes(case) / rate if rate else 0.0),
+                    statistics.median(per_step(row, "window_s")),
+                    statistics.median(per_step(row, "decode_exposed_s")),
+                    difference(case, row, row_of(case, "resident"), "token"),
+                    difference(case, row, row_of(case, "no_engram"), "token"),
+                    noise,
+                )
+            )
+    return sorted(found, key=lambda one: one.delay_s)
+
+
+class Break(NamedTuple):
+    """Between which delays of a step's rows 3 % are lost: the longest that holds, the shortest that breaks."""
+
+    holds_s: float | None
+    breaks_s: float | None
+    predicted_s: float
+
+    def bandwidths(self, nbytes: int) -> tuple[float | None, float | None]:
+        """Bytes per second at which `nbytes` take these delays: that breaks, that holds."""
+        return (
+            nbytes / self.breaks_s if self.breaks_s else None,
+            nbytes / self.holds_s if self.holds_s else None,
+        )
+
+
+def breaking_bus(case: Json) -> Break:
+    """Where a slower bus costs 3 %.
+
+    The prediction is the window before the join, and 3 % of a step more: `resident` needs the rows as early.
+
+    Raises:
+        NotMeasured: no bus was slowed.
+    """
+    buses = slowed(case)
+    if not buses:
+        raise NotMeasured("no bus was slowed")
+    step = token_times(row_of(case, "no_engram"))["median"]
+    breaking = [one.delay_s for one in buses if one.breaks]
+    first = min(breaking, default=None)
+    holding = [one.delay_s for one in buses if one.breaks is False and (first is None or one.delay_s < first)]
+    window = statistics.median(one.window_s for one in buses)
+    return Break(max(holding, default=None), first, window + WALL_TIME_CLAIM * step)
+
+
+_PHASE = "together"
+NO_CLASS = "no class, a CPU has no bus between table and compute"
+
+
+def classify(cases: list[Json], baseline: str) -> tuple[str, str]:
+    """The class against a baseline, and why.
+
+    Args:
+        cases: at least one, of CUDA machines.
+        baseline: of BASELINES.
+    """
+    if not all(same_tokens(case) for case in cases):
+        return "INVALID", "variants chose different tokens, so their times are not of the same computation"
+    try:
+        found = [against(case, offloaded(case), baseline, _PHASE) for case in cases]
+        noise = [noise_floor(case, _PHASE, baseline)["high"] - 1 for case in cases]
+    except NotMeasured as why:
+        return "INCONCLUSIVE", str(why)
+    if all(max(part.high, least) < WALL_TIME_CLAIM for part, least in zip(found, noise)):
+        return "WIN", f"in all {len(found)} cases, less than 3 % is lost, to the end of the interval"
+    if any(part.resolved and part.low > WALL_TIME_CLAIM for part in found):
+        return "LOSS", "in at least one case, more than 3 % is lost, from the beginning of the interval"
+    return "INCONCLUSIVE", "the intervals reach across 3 %"
+
+
+def class_of(case: Json, baseline: str) -> str:
+    """Class and reason of one case; a CPU has none, for it has no bus between table and compute."""
+    return NO_CLASS if case["device"] == "cpu" else ", ".join(classify([case], baseline))
+
+
+def class_lines(case: Json) -> list[str]:
+    """A line for each baseline."""
+    return [f"against {whose}: {class_of(case, baseline)}" for baseline, whose in BASELINES.items()]

@@ -1,0 +1,121 @@
+"""Command-line options of `gpu_wall.py --end-to-end`, and what they default to on each kind of device."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bench.setup.backbones import SIZES
+from bench.setup.slow_bus import Bus
+from engram_ref import cli
+
+FIT = "fit"
+MOST_TOKENS = 1 << 24  # that are processed together
+STREAMS = ("text", "uniform")
+# Of options that mean something in both kinds of runs: name -> without --end-to-end, with it on CUDA, with it on a CPU.
+SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
+    "rounds": (20, 8, 12),
+    "warmup": (2, 1, 1),
+    "preset": ("paper-27b", "v41-flash", "tiny"),
+    "dtype": ("bfloat16", "bfloat16", "float32"),
+    "table_params": ([1e9], [1e9], [2e7]),
+}
+# Of the options below: on CUDA, on a CPU.
+_OWN_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "backbones": (["qwen3-4b", "qwen3-8b"], ["tiny"]),
+    "batches": ([FIT], [1, 8]),
+    "sequences": (64, "batch"),
+    "prompt_tokens": ([100, 1024], [16, 32]),
+    "output_tokens": ([100, 1024], [12, 16]),
+    "buses": (
+        ["64", "16", "4", "1", "0.25", "0.0625", "inf:20", "inf:56", "inf:200"],
+        ["0.1", "0.003", "0.0005", "inf:56", "inf:1000", "inf:3000", "inf:10000"],
+    ),
+}
+
+
+# Options that only an end-to-end run has.
+OWN_OPTIONS = (*_OWN_DEFAULTS, "streams", "prefill_tokens", "hot_shares", "eager")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group of options."""
+    group = parser.add_argument_group(
+        "end to end",
+        """Serve sequences with a whole model, random weights, prompts and outputs of uniform lengths, and take the
+overhead apart: the layer's own compute, the lookup, what prefetching could not hide. A round is a number of
+sequences that every variant serves; batches are sequences at a time. Of the options above, --variants,
+--table_params, --preset, --blocks, --rounds, --warmup, --text, --energy, --fit, --dtype, --seed and --out
+count, too; defaults here: on CUDA 8 rounds, v41-flash, bfloat16; on a CPU 12 rounds, tiny, float32, 2e7. The
+results are on disk after every pass; the same command again continues a run that was cut.""",
+    )
+    add = group.add_argument
+    add("--end-to-end", action="store_true", help="measure this instead of single steps")
+    add(
+        "--backbones",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(SIZES)} or a config.json (default: qwen3-4b qwen3-8b; tiny on a CPU)",
+    )
+    add("--batches", nargs="+", type=_batch, metavar="N", help="sequences at a time, or fit: as many as memory holds "
+        "(default: fit; 1 8 on a CPU)")  # fmt: skip
+    add("--sequences", type=_sequences, metavar="N", help="of a round, or batch: as many as are served at a time "
+        "(default: 64, so that 8 rounds serve 512; batch on a CPU)")  # fmt: skip
+    for phase in ("prompt", "output"):
+        add(f"--{phase}_tokens", nargs=2, type=cli.at_least(1, 1 << 20), metavar=("LOW", "HIGH"), help="default: "
+            f"100 1024; {'16 32' if phase == 'prompt' else '12 16'} on a CPU")  # fmt: skip
+    add("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), help="token ids: real text, or random "
+        "(default: both)")  # fmt: skip
+    add(
+        "--prefill_tokens",
+        type=cli.at_least(1, MOST_TOKENS),
+        default=16384,
+        help="of prompts processed together (default: 16384)",
+    )
+    add("--hot_shares", nargs="+", type=cli.share, default=[0.001, 0.01, 0.1], metavar="SHARE", help="of the rows kept "
+        "on the device by offload_hot, one variant each (default: 0.001 0.01 0.1)")  # fmt: skip
+    add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help="slowed buses, one variant each: bandwidth, and "
+        "time to the first byte; inf:56 is only the latter")  # fmt: skip
+    add("--eager", action="store_true", help="no CUDA graphs: the host launches every kernel of every token")
+    add("--fresh", action="store_true", help="begin anew, whatever OUT holds")
+
+
+def fill_defaults(options: argparse.Namespace, on_gpu: bool) -> None:
+    """Set what the command line left open."""
+    column = (1 if on_gpu else 2) if options.end_to_end else 0
+    for name, defaults in SHARED_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, defaults[column])
+    for name, pair in _OWN_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, pair[0 if on_gpu else 1])
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        ValueError: bounds in the wrong order, or more than one table.
+    """
+    for name in ("prompt_tokens", "output_tokens"):
+        low, high = getattr(options, name)
+        if low > high:
+            raise ValueError(f"--{name} {low} {high}: give the lower bound first")
+    if len(options.table_params) != 1:
+        raise ValueError("--table_params: end to end takes one table; give one size and another --out for each")
+
+
+def _batch(text: str) -> int | str:
+    return FIT if text == FIT else cli.at_least(1)(text)
+
+
+def _sequences(text: str) -> int | str:
+    return text if text == "batch" else cli.at_least(1)(text)
+
+
+def _bus(text: str) -> str:
+    try:
+        Bus.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

@@ -1,0 +1,158 @@
+"""The results file of an end-to-end run: written after every pass, continued by the next run, complete or absent.
+
+    record = Record.open(path, head, fresh=False)       # refuses results of another configuration or other code
+    case = record.case(description)
+    case.add(contender, round_number, samples)           # the file is on disk when this returns
+
+A run that was cut in a round has lost the pass that was running. What another run continues is whole rounds: passes of
+a round are compared with each other, so an unfinished one is measured again, all of it, by one process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.instruments.continuing import found_at, now, require_same
+from bench.instruments.output import forget_figures
+from bench.instruments.results import atomic_path
+
+_PLACE = "@pass "
+Json = dict[str, Any]
+
+
+class Record:
+    """A results file that grows.
+
+    Attributes:
+        results: its content.
+        kept: passes of whole rounds that an earlier run had left.
+        dropped: passes of rounds that it had not finished.
+    """
+
+    def __init__(self, path: Path, results: Json) -> None:
+        self.path = path
+        self.results = results
+        self.kept = self.dropped = 0
+        self._lines: dict[int, str] = {}  # of passes that `results` holds, which keeps their ids
+
+    @classmethod
+    def open(cls, path: Path, head: Json, fresh: bool) -> Record:
+        """Go on with the results of an earlier run, or begin.
+
+        Args:
+            path: of the file.
+            head: what a new file begins with: machine, configuration, code.
+            fresh: begin, whatever is there.
+
+        Raises:
+            ValueError: the file is of another configuration, machine or code.
+        """
+        head = {**head, "sessions": [], "cases": []}
+        record = cls(path, head)
+        found = None if fresh else found_at(path)
+        if found is not None:
+            require_same(path, found, head)
+            record.results = found
+            record._keep_whole_rounds()
+        record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
+        record.save()
+        return record
+
+    @property
+    def session(self) -> int:
+        """Number of the running process among those that wrote into the file."""
+        return len(self.results["sessions"]) - 1
+
+    def _keep_whole_rounds(self) -> None:
+        for case in self.results["cases"]:
+            rows = case["rows"]
+            done = [{sample["round"] for sample in row["rounds"]} for row in rows]
+            whole = set.intersection(*done) if len(rows) == len(case["labels"]) else set()
+            for row in rows:
+                kept = [sample for sample in row["rounds"] if sample["round"] in whole]
+                self.kept += len(kept)
+                self.dropped += len(row["rounds"]) - len(kept)
+                row["rounds"] = kept
+
+    def case(self, description: Json, labels: list[str]) -> Case:
+        """The case of this description, new or continued.
+
+        Args:
+            description: backbone, batch, stream, table and so on.
+            labels: of its rows, in their order.
+        """
+        for found in self.results["cases"]:
+            if all(found[key] == value for key, value in _identity(description).items()):
+                return Case(self, found)
+        case = {**description, "labels": labels, "rows": []}
+        self.results["cases"].append(case)
+        return Case(self, case)
+
+    def save(self) -> None:
+        """Write the file. A pass is one line, and encoded once: a file of many passes is written after each of them."""
+        places: list[Json] = []
+
+        def place(row: Json) -> Json:
+            first = len(places)
+            places.extend(row["rounds"])
+            return {**row, "rounds": [f"{_PLACE}{number}" for number in range(first, len(places))]}
+
+        cases = [{**case, "rows": [place(row) for row in case["rows"]]} for case in self.results["cases"]]
+        forget_figures(self.path, self.results)
+        text = json.dumps({**self.results, "cases": cases}, indent=1)
+        text = re.sub(f'"{_PLACE}([0-9]+)"', lambda found: self._line(places[int(found[1])]), text)
+        with atomic_path(self.path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+
+    def _line(self, sample: Json) -> str:
+        """A pass as JSON; nothing changes it any more."""
+        line = self._lines.get(id(sample))
+        if line is None:
+            line = self._lines[id(sample)] = json.dumps(sample)
+        return line
+
+
+class Case:
+    """One backbone, batch and stream of a results file.
+
+    Attributes:
+        content: as it is written.
+    """
+
+    def __init__(self, record: Record, content: Json) -> None:
+        self._record = record
+        self.content = content
+
+    def rounds_done(self) -> set[int]:
+        """Rounds that every row has."""
+        done = [{sample["round"] for sample in row["rounds"]} for row in self.content["rows"]]
+        return set.intersection(*done) if len(done) == len(self.content["labels"]) else set()
+
+    def add(self, row: Json, sample: Json) -> None:
+        """Keep one pass of a row, and write the file.
+
+        Args:
+            row: what describes it; `label` tells it from the others.
+            sample: of one round.
+        """
+        found = next((known for known in self.content["rows"] if known["label"] == row["label"]), None)
+        if found is None:
+            found = {**row, "rounds": []}
+            self.content["rows"].append(found)
+            order = self.content["labels"]
+            self.content["rows"].sort(key=lambda known: order.index(known["label"]))
+        found["rounds"].append({**sample, "session": self._record.session})
+        self._record.save()
+
+    def update(self, label: str, **fields: Any) -> None:
+        """Set fields of a row, and write the file."""
+        row = next(known for known in self.content["rows"] if known["label"] == label)
+        row.update(fields)
+        self._record.save()
+
+
+def _identity(description: Json) -> Json:
+    return {key: description[key] for key in ("backbone", "batch", "stream")}

@@ -1,0 +1,211 @@
+"""The rounds of one case: every round is served by all variants in turn, A B C, B C A, ..., and kept pass by pass.
+
+The rows of a round are the same for all, so caches are emptied before each pass. Warm-up rounds are served and not
+kept, and what an earlier run has kept is not measured again. Bus counters and energy are read over passes that are not
+timed, since reading disturbs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from bench.instruments.board import BoardWatch, count_traffic
+from bench.instruments.driver import EnergyMeter, open_driver
+from bench.instruments.timing import CacheFlush
+from bench.served.model import ServedModel
+from bench.served.numbers import freed, weight_reading
+from bench.served.one_pass import Server, Work
+from bench.served.record import Case
+from bench.served.requests import Round, TokenSource
+from bench.served.variants import OWN_COMPUTE, Contender, Contenders
+from engram_ref.tables.file import FileTable
+from engram_ref.tables.hot import HotTable
+
+
+class Rounds:
+    """The rounds of one case.
+
+    Args:
+        case: where samples go.
+        server, model: with the case's batch.
+        source: of tokens.
+        contenders: the variants.
+        options: of the command line.
+        tell: progress.
+        device_label: what every row calls its device.
+        limits: bandwidths measured in this run.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        server: Server,
+        model: ServedModel,
+        source: TokenSource,
+        contenders: Contenders,
+        options: argparse.Namespace,
+        tell: Callable[[str], None],
+        device_label: str,
+        limits: dict[str, Any],
+    ) -> None:
+        self._case, self._server, self._model = case, server, model
+        self._options, self._tell, self._device_label, self._limits = options, tell, device_label, limits
+        self._driver = open_driver(model.positions.device)
+        self._board = BoardWatch(self._driver)
+        self._source, self._contenders = source, contenders
+        self._flush = CacheFlush(model.positions.device)
+        content = case.content
+        self._name = f"{content['backbone']}, batch {content['batch']}, {content['stream']['name']}"
+
+    def measure(self) -> None:
+        """Warm up, then measure the rounds that are missing, then what is counted beside the clock."""
+        options, done = self._options, self._case.rounds_done()
+        missing = [number for number in range(options.rounds) if number not in done]
+        if missing:
+            for number in range(-options.warmup, 0):
+                self._measure_round(number, keep=False)
+        for number in missing:
+            self._tell(f"{self._name}: round {number + 1} of {options.rounds}")
+            self._measure_round(number, keep=True)
+        self._count_beside()
+        self._read_weights()
+
+    def _work(self, number: int) -> Work:
+        options = self._options
+        round_ = self._source.round(
+            number, self._case.content["sequences"], tuple(options.prompt_tokens), tuple(options.output_tokens)
+        )
+        return self._server.prepare(round_, options.prefill_tokens)
+
+    def _measure_round(self, number: int, keep: bool) -> None:
+        work, contenders = self._work(number), self._contenders.all
+        rows = self._rows_on_hand(work)
+        if keep:
+            self._describe_round(work)
+        start = number % len(contenders)
+        with _collecting_between():
+            for contender in [*contenders[start:], *contenders[:start]]:
+                before = _counts(contender)
+                self._flush()
+                self._board.begin()
+                on_hand = rows if contender.name == OWN_COMPUTE else None
+                samples = self._server.serve(work, contender, on_hand, self._board.look)
+                board = self._board.end()
+                if keep:
+                    sample = {key: _rounded(value) for key, value in asdict(samples).items()}
+                    counted = {key: now - then for (key, now), then in zip(_counts(contender).items(), before.values())}
+                    self._case.add(self._row(contender), {"round": number, **sample, **counted, "board": board})
+                gc.collect()
+
+    def _rows_on_hand(self, work: Work) -> list[Tensor] | None:
+        if not any(one.name == OWN_COMPUTE for one in self._contenders.all):
+            return None
+        return self._server.rows_of(work, self._contenders.source)
+
+    def _describe_round(self, work: Work) -> None:
+        round_: Round = work.round
+        if any(known["round"] == round_.number for known in self._case.content["rounds"]):
+            return
+        requested, unique = self._server.count_rows(work)
+        self._case.content["rounds"].append(
+            {
+                "round": round_.number,
+                "prompt_tokens": sum(length.prompt for length in round_.lengths),
+                "output_tokens": round_.output_tokens,
+                "rows_requested": requested,
+                "rows_unique": unique,
+            }
+        )
+
+    def _row(self, contender: Contender) -> dict[str, Any]:
+        held = contender.table.bytes_held() if contender.table else {"device": 0, "host": 0, "disk": 0}
+        bus = contender.bus
+        endless = bus is not None and bus.bytes_per_s == float("inf")
+        return {
+            "label": contender.label,
+            "variant": contender.name,
+            "schedule": contender.schedule,
+            "repeat": contender.repeat,
+            "hot_share": contender.hot_share,
+            "bus": bus and {"bytes_per_s": None if endless else bus.bytes_per_s, "latency_s": bus.latency_s},
+            "page_cache": contender.page_cache,
+            "device": self._case.content["device"],
+            "device_label": self._device_label,
+            "graphs": self._model.graphs,
+            "held": held,
+            "freed": freed(self._case.content, contender.name, held),
+            "weights": None,
+            "pcie": None,
+            "energy": None,
+        }
+
+    def _count_beside(self) -> None:
+        """Bus counters and energy, over passes that are not timed."""
+        work = None
+        for contender in self._contenders.all:
+            row = next(row for row in self._case.content["rows"] if row["label"] == contender.label)
+            if row["pcie"] is not None:
+                continue
+            if self._case.content["device"] == "cpu":
+                none = {"value": None, "why": "a CPU: no board counter is read"}
+                self._case.update(contender.label, pcie=none, energy=none)
+                continue
+            work = work or self._work(0)
+            self._case.update(contender.label, **self._on_board(work, contender))
+
+    def _on_board(self, work: Work, contender: Contender) -> dict[str, Any]:
+        rows = self._rows_on_hand(work) if contender.name == OWN_COMPUTE else None
+        content = self._case.content
+        asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}
+
+        def one_pass() -> None:
+            self._server.serve(work, contender, rows)
+
+        pcie = count_traffic(self._driver, one_pass, asked[work.round.number] if contender.prefetcher else 0)
+        if not self._options.energy:
+            return {"pcie": pcie, "energy": {"value": None, "why": "not asked for: --energy"}}
+        found = EnergyMeter(self._driver).measure(one_pass)
+        value = found.value and {**found.value, "output_tokens_per_step": work.round.output_tokens}
+        return {"pcie": pcie, "energy": {"value": value, "why": found.why}}
+
+    def _read_weights(self) -> None:
+        """How fast every row's decode steps read the weights, and whether launching is what they wait for."""
+        for row in self._case.content["rows"]:
+            self._case.update(row["label"], weights=weight_reading(self._limits, self._case.content, row))
+
+
+def _counts(contender: Contender) -> dict[str, int]:
+    """What a table counts of itself: bytes that it copied or read, rows looked up and found on the device."""
+    table = contender.table
+    copied = table.report().bytes_read if isinstance(table, FileTable) else table.bytes_copied if table else 0
+    hot = table.report() if isinstance(table, HotTable) else None
+    return {"copied": copied, "lookups": hot.lookups if hot else 0, "hits": hot.hits if hot else 0}
+
+
+def _rounded(value: Any) -> Any:
+    """Seconds to a tenth of a microsecond: what a clock says beyond that is noise."""
+    return [round(item, 7) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _collecting_between() -> Iterator[None]:
+    """No garbage collection inside a pass; between passes it looks only at what has come about since here.
+
+    To look at everything that transformers has loaded takes half a second, and cools every cache.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()

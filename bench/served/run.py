@@ -1,0 +1,302 @@
+"""A whole model with Engram in it, served under every variant: what `gpu_wall.py --end-to-end` runs.
+
+What is to be measured is settled, checked against memory and written down first; then table, models and caches are
+built, one case after the other: a backbone, a batch, a stream. `end_to_end_rounds` measures a case; what samples mean
+is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_end_figures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.driver import describe
+from bench.instruments.reading import as_this_version, read_results
+from bench.instruments.results import environment, git_commit
+from bench.instruments.words import device_label, measured_on
+from bench.served.figures import draw_all
+from bench.served.memory import Plan, device_room, estimate, largest_batch
+from bench.served.model import ATTENTION, ServedModel, register_attention
+from bench.served.numbers import Json
+from bench.served.one_pass import Server
+from bench.served.options import FIT, check
+from bench.served.record import Case, Record
+from bench.served.requests import TokenSource
+from bench.served.rounds import Rounds
+from bench.served.table import report
+from bench.served.variants import Choice, Contenders, chosen_names
+from bench.setup.backbones import Decoder, build_backbone, measure_backbone, parameter_bytes
+from bench.setup.lookup import ResidentLookup
+from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
+from bench.setup.slow_bus import Bus
+from bench.setup.token_batches import Corpus, standard_library, text_file
+from engram_ref import cli
+from engram_ref.config import EngramConfig
+from engram_ref.fusion.factory import make_fusion
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.vocab import CompressedVocab
+
+PROG = "end_to_end"
+_QWEN3_TOKENS = 151_936
+# Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
+VOCABULARY = {"tiny": (None, 8192)}
+_HOT_TOKENS = 1 << 19  # of text before the measured one, to choose hot rows from
+_CHECKED_TOKENS = (2, 16)
+_NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
+                 "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
+Tell = Callable[[str], None]
+
+
+class EndToEnd:
+    """One run: what is the same for all cases, and the record.
+
+    Args:
+        options: of the command line, defaults filled in.
+        tell: progress.
+        copy: bytes and repeats of the copies that bandwidth is measured with.
+    """
+
+    def __init__(self, options: argparse.Namespace, tell: Tell, copy: tuple[int, int]) -> None:
+        check(options)
+        self.options, self.tell = options, tell
+        self.device = pick_device(options.device)
+        self.dtype = getattr(torch, options.dtype)
+        self.choice = Choice(
+            chosen_names(options.variants, self.device),
+            tuple(options.hot_shares),
+            tuple(Bus.parse(text) for text in options.buses),
+            self.device.type == "cuda" and not options.eager,
+        )
+        self.vocab = CompressedVocab.from_tokenizer()
+        self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
+        self.plan = HashPlan.for_vocab(self.config, self.vocab)
+        self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
+        self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
+
+    def _table_params(self) -> float:
+        """Values in the rows: as asked for, or as many as memory holds beside everything else."""
+        wanted, options = self.options.table_params[0], self.options
+        if wanted != "max":
+            return wanted
+        if FIT in options.batches:
+            raise ValueError("--table_params max and --batches fit: memory cannot be filled by both, give one a number")
+        params = largest(options.preset, options.dtype)
+        if self.device.type == "cuda" and "resident" in self.choice.names:
+            config = table_config(options.preset, 1e6, 1, options.dtype)
+            others = max(
+                estimate(self._sizes(backbone, batch, config, 0), self.device).total
+                for backbone in options.backbones
+                for batch in options.batches
+            )
+            copies = 1 + sum(options.hot_shares)
+            room = max(0, device_room(self.device) - others) / copies
+            params = min(params, room * config.row_width / config.row_bytes())
+        return max(1e5, params)
+
+    def _fitting(self) -> list[tuple[str, int, Plan]]:
+        """The cases as planned; with `--fit` without the file or the resident table, if that is what does not fit."""
+        if "offload_disk" in self.choice.names:
+            self._or_without("offload_disk", self._require_disk)
+        return self._or_without("resident", self._planned)
+
+    def _or_without(self, name: str, attempt: Callable[[], Any]) -> Any:
+        """An attempt; with `--fit` it is made again without a variant, where that may help."""
+        try:
+            return attempt()
+        except ValueError as error:
+            if not (self.options.fit and name in self.choice.names):
+                raise
+            print(f"{name} is left out: {error}", flush=True)
+            self.choice = replace(self.choice, names=tuple(x for x in self.choice.names if x != name))
+            return attempt()
+
+    def _require_disk(self) -> None:
+        if "offload_disk" in self.choice.names:
+            require_disk(self.plan.layers[0].rows * self.config.row_bytes(), self.options.out)
+
+    def _planned(self) -> list[tuple[str, int, Plan]]:
+        """Backbone, batch and sizes of every case, checked against free memory."""
+        cases = []
+        for backbone in self.options.backbones:
+            for batch in self.options.batches:
+                rows = self.plan.layers[0].rows
+                sizes = self._sizes(backbone, 1 if batch == FIT else batch, self.config, rows)
+                if batch == FIT:
+                    batch = largest_batch(sizes, self.device)
+                    sizes = self._sizes(backbone, batch, self.config, rows)
+                estimate(sizes, self.device).require(self.device)
+                cases.append((backbone, batch, sizes))
+        return cases
+
+    def _sizes(self, backbone: str, batch: int, config: EngramConfig, rows: int) -> Plan:
+        options = self.options
+        embedded, chosen = self._vocabulary(backbone)
+        shape, blocks, parameters = measure_backbone(backbone, options.blocks, embedded)
+        return Plan(
+            shape, blocks, parameters, chosen * shape.hidden, self.dtype.itemsize, config.replace(hidden=shape.hidden),
+            rows, batch, options.prompt_tokens[1], options.output_tokens[1],
+            self._sequences(batch), options.prefill_tokens, self.choice,
+        )  # fmt: skip
+
+    def _vocabulary(self, backbone: str) -> tuple[int, int]:
+        embedded, chosen = VOCABULARY.get(backbone, (_QWEN3_TOKENS, _QWEN3_TOKENS))
+        return max(embedded or 0, len(self.vocab.ids)), chosen
+
+    def _sequences(self, batch: int) -> int:
+        return batch if self.options.sequences == "batch" else self.options.sequences
+
+    def _head(self, copy: tuple[int, int]) -> dict[str, Any]:
+        """What the results file says of the run as a whole."""
+        accelerator, machine = describe(self.device), environment()
+        name = accelerator["name"] if accelerator else machine["cpu"]
+        kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
+        kept["text"] = str(kept["text"]) if kept["text"] else None
+        return {
+            "schema_version": 1,
+            "benchmark": PROG,
+            "device": self.device.type,
+            "device_name": name,
+            "configuration": kept,
+            "code_sha256": code_sha256("bench.gpu_wall"),
+            "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
+            "git": git_commit(),
+            "limits": copy_bandwidth(self.device, *copy),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is not there yet."""
+        record = self.record
+        if record.kept or record.dropped:
+            self.tell(f"continued: {record.kept} passes kept, {record.dropped} of unfinished rounds measured again\n")
+        corpus = self._corpus()
+        half = len(corpus.ids) // 2
+        sample = torch.from_numpy(NgramHasher(self.plan)(corpus.ids[None, :half][:, :_HOT_TOKENS], LAYER))
+        nbytes = self.plan.layers[0].rows * self.config.row_bytes()
+        self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
+        options = self.options
+        with Contenders(
+            self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
+        ) as contenders:
+            batch, length = _CHECKED_TOKENS
+            contenders.check(corpus.tokens[: batch * length].reshape(batch, length))  # rows that differ are never timed
+            for backbone in options.backbones:
+                cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
+                self._measure_backbone(backbone, cases, contenders, corpus.since(half))
+        return record.results
+
+    def _corpus(self) -> Corpus:
+        self.tell("tokenizing the text")
+        options = self.options
+        if not options.text:
+            return standard_library(self.vocab)
+        served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
+        longest = options.prompt_tokens[1] + options.output_tokens[1]
+        return text_file(options.text, self.vocab, tokens=2 * served * longest)  # half of the text is for calibration
+
+    def _measure_backbone(
+        self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
+    ) -> None:
+        self.tell(f"building {backbone}")
+        register_attention()
+        decoder, head = self._build(backbone)
+        torch.manual_seed(self.options.seed)
+        fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
+        for batch, sizes in cases:
+            positions = sizes.prompt + sizes.output
+            graphs, options, kernels = self.choice.graphs, self.options, contenders.kernels
+            model = ServedModel(decoder, head, fusion, batch, positions, graphs)
+            resident = None if kernels is None else ResidentLookup(kernels, LAYER, batch, graphs)
+            model.prepare(options.prompt_tokens[0], contenders.tables.format.dtype, resident)
+            server = Server(model, self.vocab, self.plan, LAYER, resident=resident)
+            weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
+            for stream in options.streams:
+                text = corpus.tokens if stream == "text" else None
+                source = TokenSource(text, len(self.vocab.ids), self.options.seed)
+                case = self._case(backbone, sizes, stream, corpus.name, source, contenders, weights)
+                label, limits = device_label(self.record.results), self.record.results["limits"]
+                Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
+            del model, server, resident
+
+    def _build(self, backbone: str) -> tuple[Decoder, Tensor]:
+        embedded, chosen = self._vocabulary(backbone)
+        decoder = build_backbone(
+            backbone, self.options.blocks, self.device, self.dtype, 0, vocabulary=embedded, attention=ATTENTION
+        )
+        assert isinstance(decoder, Decoder)
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        head = torch.empty((chosen, decoder.hidden), dtype=self.dtype, device=self.device)
+        return decoder, head.normal_(0.0, 0.02, generator=generator)
+
+    def _case(
+        self,
+        backbone: str,
+        sizes: Plan,
+        stream: str,
+        text: str,
+        source: TokenSource,
+        contenders: Contenders,
+        weights: dict[str, int],
+    ) -> Case:
+        table = contenders.tables
+        name = text if stream == "text" else "uniform"
+        description = {
+            "backbone": backbone,
+            "blocks": sizes.blocks,
+            "parameters": sizes.parameters + sizes.head,
+            "weights": "random",
+            "weight_bytes": weights,
+            "dtype": self.options.dtype,
+            "device": self.device.type,
+            "batch": sizes.slots,
+            "sequences": sizes.sequences,
+            "prompt_tokens": list(self.options.prompt_tokens),
+            "output_tokens": list(self.options.output_tokens),
+            "stream": {"kind": stream, "name": name, "sha256": source.sha256},
+            "layer_id": LAYER,
+            "table": {
+                "preset": self.options.preset,
+                "parameters": table.rows * table.format.width,
+                "rows": table.rows,
+                "row_bytes": table.format.row_bytes,
+                "columns": self.config.columns,
+                "bytes": table.nbytes,
+                "row_dtype": self.config.row_dtype,
+                "huge_pages": table.memory.huge_page_share(),
+            },
+            "needs": asdict(estimate(sizes, self.device)),
+            "rounds": [],
+        }
+        return self.record.case(description, [one.label for one in contenders.all])
+
+
+def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> None:
+    """The command."""
+    run = EndToEnd(options, tell, copy)
+    print(measured_on(run.record.results), flush=True)
+    show(run.run(), run.record.path)
+
+
+def show(results: Json, path: Path) -> None:
+    """Print the tables, and draw the figures beside the file."""
+    print(f"\n{report(results)}\n\n{path}")
+    for figure in draw_all(results, path.parent):
+        print(figure)
+
+
+def main() -> None:
+    """Show a file that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m bench.served.run RESULTS.json")
+    path = Path(sys.argv[1])
+    with cli.one_line_errors(PROG), as_this_version(path):
+        show(read_results(path, PROG), path)

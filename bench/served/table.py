@@ -1,0 +1,354 @@
+"""The tables of an end-to-end results file, as text for a terminal.
+
+    print(report(json.loads(Path("bench/results/end_to_end_cpu.json").read_text())))
+
+For each backbone, batch and stream: what was served, a line per variant, with its overhead against both baselines, the
+overhead taken apart by phase, and what a slowed bus does. "not resolved" stands where the interval holds 0 or reaches
+into the noise floor; the interval is shown all the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.instruments.timing import NotMeasured
+from bench.instruments.words import aligned, gib, measured_on, percent, short, signed
+from bench.served.numbers import (
+    LAUNCH_BOUND,
+    PARTS,
+    PHASES,
+    WHOLE,
+    Json,
+    Part,
+    Slowed,
+    against,
+    breaking_bus,
+    class_lines,
+    copies_agree,
+    decomposition,
+    exposed_in_round,
+    fetch_floor,
+    first_of,
+    freed_bytes,
+    hit_rate,
+    joules_per_token,
+    noise_floor,
+    over_control,
+    pass_joules,
+    per_step,
+    round_bytes,
+    row_of,
+    same_tokens,
+    slowed,
+    step_bytes,
+    token_times,
+    tokens_per_second,
+)
+
+# Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
+PUBLISHED_WINDOW_S = 56e-6
+PUBLISHED_STEP_S = 3.6e-3
+_PHASE_NAMES = {"token": "median token"}
+_COLUMNS = [
+    ("variant", ""),
+    ("on", ""),
+    ("output", "tokens/s"),
+    ("per token", "ms"),
+    ("p99", "ms"),
+    ("first token", "ms"),
+    ("overhead", "% of no_engram"),
+    ("overhead", "% of resident"),
+    ("exposed", "us/token"),
+    ("freed", "GiB"),
+    ("hits", "%"),
+    ("copied", "MB/round"),
+    ("PCIe", "MB/round"),
+    ("less no_engram", "MB/round"),
+    ("energy", "J/token"),
+    ("board", "J/round"),
+    ("weights", "GB/s"),
+]
+
+
+def report(results: Json) -> str:
+    """Everything that a results file says; the first line names the device it was measured on."""
+    lines = [measured_on(results), _machine(results), _sessions(results)]
+    return "\n\n".join(["\n".join(lines), *(case_report(results, case) for case in results["cases"] if case["rows"])])
+
+
+def _machine(results: Json) -> str:
+    e, git, copied = results["environment"], results["git"], results["limits"]["copy"]
+    commit = (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
+    return (
+        f"Host {e['cpu']}, {e['cpu_count']} cores, {gib(e['memory_bytes'])}; torch {e['packages']['torch']}, "
+        f"transformers {e['packages']['transformers']}; commit {commit}\n"
+        f"Limit measured in this run: copy {short(copied['bytes_per_s'] / 1e9)} GB/s ({copied['what']})"
+    )
+
+
+def _sessions(results: Json) -> str:
+    sessions = results["sessions"]
+    if len(sessions) == 1:
+        return f"Measured in one go, begun {sessions[0]['started']}"
+    return f"Measured in {len(sessions)} goes, the first begun {sessions[0]['started']}; no pair is of two of them"
+
+
+def case_report(results: Json, case: Json) -> str:
+    """One backbone, batch and stream."""
+    classes = [f"   {line}" for line in class_lines(case)]
+    blocks = [_header(results, case), rows_table(results, case), decomposition_table(case), *classes]
+    if any(row["bus"] for row in case["rows"]):
+        blocks.append(bus_table(case))
+    return "\n".join(blocks)
+
+
+def _header(results: Json, case: Json) -> str:
+    table, graphs = case["table"], case["rows"][0]["graphs"]
+    low, high = case["prompt_tokens"]
+    made = case["output_tokens"]
+    rounds = len(case["rounds"])
+    decoding = "decoding as CUDA graphs" if graphs["used"] else f"decoding without CUDA graphs ({graphs['why']})"
+    return (
+        f"== {case['backbone']}, {case['blocks']} blocks, {case['parameters'] / 1e9:.3g}e9 random weights, "
+        f"{case['dtype']}, on {case['device']}; batch {case['batch']}, stream {case['stream']['name']}\n"
+        f"   {rounds} rounds of {case['sequences']} sequences, prompts of {low} to {high} tokens, outputs of {made[0]} "
+        f"to {made[1]}; {decoding}\n"
+        f"   table {table['preset']}, {table['parameters'] / 1e9:.3g}e9 parameters, {gib(table['bytes'])}, "
+        f"{table['columns']} rows of {table['row_bytes']} B a token, {table['row_dtype']}, before block "
+        f"{case['layer_id'] + 1}; {short(step_bytes(case) / 1e3)} kB a decode step"
+    )
+
+
+def rows_table(results: Json, case: Json) -> str:
+    """A line per variant."""
+    head = [[name for name, _ in _COLUMNS], [unit for _, unit in _COLUMNS]]
+    lines = [_row(case, row) for row in case["rows"] if row["rounds"]]
+    notes = [
+        _floor_note(results, case),
+        _noise_note(case),
+        *_weight_notes(case),
+        *_board_notes(case),
+        *_bus_notes(case),
+        *_reasons(case),
+    ]
+    return "\n".join([aligned(head + lines, left={0, 1}, headers=2), *notes])
+
+
+def _row(case: Json, row: Json) -> list[str]:
+    times = token_times(row)
+    hits = hit_rate(row)
+    looked_up = row["variant"] not in ("no_engram", "own_compute")
+    return [
+        row["label"],
+        row["device"],
+        short(statistics.median(tokens_per_second(case, row))),
+        short(1e3 * times["median"]),
+        short(1e3 * times["p99"]),
+        short(1e3 * statistics.median(per_step(row, "first_token_s"))),
+        *(_overhead(case, row, baseline) for baseline in ("no_engram", "resident")),
+        short(1e6 * statistics.median(per_step(row, "decode_exposed_s"))) if looked_up else "",
+        _scaled(freed_bytes(case, row), 2**30, ""),
+        "" if hits is None else f"{100 * hits:.1f}",
+        short(statistics.median(sample["copied"] for sample in row["rounds"]) / 1e6) if looked_up else "",
+        _scaled(row["pcie"] and row["pcie"]["value"], 1e6),
+        _scaled(over_control(case, row), 1e6) if row["variant"] != "no_engram" else "",
+        _scaled(joules_per_token(row), 1),
+        _scaled(pass_joules(row), 1),
+        _weights(row),
+    ]
+
+
+def _scaled(value: float | None, unit: float, missing: str = "-") -> str:
+    if value is None:
+        return missing
+    return signed(value / unit)
+
+
+def _weights(row: Json) -> str:
+    """Bandwidth at which a median decode step reads the weights; marked where launching is what it waits for."""
+    found = row.get("weights") and row["weights"]["value"]
+    if not found:
+        return "-"
+    return f"{'launch-bound ' if found['launch_bound'] else ''}{short(found['bytes_per_s'] / 1e9)}"
+
+
+def _overhead(case: Json, row: Json, baseline: str) -> str:
+    if row["label"] == baseline:
+        return "baseline"
+    try:
+        return part_text(against(case, row, baseline, "together"))
+    except NotMeasured:
+        return "-"
+
+
+def part_text(part: Part) -> str:
+    """Median and interval, or that it is not resolved."""
+    interval = f"[{percent(part.low)}, {percent(part.high)}]"
+    return f"{percent(part.median) if part.resolved else 'not resolved'} {interval}"
+
+
+def _floor_note(results: Json, case: Json) -> str:
+    """The floor of the fetches, and how far from it those are that nothing hides."""
+    floor = fetch_floor(results, case)
+    requested, unique = (short(nbytes / 1e6) for nbytes in round_bytes(case))
+    text = (
+        f"   rows of a round, from the ids: {requested} MB asked for, {unique} MB if each step asks for a row once; "
+        f"floor, these over copy bandwidth: {short(1e6 * floor)} us"
+    )
+    alone = [row for row in case["rows"] if row["schedule"] == "synchronous" and row["rounds"]]
+    waits = [
+        f"{row['label']} waited {short(1e6 * exposed_in_round(row))} us"
+        + (" (a disk has a floor of its own)" if row["held"]["disk"] else f", {short(exposed_in_round(row) / floor)} x")
+        for row in alone
+    ]
+    return "; ".join([text, *waits])
+
+
+def _noise_note(case: Json) -> str:
+    try:
+        floor = noise_floor(case, "together")
+    except NotMeasured as why:
+        return f"   noise floor: unknown, so that nothing is resolved: {why}"
+    low, high = (percent(floor[end] - 1) for end in ("low", "high"))
+    return f"   noise floor: resident against itself [{low}, {high}] % of no_engram"
+
+
+def _weight_notes(case: Json) -> list[str]:
+    """What the weights column is held against."""
+    found = [row["weights"]["value"] for row in case["rows"] if row.get("weights") and row["weights"]["value"]]
+    if not found:
+        return []
+    model, limit = case["weight_bytes"]["model"], found[0]["limit_bytes_per_s"]
+    return [
+        f"   weights: {short(model / 1e9)} GB a step without Engram's, over the median step; within the device "
+        f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is "
+        "marked launch-bound; keys and values, up to "
+        f"{gib(case['needs']['device']['keys and values'])}, are not counted"
+    ]
+
+
+def _board_notes(case: Json) -> list[str]:
+    """Clock, power and what slowed the board, over the passes of all rows; why any of it is not known."""
+    boards = [sample["board"] for row in case["rows"] for sample in row["rounds"] if sample.get("board")]
+    known = [board["value"] for board in boards if board["value"]]
+    if not known:
+        return sorted({f"   - no clock, power or board energy: {board['why']}" for board in boards})
+    texts = []
+    for name, unit in (("sm_mhz", "MHz"), ("power_w", "W")):
+        values = sorted(value[name] for value in known if value[name] is not None)
+        if values:
+            texts.append(f"{short(values[0])} to {short(values[-1])} {unit}")
+    slowed_by = sorted({reason for value in known for reason in value["throttled"] or ()})
+    lines = [f"   board, as each pass ended: {', '.join([*texts, 'slowed by ' + (', '.join(slowed_by) or 'nothing')])}"]
+    unknown = sorted({f"{name}: {why}" for value in known for name, why in value["unknown"].items()})
+    return lines + [f"   - board, {one}" for one in unknown]
+
+
+def _bus_notes(case: Json) -> list[str]:
+    """The sampled throughput, where there is no byte counter: never a number of the table."""
+    rates = {
+        row["label"]: row["pcie"]["fallback"]["value"]["bytes_per_s"]
+        for row in case["rows"]
+        if row["pcie"] and row["pcie"].get("fallback") and row["pcie"]["fallback"]["value"]
+    }
+    if not rates:
+        return []
+    what = next(row["pcie"]["fallback"]["what"] for row in case["rows"] if row["label"] in rates)
+    control = rates.get("no_engram")
+    texts = [
+        f"{label} {short(rate / 1e6)} MB/s"
+        + (f" ({_scaled(rate - control, 1e6)} more)" if control is not None and label != "no_engram" else "")
+        for label, rate in rates.items()
+    ]
+    return [f"   PCIe sampled instead ({what}): {', '.join(texts)}"]
+
+
+def _reasons(case: Json) -> list[str]:
+    """Why numbers are missing, and what must not be missing."""
+    lines = {
+        f"   - no {what}: {row[name]['why']}"
+        for row in case["rows"]
+        for name, what in (("pcie", "PCIe counter"), ("energy", "energy"))
+        if row[name] and row[name]["why"]
+    }
+    for row in case["rows"]:
+        if not copies_agree(case, row):
+            lines.add(f"warning: {row['label']} did not copy the bytes that the ids ask for")
+    if not same_tokens(case):
+        lines.add("warning: variants chose different tokens: no time here counts")
+    return sorted(lines)
+
+
+def decomposition_table(case: Json) -> str:
+    """The overhead of the prefetched table, taken apart, by phase."""
+    rows = [["overhead, % of no_engram", *(_PHASE_NAMES.get(phase, phase) for phase in PHASES)]]
+    found = {}
+    for phase in PHASES:
+        try:
+            found[phase] = decomposition(case, phase)
+        except NotMeasured as why:
+            return f"   the overhead is not taken apart: {why}"
+    names = {
+        part: f"{first_of(case, more)['label']} - {first_of(case, less)['label']}"
+        for part, (more, less) in PARTS.items()
+    }
+    for part in (*PARTS, WHOLE):
+        label = f"{part}: {names[part]}" if part in names else "all of it, measured by itself"
+        rows.append([label, *(part_text(found[phase][part]) for phase in PHASES)])
+    return aligned(rows, left={0})
+
+
+def bus_table(case: Json) -> str:
+    """Slowed buses, fastest first, and where they cost 3 %."""
+    try:
+        buses, found = slowed(case), breaking_bus(case)
+    except NotMeasured as why:
+        return f"   slowed buses: {why}"
+    rows = [
+        [
+            "slowed bus, median token",
+            "delay us",
+            "window us",
+            "exposed us",
+            "% over resident",
+            "% over no_engram",
+            "3 %",
+        ]
+    ]
+    rows += [_bus_row(one) for one in buses]
+    step = token_times(row_of(case, "no_engram"))["median"]
+    notes = [
+        f"   a step of {short(1e3 * step)} ms loses 3 % to the bus {_between(found)}; expected from window and step: "
+        f"{short(1e6 * found.predicted_s)} us{_as_bandwidth(case, found)}",
+        f"   window before block {case['layer_id'] + 1} here: {short(1e6 * buses[0].window_s)} us; computed by others "
+        f"for Qwen3-32B: {1e6 * PUBLISHED_WINDOW_S:.0f} us (arXiv 2603.10087)",
+    ]
+    return "\n".join([aligned(rows, left={0}), *notes])
+
+
+def _bus_row(one: Slowed) -> list[str]:
+    verdict = {True: "broken", False: "holds", None: "not resolved"}[one.breaks]
+    return [
+        one.label.removeprefix("throttled "),
+        *(short(1e6 * value) for value in (one.delay_s, one.window_s, one.exposed_s)),
+        part_text(one.extra),
+        part_text(one.whole),
+        verdict,
+    ]
+
+
+def _between(found: Any) -> str:
+    holds, breaks = found.holds_s, found.breaks_s
+    if breaks is None:
+        return f"at none of these delays{'' if holds is None else f', up to {short(1e6 * holds)} us surely'}"
+    if holds is None:
+        return f"at {short(1e6 * breaks)} us or less"
+    return f"between {short(1e6 * holds)} and {short(1e6 * breaks)} us"
+
+
+def _as_bandwidth(case: Json, found: Any) -> str:
+    breaks, holds = found.bandwidths(step_bytes(case))
+    if breaks is None or holds is None:
+        return ""
+    return f"; as bandwidth alone, between {short(breaks / 1e9)} and {short(holds / 1e9)} GB/s"

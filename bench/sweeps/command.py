@@ -1,0 +1,97 @@
+"""`bytedmd_toy.py --sweep`: what is to be swept, prices, files, tables."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.output import printed_anyway
+from bench.instruments.reading import read_results
+from bench.instruments.results import write_unless_same
+from bench.price.models import MODELS_OF
+from bench.sweeps.points import GRID, GRID_TOKENS, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
+from bench.sweeps.record import grid_content, provenance, sweeps_content
+from bench.sweeps.run import PRICING_CODE, Texts, price_all, stream_name
+from bench.sweeps.table import report_all
+from engram_ref import cli
+
+
+def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> None:
+    """Price the sweeps that the options name; write results and figures to --out and print the tables."""
+    journal = options.out / "sweeps.journal"
+    try:
+        with cli.one_line_errors(prog):
+            _run(options, journal, say)
+    except KeyboardInterrupt:
+        kept = f"finished prices are kept in {journal}, the same command continues"
+        print(f"\n{prog}: interrupted; {kept}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
+    names = chosen(options)
+    base, models = base_of(options), MODELS_OF[options.preset] if options.model == "both" else (options.model,)
+    texts = Texts(options.text, options.tokenizer)
+    points = [point for name in names if name != GRID for point in points_of(name, base, models, options.quick)]
+    axes = QUICK_AXES if options.quick else Axes()
+    grid_base = replace(base, seq_len=min(base.seq_len, GRID_TOKENS))
+    grid = list(grid_points(grid_base, axes)) if GRID in names else []
+    cases = list(dict.fromkeys(point.case for point in [*points, *grid]))
+    code = code_sha256(*PRICING_CODE)
+    records = price_all(cases, texts, code, journal, options.jobs, say)
+
+    about = {name: str(value) if (value := getattr(options, name)) else None for name in ("text", "tokenizer")}
+    about["quick"] = options.quick
+    if points:
+        windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
+        origin = provenance({**about, "models": list(models), **asdict(base)}, code)
+        path, content = options.out / "sweeps.json", sweeps_content(origin, points, records, windows)
+        with printed_anyway(lambda: report_all(content)):
+            _write(path, content, "points", say)
+            _draw(read_results(path), options.out, say)  # an older run's, if it found the same
+    if grid:
+        origin = provenance({**about, "models": ["engram"], **asdict(grid_base)}, code)
+        prices = grid_content(origin, grid_base, axes, records, texts.window(grid_base))
+        _write(options.out / "grid.json", prices, "", say)
+
+
+def chosen(options: Namespace) -> list[str]:
+    """Names of the sweeps in their canonical order.
+
+    Raises:
+        ValueError: a sweep that the model does not have, or the original tracer.
+    """
+    if options.tracer != "own":
+        raise ValueError("--tracer upstream checks single runs: leave out --sweep")
+    of_engram = {"preset", GRID}
+    if options.model == "kv-bank" and (wrong := of_engram.intersection(options.sweep)):
+        raise ValueError(f"sweep {min(wrong)} is of model engram: leave out --model kv-bank")
+    left_out = of_engram if options.model == "kv-bank" else set()
+    return [name for name in NAMES if name in options.sweep or ("all" in options.sweep and name not in left_out)]
+
+
+def base_of(options: Namespace) -> Settings:
+    """The base configuration: what the command line says, all lookups offloaded, every copy right."""
+    same = ("preset", "seq_len", "d_model", "seed", "padding", "bytes_per_element", "definition")
+    known = {name: getattr(options, name) for name in same}
+    return Settings(stream="text", share=1.0, hot=options.hot_share, wrong=0.0, **known)
+
+
+def _write(path: Path, content: dict[str, Any], rows: str, say: Callable[[str], None]) -> None:
+    written = write_unless_same(path, content, rows)
+    say(f"wrote {path}" if written else f"{path} says the same already")
+
+
+def _draw(results: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
+    try:
+        from bench.sweeps.figures import draw_all
+    except ImportError:
+        say("no figures: pip install matplotlib draws them")
+        return
+    for path in draw_all(results, out):
+        say(f"wrote {path}")

@@ -1,0 +1,82 @@
+"""The results files of sweeps: points in their canonical order, and the grid as nested lists.
+
+What they hold is raw numbers and provenance. Ratios, classes and crossings are computed wherever they are shown
+(`bench.sweeps.table`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from bench.instruments.results import environment, git_commit
+from bench.setup.streams import Stream
+from bench.sweeps.points import GRID_VARIANTS, SWEEPS, Axes, Case, Point, Settings, grid_case
+from bench.sweeps.run import stream_name
+
+SCHEMA_VERSION = 1
+
+
+def sweeps_content(
+    provenance: dict[str, Any], points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
+) -> dict[str, Any]:
+    """The content of sweeps.json."""
+    names = dict.fromkeys(point.sweep for point in points)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": "bytedmd_sweeps",
+        **provenance,
+        "streams": {name: _stream(window) for name, window in windows.items()},
+        "sweeps": {
+            name: {
+                "setting": SWEEPS[name].setting,
+                "values": list(dict.fromkeys(point.value for point in points if point.sweep == name)),
+            }
+            for name in names
+        },
+        "points": [_point(point, records[point.case]) for point in points],
+    }
+
+
+def _point(point: Point, record: dict[str, Any]) -> dict[str, Any]:
+    case = point.case
+    names = {"model": case.model, "boundary": case.boundary, "variant": case.variant}
+    return {"sweep": point.sweep, "value": point.value, **names, "stream": stream_name(case.settings), **record}
+
+
+def grid_content(
+    provenance: dict[str, Any], base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
+) -> dict[str, Any]:
+    """The content of grid.json: prices[variant][padding][share][hot][compute]."""
+
+    def record(p: int, s: float, h: float, c: int, variant: str) -> Any:
+        return records[grid_case(base, p, s, h, c, variant)]
+
+    def nested(variant: str) -> list[Any]:
+        return [
+            [[[record(p, s, h, c, variant)["cost"] for c in axes.compute] for h in axes.hot] for s in axes.share]
+            for p in axes.padding
+        ]
+
+    some = (axes.padding[0], axes.compute[0])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": "bytedmd_grid",
+        **provenance,
+        "stream": _stream(window),
+        "axes": {name: list(values) for name, values in asdict(axes).items()},
+        "share_below": [
+            [record(some[0], s, h, some[1], "offload_hot")["share_below"] for h in axes.hot] for s in axes.share
+        ],
+        "prices": {name: nested(variant) for name, variant in GRID_VARIANTS.items()},
+    }
+
+
+def provenance(configuration: dict[str, Any], code: str) -> dict[str, Any]:
+    """What was asked for, where it ran, and the digest of the code that found the prices."""
+    return {"configuration": configuration, "environment": environment(), "git": git_commit(), "code_sha256": code}
+
+
+def _stream(window: Stream) -> dict[str, Any]:
+    return {"name": window.name, "sha256": window.sha256, "tokens": window.tokens, "start": window.start}

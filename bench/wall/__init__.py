@@ -1,0 +1,1 @@
+"""One step of a decoder with Engram, every variant in interleaved rounds (`bench/gpu_wall.py`)."""

@@ -1,0 +1,291 @@
+"""One step of a model with an Engram layer, under every variant: interleaved rounds, raw samples, bytes counted.
+
+A step starts when its token ids are known and ends when the last block has run. In between the rows are fetched:
+at once (synchronous), in the background and joined before the second block (prefetched), or gathered where they
+lie just before they are used (in place). `exposed_s` is how long compute waited for rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.instruments.board import count_traffic
+from bench.instruments.clocks import step_timer
+from bench.instruments.driver import EnergyMeter, open_driver
+from bench.setup.backbones import Backbone
+from bench.setup.token_batches import TokenBatches
+from bench.setup.variants import CONTROL, TableSet, Variant
+from engram_ref.fusion import DemoFusion, ShortConvHistory
+from engram_ref.fusion.base import Fusion
+from engram_ref.hashing import NgramHasher
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory
+from engram_ref.prefetch import Fetch
+from engram_ref.tables.file import FileTable
+from engram_ref.tables.host import HostTable
+
+IO_COUNTER = "/proc/self/io read_bytes"
+TELL_SECONDS = 2.0  # between two lines of progress
+_PREDICTED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one step processes: `batch` sequences of `tokens` new tokens, after `context` old ones."""
+
+    phase: str
+    batch: int
+    tokens: int
+    context: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.batch} x {self.tokens}"
+
+
+@dataclass
+class Samples:
+    """What was measured of one variant, a value per round."""
+
+    step_s: list[float] = field(default_factory=list)
+    exposed_s: list[float] = field(default_factory=list)
+    from_ids: list[int] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
+    counter: list[int] = field(default_factory=list)
+    predicted_counter: list[int] = field(default_factory=list)
+
+
+class Stepper:
+    """Runs steps of one shape on one backbone; knows nothing of rounds.
+
+    Args:
+        tables: the content and its variants.
+        fusion: what is done with the rows, shared by all variants.
+        backbone: the blocks around the layer.
+        shape: of a step.
+        batches: token ids, fresh every step.
+    """
+
+    def __init__(
+        self, tables: TableSet, fusion: Fusion, backbone: Backbone, shape: Shape, batches: TokenBatches
+    ) -> None:
+        self.tables, self.fusion, self.backbone, self.shape = tables, fusion, backbone, shape
+        self._batches = batches
+        device, dtype = tables.device, fusion.dtype
+        generator = torch.Generator(device).manual_seed(0)
+        size = (shape.batch, shape.tokens, backbone.hidden)
+        self._embeds = torch.randn(size, generator=generator, device=device, dtype=dtype)  # [B, T, H]
+        self._cache = backbone.new_cache(shape.batch, shape.context)
+        self._timer = step_timer(device)
+        self._hasher = NgramHasher(tables.plan)
+        self._conv: ShortConvHistory | None = None
+        if shape.phase == "decode" and isinstance(fusion, DemoFusion):  # the form with a convolution
+            self._conv = ShortConvHistory(fusion, shape.batch)
+
+    def next_ids(self) -> tuple[np.ndarray, Any]:
+        """Compressed ids [B, T] of a fresh step, and the history before them (None for a prefill)."""
+        return self._batches.next(), self._batches.history
+
+    def predict(self) -> dict[str, float]:
+        """What a step will ask for, from the ids of a few: rows, bytes, and the pages of a file if there is one."""
+        row_bytes = self.tables.format.row_bytes
+        file = next(filter(None, map(file_behind, self.tables.variants)), None)
+        found = []
+        for _ in range(_PREDICTED_STEPS):
+            rows = self.rows_of(*self.next_ids())
+            read = file.predict(torch.from_numpy(rows)) if file else None
+            paged, stretches = (read.bytes_paged, read.stretches) if read else (0, 0)
+            found.append((len(rows), len(np.unique(rows)), paged, stretches))
+        requested, unique, bytes_paged, disk_reads = (float(np.median(values)) for values in zip(*found))
+        return {
+            "rows": requested,
+            "unique_rows": unique,
+            "bytes_requested": requested * row_bytes,
+            "bytes_unique": unique * row_bytes,
+            "bytes_paged": bytes_paged,
+            "disk_reads": disk_reads,
+        }
+
+    def rows_of(self, ids: np.ndarray, history: Any) -> np.ndarray:
+        """Row numbers [N] of a batch, hashed apart from what is measured."""
+        return self._hasher(ids, self.tables.layer_id, history=history).reshape(-1)
+
+    def run(self, variant: Variant, samples: Samples | None) -> dict[str, float]:
+        """One step with fresh token ids; kept where `samples` are given. Returns its marks in seconds."""
+        ids = self._batches.next()  # [B, T]
+        history = self._batches.history
+        rows = self.rows_of(ids, history)
+        prepare_page_cache(variant, rows)
+        given, before = self._give(variant, ids, history)
+        counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
+        times = self._timed(variant, given, before)
+        if samples is not None and counted is not None:
+            samples.step_s.append(times["end"])
+            samples.exposed_s.append(
+                sum(times[f"joined{i}"] - times[f"join{i}"] for i in range(2) if f"join{i}" in times)
+            )
+            counted.add_to(samples)
+        return times
+
+    def _give(self, variant: Variant, ids: np.ndarray, history: Any) -> tuple[Any, Any]:
+        """Ids and history where the variant's hasher wants them, put there before the clock starts."""
+        if variant.prefetcher is None or not isinstance(variant.prefetcher.hasher, DeviceHasher):
+            return ids, history
+        hasher = variant.prefetcher.hasher
+        if history is not None:
+            before = DeviceHistory(hasher.plan, len(ids), hasher.device)
+            before.ids = torch.from_numpy(history.ids).to(hasher.device)
+            history = before
+        return torch.from_numpy(ids).to(hasher.device), history
+
+    def _timed(self, variant: Variant, ids: Any, history: Any) -> dict[str, float]:
+        timer = self._timer
+        timer.begin()
+        self.began = time.perf_counter()
+        fetch = None
+        if variant.prefetcher is not None and variant.schedule != "in place":
+            synchronous = variant.schedule == "synchronous"
+            if synchronous:
+                timer.mark("join0")
+            fetch = variant.prefetcher.start(ids, history)
+            if synchronous:
+                fetch[self.tables.layer_id].wait()
+                timer.mark("joined0")
+
+        def before_second(hidden: Tensor) -> Tensor:
+            if variant.prefetcher is None:
+                return hidden
+            timer.mark("join1")
+            with fetch or variant.prefetcher.start(ids, history) as ready:
+                return self._engram(hidden, ready)
+
+        with torch.inference_mode():
+            self.backbone.step(self._embeds, self._cache, before_second)
+        return timer.end()
+
+    def _engram(self, hidden: Tensor, fetch: Fetch) -> Tensor:
+        values = fetch[self.tables.layer_id].wait()
+        self._timer.mark("joined1")
+        e = values.to(hidden.dtype).view(*hidden.shape[:2], -1)  # [B, T, C*D]
+        history = self._conv.copy() if self._conv is not None else None
+        return self.fusion.add_to(hidden.unsqueeze(2), e, history).squeeze(2)
+
+
+class Counted:
+    """Bytes of one step from three sides: the ids, what our code read or copied, what the system counted."""
+
+    def __init__(self, variant: Variant, rows: np.ndarray, row_bytes: int) -> None:
+        self._table = variant.table
+        self._rows, self._row_bytes = rows, row_bytes
+        self._file = file_behind(variant)
+        self._copied = self._count_copied()
+        self._counter = io_read_bytes() if self._file is not None else None
+
+    def _count_copied(self) -> int:
+        if self._file is not None:
+            return self._file.report().bytes_read
+        return self._table.bytes_copied if self._table is not None else 0
+
+    def add_to(self, samples: Samples) -> None:
+        """Append what has come about since."""
+        unique = len(np.unique(self._rows))
+        samples.from_ids.append(unique * self._row_bytes)
+        samples.copied.append(self._count_copied() - self._copied)
+        if self._file is None:
+            if isinstance(self._table, HostTable) and self._table.device.type == "cuda":
+                samples.predicted.append(len(self._rows) * self._row_bytes)  # staged as asked for, repeats included
+            return
+        prediction = self._file.predict(torch.from_numpy(self._rows))
+        samples.predicted.append(prediction.bytes_read)
+        now = io_read_bytes()
+        if self._counter is not None and now is not None:
+            samples.counter.append(now - self._counter)
+            samples.predicted_counter.append(prediction.bytes_paged)
+
+
+def file_behind(variant: Variant) -> FileTable | None:
+    """The variant's table if it is a file."""
+    return variant.table if isinstance(variant.table, FileTable) else None
+
+
+def prepare_page_cache(variant: Variant, rows: np.ndarray) -> None:
+    """Cold: the file's pages are dropped. Warm: exactly the rows of this step have been read before."""
+    table = file_behind(variant)
+    if table is None:
+        return
+    if variant.page_cache == "cold":
+        table.drop_cache()
+    else:
+        table.start(torch.from_numpy(rows)).wait()
+
+
+def io_read_bytes() -> int | None:
+    """Bytes that the kernel has read from block devices for this process, or None where it does not say."""
+    try:
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    except OSError:
+        return None
+    return int(fields["read_bytes"])
+
+
+def measure(
+    stepper: Stepper, variants: Sequence[Variant], rounds: int, warmup: int, tell: Callable[[str], None]
+) -> dict[str, Samples]:
+    """Samples of every variant, by label: rounds A B C, B C A, ..., warm-up rounds run and not kept."""
+    samples = {variant.label: Samples() for variant in variants}
+    told = time.perf_counter()
+    for number in range(-warmup, rounds):
+        start = number % len(variants)
+        for variant in [*variants[start:], *variants[:start]]:
+            stepper.run(variant, samples[variant.label] if number >= 0 else None)
+        if time.perf_counter() - told > TELL_SECONDS:
+            tell(f"{stepper.shape}: round {number + 1} of {rounds}" if number >= 0 else f"{stepper.shape}: warm-up")
+            told = time.perf_counter()
+    return samples
+
+
+def control() -> Variant:
+    """The backbone without any Engram layer: what the paper compares with."""
+    return Variant(CONTROL, "in place")
+
+
+@dataclass(frozen=True)
+class OnBus:
+    """What the accelerator's driver counted over a stretch of steps of one variant; None where it cannot.
+
+    Attributes:
+        traffic: from `bench.instruments.board.count_traffic`; None on a CPU.
+    """
+
+    traffic: dict[str, Any] | None
+    energy: dict[str, Any] | None
+    energy_why: str
+
+    @property
+    def received(self) -> list[int] | None:
+        """Bytes received over PCIe in a step, by the driver's counter."""
+        return None if self.traffic is None or self.traffic["value"] is None else [self.traffic["value"]]
+
+
+def count_on_bus(stepper: Stepper, variant: Variant, energy: bool, row_bytes: int = 0) -> OnBus:
+    """Bytes received over PCIe per step, and with `energy` joules per step, over steps that are not timed.
+
+    Args:
+        row_bytes: of the rows that a step of this variant asks for.
+    """
+    device = stepper.tables.device
+    if device.type == "cpu":
+        return OnBus(None, None, "a CPU: no board counter is read")
+    driver = open_driver(device)
+    traffic = count_traffic(driver, lambda: stepper.run(variant, None), row_bytes)
+    if not energy:
+        return OnBus(traffic, None, "not asked for: --energy")
+    found = EnergyMeter(driver).measure(lambda: stepper.run(variant, None))
+    return OnBus(traffic, found.value, found.why or "")
