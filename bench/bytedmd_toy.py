@@ -59,12 +59,12 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.output import printed_anyway, require_writable
-from bench.instruments.parallel import in_parallel
 from bench.instruments.results import environment, git_commit, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
 from bench.price.models import CUTS, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
+from bench.setup.parallel import in_parallel
 from bench.setup.streams import Stream, text_stream
 from bench.sweeps.command import run_sweeps
 from bench.sweeps.points import NAMES

@@ -36,6 +36,7 @@ from bench.rows import figures as row_figures
 from bench.served import figures as end_to_end_figures
 from bench.site import data
 from bench.site.commands import command_table
+from bench.site.file_tree import file_tree
 from bench.site.schema_tables import schema_tables
 from bench.site.stack_story import story_tables
 from bench.site.start_page import verdict_cards, verdict_figure, verdict_sentence
@@ -92,6 +93,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stack_stories": story_tables,
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
+    "file_tree": file_tree,
     **price.blocks(Evidence(RESULTS)),
     "stress": lambda: as_text(load("stress"), stress.report(load("stress"))),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),

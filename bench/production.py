@@ -41,11 +41,11 @@ if importlib.util.find_spec("numba") is None:
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import printed_anyway, require_writable
-from bench.instruments.parallel import in_parallel
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows.cases import Case, price_case, source
 from bench.rows.table import TABLES, TEXT, report
 from bench.rows.whole_model import MODELS
+from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
 PROG = "production"

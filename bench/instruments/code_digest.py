@@ -43,7 +43,7 @@ def code_files(*modules: str, root: Path = _ROOT) -> list[Path]:
         path = waiting.pop()
         if path is not None and path not in found:
             found.add(path)
-            waiting += [_file(name, root) for name in _imports(path)]
+            waiting += [_file(name, root) for name in imported_modules(path)]
     return sorted(found)
 
 
@@ -56,8 +56,8 @@ def _file(name: str, root: Path) -> Path | None:
 
 
 @functools.cache
-def _imports(path: Path) -> tuple[str, ...]:
-    """What a file imports, its packages' `__init__` included; what only a type checker sees is left out."""
+def imported_modules(path: Path) -> tuple[str, ...]:
+    """What a file imports by name, packages included, wherever it stands; not what only a type checker sees."""
     return tuple(_named(ast.parse(path.read_text(encoding="utf-8"))))
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from bench.instruments.journal import Journal
 from bench.instruments.output import require_writable
-from bench.instruments.parallel import in_parallel
 from bench.price.models import digest, toy_config
+from bench.setup.parallel import in_parallel
 from bench.setup.streams import Source, Stream, random_source, text_source
 from bench.setup.token_batches import standard_library
 from bench.sweeps.points import Case, Settings

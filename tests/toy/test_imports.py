@@ -19,9 +19,9 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import importlib, pkgutil
 import engram_toy
-for module in pkgutil.iter_modules(engram_toy.__path__):
-    if module.name != "fast":
-        importlib.import_module("engram_toy." + module.name)
+for module in pkgutil.walk_packages(engram_toy.__path__, "engram_toy."):
+    if not module.name.startswith(("engram_toy.fast", "engram_toy.tracer.arrays")):  # loaded on demand
+        importlib.import_module(module.name)
 from engram_toy.bytedmd import traced_eval
 assert traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3)) == ([1, 2, 1, 2], 6)
 """
@@ -30,9 +30,9 @@ assert traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3)) == ([1, 2, 1, 2], 6)
 NOTHING_LOADED = """
 import sys, importlib, pkgutil
 import engram_toy
-for module in pkgutil.iter_modules(engram_toy.__path__):
-    if module.name != "fast":
-        importlib.import_module("engram_toy." + module.name)
+for module in pkgutil.walk_packages(engram_toy.__path__, "engram_toy."):
+    if not module.name.startswith(("engram_toy.fast", "engram_toy.tracer.arrays")):  # loaded on demand
+        importlib.import_module(module.name)
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"torch", "numpy", "numba", "engram_ref", "bench"}, loaded
 """
