@@ -26,8 +26,7 @@ SCALE_DTYPE = torch.float8_e8m0fnu
 NAN_CODE = 0x7F  # without its sign: e4m3 has no infinity and one NaN
 NAN_SCALE = 0xFF
 _BIAS = 127  # of a scale's exponent; the byte 255 is NaN, so exponents are -127 .. 127
-_LARGEST = 448.0  # code: 0.875 * 2^9
-_LARGEST_FRACTION, _LARGEST_EXPONENT = 0.875, 9
+_LARGEST_FRACTION, _LARGEST_EXPONENT = 0.875, 9  # of the largest code, 448
 
 
 def dequantise(codes: Tensor, scales: Tensor, block_rows: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:

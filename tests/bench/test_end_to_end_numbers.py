@@ -126,9 +126,9 @@ def test_overheads_are_shares_of_their_baseline():
     assert "against the resident table, our baseline: WIN" in text
 
 
-@pytest.mark.parametrize(("gather", "bound"), [(0.4e12, True), (0.2e12, False)])
+@pytest.mark.parametrize(("gather", "bound"), [(0.4e12, True), (0.3e12, False), (0.2e12, False)])
 def test_a_step_that_takes_over_twice_as_long_as_its_weights_is_launch_bound(gather, bound):
-    """A step of 100 ms and 15 GB: 0.15 TB/s, against half of 0.4 TB/s and half of 0.2."""
+    """A step of 100 ms and 15 GB: 0.15 TB/s, against half of 0.4 TB/s, of 0.3, which is just twice, and of 0.2."""
     one, limits = case(), {"gather": {"bytes_per_s": gather}}
     found = numbers.weight_reading(limits, one, numbers.row_of(one, "no_engram"))["value"]
     assert found["launch_bound"] is bound and found["bytes_per_s"] == pytest.approx(15e9 / 0.1)
@@ -136,6 +136,8 @@ def test_a_step_that_takes_over_twice_as_long_as_its_weights_is_launch_bound(gat
     assert with_engram["bytes"] == 15_050_000_000
     on_cpu = numbers.weight_reading({"gather": None}, one, one["rows"][0])
     assert on_cpu["value"] is None and "a CPU" in on_cpu["why"]
+    idle = {**numbers.row_of(one, "resident"), "rounds": []}
+    assert numbers.weight_reading(limits, one, idle) == {"value": None, "why": "no decode step was measured"}
 
 
 def test_the_weights_column_is_marked():
@@ -221,6 +223,120 @@ def test_a_bus_in_the_noise_breaks_nothing():
         sample["decode_s"] = [1.2 * s for s in sample["decode_s"]]
     assert [bus.breaks for bus in numbers.slowed(one)] == [None, None, None]
     assert numbers.breaking_bus(one).breaks_s is None
+
+
+def bus(delay_s, breaks, window_s=WINDOW):
+    """A slowed bus that costs 3 % or not, or of which that is open."""
+    low, high = {True: (0.04, 0.05), False: (0.01, 0.02), None: (0.02, 0.04)}[breaks]
+    part = numbers.Part((low + high) / 2, low, high, True)
+    return numbers.Slowed("a bus", delay_s, window_s, 0.0, part, part, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "resolved", "noise", "breaks"),
+    [
+        (0.031, 0.04, True, 0.0, True),
+        (0.031, 0.04, False, 0.0, None),
+        (0.03, 0.04, True, 0.0, None),  # 3 % themselves are not more than 3 %
+        (0.01, 0.03, True, 0.03, False),
+        (0.01, 0.02, True, 0.04, None),
+        (0.02, 0.04, True, 0.0, None),
+    ],
+)
+def test_a_bus_breaks_three_per_cent_or_holds_or_that_is_open(low, high, resolved, noise, breaks):
+    part = numbers.Part((low + high) / 2, low, high, resolved)
+    assert numbers.Slowed("a bus", 1e-3, WINDOW, 0.0, part, part, noise).breaks is breaks
+
+
+def test_what_holds_lies_below_what_breaks(monkeypatch):
+    """A delay beyond the first that breaks holds nothing, nor does one that is as long."""
+    delays = [(1e-3, False), (2e-3, True), (2e-3, False), (3e-3, False), (4e-3, True)]
+    for given, holds, breaks in (
+        (delays, 1e-3, 2e-3),
+        ([(1e-3, False), (2e-3, None), (3e-3, False)], 3e-3, None),
+        (delays[1:], None, 2e-3),
+        ([(1e-3, None)], None, None),
+    ):
+        monkeypatch.setattr(numbers, "slowed", lambda case, given=given: [bus(*one) for one in given])
+        found = numbers.breaking_bus(case())
+        assert (found.holds_s, found.breaks_s) == (holds, breaks)
+        assert found.bandwidths(6000) == (breaks and 6000 / breaks, holds and 6000 / holds)
+    monkeypatch.setattr(numbers, "slowed", lambda case: [])
+    with pytest.raises(NotMeasured, match="no bus was slowed"):
+        numbers.breaking_bus(case())
+
+
+def test_a_slower_bus_delays_by_its_latency_and_its_bytes():
+    one = case()
+    rate = numbers.step_bytes(one) / 1e-3  # a millisecond for the rows of a step
+    numbers.row_of(one, "throttled 56 us")["bus"]["bytes_per_s"] = rate
+    numbers.row_of(one, "throttled 2000 us")["rounds"] = []
+    assert [found.delay_s for found in numbers.slowed(one)] == pytest.approx([1.056e-3, 5e-3])
+    numbers.row_of(one, "throttled 5000 us")["bus"]["latency_s"] = 0.0  # the fastest first, wherever it stands
+    assert [found.delay_s for found in numbers.slowed(one)] == pytest.approx([0, 1.056e-3])
+
+
+def test_rows_without_samples_were_not_measured():
+    one = case()
+    numbers.row_of(one, "offload_prefetch")["rounds"] = []
+    with pytest.raises(NotMeasured, match="offload_prefetch was not measured"):
+        numbers.row_of(one, "offload_prefetch")
+    with pytest.raises(NotMeasured, match="offload_prefetch or offload_disk prefetched was not measured"):
+        numbers.offloaded(one)
+    one["rows"].append({**numbers.row_of(one, "offload_naive"), "label": "offload_disk prefetched"})
+    assert numbers.offloaded(one) is one["rows"][-1]
+
+
+def test_a_noise_floor_needs_three_rounds():
+    assert numbers.noise_floor(case(rounds=3), "decode")["median"] == pytest.approx(1, abs=2e-3)
+    with pytest.raises(NotMeasured, match="2 rounds: a noise floor needs 3"):
+        numbers.noise_floor(case(rounds=2), "decode")
+
+
+def test_what_is_not_there_is_none():
+    """No counter, no energy, one of two readings, no lookups."""
+    one = case()
+    resident, no_engram = numbers.row_of(one, "resident"), numbers.row_of(one, "no_engram")
+    no_engram["pcie"] = resident["energy"] = None
+    resident["pcie"] = {"value": 5}
+    assert numbers.over_control(one, resident) is None and numbers.joules_per_token(resident) is None
+    no_engram["pcie"] = {"value": 2}
+    assert numbers.over_control(one, resident) == 3
+    no_engram["rounds"] = []
+    assert numbers.over_control(one, resident) is None
+    for sample, (before, after) in zip(resident["rounds"], [(1, None), (None, 2), (3, 7), (5, 11)]):
+        sample["board"] = {"value": {"joules_before": before, "joules_after": after}}
+    assert numbers.pass_joules(resident) == 5
+    assert numbers.hit_rate(resident) is None
+    for sample, lookups in zip(resident["rounds"], (10, 30)):
+        sample.update(lookups=lookups, hits=5)
+    assert numbers.hit_rate(resident) == 0.25
+    assert numbers.freed_bytes(one, resident) == 0
+    assert numbers.freed(one, "own_compute", {"device": 0})["why"] == "no table is looked up"
+
+
+def test_times_and_floors_of_a_round():
+    one = example()
+    first = one["cases"][0]
+    assert numbers.tokens_per_second(first, numbers.row_of(first, "no_engram"), "prefill")[0] == pytest.approx(8)
+    assert numbers.fetch_floor(one, first) == pytest.approx(132_000 / one["limits"]["copy"]["bytes_per_s"])
+    row = numbers.row_of(first, "offload_prefetch")
+    for sample in row["rounds"]:
+        sample["prefill_exposed_s"] = [0.25, 0.5]
+    assert numbers.exposed_in_round(row) == pytest.approx(0.75 + 100 * 1e-5)
+
+
+def test_only_what_is_staged_on_an_accelerator_must_copy_what_was_asked_for():
+    for device, label, agree in (
+        ("cuda", "offload_naive", False),
+        ("cuda", "throttled 56 us", False),
+        ("cuda", "resident", True),
+        ("cpu", "offload_naive", True),
+    ):
+        one = case(device)
+        row = numbers.row_of(one, label)
+        row["rounds"][-1]["copied"] += 1
+        assert numbers.copies_agree(one, row) is agree
 
 
 def test_different_tokens_are_noticed():

@@ -19,7 +19,6 @@ import jsonschema
 import pytest
 
 from bench import bytedmd_toy
-from bench.instruments.journal import Journal
 from bench.price import models as workloads
 from bench.price.job import Job, price_job
 from bench.price.models import make_workload, toy_config
@@ -382,32 +381,6 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(run, tmp_path):
     assert said.err.splitlines()[-1].endswith("sweeps.journal, the same command continues")
     assert [path.name for path in tmp_path.iterdir()] == ["sweeps.journal"]
     assert run(*LESS, "--out", tmp_path)[0] == RECORDINGS - 2
-
-
-def test_a_journal_that_was_killed_goes_on_in_its_place(tmp_path, capsys):
-    path = tmp_path / "journal"
-    whole = b'["a",{"cost":1}]\n["c",{"cost":3}]\n'
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
-        with Journal(path) as journal:
-            found = dict(journal.found)
-            journal.add({"d": {"cost": 4}})
-        with Journal(path) as journal:
-            assert journal.found == {**found, "d": {"cost": 4}}
-    assert [p.name for p in tmp_path.iterdir()] == ["journal"] and capsys.readouterr().err == ""
-
-
-def test_a_journal_with_torn_and_foreign_lines(tmp_path, capsys):
-    path = tmp_path / "journal"
-    path.write_bytes(b'["a",{"cost":1}]\nnoise\n[1,2,3]\n{"b":1}\n["c",{"cost":3')
-    with Journal(path) as journal:
-        assert journal.found == {"a": {"cost": 1}}
-        journal.add({"c": {"cost": 4}})
-    with Journal(path) as journal:
-        assert journal.found == {"a": {"cost": 1}, "c": {"cost": 4}}
-    assert path.read_bytes() == b'["a",{"cost":1}]\n["c",{"cost":4}]\n'
-    assert (tmp_path / "journal.broken").read_bytes().startswith(b'["a",{"cost":1}]\nnoise\n')
-    assert capsys.readouterr().err.count("journal has 3 lines that no run has written; it is kept as") == 1
 
 
 def test_the_key_names_all_code_that_decides_a_price():

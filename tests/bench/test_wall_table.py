@@ -19,6 +19,7 @@ from bench.wall.numbers import (
     hidden_share,
     median_bytes,
     noise_floor,
+    over_control,
     overhead,
     predicted_floor,
     rows_agree,
@@ -188,6 +189,22 @@ def test_the_rates_of_a_fetch_are_unique_bytes_over_its_wait(step):
 
 def test_the_floor_is_predicted_from_unique_bytes(step):
     assert predicted_floor(step, COPY) == pytest.approx(100e-6)
+
+
+def test_waits_of_a_second_are_waits(step):
+    naive = run_of(step, "offload_naive")
+    naive["exposed_s"] = [1.0] * len(DRIFT)
+    assert hidden_share(step, naive) == 0 and fetch_rates(naive) == [UNIQUE_BYTES] * len(DRIFT)
+
+
+def test_what_the_control_received_is_taken_off(step):
+    naive, control = run_of(step, "offload_naive"), run_of(step, "no_engram")
+    for run, counted in ((naive, [70, 50, 60]), (control, [9, 7, 8])):
+        run["bytes"].update(counter=counted, counter_what="a counter")
+    assert over_control(step, naive) == 60 - 8
+    control["bytes"]["counter_what"] = "another"
+    with pytest.raises(NotMeasured, match="was not counted, or by another counter"):
+        over_control(step, naive)
 
 
 def test_bytes_must_agree_exactly_in_every_step(step):

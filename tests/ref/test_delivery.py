@@ -7,17 +7,21 @@ Every safeguard is taken away once, and rows must come out wrong. The same on a 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engram_ref.rows.format import RowFormat
-from engram_ref.rows.memory import HUGE_PAGE, PIN_PIECE
+from engram_ref.rows.memory import HUGE_PAGE, PIN_PIECE, HostMemory
+from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables import staging as module
 from engram_ref.tables.staging import Delivery
 from tests.ref.fake_cuda import install_gpu
+from tests.ref.fp8_pairs import assert_bits, random_rows, rows_of
 
 FORMAT = RowFormat(torch.float32, 4)
 
@@ -101,7 +105,7 @@ def test_no_rows_at_all(gpu):
 
 def test_staging_grows_by_doubling_and_is_locked_in_one_piece(gpu):
     pages, rows = [], HUGE_PAGE // FORMAT.row_bytes
-    for count in (1, rows + 1, rows, 2 * rows + 1, 5 * rows):
+    for count in (1, rows + 1, 2 * rows, 2 * rows + 1, 5 * rows):
         gpu.send(1, count), gpu.send(1, count)  # both buffers
         pages.append(sorted(nbytes // HUGE_PAGE for nbytes in gpu.runtime.registered.values()))
     assert pages == [[1, 1], [2, 2], [2, 2], [4, 4], [8, 8]]
@@ -143,6 +147,47 @@ def test_an_interrupted_copy_is_waited_for_before_its_buffer_is_filled_again(gpu
     later = [gpu.send(number) for number in (7, 8)]
     assert [int(fetch.wait()[0, 0]) for fetch in later] == [7, 8]
     assert [int(out[0, 0]) for out in outs] == [0, 1]
+
+
+def test_fp8_rows_are_copied_as_they_are_stored_and_decoded_behind_their_copy(gpu, monkeypatch):
+    """On the side stream: a decoding that does not wait for the copy would read what is not there yet."""
+    raw = random_rows(50, 64)
+    wanted = RowFormat(torch.bfloat16, 64, scaled=True)
+
+    class Decoded:
+        """A target of the stand-in's stream: what is decoded when its turn comes."""
+
+        def __init__(self, target):
+            self.target = target
+
+        def copy_(self, source):
+            wanted.decode(source, self.target)
+
+    def decode(source, values):
+        gpu.side.copies.append((Decoded(values.as_subclass(torch.Tensor)), source.as_subclass(torch.Tensor)))
+
+    names = {name: getattr(wanted, name) for name in ("dtype", "width", "row_bytes")}
+    like = type(gpu.delivery.empty(1))  # a tensor on the stand-in
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda staged, device: empty_like(staged).fill_(0xFF).as_subclass(like))
+    delivery = Delivery(torch.device("cuda"), SimpleNamespace(**names, scaled=True, decode=decode))
+    pending = [delivery.send(50, lambda staged, n=n: staged.copy_(raw.roll(n, 0))) for n in range(4)]
+    for n, fetch in enumerate(pending):
+        assert_bits(fetch.wait().as_subclass(torch.Tensor), raw.roll(n, 0))
+    assert delivery.bytes_copied == 4 * 50 * 66
+    delivery.trim()
+
+
+def test_bytes_that_were_copied_are_counted(gpu):
+    assert gpu.delivery.bytes_copied == 0
+    gpu.send(1), gpu.send(1, count=7)
+    assert gpu.delivery.bytes_copied == 57 * FORMAT.row_bytes
+
+
+def test_a_fetch_does_not_change(gpu):
+    fetch = gpu.send(1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fetch.values = fetch.arrived
 
 
 def test_threads_take_turns_with_the_staging_buffers(gpu):
@@ -203,3 +248,45 @@ def test_on_a_cpu_rows_are_written_where_they_are_used(fresh, monkeypatch):
     out = torch.empty(3, 4)
     assert to_cpu.send(3, lambda raw: raw.fill_(3), out).wait() is out
     assert (out.view(torch.uint8) == 3).all()
+
+
+def test_fp8_rows_are_decoded_where_they_are_used():
+    raw = random_rows(30, 64)
+    to_cpu = Delivery(torch.device("cpu"), RowFormat(torch.bfloat16, 64, scaled=True))
+    out = torch.empty(30, 64, dtype=torch.bfloat16)
+    assert to_cpu.send(30, lambda staged: staged.copy_(raw), out).wait() is out
+    assert_bits(out, raw)
+    assert_bits(to_cpu.send(30, lambda staged: staged.copy_(raw)).wait(), raw)
+
+
+def test_rows_in_memory_are_gathered_where_they_are_used():
+    rows = torch.tensor([3, 0, 29, 3])
+    values, raw = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), random_rows(30, 64)
+    plain = Delivery(torch.device("cpu"), FORMAT)
+    scaled = Delivery(torch.device("cpu"), RowFormat(torch.bfloat16, 64, scaled=True))
+    out = torch.empty(4, 4)
+    assert plain.take(Rows.of(values), rows, out).wait() is out
+    assert torch.equal(out, values[rows]) and torch.equal(plain.take(Rows.of(values), rows).wait(), out)
+    for table in (rows_of(raw), rows_of(raw, split=True)):
+        out = torch.empty(4, 64, dtype=torch.bfloat16)
+        assert scaled.take(table, rows, out).wait() is out
+        assert_bits(out, raw[rows])
+        assert_bits(scaled.take(table, rows).wait(), raw[rows])
+
+
+def test_a_buffer_that_does_not_fit_is_refused():
+    to_cpu = Delivery(torch.device("cpu"), FORMAT)
+    with pytest.raises(ValueError, match="3 rows need a contiguous"):
+        to_cpu.send(3, lambda raw: raw.fill_(1), torch.empty(2, 4))
+    with pytest.raises(ValueError, match="2 rows need a contiguous"):
+        to_cpu.take(Rows.of(torch.zeros(5, 4)), torch.tensor([1, 2]), torch.empty(3, 4))
+
+
+def test_large_fetches_lie_on_huge_pages_on_a_cpu_only(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "HostMemory", lambda nbytes: made.append(nbytes) or HostMemory(nbytes))
+    rows = (32 << 20) // FORMAT.row_bytes
+    to_cpu, elsewhere = Delivery(torch.device("cpu"), FORMAT), Delivery(torch.device("meta"), FORMAT)
+    for count in (1, rows - 1, rows, rows + 1):
+        assert to_cpu.empty(count).shape == elsewhere.empty(count).shape == (count, 4)
+    assert made == [32 << 20, (32 << 20) + FORMAT.row_bytes]

@@ -79,7 +79,14 @@ def test_a_scale_belongs_to_32_columns_and_to_block_rows():
 
 @pytest.mark.parametrize(
     ("codes", "scales", "block_rows"),
-    [((4, 256), (4, 2), 1), ((4, 256), (3, 8), 1), ((64, 64), (2, 2), 1), ((48, 64), (1, 2), 32), ((4, 40), (4, 1), 1)],
+    [
+        ((4, 256), (4, 2), 1),
+        ((4, 256), (3, 8), 1),
+        ((64, 64), (2, 2), 1),
+        ((48, 64), (1, 2), 32),
+        ((4, 40), (4, 1), 1),
+        ((32,), (1,), 1),
+    ],
     ids=str,
 )
 def test_scales_of_another_block_are_refused(codes, scales, block_rows):
@@ -88,9 +95,13 @@ def test_scales_of_another_block_are_refused(codes, scales, block_rows):
         fp8.dequantise(*given, block_rows=block_rows)
 
 
-def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"codes of torch\.uint8"):
-        fp8.dequantise(torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.uint8))
+@pytest.mark.parametrize(("codes", "scales"), [("uint8", "uint8"), ("uint8", "scale"), ("code", "uint8")])
+def test_other_dtypes_are_refused(codes, scales):
+    dtypes = {"uint8": torch.uint8, "code": fp8.CODE_DTYPE, "scale": fp8.SCALE_DTYPE}
+    given = torch.zeros(3, 32, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8)
+    fp8.check_pair(*pair(*given))  # a scale to a row
+    with pytest.raises(ValueError, match=f"codes of {dtypes[codes]} and scales of {dtypes[scales]}: give "):
+        fp8.dequantise(given[0].view(dtypes[codes]), given[1].view(dtypes[scales]))
 
 
 # --- quantise ----------------------------------------------------------------------------------------------
@@ -140,6 +151,17 @@ def test_what_was_dequantised_comes_back(block_rows):
     values = fp8.dequantise(*pair(codes, scales), block_rows=block_rows)
     again = fp8.dequantise(*fp8.quantise(values, block_rows), block_rows=block_rows)
     assert torch.equal(again.view(torch.int16), values.view(torch.int16))  # -0.0 as well
+
+
+def test_a_batch_is_each_of_its_matrices():
+    values = wide_values().view(5, 8, 64)
+    codes, scales = fp8.quantise(values, block_rows=4)
+    assert codes.shape == (5, 8, 64) and scales.shape == (5, 2, 2)
+    for n, value in enumerate(values):
+        alone = fp8.quantise(value, block_rows=4)
+        assert torch.equal(codes[n].view(torch.uint8), alone[0].view(torch.uint8))
+        assert torch.equal(scales[n].view(torch.uint8), alone[1].view(torch.uint8))
+        assert torch.equal(fp8.dequantise(codes, scales, 4)[n], fp8.dequantise(*alone, block_rows=4))
 
 
 def test_a_block_of_zeros_has_scale_one():

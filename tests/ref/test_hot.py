@@ -45,11 +45,24 @@ class Behind(Table):
     def _held(self):
         return {"host": self.values.nbytes}
 
+    @property
+    def bytes_copied(self):
+        return 40
+
     def trim(self):
         self.trims += 1
 
     def close(self):
         self.closes += 1
+
+
+class Numbers:
+    """In place of the delivery of slots: what it copied, and how often it was trimmed."""
+
+    bytes_copied, trims = 3, 0
+
+    def trim(self):
+        self.trims += 1
 
 
 def zipf_rows(count: int, seed: int = 0) -> torch.Tensor:
@@ -139,6 +152,17 @@ def test_hot_rows_are_read_a_bounded_number_at_a_time(monkeypatch):
     assert behind.asked[-1] == []
 
 
+def test_hot_rows_are_read_16_mib_at_a_time_and_longer_ones_alone(monkeypatch):
+    behind, wide = Behind(), RowFormat(torch.float32, 1 << 18)  # 1 MiB a row
+    behind.format, asked = wide, []
+    monkeypatch.setattr(behind, "stored", lambda rows: asked.append(len(rows)) or torch.zeros(1).view(torch.uint8)[:1])
+    HotTable(behind, torch.arange(35))
+    assert asked == [16, 16, 3]
+    monkeypatch.setattr(module, "_READ_BYTES", 1)
+    HotTable(behind, torch.arange(3))
+    assert asked[3:] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("hot", "message"),
     [
@@ -157,6 +181,23 @@ def test_hot_rows_that_make_no_sense_are_refused(hot, message):
 def test_a_map_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"131072\.00 GiB do not fit into host memory"):
         HotTable(Behind(rows=1 << 45), torch.tensor([1]))
+
+
+def test_room_is_asked_for_the_map_and_for_the_hot_rows(monkeypatch):
+    """The map has four bytes for every row of the table."""
+    asked = []
+    monkeypatch.setattr(module, "require_bytes", lambda nbytes, device: asked.append((nbytes, device)))
+    table = HotTable(Behind(), torch.tensor([7, 150, 3]))
+    assert asked == [(R * 4, CPU), (3 * D * 4, CPU)]
+    assert table.bytes_held() == {"device": 3 * D * 4, "host": R * 4 + R * D * 4, "disk": 0}
+    table.close()
+    assert table.bytes_held()["device"] == 0  # nobody holds the hot rows any more
+
+
+def test_row_numbers_on_another_device_are_refused():
+    table = HotTable(Behind(), torch.tensor([7]))
+    with pytest.raises(ValueError, match="row numbers on meta; this table looks them up on cpu: move them there"):
+        table.start(torch.empty(3, dtype=torch.int64, device="meta"))
 
 
 # --- the report -------------------------------------------------------------------------------------------
@@ -211,10 +252,17 @@ def test_the_table_behind_is_trimmed_and_closed_with_it():
     behind = Behind()
     with HotTable(behind, torch.tensor([7])) as table:
         assert table.waits
+        delivery, numbers = table._numbers, Numbers()
+        table._numbers = numbers
+        assert table.bytes_copied == 3 + 40
         table.trim()
-        assert (behind.trims, behind.closes) == (2, 0)
+        assert (behind.trims, numbers.trims, behind.closes) == (2, 1, 0)
+        assert (table.stored(torch.tensor([8])).view(torch.float32) == behind.values[8]).all()
+        table._numbers = delivery
         table.start(torch.tensor([7, 8]))
-    assert behind.closes == 1
+        table._numbers = numbers
+    assert (behind.closes, numbers.trims) == (1, 2)
     assert table.report().hits == 1
-    with pytest.raises(ValueError, match="closed"):
-        table.start(torch.tensor([7]))
+    for ask in (table.start, table.stored):
+        with pytest.raises(ValueError, match="closed"):
+            ask(torch.tensor([7]))

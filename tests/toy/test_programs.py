@@ -196,6 +196,8 @@ def test_layouts_split_and_join():
         assert len(above) + len(below) == 10
         assert layout.join(above, below) == table
     assert Layout.variant("offload_hot", 10, [3, 7]).split(table)[0] == [[3, 3.5], [7, 7.5]]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.rows = 11
 
 
 def staged_reads(layout, indices):

@@ -7,6 +7,7 @@ Random logs are laid down anew and replayed in full; the programs of the experim
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from array import array
 from itertools import chain
@@ -80,6 +81,7 @@ def test_a_random_log_laid_otherwise(seed, definition, monkeypatch):
     log.argument_depth = array("i", range(1, inputs + 1))
     depths = stack_depths(log, definition)
     first = first_reads(log, depths, definition)
+    assert definition == "lru" or not any(first.touched)  # places alone decide
     start = first.lay(arguments, pad)
     for padding in (0, 1, 9):
         relaid = depths[:]
@@ -160,3 +162,12 @@ def test_another_place_gives_another_trace(workload):
 def test_an_unknown_definition_is_refused():
     with pytest.raises(ValueError, match="unknown definition"):
         first_reads(Log(0, array("i"), array("i")), [], "fifo")
+
+
+def test_what_was_found_does_not_change_and_is_small():
+    """There is one for every layout of a sweep: no dictionary in any."""
+    first = first_reads(Log(2, array("i", [0]), array("i", [1])), [2, 1])
+    for found, name in ((first, "touched"), (first.lay([[0, 1]], 0), "buried")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(found, name, [])
+        assert not hasattr(found, "__dict__")
