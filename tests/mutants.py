@@ -40,6 +40,7 @@ _CONTEXT = 40  # characters on either side of a change
 # File -> its tests, the quickest to fail first.
 TARGETS: dict[str, tuple[str, ...]] = {
     "engram_ref/hashing/ngram.py": ("tests/ref/test_hashing.py", "tests/ref/test_hashing_fused.py"),
+    "engram_ref/hashing/plan.py": ("tests/ref/test_hashing.py", "tests/ref/test_identity.py"),
     "engram_ref/prefetch.py": ("tests/ref/test_prefetch.py",),
     "engram_ref/tables/hot.py": ("tests/ref/test_hot.py",),
     "engram_ref/tables/staging.py": ("tests/ref/test_delivery.py",),
