@@ -29,7 +29,7 @@ TEXT, RESULTS = ROOT / "docs" / "log.md", "sweeps.json"
 LIMIT = 300  # seconds for one run
 KILLS_OF_A_RUN = 5  # then it is let finish, and the next begins
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.fuzz.kills", "bench.harness.sweep_figures"])
+SERVER.set_forkserver_preload(["tests.fuzz.kills", "bench.sweeps.figures", "matplotlib.font_manager"])
 
 
 def sweep(out: Path, ready: Connection) -> None:
@@ -43,6 +43,9 @@ def sweep(out: Path, ready: Connection) -> None:
     sys.argv = ["bytedmd_toy", *ARGUMENTS, "--text", str(TEXT), "--out", str(out)]
     ready.send_bytes(b"ready")
     cli.run(bytedmd_toy.main, bytedmd_toy.PROG)
+
+
+COMMAND = sweep
 
 
 def run(count: int, seed: int) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def run(count: int, seed: int) -> dict[str, Any]:
 def _start(out: Path) -> BaseProcess:
     """The command, as soon as it begins its work."""
     here, there = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=sweep, args=(out, there))
+    process = SERVER.Process(target=COMMAND, args=(out, there))
     process.start()
     there.close()
     with here:
