@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -40,7 +41,7 @@ def sweep(out: Path, ready: Connection) -> None:
         os.dup2(quiet, stream)
     forked = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment] # workers need no start-up
-    sys.argv = ["bytedmd_toy", *ARGUMENTS, "--text", str(TEXT), "--out", str(out)]
+    sys.argv = ["bytedmd_toy", *ARGUMENTS, "--text", str(out.parent / TEXT.name), "--out", str(out)]
     ready.send_bytes(b"ready")
     cli.run(bytedmd_toy.main, bytedmd_toy.PROG)
 
@@ -56,6 +57,7 @@ def run(count: int, seed: int) -> dict[str, Any]:
     """
     chance, faults, killed, at_work = random.Random(seed), [], 0, 0
     with tempfile.TemporaryDirectory() as place:
+        shutil.copy(TEXT, place)  # whoever works on it meanwhile changes no price
         whole = Path(place) / "whole"
         process, began = _start(whole), time.monotonic()
         if code := _finish(process):

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -204,39 +205,24 @@ def test_leaks_find_threads(monkeypatch, request):
     assert_finds(leaks, 3, "threads")
 
 
-def forgetful(out, ready):
-    """The command, with a journal that gives every price a little higher than it was kept."""
-    from bench.instruments.journal import Journal
-
-    read = Journal.__init__
-
-    def misread(self, path):
-        read(self, path)
-        for record in self.found.values():
-            record["cost"] += 1
-
-    Journal.__init__ = misread
-    kills.sweep(out, ready)
-
-
-def untidy(out, ready):
-    """The command, leaving a hidden file where it has been before."""
-    if out.exists():
-        (out / ".part").touch()
-    kills.sweep(out, ready)
-
-
-def broken(out, ready):
-    """The command, refusing to go on."""
-    if out.exists():
-        ready.send_bytes(b"ready")
+def resumable(out, ready, fault=None):
+    """A command of a moment, in place of the sweep; it has its fault where it has been before."""
+    os.setsid()
+    again = out.exists()
+    out.mkdir(exist_ok=True)
+    ready.send_bytes(b"ready")
+    time.sleep(0.2)
+    if again and fault == "exit 2":
         sys.exit(2)
-    kills.sweep(out, ready)
+    if again and fault == ".part stayed":
+        (out / ".part").touch()
+    points = [2 if again and fault == "other results" else 1]
+    (out / kills.RESULTS).write_text(json.dumps({"points": points}))
 
 
-@pytest.mark.parametrize(
-    ("command", "said"), [(forgetful, "other results"), (untidy, ".part stayed"), (broken, "exit 2")]
-)
-def test_kills_find(command, said, monkeypatch):
-    monkeypatch.setattr(kills, "COMMAND", command)
-    assert_finds(kills, 1, said)
+@pytest.mark.parametrize("fault", [None, "other results", ".part stayed", "exit 2"])
+def test_kills_find(fault, monkeypatch):
+    monkeypatch.setattr(kills, "COMMAND", functools.partial(resumable, fault=fault))
+    faults = kills.run(2, seed=1)["faults"]
+    assert (faults != []) if fault else (faults == [])
+    assert all(fault in one for one in faults)
