@@ -12,13 +12,13 @@ import os
 import shutil
 import sys
 import threading
-import time
 import warnings
 
 import pytest
 
 from engram_ref.prefetch import Prefetcher
 from tests.fuzz import folders, forks, headers, kills, leaks, prefetch, programs
+from tests.fuzz.resumable import resumable
 
 SHARES = {"programs": 60, "headers": 600, "folders": 15, "prefetch": 200, "forks": 8, "leaks": 60, "kills": 1}
 
@@ -203,21 +203,6 @@ def test_leaks_find_threads(monkeypatch, request):
     monkeypatch.setattr(Prefetcher, "close", lambda self: closes.append(self))
     request.addfinalizer(lambda: [close(one) for one in closes])
     assert_finds(leaks, 3, "threads")
-
-
-def resumable(out, ready, fault=None):
-    """A command of a moment, in place of the sweep; it has its fault where it has been before."""
-    os.setsid()
-    again = out.exists()
-    out.mkdir(exist_ok=True)
-    ready.send_bytes(b"ready")
-    time.sleep(0.2)
-    if again and fault == "exit 2":
-        sys.exit(2)
-    if again and fault == ".part stayed":
-        (out / ".part").touch()
-    points = [2 if again and fault == "other results" else 1]
-    (out / kills.RESULTS).write_text(json.dumps({"points": points}))
 
 
 @pytest.mark.parametrize("fault", [None, "other results", ".part stayed", "exit 2"])
