@@ -37,10 +37,11 @@ from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.staging import Arriving
-from engram_ref.threads.errands import Errand, Pool, call_off
+from engram_ref.threads.errands import Done, Errand, Pool, call_off
 from engram_ref.threads.forks import renew_after_fork
 from engram_ref.threads.users import Users
 
+_Outcome = Errand[Pending] | Done[Pending]  # of one layer
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
 LEAST_BUFFERS = 2
 # Handing a fetch to the thread costs some 50 us; rows in memory of up to this many bytes are gathered in less.
@@ -82,6 +83,7 @@ class Prefetcher:
         for layer_id, table in self.tables.items():
             hasher.plan.layer(layer_id)
             _check_hasher(hasher, table)
+        self._inline_tokens = self._most_inline_tokens()
         self._background = background
         self._observer = observer
         self._buffers = buffers
@@ -97,6 +99,13 @@ class Prefetcher:
 
     def _on_device(self) -> bool:
         return isinstance(self.hasher, DeviceHasher)
+
+    def _most_inline_tokens(self) -> int:
+        """Whoever starts a fetch of so many tokens gathers their rows himself; none where that means to wait."""
+        if any(table.waits for table in self.tables.values()):
+            return 0
+        layers = ((self.hasher.plan.layer(layer_id), table) for layer_id, table in self.tables.items())
+        return INLINE_BYTES // sum(len(layer.primes) * table.format.row_bytes for layer, table in layers)
 
     def _side_stream(self) -> Any:
         device = next(iter(self.tables.values())).device
@@ -133,7 +142,7 @@ class Prefetcher:
         """
         others: list[Pending] = []
 
-        def begin(lease: _Lease) -> dict[int, Errand[Pending]]:
+        def begin(lease: _Lease) -> dict[int, _Outcome]:
             arrive: Callable[[Tensor], Pending] = Ready
             if self._stream is None:
                 values, other = lookup()
@@ -143,11 +152,11 @@ class Prefetcher:
                     values, other = lookup()
                     arrive = partial(Arriving, arrived=self._stream.record_event())
             others.append(arrive(other))
-            return {layer_id: _run_now(partial(arrive, rows)) for layer_id, rows in values.items()}
+            return {layer_id: Done(partial(arrive, rows)) for layer_id, rows in values.items()}
 
         return self._lent(begin), others[0]
 
-    def _lent(self, begin: Callable[[_Lease], dict[int, Errand[Pending]]]) -> Fetch:
+    def _lent(self, begin: Callable[[_Lease], Mapping[int, _Outcome]]) -> Fetch:
         """A fetch with a slot for it, and what `begin` has begun."""
         with self._users.here():
             if self._users.closed:
@@ -161,31 +170,36 @@ class Prefetcher:
 
     def _lend(self) -> _Lease:
         with self._users.alone:
-            free = self._free_slots()
-            if not free:
+            slot = self._free_slot()
+            if slot is None:
                 gc.collect()  # a fetch that was forgotten may be part of a circle
-                free = self._free_slots()
-            if not free:
+                slot = self._free_slot()
+            if slot is None:
                 raise RuntimeError(
                     f"{self._buffers} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
                 )
-            return next((slot for slot in free if not slot.is_written()), free[0]).lend(self._users)
+            return slot.lend(self._users)
 
-    def _free_slots(self) -> list[_Slot]:
-        return [slot for slot in self._slots if slot.is_free()]
+    def _free_slot(self) -> _Slot | None:
+        """A slot that no fetch has, best one that nobody writes to."""
+        written = None
+        for slot in self._slots:
+            if slot.is_free():
+                if not slot.is_written():
+                    return slot
+                written = written or slot
+        return written
 
-    def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> dict[int, Errand[Pending]]:
-        worker = None if self._is_small(ids) else self._worker
-        if worker is not None:
-            ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
+    def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> Mapping[int, _Outcome]:
+        if self._worker is None or self._is_small(ids):
+            fetch, buffers = self._fetch, lease.buffers
+            return {i: Done(partial(fetch, i, table, ids, history, buffers)) for i, table in self.tables.items()}
+        ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
         errands: dict[int, Errand[Pending]] = {}
         for layer_id, table in self.tables.items():
             errands[layer_id] = errand = Errand(partial(self._fetch, layer_id, table, ids, history, lease.buffers))
             lease.errands.append(errand)
-            if worker is None:
-                errand()
-            else:
-                worker.give(partial(self._beside, errand))
+            self._worker.give(partial(self._beside, errand))
         return errands
 
     def _beside(self, errand: Errand[Pending]) -> None:
@@ -193,41 +207,36 @@ class Prefetcher:
             errand()
 
     def _is_small(self, ids: Any) -> bool:
-        tables = self.tables.values()
-        nbytes = sum(np.size(ids) * self._columns(i) * t.format.row_bytes for i, t in self.tables.items())
-        return nbytes <= INLINE_BYTES and not any(table.waits for table in tables)
-
-    def _columns(self, layer_id: int) -> int:
-        return len(self.hasher.plan.layer(layer_id).primes)
+        return np.size(ids) <= self._inline_tokens
 
     def _fetch(
         self, layer_id: int, table: Table, ids: np.ndarray, history: TokenHistory | None, buffers: _Buffers
     ) -> Pending:
         assert isinstance(self.hasher, NgramHasher)
         begin = time.perf_counter()
-        rows = torch.from_numpy(self.hasher(ids, layer_id, history=history).reshape(-1))  # [B*T*C]
+        rows = self.hasher(ids, layer_id, history=history).reshape(-1)  # [B*T*C]
         hashed = time.perf_counter()
-        pending = table.start(rows, buffers.room(layer_id, table, len(rows)))
+        pending = table.start(torch.from_numpy(rows), buffers.room(layer_id, table, rows.size))
         if self._observer:
             self._observer("hash", layer_id, begin, hashed)
             self._observer("gather", layer_id, hashed, time.perf_counter())
         return pending
 
-    def _on_stream(self, ids: Any, history: Any) -> dict[int, Errand[Pending]]:
+    def _on_stream(self, ids: Any, history: Any) -> dict[int, _Outcome]:
         """Hash and gather on the device; on a side stream, which first waits for the token ids."""
         assert isinstance(self.hasher, DeviceHasher)
         if self._stream is None:
             rows = self.hasher(ids, history)
-            return {i: _run_now(partial(table.start, rows[i].reshape(-1))) for i, table in self.tables.items()}
-        errands: dict[int, Errand[Pending]] = {}
+            return {i: Done(partial(table.start, rows[i].reshape(-1))) for i, table in self.tables.items()}
+        outcomes: dict[int, _Outcome] = {}
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             ids.record_stream(self._stream)  # the caller may let go of it
             rows = self.hasher(ids, history)
             for layer_id, table in self.tables.items():
                 arrive = partial(_arrive, table, rows[layer_id].reshape(-1), self._stream)
-                errands[layer_id] = _run_now(arrive)
-        return errands
+                outcomes[layer_id] = Done(arrive)
+        return outcomes
 
     def close(self) -> None:
         """Wait for what is in flight, end the thread, give back all staging memory; again, it does nothing more.
@@ -267,9 +276,9 @@ class Fetch(Mapping[int, Pending]):
     A fetch that was forgotten is given back when it is collected; rows of it that somebody has kept stay as they are.
     """
 
-    def __init__(self, lease: _Lease, errands: dict[int, Errand[Pending]], observer: Observer | None) -> None:
+    def __init__(self, lease: _Lease, outcomes: Mapping[int, _Outcome], observer: Observer | None) -> None:
         self._lease = lease
-        self._joins = {layer_id: _Join(layer_id, errand, lease, observer) for layer_id, errand in errands.items()}
+        self._joins = {layer_id: _Join(layer_id, outcome, lease, observer) for layer_id, outcome in outcomes.items()}
 
     def __getitem__(self, layer_id: int) -> _Join:
         return self._joins[layer_id]
@@ -314,7 +323,7 @@ class Fetch(Mapping[int, Pending]):
 class _Join:
     """The pending fetch of one layer, wherever it is running."""
 
-    def __init__(self, layer_id: int, errand: Errand[Pending], lease: _Lease, observer: Observer | None) -> None:
+    def __init__(self, layer_id: int, errand: _Outcome, lease: _Lease, observer: Observer | None) -> None:
         self._layer_id = layer_id
         self._errand = errand
         self._lease = lease  # while somebody may still wait, nobody else gets the slot
@@ -394,7 +403,7 @@ class _Slot:
 
     def is_written(self) -> bool:
         """Whether somebody still works for a lease that is over."""
-        return any(errand.is_being_done for errand in self._errands)
+        return bool(self._errands) and any(errand.is_being_done for errand in self._errands)
 
     def lend(self, users: Users) -> _Lease:
         """A new lease, as soon as nobody works for the old one."""
@@ -421,11 +430,11 @@ class _Buffers:
         if table.device.type != "cpu" or table.trained:
             return None
         kept = self._arrivals.get(layer_id)
-        if kept is None or len(kept) < count:
+        if kept is None or kept.shape[0] < count:
             with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
                 kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
             self._arrivals[layer_id] = kept
-        return kept[:count]
+        return kept if kept.shape[0] == count else kept[:count]  # a slice takes longer than a lookup
 
 
 def _check_hasher(hasher: NgramHasher | DeviceHasher, table: Table) -> None:
@@ -440,10 +449,3 @@ def _check_hasher(hasher: NgramHasher | DeviceHasher, table: Table) -> None:
 def _arrive(table: Table, rows: Tensor, stream: Any) -> Pending:
     """A fetch on a side stream, which is current: whoever uses the rows waits for what is on it now."""
     return Arriving(table.start(rows).wait(), stream.record_event())
-
-
-def _run_now(work: Callable[[], Pending]) -> Errand[Pending]:
-    """An errand that is done already; what failed is raised at the join, too."""
-    errand = Errand(work)
-    errand()
-    return errand

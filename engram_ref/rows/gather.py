@@ -37,7 +37,7 @@ def gather(table: Tensor, rows: Tensor, out: Tensor) -> None:
     """
     count, row_bytes = out.shape
     assert table.is_contiguous() and rows.is_contiguous() and out.stride(1) == 1
-    assert len(rows) == count and table.shape[1] == row_bytes and table.dtype == out.dtype == torch.uint8
+    assert rows.shape[0] == count and table.shape[1] == row_bytes and table.dtype == out.dtype == torch.uint8
     if _copy_rows is None:
         out.copy_(torch.index_select(table, 0, rows))
         return
@@ -66,7 +66,9 @@ def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> N
         count: of whatever is worked on.
         nbytes: that will be written.
     """
-    threads = min(torch.get_num_threads(), nbytes // _THREAD_BYTES)
+    threads = nbytes // _THREAD_BYTES
+    if threads > 1:
+        threads = min(threads, torch.get_num_threads())
     if threads < 2:
         work(0, count)
         return

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,9 @@ from engram_ref.threads.users import Users
 if TYPE_CHECKING:
     from engram_ref.rows.rows import Rows
 
-_INTEGERS = (torch.int32, torch.int64)
+# The dtypes that row numbers may have: the unsigned one of the same bits, and how -2**31 or -2**63 reads in it.
+_UNSIGNED = {torch.int32: (np.uint32, 2**31), torch.int64: (np.uint64, 2**63)}
+_CPU = torch.device("cpu")
 
 
 class Pending(Protocol):
@@ -155,7 +158,7 @@ class Table(ABC):
 
 def check_shape(rows: Tensor, index_device: torch.device) -> None:
     """Refuse what is not a vector of row numbers on the device that gathers."""
-    if rows.dtype not in _INTEGERS or rows.ndim != 1:
+    if rows.dtype not in _UNSIGNED or rows.ndim != 1:
         raise ValueError(f"row numbers of shape {tuple(rows.shape)}, {rows.dtype}: give a vector of int32 or int64")
     if rows.device.type != index_device.type:
         raise ValueError(f"row numbers on {rows.device}; this table looks them up on {index_device}: move them there")
@@ -167,11 +170,12 @@ def check_rows(rows: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: wrong dtype, shape or device, or a row number outside 0 .. count - 1.
     """
-    check_shape(rows, torch.device("cpu"))
+    check_shape(rows, _CPU)
     if rows.numel():
         numbers = rows.numpy()  # torch would wake threads for a long vector: up to 10 ms on a busy machine
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= count:
+        unsigned, negative = _UNSIGNED[rows.dtype]
+        if int(numbers.view(unsigned).max()) >= min(count, negative):  # one pass for both ends
+            low, high = int(numbers.min()), int(numbers.max())
             raise ValueError(f"row {low if low < 0 else high} does not exist; the table has rows 0 .. {count - 1}")
     return rows.contiguous()
 

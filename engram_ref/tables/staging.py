@@ -68,9 +68,8 @@ class Delivery:
 
     def take(self, table: Rows, rows: Tensor, out: Tensor | None = None) -> Ready:
         """On a CPU: gather rows of a table in memory straight to where they are wanted, decoded on the way."""
-        if out is not None:
-            check_out(out, len(rows), self.format, self.device)
-        values = self.empty(len(rows)) if out is None else out
+        count = rows.shape[0]  # len(rows) takes three times as long
+        values = self.empty(count) if out is None else check_out(out, count, self.format, self.device)
         if self.format.scaled:
             gather_values(table.parts, rows, values)
         else:

@@ -102,6 +102,37 @@ class Errand(Generic[T]):
                 self._end()
 
 
+class Done(Generic[T]):
+    """Work that whoever makes this has done by then: how an errand looks that has ended, without its locks.
+
+    Attributes:
+        ended: true.
+        error: what it raised; an interruption is raised at once instead.
+    """
+
+    ended = True
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.error: Exception | None = None
+        try:
+            self._result = work()
+        except Exception as error:  # nothing is swallowed: whoever wants the result gets it
+            self.error = error
+
+    def wait(self) -> None:
+        """It has ended."""
+
+    def result(self) -> T:
+        """What it returned.
+
+        Raises:
+            Exception: what it raised.
+        """
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+
 def call_off(errands: Sequence[Errand[Any]]) -> None:
     """Return when nobody does any of them, even if this is interrupted; then raise the interruption."""
     try:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from engram_ref.threads.errands import Errand, Pool, call_off
+from engram_ref.threads.errands import Done, Errand, Pool, call_off
 
 
 @pytest.fixture
@@ -45,6 +45,22 @@ def test_what_went_wrong_is_kept_and_an_interruption_raised_besides():
     with pytest.raises(KeyboardInterrupt):
         errand()
     assert errand.ended and isinstance(errand.error, KeyboardInterrupt)
+
+
+def test_what_was_done_at_once_looks_like_an_errand_that_has_ended():
+    done = Done(lambda: 3)
+    done.wait()
+    assert done.ended and done.error is None and done.result() == 3
+    failed = Done(fail)
+    assert failed.ended and isinstance(failed.error, OSError)
+    with pytest.raises(OSError, match="the disk has gone"):
+        failed.result()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Done(interrupted)
 
 
 def test_one_that_was_called_off_never_begins_and_nobody_waits_for_it(pool):

@@ -31,6 +31,7 @@ from engram_ref.layer import build_engram
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import PLACEMENTS, RowFormat, Table, make_table
+from engram_ref.tables.base import check_rows
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.vocab import CompressedVocab
@@ -290,6 +291,24 @@ def test_a_row_that_does_not_exist_is_refused(case, row, make):
         assert str(caught.value).startswith(f"row {row} does not exist; the table has rows 0 .. {R - 1}")
         assert "\n" not in str(caught.value)
     assert_same_bits(fetch(table, ROWS["all"]), values, ROWS["all"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_ends_of_every_table_are_held_to_the_row(dtype):
+    """Also where a table has more rows than an int32 can say: -2**31, read as unsigned, is one of its row numbers."""
+    info = torch.iinfo(dtype)
+    for count in (1, 300, 2**31 - 1, 2**31, 3_000_000_000, 2**33):
+        for row in (info.min, info.min + 1, -1, 0, count - 1, count, info.max):
+            if not info.min <= row <= info.max:
+                continue
+            rows = torch.tensor([0, row, 0], dtype=dtype)
+            if 0 <= row < count:
+                assert check_rows(rows, count).tolist() == [0, row, 0]
+            else:
+                with pytest.raises(
+                    ValueError, match=rf"row {row} does not exist; the table has rows 0 \.\. {count - 1}$"
+                ):
+                    check_rows(rows, count)
 
 
 @every_case
