@@ -196,8 +196,8 @@ def _adopt(placement: str, rows: Rows, device: torch.device, memory: HostMemory)
     if device.type == "cuda":
         memory.pin()
     if placement == "device":
-        return DeviceTable(rows, memory)
-    return (HostTable if placement == "host" else UvaTable)(rows, device, memory)
+        return DeviceTable(rows, memory, checked=True)  # what `encode` gave is numbers
+    return (HostTable if placement == "host" else UvaTable)(rows, device, memory, checked=True)
 
 
 def check_plan(config: EngramConfig, layer_plan: LayerPlan) -> None:

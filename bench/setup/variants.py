@@ -167,23 +167,23 @@ class TableSet:
     def _resident(self) -> list[Variant]:
         on_cpu = self.device.type == "cpu"
         rows = self.in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
-        table = self.keep(DeviceTable(rows))
+        table = self.keep(DeviceTable(rows, checked=True))  # content of our own making, without NaN
         prefetcher = self.prefetcher(table, background=False)
         return [Variant("resident", "in place", None, repeat, table, prefetcher) for repeat in (0, 1)]
 
     def _host(self, name: str, schedule: str) -> Variant:
-        table = self.keep(HostTable(self.in_host, self.device))
+        table = self.keep(HostTable(self.in_host, self.device, checked=True))
         return Variant(name, schedule, None, 0, table, self.prefetcher(table, schedule == "prefetched"))
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
 
-        table = self.keep(UvaTable(self.in_host, self.device))
+        table = self.keep(UvaTable(self.in_host, self.device, checked=True))
         return [Variant("offload_uva", "prefetched", None, 0, table, self.prefetcher(table, True))]
 
     def _hot(self, stream: Tensor, count: int) -> Variant:
         rows = most_frequent(stream, count, self.rows)
-        table = self.keep(HotTable(HostTable(self.in_host, self.device), rows))
+        table = self.keep(HotTable(HostTable(self.in_host, self.device, checked=True), rows))
         return Variant("offload_hot", "prefetched", None, 0, table, self.prefetcher(table, True))
 
     def _disk(self, folder: Path, caches: Sequence[str]) -> list[Variant]:

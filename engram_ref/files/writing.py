@@ -72,7 +72,8 @@ def save_rows(path: str | Path, rows: Tensor | Rows, name: str = "weight") -> No
         name: of the tensor; of split rows that of the codes.
 
     Raises:
-        ValueError: not two-dimensional, empty, not a floating-point dtype, or codes that are not called `weight`.
+        ValueError: not two-dimensional, empty, not a floating-point dtype, codes that are not called `weight`, or fp8
+            rows with a code or a scale that is NaN.
         OSError: it cannot be written (a full disk); then nothing is left behind, and an older file stays.
     """
     if isinstance(rows, Tensor) and rows.ndim != 2:
@@ -102,7 +103,7 @@ def save_pieces(
         split: whether codes and scales become two tensors; plain rows always are one.
 
     Raises:
-        ValueError: a piece of another format, or not `rows` rows.
+        ValueError: a piece of another format, fp8 rows with a code or a scale that is NaN, or not `rows` rows.
         OSError: it cannot be written.
     """
     if row_format.dtype not in ROW_DTYPES:
@@ -116,6 +117,8 @@ def save_pieces(
         file.write(header)
         for piece in pieces:
             found = _rows_of(piece, row_format)
+            if isinstance(piece, Rows):  # values that were quantised just now are numbers
+                found.refuse_nan(written)
             at = len(header)
             for part in (found.split() if split else found.packed()).parts:
                 width = part.shape[1]

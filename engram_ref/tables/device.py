@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engram_ref.rows.decoding import kernels_for
 from engram_ref.rows.memory import HostMemory
-from engram_ref.rows.rows import Rows
+from engram_ref.rows.rows import Rows, rows_of_table
 from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
 from engram_ref.tables.in_place import InPlace
 from engram_ref.tables.staging import Delivery
@@ -29,13 +29,17 @@ class DeviceTable(Table):
         rows: plain values [R, D], contiguous, or `Rows`; they are used as they are. If values require gradients, rows
             fetched while gradients are on pass them back.
         memory: what they lie in; it is closed with the table.
+        checked: fp8 rows were searched for NaN just now, and are not searched again.
+
+    Raises:
+        ValueError: fp8 rows with a code or a scale that is NaN.
     """
 
     placement = "device"
 
-    def __init__(self, rows: Tensor | Rows, memory: HostMemory | None = None) -> None:
+    def __init__(self, rows: Tensor | Rows, memory: HostMemory | None = None, *, checked: bool = False) -> None:
         self._trained = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        rows = rows_of_table(rows, checked)
         super().__init__(len(rows), rows.format, rows.device, rows.device)
         self.trained = self._trained is not None
         self._rows: Rows | None = rows

@@ -72,7 +72,7 @@ def make_table(
     if placement == "uva":
         require_uva(target, rows.nbytes)
     if placement == "device" and target.type == "cuda":
-        return DeviceTable(_copy_to_device(rows, target, packed))
+        return DeviceTable(_copy_to_device(rows, target, packed), checked=True)
     return _in_host_memory(placement, rows, target, packed)
 
 
@@ -121,9 +121,9 @@ def _in_host_memory(
         if target.type == "cuda":
             memory.pin()  # after the rows came: a copy from a device could not reach over two pieces
         if placement == "device":
-            table: Table = DeviceTable(found, memory)
+            table: Table = DeviceTable(found, memory, checked=True)
         else:
-            table = (HostTable if placement == "host" else UvaTable)(found, target, memory)
+            table = (HostTable if placement == "host" else UvaTable)(found, target, memory, checked=True)
         undo.pop_all()
     return table
 

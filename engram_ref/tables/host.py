@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram_ref.rows.gather import gather_parts
 from engram_ref.rows.memory import HostMemory
-from engram_ref.rows.rows import Rows
+from engram_ref.rows.rows import Rows, rows_of_table
 from engram_ref.tables.base import Pending, Table, check_rows
 from engram_ref.tables.staging import Delivery
 
@@ -24,15 +24,26 @@ class HostTable(Table):
         rows: on the CPU; plain values [R, D], contiguous, or `Rows`. They are used as they are.
         device: where fetched rows are wanted.
         memory: what they lie in; it is closed with the table.
+        checked: fp8 rows were searched for NaN just now, and are not searched again.
+
+    Raises:
+        ValueError: rows on another device, or fp8 rows with a code or a scale that is NaN.
     """
 
     placement = "host"
 
-    def __init__(self, rows: Tensor | Rows, device: str | torch.device, memory: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor | Rows,
+        device: str | torch.device,
+        memory: HostMemory | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
         cpu = torch.device("cpu")
         if rows.device != cpu:
             raise ValueError(f"rows on {rows.device}: a host table has them on the CPU; use placement device")
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        rows = rows_of_table(rows, checked)
         super().__init__(len(rows), rows.format, torch.device(device), cpu)
         self._rows: Rows | None = rows
         self._memory = memory

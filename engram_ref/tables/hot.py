@@ -76,7 +76,7 @@ class HotTable(Table):
         self._behind = behind
         self._slots = torch.full((behind.rows,), _NEW, dtype=torch.int32, device=self.index_device)  # [R]
         self._slots[hot] = torch.arange(len(hot), dtype=torch.int32, device=self.index_device)
-        self._hot: DeviceTable | None = DeviceTable(self._read(hot))
+        self._hot: DeviceTable | None = DeviceTable(self._read(hot), checked=True)  # by the table behind
         # One place for every slot; what is not hot marks the last two, which indexing by -1 and -2 means.
         self._hot_seen = torch.zeros(len(hot) + 2, dtype=torch.bool, device=self.index_device)
         self._lookups = self._hits = 0

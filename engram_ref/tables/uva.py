@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.rows.memory import PIN_PIECE, HostMemory
-from engram_ref.rows.rows import Rows
+from engram_ref.rows.rows import Rows, rows_of_table
 from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
 from engram_ref.tables.in_place import InPlace
 from engram_ref.tables.staging import Arriving
@@ -33,17 +33,26 @@ class UvaTable(Table):
         rows: page-locked; plain values [R, D], contiguous, or `Rows`. They are used as they are.
         device: a CUDA device; "cpu" only in Triton's interpreter, for tests.
         memory: what they lie in; it is closed with the table.
+        checked: fp8 rows were searched for NaN just now, and are not searched again.
 
     Raises:
-        ValueError: this machine cannot serve the placement, or the memory is not page-locked.
+        ValueError: this machine cannot serve the placement, the memory is not page-locked, or fp8 rows have a code or
+            a scale that is NaN.
     """
 
     placement = "uva"
 
-    def __init__(self, rows: Tensor | Rows, device: str | torch.device, memory: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor | Rows,
+        device: str | torch.device,
+        memory: HostMemory | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
         target = torch.device(device)
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         kernels = require_uva(target, rows.nbytes)
+        rows = rows_of_table(rows, checked)
         self._cuda = target.type == "cuda"
         if self._cuda and not all(_is_page_locked(part) for part in rows.parts):
             raise ValueError("placement uva reads page-locked memory, this is not: use HostMemory or pin_memory()")

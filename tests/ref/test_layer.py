@@ -353,12 +353,13 @@ def test_a_prefetched_layer_passes_dead_positions_through():
 def test_scaled_rows_that_were_not_asked_for_do_not_matter():
     _, rows, hidden, _ = make_masked_batch(1, 3)
     engram, numbers = make_v41(), torch.from_numpy(rows).long().reshape(-1)
-    raw = torch.full_like(scaled_rows().parts[0], 0xFF)  # every code and every scale is NaN
+    raw = scaled_rows().parts[0].clone()
+    poisoned = make_v41(DeviceTable(Rows(RowFormat.of(CONFIG_V41), (raw,))))
+    raw.fill_(0xFF)  # every code and every scale is NaN, since the table looked at them
     raw[numbers] = scaled_rows().parts[0][numbers]
-    poisoned = Rows(RowFormat.of(CONFIG_V41), (raw,))
-    assert torch.equal(make_v41(DeviceTable(poisoned))(hidden, rows), engram(hidden, rows))
+    assert torch.equal(poisoned(hidden, rows), engram(hidden, rows))
     raw[numbers[-1]] = 0xFF
-    assert make_v41(DeviceTable(poisoned))(hidden, rows)[0, 2].isnan().any()
+    assert poisoned(hidden, rows)[0, 2].isnan().any()
 
 
 def test_a_v41_stream_without_copies_keeps_its_shape():

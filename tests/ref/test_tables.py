@@ -28,12 +28,15 @@ from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.layer import build_engram
+from engram_ref.rows import nan_check
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import PLACEMENTS, RowFormat, Table, make_table
 from engram_ref.tables.base import check_rows
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.file import StoredRows, save_rows
+from engram_ref.tables.file import StoredRows, save_pieces, save_rows
+from engram_ref.tables.host import HostTable
+from engram_ref.tables.uva import UvaTable
 from engram_ref.vocab import CompressedVocab
 from tests.ref.fp8_pairs import assert_bits, rows_of
 from tests.ref.fp8_pairs import random_rows as random_fp8_rows
@@ -155,6 +158,44 @@ def test_fp8_rows_with_nan_are_refused_by_every_placement(case, split, column, b
     poisoned[R - 2, column] = byte
     with pytest.raises(ValueError, match=f"row {R - 2} has a code or a scale that is NaN: not fp8 rows"):
         make(case, rows_of(poisoned, split))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
+@pytest.mark.parametrize(("column", "byte"), [(0, 0xFF), (63, 0x7F), (64, 0xFF)], ids=["-NaN", "NaN", "scale"])
+@pytest.mark.parametrize("kind", [DeviceTable, HostTable, UvaTable])
+def test_fp8_rows_with_nan_are_refused_by_a_table_that_is_made_of_them(kind, split, column, byte, tmp_path):
+    if kind is UvaTable and device_for("uva") != "cpu":
+        pytest.skip("needs page-locked memory: tests/cuda")
+    options = {} if kind is DeviceTable else {"device": "cpu"}
+    poisoned = FP8.clone()
+    kind(rows_of(poisoned, split), **options).close()
+    poisoned[[R - 2, R - 1], column] = byte
+    told = f"row {R - 2} has a code or a scale that is NaN: not fp8 rows$"
+    with pytest.raises(ValueError, match=told):
+        kind(rows_of(poisoned, split), **options)
+    with pytest.raises(ValueError, match=told):
+        save_rows(tmp_path / "table.safetensors", rows_of(poisoned, split))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_row_with_nan_is_counted_through_all_pieces(tmp_path):
+    poisoned = FP8.clone()
+    poisoned[290, 65] = 0xFF
+    pieces = (rows_of(poisoned[first : first + 100]) for first in range(0, R, 100))
+    with pytest.raises(ValueError, match="row 290 has a code or a scale that is NaN"):
+        save_pieces(tmp_path / "table.safetensors", R, rows_of(FP8).format, pieces)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_factory_looks_for_nan_once(case, make, monkeypatch):
+    """At the rows that it is given, or at those that it reads from a file; never again at what it made of them."""
+    looked = []
+    real = nan_check.find_nan
+    monkeypatch.setattr(nan_check, "find_nan", lambda raw, codes: looked.append(raw.nbytes) or real(raw, codes))
+    make(case, rows_of(FP8))
+    # The file is looked at when it is written; what is hot of it, when it is read.
+    again = 66 * len(CASES[case]["hot"]) if case == "hot, file behind" else 0
+    assert sum(looked) == FP8.nbytes + again
 
 
 @every_case
