@@ -36,8 +36,8 @@ from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, his
 from engram_ref.attach.hooks import Hook, refuse_twice
 from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
-from engram_ref.attach.packing import Packing, borders_of
-from engram_ref.attach.padding import padding_of
+from engram_ref.attach.packing import Packing, borders_of, require_continued
+from engram_ref.attach.padding import chosen, padding_of
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.hashing.device import DeviceHasher
@@ -281,6 +281,9 @@ class Attached:
         borders = borders_of(given, past, cached, decoder.config)
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
+        if history is not None and past and self._may_look_at(given):
+            pad = self._source.plan.pad_compressed
+            require_continued(given.mask, history.recent, pad, past, given.ids.shape[1])
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
@@ -294,6 +297,10 @@ class Attached:
         except BaseException:
             give_back(fetch)
             raise
+
+    def _may_look_at(self, given: Given) -> bool:
+        """Whether the CPU may look into the mask: not where a step of one token runs without it."""
+        return given.ids.shape[1] > 1 or self._source.reads_on_cpu or not _is_on_accelerator(chosen(given.mask))
 
     def _past_length(self, given: Given) -> int:
         """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""

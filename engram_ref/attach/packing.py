@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engram_ref.attach.blocks import Given
 from engram_ref.attach.padding import chosen, visible
+from engram_ref.ids import DEAD
 
 _MEND = "give a padded batch"
 
@@ -96,6 +97,37 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
     if found is not None and past:
         raise ValueError(f"several sequences in one row behind a cache of {past} positions: {_MEND}")
     return found
+
+
+def require_continued(mask: Any, recent: Tensor, pad: int, past: int, length: int) -> None:
+    """Refuse a chunk whose first token does not see the newest one in the cache: a sequence that begins there.
+
+    Args:
+        mask: `attention_mask` as the decoder gets it; only one of four dimensions says it.
+        recent: compressed ids of the newest positions in the cache, [B, R]; DEAD or `pad` where no token is.
+        past, length: positions in the cache, and in the chunk (T).
+
+    Raises:
+        ValueError: the first token of a row does not see it.
+    """
+    mask = chosen(mask)
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return
+    sees = visible(mask)  # [B or 1, T, positions]
+    recent = recent[:, -past:].to(sees.device)
+    batch, remembered = recent.shape
+    sees = sees.expand(batch, -1, -1)
+    numbers = torch.arange(past - remembered, past, device=sees.device)
+    tokens = (recent != DEAD) & (recent != pad)
+    newest = torch.where(tokens, numbers, -1).amax(dim=1)  # [B], -1 where there is nothing to go on from
+    real = sees[:, :, past : past + length].diagonal(dim1=1, dim2=2)  # [B, T]
+    first = real.int().argmax(dim=1)
+    linked = sees[torch.arange(batch, device=sees.device), first, newest.clamp_min(0)]
+    if ((newest >= 0) & real.any(dim=1) & ~linked).any():
+        raise ValueError(
+            f"an attention mask in which a sequence begins behind a cache of {past} positions, whose newest it does "
+            f"not see: use a new cache for it, or {_MEND}"
+        )
 
 
 def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:

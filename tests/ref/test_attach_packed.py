@@ -180,6 +180,47 @@ def test_behind_a_cache_they_are_refused(model, layers):
             model(PACKED, attention_mask=mask, past_key_values=cache)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_sequence_that_begins_exactly_behind_a_cache_is_refused(length, added, model, layers):
+    """The chunk is one sequence, so there is no border in it: only what it sees of the cache tells."""
+    ids = make_ids(2, 5 + length, seed=8)
+    causal = torch.ones(5 + length, 5 + length, dtype=torch.bool).tril()[None, None, 5:].repeat(2, 1, 1, 1)
+    anew = causal.clone()
+    anew[1, :, :, :5] = False  # the second row alone
+    some = causal.clone()
+    some[1, :, :, 4] = False  # sees old positions of the cache, not the newest: the tokens before it are not known
+
+    def go_on(mask):
+        cache = DynamicCache()
+        model(ids[:, :5], past_key_values=cache)
+        if added:
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+        return model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        torch.testing.assert_close(go_on(causal), model(ids, use_cache=False).logits[:, 5:], **EXACT)
+        for mask in (anew, some):
+            with pytest.raises(ValueError, match="a sequence begins behind a cache of 5 positions"):
+                go_on(mask)
+
+
+def test_a_row_of_nothing_but_padding_so_far_may_begin_behind_a_cache(model, layers):
+    """Left padding that fills the first chunk: there is nothing to go on from, and nothing to see."""
+    ids = make_ids(2, 9, seed=4)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :5] = real[1, :3] = False
+    mask = (real[:, None, :] & real[:, :, None] & torch.ones(9, 9, dtype=torch.bool).tril())[:, None]
+    places = (real.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache()
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        model(ids[:, :4], attention_mask=mask[:, :, :4, :4], position_ids=places[:, :4], past_key_values=cache)
+        last = dict(attention_mask=mask[:, :, 4:], position_ids=places[:, 4:], past_key_values=cache)
+        got = model(ids[:, 4:], **last).logits
+        torch.testing.assert_close(got[0, 1:], alone(model, [ids[0, 5:]]), **EXACT)
+        torch.testing.assert_close(got[1], alone(model, [ids[1, 3:]])[1:], **EXACT)
+
+
 def test_what_is_one_sequence_stays_one(model, layers):
     length = PACKED.shape[1]
     causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
