@@ -8,7 +8,9 @@ appears. Every hash multiplier derives from the number of forms, so the map must
     compressed = vocab(token_ids)                     # [B, T] -> [B, T]
 
 Building takes about a second and is cached on disk, by the digests of the tokenizer file and of the code that builds.
-What the cache gives is compared with the published map where there is one, and else with the tokenizer's tokens.
+What the cache gives is compared with the published map where there is one, and else with what the tokenizer's tokens of
+ASCII letters and digits read like: who may write to the cache can forge the rest of such a map, as its signature has no
+secret. An empty `cache_dir` believes nobody.
 Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash. Torch is not imported here.
 """
 
@@ -352,7 +354,7 @@ def _read_cache(file: Path, text: bytes) -> CompressedVocab | None:
 
 
 def _fits(vocab: CompressedVocab, text: bytes) -> bool:
-    """Whether a map can be this tokenizer's: the published one where there is one, and one id for each token."""
+    """Whether a map can be this tokenizer's: the published one where there is one, else one that fits its tokens."""
     known = KNOWN_FILES.get(hashlib.sha256(text).hexdigest())
     if known is not None:
         return vocab.digest == KNOWN_MAPS[known]
@@ -360,7 +362,21 @@ def _fits(vocab: CompressedVocab, text: bytes) -> bool:
         tokens = _tokens(text)
     except (ValueError, TypeError, KeyError, RecursionError):  # a form of file that only its library knows
         return False
-    return len(vocab.ids) == len(tokens) and KNOWN_MAPS.get(_fingerprint(tokens), vocab.digest) == vocab.digest
+    if len(vocab.ids) != len(tokens) or KNOWN_MAPS.get(_fingerprint(tokens), vocab.digest) != vocab.digest:
+        return False
+    return _plain_words_agree(vocab, tokens)
+
+
+def _plain_words_agree(vocab: CompressedVocab, tokens: list[str]) -> bool:
+    """Whether tokens of ASCII letters and digits have one id if and only if they differ in nothing but case.
+
+    Every decoder in use gives such a token as it is; after another one, maps are built at every start, and right.
+    """
+    number: dict[str, int] = {}
+    for token, compressed in zip(tokens, vocab.ids.tolist()):
+        if token.isascii() and token.isalnum() and number.setdefault(token.lower(), compressed) != compressed:
+            return False
+    return len(set(number.values())) == len(number)
 
 
 def _write_cache(file: Path, vocab: CompressedVocab) -> None:

@@ -480,6 +480,10 @@ def store(file: Path, ids: list[int]) -> None:
     file.write_bytes(module._signature(file.name, stored) + stored)
 
 
+def tokens_in(file: Path) -> int:
+    return (file.stat().st_size - 32) // 4
+
+
 DAMAGE = {
     "empty": lambda file: file.write_bytes(b""),
     "text": lambda file: file.write_text("not a map"),
@@ -491,6 +495,8 @@ DAMAGE = {
     "bit of the last id": lambda file: flip(file, -1),
     "no map": lambda file: store(file, [5, 6]),
     "nothing mapped": lambda file: store(file, []),
+    "signed anew, nothing alike": lambda file: store(file, list(range(tokens_in(file)))),
+    "signed anew, all alike": lambda file: store(file, [0] * tokens_in(file)),
     "five tokens": lambda file: store(file, [0, 1, 2, 3, 4]),
     "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
 }
