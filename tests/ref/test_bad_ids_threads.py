@@ -14,7 +14,7 @@ import torch
 
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing_torch import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.vocab import CompressedVocab
 
 VOCAB = CompressedVocab.from_map(np.arange(60) % 50)
