@@ -150,7 +150,7 @@ tests 20 end_to_end tests/cuda/test_end_to_end_cuda.py
 tests 15 fp8 tests/cuda/test_fp8_cuda.py
 tests 10 layer tests/cuda/test_layer_cuda.py
 tests 15 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
-tests 10 interpreted tests/ref/test_kernels.py tests/ref/test_uva.py tests/ref/test_in_place.py tests/ref/test_hashing_torch.py
+tests 10 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py tests/ref/hashing/test_device.py
 step 75 prefill $RUN bench/gpu_wall.py --device cuda --out "$WORK/prefill" --cases none --fit $WALL --backbone $LARGE \
   --preset $PRESET --table_params $PARAMS --steps $SHAPES --no_trace \
   --variants resident offload_naive offload_prefetch offload_uva offload_hot

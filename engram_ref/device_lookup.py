@@ -12,7 +12,7 @@ captured. Elsewhere torch's own operations and the tables do it, and give the sa
 
 A token id outside the vocabulary counts as DEAD; `check` raises it. On a CPU it is refused at once.
 
-    python -m pytest tests/ref/test_lookup.py
+    python -m pytest tests/ref/test_device_lookup.py
 """
 
 from __future__ import annotations

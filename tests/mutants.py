@@ -39,23 +39,23 @@ _CONTEXT = 40  # characters on either side of a change
 
 # File -> its tests, the quickest to fail first.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "engram_ref/hashing/ngram.py": ("tests/ref/test_hashing.py", "tests/ref/test_hashing_fused.py"),
-    "engram_ref/hashing/plan.py": ("tests/ref/test_hashing.py", "tests/ref/test_identity.py"),
+    "engram_ref/hashing/ngram.py": ("tests/ref/hashing/test_ngram.py", "tests/ref/hashing/test_fused.py"),
+    "engram_ref/hashing/plan.py": ("tests/ref/hashing/test_ngram.py", "tests/ref/hashing/test_identity.py"),
     "engram_ref/prefetch.py": ("tests/ref/test_prefetch.py",),
-    "engram_ref/tables/hot.py": ("tests/ref/test_hot.py",),
-    "engram_ref/tables/staging.py": ("tests/ref/test_delivery.py",),
-    "engram_ref/files/read_plan.py": ("tests/ref/test_read_plan.py",),
-    "engram_ref/rows/fp8.py": ("tests/ref/test_fp8.py",),
+    "engram_ref/tables/hot.py": ("tests/ref/tables/test_hot.py",),
+    "engram_ref/tables/staging.py": ("tests/ref/tables/test_staging.py",),
+    "engram_ref/files/read_plan.py": ("tests/ref/files/test_read_plan.py",),
+    "engram_ref/rows/fp8.py": ("tests/ref/rows/test_fp8.py",),
     "engram_toy/hashing.py": ("tests/toy/test_hashing.py", "tests/cross/test_index_stream.py"),
-    "engram_toy/tracer/stack.py": ("tests/toy/test_stack.py", "tests/toy/test_bytedmd.py"),
-    "engram_toy/tracer/first_reads.py": ("tests/toy/test_relaying.py",),
-    "engram_toy/models/layouts.py": ("tests/toy/test_programs.py",),
-    "bench/rows/cases.py": ("tests/bench/test_row_cases.py", "tests/bench/test_production.py"),
-    "bench/rows/whole_model.py": ("tests/bench/test_whole_model.py",),
-    "bench/instruments/journal.py": ("tests/bench/test_journal.py",),
-    "bench/instruments/results.py": ("tests/bench/test_results.py",),
-    "bench/served/numbers.py": ("tests/bench/test_end_to_end_numbers.py",),
-    "bench/wall/numbers.py": ("tests/bench/test_wall_table.py",),
+    "engram_toy/tracer/stack.py": ("tests/toy/tracer/test_stack.py", "tests/toy/test_bytedmd.py"),
+    "engram_toy/tracer/first_reads.py": ("tests/toy/tracer/test_first_reads.py",),
+    "engram_toy/models/layouts.py": ("tests/toy/models/test_programs.py",),
+    "bench/rows/cases.py": ("tests/bench/rows/test_cases.py", "tests/bench/test_production.py"),
+    "bench/rows/whole_model.py": ("tests/bench/rows/test_whole_model.py",),
+    "bench/instruments/journal.py": ("tests/bench/instruments/test_journal.py",),
+    "bench/instruments/results.py": ("tests/bench/instruments/test_results.py",),
+    "bench/served/numbers.py": ("tests/bench/served/test_numbers.py",),
+    "bench/wall/numbers.py": ("tests/bench/wall/test_table.py",),
 }
 
 _COMPARISONS: dict[type, type] = {

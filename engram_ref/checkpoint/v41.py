@@ -7,7 +7,7 @@
 `ModelFolder` has checked names, shapes and sizes. For placement `file` the rows stay in the checkpoint; for every other
 one they are read once, into their place. The projection is decoded, or kept in fp8 as it is.
 
-    python -m pytest tests/ref/test_checkpoint_v41.py
+    python -m pytest tests/ref/checkpoint/test_v41.py
 """
 
 from __future__ import annotations

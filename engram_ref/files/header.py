@@ -10,7 +10,7 @@ whole as soon as its header has been read, but for one thing: a download may res
 `require_written` asks the file system for such holes. Whatever a header holds, reading it takes bounded work: numbers
 and ranks are limited before anything is computed from them. Torch is not imported here.
 
-    python -m pytest tests/ref/test_safetensors_header.py
+    python -m pytest tests/ref/files/test_header.py
 """
 
 from __future__ import annotations

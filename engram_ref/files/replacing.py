@@ -10,7 +10,7 @@ A write that fails leaves nothing behind, and an older file under that name stay
 leaves its part; nobody holds its lock any more, by which the next one that writes the same file knows and removes it. A
 part has a name that cannot be guessed, follows no link and has the mode that the umask gives.
 
-    python -m pytest tests/ref/test_replacing.py
+    python -m pytest tests/ref/files/test_replacing.py
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ With numba this is compiled (`reading_fused`). Where the system cannot be asked 
 which bypasses the page cache, threads that wait read instead. All of this only makes reading faster: where a sandbox
 refuses a hint, or a file system returns less than was asked for, the rows are read without it.
 
-    python -m pytest tests/ref/test_file_table.py
+    python -m pytest tests/ref/tables/test_file.py
 """
 
 from __future__ import annotations

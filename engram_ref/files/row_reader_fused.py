@@ -4,7 +4,7 @@ No Python runs between the system calls, so that a fetch takes one turn at the i
 every row. Rows that follow each other in the file are read by one call, each to its own place. Where rows lie in two
 parts, the disk is asked for both before either is waited for. The C library is called by name.
 
-    python -m pytest tests/ref/test_file_table.py
+    python -m pytest tests/ref/tables/test_file.py
 """
 
 # mypy: disable-error-code="call-arg, call-overload"

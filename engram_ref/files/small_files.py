@@ -5,7 +5,7 @@
 A pipe would wait for ever for its writer, a device may have no end, and a sparse file of 60 GB takes no disk, and then
 all of memory; each is refused before its first byte is read. Torch is not imported here.
 
-    python -m pytest tests/ref/test_small_files.py
+    python -m pytest tests/ref/files/test_small_files.py
 """
 
 from __future__ import annotations

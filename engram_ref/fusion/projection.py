@@ -8,7 +8,7 @@ Codes and scales take half the memory of bfloat16. They become values a block of
 that block is multiplied, so that the whole matrix never lies in memory. A matrix product that is cut by output rows
 may sum in another order than the whole one; so plain weights are multiplied in the same blocks.
 
-    python -m pytest tests/ref/test_projection.py
+    python -m pytest tests/ref/fusion/test_projection.py
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ be cut anywhere. At a DEAD position (an image) the gate is 0 and the stream pass
 Differences from the demo's gate (`engram_ref.fusion`): eps is 1e-20; the sign is copied, so that an inner product of
 +0 opens the gate a little more than half and -0 a little less; the sum with the stream belongs to the layer.
 
-    python -m pytest tests/ref/test_fusion_v41.py
+    python -m pytest tests/ref/fusion/test_v41.py
 """
 
 from __future__ import annotations

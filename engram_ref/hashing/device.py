@@ -15,7 +15,7 @@ device has caught up. On CUDA a bad id is therefore remembered there, and `check
 at once; until then the id counts as DEAD, so that every index is one of the table's rows and no memory is misread.
 On a CPU a bad id is refused at once.
 
-    python -m pytest tests/ref/test_hashing_torch.py
+    python -m pytest tests/ref/hashing/test_device.py
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), 
 `hashing_step` is the same loop for a few tokens; no other module of the package imports numba. Compiling takes
 a few seconds once; numba then keeps the machine code on disk.
 
-    python -m pytest tests/ref/test_hashing_fused.py
+    python -m pytest tests/ref/hashing/test_fused.py
     python bench/hashing_speed.py
 
 The remainder of h < 2^63 by an odd p < 2^31, with R1 = 2^32 mod p, R2 = 2^64 mod p, q = p^-1 mod 2^32 and

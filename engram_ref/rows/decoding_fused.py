@@ -11,7 +11,7 @@ Every other block is multiplied out in float32, whose range holds all products b
 and rounded to the nearest, ties to even. A subnormal code f / 8 * 2^-6 is made as (1 + f / 8) * 2^-6 - 2^-6, so that
 nothing depends on how the processor was told to treat subnormal numbers.
 
-    python -m pytest tests/ref/test_decoding.py
+    python -m pytest tests/ref/rows/test_decoding.py
 """
 
 # mypy: disable-error-code="call-arg, call-overload"

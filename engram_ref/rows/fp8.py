@@ -9,7 +9,7 @@ and a scale has four significant bits, so it is exact in bfloat16, which has eig
 then it is rounded once, to the nearest, and beyond the largest number to infinity. Every path that decodes rows gives
 these bits.
 
-    python -m pytest tests/ref/test_fp8.py
+    python -m pytest tests/ref/rows/test_fp8.py
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ processor is told of rows some way ahead, so that several are on their way at on
 The loop is given addresses, because unpacking three arrays takes numba longer than copying a few rows; it checks
 nothing. `engram_ref.rows.gather` does, and is what to call. Compiled once, then kept on disk by numba.
 
-    python -m pytest tests/ref/test_gather.py
+    python -m pytest tests/ref/rows/test_gather.py
 """
 
 # mypy: disable-error-code="call-arg, call-overload"

@@ -23,7 +23,7 @@ refuses only addresses that the driver does not know. Page-locked memory it know
 cudaHostRegister with flags 0 maps what it locks for every device. From the first byte the kernel counts on, so
 memory that was registered in pieces must be mapped in one stretch: `engram_ref.tables.uva` makes sure of that.
 
-    python -m pytest tests/ref/test_kernels.py
+    python -m pytest tests/ref/rows/test_kernels.py
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -8,7 +8,7 @@ after it has run, the next `start`, a `wait` or `close`, raises it.
     values = rows.read(numbers)                 # [N, D], on the current stream
     pending = rows.checked(Ready(values))       # its wait raises a bad number that is known by then
 
-    python -m pytest tests/ref/test_in_place.py
+    python -m pytest tests/ref/tables/test_in_place.py
 """
 
 from __future__ import annotations

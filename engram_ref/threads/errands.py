@@ -7,7 +7,7 @@ Memory may be used for something else only when nobody writes to it any more. A 
 who was interrupted (Ctrl-C) while he handed it over: it may be running, or begin later. An errand is known before it is
 handed over; once it is called off it has ended, or it will never begin.
 
-    python -m pytest tests/ref/test_errands.py
+    python -m pytest tests/ref/threads/test_errands.py
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A child has one thread, a copy of that which called fork. A lock that another thread held stays locked there for good,
 and a pool waits for threads that are not there: both would hang the child at its first fetch.
 
-    python -m pytest tests/ref/test_forks.py
+    python -m pytest tests/ref/threads/test_forks.py
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 Each thread holds a lock of its own while it is inside. A `with` on a plain lock is what an interruption (Ctrl-C) cannot
 break in two, as it can a counter: nobody is counted who has left, and closing never waits in vain.
 
-    python -m pytest tests/ref/test_users.py
+    python -m pytest tests/ref/threads/test_users.py
 """
 
 from __future__ import annotations

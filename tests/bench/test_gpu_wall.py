@@ -20,7 +20,7 @@ from engram_ref.config import EngramConfig
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
 from engram_ref.tables.file import FileTable
-from tests.bench.test_backbones import TINY
+from tests.bench.setup.test_backbones import TINY
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from engram_ref.attach import ExposedTime, attach
 from engram_ref.attach.on_hand import OnHand
 from engram_ref.layer import Engram
 from engram_ref.tables import make_table
-from tests.ref.attach_models import VOCAB, make_ids, make_layers, make_model
+from tests.ref.attach.models import VOCAB, make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.cuda
 

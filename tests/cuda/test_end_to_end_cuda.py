@@ -12,7 +12,7 @@ import pytest
 from bench import gpu_wall
 from bench.served import run as end_to_end
 from bench.served.numbers import same_tokens
-from tests.bench.test_backbones import TINY
+from tests.bench.setup.test_backbones import TINY
 
 pytestmark = pytest.mark.cuda
 

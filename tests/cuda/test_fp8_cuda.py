@@ -1,6 +1,6 @@
 """fp8 rows on a GPU: every placement gives the same bits, packed and split, and nothing stops the CPU.
 
-The kernel's own tests, tests/ref/test_kernels.py and test_in_place.py, run on the GPU too where there is one.
+The kernel's own tests, tests/ref/rows/test_kernels.py and test_in_place.py, run on the GPU too where there is one.
 
     python -m pytest tests/cuda/test_fp8_cuda.py
 """
@@ -18,7 +18,7 @@ from engram_ref.tables import make_table, uva
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.uva import UvaTable
 from tests.cuda.test_kernels_cuda import boundary_rows, no_synchronisation
-from tests.ref.fp8_pairs import assert_bits, expected_bits, pair_rows, random_rows, rows_of
+from tests.ref.rows.fp8_pairs import assert_bits, expected_bits, pair_rows, random_rows, rows_of
 
 pytestmark = pytest.mark.cuda
 

@@ -1,6 +1,6 @@
 """Hashing and reading in place on a GPU: the definition's indices and the table's bytes, without a synchronisation.
 
-The kernels' own tests, tests/ref/test_kernels.py and test_uva.py, run on the GPU too where there is one; here is
+The kernels' own tests, tests/ref/rows/test_kernels.py and test_uva.py, run on the GPU too where there is one; here is
 what only a GPU has: registered memory in several pieces, streams that race, and a CPU that must not be stopped.
 """
 

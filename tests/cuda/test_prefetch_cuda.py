@@ -19,7 +19,7 @@ from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.staging import Delivery
 from tests.cuda.stress import steps
-from tests.ref.fp8_pairs import random_rows, rows_of
+from tests.ref.rows.fp8_pairs import random_rows, rows_of
 
 pytestmark = pytest.mark.cuda
 

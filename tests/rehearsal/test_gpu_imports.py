@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("gpu_machine_packages.txt")
 _AS_IMPORTED = {"yaml": "pyyaml", "pil": "pillow", "sklearn": "scikit_learn", "pynvml": "nvidia_ml_py"}
 RUN = ["bench/gpu_wall.py", "bench/gpu/preflight.py", "bench/gpu/evidence.py", "bench/*/*.py", "tests/cuda/*.py",
-       "tests/conftest.py", "tests/ref/conftest.py", "tests/ref/test_kernels.py", "tests/ref/test_uva.py",
-       "tests/ref/test_in_place.py", "tests/ref/test_hashing_torch.py"]  # fmt: skip
+       "tests/conftest.py", "tests/ref/conftest.py", "tests/ref/rows/test_kernels.py", "tests/ref/tables/test_uva.py",
+       "tests/ref/tables/test_in_place.py", "tests/ref/hashing/test_device.py"]  # fmt: skip
 
 
 def there():

@@ -22,8 +22,8 @@ from engram_toy.fast import floor as fast_floor
 from engram_toy.fast.rows import price_rows, start
 from engram_toy.tracer import stack
 from engram_toy.tracer.stack import Log, price
-from tests.toy.test_rows import Stream
-from tests.toy.test_stack import random_log
+from tests.toy.fast.test_rows import Stream
+from tests.toy.tracer.test_stack import random_log
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "definitions.json").read_text())

@@ -1,0 +1,196 @@
+"""Board state and bus traffic of passes, from a driver, clocks and counters that are fake."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+import torch
+
+from bench.instruments import board
+from bench.instruments.board import BoardWatch, PcieThroughput, count_traffic, reasons
+from bench.instruments.driver import Driver, open_driver
+from bench.instruments.timing import NotMeasured
+from bench.served import rounds as end_to_end_rounds
+from bench.wall import step as steps
+from bench.wall import table as wall_table
+from bench.wall.numbers import over_control, run_of
+from bench.wall.record import run_record
+from tests.bench.instruments.test_driver import WRAP, FakeNvml
+from tests.bench.served.test_numbers import SCHEMA
+from tests.bench.test_gpu_wall import SCHEMA as WALL_SCHEMA
+from tests.bench.wall.example import example, limits
+
+
+class Board(FakeNvml):
+    """A busy board that is held back by its power cap, on a link that every pass sends so many bytes over."""
+
+    NVML_PCIE_UTIL_RX_BYTES = 1
+
+    def __init__(self, per_pass=1000):
+        super().__init__()
+        self.total, self.per_pass = WRAP - 10, per_pass
+        self.kilobytes = [40, 20, 30]
+        self.sampled = 0
+
+    def nvmlDeviceGetFieldValues(self, handle, fields):
+        self._ask("nvmlDeviceGetFieldValues")
+        return [self._field({198: self.total % WRAP, 197: 7}[field]) for field in fields]
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 650_500
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return 0x4 | 0x200
+
+    def nvmlDeviceGetPcieThroughput(self, handle, counter):
+        self._ask("nvmlDeviceGetPcieThroughput")
+        assert counter == self.NVML_PCIE_UTIL_RX_BYTES
+        self.sampled += 1
+        return self.kilobytes[self.sampled % len(self.kilobytes)]
+
+    def one_pass(self, seconds=0.25):
+        self.clock.sleep(seconds)
+        self.total += self.per_pass
+
+
+@pytest.fixture
+def nvml():
+    return Board()
+
+
+def watched(nvml, seconds=2.0):
+    """The state of one pass of so many seconds."""
+    watch = BoardWatch(Driver(nvml, "gpu"))
+    watch.begin()
+    watch.look()
+    nvml.clock.sleep(seconds)
+    return watch.end()
+
+
+def test_a_pass_knows_clock_power_reasons_and_both_ends_of_its_energy(nvml):
+    found = watched(nvml)
+    assert found["why"] is None
+    assert found["value"] == {
+        "joules_before": 5000.0,
+        "sm_mhz": 1980,
+        "power_w": 650.5,
+        "throttled": ["software power cap", "0x200"],
+        "joules_after": 5160.0,  # 80 W
+        "unknown": {},
+    }
+    jsonschema.validate(found, {"$ref": "#/$defs/board", "$defs": SCHEMA["$defs"]})
+
+
+def test_reasons_have_both_of_nvmls_names(nvml):
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x1 | 0x40
+    assert watched(nvml)["value"]["throttled"] == ["idle", "hardware thermal slowdown"]
+    assert reasons(0) == []
+
+
+def test_what_the_board_does_not_say_is_none_with_its_reason(nvml):
+    nvml.refused = {"nvmlDeviceGetTotalEnergyConsumption"}
+    found = watched(nvml)["value"]
+    assert found["joules_before"] is found["joules_after"] is None and found["sm_mhz"] == 1980
+    why = "nvmlDeviceGetTotalEnergyConsumption: Not Supported"
+    assert found["unknown"] == {"joules_before": why, "joules_after": why}
+    watch = BoardWatch(open_driver(torch.device("cpu")))
+    watch.begin()
+    watch.look()
+    assert watch.end() == {"value": None, "why": "device cpu has no NVIDIA driver"}
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "passes"),
+    [(0, 4), (12_500_000, 4), (30_000_000, 2), (60_000_000, 1), (1, 4)],  # a second, or 50 MB of rows
+)
+def test_passes_are_repeated_until_there_is_something_to_see(nvml, row_bytes, passes):
+    found = count_traffic(Driver(nvml, "gpu"), nvml.one_pass, row_bytes, nvml.clock)
+    assert (found["value"], found["why"], found["fallback"]) == (1000, None, None)
+    assert (found["passes"], found["seconds"], found["row_bytes"]) == (passes, 0.25 * passes, passes * row_bytes)
+    jsonschema.validate(found, {"$ref": "#/$defs/traffic", "$defs": SCHEMA["$defs"]})
+
+
+def test_without_a_counter_throughput_is_sampled_for_a_second_and_says_so(nvml):
+    nvml.refused = {"nvmlDeviceGetFieldValues"}
+    found = count_traffic(Driver(nvml, "gpu"), nvml.one_pass, 60_000_000, nvml.clock)
+    assert found["value"] is None and found["why"] == "nvmlDeviceGetFieldValues: Not Supported"
+    assert (found["passes"], found["seconds"]) == (4, 1.0)
+    fallback = found["fallback"]
+    assert fallback["what"].startswith("nvmlDeviceGetPcieThroughput") and fallback["why"] is None
+    samples = fallback["value"]["samples_bytes_per_s"]
+    assert set(samples) <= {20_000, 30_000, 40_000} and min(samples) <= fallback["value"]["bytes_per_s"] <= max(samples)
+    jsonschema.validate(found, {"$ref": "#/$defs/traffic", "$defs": SCHEMA["$defs"]})
+
+
+def test_without_both_nothing_is_run_and_nothing_is_guessed(nvml):
+    nvml.refused = {"nvmlDeviceGetFieldValues", "nvmlDeviceGetPcieThroughput"}
+    found = count_traffic(Driver(nvml, "gpu"), pytest.fail, 1, nvml.clock)
+    assert (found["value"], found["passes"], found["fallback"]["value"]) == (None, 0, None)
+    assert found["fallback"]["why"] == "nvmlDeviceGetPcieThroughput: Not Supported"
+    jsonschema.validate(found, {"$ref": "#/$defs/traffic", "$defs": SCHEMA["$defs"]})
+
+
+def test_samples_are_averaged(nvml):
+    nvml.kilobytes = [10, 20, 60]
+    with PcieThroughput(Driver(nvml, "gpu"), nvml.clock) as rate:
+        while nvml.sampled < 30:
+            rate._thread.join(0.001)
+    value = rate.received.value
+    assert value["bytes_per_s"] == pytest.approx(sum(value["samples_bytes_per_s"]) / len(value["samples_bytes_per_s"]))
+    assert len(value["samples_bytes_per_s"]) == nvml.sampled
+
+
+# --- in the benchmarks ---------------------------------------------------------------------------------
+
+
+def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
+    """Steps mode: all runs, the backbone by itself too, over steps that receive 1,000 B without any rows."""
+    monkeypatch.setattr(steps, "open_driver", lambda device: Driver(nvml, "gpu"))
+    monkeypatch.setattr(steps, "count_traffic", lambda *given: board.count_traffic(*given, clock=nvml.clock))
+    stepper = SimpleNamespace(
+        tables=SimpleNamespace(device=torch.device("cuda")), run=lambda variant, samples: nvml.one_pass()
+    )
+    results = example()
+    step, runs = results["steps"][0], {}
+    for name, received in (("no_engram", 1000), ("offload_uva", 1_600_000)):
+        nvml.per_pass = received
+        variant = steps.Variant(name, "in place" if name == "no_engram" else "prefetched")
+        counted = steps.count_on_bus(stepper, variant, False, 0 if name == "no_engram" else 1_600_000)
+        assert counted.received == [received] and counted.energy_why == "not asked for: --energy"
+        record = run_record(variant, steps.Samples(), step, limits(False), "ab" * 32, counted, [])
+        assert record["pcie"]["passes"] == 4 and record["bytes"]["counter"] == [received]
+        runs[name] = record
+        for number, run in enumerate(step["runs"]):
+            if run["variant"] == name:
+                step["runs"][number] = {**run, **{key: record[key] for key in ("pcie", "freed")}}
+                step["runs"][number]["bytes"] = {**run["bytes"], "counter": record["bytes"]["counter"]}
+                step["runs"][number]["bytes"]["counter_what"] = record["bytes"]["counter_what"]
+    assert runs["no_engram"]["freed"] is None and runs["offload_uva"]["freed"] == step["table"]["bytes"]
+    for run in step["runs"]:
+        run.setdefault("freed", None)
+    jsonschema.validate(results, WALL_SCHEMA)
+    assert over_control(step, run_of(step, "offload_uva")) == 1_599_000
+    with pytest.raises(NotMeasured, match=r"no counter sees this traffic|by another counter"):
+        over_control(step, run_of(step, "resident"))
+    text = wall_table.step_table(results, step)
+    line = next(line for line in text.splitlines() if line.startswith("offload_uva")).split()
+    assert "1.599" in line and "less no_engram" in text and "freed" in text
+
+
+def test_the_traffic_of_an_end_to_end_row_is_counted_with_its_rows(nvml, monkeypatch):
+    monkeypatch.setattr(
+        end_to_end_rounds, "count_traffic", lambda *given: board.count_traffic(*given, clock=nvml.clock)
+    )
+    rounds = object.__new__(end_to_end_rounds.Rounds)
+    rounds._driver, rounds._options = Driver(nvml, "gpu"), SimpleNamespace(energy=False)
+    rounds._server = SimpleNamespace(serve=lambda *given: nvml.one_pass())
+    content = {"table": {"row_bytes": 264}, "rounds": [{"round": 0, "rows_requested": 100_000}]}
+    rounds._case = SimpleNamespace(content=content)
+    work = SimpleNamespace(round=SimpleNamespace(number=0))
+    for name, passes in (("no_engram", 4), ("offload_prefetch", 2)):  # 26.4 MB a pass, 50 are enough
+        prefetcher = None if name == "no_engram" else object()
+        contender = end_to_end_rounds.Contender(name, "none", prefetcher=prefetcher)
+        found = rounds._on_board(work, contender)["pcie"]
+        assert (found["value"], found["passes"]) == (1000, passes)

@@ -1,0 +1,138 @@
+"""Files are complete or absent, and say where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.instruments import results as module
+from bench.instruments.results import atomic_path, environment, git_commit, write_json, write_unless_same
+
+
+def test_write_json(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    write_json(path, {"a": [1, 2]})
+    write_json(path, {"a": [1, 3]})
+    assert path.read_text() == '{\n "a": [\n  1,\n  3\n ]\n}\n'
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_says_the_same_is_left_alone(tmp_path):
+    """Where it ran and by which code does not count, everything else does; of the long list, one line an entry."""
+    path = tmp_path / "new" / "folder" / "results.json"
+    content = {"a": [1, 2], "git": {"commit": "x"}, "rows": [{"price": 1}, {"price": 2}], "b": (3,)}
+    text = '{\n"a": [1,2],\n"git": {"commit":"x"},\n"rows": [\n{"price":1},\n{"price":2}\n],\n"b": [3]\n}\n'
+    assert write_unless_same(path, content, "rows") is True
+    assert path.read_text() == text
+    elsewhere = {"git": {"commit": "y"}, "environment": {"cpu": "z"}, "code_sha256": "0"}
+    assert write_unless_same(path, {**content, **elsewhere}, "rows") is False
+    assert path.read_text() == text
+    for other in ({"a": [1, 3]}, {"rows": content["rows"][:1]}, {"c": 1}):
+        assert write_unless_same(path, {**content, **other}, "rows") is True
+        assert json.loads(path.read_text()) == {**content, "b": [3], **other}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_figures_of_what_a_file_held_before_are_forgotten_when_it_is_written(tmp_path, monkeypatch):
+    forgotten, path = [], tmp_path / "results.json"
+    monkeypatch.setattr(module, "forget_figures", lambda *given: forgotten.append((*given, path.exists())))
+    write_unless_same(path, {"a": 1}, "rows")
+    assert forgotten == [(path, {"a": 1}, False)]  # before: a run that is killed in between leaves no stale figure
+    write_unless_same(path, {"a": 1}, "rows")
+    assert len(forgotten) == 1
+    write_json(path, {"a": 2})
+    assert forgotten[1:] == [(path, {"a": 2}, True)]
+
+
+def test_a_file_that_holds_no_results_is_kept_beside_the_new_one(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text("what somebody wrote")
+    assert write_unless_same(path, {"a": 1}, "rows")
+    assert (tmp_path / "results.json.broken").read_text() == "what somebody wrote"
+    assert "results.json is not a results file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(type(error)), atomic_path(path) as part:
+        part.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_json_cannot_hold_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "results.json", {"a": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_names_the_machine():
+    found = environment()
+    assert found["python"].count(".") == 2
+    assert found["cpu"] and found["cpu_count"] >= 1
+    assert found["packages"]["numpy"]
+
+
+def test_the_processor_has_the_name_that_the_system_gives_it(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    told = "processor\t: 0\nmodel\t\t: 8\nmodel name\t: Xeon: 3 GHz\nmodel name\t: another\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: told if str(path) == "/proc/cpuinfo" else "")
+    assert module._cpu_model() == "Xeon: 3 GHz"
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor\t: 0\n")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv")
+    for named, shown in (("", "riscv"), ("a RISC", "a RISC")):
+        monkeypatch.setattr(platform, "processor", lambda named=named: named)
+        assert module._cpu_model() == shown
+    monkeypatch.setattr(sys, "platform", "darwin")  # has no such file
+    monkeypatch.delattr(Path, "read_text")
+    assert module._cpu_model() == "a RISC"
+
+
+def test_memory_is_pages_of_the_systems_size(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    assert environment()["memory_bytes"] == 4_096_000
+    monkeypatch.delattr(os, "sysconf")
+    assert environment()["memory_bytes"] is None
+
+
+def test_git_commit_is_the_checkout():
+    root = Path(__file__).parents[3]
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    expected = done.stdout.strip() if done.returncode == 0 else None
+    assert git_commit()["commit"] == (expected or None)
+    assert root == module._ROOT
+
+
+def test_only_code_makes_a_checkout_dirty(tmp_path, monkeypatch):
+    """Outside a checkout the commit is what it was said to be, and nobody knows of changes."""
+    monkeypatch.setattr(module, "_ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for said, commit in (("abc", "abc"), ("", None), (None, None)):
+        monkeypatch.setenv("ENGRAM_GIT_COMMIT", said) if said is not None else monkeypatch.delenv("ENGRAM_GIT_COMMIT")
+        assert git_commit() == {"commit": commit, "dirty": None}
+    for name in ("engram_ref/a", "bench/b", "bench/results/c", "docs/d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+
+    def git(*arguments):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *name, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    monkeypatch.setenv("ENGRAM_GIT_COMMIT", "abc")
+    (tmp_path / "docs/d").write_text("2"), (tmp_path / "bench/results/c").write_text("2")
+    assert git_commit() == {"commit": head, "dirty": False}
+    (tmp_path / "bench/b").write_text("2")
+    assert git_commit() == {"commit": head, "dirty": True}
+    monkeypatch.setenv("PATH", "")  # no git at all
+    assert git_commit() == {"commit": "abc", "dirty": None}

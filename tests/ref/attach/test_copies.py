@@ -1,0 +1,242 @@
+"""Copies and pickles with Engram attached: each computes what the original computes, or says what to do instead."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from engram_ref.attach import attach
+from engram_ref.attach.on_hand import OnHand
+from engram_ref.hashing import NgramHasher
+from engram_ref.layer import build_engram
+from engram_ref.prefetch import Prefetcher
+from engram_ref.tables import make_table
+from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXACT = dict(rtol=0, atol=1e-12)  # float64, logits of about 1; other shapes of the same sums differ by 1e-15
+WAYS = {
+    "background": lambda layers: {},
+    "naive": lambda layers: dict(background=False),
+    "on hand": lambda layers: dict(prefetcher=OnHand(layers.engrams)),
+}
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return make_ids()
+
+
+@pytest.fixture(scope="module", params=["demo", "v41"])
+def layers(request):
+    return make_layers(form=request.param)
+
+
+# --- the model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_a_copy_of_a_model_has_its_engram_until_that_is_detached(how, layers, ids):
+    model = make_model()
+    with torch.no_grad():
+        bare = model(ids).logits
+        with attach(model, layers.engrams, layers.plan, **how(layers)):
+            twin = copy.deepcopy(model)
+            want = model(ids).logits
+            assert torch.equal(twin(ids).logits, want) and not torch.allclose(want, bare, atol=1e-3)
+            assert torch.equal(twin.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+        assert torch.equal(twin(ids).logits, bare) and torch.equal(copy.deepcopy(twin)(ids).logits, bare)
+        with attach(twin, layers.engrams, layers.plan), attach(model, layers.engrams, layers.plan):
+            assert torch.equal(twin(ids).logits, by_hand(make_model(), layers, ids))
+
+
+class Wrapper(nn.Module):
+    """As fine-tuning libraries wrap a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.wrapped, self.config = model, model.config
+
+
+class WrappedBlock(nn.Module):
+    """As sharding libraries wrap a block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+
+def rewrapped(model):
+    other = copy.copy(model.model)
+    other._modules = dict(other._modules, layers=nn.ModuleList(WrappedBlock(block) for block in model.model.layers))
+    return other
+
+
+@pytest.mark.parametrize(
+    "same", [lambda m: m, copy.deepcopy, copy.copy, lambda m: m.model, Wrapper, rewrapped], ids=list("abcdef")
+)
+def test_a_second_layer_before_a_block_is_refused(same, layers, ids):
+    model = make_model()
+    one, both = {1: layers.engrams[1]}, layers.engrams
+    with attach(model, one, layers.plan):
+        other = same(model)
+        before = [len(module._forward_pre_hooks) for module in model.modules()]
+        with pytest.raises(ValueError, match=r"before block 1 of this model already.*detach\(\) that one first"):
+            attach(other, both, layers.plan)
+        assert before == [len(module._forward_pre_hooks) for module in model.modules()]
+        attach(other, {2: layers.engrams[2]}, layers.plan).detach()
+    with torch.no_grad(), attach(same(model), both, layers.plan):
+        pass
+    with torch.no_grad(), attach(model, both, layers.plan):
+        assert torch.equal(model(ids).logits, by_hand(make_model(), layers, ids))
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())], ids=["pickle", "torch"])
+def test_a_model_with_engram_is_not_pickled(save, layers, ids):
+    model = make_model()
+    names = list(model.state_dict())
+    with attach(model, layers.engrams, layers.plan) as attached:
+        with pytest.raises(ValueError, match=r"detach\(\) first, or save its state_dict\(\)"):
+            save(model)
+        for copied in (copy.copy, copy.deepcopy, save):
+            with pytest.raises(ValueError, match="attach Engram to the other model anew"):
+                copied(attached)
+            with pytest.raises(ValueError, match="make a new one"):
+                copied(attached.prefetcher)
+        assert list(model.state_dict()) == names
+    save(model)
+
+
+# --- the layer and its table -----------------------------------------------------------------------
+
+
+def test_a_copied_layer_reads_the_same_table(ids):
+    engram = make_layers((1,)).engrams[1]
+    twin = copy.deepcopy(engram)
+    assert twin.table is engram.table
+    with torch.no_grad():
+        twin.fusion.projection_bias += 1
+    assert not torch.equal(twin.fusion.projection_bias, engram.fusion.projection_bias)
+    assert copy.deepcopy([engram, engram.table])[1] is engram.table
+    with pytest.raises(ValueError, match=r"rows are trained.*rows of its own"):
+        copy.deepcopy(make_layers((1,), trained=True).engrams[1])
+
+
+def test_rows_are_no_weights(ids):
+    layers = make_layers((1,))
+    engram = layers.engrams[1]
+    assert all(name.startswith("fusion.") for name in engram.state_dict())
+    other = build_engram(engram.fusion.config, layers.plan.layer(1), dtype=torch.float64, seed=5)
+    other.load_state_dict(engram.state_dict())
+    assert torch.equal(other.fusion.projection_weight, engram.fusion.projection_weight)
+    torch.save(engram.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "hot"])
+def test_a_table_is_neither_copied_nor_pickled(placement):
+    layers = make_layers((1,))
+    hot = {"hot": torch.arange(5)} if placement == "hot" else {}
+    with make_table(placement, layers.weights[1], **hot) as table:
+        for act in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(ValueError, match=f"a {placement} table of Engram is neither copied nor pickled.*save_"):
+                act(table)
+    with pytest.raises(ValueError, match="neither copied nor pickled"):
+        torch.save(layers.engrams[1], io.BytesIO())
+
+
+# --- the cache -------------------------------------------------------------------------------------
+
+THROUGH = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+    "old pickle": lambda cache: pickle.loads(pickle.dumps(cache, protocol=1)),
+    "torch": lambda cache: _through_a_file(cache),
+}
+
+
+def _through_a_file(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", THROUGH.values(), ids=THROUGH)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_goes_on_as_its_copies_do(again, kind, layers, ids):
+    model = make_model()
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        whole = model(ids).logits
+        cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=16)
+        model(ids[:, :5], past_key_values=cache)
+        twin = again(again(cache))
+        assert type(twin) is type(cache)
+        other = make_ids(length=4, seed=8)
+        wanted = model(torch.cat([ids[:, :5], other], 1)).logits[:, 5:]
+        torch.testing.assert_close(model(other, past_key_values=twin).logits, wanted, **EXACT)
+        torch.testing.assert_close(model(ids[:, 5:], past_key_values=cache).logits, whole[:, 5:], **EXACT)
+        again(DynamicCache())  # one without a history is what it was
+
+
+# --- modes -----------------------------------------------------------------------------------------
+
+MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+CHANGES = {
+    "as it is": lambda cache: None,
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([0, 1])),
+    "repeated": lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([0, 2]))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("length", [9, 70], ids=["inline", "thread"])
+def test_modes_may_change_between_steps(change, length, layers):
+    model, ids = make_model(), make_ids(length=length)
+    with torch.inference_mode():
+        attached = attach(model, layers.engrams, layers.plan)
+    with attached, torch.no_grad():
+        whole = by_hand(make_model(), layers, ids)
+        for first in ("inference", "no_grad"):
+            for second in MODES:
+                cache = DynamicCache()
+                with MODES[first]():
+                    model(ids[:, :-2], past_key_values=cache)
+                    if first == second:
+                        change(cache)
+                if first != second:
+                    with torch.no_grad():
+                        change(cache)
+                if second == "grad" and first == "inference":
+                    continue  # keys and values of inference mode cannot be trained through, Engram or not
+                with MODES[second]():
+                    got = [model(ids[:, -2:-1], past_key_values=cache).logits]
+                with MODES[first]():
+                    got.append(model(ids[:, -1:], past_key_values=cache).logits)
+                torch.testing.assert_close(torch.cat(got, 1), whole[:, -2:], **EXACT)
+
+
+def test_staged_steps_in_several_modes(layers, ids):
+    model = make_model()
+    with torch.no_grad():
+        want = by_hand(model, layers, ids)
+    with attach(model, layers.engrams, layers.plan) as attached, attached.staging():
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with mode():
+                attached.stage(ids)
+                assert torch.equal(model(ids).logits, want)
+
+
+def test_a_prefetcher_in_several_modes(layers, ids):
+    tables = {i: engram.table for i, engram in layers.engrams.items()}
+    with Prefetcher(NgramHasher(layers.plan), tables) as prefetcher:
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+            with mode(), prefetcher.start(ids.numpy()) as fetch:
+                rows = NgramHasher(layers.plan)(ids.numpy(), 1).reshape(-1)
+                assert torch.equal(fetch[1].wait(), layers.weights[1][torch.from_numpy(rows).long()])

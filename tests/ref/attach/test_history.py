@@ -1,0 +1,123 @@
+"""A history in a cache: what is done to one is done to the other, and copies are independent."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from engram_ref.attach.history import SLACK, CacheHistory, LengthsOnDevice, follow, history_of, unfollow
+from engram_ref.hashing import DEAD
+from tests.ref.attach.models import make_layers, make_model
+
+LAYERS = make_layers((1,))
+CPU = torch.device("cpu")
+
+
+def make_history(batch=3, length=5):
+    """Its ids are numbered, its convolution's past too."""
+    history = CacheHistory(LAYERS.plan, batch, CPU, LAYERS.engrams)
+    history.append(torch.arange(batch * length).view(batch, length))
+    values = history.convolutions[1].values
+    values.copy_(torch.arange(values.numel()).view(values.shape))
+    return history
+
+
+def test_a_new_one_stands_before_the_start():
+    history = CacheHistory(LAYERS.plan, 2, CPU, LAYERS.engrams)
+    assert history.length == 0 and history.batch_size == 2 and not history.open
+    assert torch.equal(history.context, torch.full((2, 2), DEAD))
+    assert not history.convolutions[1].values.any()
+    assert CacheHistory(LAYERS.plan, 2, CPU, make_layers((1,), "v41").engrams).convolutions == {}
+
+
+def test_it_keeps_the_last_ids():
+    history = CacheHistory(LAYERS.plan, 1, CPU, {})
+    for part in torch.arange(200)[None].split([1, 99, 100], dim=1):
+        history.append(part)
+    assert history.length == 200 and history.context.tolist() == [[198, 199]]
+    assert history.recent.shape[1] == SLACK + 2
+    history.settle(200 - SLACK)
+    assert history.context.tolist() == [[198 - SLACK, 199 - SLACK]]
+    with pytest.raises(ValueError, match="cropped by 1 positions"):
+        history.settle(199 - SLACK)
+
+
+def test_it_goes_back_before_the_first_id():
+    history = CacheHistory(LAYERS.plan, 1, CPU, {})
+    history.append(torch.tensor([[7, 8, 9]]))
+    history.settle(1)
+    assert history.context.tolist() == [[DEAD, 7]] and history.length == 1
+    history.settle(0)
+    assert history.context.tolist() == [[DEAD, DEAD]] and history.length == 0
+
+
+@pytest.mark.parametrize(
+    ("act", "order"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.reorder_cache(beam_idx=torch.tensor([1, 2, 0])), [1, 2, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "by name", "select", "repeat"],
+)
+def test_it_does_what_the_cache_does(act, order):
+    cache, history, before = DynamicCache(), make_history(), make_history()
+    cache.update(torch.arange(3.0).view(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), 0)
+    follow(cache, "key", history)
+    act(cache)
+    assert cache.layers[0].keys.flatten().tolist() == order
+    assert torch.equal(history.recent, before.recent[order])
+    assert torch.equal(history.convolutions[1].values, before.convolutions[1].values[order])
+
+
+def test_an_emptied_cache_empties_it_where_it_is():
+    cache = StaticCache(config=make_model(num_hidden_layers=1).config, max_cache_len=4)
+    history = make_history()
+    history.open = True
+    address = history.convolutions[1].values.data_ptr()
+    follow(cache, "key", history)
+    cache.reset()
+    assert history.length == 0 and not history.open and (history.recent == DEAD).all()
+    assert history.convolutions[1].values.data_ptr() == address and not history.convolutions[1].values.any()
+
+
+def test_a_copied_cache_has_a_history_of_its_own():
+    cache, history = DynamicCache(), make_history()
+    follow(cache, "key", history)
+    twin = copy.deepcopy(cache)
+    other = history_of(twin, "key")
+    assert other is not history and torch.equal(other.recent, history.recent)
+    twin.reset()
+    assert other.length == 0 and history.length == 5
+
+
+def test_a_cache_keeps_its_class_and_gets_it_back():
+    cache = DynamicCache()
+    assert history_of(cache, "one") is None
+    follow(cache, "one", make_history())
+    follow(cache, "two", make_history())
+    assert isinstance(cache, DynamicCache) and type(cache).__name__ == "DynamicCache"
+    second = DynamicCache()
+    follow(second, "one", make_history())
+    assert type(second) is type(cache)  # compiled code that knows one knows the other
+    unfollow(cache, "one")
+    assert history_of(cache, "one") is None and history_of(cache, "two") is not None
+    unfollow(cache, "two")
+    unfollow(cache, "two")
+    assert type(cache) is DynamicCache and vars(cache).keys() == vars(DynamicCache()).keys()
+
+
+def test_lengths_are_compared_without_asking():
+    lengths = LengthsOnDevice()
+    lengths.check()
+    lengths.compare(torch.tensor(4), 4)
+    lengths.check()
+    lengths.compare(torch.tensor([5]), 4)
+    lengths.compare(torch.tensor(6), 6)
+    with pytest.raises(ValueError, match="the cache holds 5 positions, Engram's history 4"):
+        lengths.check()
+    lengths.check()

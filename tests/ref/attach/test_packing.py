@@ -1,0 +1,273 @@
+"""Several sequences in one row: each gives what it gives alone, or the forward is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from engram_ref.attach import attach
+from engram_ref.attach.blocks import Given
+from engram_ref.attach.packing import Packing, borders_of
+from engram_ref.hashing.device import DeviceHasher
+from tests.ref.attach.models import make_ids, make_layers, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+masking_utils = pytest.importorskip("transformers.masking_utils", reason="this release knows no packed sequences")
+EXACT = dict(rtol=0, atol=1e-12)  # float64, logits of about 1; other shapes of the same sums differ by 1e-15
+LENGTHS = (4, 1, 9, 1, 1, 2)  # shorter and longer than what the hash and the convolution look back
+SEQUENCES = [row[:length] for row, length in zip(make_ids(len(LENGTHS), 9, seed=3), LENGTHS)]
+PACKED = torch.cat(SEQUENCES)[None]
+PLACES = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+NUMBERS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+BLOCKS = (NUMBERS[:, None] == NUMBERS[None, :]).tril()[None, None]  # [1, 1, T, T]
+ADDED = torch.zeros(BLOCKS.shape, dtype=torch.float64).masked_fill(~BLOCKS, -1e9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module", params=["demo", "v41"])
+def layers(request):
+    return make_layers(form=request.param)
+
+
+def alone(model, sequences, start=0):
+    """The logits of each, one after the other."""
+    found = []
+    for sequence in sequences:
+        places = start + torch.arange(len(sequence))[None]
+        found.append(model(sequence[None], position_ids=places, use_cache=False).logits[0])
+    return torch.cat(found)
+
+
+def collated(**options):
+    features = [{"input_ids": sequence.tolist()} for sequence in SEQUENCES]
+    batch = DataCollatorWithFlattening(**options)(features, return_tensors="pt")
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+WAYS = {
+    "position ids": lambda: dict(input_ids=PACKED, position_ids=PLACES),
+    "from 7": lambda: dict(input_ids=PACKED, position_ids=PLACES + 7),
+    "collator": lambda: collated(),
+    "cu_seq_lens": lambda: collated(return_flash_attn_kwargs=True),
+    "seq_idx": lambda: collated(return_seq_idx=True),
+    "both": lambda: collated(return_flash_attn_kwargs=True, return_seq_idx=True),
+    "booleans": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask=BLOCKS),
+    "added": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask=ADDED),
+    "by kind": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask={"full_attention": BLOCKS}),
+}
+
+
+@pytest.mark.parametrize("arguments", WAYS.values(), ids=WAYS)
+def test_packed_sequences_give_what_they_give_alone(arguments, model, layers):
+    given = arguments() | {"use_cache": False}
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        got = model(**given).logits[0]
+        want = alone(model, SEQUENCES, int(given["position_ids"].min()))  # rotated in float32
+        torch.testing.assert_close(got, want, **EXACT)
+        one = model(PACKED, use_cache=False).logits[0]  # the comparison fails where they are taken for one sequence
+        assert not torch.allclose(one[LENGTHS[0] :], want[LENGTHS[0] :], atol=1e-2)
+
+
+def test_borders_matter_to_engram_too(model, layers, monkeypatch):
+    monkeypatch.setattr("engram_ref.attach.attached.borders_of", lambda *_: None)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        got = model(PACKED, position_ids=PLACES, use_cache=False).logits[0]
+        assert not torch.allclose(got, alone(model, SEQUENCES), atol=1e-3)
+
+
+def test_rows_of_several_sequences_each(model, layers):
+    """Another number of borders in each row of a batch."""
+    rows = [[9, 2], [1, 1, 4, 5], [11]]
+    ids = make_ids(3, 11, seed=6)
+    places = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        got = model(ids, position_ids=places, use_cache=False).logits
+        for logits, row, lengths in zip(got, ids, rows):
+            torch.testing.assert_close(logits, alone(model, row.split(lengths)), **EXACT)
+
+
+def test_on_the_device_too(model, layers):
+    with torch.no_grad(), attach(model, layers.engrams, DeviceHasher(layers.plan, "cpu")):
+        got = model(PACKED, position_ids=PLACES, use_cache=False).logits[0]
+        torch.testing.assert_close(got, alone(model, SEQUENCES), **EXACT)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_of_packed_sequences(trained, layers):
+    model = make_model().train()
+    layers = make_layers((1,), layers.engrams[1].fusion.config.form, trained=trained)
+    weights = [model.model.embed_tokens.weight, *layers.engrams[1].parameters()]
+    weights += [layers.weights[1]] if trained else []
+    with attach(model, layers.engrams, layers.plan):
+        got = torch.autograd.grad(model(**collated(), use_cache=False).logits.square().sum(), weights)
+        want = torch.autograd.grad(alone(model, SEQUENCES).square().sum(), weights)
+    for ours, theirs in zip(got, want):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)  # summed in another order
+
+
+def test_a_block_diagonal_mask_with_padding_in_it(model, layers):
+    """Padding stands between the sequences, before and behind them."""
+    places = torch.tensor([1, 2, 3, 6, 7, 8, 9])
+    ids = torch.zeros(1, 11, dtype=torch.long)
+    sequences = [make_ids(1, 3, seed=1)[0], make_ids(1, 4, seed=2)[0]]
+    ids[0, places] = torch.cat(sequences)
+    number = torch.full((11,), -1)
+    number[places] = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    mask = (number[:, None] == number[None, :]).tril() & (number >= 0)
+    positions = torch.tensor([[0, 0, 1, 2, 0, 0, 0, 1, 2, 3, 0]])
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        got = model(ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False).logits[0, places]
+        torch.testing.assert_close(got, alone(model, sequences), **EXACT)
+
+
+def test_a_packed_cache_cannot_go_on(model, layers):
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache = DynamicCache()
+        got = model(PACKED, position_ids=PLACES, attention_mask=BLOCKS, past_key_values=cache).logits[0]
+        torch.testing.assert_close(got, alone(model, SEQUENCES), **EXACT)
+        with pytest.raises(ValueError, match="several sequences packed into one row, of which none can go on"):
+            model(make_ids(1, 1), past_key_values=cache)
+
+
+# --- refused ---------------------------------------------------------------------------------------
+
+CU = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+REFUSED = {
+    "with a cache": (dict(position_ids=PLACES), "transformers attends across their borders: use_cache=False"),
+    "lengths alone": (dict(cu_seq_lens_q=CU, use_cache=False), r"packed into one row \(cu_seq_lens_q\)"),
+    "of keys": (dict(cu_seq_lens_k=CU, use_cache=False), r"packed into one row \(cu_seq_lens_k\)"),
+    "numbers alone": (dict(seq_idx=NUMBERS[None], use_cache=False), r"packed into one row \(seq_idx\)"),
+    "other lengths": (
+        dict(position_ids=PLACES, cu_seq_lens_q=CU[[0, 1, 3, 4, 5, 6]], use_cache=False),
+        r"\(cu_seq_lens_q\), and other borders",
+    ),
+    "beside a mask": (dict(attention_mask=torch.ones_like(PACKED), cu_seq_lens_q=CU), "cu_seq_lens_q"),
+    "a tree": (dict(attention_mask=BLOCKS | (torch.arange(18) == 0)), "neither causal nor block-diagonal"),
+    "integers": (dict(attention_mask=BLOCKS.long()), "give booleans"),
+    "too short": (dict(position_ids=PLACES[:, 1:]), r"position_ids of shape \(1, 17\)"),
+    "of pictures": (dict(position_ids=PLACES.expand(3, 1, 18)), r"position_ids of shape \(3, 1, 18\)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_other_packings_are_refused(arguments, message, model, layers):
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan), pytest.raises(ValueError, match=message):
+        model(PACKED, **arguments)
+
+
+def test_staged_steps_hold_one_sequence_a_row(model, layers):
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached, attached.staging():
+        for _ in range(3):  # more often than there are buffers
+            with pytest.raises(ValueError, match="several sequences in one row of a staged step"):
+                attached.stage(PACKED, None, BLOCKS)
+        attached.stage(PACKED)
+        with pytest.raises(ValueError, match="several sequences in one row of a staged step"):
+            model(PACKED, position_ids=PLACES, use_cache=False)
+
+
+def test_behind_a_cache_they_are_refused(model, layers):
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache = DynamicCache()
+        model(make_ids(1, 2), past_key_values=cache)
+        mask = torch.nn.functional.pad(BLOCKS, (2, 0), value=True)
+        with pytest.raises(ValueError, match="several sequences in one row behind a cache of 2 positions"):
+            model(PACKED, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_sequence_that_begins_exactly_behind_a_cache_is_refused(length, added, model, layers):
+    """The chunk is one sequence, so there is no border in it: only what it sees of the cache tells."""
+    ids = make_ids(2, 5 + length, seed=8)
+    causal = torch.ones(5 + length, 5 + length, dtype=torch.bool).tril()[None, None, 5:].repeat(2, 1, 1, 1)
+    anew = causal.clone()
+    anew[1, :, :, :5] = False  # the second row alone
+    some = causal.clone()
+    some[1, :, :, 4] = False  # sees old positions of the cache, not the newest: the tokens before it are not known
+
+    def go_on(mask):
+        cache = DynamicCache()
+        model(ids[:, :5], past_key_values=cache)
+        if added:
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+        return model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        torch.testing.assert_close(go_on(causal), model(ids, use_cache=False).logits[:, 5:], **EXACT)
+        for mask in (anew, some):
+            with pytest.raises(ValueError, match="a sequence begins behind a cache of 5 positions"):
+                go_on(mask)
+
+
+def test_a_row_of_nothing_but_padding_so_far_may_begin_behind_a_cache(model, layers):
+    """Left padding that fills the first chunk: there is nothing to go on from, and nothing to see."""
+    ids = make_ids(2, 9, seed=4)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :5] = real[1, :3] = False
+    mask = (real[:, None, :] & real[:, :, None] & torch.ones(9, 9, dtype=torch.bool).tril())[:, None]
+    places = (real.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache()
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        model(ids[:, :4], attention_mask=mask[:, :, :4, :4], position_ids=places[:, :4], past_key_values=cache)
+        last = dict(attention_mask=mask[:, :, 4:], position_ids=places[:, 4:], past_key_values=cache)
+        got = model(ids[:, 4:], **last).logits
+        torch.testing.assert_close(got[0, 1:], alone(model, [ids[0, 5:]]), **EXACT)
+        torch.testing.assert_close(got[1], alone(model, [ids[1, 3:]])[1:], **EXACT)
+
+
+def test_what_is_one_sequence_stays_one(model, layers):
+    length = PACKED.shape[1]
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+    biased = (distance * 0.5).double().masked_fill(~causal, -1e9)  # as ALiBi
+    window = causal & (distance > -3)
+    for arguments in (
+        dict(position_ids=torch.arange(length)[None] + 5),
+        dict(position_ids=torch.arange(length)),
+        dict(attention_mask=causal),
+        dict(attention_mask=biased),
+        dict(attention_mask={"sliding_attention": window}),
+        dict(seq_idx=torch.zeros_like(PACKED), cu_seq_lens_q=torch.tensor([0, length])),
+        dict(attention_mask=torch.ones_like(PACKED), position_ids=PLACES),  # with a mask, positions are only rotated
+    ):
+        packed = {name: arguments.pop(name) for name in ("seq_idx", "cu_seq_lens_q") if name in arguments}
+        given = Given(PACKED, None, arguments.get("attention_mask"), None, None, arguments.get("position_ids"), packed)
+        assert borders_of(given, 0, True, model.config) is None
+
+
+def test_flash_attention_sees_only_what_it_sees():
+    class Config:
+        _attn_implementation = "flash_attention_2"
+
+    def borders(ids, places):
+        return borders_of(Given(ids, None, None, None, None, places), 0, False, Config)
+
+    assert borders(PACKED, PLACES).sum() == len(LENGTHS) - 1
+    for ids, places in ((PACKED.expand(2, -1), PLACES), (PACKED, PLACES + torch.arange(18) // 9)):
+        with pytest.raises(ValueError, match="this attention, would attend across"):
+            borders(ids, places)
+
+
+def test_older_releases_attend_across(model, layers, monkeypatch):
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    with pytest.raises(ValueError, match="this release of transformers"):
+        borders_of(Given(PACKED, None, None, None, None, PLACES), 0, False, model.config)
+
+
+def test_laid_apart_and_put_together():
+    borders = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    packing = Packing(borders, 2)
+    values = torch.arange(1, 13).view(3, 4)
+    wide = packing.spread(values).masked_fill(packing.apart, 0)
+    assert wide.tolist() == [
+        [1, 2, 0, 0, 3, 4, 0, 0, 0, 0],
+        [5, 6, 7, 8, 0, 0, 0, 0, 0, 0],
+        [9, 0, 0, 10, 0, 0, 11, 0, 0, 12],
+    ]
+    assert torch.equal(packing.pick(wide), values)

@@ -1,0 +1,326 @@
+"""The compiled hash equals the NumPy definition bit for bit: indices, dtypes and error messages.
+
+The definition is `NgramHasher(plan, "numpy")`; every comparison here is `==` on integers. The remainder by
+multiplications gets a test of its own against Python's `%`, and a wrong candidate that this test must catch.
+
+    python -m pytest tests/ref/hashing/test_fused.py
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the compiled hash needs numba (pip install 'engram-offload[fast]')")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram_ref.config import PRESETS, EngramConfig
+from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
+from engram_ref.hashing import fused as hashing_fused
+from engram_ref.hashing import step as hashing_step
+
+ROOT = Path(__file__).parents[3]
+PRIMES = (3, 5, 7, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
+# Eight columns whose rows are int32, on which a few tokens go their own way, and eight whose rows are int64.
+EIGHT = {"int32 rows": PRIMES[:8], "int64 rows": PRIMES[2:]}
+either_rows = pytest.mark.parametrize("primes", EIGHT.values(), ids=EIGHT)
+
+
+def plan_of(
+    primes: tuple[int, ...], heads: int, size: int = 1000, multipliers: tuple[int, ...] | None = None
+) -> HashPlan:
+    """A plan of one layer, number 4, whose columns have these primes; the largest multipliers that fit."""
+    max_ngram = len(primes) // heads + 1
+    largest = INT64_MAX // max(1, size - 1)
+    multipliers = multipliers or tuple(max(1, largest - 2 * s) for s in range(max_ngram))
+    offsets = tuple(sum(primes[:i]) for i in range(len(primes)))
+    return HashPlan(size, min(2, size - 1), max_ngram, heads, (LayerPlan(4, multipliers, primes, offsets),))
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    assert (got == expected).all()
+
+
+def assert_backends_agree(plan: HashPlan, ids: object, **options: object) -> np.ndarray:
+    """Hash with both backends, the candidate first; give back the indices."""
+    got = NgramHasher(plan, "numba")(ids, plan.layers[0].layer_id, **options)
+    assert_same(got, NgramHasher(plan, "numpy")(ids, plan.layers[0].layer_id, **options))
+    return got
+
+
+def random_ids(rng: np.random.Generator, size: int, shape: tuple[int, int], dead: float = 0.1) -> np.ndarray:
+    ids = rng.integers(0, size, shape)
+    ids[rng.random(shape) < dead] = DEAD
+    return ids
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_plans(data):
+    max_ngram, heads = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 9))
+    columns = (max_ngram - 1) * heads
+    allowed = data.draw(st.sampled_from([PRIMES[:7], PRIMES]))
+    primes = data.draw(st.lists(st.sampled_from(allowed), min_size=columns, max_size=columns))
+    size = data.draw(st.sampled_from([1, 2, 50, 99_092, 2**31, INT64_MAX]))
+    plan = plan_of(tuple(primes), heads, size)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    ids = random_ids(rng, size, (batch, length), data.draw(st.sampled_from([0.0, 0.1, 0.9])))
+    history = None
+    if data.draw(st.booleans()):
+        history = TokenHistory(plan, batch)
+        history.advance(random_ids(rng, size, (batch, data.draw(st.integers(1, 5)))))
+    assert_backends_agree(plan, ids, offsets=data.draw(st.booleans()), history=history)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    config = EngramConfig.preset(preset)
+    size = config.compressed_size or 98_627
+    plan = HashPlan.build(config, size, 2)
+    ids = random_ids(np.random.default_rng(0), size, (3, 300))
+    for layer_id in config.layer_ids:
+        expected = NgramHasher(plan, "numpy")(ids, layer_id)
+        assert_same(NgramHasher(plan, "numba")(ids, layer_id), expected)
+
+
+@pytest.mark.parametrize("size", [2, 98_627, INT64_MAX])
+def test_largest_id_everywhere(size):
+    plan = plan_of(PRIMES, 2, size)
+    assert_backends_agree(plan, np.full((2, 9), size - 1))
+
+
+def remainders(values: list[int], primes: tuple[int, ...]) -> np.ndarray:
+    """Each value modulo each prime, by the compiled loop alone. [values, primes]
+
+    With multipliers of one, the pad id 0 and one token per sequence, the hash of an id is the id.
+    """
+    offsets = tuple(sum(primes[:i]) for i in range(len(primes)))
+    plan = HashPlan(INT64_MAX, 0, 2, len(primes), (LayerPlan(0, (1, 1), primes, offsets),))
+    return NgramHasher(plan, "numba")(np.array(values)[:, None], 0, offsets=False)[:, 0]
+
+
+def by_two_reciprocals(values: list[int], primes: tuple[int, ...]) -> np.ndarray:
+    """A plausible wrong candidate: floor(h / p) in double precision, corrected once either way. It is right
+    for most h and p: 63 bits do not fit a double, so for small moduli the quotient is off by more than one."""
+    h, p = np.array(values)[:, None], np.array(primes)
+    r = h - (h * (1.0 / p)).astype(np.int64) * p
+    r = np.where(r < 0, r + p, r)
+    return np.where(r >= p, r - p, r)
+
+
+def hard_values() -> list[int]:
+    rng = np.random.default_rng(7)
+    values = [int(h) for h in rng.integers(0, INT64_MAX, 100_000)]
+    edges = [0, 1, 2**31, 2**32 - 1, 2**32, 2**62, INT64_MAX - 1]
+    near = [p * (INT64_MAX // p - k) + d for p in PRIMES for k in (1, 2, 12_345) for d in (-1, 0, 1)]
+    return values + edges + near + [p - 1 for p in PRIMES] + list(PRIMES)
+
+
+def test_remainder_is_exact_and_a_wrong_one_is_caught():
+    values = hard_values()
+    expected = np.array([[h % p for p in PRIMES] for h in values])
+    assert (remainders(values, PRIMES) == expected).all()
+    wrong = by_two_reciprocals(values, PRIMES)
+    assert (wrong[:, -1] == expected[:, -1]).mean() > 0.99  # it looks right for the largest prime
+    assert not (wrong == expected).all()
+
+
+def test_hash_of_all_63_bits():
+    plan = HashPlan(INT64_MAX, 1, 2, len(PRIMES), (plan_of(PRIMES, len(PRIMES), INT64_MAX).layers[0],))
+    rows = assert_backends_agree(plan, np.array([[INT64_MAX - 1]]), offsets=False)  # xor the pad id: 2^63 - 1
+    assert rows[0, 0].tolist() == [INT64_MAX % p for p in PRIMES]
+
+
+def test_even_modulus_takes_the_definition():
+    plan = plan_of((2, 3, 2**30, 9), 2)
+    assert_backends_agree(plan, random_ids(np.random.default_rng(0), 1000, (2, 30)))
+
+
+def test_layers_above_int32_give_int64():
+    plan = plan_of((2**31 - 1, 2**31 - 19, 3), 3)
+    ids = random_ids(np.random.default_rng(0), 1000, (2, 30))
+    assert assert_backends_agree(plan, ids).dtype == np.int64
+    assert assert_backends_agree(plan, ids, offsets=False).dtype == np.int64
+    assert assert_backends_agree(plan_of((2**31 - 1,), 1), ids).dtype == np.int32
+
+
+INPUTS = {
+    "int32": lambda ids: ids.astype(np.int32),
+    "uint16": lambda ids: np.abs(ids).astype(np.uint16),
+    "uint64": lambda ids: np.abs(ids).astype(np.uint64),
+    "big-endian": lambda ids: ids.astype(">i8"),
+    "list": lambda ids: ids.tolist(),
+    "transposed": lambda ids: ids.T,
+    "strided": lambda ids: ids[::-1, ::2],
+    "broadcast": lambda ids: np.broadcast_to(ids[:1], ids.shape),
+    "read-only": lambda ids: np.frombuffer(ids.tobytes(), np.int64).reshape(ids.shape),
+    "unaligned": lambda ids: np.frombuffer(b"x" + ids.tobytes(), np.int64, offset=1).reshape(ids.shape),
+    "pickled": lambda ids: pickle.loads(pickle.dumps(ids)),
+    "masked": lambda ids: np.ma.masked_array(ids, ids > 5),
+    "longlong": lambda ids: ids.astype(np.longlong),
+}
+
+
+@either_rows
+@pytest.mark.parametrize("kind", INPUTS)
+def test_other_inputs(kind, primes):
+    plan = plan_of(primes, 4)
+    ids = INPUTS[kind](random_ids(np.random.default_rng(0), 1000, (4, 6)))
+    assert_backends_agree(plan, ids)
+    history = TokenHistory(plan, len(ids))
+    history.advance(np.full((len(ids), 1), 7))
+    assert_backends_agree(plan, ids, history=history)
+
+
+BAD = {
+    "id too large": (np.array([[1, 1000]]), 4),
+    "id too small": (np.array([[1, -2]]), 4),
+    "least int64": (np.array([[1, -(2**63)]]), 4),
+    "huge uint64": (np.array([[2**64 - 1]], dtype=np.uint64), 4),
+    "float": (np.array([[1.0]]), 4),
+    "bool": (np.array([[True]]), 4),
+    "object": (np.array([[None]]), 4),
+    "text": ("ab", 4),
+    "None": (None, 4),
+    "no dimension": (np.array(3), 4),
+    "one dimension": (np.array([1, 2]), 4),
+    "three dimensions": (np.ones((1, 1, 1), dtype=np.int64), 4),
+    "no sequences": (np.empty((0, 3), dtype=np.int64), 4),
+    "no tokens": (np.empty((3, 0), dtype=np.int64), 4),
+    "unknown layer": (np.array([[1]]), 5),
+    "layer is a list": (np.array([[1]]), [4, 5]),
+}
+
+
+@either_rows
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("with_history", [False, True])
+def test_bad_inputs_have_one_message(case, with_history, primes):
+    ids, layer_id = BAD[case]
+    plan = plan_of(primes, 4)
+    messages = []
+    for backend in ("numba", "numpy"):
+        history = TokenHistory(plan, 1) if with_history else None
+        with pytest.raises(ValueError) as caught:
+            NgramHasher(plan, backend)(ids, layer_id, history=history)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@either_rows
+def test_history_of_other_sequences(primes):
+    plan, wider = plan_of(primes, 4), plan_of(primes, 2)
+    ids = np.ones((3, 4), dtype=np.int64)
+    for history in (TokenHistory(plan, 1), TokenHistory(plan, 2), TokenHistory(wider, 3)):
+        for backend in ("numba", "numpy"):
+            with pytest.raises(ValueError, match="make one with TokenHistory"):
+                NgramHasher(plan, backend)(ids, 4, history=history)
+
+
+@either_rows
+@pytest.mark.parametrize("batch", [1, 2])
+def test_chunks_equal_one_shot(primes, batch):
+    plan = plan_of(primes, 2)
+    ids = random_ids(np.random.default_rng(3), 1000, (batch, 160))
+    hasher, history = NgramHasher(plan, "numba"), TokenHistory(plan, batch)
+    chunks = []
+    for chunk in np.split(ids, [1, 2, 3, 10, 11, 90], axis=1):
+        chunks.append(hasher(chunk, 4, history=history))
+        history.advance(chunk)
+    assert_same(np.concatenate(chunks, axis=1), NgramHasher(plan, "numpy")(ids, 4))
+
+
+@either_rows
+@pytest.mark.parametrize("length", [1, 5, 200])
+def test_result_is_fresh_and_input_untouched(primes, length):
+    hasher = NgramHasher(plan_of(primes, 4), "numba")
+    ids = random_ids(np.random.default_rng(0), 1000, (2, length))
+    before = ids.copy()
+    first, second = hasher(ids, 4), hasher(ids, 4)
+    assert first.flags.c_contiguous and first.flags.owndata and first.flags.writeable
+    assert not np.shares_memory(first, second) and not np.shares_memory(first, ids)
+    assert (ids == before).all()
+
+
+def test_a_few_tokens_skip_the_arrays_of_numba():
+    """The way for a few tokens is there on this interpreter, and off it the indices are the same."""
+    plan = plan_of(EIGHT["int32 rows"], 4)
+    ids = random_ids(np.random.default_rng(0), 1000, (2, 5))
+    hash_step, host = hashing_step.step(np.dtype(np.int32))
+    constants = hashing_fused.pack(plan, plan.layers[0], True)
+    got = hash_step(ids, None, constants.ctypes.data, host)
+    assert_same(got, NgramHasher(plan, "numpy")(ids, 4))
+    refused = [ids[:, ::2], ids.astype(np.int32), ids[0], np.zeros((13, 5), np.int64), ids + 1000, None, 3, "ab"]
+    for other in (*refused, ids.view(type("Sub", (np.ndarray,), {}))):
+        assert hash_step(other, None, constants.ctypes.data, host) is None
+    for past in (ids, ids[:1, :2], np.zeros((2, 2)), (1, 2), 0.5):  # N - 1 = 2 ids of 2 sequences are needed
+        assert hash_step(ids, past, constants.ctypes.data, host) is None
+
+
+def test_without_the_way_for_a_few_tokens(monkeypatch):
+    monkeypatch.setattr(hashing_step, "_HOST", None)
+    plan = plan_of(EIGHT["int32 rows"], 4)
+    history = TokenHistory(plan, 2)
+    history.advance(np.array([[1, 2, 3], [4, 5, 6]]))
+    ids = random_ids(np.random.default_rng(0), 1000, (2, 5))
+    assert_backends_agree(plan, ids)
+    assert_backends_agree(plan, ids, history=history)
+
+
+def test_no_reference_is_lost_or_kept():
+    hasher = NgramHasher(plan_of(EIGHT["int32 rows"], 4), "numba")
+    history = TokenHistory(hasher.plan, 1)
+    good, bad = np.array([[5]]), np.array([[1000]])
+    counted = (good, bad, history.ids, np.dtype(np.int32))
+    hasher(good, 4)
+    before = [sys.getrefcount(x) for x in counted]
+    fresh = sys.getrefcount(np.empty(1))
+    for _ in range(1000):
+        counts = [sys.getrefcount(hasher(good, 4)), sys.getrefcount(hasher(good, 4, history=history))]
+        assert counts == [fresh, fresh]
+        with pytest.raises(ValueError):
+            hasher(bad, 4)
+    assert [sys.getrefcount(x) for x in counted] == before
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_constants_of_their_own(duplicate):
+    hasher = NgramHasher(plan_of(EIGHT["int32 rows"], 4), "numba")
+    twin = duplicate(hasher)
+    assert twin.plan == hasher.plan and twin.backend == "numba"
+    assert not {id(c) for c in twin._constants} & {id(c) for c in hasher._constants}
+    ids = random_ids(np.random.default_rng(0), 1000, (2, 5))
+    expected = hasher(ids, 4)
+    del hasher
+    assert_same(twin(ids, 4), expected)
+
+
+@pytest.mark.parametrize("cache", ["user folder", "nowhere"])
+def test_read_only_checkout(cache, tmp_path):
+    """Numba cannot write beside the module: it falls back to the user's cache folder, else to no cache."""
+    shutil.copytree(ROOT / "engram_ref", tmp_path / "engram_ref", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("", "hashing"):
+        (tmp_path / "engram_ref" / folder / "__pycache__").write_text("a file where a folder should go")
+    home = tmp_path / "home"
+    home.mkdir() if cache == "user folder" else home.write_text("no folder either")
+    code = "import engram_ref.hashing.fused as f; print(f.__file__)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "engram_ref" / "hashing" / "fused.py")
+    if cache == "user folder":
+        assert list(home.rglob("*.nbi"))
