@@ -34,11 +34,11 @@ def code_files(*modules: str, root: Path = _ROOT) -> list[Path]:
     """The files of the modules and of all that they import, sorted."""
     if not modules:
         raise ValueError("a digest of no code: name the modules that a result depends on")
-    found: set[Path] = set()
-    waiting = [_file(name, root) for name in modules]
-    for name, path in zip(modules, waiting):
-        if path is None:
+    for name in modules:
+        if _file(name, root) is None:
             raise ValueError(f"no module {name} below {root}: it was moved, or is not of this project")
+    found: set[Path] = set()
+    waiting = [_file(part, root) for name in modules for part in _with_packages(name)]
     while waiting:
         path = waiting.pop()
         if path is not None and path not in found:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import verdict
+from bench.evidence import price
 from bench.evidence.committed import Evidence, rounded_up
 from bench.instruments.claim import classify
 from bench.price.table import verdict as classified
@@ -69,7 +70,7 @@ def test_place_hardly_matters_for_a_live_table_of_published_size(evidence):
 
 
 def test_every_block_and_value_can_be_filled(evidence):
-    for name, fill in {**verdict.blocks(evidence), **verdict.values(evidence)}.items():
+    for name, fill in {**price.blocks(evidence), **price.values(evidence)}.items():
         assert fill(), name
 
 

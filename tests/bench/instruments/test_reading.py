@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import fill_docs, verdict
+from bench import fill_docs
+from bench.evidence import price
 from bench.evidence import wall_time as end_to_end_explained
 from bench.evidence.committed import RESULTS, Evidence
 from bench.instruments.reading import MOST_CHARACTERS, as_this_version, harmless, read_results, set_aside
@@ -72,7 +73,7 @@ def test_nothing_of_a_results_file_reaches_a_page_as_markup(hostile_results):
         "commands": lambda: commands.command_table(hostile_results),
         "runs": lambda: end_to_end_explained.wall_time_runs(hostile_results, "cpu"),
         "story": lambda: end_to_end_explained.wall_time_story(hostile_results),
-        **verdict.blocks(evidence),
+        **price.blocks(evidence),
     }
     shown = {}
     for name, block in of_files.items():
