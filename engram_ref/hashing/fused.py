@@ -37,7 +37,7 @@ from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
 from engram_ref.loops import compiled, pointer
 
 _LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
-_HEADER = 4  # constants before the multipliers: compressed size, compressed pad, longest n-gram, heads
+_HEADER = 5  # constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
 _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
@@ -53,6 +53,7 @@ def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:
     primes = layer.primes
     return np.array(
         [plan.compressed_size, plan.pad_compressed, plan.max_ngram, plan.heads]
+        + [_DEAD if plan.segment_end is None else plan.segment_end]  # where none is, what blocks anyway
         + list(layer.multipliers)
         + list(primes)
         + [pow(p, -1, 2**32) for p in primes]
@@ -149,7 +150,7 @@ _write_one = _index_writer(1)
 
 def _hash_rows(ids, before, address, rows):
     constants = pointer(address, uint64(0))
-    size, pad = constants[0], constants[1]
+    size, pad, segment_end = constants[0], constants[1], constants[4]
     max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
     batch, length, columns = rows.shape
     if rows.size == 0:
@@ -172,7 +173,7 @@ def _hash_rows(ids, before, address, rows):
                 elif t - s + past >= 0:
                     c = uint64(before[b, t - s + past])
                 valid &= c + uint64(1) <= size  # DEAD + 1 is 0
-                blocked |= c == _DEAD
+                blocked |= c == _DEAD or (s != 0 and c == segment_end)
                 h ^= (pad if blocked else c) * constants[_HEADER + s]
                 if s:
                     for _ in range(in_lanes):
