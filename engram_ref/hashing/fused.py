@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types, uint64
+from numba import njit, types, uint64
 from numba.extending import intrinsic
 
 from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
@@ -150,14 +150,23 @@ _write_one = _index_writer(1)
 
 def _hash_rows(ids, before, address, rows):
     constants = pointer(address, uint64(0))
-    size, pad, segment_end = constants[0], constants[1], constants[4]
-    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
-    batch, length, columns = rows.shape
+    max_ngram = types.intp(constants[2])
     if rows.size == 0:
         return False
     past = before.shape[1]
-    if past != 0 and (past != max_ngram - 1 or before.shape[0] != batch):
+    if past != 0 and (past != max_ngram - 1 or before.shape[0] != rows.shape[0]):
         return False
+    if constants[4] == _DEAD:  # known while this is compiled, it costs the other forms nothing
+        return _hash_all(ids, before, constants, rows, _DEAD)
+    return _hash_all(ids, before, constants, rows, constants[4])
+
+
+@njit(inline="always")
+def _hash_all(ids, before, constants, rows, segment_end):
+    size, pad = constants[0], constants[1]
+    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
+    batch, length, columns = rows.shape
+    past = before.shape[1]
     in_lanes = heads // _LANES
     valid = True
     at = 0
@@ -165,6 +174,7 @@ def _hash_rows(ids, before, address, rows):
         for t in range(length):
             h = uint64(0)
             blocked = False
+            end = _DEAD
             first = _HEADER + max_ngram
             for s in range(max_ngram):
                 c = _DEAD  # before the start, unless a history reaches there
@@ -173,7 +183,8 @@ def _hash_rows(ids, before, address, rows):
                 elif t - s + past >= 0:
                     c = uint64(before[b, t - s + past])
                 valid &= c + uint64(1) <= size  # DEAD + 1 is 0
-                blocked |= c == _DEAD or (s != 0 and c == segment_end)
+                blocked |= (c == _DEAD) | (c == end)
+                end = segment_end  # of the ids before this one; its own does not end what it belongs to
                 h ^= (pad if blocked else c) * constants[_HEADER + s]
                 if s:
                     for _ in range(in_lanes):
