@@ -148,7 +148,7 @@ def _stamp(found: os.stat_result) -> Stamp:
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One tensor of a safetensors file: the rows, or the codes or the scales of them.
+    """One tensor of a safetensors file: the rows, some of them, or the codes or the scales of them.
 
     Attributes:
         path: the file.
@@ -157,6 +157,7 @@ class StoredPart:
         columns: first and last (excluded) byte of a row that lie here.
         offset: byte of the file at which the first row begins.
         stamp: of the file when it was validated.
+        first: number of the first row that lies here; others lie in other tensors.
     """
 
     path: Path
@@ -165,6 +166,7 @@ class StoredPart:
     columns: tuple[int, int]
     offset: int
     stamp: Stamp = field(repr=False)
+    first: int = 0
 
     @property
     def row_bytes(self) -> int:

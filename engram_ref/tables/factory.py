@@ -135,7 +135,7 @@ def _copy_to_host(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: 
         return Rows.of(values.copy_(rows.detach()))
     widths = [rows.format.row_bytes] if packed else rows.format.split_bytes
     if packed is None:
-        widths = [part.shape[1] if isinstance(part, Tensor) else part.row_bytes for part in rows.parts]
+        widths = rows.widths if isinstance(rows, StoredRows) else [part.shape[1] for part in rows.parts]
     count = rows.rows if isinstance(rows, StoredRows) else len(rows)
     pieces = memory.bytes.split([count * width for width in widths])  # one behind the other
     found = Rows(rows.format, tuple(piece.view(count, width) for piece, width in zip(pieces, widths)))

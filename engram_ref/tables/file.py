@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engram_ref.files import pagecache
 from engram_ref.files.conventions import round_up
-from engram_ref.files.read_plan import plan_reads
+from engram_ref.files.read_plan import plan_reads, rows_in
 from engram_ref.files.row_reader import RowReader
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.validated import StoredPart
@@ -93,7 +93,7 @@ def predict(rows: Tensor, stored: StoredRows, direct: bool = False) -> Predictio
         ValueError: row numbers that the table would refuse.
     """
     unique = np.unique(check_rows(rows, stored.rows).numpy())
-    lengths = np.concatenate([plan_reads(unique, part, direct).lengths for part in stored.parts])
+    lengths = np.concatenate([plan_reads(unique[rows_in(unique, p)], p, direct).lengths for p in stored.parts])
     traffic = _traffic(len(rows), len(unique), stored, int(lengths.sum()))
     if direct:
         return Prediction(traffic, int(round_up(lengths).sum()), len(lengths))
@@ -106,9 +106,11 @@ def _pages(unique: np.ndarray, parts: Sequence[StoredPart]) -> tuple[int, int]:
     """Pages of a file on which sorted rows lie, in its parts in order, and how many runs of touching ones they form."""
     if not len(unique):
         return 0, 0
-    numbers = unique.astype(np.int64)
-    first = np.concatenate([(part.offset + numbers * part.row_bytes) // mmap.PAGESIZE for part in parts])
-    last = np.concatenate([(part.offset + (numbers + 1) * part.row_bytes - 1) // mmap.PAGESIZE for part in parts])
+    starts = [(unique[rows_in(unique, p)].astype(np.int64) - p.first) * p.row_bytes + p.offset for p in parts]
+    if not any(map(len, starts)):
+        return 0, 0
+    first = np.concatenate([start // mmap.PAGESIZE for start in starts])
+    last = np.concatenate([(start + part.row_bytes - 1) // mmap.PAGESIZE for start, part in zip(starts, parts)])
     shared = first[1:] == last[:-1]  # a page on which one row ends and the next begins
     apart = first[1:] > last[:-1] + 1
     return int((last - first + 1).sum() - shared.sum()), 1 + int(apart.sum())
