@@ -13,6 +13,8 @@ written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at 
               v41-flash  orders 2 to 4, 24 fp8 rows a token with block scales, one projection, no convolution; cut to
                          what a laptop traces, by the scale that every line of the table states. A stored byte is one
                          value here. It has no kv-bank.
+              qwen38-flash-next  Qwen3.8-Flash-Next's table: orders 2 and 3, 16 rows a token, token ids hashed as they
+                         are, an end of text that closes a segment; cut likewise. It has no kv-bank.
   models      engram   hash, rows, gate, short convolution: the twin of the real layer
               kv-bank  attention over the key-and-value rows that the same kind of lookup names
   variants    resident          the table above the padding: the baseline
@@ -62,7 +64,7 @@ from bench.instruments.output import printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
-from bench.price.models import CUTS, digest, make_workload, row_stream, scale_of, toy_config
+from bench.price.models import CUTS, MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Stream, text_stream
@@ -71,7 +73,7 @@ from bench.sweeps.points import NAMES
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import CompressedVocab, vocab_for
 from engram_toy.definitions import DEFINITIONS
 from engram_toy.hashing import NgramHasher
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
@@ -88,7 +90,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--preset", choices=CUTS, default="tiny", help="form of Engram (default: tiny)")
-    add("--model", choices=[*MODELS, "both"], default="both", help="default: both; with preset v41-flash engram alone")
+    add(
+        "--model",
+        choices=[*MODELS, "both"],
+        default="both",
+        help="default: both; with other presets than tiny engram alone",
+    )
     add("--text", metavar="FILE", help="a UTF-8 text file (default: Python's help topics, pydoc_data.topics)")
     add(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
@@ -136,8 +143,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     first, _ = parser.parse_known_args(argv)
-    if first.preset == "v41-flash":
-        parser.set_defaults(model="engram")
+    if len(MODELS_OF[first.preset]) == 1:
+        parser.set_defaults(model=MODELS_OF[first.preset][0])
     if first.quick:
         parser.set_defaults(**QUICK)
     options, given = parser.parse_given(argv)
@@ -268,8 +275,8 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":
             _check_upstream(options)
-        configs_of(options)  # refuses before anything is read
-        vocab = CompressedVocab.from_tokenizer(options.tokenizer)
+        configs = configs_of(options)  # refuses before anything is read
+        vocab = vocab_for(next(iter(configs.values())), options.tokenizer)
         stream = text_stream(options.text, options.tokenizer, vocab, options.seq_len, options.seed)
         jobs, models = make_jobs(options, stream, vocab)
         require_writable(options.out)  # after bad input was refused, which leaves nothing behind

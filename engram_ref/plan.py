@@ -226,8 +226,8 @@ def _check_qwen(folder: Path, preset: str | None) -> list[str]:
     for layer in model.plan.layers:
         shards, others = model.shards[layer.layer_id], model.tensors[layer.layer_id]
         lines.append(
-            f"layer {layer.layer_id}: {layer.rows} rows of {config.row_width} values, {shards[0].dtype}, in {len(shards)} "
-            f"tensors from {one_line(shards[0].name, 200)} on; {len(others)} other tensors"
+            f"layer {layer.layer_id}: {layer.rows} rows of {config.row_width} values, {shards[0].dtype}, in "
+            f"{len(shards)} tensors from {one_line(shards[0].name, 200)} on; {len(others)} other tensors"
         )
     return lines
 

@@ -114,12 +114,15 @@ def test_scaled_rows_and_their_scales_lie_together(tmp_path):
 def test_what_is_not_stored_alike_is_refused(stored, tmp_path):
     save_rows(tmp_path / "wide.safetensors", torch.zeros(3, WIDTH + 1))
     wide = StoredRows.find(tmp_path / "wide.safetensors")
+    save_rows(tmp_path / "plain.safetensors", torch.zeros(3, WIDTH))
+    plain = StoredRows.find(tmp_path / "plain.safetensors")
+    assert StoredRows.together([plain, plain]).rows == 6
     with pytest.raises(
         ValueError, match=re.escape(f"{wide.path}, tensor 'weight': RowFormat(dtype=torch.float32, wid")
     ):
-        StoredRows.together([stored, wide])
+        StoredRows.together([plain, wide])
     with pytest.raises(ValueError, match="put together what is stored alike"):
-        StoredRows.together([wide, stored])  # its rows do not begin at 0
+        StoredRows.together([plain, stored])  # which is put together already
     with pytest.raises(ValueError, match="no rows: give those of one tensor at least"):
         StoredRows.together([])
     with pytest.raises(ValueError, match="has no tensor 'scale'"):
