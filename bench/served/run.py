@@ -44,7 +44,7 @@ from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import vocab_for
 
 PROG = "end_to_end"
 _QWEN3_TOKENS = 151_936
@@ -77,7 +77,7 @@ class EndToEnd:
             tuple(Bus.parse(text) for text in options.buses),
             self.device.type == "cuda" and not options.eager,
         )
-        self.vocab = CompressedVocab.from_tokenizer()
+        self.vocab = vocab_for(EngramConfig.preset(options.preset))
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
         self.plan = HashPlan.for_vocab(self.config, self.vocab)
         self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
