@@ -241,6 +241,10 @@ class Prefetcher:
                 outcomes[layer_id] = Done(arrive)
         return outcomes
 
+    def counters(self) -> dict[int, dict[str, int]]:
+        """By layer, what was asked of its table so far: see `Table.counters`."""
+        return {layer_id: table.counters() for layer_id, table in self.tables.items()}
+
     def close(self) -> None:
         """Wait for what is in flight, end the thread, give back all staging memory; again, it does nothing more.
 

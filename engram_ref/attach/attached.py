@@ -206,6 +206,10 @@ class Attached:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError("what attach() gave cannot be copied or pickled: attach Engram to the other model anew")
 
+    def counters(self) -> dict[int, dict[str, int]]:
+        """By block, what was asked of its table so far: see `Table.counters`."""
+        return {layer_id: engram.table.counters() for layer_id, engram in self.engrams.items()}
+
     def check(self) -> None:
         """Wait for the device, and raise what only it knows; for long runs, now and then. `detach` does it, too.
 

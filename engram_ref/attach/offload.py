@@ -169,6 +169,10 @@ class OffloadedTable:
             for table in self.tables.values():
                 table.close()
 
+    def counters(self) -> dict[int, dict[str, int]]:
+        """By block, what was asked of its table so far: see `Table.counters`."""
+        return {block: table.counters() for block, table in self.tables.items()}
+
     def check(self) -> None:
         """Wait for an accelerator, and raise what only it knows; `restore` does it, too.
 

@@ -30,7 +30,7 @@ from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.validated import StoredPart
 from engram_ref.files.writing import save_pieces, save_rows
 from engram_ref.rows.nan_check import refuse_nan
-from engram_ref.tables.base import Pending, Table, check_rows, check_shape
+from engram_ref.tables.base import Pending, Table, check_rows, check_shape, counted
 from engram_ref.tables.staging import Delivery
 
 __all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
@@ -190,6 +190,10 @@ class FileTable(Table):
     def report(self) -> Traffic:
         """What was fetched so far."""
         return self._traffic
+
+    def counters(self) -> dict[str, int]:
+        """As for every table; `bytes_disk` is what reads have returned, whether the page cache had it or not."""
+        return counted(self._traffic.rows_requested, 0, disk=self._traffic.bytes_read)
 
     def drop_cache(self) -> None:
         """Make the system forget the files, so that the next fetch is cold."""

@@ -127,6 +127,16 @@ class HotTable(Table):
             self._require_open()
             return self._behind.stored(rows)
 
+    def counters(self) -> dict[str, int]:
+        """As for every table; what was read behind it when the hot rows were chosen is among the bytes."""
+        behind = self._behind.counters()
+        return {
+            **behind,
+            "rows": self._lookups,
+            "row_hits": self._hits,
+            "bytes_device": self._hits * self.format.row_bytes,
+        }
+
     def report(self) -> HotReport:
         """Hits and use so far."""
         hot_used = int(self._hot_seen[:-2].sum())
