@@ -62,6 +62,7 @@ BENCH = {
     "wall": "instruments setup",
     "served": "instruments setup",
     "rivals": "instruments setup",
+    "ranks": "instruments setup",
     "price": "instruments setup",
     "sweeps": "instruments setup price",
     "rows": "instruments setup price",

@@ -11,7 +11,7 @@
 A rank that has an error takes part all the same, with rows that mean nothing: its notice says so to everybody, and
 every rank raises it when it joins. With row numbers all in range this cannot happen, and costs 256 B from each rank.
 
-    python -m pytest tests/ref/test_sharded.py
+    python -m pytest tests/ref/tables/test_sharded.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from engram_ref.sharding.agreement import NOTICE_BYTES, gather, group_device, no
 from engram_ref.sharding.plan import ShardPlan, Traffic
 from engram_ref.sharding.routing import Route
 
-_COUNT_BYTES = 16  # a count, and whether the rank is idle; both int64
+COUNT_BYTES = 16  # a count, and whether the rank is idle; both int64
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class AllToAll(Exchange):
         found = torch.empty_like(mine)
         with watched(self.group):
             dist.all_to_all_single(found, mine, group=self.group)
-        self._count(control=_COUNT_BYTES)
+        self._count(control=COUNT_BYTES)
         given, idles = found.T.tolist()
         return given, all(idles)
 

@@ -7,7 +7,7 @@
 A token reads one row of every column. Where each rank owns equally many whole columns, every token therefore asks every
 owner for equally many rows, whatever it says: `bytes_received` is exact before anything has run.
 
-    python -m pytest tests/ref/test_shard_plan.py
+    python -m pytest tests/ref/sharding/test_plan.py
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 The sort by owner is stable, so equal requests give equal messages on every machine. DEAD is no row number: positions
 without a lookup read the rows of the pad id, as they do from every table.
 
-    python -m pytest tests/ref/test_shard_plan.py
+    python -m pytest tests/ref/sharding/test_plan.py
 """
 
 from __future__ import annotations

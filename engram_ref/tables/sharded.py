@@ -10,7 +10,7 @@ while it fetches for itself (`serve_others`, once it has nothing left to fetch).
 decoded where they arrive. What is wrong on one rank, a row that does not exist or a disk that fails, is raised on all
 of them when they join, with the same words; `excuse` says so of a fetch that did not begin.
 
-    python -m pytest tests/ref/test_sharded.py
+    python -m pytest tests/ref/tables/test_sharded.py
 """
 
 from __future__ import annotations

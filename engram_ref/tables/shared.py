@@ -10,7 +10,7 @@ others hands on the same memory. Another user's process, and a table of another 
 
 Not a file in /dev/shm: a container gives that 64 MiB, and a process killed before it unlinks its file leaves it full.
 
-    python -m pytest tests/ref/test_shared.py
+    python -m pytest tests/ref/tables/test_shared.py
 """
 
 from __future__ import annotations

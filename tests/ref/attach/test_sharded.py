@@ -17,7 +17,7 @@ from engram_ref.sharding.plan import ShardPlan
 from engram_ref.tables import make_table
 from engram_ref.tables.sharded import serve_others
 from examples import sharded_generate
-from tests.ref.attach_models import make_ids, make_layers, make_model
+from tests.ref.attach.models import make_ids, make_layers, make_model
 from tests.ref.ranks import run_ranks
 
 NEW_TOKENS = (5, 9)  # of each rank: one is done before the other

@@ -18,8 +18,8 @@ from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables import shared as shared_module
 from engram_ref.tables.factory import _copy_to_host
-from tests.ref.fp8_pairs import random_rows as random_fp8_rows
 from tests.ref.ranks import Rank
+from tests.ref.rows.fp8_pairs import random_rows as random_fp8_rows
 
 R, D = 1009, 16
 VALUES = torch.arange(R * D, dtype=torch.float32).view(R, D)

@@ -26,14 +26,14 @@ from engram_ref.prefetch import FetchError, Prefetcher
 from engram_ref.rows.rows import Rows
 from engram_ref.sharding import exchange as exchange_module
 from engram_ref.sharding.agreement import NOTICE_BYTES, RankLost
-from engram_ref.sharding.exchange import _COUNT_BYTES
+from engram_ref.sharding.exchange import COUNT_BYTES
 from engram_ref.sharding.plan import ShardPlan
 from engram_ref.tables import make_table
 from engram_ref.tables import sharded as sharded_module
 from engram_ref.tables.sharded import serve_others
 from engram_toy import hashing as twin
-from tests.ref.fp8_pairs import random_rows as random_fp8_rows
 from tests.ref.ranks import run_ranks, start_ranks
+from tests.ref.rows.fp8_pairs import random_rows as random_fp8_rows
 
 R, D = 1009, 12
 FP8 = random_fp8_rows(R, 64)
@@ -106,7 +106,7 @@ def test_the_bits_of_the_whole_table(shards, unique):
     for rank, (good, traffic, held) in enumerate(found):
         assert all(good) and len(good) == 18 and traffic.fetches == 18
         assert held == (bounds[rank + 1] - bounds[rank]) * D * 4
-        assert traffic.control == 18 * (len(bounds) - 2) * (NOTICE_BYTES + _COUNT_BYTES)
+        assert traffic.control == 18 * (len(bounds) - 2) * (NOTICE_BYTES + COUNT_BYTES)
 
 
 @pytest.mark.parametrize("shards", ["2", "3, an empty one"])
