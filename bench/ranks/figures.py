@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from bench.instruments.drawing import legend_below, redraw, save_all
+from bench.instruments.drawing import redraw, save_all
 from bench.ranks.model import LINKS
 
 Results = dict[str, Any]
@@ -32,7 +32,7 @@ def sharded(results: Results) -> Any:
         _model(axis, results, phase)
     _stragglers(axes[2], results)
     figure.suptitle("Sharded V4.1 tables on paper: latency and bytes of published links; nothing here was timed")
-    legend_below(figure, axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(LINKS))
     return figure
 
 

@@ -86,7 +86,7 @@ def window_seconds(phase: str, tokens: int) -> float:
 def model_table(preset: str = "v41-flash") -> list[dict[str, Any]]:
     """The exchange of every link, phase, number of tokens and of ranks, as entries of a results file."""
     config = EngramConfig.preset(preset)
-    found = []
+    found: list[dict[str, Any]] = []
     for link in LINKS:
         for phase, counts in PHASES.items():
             for tokens in counts:
@@ -94,8 +94,12 @@ def model_table(preset: str = "v41-flash") -> list[dict[str, Any]]:
                     ids, rows = step_bytes(tokens, ranks, config)
                     found.append(
                         {
-                            **{"link": link.name, "phase": phase, "tokens": tokens, "ranks": ranks},
-                            **{"ids_bytes": ids, "rows_bytes": rows},
+                            "link": link.name,
+                            "phase": phase,
+                            "tokens": tokens,
+                            "ranks": ranks,
+                            "ids_bytes": ids,
+                            "rows_bytes": rows,
                             "seconds": exchange_seconds(link, tokens, ranks, config),
                             "window_s": window_seconds(phase, tokens),
                         }

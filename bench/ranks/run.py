@@ -38,7 +38,7 @@ from engram_ref.sharding.plan import ShardPlan, Traffic
 from engram_ref.tables import make_table
 from engram_ref.tables.sharded import ShardedTable
 
-WAYS: dict[str, dict[str, bool]] = {"owners": {}, "unique": {"unique": True}, "same tokens": {"same_tokens": True}}
+WAYS: dict[str, dict[str, Any]] = {"owners": {}, "unique": {"unique": True}, "same tokens": {"same_tokens": True}}
 COMPRESSED, PAD = 9973, 2  # a vocabulary of this size; the rows of a token depend on it, the bytes do not
 WARMUP = 2
 _PIECE = 1 << 16  # rows that are made together
@@ -95,7 +95,7 @@ def _sized(config: EngramConfig, params: float, dtype: str) -> EngramConfig:
 
 
 def _tables(
-    plan: HashPlan, config: EngramConfig, device: torch.device, seed: int, choices: dict[str, bool]
+    plan: HashPlan, config: EngramConfig, device: torch.device, seed: int, choices: dict[str, Any]
 ) -> dict[int, ShardedTable]:
     """Each rank makes the rows that it owns, and no others."""
     found: dict[int, ShardedTable] = {}
@@ -179,7 +179,7 @@ def _written(options: argparse.Namespace, device: torch.device, run: dict[str, A
     earlier = [] if options.fresh or not path.exists() else read_results(path).get("runs", [])
     runs = sorted([*(x for x in earlier if x["ranks"] != run["ranks"]), run], key=lambda x: x["ranks"])
     model = model_table()
-    results = {
+    results: dict[str, Any] = {
         **{"benchmark": "sharded", "device": device.type, "environment": environment(), "git": git_commit()},
         "code_sha256": code_sha256("bench.ranks.run"),
         "configuration": {"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},

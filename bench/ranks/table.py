@@ -8,16 +8,14 @@ from typing import Any
 from bench.instruments.words import device_label
 
 Results = dict[str, Any]
-_NO_TIMES = (
-    "gloo on a CPU: what is counted holds anywhere; these times say nothing about ranks on GPUs or on other machines"
-)
+_NO_TIMES = "gloo on a CPU: what is counted holds anywhere; these times mean nothing elsewhere"
 
 
 def measured_table(results: Results) -> str:
-    """Bytes that each rank received in a fetch of all layers, against the formula, and the median time of the slowest."""
+    """Bytes that a rank received in a fetch of all layers, against the formula, and the slowest rank's median time."""
     lines = [
         f"sharded tables, {results['runs'][0]['preset']}, rows of {results['runs'][0]['row_bytes']} B",
-        f"{'ranks':>5}  {'way':<11} {'tokens':>6}  {'ids B':>9}  {'rows B':>11}  {'control B':>9}  {'formula':<9}  {'ms':>8}",
+        "ranks  way          tokens      ids B       rows B  control B  formula          ms",
     ]
     for run in results["runs"]:
         for case in run["cases"]:
