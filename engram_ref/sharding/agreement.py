@@ -11,6 +11,7 @@ that ends is noticed by the network (gloo) or by the group's time limit; `watche
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,8 +46,13 @@ def watched(group: Any) -> Iterator[None]:
         me = f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}"
         raise RankLost(
             f"{me}: the exchange of rows broke off: another rank ended, was killed or did not come in time "
-            f"({one_line(error, 120)}); start all ranks anew"
+            f"({one_line(_reason(error), 120)}); start all ranks anew"
         ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What gloo or nccl says, without the place in their sources before it and the advice behind it."""
+    return re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition(". This is typically")[0]
 
 
 def notice(error: BaseException | None) -> Tensor:

@@ -176,7 +176,7 @@ def test_every_placement_underneath_and_a_hot_tier_in_front(tmp_path):
 
 def columns_of(rank, ranks, same_tokens):
     tokens = [4] * ranks if same_tokens else [(5 * r) % 7 for r in range(ranks)]
-    asked, good, moved = [], [], []
+    asked, good, moved, served = [], [], [], []
     for layer in PLAN.layers:
         plan = ShardPlan.of_layer(layer, ranks)
         values = values_of(layer.rows)
@@ -184,28 +184,33 @@ def columns_of(rank, ranks, same_tokens):
             rng = np.random.default_rng(0 if same_tokens else rank)
             ids = rng.integers(0, 97, (1, tokens[rank])) if tokens[rank] else None
             rows = np.empty(0, np.int32) if ids is None else NgramHasher(PLAN)(ids, layer.layer_id).reshape(-1)
-            good.append(same(table.start(torch.from_numpy(rows)).wait(), values, torch.from_numpy(rows)))
+            with mock.patch.object(table, "_own", wraps=table._own) as own:
+                good.append(same(table.start(torch.from_numpy(rows)).wait(), values, torch.from_numpy(rows)))
+            served.append(own.call_args.args[0].tolist())
             moved.append((table.report(), plan.bytes_received(rank, tokens, D * 4)))
         asked.append((None if ids is None else ids.tolist(), rows.tolist()))
-    return asked, all(good), moved
+    return asked, all(good), moved, served
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_counted_bytes_are_the_formulas_and_all_streams_are_the_twins(ranks):
     found = run_ranks(ranks, columns_of, ranks, False)
     stream = twin.NgramHasher(json.loads(PLAN.to_json()))
-    for asked, good, moved in found:
+    for asked, good, moved, _ in found:
         assert good
         for (ids, rows), layer_id in zip(asked, LAYERS):
             expected = [] if ids is None else [row for token in stream(ids[0], layer_id) for row in token]
             assert rows == expected
         for counted, formula in moved:
             assert (counted.ids, counted.rows) == (formula.ids, formula.rows)
-    assert any(counted.payload for _, _, moved in found for counted, _ in moved)
+    assert any(counted.payload for _, _, moved, _ in found for counted, _ in moved)
+    for layer in range(len(LAYERS)):  # what all owners together were asked for is what all ranks together wanted
+        wanted = sorted(row for asked, *_ in found for row in asked[layer][1])
+        assert sorted(row for *_, served in found for row in served[layer]) == wanted
 
 
 def test_bytes_where_all_ranks_have_the_same_tokens():
-    for _, good, moved in run_ranks(2, columns_of, 2, True):
+    for _, good, moved, _ in run_ranks(2, columns_of, 2, True):
         assert good and all((counted.ids, counted.rows) == (0, formula.rows) for counted, formula in moved)
 
 
@@ -424,6 +429,7 @@ def test_a_rank_that_ends_or_is_late_ends_the_others_with_one_line(how):
         words, seconds = rank.result()
         assert "another rank ended, was killed or did not come in time" in words and "\n" not in words
         assert words.startswith(("rank 0 of 3: ", "rank 2 of 3: ")) and seconds < 30
+        assert len(words) < 260 and "third_party" not in words
     ranks[1].process.kill()
 
 
