@@ -214,7 +214,11 @@ class Prefetcher:
     ) -> Pending:
         assert isinstance(self.hasher, NgramHasher)
         begin = time.perf_counter()
-        rows = self.hasher(ids, layer_id, history=history).reshape(-1)  # [B*T*C]
+        try:
+            rows = self.hasher(ids, layer_id, history=history).reshape(-1)  # [B*T*C]
+        except ValueError as error:
+            table.excuse(error)  # other processes may be waiting for this one's part
+            raise
         hashed = time.perf_counter()
         buffers.numbers[layer_id] = numbers = torch.from_numpy(rows)
         pending = table.start(numbers, buffers.room(layer_id, table, rows.size))
@@ -244,6 +248,23 @@ class Prefetcher:
     def counters(self) -> dict[int, dict[str, int]]:
         """By layer, what was asked of its table so far: see `Table.counters`."""
         return {layer_id: table.counters() for layer_id, table in self.tables.items()}
+
+    def excuse(self, error: BaseException) -> None:
+        """Instead of `start`, where there is nothing to fetch because of an error: other processes may be waiting.
+
+        Args:
+            error: why; the caller raises it, unless it is raised here, in the words that all processes use.
+        """
+        errands = [Errand(partial(table.excuse, error)) for table in self.tables.values()]
+        for errand in errands:
+            if self._worker is None:
+                errand()
+            else:
+                self._worker.give(errand)  # behind the fetches that are under way
+        for errand in errands:
+            errand.wait()
+        for errand in errands:
+            errand.result()
 
     def close(self) -> None:
         """Wait for what is in flight, end the thread, give back all staging memory; again, it does nothing more.

@@ -89,6 +89,7 @@ FIGURES = {
     "production": ["hot_tier.svg", "place.svg", "row_depths.svg", "whole_model.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
     "end_to_end_cpu": ["baselines.svg", "overhead_parts.svg", "slower_bus.svg"],
+    "sharded_cpu": ["sharded.svg"],
 }
 
 

@@ -51,10 +51,12 @@ class StoredRows:
         format: what a row's bytes mean.
         parts: where they lie; a row's bytes are its parts side by side. Rows in several tensors have those of the first
             rows first.
+        first: number of the first of them in the file's table, for messages; not 0 where they are some of its rows.
     """
 
     format: RowFormat
     parts: tuple[StoredPart, ...]
+    first: int = 0
 
     @classmethod
     def find(
@@ -159,6 +161,18 @@ class StoredRows:
         """Bytes of all rows."""
         return sum(part.nbytes for part in self.parts)
 
+    def between(self, first: int, last: int) -> StoredRows:
+        """The rows from `first` on and before `last`, as rows of their own: nothing else of the file is read.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        if not 0 <= first <= last <= self.rows:
+            raise ValueError(f"rows {first} .. {last - 1} of {self.path}: it has rows 0 .. {self.rows - 1}")
+        parts = [part.between(first, last) for part in self.parts]
+        there = [part for part in parts if part.rows] or parts[: len(self.widths)]
+        return StoredRows(self.format, tuple(there), self.first + first)
+
     def read(self) -> Rows:
         """All rows, in memory as in the file.
 
@@ -206,7 +220,7 @@ class StoredRows:
         low, high = part.columns
         if self.format.scaled:
             codes = max(0, min(self.format.width, high) - low)
-            refuse_nan(part.path, raw, codes, lambda at: rows.start + at)
+            refuse_nan(part.path, raw, codes, lambda at: self.first + rows.start + at)
         if straight is None:
             for (left, right), target in targets.items():
                 first, last = max(low, left), min(high, right)

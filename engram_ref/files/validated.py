@@ -11,7 +11,7 @@ something else are refused. The file is not mapped, so that it may be larger tha
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,6 +182,13 @@ class StoredPart:
     def file_bytes(self) -> int:
         """Size of the whole file."""
         return self.stamp.nbytes
+
+    def between(self, first: int, last: int) -> StoredPart:
+        """Those of the table's rows from `first` on and before `last` that lie here, perhaps none; `first` is then 0."""
+        low = max(first, self.first)
+        count = max(min(last, self.first + self.rows) - low, 0)
+        skipped = (low - self.first) * self.row_bytes if count else 0
+        return replace(self, rows=count, offset=self.offset + skipped, first=low - first if count else 0)
 
     def open(self, flags: int = 0) -> int:
         """A descriptor of the file, for reading.

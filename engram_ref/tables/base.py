@@ -106,6 +106,13 @@ class Table(ABC):
         """
         return None
 
+    def excuse(self, error: BaseException) -> None:  # noqa: B027, most tables belong to one process
+        """Whoever cannot even ask for rows says so here, instead of `start`: other processes may be waiting for it.
+
+        Args:
+            error: why; the caller raises it, unless it is raised here, in the words that all processes use.
+        """
+
     def bytes_held(self) -> dict[str, int]:
         """Bytes of the table by place: `device`, `host` and `disk`; staging memory is not counted."""
         return {"device": 0, "host": 0, "disk": 0, **self._held()}

@@ -178,7 +178,8 @@ class FileTable(Table):
         raw = staged.numpy()
         unique, bytes_read = self._reader.read(ordered, places, raw)
         if self.format.scaled:
-            refuse_nan(self.source.path, raw, self.format.width, lambda at: int(ordered[places == at][0]))
+            first = self.source.first
+            refuse_nan(self.source.path, raw, self.format.width, lambda at: first + int(ordered[places == at][0]))
         traffic = _traffic(len(ordered), unique, self.source, bytes_read)
         with self._users.alone:
             self._traffic += traffic
