@@ -184,7 +184,7 @@ class StoredPart:
         return self.stamp.nbytes
 
     def between(self, first: int, last: int) -> StoredPart:
-        """Those of the table's rows from `first` on and before `last` that lie here, perhaps none; `first` is then 0."""
+        """Those of the table's rows from `first` on and before `last` that lie here, perhaps none."""
         low = max(first, self.first)
         count = max(min(last, self.first + self.rows) - low, 0)
         skipped = (low - self.first) * self.row_bytes if count else 0

@@ -20,7 +20,7 @@ import pytest
 from engram_ref import cli, plan
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan
-from engram_ref.plan import check, constants
+from engram_ref.plan import check, constants, summary
 from engram_ref.vocab import configured_pad, vocab_for
 
 ROOT = Path(__file__).parents[2]
