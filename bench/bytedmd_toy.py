@@ -53,7 +53,7 @@ import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,6 +64,7 @@ from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
 from bench.price.models import CUTS, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
+from bench.schemas.toy import ModelRead, Results
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Stream, text_stream
 from bench.sweeps.command import run_sweeps
@@ -78,8 +79,8 @@ from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, MODELS
 from engram_toy.tracer.stack import check_definition
 
-PROG = "bytedmd_toy"
-SCHEMA_VERSION = 1
+PROG: Final = "bytedmd_toy"
+SCHEMA_VERSION: Final = 1
 QUICK = {"seq_len": 16, "d_model": 8, "padding": 10_000, "repeats": 3}
 
 
@@ -158,7 +159,9 @@ def configs_of(options: argparse.Namespace) -> dict[str, EngramConfig]:
     return {model: toy_config(model, options.d_model, options.preset) for model in models}
 
 
-def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVocab) -> tuple[list[Job], dict[str, Any]]:
+def make_jobs(
+    options: argparse.Namespace, stream: Stream, vocab: CompressedVocab
+) -> tuple[list[Job], dict[str, ModelRead]]:
     """Every program to price, and per model what it reads (for the results file)."""
     jobs, models = [], {}
     for model, config in configs_of(options).items():
@@ -222,7 +225,7 @@ def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     return records
 
 
-def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, Any]) -> dict[str, Any]:
+def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, ModelRead]) -> Results:
     """Run everything; the content of results.json."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     walls, floors = measure_wall_time(jobs, options.repeats)

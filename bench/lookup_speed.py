@@ -38,6 +38,7 @@ from bench.instruments.code_digest import code_sha256
 from bench.instruments.continuing import now
 from bench.instruments.driver import describe
 from bench.instruments.results import environment, git_commit, write_json
+from bench.schemas.lookup_speed import Case, Head
 from bench.setup.sizes import LAYER, pick_device, table_config
 from bench.setup.variants import TableSet, Variant
 from bench.wall.options import table_params
@@ -229,7 +230,7 @@ class Lookups:
             label for name in self.variants for label in ((name, f"{name} again") if name == "resident" else (name,))
         ]
 
-    def measure(self, tokens: int) -> dict[str, Any]:
+    def measure(self, tokens: int) -> Case:
         """Samples of every way for a step of so many tokens."""
         options, labels, clock = self.options, self.labels(), clock_of(self.device)
         count = WARM_UP + options.repeats
@@ -264,7 +265,7 @@ class Lookups:
     def _table(self, name: str) -> Any:
         return self.variants[name].table
 
-    def head(self) -> dict[str, Any]:
+    def head(self) -> Head:
         """Everything of the results that is known before the first sample."""
         options, table, accelerator, machine = self.options, self.tables, describe(self.device), environment()
         on_gpu = self.device.type == "cuda"
@@ -316,7 +317,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> Head:
     """The results; the file is written after each number of tokens, complete each time."""
     with ExitStack() as stack:
         lookups = Lookups(options, stack)

@@ -31,7 +31,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,11 +45,12 @@ from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows.cases import Case, price_case, source
 from bench.rows.table import TABLES, TEXT, report
 from bench.rows.whole_model import MODELS
+from bench.schemas.production import Record, Results
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
-PROG = "production"
-SCHEMA_VERSION = 1
+PROG: Final = "production"
+SCHEMA_VERSION: Final = 1
 PARTS = ("scale", "hot", "place", "whole_model")
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
@@ -111,7 +112,7 @@ def keys_of(cases: list[Case]) -> dict[Case, str]:
     return keys
 
 
-def price_all(cases: list[Case], journal: Path, processes: int) -> list[dict[str, Any]]:
+def price_all(cases: list[Case], journal: Path, processes: int) -> list[Record]:
     """The records of all cases in their order: those of the journal, and the missing ones priced."""
     keys = keys_of(cases)
     with Journal(journal) as done:
@@ -136,7 +137,7 @@ def main() -> None:
         with cli.one_line_errors(PROG):
             require_writable(options.out)
             parts = [part for part in PARTS if part in options.part]
-            results = {
+            results: Results = {
                 "schema_version": SCHEMA_VERSION,
                 "benchmark": PROG,
                 "configuration": {"parts": parts, "quick": options.quick},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from bench.schemas.generator import NotRequired, rules
+from bench.schemas.generator import NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Natural, Positive, Samples, Share, Text
 
-Device = Literal["cpu", "cuda"]
+PLACEMENTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
+Device = Annotated[str, one_of("cpu", "cuda")]
 Layout = Annotated[
-    Literal["plain", "packed", "split"],
+    str,
+    one_of("plain", "packed", "split"),
     "packed: codes and scales of an fp8 row side by side; split: apart; plain: rows without scales",
 ]
 # Of a record with `value` and `why`: a value that is not there has a reason.

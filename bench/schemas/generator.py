@@ -41,6 +41,11 @@ class Must:
         self.keywords = keywords
 
 
+def one_of(*values: str | int) -> Must:
+    """Nothing but these; the code that writes them holds them as plain texts or numbers."""
+    return Must(enum=list(values))
+
+
 def rules(**keywords: Any) -> Callable[[Record], Record]:
     """Keywords of JSON Schema that a record has beside its fields."""
 
@@ -72,21 +77,20 @@ def _schema(kind: Any) -> Json:
         return _annotated(_schema(arguments[0]), arguments[1:])
     if is_typeddict(kind):
         return _record(kind)
-    if origin is Literal:
-        return {"const": arguments[0]} if len(arguments) == 1 else {"enum": list(arguments)}
+    if origin is Literal and len(arguments) == 1:
+        return {"const": arguments[0]}
     if origin in (Union, UnionType):
         return _union([_schema(one) for one in arguments])
     if origin is list:
         return {"type": "array", "items": _schema(arguments[0])}
-    if origin is tuple:
-        parts = [_schema(one) for one in arguments]
-        return {"type": "array", "minItems": len(parts), "prefixItems": parts, "items": False}
     if origin is dict:
         return {"type": "object", "additionalProperties": _schema(arguments[1]) or True}
     if kind is Any:
         return {}
     if kind not in _NAMES:
-        raise TypeError(f"{kind} has no place in JSON: use TypedDict, Literal, list, dict, tuple, a union or a scalar")
+        raise TypeError(
+            f"{kind} has no place in JSON: use TypedDict, a Literal of one, list, dict, a union or a scalar"
+        )
     return {"type": _NAMES[kind]}
 
 
@@ -117,7 +121,7 @@ def _union(parts: list[Json]) -> Json:
         return {"type": [part["type"] for part in parts]}
     first, *others = parts
     if others == [{"type": "null"}] and "enum" in first:
-        return {**first, "enum": [*first["enum"], None]}
+        return {key: value for key, value in first.items() if key != "type"} | {"enum": [*first["enum"], None]}
     if others == [{"type": "null"}] and "type" in first and not first.keys() & _RESTRICTS_NULL:
         return {**first, "type": [first["type"], "null"]}
     return {"anyOf": parts}

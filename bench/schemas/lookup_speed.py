@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypedDict
 
 from bench.schemas.common import Device, DeviceEnvironment, Git, Layout, Limits, Table
-from bench.schemas.generator import Must, rules
+from bench.schemas.generator import Must, one_of, rules
 from bench.schemas.values import Amounts, Count, Counts, Digest, Natural, Text
 
 
@@ -49,7 +49,7 @@ class Head(TypedDict):
     environment: DeviceEnvironment
     git: Git
     limits: Limits
-    clock: Literal["device events", "host clock"]
+    clock: Annotated[str, one_of("device events", "host clock")]
     stream: Annotated[Literal["uniform"], "random token ids, other ones in every sample of every way"]
     table: LaidTable
     ways: Annotated[dict[str, Text], Must(minProperties=1), "what was timed, by its name"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypedDict
 
 from bench.schemas.common import Environment, Git
-from bench.schemas.generator import Must, NotRequired, rules
+from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Count, Counts, Digest, Share
 
-Part = Literal["scale", "hot", "place", "whole_model"]
+Part = Annotated[str, one_of("scale", "hot", "place", "whole_model")]
 
 
 class Configuration(TypedDict):
@@ -30,10 +30,10 @@ class About(TypedDict):
 
     part: Part
     table: Annotated[str, "a preset; in whole_model the model that the table belongs to"]
-    stream: Literal["python-stdlib", "uniform", "zipf"]
+    stream: Annotated[str, one_of("python-stdlib", "uniform", "zipf")]
     stream_sha256: Annotated[Digest, "of the whole text, UTF-8, or of the random ids"]
     tokens: Annotated[Count, "tokens whose rows are charged"]
-    mode: Literal["token", "decode", "prefill"]
+    mode: Annotated[str, one_of("token", "decode", "prefill")]
     tokens_per_step: Count
     table_rows: Annotated[Count, "of all layers"]
     row_bytes: Count
@@ -48,7 +48,8 @@ class Record(About):
     """One price."""
 
     layout: Annotated[
-        Literal["held live", "compacted"],
+        str,
+        one_of("held live", "compacted"),
         "the whole table live throughout; or only rows that are read, until their last read",
     ]
     first_reads_by_order: NotRequired[Annotated[Counts, "scale: reads of new rows, by n of the n-gram"]]

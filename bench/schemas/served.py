@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypedDict
 
 from bench.schemas.common import (
+    PLACEMENTS,
     VALUE_OR_WHY,
     Device,
     DeviceEnvironment,
@@ -15,7 +16,7 @@ from bench.schemas.common import (
     Table,
     Traffic,
 )
-from bench.schemas.generator import Must, NotRequired, rules
+from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Share, Text
 
 Range = Annotated[list[Natural], Must(minItems=2, maxItems=2)]
@@ -39,7 +40,7 @@ class WeightBytes(TypedDict):
 class Stream(TypedDict):
     """What was served."""
 
-    kind: Literal["text", "uniform"]
+    kind: Annotated[str, one_of("text", "uniform")]
     name: Text
     sha256: Digest
 
@@ -140,25 +141,16 @@ class Row(TypedDict):
     """One variant."""
 
     label: Text
-    variant: Literal[
-        "no_engram",
-        "own_compute",
-        "resident",
-        "offload_naive",
-        "offload_prefetch",
-        "offload_uva",
-        "offload_hot",
-        "offload_disk",
-        "throttled",
-    ]
+    variant: Annotated[str, one_of("no_engram", "own_compute", *PLACEMENTS, "throttled")]
     schedule: Annotated[
-        Literal["none", "in place", "in graph", "synchronous", "prefetched"],
+        str,
+        one_of("none", "in place", "in graph", "synchronous", "prefetched"),
         "in graph: looked up by the kernels of the first CUDA graph",
     ]
-    repeat: Literal[0, 1]
+    repeat: Annotated[int, one_of(0, 1)]
     hot_share: Share | None
     bus: Bus | None
-    page_cache: Literal[None, "passed by", "used"]
+    page_cache: Annotated[str, one_of("passed by", "used")] | None
     device: Device
     device_label: Annotated[str, Must(pattern="^(CPU|GPU) .")]
     graphs: Graphs
@@ -183,7 +175,7 @@ class Case(TypedDict):
     parameters: Count
     weights: Literal["random"]
     weight_bytes: NotRequired[WeightBytes]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Annotated[str, one_of("float32", "float16", "bfloat16")]
     device: Device
     batch: Annotated[Natural, "sequences at a time"]
     sequences: Annotated[Natural, "of a round"]

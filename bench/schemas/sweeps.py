@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypedDict
 
 from bench.schemas.common import Environment, Git
-from bench.schemas.generator import Must, rules
+from bench.schemas.generator import Must, one_of, rules
 from bench.schemas.toy import Boundary, Model, Stream, Variant
 from bench.schemas.values import Amount, Counts, Digest, Natural, Share
 
@@ -29,7 +29,7 @@ class Configuration(TypedDict):
     share: Share
     hot: Share
     bytes_per_element: int
-    definition: Literal["lru", "two-stack"]
+    definition: Annotated[str, one_of("lru", "two-stack")]
     wrong: Share
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypedDict
 
 from bench.schemas.common import Environment, Git
-from bench.schemas.generator import Must, NotRequired, rules
+from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Counts, Digest, Natural, Samples
 
-Model = Literal["engram", "kv-bank"]
-Boundary = Literal["lookup", "layer", "block"]
-Variant = Literal["resident", "offload_naive", "offload_prefetch", "offload_hot"]
+Model = Annotated[str, one_of("engram", "kv-bank")]
+Boundary = Annotated[str, one_of("lookup", "layer", "block")]
+Variant = Annotated[str, one_of("resident", "offload_naive", "offload_prefetch", "offload_hot")]
 Pair = Annotated[list[Natural], Must(minItems=2, maxItems=2)]
 _OPTIONS = [
     "model", "text", "tokenizer", "seq_len", "d_model", "padding", "hot_share", "bytes_per_element", "seed",
@@ -51,29 +51,15 @@ class ModelRead(TypedDict):
     scale: NotRequired[Scale]
 
 
-class Ratio(TypedDict):
-    """A median of paired ratios, and the 95 % interval of that median."""
-
-    median: float
-    low: float
-    high: float
-
-
 class NoiseFloor(TypedDict):
     """Resident measured against itself, in the same rounds."""
 
     model: Model
     boundary: Boundary
     again_s: Samples
-    ratio: Ratio
-
-
-class Summary(TypedDict):
-    """Of the samples."""
-
-    median: float
-    q25: float
-    q75: float
+    ratio: Annotated[
+        dict[str, float], Must(required=["median", "low", "high"]), "paired; the 95 % interval of its median"
+    ]
 
 
 class Priced(TypedDict):
@@ -100,7 +86,7 @@ class Run(Priced):
     cost_per_token: float
     untraced_output_sha256: Digest
     wall_time_s: Annotated[Samples, "the untraced run"]
-    wall_time_summary_s: Summary
+    wall_time_summary_s: Annotated[dict[str, float], Must(required=["median", "q25", "q75"])]
     scale: NotRequired[Scale]
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import Device, DeviceEnvironment, Git, Held, Layout, Limits, Traffic
-from bench.schemas.generator import Must, NotRequired, rules, when
+from bench.schemas.common import PLACEMENTS, Device, DeviceEnvironment, Git, Held, Layout, Limits, Traffic
+from bench.schemas.generator import Must, NotRequired, one_of, rules, when
 from bench.schemas.values import Amount, Amounts, Count, Digest, Natural, Positive, Samples, Share, Text
 
 RowDtype = Annotated[
-    Literal["float32", "float16", "bfloat16", "float8_e4m3fn"],
+    str,
+    one_of("float32", "float16", "bfloat16", "float8_e4m3fn"),
     "as rows are stored; float8_e4m3fn with one float8_e8m0fnu scale for every 32 values",
 ]
-Span = tuple[
-    Literal["hash", "gather", "copy", "compute", "wait", "step"],
-    Literal["main", "background", "stream"],
-    float,
-    float,
-]
+_KINDS, _LANES = ["hash", "gather", "copy", "compute", "wait", "step"], ["main", "background", "stream"]
+_SPAN = [{"enum": _KINDS}, {"enum": _LANES}, {"type": "number"}, {"type": "number"}]
+Span = Annotated[list[Any], Must(minItems=4, prefixItems=_SPAN, items=False)]
 _NULL, _TEXT = {"type": "null"}, {"type": "string", "minLength": 1}
 _ON_CPU = {"items": {"properties": {"device": {"const": "cpu"}}}}
 
@@ -62,7 +60,7 @@ class WallLimits(Limits):
 class Shape(TypedDict):
     """Tokens of a step."""
 
-    phase: Literal["prefill", "decode"]
+    phase: Annotated[str, one_of("prefill", "decode")]
     batch: Natural
     tokens: Annotated[Natural, "new ones, per sequence"]
     context: Annotated[Count, "tokens before them"]
@@ -142,12 +140,10 @@ class Energy(TypedDict):
 class Run(TypedDict):
     """One variant of a step."""
 
-    variant: Literal[
-        "no_engram", "resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk"
-    ]
-    schedule: Literal["synchronous", "prefetched", "in place"]
-    page_cache: Literal[None, "cold", "warm"]
-    repeat: Annotated[Literal[0, 1], "1: the second measurement of resident, the noise floor"]
+    variant: Annotated[str, one_of("no_engram", *PLACEMENTS)]
+    schedule: Annotated[str, one_of("synchronous", "prefetched", "in place")]
+    page_cache: Annotated[str, one_of("cold", "warm")] | None
+    repeat: Annotated[int, one_of(0, 1), "1: the second measurement of resident, the noise floor"]
     table: NotRequired[RunTable]
     step_s: Samples
     exposed_s: Annotated[Amounts, "how long compute waited for rows; empty where there are none"]
@@ -195,7 +191,7 @@ class Cost(TypedDict):
 class Component(Cost):
     """One part of a step, by itself."""
 
-    case: Literal["hash", "compute", "up_embed", "up_kv", "full_1", "full_2"]
+    case: Annotated[str, one_of("hash", "compute", "up_embed", "up_kv", "full_1", "full_2")]
     device: Device
     batch: Natural
     tokens: Natural
@@ -207,7 +203,7 @@ class Component(Cost):
 class SkippedComponent(TypedDict):
     """A part that this machine cannot run."""
 
-    case: Literal["hash", "compute", "up_embed", "up_kv", "full"]
+    case: Annotated[str, one_of("hash", "compute", "up_embed", "up_kv", "full")]
     why: Text
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -13,9 +12,11 @@ import torch
 
 from bench import lookup_speed
 from bench.evidence.lookup_table import report
+from bench.schemas.generator import json_schema
+from bench.schemas.lookup_speed import Results
 from engram_ref.device_lookup import DeviceLookup
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "bench/schemas/lookup_speed.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
 
 
