@@ -80,13 +80,18 @@ class Priced(TypedDict):
     trace_sha256: Annotated[Digest, "of the depths as int32 of the machine, in order"]
 
 
-class Run(Priced):
-    """One program, traced and untraced."""
+class Timed(TypedDict):
+    """The same program, untraced."""
 
-    cost_per_token: float
     untraced_output_sha256: Digest
     wall_time_s: Annotated[Samples, "the untraced run"]
     wall_time_summary_s: Annotated[dict[str, float], Must(required=["median", "q25", "q75"])]
+
+
+class Run(Priced, Timed):
+    """One program, traced and untraced."""
+
+    cost_per_token: float
     scale: NotRequired[Scale]
 
 

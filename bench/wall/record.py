@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from bench.schemas.common import Held
 from bench.schemas.wall import Hot, Run, RunTable, StepBytes
 from bench.setup.variants import CONTROL, Variant
 from bench.wall.step import IO_COUNTER, OnBus, Samples, file_behind
@@ -47,7 +48,7 @@ def run_record(
         "limit_why": why,
         "bytes": _bytes(variant, samples, on_bus) if rows else _no_bytes(on_bus),
         "pcie": on_bus.traffic,
-        "held": held,
+        "held": cast(Held, held),
         "freed": step["table"]["bytes"] - held["device"] if rows else None,
         "hot": _hot(variant),
         "energy": on_bus.energy,
