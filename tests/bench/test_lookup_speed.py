@@ -15,6 +15,7 @@ from bench.evidence.lookup_table import report
 from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
 from engram_ref.device_lookup import DeviceLookup
+from tests.bench.wall.example import environment
 
 SCHEMA = json_schema(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
