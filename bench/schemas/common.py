@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 from bench.schemas.generator import NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Natural, Positive, Samples, Share, Text
@@ -99,14 +99,6 @@ class Table(TypedDict):
     bytes: Count
     row_dtype: Text
     huge_pages: Annotated[Share, "share of it that lies on huge pages"]
-
-
-@rules(anyOf=VALUE_OR_WHY)
-class Known(TypedDict):
-    """A value, or null and why there is none."""
-
-    value: Any
-    why: str | None
 
 
 class Rate(TypedDict):

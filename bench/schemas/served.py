@@ -11,7 +11,6 @@ from bench.schemas.common import (
     DeviceEnvironment,
     Git,
     Held,
-    Known,
     Limits,
     Table,
     Traffic,
@@ -130,6 +129,22 @@ class Weights(TypedDict):
     why: str | None
 
 
+@rules(anyOf=VALUE_OR_WHY)
+class Freed(TypedDict):
+    """Bytes of device memory that this table leaves free against a resident one; absent in older results."""
+
+    value: int | None
+    why: str | None
+
+
+@rules(anyOf=VALUE_OR_WHY)
+class Energy(TypedDict):
+    """Of the whole board in a pass, above what it draws when idle: joules, watts, seconds, passes."""
+
+    value: dict[str, float] | None
+    why: str | None
+
+
 class NotCounted(TypedDict):
     """No traffic is counted on a CPU."""
 
@@ -155,15 +170,10 @@ class Row(TypedDict):
     device_label: Annotated[str, Must(pattern="^(CPU|GPU) .")]
     graphs: Graphs
     held: Held
-    freed: NotRequired[
-        Annotated[
-            Known,
-            "Bytes of device memory that this table leaves free against a resident one; absent in older results.",
-        ]
-    ]
+    freed: NotRequired[Freed]
     weights: NotRequired[Weights | None]
     pcie: Annotated[Traffic | NotCounted | None, "Bytes that the GPU received in a pass."]
-    energy: Known | None
+    energy: Energy | None
     rounds: list[Sample]
 
 

@@ -58,7 +58,9 @@ class NoiseFloor(TypedDict):
     boundary: Boundary
     again_s: Samples
     ratio: Annotated[
-        dict[str, float], Must(required=["median", "low", "high"]), "paired; the 95 % interval of its median"
+        dict[str, float],
+        Must(required=["median", "low", "high"], maxProperties=3),
+        "and the interval of its median",
     ]
 
 
@@ -85,7 +87,7 @@ class Timed(TypedDict):
 
     untraced_output_sha256: Digest
     wall_time_s: Annotated[Samples, "the untraced run"]
-    wall_time_summary_s: Annotated[dict[str, float], Must(required=["median", "q25", "q75"])]
+    wall_time_summary_s: Annotated[dict[str, float], Must(required=["median", "q25", "q75"], maxProperties=3)]
 
 
 class Run(Priced, Timed):

@@ -1,0 +1,1 @@
+"""Records of results files and the schemas made from them."""
