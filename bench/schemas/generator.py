@@ -16,15 +16,30 @@ is refused.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from types import GenericAlias, NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
-if sys.version_info >= (3, 11):
-    from typing import NotRequired
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 else:
-    from typing_extensions import NotRequired  # tokenizers brings it along
+
+    class NotRequired:
+        """A field that may be missing; `typing` has it from Python 3.11 on."""
+
+        __class_getitem__ = classmethod(GenericAlias)
+
 
 Json = dict[str, Any]
 Record = TypeVar("Record")

@@ -1,1 +1,1 @@
-"""Records of results files and the schemas made from them."""
+"""Tests of bench.schemas."""
