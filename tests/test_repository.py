@@ -1,4 +1,4 @@
-"""Rules of the repository: every module says what it is, functions stay small, documents show what was measured."""
+"""Rules of the repository that no linter knows: functions stay small, documents show what was measured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_toy.bytedmd import bytedmd, traced_eval
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("engram_ref", "engram_toy", "bench", "tests")
-MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-CODE = [path for path in MODULES if path.relative_to(ROOT).parts[0] != "tests"]
+FOLDERS = ("engram_ref", "engram_toy", "bench")
+CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def functions(path):
@@ -30,28 +29,11 @@ def functions(path):
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_module_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-
 def test_functions_are_small():
     lengths = sorted(f.end_lineno - f.lineno + 1 for path in CODE for f in functions(path))
     assert statistics.median(lengths) <= 12
     assert lengths[int(0.9 * len(lengths))] <= 45
     assert lengths[-1] <= 85  # the replay of a log, spelt out for speed
-
-
-def test_public_functions_have_docstrings():
-    bare = [
-        f"{path.relative_to(ROOT)}:{node.name}"
-        for path in CODE
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        and not node.name.startswith("_")
-        and not ast.get_docstring(node)
-    ]
-    assert bare == []
 
 
 def test_nothing_imports_bench():
