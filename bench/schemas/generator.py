@@ -44,7 +44,6 @@ else:
 Json = dict[str, Any]
 Record = TypeVar("Record")
 
-
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
 _RESTRICTS_NULL = {"const", "anyOf", "allOf", "not", "if"}  # where a second type would not let null in
 

@@ -152,8 +152,8 @@ class NotCounted(TypedDict):
     why: Text
 
 
-class Row(TypedDict):
-    """One variant."""
+class Contender(TypedDict):
+    """One variant, before its passes."""
 
     label: Text
     variant: Annotated[str, one_of("no_engram", "own_compute", *PLACEMENTS, "throttled")]
@@ -174,6 +174,11 @@ class Row(TypedDict):
     weights: NotRequired[Weights | None]
     pcie: Annotated[Traffic | NotCounted | None, "Bytes that the GPU received in a pass."]
     energy: Energy | None
+
+
+class Row(Contender):
+    """One variant, and its passes."""
+
     rounds: list[Sample]
 
 
