@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import (
-    PLACEMENTS,
-    VALUE_OR_WHY,
-    Device,
-    DeviceEnvironment,
-    Git,
-    Held,
-    Limits,
-    Table,
-    Traffic,
-)
+from bench.schemas.common import PLACEMENTS, VALUE_OR_WHY, Device, DeviceEnvironment, Git, Held, Limits, Table, Traffic
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Share, Text
 

@@ -14,7 +14,7 @@ Variant = Annotated[str, one_of("resident", "offload_naive", "offload_prefetch",
 Pair = Annotated[list[Natural], Must(minItems=2, maxItems=2)]
 _OPTIONS = [
     "model", "text", "tokenizer", "seq_len", "d_model", "padding", "hot_share", "bytes_per_element", "seed",
-    "definition", "tracer", "repeats", "jobs", "out", "quick",
+    "definition", "tracer", "repeats", "jobs", "out", "quick"
 ]  # fmt: skip
 
 
@@ -58,9 +58,7 @@ class NoiseFloor(TypedDict):
     boundary: Boundary
     again_s: Samples
     ratio: Annotated[
-        dict[str, float],
-        Must(required=["median", "low", "high"], maxProperties=3),
-        "and the interval of its median",
+        dict[str, float], Must(required=["median", "low", "high"], maxProperties=3), "and the interval of its median"
     ]
 
 
