@@ -55,7 +55,7 @@ import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,6 +66,7 @@ from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
 from bench.price.models import CUTS, MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
+from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Stream, text_stream
 from bench.sweeps.command import run_sweeps
@@ -80,8 +81,8 @@ from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, MODELS
 from engram_toy.tracer.stack import check_definition
 
-PROG = "bytedmd_toy"
-SCHEMA_VERSION = 1
+PROG: Final = "bytedmd_toy"
+SCHEMA_VERSION: Final = 1
 QUICK = {"seq_len": 16, "d_model": 8, "padding": 10_000, "repeats": 3}
 
 
@@ -165,9 +166,12 @@ def configs_of(options: argparse.Namespace) -> dict[str, EngramConfig]:
     return {model: toy_config(model, options.d_model, options.preset) for model in models}
 
 
-def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVocab) -> tuple[list[Job], dict[str, Any]]:
+def make_jobs(
+    options: argparse.Namespace, stream: Stream, vocab: CompressedVocab
+) -> tuple[list[Job], dict[str, ModelRead]]:
     """Every program to price, and per model what it reads (for the results file)."""
-    jobs, models = [], {}
+    jobs: list[Job] = []
+    models: dict[str, ModelRead] = {}
     for model, config in configs_of(options).items():
         plan = HashPlan.for_vocab(config, vocab)
         layer = plan.layer(config.layer_ids[0])
@@ -179,7 +183,7 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
         hot = most_frequent(NgramHasher(workload.plan)(stream.calibration, layer.layer_id), hot_count)
         models[model] = {
             "config": asdict(config),
-            "plan": workload.plan,
+            "plan": dict(workload.plan),
             "row_stream_sha256": digest(indices),
             "lookups": int(indices.size),
             "distinct_rows": len(set(indices.ravel().tolist())),
@@ -195,30 +199,33 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
     return jobs, models
 
 
-def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[Timed], list[NoiseFloor]]:
     """Untraced runs, variants interleaved: per job its samples and output, per boundary the noise floor."""
-    records: list[dict[str, Any]] = []
-    floors = []
+    records: list[Timed] = []
+    floors: list[NoiseFloor] = []
     for start in range(0, len(jobs), len(VARIANTS)):
         group = jobs[start : start + len(VARIANTS)]
-        names = {"model": group[0].workload.model, "boundary": group[0].boundary}
-        say(f"wall time   {' '.join(names.values())}: {repeats} rounds")
+        model, boundary = group[0].workload.model, group[0].boundary
+        say(f"wall time   {model} {boundary}: {repeats} rounds")
         programs = {job.layout.name: job.program() for job in group}
         outputs = {name: output_digest(p.function(*p.arguments)) for name, p in programs.items()}  # warms up, too
         cases = {name: lambda p=p: p.function(*p.arguments) for name, p in programs.items()}
         samples = interleave({**cases, "resident again": cases["resident"]}, repeats, warmup=0)
         for name in programs:
-            wall = {"wall_time_s": samples[name], "wall_time_summary_s": summary(samples[name])}
-            records.append({**wall, "untraced_output_sha256": outputs[name]})
+            wall = samples[name]
+            records.append(
+                {"wall_time_s": wall, "wall_time_summary_s": summary(wall), "untraced_output_sha256": outputs[name]}
+            )
         again = samples["resident again"]
-        floors.append({**names, "again_s": again, "ratio": paired_ratio(again, samples["resident"])})
+        ratio = paired_ratio(again, samples["resident"])
+        floors.append({"model": model, "boundary": boundary, "again_s": again, "ratio": ratio})
     return records, floors
 
 
-def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
+def price_all(jobs: list[Job], processes: int) -> list[Priced]:
     """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
     order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
-    records: list[dict[str, Any]] = [{}] * len(jobs)
+    records: list[Any] = [None] * len(jobs)
     began = time.perf_counter()
     priced = in_parallel(price_job, [jobs[i] for i in order], processes)
     for done, (place, record) in enumerate(priced, start=1):
@@ -229,12 +236,14 @@ def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     return records
 
 
-def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, Any]) -> dict[str, Any]:
+def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, ModelRead]) -> Results:
     """Run everything; the content of results.json."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     walls, floors = measure_wall_time(jobs, options.repeats)
     prices = price_all(jobs, options.jobs)
-    runs = [{**price, "cost_per_token": price["cost"] / options.seq_len, **wall} for price, wall in zip(prices, walls)]
+    runs: list[Run] = [
+        {**price, "cost_per_token": price["cost"] / options.seq_len, **wall} for price, wall in zip(prices, walls)
+    ]
     for run in runs:
         if "scale" in models[run["model"]]:
             run["scale"] = models[run["model"]]["scale"]
@@ -247,7 +256,7 @@ def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models
         "configuration": configuration,
         "environment": environment(),
         "git": git_commit(),
-        "stream": {k: v for k, v in asdict(stream).items() if k not in ("measured", "calibration")},
+        "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens, "start": stream.start},
         "models": models,
         "noise_floor": floors,
         "runs": runs,
@@ -281,7 +290,7 @@ def main() -> None:
         jobs, models = make_jobs(options, stream, vocab)
         require_writable(options.out)  # after bad input was refused, which leaves nothing behind
     say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")
-    results = measure(options, stream, jobs, models)
+    results: Any = measure(options, stream, jobs, models)  # as whoever reads the file takes them
     with cli.one_line_errors(PROG), printed_anyway(lambda: verdict_table(results)):
         path = options.out / "results.json"
         write_json(path, results)

@@ -78,6 +78,7 @@ class BareCall:
         self.columns = columns
 
     def __call__(self, ids: np.ndarray, layer_id: int) -> np.ndarray:
+        """Indices [B, T, C] of ids [B, T], whatever memory held."""
         batch, length = ids.shape
         return np.empty((batch, length, self.columns), np.int32)
 

@@ -32,7 +32,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,11 +46,12 @@ from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows.cases import Case, as_they_are, price_case, source
 from bench.rows.table import TABLES, TEXT, report
 from bench.rows.whole_model import MODELS, OTHERS
+from bench.schemas.production import Record, Results
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
-PROG = "production"
-SCHEMA_VERSION = 1
+PROG: Final = "production"
+SCHEMA_VERSION: Final = 1
 PARTS = ("scale", "hot", "place", "whole_model")
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
@@ -114,7 +115,7 @@ def keys_of(cases: list[Case]) -> dict[Case, str]:
     return keys
 
 
-def price_all(cases: list[Case], journal: Path, processes: int) -> list[dict[str, Any]]:
+def price_all(cases: list[Case], journal: Path, processes: int) -> list[Record]:
     """The records of all cases in their order: those of the journal, and the missing ones priced."""
     keys = keys_of(cases)
     with Journal(journal) as done:
@@ -139,7 +140,7 @@ def main() -> None:
         with cli.one_line_errors(PROG):
             require_writable(options.out)
             parts = [part for part in PARTS if part in options.part]
-            results = {
+            content: Results = {
                 "schema_version": SCHEMA_VERSION,
                 "benchmark": PROG,
                 "configuration": {"parts": parts, "quick": options.quick},
@@ -147,6 +148,7 @@ def main() -> None:
                 "git": git_commit(),
                 "records": price_all(cases_of(parts, options.quick, options.preset), journal, options.jobs),
             }
+            results: Any = content  # as whoever reads the file takes it
             path = options.out / "results.json"
             with printed_anyway(lambda: report(results)):
                 written = write_unless_same(path, results, "records")

@@ -57,6 +57,7 @@ ROOMS = {
 }
 _LIBRARY = "engram_ref engram_toy examples"
 BENCH = {
+    "schemas": "",  # may be imported from anywhere in bench
     "instruments": "",
     "setup": "instruments",
     "wall": "instruments setup",
@@ -80,7 +81,7 @@ def allowed() -> dict[str, set[str]]:
     }
     library = {room for room in table if room.startswith("engram_")}
     for room, names in BENCH.items():
-        table[f"bench.{room}"] = {f"bench.{name}" for name in names.split()} | library
+        table[f"bench.{room}"] = {f"bench.{name}" for name in ["schemas", *names.split()]} | library
     table["bench"] = {f"bench.{room}" for room in BENCH} | library
     return table
 

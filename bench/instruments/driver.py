@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+
+from bench.schemas.common import Accelerator
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
@@ -136,7 +138,7 @@ def _handle(nvml: Any, properties: Any) -> Any:
     raise _Unanswered(f"torch {torch.__version__} does not say which of several GPUs it uses; take a newer one")
 
 
-def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
+def describe(device: torch.device, nvml: Any = None) -> Accelerator | None:
     """The accelerator, asked while it is busy; None on a CPU.
 
     What is not known is None, and `unknown` says why: by name of the entry.
@@ -146,7 +148,7 @@ def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
     properties = torch.cuda.get_device_properties(device)
     with _busy(device):
         answers = _answers(open_driver(device, nvml))
-    return {
+    found = {
         "name": properties.name,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -154,6 +156,7 @@ def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
         **{name: found.value for name, found in answers.items()},
         "unknown": {name: found.why for name, found in answers.items() if found.why is not None},
     }
+    return cast(Accelerator, found)  # the driver's answers are what they are
 
 
 @contextmanager

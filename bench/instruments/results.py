@@ -12,13 +12,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench.instruments.output import forget_figures
 from bench.instruments.reading import read_results, set_aside
+from bench.schemas.common import Environment, Git
 from engram_ref.files.replacing import replacing_path
 
 _PACKAGES = (
@@ -28,7 +29,7 @@ _PACKAGES = (
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """The machine and the software, for a reader who wants to know whether a figure applies to them."""
     return {
         "python": platform.python_version(),
@@ -41,7 +42,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def git_commit() -> dict[str, Any]:
+def git_commit() -> Git:
     """Commit of the code that ran, and whether the code had changes since.
 
     Outside a git checkout, such as in a copy, the commit is what ENGRAM_GIT_COMMIT says, or null; changes are unknown.
@@ -92,7 +93,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield part
 
 
-def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
+def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool:
     """Write a results file unless the one there says the same; say whether it was written.
 
     What says where it ran, and by which code, does not count: a run that finds the same numbers again leaves the file
@@ -125,13 +126,13 @@ def _found(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _evidence(content: dict[str, Any]) -> dict[str, Any]:
+def _evidence(content: Mapping[str, Any]) -> dict[str, Any]:
     """A results file without where and by what it was made, as JSON gives it back."""
     provenance = {"environment", "git", "code_sha256"}
     return json.loads(json.dumps({key: value for key, value in content.items() if key not in provenance}))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a results file, complete or not at all; figures of what it held before go."""
     forget_figures(path, content)
     with atomic_path(path) as part:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.schemas.toy import Scale
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy import fp8
@@ -49,13 +50,17 @@ def toy_config(model: str, hidden: int, preset: str = "tiny") -> EngramConfig:
     return config.replace(heads=4, table_size_per_order=(64, 64), row_width=2 * hidden)
 
 
-def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> dict[str, list[int]]:
+def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> Scale:
     """What was cut, as pairs: here, and in the preset as published. Rows are those of the one layer that is run."""
     full, layer_id = EngramConfig.preset(preset), config.layer_ids[0]
     full_plan = HashPlan.build(full, plan.compressed_size, plan.pad_compressed)
-    pairs = {name: [getattr(config, name), getattr(full, name)] for name in ("row_width", "hidden", "hc_mult")}
-    rows = [plan.layer(layer_id).rows, full_plan.layer(layer_id).rows]
-    return {"table_rows": rows, **pairs, "layers": [1, len(full.layer_ids)]}
+    return {
+        "table_rows": [plan.layer(layer_id).rows, full_plan.layer(layer_id).rows],
+        "row_width": [config.row_width, full.row_width],
+        "hidden": [config.hidden, full.hidden],
+        "hc_mult": [config.hc_mult, full.hc_mult],
+        "layers": [1, len(full.layer_ids)],
+    }
 
 
 class Numbers:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from bench.instruments.driver import describe
 from bench.instruments.reading import as_this_version, read_results
 from bench.instruments.results import environment, git_commit
 from bench.instruments.words import device_label, measured_on
+from bench.schemas.served import Head
 from bench.served.figures import draw_all
 from bench.served.memory import Plan, device_room, estimate, largest_batch
 from bench.served.model import ATTENTION, ServedModel, register_attention
@@ -46,7 +47,7 @@ from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import vocab_for
 
-PROG = "end_to_end"
+PROG: Final = "end_to_end"
 _QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
@@ -155,7 +156,7 @@ class EndToEnd:
     def _sequences(self, batch: int) -> int:
         return batch if self.options.sequences == "batch" else self.options.sequences
 
-    def _head(self, copy: tuple[int, int]) -> dict[str, Any]:
+    def _head(self, copy: tuple[int, int]) -> Head:
         """What the results file says of the run as a whole."""
         accelerator, machine = describe(self.device), environment()
         name = accelerator["name"] if accelerator else machine["cpu"]

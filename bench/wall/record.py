@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from bench.schemas.common import Held
+from bench.schemas.wall import Hot, Run, RunTable, StepBytes
 from bench.setup.variants import CONTROL, Variant
 from bench.wall.step import IO_COUNTER, OnBus, Samples, file_behind
 from bench.wall.timeline import Span
@@ -21,7 +23,7 @@ def run_record(
     digest: str,
     on_bus: OnBus,
     spans: list[Span],
-) -> dict[str, Any]:
+) -> Run:
     """One entry of a step's `runs`.
 
     Args:
@@ -46,7 +48,7 @@ def run_record(
         "limit_why": why,
         "bytes": _bytes(variant, samples, on_bus) if rows else _no_bytes(on_bus),
         "pcie": on_bus.traffic,
-        "held": held,
+        "held": cast(Held, held),
         "freed": step["table"]["bytes"] - held["device"] if rows else None,
         "hot": _hot(variant),
         "energy": on_bus.energy,
@@ -56,13 +58,13 @@ def run_record(
     }
 
 
-def _table(table: dict[str, Any]) -> dict[str, Any]:
+def _table(table: dict[str, Any]) -> RunTable:
     """What every row of the results says of its table: how rows are stored, and how much of the published one it is."""
     share = table["rows"] / table["published_rows"]
     return {"preset": table["preset"], "share": share, "row_dtype": table["row_dtype"], "layout": table["layout"]}
 
 
-def _no_bytes(on_bus: OnBus) -> dict[str, Any]:
+def _no_bytes(on_bus: OnBus) -> StepBytes:
     """Of the control: what crosses the bus without any rows, which is to be taken off what the others receive."""
     counted = on_bus.received
     return {
@@ -75,7 +77,7 @@ def _no_bytes(on_bus: OnBus) -> dict[str, Any]:
     }
 
 
-def _bytes(variant: Variant, samples: Samples, on_bus: OnBus) -> dict[str, Any]:
+def _bytes(variant: Variant, samples: Samples, on_bus: OnBus) -> StepBytes:
     counted = samples.counter or on_bus.received or None
     what = IO_COUNTER if samples.counter else NVML_COUNTER if on_bus.received else None
     explicit = variant.name in _HOST or file_behind(variant) is not None  # in place nothing is copied
@@ -109,7 +111,7 @@ def _limit(variant: Variant, step: dict[str, Any], limits: dict[str, Any]) -> tu
     return unique / copy, "bytes of unique rows / copy bandwidth"
 
 
-def _hot(variant: Variant) -> dict[str, Any] | None:
+def _hot(variant: Variant) -> Hot | None:
     if not isinstance(variant.table, HotTable):
         return None
     report = variant.table.report()

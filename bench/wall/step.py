@@ -20,6 +20,8 @@ from torch import Tensor
 from bench.instruments.board import count_traffic
 from bench.instruments.clocks import step_timer
 from bench.instruments.driver import EnergyMeter, open_driver
+from bench.schemas.common import Traffic
+from bench.schemas.wall import Energy
 from bench.setup.backbones import Backbone
 from bench.setup.token_batches import TokenBatches
 from bench.setup.variants import CONTROL, TableSet, Variant
@@ -264,8 +266,8 @@ class OnBus:
         traffic: from `bench.instruments.board.count_traffic`; None on a CPU.
     """
 
-    traffic: dict[str, Any] | None
-    energy: dict[str, Any] | None
+    traffic: Traffic | None
+    energy: Energy | None
     energy_why: str
 
     @property

@@ -27,6 +27,7 @@ class Hook:
         self.layer_id = layer_id
 
     def __call__(self, *given: Any) -> Any:
+        """What `act` returns to torch, or None once it is removed: nothing is changed."""
         return None if self.act is None else self.act(*given)
 
     def remove(self) -> None:
