@@ -31,7 +31,7 @@ ROOMS = {
     "engram_ref.threads": "",
     "engram_ref.rows": "config compiled loops gpu threads",
     "engram_ref.files": "config compiled loops threads rows",
-    "engram_ref.vocab": "ids files",
+    "engram_ref.vocab": "config ids files",
     "engram_ref.hashing": "config ids compiled loops gpu devices vocab",
     "engram_ref.sharding": "",
     "engram_ref.tables": "config devices gpu threads rows files sharding",
@@ -40,7 +40,7 @@ ROOMS = {
     "engram_ref.prefetch": "threads hashing tables",
     "engram_ref.layer": "config devices rows hashing tables fusion",
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
-    "engram_ref.attach": "ids devices vocab hashing tables fusion device_lookup prefetch layer",
+    "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion device_lookup prefetch layer",
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
     # engram_toy
     "engram_toy": "",

@@ -16,7 +16,7 @@ from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
-from tests.ref.attach_models import make_ids, make_layers, make_model
+from tests.ref.attach.models import make_ids, make_layers, make_model
 from tests.ref.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

