@@ -33,6 +33,7 @@ class Rows:
     Attributes:
         format: what a row's bytes mean.
         parts: uint8 [R, w] each, contiguous, on one device; their widths add up to the bytes of a row.
+        first: number of the first of them in its table, for messages; not 0 where they are some of its rows.
 
     Raises:
         ValueError: parts that do not make up whole rows.
@@ -40,6 +41,7 @@ class Rows:
 
     format: RowFormat
     parts: tuple[Tensor, ...]
+    first: int = 0
 
     def __post_init__(self) -> None:
         widths = tuple(part.shape[1] if part.ndim == 2 else 0 for part in self.parts)
@@ -132,7 +134,7 @@ class Rows:
 
     def between(self, first: int, last: int) -> Rows:
         """The rows from `first` on and before `last`; nothing is copied."""
-        return Rows(self.format, tuple(part[first:last] for part in self.parts))
+        return Rows(self.format, tuple(part[first:last] for part in self.parts), self.first + first)
 
     def refuse_nan(self, before: int = 0) -> None:
         """Refuse fp8 rows with a code or scale that is NaN: no table is shipped with one, so the bytes are not rows.
@@ -147,7 +149,7 @@ class Rows:
             return
         codes = (self.format.width, 0)  # how many bytes of each part are codes; the others are scales
         for first in range(0, len(self), _CHECKED):
-            number = functools.partial(operator.add, before + first)
+            number = functools.partial(operator.add, self.first + before + first)
             for part, count in zip(self.parts, codes):
                 piece = part[first : first + _CHECKED]
                 if piece.is_cpu or fp8.has_nan(piece[:, :count], piece[:, count:]):  # on an accelerator looked at there

@@ -190,8 +190,8 @@ def _own_rows(rows: Tensor | Rows | StoredRows, count: int, plan: ShardPlan, ran
         raise ValueError(f"{count} rows on rank {rank}: give all {plan.rows} of the table, or its own {last - first}")
     if count == plan.rows:
         rows = rows[first:last] if isinstance(rows, Tensor) else rows.between(first, last)
-    if isinstance(rows, Rows):
-        rows.refuse_nan(first)
+    elif isinstance(rows, Rows):
+        rows = Rows(rows.format, rows.parts, first)  # for messages
     return rows
 
 
