@@ -8,9 +8,8 @@ through the cache; here a step of one copy is read, gated, convolved and written
 cache, channels last, so that every loop is over neighbours and is compiled to vector instructions. SiLU's exponential
 is spelt out for that reason: numba calls the C library's for one value at a time, which takes as long as all the rest.
 
-    e^x = 2^n * e^r     n = x / ln 2 rounded, so |r| <= ln 2 / 2; ln 2 in two parts, the first of 9 bits, so that n times
-                        it is exact; a polynomial of degree 6 for e^r is off by 2^-27 of it at most, less than float32's
-                        half step
+    e^x = 2^n * e^r     n = x / ln 2 rounded, so |r| <= ln 2 / 2; ln 2 in two parts, the first of 9 bits, so that n
+                        times it is exact; a polynomial of degree 6 is off by 2^-23 of e^r at most
 
 Copies know nothing of each other: several threads share them where there is much to do. Needs numba.
 

@@ -65,19 +65,21 @@ def _demo(
         padding += sequence * padding_b
     keys, values = packed + copy * HIDDEN, packed + COPIES * HIDDEN
     lane = tl.arange(0, LANES)
-    gains = _as_float(key_gain + copy * HIDDEN + lane, lane < HIDDEN)
-    gains *= _as_float(query_gain + copy * HIDDEN + lane, lane < HIDDEN)
+    gains = tl.load(key_gain + copy * HIDDEN + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
+    gains *= tl.load(query_gain + copy * HIDDEN + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
     part = tl.program_id(2) * PART + tl.arange(0, PART)  # [PART], the lanes whose update this program writes
     weights = _weights(taps, conv_gain, copy * HIDDEN + part, part < HIDDEN, TAPS)
 
     start = tile * TILE
     ring = tl.zeros([RING], tl.float32)  # scales of the last steps, each where its number falls; 0 of padding
     for t in range(tl.maximum(start - REACH, 0), tl.minimum(start + TILE, length)):
-        gate, scale = _demo_gate(keys, values, hidden, packed_t, hidden_t, t, gains, HIDDEN, LANES)
-        scale = tl.where(_is_padding(padding, padding_t, t), 0.0, scale)
+        step = tl.cast(t, tl.int64)
+        gate, scale = _demo_gate(keys, values, hidden, packed_t, hidden_t, step, gains, HIDDEN, LANES)
+        if padding is not None:
+            scale = tl.where(tl.load(padding + step * padding_t) != 0, 0.0, scale)
         ring = tl.where(tl.arange(0, RING) == t % RING, scale, ring)
         if t >= start:
-            value = _as_float(values + _offset(t, packed_t) + part, part < HIDDEN)
+            value = tl.load(values + step * packed_t + part, mask=part < HIDDEN, other=0.0).to(tl.float32)
             update = gate * value
             if TAPS > 0:
                 mixed = _normed(values, packed_t, past, padding, padding_t, ring, t, part, COPIES, HIDDEN, REACH, RING)
@@ -90,14 +92,16 @@ def _demo(
                     mixed += weights[k] * before
                 update += mixed * tl.sigmoid(mixed)
             if ADDS:
-                update += _as_float(hidden + _offset(t, hidden_t) + part, part < HIDDEN)
-            tl.store(out + _offset(t, out_t) + part, update.to(out.dtype.element_ty), mask=part < HIDDEN)
+                update += tl.load(hidden + step * hidden_t + part, mask=part < HIDDEN, other=0.0).to(tl.float32)
+            tl.store(out + step * out_t + part, update.to(out.dtype.element_ty), mask=part < HIDDEN)
 
     if past is not None and tile == 0:  # no other tile's program of this sequence reads the past
         if not ALONE:  # the steps that are to be the past are another tile's
             for t in range(length - REACH, length):
-                gate, scale = _demo_gate(keys, values, hidden, packed_t, hidden_t, t, gains, HIDDEN, LANES)
-                scale = tl.where(_is_padding(padding, padding_t, t), 0.0, scale)
+                step = tl.cast(t, tl.int64)
+                gate, scale = _demo_gate(keys, values, hidden, packed_t, hidden_t, step, gains, HIDDEN, LANES)
+                if padding is not None:
+                    scale = tl.where(tl.load(padding + step * padding_t) != 0, 0.0, scale)
                 ring = tl.where(tl.arange(0, RING) == t % RING, scale, ring)
         for j in range(REACH):
             t = length + j - REACH
@@ -107,40 +111,23 @@ def _demo(
 
 
 @triton.jit
-def _offset(t, stride):
-    return tl.cast(t, tl.int64) * stride
-
-
-@triton.jit
-def _as_float(at, here):
-    return tl.load(at, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _is_padding(padding, padding_t, t):
-    if padding is None:
-        return False
-    else:
-        return tl.load(padding + _offset(t, padding_t)) != 0
-
-
-@triton.jit
 def _weights(taps, conv_gain, channel, here, TAPS: tl.constexpr):
     """The convolution's taps times its norm's gain, that of the step itself first: TAPS times [PART]."""
     found = ()
     for k in tl.static_range(TAPS):
-        weight = _as_float(taps + channel * TAPS + (TAPS - 1 - k), here) * _as_float(conv_gain + channel, here)
-        found = found + (weight,)
+        weight = tl.load(taps + channel * TAPS + (TAPS - 1 - k), mask=here, other=0.0).to(tl.float32)
+        weight *= tl.load(conv_gain + channel, mask=here, other=0.0).to(tl.float32)
+        found = found + (weight,)  # noqa: RUF005 (Triton knows no other way)
     return found
 
 
 @triton.jit
-def _demo_gate(keys, values, hidden, packed_t, hidden_t, t, gains, HIDDEN: tl.constexpr, LANES: tl.constexpr):
+def _demo_gate(keys, values, hidden, packed_t, hidden_t, step, gains, HIDDEN: tl.constexpr, LANES: tl.constexpr):
     """How far the value of a step is let through, and what normalises the gated value: see `DemoFusion`."""
     lane = tl.arange(0, LANES)
-    key = _as_float(keys + _offset(t, packed_t) + lane, lane < HIDDEN)
-    query = _as_float(hidden + _offset(t, hidden_t) + lane, lane < HIDDEN)
-    value = _as_float(values + _offset(t, packed_t) + lane, lane < HIDDEN)
+    key = tl.load(keys + step * packed_t + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
+    query = tl.load(hidden + step * hidden_t + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
+    value = tl.load(values + step * packed_t + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
     norms = tl.rsqrt(tl.sum(key * key) / HIDDEN + _DEMO_EPS) * tl.rsqrt(tl.sum(query * query) / HIDDEN + _DEMO_EPS)
     score = tl.sum(query * gains * key) * norms / tl.sqrt(HIDDEN * 1.0)
     sign = tl.where(score > 0, 1.0, tl.where(score < 0, -1.0, 0.0))
@@ -163,10 +150,10 @@ def _normed(
     """What the convolution sees of a step [PART]: its normalised gated value, or what is kept of it from before."""
     here = part < HIDDEN
     mine = t >= 0
-    seen = mine
+    seen, step = mine, tl.cast(t, tl.int64)
     if padding is not None:
-        seen = mine & (tl.load(padding + _offset(t, padding_t), mask=mine, other=1) == 0)
-    value = tl.load(values + _offset(t, packed_t) + part, mask=here & seen, other=0.0).to(tl.float32)
+        seen = mine & (tl.load(padding + step * padding_t, mask=mine, other=1) == 0)
+    value = tl.load(values + step * packed_t + part, mask=here & seen, other=0.0).to(tl.float32)
     scale = tl.sum(tl.where((tl.arange(0, RING) == t % RING) & mine, ring, 0.0))
     normed = scale * value  # 0 of what is no step of this chunk
     if past is not None:
@@ -185,9 +172,10 @@ def _v41(
     here = lane < HIDDEN
     packed += position * ((COPIES + 1) * HIDDEN)
     stream = tl.load(hidden + position * hidden_n + copy * hidden_g + lane, mask=here, other=0.0)
-    key = _as_float(packed + copy * HIDDEN + lane, here)
-    value = _as_float(packed + COPIES * HIDDEN + lane, here)
-    gains = _as_float(q_weight + copy * HIDDEN + lane, here) * _as_float(k_weight + copy * HIDDEN + lane, here)
+    key = tl.load(packed + copy * HIDDEN + lane, mask=here, other=0.0).to(tl.float32)
+    value = tl.load(packed + COPIES * HIDDEN + lane, mask=here, other=0.0).to(tl.float32)
+    gains = tl.load(q_weight + copy * HIDDEN + lane, mask=here, other=0.0).to(tl.float32)
+    gains *= tl.load(k_weight + copy * HIDDEN + lane, mask=here, other=0.0).to(tl.float32)
     query = stream.to(tl.float32)
     norms = tl.rsqrt(tl.sum(query * query) / HIDDEN + _V41_EPS) * tl.rsqrt(tl.sum(key * key) / HIDDEN + _V41_EPS)
     score = tl.sum(query * gains * key) * norms / tl.sqrt(HIDDEN * 1.0)

@@ -408,6 +408,7 @@ import json, pathlib, re, subprocess, tempfile, torch, triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from engram_ref.fusion import kernels as f
 from engram_ref.hashing import kernels as h
 from engram_ref.rows import kernels as k
 
@@ -460,6 +461,19 @@ types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "
 for length in (1, 100):
     constants = dict(N=4, HEADS=8, COLUMNS=24, LAYERS=2, WINDOW=4, mask=None, **h._shape(4, 48, length))
     found[f"hash {length}"] = accesses(h._hash, types, constants, ["constants", "rows", "compressed"], 90)
+weights = "key_gain query_gain conv_gain taps".split()
+strides = "packed_b packed_t hidden_b hidden_t hidden_g out_b out_t".split()
+types = dict.fromkeys(["packed", "hidden", "out", *weights], "*bf16") | {"past": "*fp32"}
+types |= dict.fromkeys([*strides, "padding_b", "padding_t", "length", "tiles"], "i32")
+constants = dict(COPIES=1, HIDDEN=2560, TAPS=4, DILATION=3, REACH=9, ALONE=True, ADDS=True, padding=None)
+aligned = ["packed", "hidden", "out", "past", *weights, *strides]
+found["fusion demo"] = accesses(f._demo, types, {**constants, **f._demo_shape(2560, 9, 1)}, aligned, 90)
+types = dict.fromkeys("packed hidden out q_weight k_weight".split(), "*bf16") | {"dead": "*u8"}
+types |= dict.fromkeys("hidden_n hidden_g dead_n".split(), "i32")
+constants = dict(COPIES=4, HIDDEN=4096, LANES=4096, num_warps=f._warps(4096))
+found["fusion v41"] = accesses(
+    f._v41, types, constants, "packed hidden hidden_n hidden_g out q_weight k_weight".split(), 90
+)
 print(json.dumps(found))
 """
 
@@ -467,7 +481,8 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Memory accesses, barriers, divisions, flushing operations and spills of the kernels, as compiled for a V100
-    (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers)."""
+    (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers,
+    gate and convolution)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
@@ -491,8 +506,18 @@ def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
     assert not [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
 
 
+@pytest.mark.parametrize("form", ["demo", "v41"])
+def test_the_stream_is_read_and_written_16_bytes_at_once(form, compiled):
+    assert "ld.global.v4.b32" in compiled[f"fusion {form}"]
+    assert any(op.startswith(("st.global.v4.b32", "st.global.v2.b32")) for op in compiled[f"fusion {form}"])
+
+
 def test_no_kernel_flushes_subnormal_numbers(compiled):
-    assert [op for ops in compiled.values() for op in ops if "ftz" in op] == []
+    """But for roots in the fusion, of no less than 1e-20."""
+    flushing = {name: {op for op in ops if "ftz" in op} for name, ops in compiled.items()}
+    roots = {name: flushing.pop(name) for name in ("fusion demo", "fusion v41")}
+    assert not any(flushing.values())
+    assert all("sqrt.approx.ftz.f32" in op for ops in roots.values() for op in ops), roots
 
 
 def test_no_kernel_needs_more_registers_than_there_are(compiled):
