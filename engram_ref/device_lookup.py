@@ -215,7 +215,7 @@ class DeviceLookup:
 
 
 def can_fuse(tables: Mapping[int, Table]) -> bool:
-    """Whether two launches serve these tables."""
+    """Whether the kernels serve these tables."""
     return _why_not_fused(list(tables.values())) is None
 
 
