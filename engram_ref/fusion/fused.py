@@ -16,7 +16,7 @@ Copies know nothing of each other: several threads share them where there is muc
     python -m pytest tests/ref/test_fusion_fused.py
 """
 
-# mypy: disable-error-code="no-untyped-def, call-arg, call-overload"
+# mypy: disable-error-code="no-untyped-def, call-arg, call-overload, var-annotated"
 # (functions that numba compiles; their types and signatures are not those that mypy sees)
 
 from __future__ import annotations
