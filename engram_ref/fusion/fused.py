@@ -13,7 +13,7 @@ is spelt out for that reason: numba calls the C library's for one value at a tim
 
 Copies know nothing of each other: several threads share them where there is much to do. Needs numba.
 
-    python -m pytest tests/ref/test_fusion_fused.py
+    python -m pytest tests/ref/fusion/test_fused.py
 """
 
 # mypy: disable-error-code="no-untyped-def, call-arg, call-overload, var-annotated"

@@ -13,7 +13,7 @@ the values with that it reads once more. A tile so begins REACH steps early, and
 what came before the chunk; so they, which alone know when nobody needs it any more, put the chunk's end in its place.
 In a step of one token a program has a part of the copy only, as weights and past are then most of what is read.
 
-    python -m pytest tests/ref/test_fusion_fused.py
+    python -m pytest tests/ref/fusion/test_fused.py
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"

@@ -47,7 +47,7 @@ def inputs(form, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_chunks_against_float64(form, dtype):
-    """Twice as far as torch's operations at most, and half a step; as in tests/ref/test_fusion_fused.py."""
+    """Twice as far as torch's operations at most, and half a step; as in tests/ref/fusion/test_fused.py."""
     torch.manual_seed(0)
     layers = three_of(form, dtype)
     pasts = [ShortConvHistory(layer, 3) if layer.reach else None for layer in layers]

@@ -4,7 +4,7 @@ The oracle is the fusion itself in float64 by torch's operations. A pass may be 
 operations in the same dtype are, and half a step of the dtype more: each rounds its result, and both sum in an order
 of their own.
 
-    python -m pytest tests/ref/test_fusion_fused.py
+    python -m pytest tests/ref/fusion/test_fused.py
 """
 
 from __future__ import annotations
