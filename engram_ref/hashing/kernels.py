@@ -139,6 +139,7 @@ def remember(word, value, bad):
 
 @triton.jit
 def remainder(h, prime, reciprocal):
+    """Of any 64-bit number by a prime, without a division: see above."""
     r = h - tl.umulhi(h, reciprocal + tl.zeros_like(h)) * prime
     return tl.where(r >= prime, r - prime, r)
 

@@ -88,6 +88,7 @@ def _gather_layers(
 
 @triton.jit
 def words_at(start, row, WORDS: tl.constexpr, lane, ALIGNED: tl.constexpr):
+    """Addresses of the words of some rows, [TILE, LANES], aligned as they are known to be."""
     return tl.multiple_of(start + row[:, None] * WORDS + lane[None, :], [1, ALIGNED])
 
 
@@ -145,6 +146,7 @@ def decode(
     CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """The bits of the bfloat16 values of some fp8 rows, [TILE, LANES, 32]; NaN of those that cannot be read."""
     block = tl.arange(0, LANES)
     here = readable[:, None] & (block < BLOCKS)[None, :]  # [TILE, LANES]
     scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=here, other=0).to(tl.int32)
@@ -166,6 +168,7 @@ def _bfloat16_bits(code, scale):
 
 @triton.jit
 def write_values(out, bits, place, asked, BLOCKS: tl.constexpr, LANES: tl.constexpr, OUT_ALIGNED: tl.constexpr):
+    """Write what `decode` gave."""
     block = tl.arange(0, LANES)
     lane = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]  # [LANES, 32]
     at = tl.multiple_of(out + place[:, None, None] * (BLOCKS * _BLOCK) + lane[None, :, :], [1, 1, OUT_ALIGNED])
