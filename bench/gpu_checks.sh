@@ -148,7 +148,7 @@ tests 20 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
 tests 20 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
 tests 20 end_to_end tests/cuda/test_end_to_end_cuda.py
 tests 15 fp8 tests/cuda/test_fp8_cuda.py
-tests 10 layer tests/cuda/test_layer_cuda.py
+tests 20 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
 tests 15 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
 tests 10 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py tests/ref/hashing/test_device.py
 step 75 prefill $RUN bench/gpu_wall.py --device cuda --out "$WORK/prefill" --cases none --fit $WALL --backbone $LARGE \

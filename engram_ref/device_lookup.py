@@ -5,10 +5,11 @@
     found = lookup(token_ids, before=tail, after=tail)              # [B, T]; the tail has moved on
     hidden = engram_1(hidden, Ready(found.values[1]))
 
-On CUDA with Triton it is two launches, whatever the batch and however many layers: one compresses, checks, hashes and
-advances the history, one gathers and decodes the rows of all layers. Neither needs anything of the CPU, and both write
-where the next replay of a CUDA graph will write again: with static `token_ids`, `tail` and `out` a call can be
-captured. Elsewhere torch's own operations and the tables do it, and give the same integers and the same bits.
+On CUDA with Triton a step of decoding is one launch, however many layers: each program compresses, checks and hashes
+for itself, then gathers and decodes its rows, and the last one advances the history (`engram_ref.kernels_lookup`). A
+long prompt is two, as hashing once is then worth a launch. Neither needs anything of the CPU, and both write where the
+next replay of a CUDA graph will write again: with static `token_ids`, `tail` and `out` a call can be captured.
+Elsewhere torch's own operations and the tables do it, and give the same integers and the same bits.
 
 A token id outside the vocabulary counts as DEAD; `check` raises it. On a CPU it is refused at once.
 
@@ -26,12 +27,17 @@ import engram_ref.needs_torch  # noqa: F401
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from engram_ref.hashing.device import DeviceHasher, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher, DeviceVocab, Hashed
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
 from engram_ref.tables.base import Table
 from engram_ref.vocab import CompressedVocab
+
+# Up to about as many rows as there are programs of two that run at once on an H100 (132 processors, 32 programs each):
+# then hashing anew in every program takes no longer than it takes one. Estimated; to be measured on a GPU.
+ONE_LAUNCH_ROWS = 8192
 
 
 class Found(NamedTuple):
@@ -56,8 +62,10 @@ class DeviceLookup:
         tables: by layer id, all of one row format, which want their row numbers on one device and deliver there
             (placement device or uva). They stay the caller's to close.
         vocab: token id -> compressed id; None where token ids are compressed already.
-        fused: True for the two kernels, False for torch operations, None for the kernels on CUDA where they can serve
+        fused: True for the kernels, False for torch operations, None for the kernels on CUDA where they can serve
             these tables.
+        launches: of the kernels: 1 for the one that does all, 2 for one that hashes and one that gathers, None for
+            whichever fits the batch.
 
     Attributes:
         fused: whether it is the kernels.
@@ -73,7 +81,11 @@ class DeviceLookup:
         tables: Mapping[int, Table],
         vocab: CompressedVocab | DeviceVocab | None = None,
         fused: bool | None = None,
+        launches: int | None = None,
     ) -> None:
+        if launches not in (None, 1, 2):
+            raise ValueError(f"launches={launches!r}: give 1, 2, or None for whichever fits the batch")
+        self._launches = launches
         self._tables = {layer.layer_id: tables[layer.layer_id] for layer in plan.layers if layer.layer_id in tables}
         _check_tables(plan, tables)
         self.plan = dataclasses.replace(plan, layers=tuple(plan.layer(layer_id) for layer_id in self._tables))
@@ -86,6 +98,8 @@ class DeviceLookup:
         self.fused = self._hasher.fused
         self._vocab = DeviceVocab(vocab, self.device) if isinstance(vocab, CompressedVocab) else vocab
         self._together = _together(self._tables, self.device) if self.fused else None
+        self._look_up: Any = _import_look_up() if self.fused else None
+        self._counts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property
     def layer_ids(self) -> list[int]:
@@ -120,24 +134,66 @@ class DeviceLookup:
         Raises:
             ValueError: as `DeviceHasher.from_tokens`; an `out` that does not fit; a table that was closed.
         """
-        hashed = self._hasher.from_tokens(token_ids, self._vocab, before, after, dead, stand_in)
-        numbers = hashed.rows.flatten(1)  # [L, B*T*C]
-        out = self.new_rows(*token_ids.shape) if out is None else self._checked(out, numbers)
         if self._together is not None:
-            with ExitStack() as inside:
-                for table in self._tables.values():
-                    inside.enter_context(table.inside())
-                    table.in_place()  # raises for one whose memory is gone
-                self._together.gather(numbers, out)
+            return self._by_kernels(self._together, token_ids, before, after, dead, stand_in, out)
+        hashed = self._hasher.from_tokens(token_ids, self._vocab, before, after, dead, stand_in)
+        out = self._room(token_ids, out)
+        for table, wanted, values in zip(self._tables.values(), hashed.rows.flatten(1), out):
+            table.start(wanted, values).wait()
+        return self._found(out, hashed)
+
+    def _by_kernels(
+        self,
+        tables: Any,
+        token_ids: Tensor,
+        before: Tensor | None,
+        after: Tensor | None,
+        dead: Tensor | None,
+        stand_in: int,
+        out: Tensor | None,
+    ) -> Found:
+        """In one launch or two, of `tables`, the rows of all layers."""
+
+        def at_once(*arguments: Any, **named: Any) -> Tensor:
+            nonlocal out
+            out = self._room(token_ids, out)
+            return self._look_up(tables, out, self._done(before, after), *arguments, **named)
+
+        count = len(self._tables) * token_ids.numel() * len(self.plan.layers[0].primes)
+        single = self._launches == 1 or (self._launches is None and count <= ONE_LAUNCH_ROWS)
+        with ExitStack() as inside:
             for table in self._tables.values():
-                table.count(numbers.shape[1])
-        else:
-            for table, wanted, values in zip(self._tables.values(), numbers, out):
-                table.start(wanted, values).wait()
+                inside.enter_context(table.inside())
+                table.in_place()  # raises for one whose memory is gone
+            hash_with = at_once if single else None
+            hashed = self._hasher.from_tokens(token_ids, self._vocab, before, after, dead, stand_in, hash_with)
+            if not single:
+                out = self._room(token_ids, out)
+                tables.gather(hashed.rows.flatten(1), out)
+        assert out is not None
+        for table in self._tables.values():
+            table.count(out.shape[1])
+        return self._found(out, hashed)
+
+    def _done(self, before: Tensor | None, after: Tensor | None) -> Tensor | None:
+        """The counts of programs that have read a tail which is advanced where it lies; a captured graph keeps them."""
+        if before is None or after is None or before.data_ptr() != after.data_ptr():
+            return None
+        if after not in self._counts:
+            self._counts[after] = torch.zeros(len(after), dtype=torch.int32, device=self.device)
+        return self._counts[after]
+
+    def _found(self, out: Tensor, hashed: Hashed) -> Found:
         return Found(dict(zip(self._tables, out)), dict(zip(self._tables, hashed.rows)), hashed.compressed)
 
-    def _checked(self, out: Tensor, numbers: Tensor) -> Tensor:
-        shape = (*numbers.shape, self.format.width)
+    def _room(self, token_ids: Tensor, out: Tensor | None) -> Tensor:
+        """Where the values go, checked."""
+        if out is None:
+            return self.new_rows(*token_ids.shape)
+        return self._checked(out, (len(self._tables), token_ids.numel() * len(self.plan.layers[0].primes)))
+
+    def _checked(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
+        shape = (*rows, self.format.width)
         if tuple(out.shape) != shape or out.dtype != self.format.dtype or not out.is_contiguous():
             raise ValueError(
                 f"out of shape {tuple(out.shape)}, {out.dtype}: these token ids need a contiguous {list(shape)}, "
@@ -159,7 +215,7 @@ class DeviceLookup:
 
 
 def can_fuse(tables: Mapping[int, Table]) -> bool:
-    """Whether two launches serve these tables."""
+    """Whether the kernels serve these tables."""
     return _why_not_fused(list(tables.values())) is None
 
 
@@ -208,3 +264,9 @@ def _together(tables: Mapping[int, Table], device: torch.device) -> Any:
     rows = [found for found in (table.in_place() for table in tables.values()) if found is not None]
     row_format = rows[0].format
     return kernels.LayerRows([found.parts for found in rows], row_format.scaled, row_format.width, device)
+
+
+def _import_look_up() -> Any:
+    from engram_ref.kernels_lookup import look_up
+
+    return look_up

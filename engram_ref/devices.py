@@ -31,3 +31,8 @@ def as_device(device: Any) -> torch.device:
     if target.type == "cuda" and target.index is not None and target.index >= torch.cuda.device_count():
         raise ValueError(f"device {str(target)!r}: torch sees {torch.cuda.device_count()} CUDA devices, from 0")
     return target
+
+
+def side_stream(device: torch.device) -> Any:
+    """A CUDA stream for rows: of high priority, as blocks of the model wait for its few programs, not they for them."""
+    return torch.cuda.Stream(device, priority=-1)

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram_ref.devices import side_stream
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.tables.base import Pending, Ready, Table
@@ -110,7 +111,7 @@ class Prefetcher:
     def _side_stream(self) -> Any:
         device = next(iter(self.tables.values())).device
         wanted = self._background and self._on_device() and device.type == "cuda"
-        return torch.cuda.Stream(device) if wanted else None
+        return side_stream(device) if wanted else None
 
     def start(self, compressed_ids: np.ndarray | Tensor, history: TokenHistory | DeviceHistory | None = None) -> Fetch:
         """Begin to fetch the rows of every layer for compressed ids [B, T].

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.attach.step import ForBlock, Step
+from engram_ref.devices import side_stream
 from engram_ref.layer import Engram
 
 
@@ -45,7 +46,7 @@ class Staged:
         if overlap:
             if device.type != "cuda":
                 raise ValueError(f"overlap=True on {device}: only a CUDA device copies by itself; leave overlap out")
-            self._stream = torch.cuda.Stream(device)
+            self._stream = side_stream(device)
 
     def forget(self) -> None:
         """Nothing is staged; the buffers stay."""

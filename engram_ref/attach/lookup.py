@@ -1,7 +1,8 @@
 """Token ids in, a started fetch out: compress, hash with what came before, start to gather.
 
 Ids are hashed where the tables want their row numbers: on the CPU, or on the accelerator, where the CPU waits for
-nothing and two launches do it all, the history included (`engram_ref.device_lookup`). All give the same rows.
+nothing and one launch does it all, the history included (`engram_ref.device_lookup`; two do, for a long prompt). All
+give the same rows.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Source:
         self._lookup = self._make_lookup()
 
     def _make_lookup(self) -> DeviceLookup | None:
-        """What does all in two launches, where it can."""
+        """What does all in a launch or two, where it can."""
         if not (isinstance(self._hasher, DeviceHasher) and isinstance(self.prefetcher, Prefetcher)):
             return None
         if not self._hasher.fused or not can_fuse(self.prefetcher.tables):

@@ -10,17 +10,23 @@ the paper's form, `V41Fusion` (`engram_ref.fusion.v41`) the form of DeepSeek-V4.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from types import ModuleType
 
 import engram_ref.needs_torch  # noqa: F401
 
 import torch
 from torch import Tensor, nn
 
+from engram_ref.compiled import numba_works
 from engram_ref.config import EngramConfig, require_int
 
 GATE_FLOOR = 1e-6
+CONV_NORM_EPS = 1e-5
 # Without autograd: positions that are projected at once, and values of the stream that are then fused at once.
 # On a CPU the former are enough for the matrix product to run at full speed and the latter stay in the cache; an
 # accelerator only has its memory to save.
@@ -31,17 +37,25 @@ ACCELERATOR_BLOCKS = (1 << 14, 1 << 26)
 class Fusion(nn.Module, ABC):
     """Looked-up rows and the residual stream before a layer become the stream after it.
 
+    Args:
+        config: geometry.
+        fused: whether what follows the projection is done in one pass, where gradients are off: by one kernel on CUDA
+            (with Triton; not float64), by compiled loops on a CPU (with numba; float32 only). None where it can be,
+            False never, True must it be. It is rounded once; torch's operations in its place give the same up to
+            rounding.
+
     Attributes:
         form: of the configurations that it is made for.
-        config: geometry.
+        config, fused: as above; `fused` may be set.
 
     Raises:
         ValueError: a configuration of another form.
     """
 
     form: str
+    has_one_pass = True  # whether kernels and loops know the form
 
-    def __init__(self, config: EngramConfig) -> None:
+    def __init__(self, config: EngramConfig, fused: bool | None = None) -> None:
         super().__init__()
         if config.form != self.form:
             raise ValueError(
@@ -49,6 +63,7 @@ class Fusion(nn.Module, ABC):
                 "let make_fusion pick the class"
             )
         self.config = config
+        self.fused = fused
 
     @property
     @abstractmethod
@@ -69,6 +84,22 @@ class Fusion(nn.Module, ABC):
     def inner_dtype(self) -> torch.dtype:
         """In which everything after the projection is computed: float32, or float64 for float64."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def one_pass(self) -> ModuleType | None:
+        """What does in one pass all that follows the projection; None where torch's operations are to do it.
+
+        Raises:
+            ValueError: `fused` is True, and nothing can.
+        """
+        if self.fused is False or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        found = _one_pass_on(self.device.type, self.dtype) if self.has_one_pass else None
+        if found is None and self.fused:
+            raise ValueError(
+                f"fused=True for {self.dtype} on {self.device}, form {self.form}: one pass is for the forms demo and v41, "
+                "with Triton on CUDA and no float64, or with numba on a CPU and float32; use fused=None"
+            )
+        return found
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -112,6 +143,21 @@ class Fusion(nn.Module, ABC):
                     f"{what} is {tensor.dtype} on {tensor.device}; this layer is {self.dtype} on {self.device}: "
                     "convert one of them with .to()"
                 )
+
+
+@functools.cache
+def _one_pass_on(device_type: str, dtype: torch.dtype) -> ModuleType | None:
+    """The kernels or the compiled loops, where they can serve."""
+    if device_type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+        return importlib.import_module("engram_ref.fusion.kernels")
+    if device_type == "cpu" and dtype == torch.float32 and numba_works():
+        return importlib.import_module("engram_ref.fusion.fused")
+    return None
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy in which the values of its last dimension are neighbours."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def block_sizes(device: torch.device) -> tuple[int, int]:

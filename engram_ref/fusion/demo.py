@@ -11,7 +11,8 @@ normalised inner product gates one shared value V(e), and a short causal convolu
 - No norm writes its result. The gate needs three sums per copy, and the convolution's norm follows from the gate and
   the norm of the value; learned gains are multiplied into each other and into the taps.
 - The convolution is a few shifted multiply-adds, channels last; nothing is transposed.
-- Without autograd, steps are taken in blocks that stay in the cache; `torch.compile` finds its own.
+- Without autograd, all that follows the projection is one kernel, or one pass of compiled loops (`Fusion.one_pass`);
+  where neither can serve, steps are taken in blocks that stay in the cache; `torch.compile` finds its own.
 
 Float16 and bfloat16 are multiplied as they are, and everything after the projection is float32, rounded once at the
 end. To continue a sequence chunk by chunk, hand in a `ShortConvHistory`.
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import engram_ref.needs_torch  # noqa: F401
@@ -30,16 +33,17 @@ from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.base import (
+    CONV_NORM_EPS,
     GATE_FLOOR,
     Fusion,
     ShortConvHistory,
     block_sizes,
     check_positions,
     mean_square,
+    side_by_side,
     spans,
 )
 
-CONV_NORM_EPS = 1e-5
 CPU_CONV_VALUES = 1 << 20  # convolved at once, when nothing else is done with them
 
 
@@ -49,6 +53,7 @@ class DemoFusion(Fusion):
     Args:
         config: geometry; `kernel_size` 0 means that there is no convolution.
         device, dtype: of the parameters, and of what goes in and comes out: any of torch's four real dtypes.
+        fused: whether gate and convolution are done in one pass; see `Fusion`.
 
     Raises:
         ValueError: a configuration of another form.
@@ -58,9 +63,13 @@ class DemoFusion(Fusion):
     projection_bias: nn.Parameter | None
 
     def __init__(
-        self, config: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: EngramConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, fused)
         copies, hidden, taps = config.hc_mult, config.hidden, config.kernel_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -127,12 +136,7 @@ class DemoFusion(Fusion):
         Raises:
             ValueError: wrong shape or dtype, or a history of another batch.
         """
-        self._check("e", e, self.config.embedding_width, hidden)
-        self._check_history(hidden, history)
-        check_positions("padding", padding, hidden)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._combine_at_once(self.project(e), hidden, history, padding)
-        return self._combine_in_blocks(lambda rows, steps: self.project(e[rows, steps]), hidden, history, padding)
+        return self._update(e, hidden, history, padding, self.one_pass())
 
     def add_to(
         self,
@@ -149,7 +153,30 @@ class DemoFusion(Fusion):
         """
         if dead is not None:
             raise ValueError("dead positions: the demo's form knows none; leave dead out, or use form v41")
-        return hidden + self(e, hidden, history, padding)
+        one_pass = self.one_pass()
+        if one_pass is None:
+            return hidden + self(e, hidden, history, padding)
+        return self._update(e, hidden, history, padding, one_pass, adds=True)
+
+    def _update(
+        self,
+        e: Tensor,
+        hidden: Tensor,
+        history: ShortConvHistory | None,
+        padding: Tensor | None,
+        one_pass: ModuleType | None,
+        adds: bool = False,
+    ) -> Tensor:
+        """What `forward` gives; if `adds`, for one pass only, the sum with the stream."""
+        self._check("e", e, self.config.embedding_width, hidden)
+        self._check_history(hidden, history)
+        check_positions("padding", padding, hidden)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._combine_at_once(self.project(e), hidden, history, padding)
+        project = partial(_projected, self, e)
+        if one_pass is None:
+            return self._combine_in_blocks(project, hidden, history, padding)
+        return self._combine_in_one_pass(one_pass, project, hidden, history, padding, adds)
 
     def project(self, e: Tensor) -> Tensor:
         """The first half: keys and value of rows [B, T, C*D], side by side, [B, T, (G+1)*H]."""
@@ -161,13 +188,16 @@ class DemoFusion(Fusion):
         self._check_history(hidden, history)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._combine_at_once(packed, hidden, history)
-        return self._combine_in_blocks(lambda rows, steps: packed[rows, steps], hidden, history)
+        one_pass = self.one_pass()
+        if one_pass is None:
+            return self._combine_in_blocks(lambda rows, steps: packed[rows, steps], hidden, history)
+        return self._combine_in_one_pass(one_pass, lambda rows, steps: packed[rows, steps], hidden, history)
 
     def _combine_at_once(
         self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None, padding: Tensor | None = None
     ) -> Tensor:
         past = None if history is None else history.values
-        update, past = self._fuse(packed, hidden, self._gains(), past, padding)
+        update, past = self._fuse(packed, hidden, self.gains(), past, padding)
         if history is not None:
             history.advance(past)
         return update
@@ -185,7 +215,7 @@ class DemoFusion(Fusion):
             project: gives the packed keys and value of some sequences and steps.
         """
         batch, length = hidden.shape[:2]
-        gains = self._gains()
+        gains = self.gains()
         update = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
         positions, values = block_sizes(hidden.device)
         together = min(max(1, positions // max(1, length)), max(1, batch))  # sequences
@@ -204,14 +234,39 @@ class DemoFusion(Fusion):
                 history.values[rows] = past
         return update
 
-    def _gains(self) -> _Gains:
+    def _combine_in_one_pass(
+        self,
+        one_pass: ModuleType,
+        project: Callable[[slice, slice], Tensor],
+        hidden: Tensor,
+        history: ShortConvHistory | None,
+        padding: Tensor | None = None,
+        adds: bool = False,
+    ) -> Tensor:
+        """The same by what `one_pass` gave, which cuts nothing up: blocks are those of the projection."""
+        batch, length = hidden.shape[:2]
+        hidden = side_by_side(hidden)
+        out = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
+        positions, _ = block_sizes(hidden.device)
+        together = min(max(1, positions // max(1, length)), max(1, batch))  # sequences
+        if history is None and length > positions and self.reach:
+            history = ShortConvHistory(self, batch)  # from block to block
+        for rows in spans(0, batch, together):
+            past = None if history is None or not self.reach else history.values[rows]
+            for steps in spans(0, length, positions):
+                packed = side_by_side(project(rows, steps))
+                filled = None if padding is None else padding[rows, steps]
+                one_pass.demo(self, packed, hidden[rows, steps], out[rows, steps], past, filled, adds)
+        return out
+
+    def gains(self) -> Gains:
         """The learned gains in the inner dtype, multiplied together where they always meet."""
         gate = self._gain(self.key_gain) * self._gain(self.query_gain)  # [G, H]
         if self.conv_weight is None or self.conv_gain is None:
-            return _Gains(gate, None)
+            return Gains(gate, None)
         taps = self.conv_weight.to(self.inner_dtype).view(*gate.shape, -1)  # [G, H, K]
         taps = taps * self._gain(self.conv_gain).unsqueeze(-1)
-        return _Gains(gate, taps.permute(2, 0, 1).contiguous())
+        return Gains(gate, taps.permute(2, 0, 1).contiguous())
 
     def _gain(self, weight: Tensor) -> Tensor:
         """What a norm multiplies with, [G, H], in the inner dtype."""
@@ -221,7 +276,7 @@ class DemoFusion(Fusion):
         self,
         packed: Tensor,
         hidden: Tensor,
-        gains: _Gains,
+        gains: Gains,
         past: Tensor | None,
         padding: Tensor | None = None,
         out: Tensor | None = None,
@@ -303,7 +358,13 @@ class DemoFusion(Fusion):
             )
 
 
-class _Gains(NamedTuple):
+def _projected(fusion: DemoFusion, e: Tensor, rows: slice, steps: slice) -> Tensor:
+    return fusion.project(e[rows, steps])
+
+
+class Gains(NamedTuple):
+    """Learned gains that always meet, multiplied."""
+
     gate: Tensor  # [G, H], of key times query
     taps: Tensor | None  # [K, G, H], the convolution's with its norm's gain
 

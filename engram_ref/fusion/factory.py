@@ -19,6 +19,7 @@ def make_fusion(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
+    fused: bool | None = None,
 ) -> DemoFusion | V41Fusion:  # a QwenFusion is a DemoFusion
     """A fusion of the configuration's form.
 
@@ -26,6 +27,7 @@ def make_fusion(
         config: geometry.
         device, dtype: of the parameters, and of what goes in and comes out.
         fp8: in the form v41, keep the projection as fp8 codes and scales.
+        fused: whether what follows the projection is done in one pass where it can be; see `Fusion`.
 
     Raises:
         ValueError: fp8 weights for another form than v41, or for a projection that is not made of 32 x 32 blocks.
@@ -33,7 +35,7 @@ def make_fusion(
     if device is not None and str(device) != "meta":
         device = as_device(device)
     if config.form == "v41":
-        return V41Fusion(config, device, dtype, fp8)
+        return V41Fusion(config, device, dtype, fp8, fused)
     if fp8:
         raise ValueError(f"fp8=True: form {config.form} has no fp8 weights; use fp8=False, or form v41")
-    return (QwenFusion if config.form == "qwen" else DemoFusion)(config, device, dtype)
+    return (QwenFusion if config.form == "qwen" else DemoFusion)(config, device, dtype, fused)

@@ -29,7 +29,7 @@ from engram_ref.rows.fp8 import CODE_DTYPE, SCALE_DTYPE, check_pair, dequantise,
 
 # Values of one block of output rows, on a CPU and on an accelerator: enough for a product to run at full speed.
 CPU_BLOCK = 1 << 22
-ACCELERATOR_BLOCK = 1 << 26
+ACCELERATOR_BLOCK = 1 << 28  # the projection of DeepSeek-V4.1-Flash is one: one product, and nothing to put together
 
 
 class Projection(nn.Module, ABC):

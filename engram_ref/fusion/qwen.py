@@ -28,17 +28,23 @@ class QwenFusion(DemoFusion):
     Args:
         config: geometry, of form qwen.
         device, dtype: of the parameters, and of what goes in and comes out: any of torch's four real dtypes.
+        fused: None or False: torch's operations compute this form, everywhere.
 
     Raises:
         ValueError: a configuration of another form.
     """
 
     form = "qwen"
+    has_one_pass = False
 
     def __init__(
-        self, config: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: EngramConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(config, device, dtype)
+        super().__init__(config, device, dtype, fused)
         self.projection_bias = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

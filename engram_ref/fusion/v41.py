@@ -31,6 +31,7 @@ from engram_ref.fusion.base import (
     block_sizes,
     check_positions,
     mean_square,
+    side_by_side,
     spans,
 )
 from engram_ref.fusion.projection import Fp8Projection, PlainProjection
@@ -45,6 +46,7 @@ class V41Fusion(Fusion):
         dtype: of the gains, of what goes in and of what comes out: any of torch's four real dtypes.
         fp8: keep the projection as fp8 codes and scales (`wkv.weight`, `wkv.scale`), in half the memory of bfloat16,
             and decode it as it is used: the same numbers as from the decoded weights, to the bit.
+        fused: whether the gate is done in one pass; see `Fusion`.
 
     Raises:
         ValueError: a configuration of another form, or with `fp8` a projection that is not made of 32 x 32 blocks.
@@ -58,8 +60,9 @@ class V41Fusion(Fusion):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         fp8: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, fused)
         copies, hidden = config.hc_mult, config.hidden
         inputs, outputs = config.embedding_width, (copies + 1) * hidden
         self.wkv = Fp8Projection(inputs, outputs, device) if fp8 else PlainProjection(inputs, outputs, device, dtype)
@@ -102,7 +105,7 @@ class V41Fusion(Fusion):
             return self._fuse_in_blocks(e, hidden, dead)
         if dead is not None:
             e = e.masked_fill(dead[..., None], 0)  # see _fuse
-        return self._fuse(self.project(e), hidden, self._gains(), dead)
+        return self._fuse(self.project(e), hidden, self.gains(), dead)
 
     def add_to(
         self,
@@ -136,25 +139,32 @@ class V41Fusion(Fusion):
             dead: booleans [...]; where true the gate is 0.
         """
         packed = packed.to(self.inner_dtype).unflatten(-1, (-1, self.config.hidden))  # [..., G+1, H]
-        return _gate(packed[..., :-1, :], hidden.to(self.inner_dtype), self._gains(), dead)[..., 0]
+        return _gate(packed[..., :-1, :], hidden.to(self.inner_dtype), self.gains(), dead)[..., 0]
 
-    def _gains(self) -> Tensor:
+    def gains(self) -> Tensor:
         """The learned gains multiplied together, [G, H] in the inner dtype."""
         return self.q_weight.to(self.inner_dtype) * self.k_weight.to(self.inner_dtype)
 
     def _fuse_in_blocks(self, e: Tensor, hidden: Tensor, dead: Tensor | None) -> Tensor:
         """Positions need nothing of each other, so all sequences lie end to end: N = B*T of them."""
-        gains = self._gains()
+        one_pass = self.one_pass()
         out = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
         e, hidden, dead = e.flatten(0, 1), hidden.flatten(0, 1), None if dead is None else dead.flatten()
         into = out.flatten(0, 1)  # [N, G, H], a view
         positions, values = block_sizes(hidden.device)
         for chunk in spans(0, len(e), positions):
-            packed = self.project(e[chunk])
-            for span in spans(chunk.start, chunk.stop, max(1, values // gains.numel())):
-                part = packed[span.start - chunk.start : span.stop - chunk.start]
-                into[span] = self._fuse(part, hidden[span], gains, None if dead is None else dead[span])
+            packed, some = self.project(e[chunk]), None if dead is None else dead[chunk]
+            if one_pass is None:
+                self._fuse_block(packed, hidden[chunk], some, into[chunk], values)
+            else:
+                one_pass.v41(self, packed, side_by_side(hidden[chunk]), into[chunk], some)
         return out
+
+    def _fuse_block(self, packed: Tensor, hidden: Tensor, dead: Tensor | None, out: Tensor, values: int) -> None:
+        """Some positions, so many values of the stream at once."""
+        gains = self.gains()
+        for span in spans(0, len(packed), max(1, values // gains.numel())):
+            out[span] = self._fuse(packed[span], hidden[span], gains, None if dead is None else dead[span])
 
     def _fuse(self, packed: Tensor, hidden: Tensor, gains: Tensor, dead: Tensor | None) -> Tensor:
         """The stream after the layer [..., G, H], from what `project` gave and the stream before it."""

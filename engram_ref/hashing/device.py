@@ -21,6 +21,7 @@ On a CPU a bad id is refused at once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,6 +93,7 @@ class DeviceHasher:
         after: Tensor | None = None,
         dead: Tensor | None = None,
         stand_in: int = DEAD,
+        hash_with: Callable[..., Tensor] | None = None,
     ) -> Hashed:
         """Compress, hash for all layers and advance: one launch of the kernel, which a CUDA graph can capture.
 
@@ -104,6 +106,8 @@ class DeviceHasher:
                 itself, as a graph that is replayed needs it.
             dead: booleans [B, T]; where true the token id is not looked at, and `stand_in` is its compressed id.
             stand_in: DEAD, or a compressed id.
+            hash_with: takes the kernel's place, with the arguments and the result of
+                `engram_ref.hashing.kernels.hash_layers`; for one that does more. Torch's operations have no such place.
 
         Raises:
             ValueError: as for a call; an id outside the vocabulary counts as DEAD until `check` raises it, here and in
@@ -113,7 +117,12 @@ class DeviceHasher:
         self._check_tails(token_ids, before, after)
         if before is None:
             before = self._nothing.expand(len(token_ids), -1)
-        hashed = self._way.from_tokens(token_ids, vocab, before, after, dead, stand_in)
+        way = self._way
+        if hash_with is not None:
+            assert isinstance(way, _Fused)
+            hashed = way.from_tokens(token_ids, vocab, before, after, dead, stand_in, hash_with)
+        else:
+            hashed = way.from_tokens(token_ids, vocab, before, after, dead, stand_in)
         if vocab is not None:
             vocab.check_now()
         self._ids.check_now()
@@ -435,9 +444,10 @@ class _Fused:
         after: Tensor | None,
         dead: Tensor | None,
         stand_in: int,
+        hash_with: Callable[..., Tensor] | None = None,
     ) -> Hashed:
         compressed = torch.empty(token_ids.shape, dtype=torch.int64, device=token_ids.device)
-        rows = self._kernels.hash_layers(
+        rows = (hash_with or self._kernels.hash_layers)(
             self.plan,
             token_ids,
             before,

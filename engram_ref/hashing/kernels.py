@@ -69,10 +69,10 @@ def _hash(
     mix = tl.zeros([TILE, LANES], tl.uint64)
     for s in tl.static_range(N):
         at = t - s
-        now = _compress(ids, ids_t, mask, mask_t, vocab, at, inside & (at >= 0), known, stand_in, met_tokens)
+        now = compress(ids, ids_t, mask, mask_t, vocab, at, inside & (at >= 0), known, stand_in, met_tokens)
         c = tl.where(at >= 0, now, tl.load(before + past + at, mask=inside & (at < 0), other=_DEAD))
         bad = (c < _DEAD) | (c >= size)
-        _remember(met_ids, c, bad)
+        remember(met_ids, c, bad)
         if s == 0 and compressed is not None:
             tl.store(compressed + sequence * length + t, tl.where(bad, _DEAD, c), mask=inside)
         blocked = blocked | bad | (c == _DEAD)
@@ -85,26 +85,37 @@ def _hash(
     prime = tl.load(constants + N + column, mask=here, other=1).to(tl.uint64, bitcast=True)
     offset = tl.load(constants + N + COLUMNS + column, mask=here, other=0)
     reciprocal = tl.load(constants + N + 2 * COLUMNS + column, mask=here, other=0).to(tl.uint64, bitcast=True)
-    row = _remainder(mix, prime[None, :], reciprocal[None, :]).to(tl.int64) + offset[None, :]
+    row = remainder(mix, prime[None, :], reciprocal[None, :]).to(tl.int64) + offset[None, :]
     place = ((lane // COLUMNS) * tokens + sequence * length)[None, :] + t[:, None]
     tl.store(
         rows + place * COLUMNS + column[None, :], row.to(rows.dtype.element_ty), mask=inside[:, None] & here[None, :]
     )
 
-    if after is not None:
-        first = tile == 0  # no other program of this sequence reads `before`, which may be `after`
-        j = tl.arange(0, WINDOW)
-        at = j + length - kept  # from the chunk's start; what is negative came before
-        here = first & (j < kept)
-        now = _compress(ids, ids_t, mask, mask_t, vocab, at, here & (at >= 0), known, stand_in, met_tokens)
-        now = tl.where((now < _DEAD) | (now >= size), _DEAD, now)
-        c = tl.where(at >= 0, now, tl.load(before + past + at, mask=here & (at < 0) & (at >= -past), other=_DEAD))
-        tl.debug_barrier()  # all threads have read what some of them now write
-        tl.store(after + sequence * kept + j, c, mask=here)
+    if after is not None:  # no other tile's program of this sequence reads `before`, which may be `after`
+        advance(
+            ids, ids_t, mask, mask_t, vocab, before, after + sequence * kept, tile == 0, length, known, size, stand_in,
+            past, kept, met_tokens, WINDOW,
+        )  # fmt: skip
 
 
 @triton.jit
-def _compress(ids, ids_t, mask, mask_t, vocab, at, here, known, stand_in, met_tokens):
+def advance(
+    ids, ids_t, mask, mask_t, vocab, before, after, mine, length, known, size, stand_in, past, kept, met_tokens,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Put the last ids of one sequence's `before` and chunk into `after`, if it is this program's to do."""
+    j = tl.arange(0, WINDOW)
+    at = j + length - kept  # from the chunk's start; what is negative came before
+    here = mine & (j < kept)
+    now = compress(ids, ids_t, mask, mask_t, vocab, at, here & (at >= 0), known, stand_in, met_tokens)
+    now = tl.where((now < _DEAD) | (now >= size), _DEAD, now)
+    c = tl.where(at >= 0, now, tl.load(before + past + at, mask=here & (at < 0) & (at >= -past), other=_DEAD))
+    tl.debug_barrier()  # all threads have read what some of them now write
+    tl.store(after + j, c, mask=here)
+
+
+@triton.jit
+def compress(ids, ids_t, mask, mask_t, vocab, at, here, known, stand_in, met_tokens):
     """Compressed ids of the tokens at some places of a sequence; DEAD elsewhere, and where there is no such token."""
     looked = here
     if mask is not None:
@@ -113,7 +124,7 @@ def _compress(ids, ids_t, mask, mask_t, vocab, at, here, known, stand_in, met_to
     c = tl.load(ids + at * ids_t, mask=looked, other=_DEAD).to(tl.int64)
     if vocab is not None:
         unknown = looked & ((c < 0) | (c >= known))
-        _remember(met_tokens, c, unknown)
+        remember(met_tokens, c, unknown)
         c = tl.load(vocab + c, mask=looked & (unknown == 0), other=_DEAD).to(tl.int64)
     if mask is not None:
         c = tl.where(here & masked, stand_in, c)
@@ -121,13 +132,14 @@ def _compress(ids, ids_t, mask, mask_t, vocab, at, here, known, stand_in, met_to
 
 
 @triton.jit
-def _remember(word, value, bad):
+def remember(word, value, bad):
     """Store a bad value, if there is one: in the first of two words if it is negative, else in the second."""
     tl.store(word + (value >= 0).to(tl.int32), value, mask=bad)
 
 
 @triton.jit
-def _remainder(h, prime, reciprocal):
+def remainder(h, prime, reciprocal):
+    """Of any 64-bit number by a prime, without a division: see above."""
     r = h - tl.umulhi(h, reciprocal + tl.zeros_like(h)) * prime
     return tl.where(r >= prime, r - prime, r)
 

@@ -82,12 +82,13 @@ def _gather_layers(
     table = tl.load(addresses + layer).to(out.dtype)
     lane = tl.arange(0, LANES)
     here = asked[:, None] & (lane < WORDS)[None, :]
-    words = tl.load(_aligned(table, row, WORDS, lane, ALIGNED), mask=here)
-    tl.store(_aligned(out, layer * count + place, WORDS, lane, ALIGNED), words, mask=here)
+    words = tl.load(words_at(table, row, WORDS, lane, ALIGNED), mask=here)
+    tl.store(words_at(out, layer * count + place, WORDS, lane, ALIGNED), words, mask=here)
 
 
 @triton.jit
-def _aligned(start, row, WORDS: tl.constexpr, lane, ALIGNED: tl.constexpr):
+def words_at(start, row, WORDS: tl.constexpr, lane, ALIGNED: tl.constexpr):
+    """Addresses of the words of some rows, [TILE, LANES], aligned as they are known to be."""
     return tl.multiple_of(start + row[:, None] * WORDS + lane[None, :], [1, ALIGNED])
 
 
@@ -107,8 +108,8 @@ def _gather_scaled(
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # [TILE]
     asked = place < count
     row, readable = _row_numbers(rows, place, asked, table_rows, bad_row)
-    bits = _decode(codes, scales, row, readable, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
-    _write(out, bits, place, asked, BLOCKS, LANES, OUT_ALIGNED)
+    bits = decode(codes, scales, row, readable, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
+    write_values(out, bits, place, asked, BLOCKS, LANES, OUT_ALIGNED)
 
 
 @triton.jit(do_not_specialize=["addresses", "rows", "out", "count"])
@@ -123,8 +124,8 @@ def _gather_scaled_layers(
     row = tl.load(rows + layer * count + place, mask=asked, other=0).to(tl.int64)
     codes = tl.load(addresses + layer).to(tl.pointer_type(tl.int8))
     scales = tl.load(addresses + tl.num_programs(1) + layer).to(tl.pointer_type(tl.uint8))
-    bits = _decode(codes, scales, row, asked, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
-    _write(out, bits, layer * count + place, asked, BLOCKS, LANES, OUT_ALIGNED)
+    bits = decode(codes, scales, row, asked, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
+    write_values(out, bits, layer * count + place, asked, BLOCKS, LANES, OUT_ALIGNED)
 
 
 @triton.jit(do_not_specialize=["codes", "scales", "out", "count"])
@@ -135,16 +136,17 @@ def _dequantise(
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # [TILE]
     asked = place < count
-    bits = _decode(codes, scales, place, asked, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
-    _write(out, bits, place, asked, BLOCKS, LANES, OUT_ALIGNED)
+    bits = decode(codes, scales, place, asked, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
+    write_values(out, bits, place, asked, BLOCKS, LANES, OUT_ALIGNED)
 
 
 @triton.jit
-def _decode(
+def decode(
     codes, scales, row, readable,
     CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """The bits of the bfloat16 values of some fp8 rows, [TILE, LANES, 32]; NaN of those that cannot be read."""
     block = tl.arange(0, LANES)
     here = readable[:, None] & (block < BLOCKS)[None, :]  # [TILE, LANES]
     scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=here, other=0).to(tl.int32)
@@ -165,7 +167,8 @@ def _bfloat16_bits(code, scale):
 
 
 @triton.jit
-def _write(out, bits, place, asked, BLOCKS: tl.constexpr, LANES: tl.constexpr, OUT_ALIGNED: tl.constexpr):
+def write_values(out, bits, place, asked, BLOCKS: tl.constexpr, LANES: tl.constexpr, OUT_ALIGNED: tl.constexpr):
+    """Write what `decode` gave."""
     block = tl.arange(0, LANES)
     lane = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]  # [LANES, 32]
     at = tl.multiple_of(out + place[:, None, None] * (BLOCKS * _BLOCK) + lane[None, :, :], [1, 1, OUT_ALIGNED])
@@ -227,15 +230,19 @@ class LayerRows:
         scaled: fp8 rows.
         width: values per row.
         device: where row numbers are and values are wanted.
+
+    Attributes:
+        addresses: of the first byte of each part of each layer's rows, int64 [parts, L], on `device`.
+        scaled: as above.
     """
 
     def __init__(self, tables: Sequence[tuple[Tensor, ...]], scaled: bool, width: int, device: torch.device) -> None:
         self._tables = tables  # as long as they live, so do the addresses
-        self._scaled = scaled
+        self.scaled = scaled
         starts = [[part.data_ptr() for part in parts] for parts in tables]
         if scaled and len(tables[0]) == 1:
             starts = [[codes, codes + width] for (codes,) in starts]
-        self._addresses = torch.tensor(starts, dtype=torch.int64).T.contiguous().to(device)  # [parts, L]
+        self.addresses = torch.tensor(starts, dtype=torch.int64).T.contiguous().to(device)  # [parts, L]
 
     def gather(self, rows: Tensor, out: Tensor) -> None:
         """Values of some rows of every layer, on the current stream; nothing is checked.
@@ -247,14 +254,14 @@ class LayerRows:
         count = rows.shape[1]
         if not out.numel():
             return
-        kernel, target, shape = self._launch(out)
+        kernel, target, shape = self.launch(out)
         with on_device(out.device):
-            kernel[(triton.cdiv(count, shape["TILE"]), len(rows))](self._addresses, rows, target, count, **shape)
+            kernel[(triton.cdiv(count, shape["TILE"]), len(rows))](self.addresses, rows, target, count, **shape)
 
-    def _launch(self, out: Tensor) -> tuple[Any, Tensor, dict[str, int]]:
+    def launch(self, out: Tensor) -> tuple[Any, Tensor, dict[str, int]]:
         """The kernel of the format, `out` as it sees it, and how its programs cut up rows."""
         parts = self._tables
-        if self._scaled:
+        if self.scaled:
             shapes = [_scaled_shape(table, out[0]) for table in parts]
             return _gather_scaled_layers, out.view(torch.int16), min(shapes, key=lambda shape: shape["ALIGNED"])
         raw = out.view(-1).view(torch.uint8)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_ref.devices import side_stream
 from engram_ref.rows.decoding import gather_values
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.gather import gather_parts
@@ -46,7 +47,7 @@ class Delivery:
         self.device = device
         self.format = row_format
         self._cuda = device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._stream: Any = side_stream(device) if self._cuda else None
         self._slots = [_Slot() for _ in range(buffers)] if self._cuda else []
         self._users = Users("the staging of this table")
         self._turn = 0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_ref.devices import side_stream
 from engram_ref.rows.memory import PIN_PIECE, HostMemory
 from engram_ref.rows.rows import Rows, rows_of_table
 from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
@@ -60,7 +61,7 @@ class UvaTable(Table):
         self._in_place: InPlace | None = InPlace(rows, target, kernels)
         self._memory = memory
         self._addressable: bool | None = None  # asked once: the driver answers slowly
-        self._stream: Any = torch.cuda.Stream(target) if self._cuda else None
+        self._stream: Any = side_stream(target) if self._cuda else None
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Begin to read; a bad row number of this fetch is raised later, and its row is bytes 0xFF until then."""

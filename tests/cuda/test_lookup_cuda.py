@@ -32,10 +32,11 @@ def weights(plan):
     return {x.layer_id: torch.randn(x.rows, 80).bfloat16() for x in plan.layers}
 
 
-@pytest.fixture(params=["device", "uva"])
+@pytest.fixture(params=[("device", 1), ("device", 2), ("uva", 1), ("uva", 2)], ids=str)
 def lookup(request, plan, weights, device):
-    tables = {layer_id: make_table(request.param, rows, device) for layer_id, rows in weights.items()}
-    yield DeviceLookup(plan, tables, VOCAB)
+    placement, launches = request.param
+    tables = {layer_id: make_table(placement, rows, device) for layer_id, rows in weights.items()}
+    yield DeviceLookup(plan, tables, VOCAB, launches=launches)
     for table in tables.values():
         table.close()
 

@@ -1,6 +1,6 @@
-"""The lookup of a step: NgramHasher's integers and the tables' bits, in two launches, the history advanced in place.
+"""The lookup of a step: NgramHasher's integers and the tables' bits, in one launch or two, history included.
 
-Both ways of it, the kernels in Triton's interpreter and plain torch, are compared with the NumPy definition by `==`.
+All ways of it, the kernels in Triton's interpreter and plain torch, are compared with the NumPy definition by `==`.
 
     python -m pytest tests/ref/test_device_lookup.py
 """
@@ -22,7 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import gpu
+from engram_ref import device_lookup, gpu, kernels_lookup
 from engram_ref.attach import attach
 from engram_ref.attach.lookup import Source
 from engram_ref.device_lookup import DeviceLookup, can_fuse
@@ -47,7 +47,7 @@ pytestmark = [
 
 PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 PLACES = {"device": DeviceTable, "uva": lambda rows: UvaTable(rows, "cpu")}
-WAYS = [True, False]
+WAYS = {"one kernel": True, "two kernels": True, "plain": False}
 TOKENS, SIZE = 150, 100
 
 
@@ -73,10 +73,11 @@ def weights_of(plan: HashPlan, width: int = 24) -> dict[int, torch.Tensor]:
     return {x.layer_id: torch.randn(x.rows, width, generator=generator).bfloat16() for x in plan.layers}
 
 
-def lookup_of(plan, fused=True, place="device", weights=None, vocab=True) -> DeviceLookup:
+def lookup_of(plan, fused=True, place="device", weights=None, vocab=True, launches=None) -> DeviceLookup:
     weights = weights_of(plan) if weights is None else weights
     tables = {layer_id: PLACES[place](rows) for layer_id, rows in weights.items()}
-    return DeviceLookup(plan, tables, vocab_of(plan.compressed_size) if vocab is True else vocab, fused=fused)
+    vocab = vocab_of(plan.compressed_size) if vocab is True else vocab
+    return DeviceLookup(plan, tables, vocab, fused, launches)
 
 
 def expected(plan: HashPlan, compressed: np.ndarray, history: TokenHistory | None = None) -> dict[int, np.ndarray]:
@@ -91,9 +92,11 @@ def assert_found(found, want: dict[int, np.ndarray], weights: dict[int, torch.Te
         assert torch.equal(found.values[layer_id], weights[layer_id][torch.from_numpy(rows).reshape(-1).long()])
 
 
-@pytest.fixture(params=WAYS, ids=["kernels", "plain"])
-def fused(request) -> bool:
-    return request.param
+@pytest.fixture(params=WAYS)
+def fused(request, monkeypatch) -> bool:
+    if request.param == "two kernels":
+        monkeypatch.setattr(device_lookup, "ONE_LAUNCH_ROWS", 0)
+    return WAYS[request.param]
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ def check_random_case(data: st.DataObject, fused: bool) -> None:
     history.advance(before)
     seen = ids if mask is None else np.where(mask, -77, ids)  # a masked id is not looked at
     masked = None if mask is None else torch.from_numpy(mask)
-    lookup = lookup_of(plan, fused, vocab=vocab)
+    lookup = lookup_of(plan, fused, vocab=vocab, launches=data.draw(st.sampled_from([1, 2])))
     found = lookup(torch.from_numpy(seen), torch.from_numpy(before), after, masked, stand_in)
     assert (found.compressed.numpy() == compressed).all()
     assert_found(found, expected(plan, compressed, history), weights_of(plan))
@@ -422,7 +425,7 @@ class Counted:
 def counted(monkeypatch):
     launches = Launches()
     with monkeypatch.context() as patch:
-        for module in (kernels, kernels_hashing):
+        for module in (kernels, kernels_hashing, kernels_lookup):
             for name, value in list(vars(module).items()):
                 if type(value).__module__.startswith("triton.") and hasattr(value, "run"):
                     patch.setattr(module, name, Counted(name, launches))
@@ -432,19 +435,40 @@ def counted(monkeypatch):
 
 @pytest.mark.usefixtures("later")
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("length", [1, 40])
-def test_a_lookup_is_two_launches(place, length, plan, monkeypatch):
+@pytest.mark.parametrize(("length", "launches"), [(1, 1), (1, 2), (40, 2)])
+def test_a_lookup_is_one_launch_or_two(place, length, launches, plan, monkeypatch):
+    """One for a step of decoding, by itself; the two of a long prompt are the way that it is held against."""
+    monkeypatch.setattr(device_lookup, "ONE_LAUNCH_ROWS", 100)
     ids = torch.ones((3, length), dtype=torch.int64)
     fp8 = {x.layer_id: rows_of(random_rows(x.rows, 64)) for x in plan.layers}
     for weights, gather in ((weights_of(plan), "_gather_layers"), (fp8, "_gather_scaled_layers")):
-        lookup = lookup_of(plan, True, place, weights)
-        tail = lookup.new_tail(3)
-        with counted(monkeypatch) as names:
-            lookup(ids, tail, tail, dead=ids == 2, out=lookup.new_rows(3, length))
-        assert names == ["eq", "_hash", gather]  # the comparison is the test's own
+        for asked in (launches, None) if (length, launches) != (1, 2) else (2,):
+            lookup = lookup_of(plan, True, place, weights, launches=asked)
+            tail, out = lookup.new_tail(3), lookup.new_rows(3, length)
+            for _ in range(2):  # the first makes the counts that belong to the tail
+                with counted(monkeypatch) as names:
+                    lookup(ids, tail, tail, dead=ids == 2, out=out)
+            assert names == ["eq", *(["_look_up"] if launches == 1 else ["_hash", gather])]  # the test itself compares
     with counted(monkeypatch) as names:
         lookup_of(plan, False)(ids, tail, tail)
     assert len(names) > 20  # the counter counts
+
+
+def test_a_history_that_is_advanced_too_early_would_be_noticed(plan, monkeypatch):
+    """Where it lies, by the first program instead of the last one: what others read is gone."""
+    lookup, before = lookup_of(plan, launches=1), torch.tensor([[5, 7]])
+    want = lookup(torch.tensor([[9]]), before, before.clone())
+    right = lookup(torch.tensor([[9]]), tail := before.clone(), tail)
+    assert all(torch.equal(right.rows[i], want.rows[i]) for i in want.rows) and tail.tolist() == [[7, 9]]
+    monkeypatch.setattr(DeviceLookup, "_done", lambda *_: None)
+    monkeypatch.setattr(kernels, "ROWS_PER_PROGRAM", 2)
+    wrong = lookup(torch.tensor([[9]]), tail := before.clone(), tail)
+    assert any(not torch.equal(wrong.rows[i], want.rows[i]) for i in want.rows)
+
+
+def test_launches_that_there_are_not():
+    with pytest.raises(ValueError, match="launches=3: give 1, 2, or None"):
+        lookup_of(plan_of(), launches=3)
 
 
 @pytest.mark.usefixtures("later")
@@ -516,7 +540,7 @@ def forgetful(look_up):
 
 
 @pytest.mark.usefixtures("later")
-def test_staging_a_step_is_two_launches_into_buffers_that_stay(monkeypatch):
+def test_staging_a_step_is_one_launch_into_buffers_that_stay(monkeypatch):
     layers, model, ids = make_layers(dtype=torch.bfloat16), make_model(dtype=torch.bfloat16), make_ids(2, 3)
     addresses, launches, cache = [], [], DynamicCache()
     with torch.no_grad(), attached_to(model, layers, True) as attached, attached.staging():
@@ -526,22 +550,24 @@ def test_staging_a_step_is_two_launches_into_buffers_that_stay(monkeypatch):
             launches.append(names)
             addresses.append([attached._staged.at(layer_id).rows.data_ptr() for layer_id in (1, 2)])
             model(token, past_key_values=cache)
-    assert launches[1:] == [["_hash", "_gather_layers"]] * 2  # the first makes the buffers, and an empty history
+    assert launches[1:] == [["_look_up"]] * 2  # the first makes the buffers, and an empty history
     assert addresses[1:] == addresses[:-1]
 
 
-def test_a_table_is_not_closed_from_under_a_lookup(plan, monkeypatch):
+@pytest.mark.parametrize("launches", [1, 2])
+def test_a_table_is_not_closed_from_under_a_lookup(launches, plan, monkeypatch):
     """Closing waits for a lookup in another thread that is reading the tables' memory."""
-    lookup, begun, go_on, closed = lookup_of(plan, True), threading.Event(), threading.Event(), []
-    real = lookup._together.gather
+    lookup, begun, go_on, closed = lookup_of(plan, launches=launches), threading.Event(), threading.Event(), []
+    reader, name = (lookup, "_look_up") if launches == 1 else (lookup._together, "gather")
+    real = getattr(reader, name)
 
-    def gather(*given):
+    def gather(*given, **named):
         begun.set()
         assert go_on.wait(30)
         closed.append([table._users.closed for table in lookup._tables.values()])
-        return real(*given)
+        return real(*given, **named)
 
-    monkeypatch.setattr(lookup._together, "gather", gather)
+    monkeypatch.setattr(reader, name, gather)
     reader = threading.Thread(target=lookup, args=(torch.from_numpy(np.ones((1, 3), np.int64)),))
     reader.start()
     assert begun.wait(30)

@@ -229,7 +229,7 @@ def test_overlapping_waits_in_the_graph(layers, ids, monkeypatch):
             happened.append(("rows", "joined"))
             return self.values
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", Entered)
     monkeypatch.setattr(torch.cuda, "Event", Event)

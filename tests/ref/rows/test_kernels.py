@@ -408,6 +408,7 @@ import json, pathlib, re, subprocess, tempfile, torch, triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from engram_ref.fusion import kernels as f
 from engram_ref.hashing import kernels as h
 from engram_ref.rows import kernels as k
 
@@ -460,6 +461,32 @@ types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "
 for length in (1, 100):
     constants = dict(N=4, HEADS=8, COLUMNS=24, LAYERS=2, WINDOW=4, mask=None, **h._shape(4, 48, length))
     found[f"hash {length}"] = accesses(h._hash, types, constants, ["constants", "rows", "compressed"], 90)
+from engram_ref import kernels_lookup as one
+tensors = "ids vocab before constants addresses compressed after met_tokens met_ids"
+numbers = "ids_b ids_t mask_b mask_t before_b length tokens known size pad stand_in past kept"
+types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "*i64")
+types |= {"rows": "*i32", "done": "*i32"}
+unused = dict.fromkeys("WORDS CODE_STRIDE SCALE_STRIDE BLOCKS OUT_ALIGNED".split(), 0)
+packed = torch.empty(4, 264, dtype=torch.uint8)
+shapes = {256: {**k._gather_shape(32, 256), "ALIGNED": 16}, 264: k._scaled_shape([packed], out)}
+for width, shape in shapes.items():
+    constants = dict(N=4, HEADS=8, COLUMNS=24, WINDOW=4, mask=None, SCALED=width == 264, **{**unused, **shape})
+    found[f"look up {width}"] = accesses(
+        one._look_up, types | {"out": "*i16" if width == 264 else "*i64"}, constants, ["constants", "rows"], 90
+    )
+weights = "key_gain query_gain conv_gain taps".split()
+strides = "packed_b packed_t hidden_b hidden_t hidden_g out_b out_t".split()
+types = dict.fromkeys(["packed", "hidden", "out", *weights], "*bf16") | {"past": "*fp32"}
+types |= dict.fromkeys([*strides, "padding_b", "padding_t", "length", "tiles"], "i32")
+constants = dict(COPIES=1, HIDDEN=2560, TAPS=4, DILATION=3, REACH=9, ALONE=True, ADDS=True, padding=None)
+aligned = ["packed", "hidden", "out", "past", *weights, *strides]
+found["fusion demo"] = accesses(f._demo, types, {**constants, **f._demo_shape(2560, 9, 1)}, aligned, 90)
+types = dict.fromkeys("packed hidden out q_weight k_weight".split(), "*bf16") | {"dead": "*u8"}
+types |= dict.fromkeys("hidden_n hidden_g dead_n".split(), "i32")
+constants = dict(COPIES=4, HIDDEN=4096, LANES=4096, num_warps=f._warps(4096))
+found["fusion v41"] = accesses(
+    f._v41, types, constants, "packed hidden hidden_n hidden_g out q_weight k_weight".split(), 90
+)
 print(json.dumps(found))
 """
 
@@ -467,7 +494,8 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Memory accesses, barriers, divisions, flushing operations and spills of the kernels, as compiled for a V100
-    (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers)."""
+    (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers,
+    gate and convolution)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
@@ -475,7 +503,9 @@ def compiled(tmp_path_factory):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("width", ["160", "256", *(f"layers {width}" for width in (160, 256, 512, 1024))])
+@pytest.mark.parametrize(
+    "width", ["160", "256", "look up 256", *(f"layers {width}" for width in (160, 256, 512, 1024))]
+)
 def test_rows_cross_the_bus_in_16_byte_words(width, compiled):
     assert "ld.global.v2.b64" in compiled[width] and "st.global.v2.b64" in compiled[width]
 
@@ -485,14 +515,41 @@ def test_rows_that_no_16_divides_cross_in_8_byte_words(compiled):
         assert "ld.global.b64" in compiled[gather] and "ld.global.b8" not in compiled[gather]
 
 
-@pytest.mark.parametrize("way", ["packed", "split", "in order", "layers packed", "layers split"])
+@pytest.mark.parametrize("way", ["packed", "split", "in order", "layers packed", "layers split", "look up 264"])
 def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
     assert "ld.global.v2.b32" in compiled[way] and "st.global.v4.b32" in compiled[way]
-    assert not [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
+    shared = [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
+    assert shared == (["st.shared.b32", "ld.shared.b32"] if way == "look up 264" else [])  # the count's answer
+
+
+@pytest.mark.parametrize("form", ["demo", "v41"])
+def test_the_stream_is_read_and_written_16_bytes_at_once(form, compiled):
+    assert "ld.global.v4.b32" in compiled[f"fusion {form}"]
+    assert any(op.startswith(("st.global.v4.b32", "st.global.v2.b32")) for op in compiled[f"fusion {form}"])
+
+
+def units_touched(stride: int, unit: int) -> set[int]:
+    """How many aligned stretches of `unit` bytes a row of 256 codes and 8 scales lies in, over all rows of a table."""
+    return {((row * stride) % unit + 264 - 1) // unit + 1 for row in range(unit)}
+
+
+@pytest.mark.parametrize("stride", [272, 288])
+def test_padding_rows_of_264_bytes_would_save_nothing(stride):
+    """A row is nine sectors of 32 B and three lines of 128 B wherever it begins, 8 bytes aligned or 16 or 32.
+
+    Its codes are one request of a warp either way: 32 lanes of 8 bytes, or 16 of 16. So rows are read as they are, and
+    a padded table would take 3 or 9 % more memory for it.
+    """
+    assert units_touched(264, 32) == units_touched(stride, 32) == {9}
+    assert units_touched(264, 128) == units_touched(stride, 128) == {3}
 
 
 def test_no_kernel_flushes_subnormal_numbers(compiled):
-    assert [op for ops in compiled.values() for op in ops if "ftz" in op] == []
+    """But for roots in the fusion, of no less than 1e-20."""
+    flushing = {name: {op for op in ops if "ftz" in op} for name, ops in compiled.items()}
+    roots = {name: flushing.pop(name) for name in ("fusion demo", "fusion v41")}
+    assert not any(flushing.values())
+    assert all("sqrt.approx.ftz.f32" in op for ops in roots.values() for op in ops), roots
 
 
 def test_no_kernel_needs_more_registers_than_there_are(compiled):

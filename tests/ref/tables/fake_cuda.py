@@ -107,7 +107,7 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream
         values = torch.full((count, made.format.width), float("nan"), dtype=made.format.dtype)
         return values.as_subclass(OnGpu)
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="placement uva needs Triton (pip install 'engram-offload[test]' on Linux)")
 
-import engram_ref
+import engram_ref.rows as rows_room
 from engram_ref import gpu
 from engram_ref.rows import kernels
 from engram_ref.rows.memory import HostMemory
@@ -195,7 +195,7 @@ def test_a_cpu_is_refused_outside_the_interpreter(values, monkeypatch):
 
 
 def test_a_machine_without_triton_is_refused(values, monkeypatch):
-    monkeypatch.delattr(engram_ref, "kernels")
+    monkeypatch.delattr(rows_room, "kernels")
     monkeypatch.delitem(sys.modules, "engram_ref.rows.kernels")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"this machine cannot serve placement uva: .*: pip install triton, or use"):
