@@ -96,8 +96,8 @@ class Fusion(nn.Module, ABC):
         found = _one_pass_on(self.device.type, self.dtype) if self.has_one_pass else None
         if found is None and self.fused:
             raise ValueError(
-                f"fused=True for {self.dtype} on {self.device}, form {self.form}: one pass is for the forms demo and v41, "
-                "with Triton on CUDA and no float64, or with numba on a CPU and float32; use fused=None"
+                f"fused=True for {self.dtype} on {self.device}, form {self.form}: one pass is for the forms demo and "
+                "v41, with Triton on CUDA and no float64, or with numba on a CPU and float32; use fused=None"
             )
         return found
 

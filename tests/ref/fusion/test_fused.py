@@ -282,7 +282,7 @@ def test_a_decode_step_is_two_launches(form, before, monkeypatch):
 def test_fused_true_is_refused_where_nothing_can():
     layer = make_fusion(config_of(), dtype=torch.float64, fused=True)
     e, hidden = inputs(config_of(), (1, 2), torch.float64)
-    with pytest.raises(ValueError, match=r"fused=True for torch.float64 on cpu: .*use fused=None"):
+    with pytest.raises(ValueError, match=r"fused=True for torch.float64 on cpu, form demo: .*use fused=None"):
         layer(e, hidden)
 
 
