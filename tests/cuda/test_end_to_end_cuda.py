@@ -63,7 +63,7 @@ def assert_fits_schema(results):
     except ImportError as error:
         warnings.warn(f"results are not compared with their schema: {error}", stacklevel=2)
         return
-    schema = Path(end_to_end.__file__).with_name("end_to_end.schema.json")
+    schema = Path(__file__).parents[2] / "bench/schemas/end_to_end.schema.json"
     jsonschema.validate(results, json.loads(schema.read_text(encoding="utf-8")))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.instruments import driver as accelerator
-from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.bandwidth import _bandwidth, _copy_samples, copy_bandwidth
 from bench.instruments.clocks import EventTimer, HostTimer, step_timer
 from bench.instruments.driver import Driver, EnergyMeter, PcieCounter, describe, open_driver
 from engram_ref.rows.memory import PIN_PIECE
@@ -416,9 +416,9 @@ def test_copies_in_ram_are_timed():
 def test_warm_up_copies_are_not_kept():
     clock = Clock()
     durations = iter([9.0, 5.0, 1.0, 2.0, 3.0])
-    samples = accelerator._copy_samples(lambda: clock.sleep(next(durations)), 3, HostTimer(clock))
+    samples = _copy_samples(lambda: clock.sleep(next(durations)), 3, HostTimer(clock))
     assert samples == [1.0, 2.0, 3.0]
-    assert accelerator._bandwidth("x", 10, samples)["bytes_per_s"] == 5.0
+    assert _bandwidth("x", 10, samples)["bytes_per_s"] == 5.0
 
 
 @pytest.mark.parametrize(("nbytes", "repeats"), [(0, 5), (PIN_PIECE + 1, 5), (1024, 0)])
