@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.instruments.clocks import HostTimer, StepTimer, step_timer
+from bench.instruments.clocks import Clock, device_clock, total
 from engram_ref.rows.memory import PIN_PIECE, HostMemory
 
 _WARM_UP = 2  # copies before the first that counts
@@ -38,10 +38,10 @@ def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> dict[str,
         if not cuda:
             return {"copy": _ram_copy(host, nbytes, repeats), "gather": None}
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        timer = step_timer(device)
-        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), repeats, timer)
+        clock = device_clock(device)
+        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), repeats, clock)
         other = torch.empty_like(target)
-        gather = _copy_samples(lambda: other.copy_(target), repeats, timer)
+        gather = _copy_samples(lambda: other.copy_(target), repeats, clock)
     within = _bandwidth("device to device", 2 * nbytes, gather)
     return {
         "copy": _bandwidth("pinned host to device", nbytes, copy),
@@ -52,16 +52,17 @@ def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> dict[str,
 def _ram_copy(source: HostMemory, nbytes: int, repeats: int) -> dict[str, Any]:
     with HostMemory(nbytes) as target:
         to, by = target.bytes.numpy(), source.bytes.numpy()
-        samples = _copy_samples(lambda: np.copyto(to, by), repeats, HostTimer())
+        samples = _copy_samples(lambda: np.copyto(to, by), repeats, Clock())
     return _bandwidth("memcpy in RAM", nbytes, samples)
 
 
-def _copy_samples(copy: Callable[[], object], repeats: int, timer: StepTimer) -> list[float]:
+def _copy_samples(copy: Callable[[], object], repeats: int, clock: Clock) -> list[float]:
     samples = []
     for _ in range(_WARM_UP + repeats):
-        timer.begin()
+        clock.begin()
         copy()
-        samples.append(timer.end()["end"])
+        clock.mark("copied")
+        samples.append(total(clock.end()))
     return samples[_WARM_UP:]
 
 

@@ -1,11 +1,9 @@
-"""What the driver and the device's own clock say: the machine, PCIe bytes, energy, copy bandwidth, step times.
+"""What the driver says: the machine, PCIe bytes, energy.
 
     described = describe(device)                        # None on a CPU
     driver = open_driver(device)
     with PcieCounter(driver) as counter: ...            # then counter.received.value, or .why it is None
     EnergyMeter(driver).measure(step)                   # likewise
-    limits = copy_bandwidth(device, 1 << 30, repeats=20)
-    timer = step_timer(device)                          # CUDA events, or the host's clock
 
 NVML is asked through `pynvml` (package nvidia-ml-py), which only this file imports and which may be missing. What
 cannot be known is None with a reason, never an estimate.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.clocks import PassClock, Span, pass_clock
+from bench.instruments.clocks import Clock, Lap, device_clock
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
 from bench.served.variants import Contender
@@ -97,13 +97,13 @@ class Server:
         vocab: CompressedVocab,
         plan: HashPlan,
         layer_id: int,
-        clock: PassClock | None = None,
+        clock: Clock | None = None,
         resident: ResidentLookup | None = None,
     ) -> None:
         self._model, self._vocab, self._plan, self._layer_id = model, vocab, plan, layer_id
         self._resident = resident
         self._device = model.positions.device
-        self._clock = clock or pass_clock(self._device)
+        self._clock = clock or device_clock(self._device)
 
     def prepare(self, round_: Round, most_tokens: int) -> Work:
         """Put a round's ids onto the device.
@@ -226,7 +226,7 @@ class Server:
         return requested, unique
 
 
-def _samples(work: Work, spans: Sequence[Span], chosen: list[Tensor]) -> PassSamples:
+def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor]) -> PassSamples:
     """Spans by step: those up to and with each `end`."""
     steps: list[dict[str, float]] = [{"all": 0.0, "joined": 0.0, "window": 0.0}]
     waiting = False  # before the join

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.instruments.board import count_traffic
-from bench.instruments.clocks import step_timer
+from bench.instruments.clocks import Lap, device_clock, total
 from bench.instruments.driver import EnergyMeter, open_driver
 from bench.setup.backbones import Backbone
 from bench.setup.token_batches import TokenBatches
@@ -83,7 +83,7 @@ class Stepper:
         size = (shape.batch, shape.tokens, backbone.hidden)
         self._embeds = torch.randn(size, generator=generator, device=device, dtype=dtype)  # [B, T, H]
         self._cache = backbone.new_cache(shape.batch, shape.context)
-        self._timer = step_timer(device)
+        self._clock = device_clock(device)
         self._hasher = NgramHasher(tables.plan)
         self._conv: ShortConvHistory | None = None
         if shape.phase == "decode" and isinstance(fusion, DemoFusion):  # the form with a convolution
@@ -117,22 +117,20 @@ class Stepper:
         """Row numbers [N] of a batch, hashed apart from what is measured."""
         return self._hasher(ids, self.tables.layer_id, history=history).reshape(-1)
 
-    def run(self, variant: Variant, samples: Samples | None) -> dict[str, float]:
-        """One step with fresh token ids; kept where `samples` are given. Returns its marks in seconds."""
+    def run(self, variant: Variant, samples: Samples | None) -> list[Lap]:
+        """One step with fresh token ids; kept where `samples` are given. Returns its laps."""
         ids = self._batches.next()  # [B, T]
         history = self._batches.history
         rows = self.rows_of(ids, history)
         prepare_page_cache(variant, rows)
         given, before = self._give(variant, ids, history)
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
-        times = self._timed(variant, given, before)
+        laps = self._timed(variant, given, before)
         if samples is not None and counted is not None:
-            samples.step_s.append(times["end"])
-            samples.exposed_s.append(
-                sum(times[f"joined{i}"] - times[f"join{i}"] for i in range(2) if f"join{i}" in times)
-            )
+            samples.step_s.append(total(laps))
+            samples.exposed_s.append(total(laps, "joined"))
             counted.add_to(samples)
-        return times
+        return laps
 
     def _give(self, variant: Variant, ids: np.ndarray, history: Any) -> tuple[Any, Any]:
         """Ids and history where the variant's hasher wants them, put there before the clock starts."""
@@ -145,34 +143,35 @@ class Stepper:
             history = before
         return torch.from_numpy(ids).to(hasher.device), history
 
-    def _timed(self, variant: Variant, ids: Any, history: Any) -> dict[str, float]:
-        timer = self._timer
-        timer.begin()
+    def _timed(self, variant: Variant, ids: Any, history: Any) -> list[Lap]:
+        clock = self._clock
+        clock.begin()
         self.began = time.perf_counter()
         fetch = None
         if variant.prefetcher is not None and variant.schedule != "in place":
             synchronous = variant.schedule == "synchronous"
             if synchronous:
-                timer.mark("join0")
+                clock.mark("join")
             fetch = variant.prefetcher.start(ids, history)
             if synchronous:
                 fetch[self.tables.layer_id].wait()
-                timer.mark("joined0")
+                clock.mark("joined")
 
         def before_second(hidden: Tensor) -> Tensor:
             if variant.prefetcher is None:
                 return hidden
-            timer.mark("join1")
+            clock.mark("join")
             with fetch or variant.prefetcher.start(ids, history) as ready:
                 return self._engram(hidden, ready)
 
         with torch.inference_mode():
             self.backbone.step(self._embeds, self._cache, before_second)
-        return timer.end()
+        clock.mark("end")
+        return clock.end()
 
     def _engram(self, hidden: Tensor, fetch: Fetch) -> Tensor:
         values = fetch[self.tables.layer_id].wait()
-        self._timer.mark("joined1")
+        self._clock.mark("joined")
         e = values.to(hidden.dtype).view(*hidden.shape[:2], -1)  # [B, T, C*D]
         history = self._conv.copy() if self._conv is not None else None
         return self.fusion.add_to(hidden.unsqueeze(2), e, history).squeeze(2)

@@ -317,8 +317,8 @@ def test_shapes(text, shape):
 def test_a_table_has_about_the_parameters_that_were_asked_for(params):
     config = sizes.table_config("paper-27b", params, 2560, "bfloat16")
     assert config.hidden == 2560 and config.hc_mult == 1 and config.layer_ids == (1,)
-    sizes = sum(size * config.heads for size in config.table_size_per_order)
-    assert sizes * config.row_width == pytest.approx(params, rel=0.001)
+    rows = sum(size * config.heads for size in config.table_size_per_order)
+    assert rows * config.row_width == pytest.approx(params, rel=0.001)
 
 
 def test_v41_flash_keeps_its_geometry_and_its_rows():
