@@ -38,6 +38,7 @@ from bench.instruments.code_digest import code_sha256
 from bench.instruments.continuing import now
 from bench.instruments.driver import describe
 from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.timing import rounds
 from bench.setup.sizes import LAYER, pick_device, table_config
 from bench.setup.variants import TableSet, Variant
 from bench.wall.options import table_params
@@ -236,9 +237,8 @@ class Lookups:
         ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
         samples: dict[str, list[float]] = {label: [] for label in labels}
         late = dict.fromkeys(labels, 0)
-        for number in range(count):
-            turn = number % len(labels)
-            for label in [*labels[turn:], *labels[:turn]]:
+        for number, turn in rounds(labels, range(count)):
+            for label in turn:
                 before, way = clock.late, ways[label]
                 seconds = clock.time(functools.partial(way.run, number), way.queued)
                 if number >= WARM_UP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from bench.instruments.bandwidth import copy_bandwidth, fio_random_read
+from bench.instruments.board import count_beside
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.continuing import found_at, require_same
 from bench.instruments.driver import describe
@@ -244,7 +246,8 @@ class Benchmark:
         samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
         for variant in variants:
             asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
-            counted = steps.count_on_bus(stepper, variant, self.options.energy, asked)
+            one_step = functools.partial(stepper.run, variant, None)
+            counted = count_beside(self.device, one_step, asked, self.options.energy)
             step["runs"].append(
                 run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, [])
             )

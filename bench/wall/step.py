@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.board import count_traffic
 from bench.instruments.clocks import Lap, device_clock, total
-from bench.instruments.driver import EnergyMeter, open_driver
+from bench.instruments.timing import rounds
 from bench.setup.backbones import Backbone
 from bench.setup.token_batches import TokenBatches
 from bench.setup.variants import CONTROL, TableSet, Variant
@@ -32,7 +31,6 @@ from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
 
 IO_COUNTER = "/proc/self/io read_bytes"
-TELL_SECONDS = 2.0  # between two lines of progress
 _PREDICTED_STEPS = 3
 
 
@@ -235,56 +233,20 @@ def io_read_bytes() -> int | None:
 
 
 def measure(
-    stepper: Stepper, variants: Sequence[Variant], rounds: int, warmup: int, tell: Callable[[str], None]
+    stepper: Stepper, variants: Sequence[Variant], count: int, warmup: int, tell: Callable[[str], None]
 ) -> dict[str, Samples]:
-    """Samples of every variant, by label: rounds A B C, B C A, ..., warm-up rounds run and not kept."""
+    """Samples of every variant, by label: `count` rounds, warm-up rounds run and not kept."""
     samples = {variant.label: Samples() for variant in variants}
-    told = time.perf_counter()
-    for number in range(-warmup, rounds):
-        start = number % len(variants)
-        for variant in [*variants[start:], *variants[:start]]:
+
+    def say(number: int) -> None:
+        tell(f"{stepper.shape}: round {number + 1} of {count}" if number >= 0 else f"{stepper.shape}: warm-up")
+
+    for number, turn in rounds(variants, range(-warmup, count), say):
+        for variant in turn:
             stepper.run(variant, samples[variant.label] if number >= 0 else None)
-        if time.perf_counter() - told > TELL_SECONDS:
-            tell(f"{stepper.shape}: round {number + 1} of {rounds}" if number >= 0 else f"{stepper.shape}: warm-up")
-            told = time.perf_counter()
     return samples
 
 
 def control() -> Variant:
     """The backbone without any Engram layer: what the paper compares with."""
     return Variant(CONTROL, "in place")
-
-
-@dataclass(frozen=True)
-class OnBus:
-    """What the accelerator's driver counted over a stretch of steps of one variant; None where it cannot.
-
-    Attributes:
-        traffic: from `bench.instruments.board.count_traffic`; None on a CPU.
-    """
-
-    traffic: dict[str, Any] | None
-    energy: dict[str, Any] | None
-    energy_why: str
-
-    @property
-    def received(self) -> list[int] | None:
-        """Bytes received over PCIe in a step, by the driver's counter."""
-        return None if self.traffic is None or self.traffic["value"] is None else [self.traffic["value"]]
-
-
-def count_on_bus(stepper: Stepper, variant: Variant, energy: bool, row_bytes: int = 0) -> OnBus:
-    """Bytes received over PCIe per step, and with `energy` joules per step, over steps that are not timed.
-
-    Args:
-        row_bytes: of the rows that a step of this variant asks for.
-    """
-    device = stepper.tables.device
-    if device.type == "cpu":
-        return OnBus(None, None, "a CPU: no board counter is read")
-    driver = open_driver(device)
-    traffic = count_traffic(driver, lambda: stepper.run(variant, None), row_bytes)
-    if not energy:
-        return OnBus(traffic, None, "not asked for: --energy")
-    found = EnergyMeter(driver).measure(lambda: stepper.run(variant, None))
-    return OnBus(traffic, found.value, found.why or "")
