@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
 from bench.instruments.output import printed_anyway, require_writable_file
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import Way, interleave, paired_ratio, prepared_samples
 from bench.rivals import fp8_gather
 from bench.rivals.demo_layer import DemoWay, transposed_conv
@@ -286,13 +286,7 @@ def main() -> None:
         fp8_gather.CASE: lambda: fp8_gather.measure(options.repeats),
         "cold": lambda: cold_cases(options.folder, options.store, options.repeats),
     }
-    results: dict[str, Any] = {
-        "benchmark": PROG,
-        "environment": environment(),
-        "threads": torch.get_num_threads(),
-        "git": git_commit(),
-        "cases": [],
-    }
+    results = {**results_head(PROG, threads=torch.get_num_threads()), "cases": []}
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
         with printed_anyway(lambda: report(results)):

@@ -12,6 +12,7 @@ cannot be known is None with a reason, never an estimate.
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import threading
 import time
@@ -22,6 +23,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+from bench.instruments.results import results_head
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
@@ -151,6 +154,26 @@ def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
         "memory_bytes": properties.total_memory,
         **{name: found.value for name, found in answers.items()},
         "unknown": {name: found.why for name, found in answers.items() if found.why is not None},
+    }
+
+
+def device_head(benchmark: str, device: torch.device, configuration: dict[str, Any], *modules: str) -> dict[str, Any]:
+    """How the results of a device begin: `bench.instruments.results.results_head`, with the device's own description.
+
+    Args:
+        configuration: that two runs must share, to go on with each other's results.
+        modules: whose code the results depend on.
+    """
+    about, accelerator = results_head(benchmark, *modules, configuration=configuration), describe(device)
+    return {
+        **about,
+        "device": device.type,
+        "device_name": accelerator["name"] if accelerator else about["environment"]["cpu"],
+        "environment": {
+            **about["environment"],
+            "accelerator": accelerator,
+            "page_size": os.sysconf("SC_PAGE_SIZE"),
+        },
     }
 
 

@@ -15,9 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.continuing import found_at, now, require_same
-from bench.instruments.output import forget_figures
-from bench.instruments.results import atomic_path
+from bench.instruments.journal import earlier, now
+from bench.instruments.results import write_json
 
 _PLACE = "@pass "
 Json = dict[str, Any]
@@ -52,9 +51,7 @@ class Record:
         """
         head = {**head, "sessions": [], "cases": []}
         record = cls(path, head)
-        found = None if fresh else found_at(path)
-        if found is not None:
-            require_same(path, found, head)
+        if (found := earlier(path, head, fresh)) is not None:
             record.results = found
             record._keep_whole_rounds()
         record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
@@ -101,11 +98,9 @@ class Record:
             return {**row, "rounds": [f"{_PLACE}{number}" for number in range(first, len(places))]}
 
         cases = [{**case, "rows": [place(row) for row in case["rows"]]} for case in self.results["cases"]]
-        forget_figures(self.path, self.results)
         text = json.dumps({**self.results, "cases": cases}, indent=1)
         text = re.sub(f'"{_PLACE}([0-9]+)"', lambda found: self._line(places[int(found[1])]), text)
-        with atomic_path(self.path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        write_json(self.path, self.results, text)
 
     def _line(self, sample: Json) -> str:
         """A pass as JSON; nothing changes it any more."""

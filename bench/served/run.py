@@ -8,7 +8,6 @@ is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,10 +18,8 @@ import torch
 from torch import Tensor
 
 from bench.instruments.bandwidth import copy_bandwidth
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.driver import describe
+from bench.instruments.driver import device_head
 from bench.instruments.reading import as_this_version, read_results
-from bench.instruments.results import environment, git_commit
 from bench.instruments.words import device_label, measured_on
 from bench.served.figures import draw_all
 from bench.served.memory import Plan, device_room, estimate, largest_batch
@@ -157,21 +154,10 @@ class EndToEnd:
 
     def _head(self, copy: tuple[int, int]) -> dict[str, Any]:
         """What the results file says of the run as a whole."""
-        accelerator, machine = describe(self.device), environment()
-        name = accelerator["name"] if accelerator else machine["cpu"]
         kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
         kept["text"] = str(kept["text"]) if kept["text"] else None
-        return {
-            "schema_version": 1,
-            "benchmark": PROG,
-            "device": self.device.type,
-            "device_name": name,
-            "configuration": kept,
-            "code_sha256": code_sha256("bench.gpu_wall"),
-            "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
-            "git": git_commit(),
-            "limits": copy_bandwidth(self.device, *copy),
-        }
+        about = device_head(PROG, self.device, kept, "bench.gpu_wall")
+        return {"schema_version": 1, **about, "limits": copy_bandwidth(self.device, *copy)}
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet."""

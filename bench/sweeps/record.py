@@ -10,23 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.instruments.results import environment, git_commit
+from bench.instruments.results import results_head
 from bench.setup.streams import Stream
 from bench.sweeps.points import GRID_VARIANTS, SWEEPS, Axes, Case, Point, Settings, grid_case
-from bench.sweeps.run import stream_name
+from bench.sweeps.run import PRICING_CODE, stream_name
 
 SCHEMA_VERSION = 1
 
 
 def sweeps_content(
-    provenance: dict[str, Any], points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
+    configuration: dict[str, Any], points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
 ) -> dict[str, Any]:
     """The content of sweeps.json."""
     names = dict.fromkeys(point.sweep for point in points)
     return {
         "schema_version": SCHEMA_VERSION,
-        "benchmark": "bytedmd_sweeps",
-        **provenance,
+        **results_head("bytedmd_sweeps", *PRICING_CODE, configuration=configuration),
         "streams": {name: _stream(window) for name, window in windows.items()},
         "sweeps": {
             name: {
@@ -46,7 +45,7 @@ def _point(point: Point, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def grid_content(
-    provenance: dict[str, Any], base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
+    configuration: dict[str, Any], base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
 ) -> dict[str, Any]:
     """The content of grid.json: prices[variant][padding][share][hot][compute]."""
 
@@ -62,8 +61,7 @@ def grid_content(
     some = (axes.padding[0], axes.compute[0])
     return {
         "schema_version": SCHEMA_VERSION,
-        "benchmark": "bytedmd_grid",
-        **provenance,
+        **results_head("bytedmd_grid", *PRICING_CODE, configuration=configuration),
         "stream": _stream(window),
         "axes": {name: list(values) for name, values in asdict(axes).items()},
         "share_below": [
@@ -71,11 +69,6 @@ def grid_content(
         ],
         "prices": {name: nested(variant) for name, variant in GRID_VARIANTS.items()},
     }
-
-
-def provenance(configuration: dict[str, Any], code: str) -> dict[str, Any]:
-    """What was asked for, where it ran, and the digest of the code that found the prices."""
-    return {"configuration": configuration, "environment": environment(), "git": git_commit(), "code_sha256": code}
 
 
 def _stream(window: Stream) -> dict[str, Any]:
