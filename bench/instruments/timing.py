@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -128,13 +128,37 @@ def _interval(ratios: tuple[float, ...], seed: int) -> tuple[float, float]:
     return quantile(medians, 0.025), quantile(medians, 0.975)
 
 
-def is_resolved(ratio: Mapping[str, float], floor: Mapping[str, float], samples: int) -> bool:
-    """Whether a paired ratio says anything: it leaves out 1 and all of the noise floor, on enough samples.
+class NotMeasured(ValueError):
+    """A number that these results cannot give; the text says why."""
 
-    `floor` is the paired ratio of the baseline against itself: what lies within it is noise.
+
+class Overhead(NamedTuple):
+    """Extra time as a share of a baseline's (0.03 is 3 %), with the 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+    resolved: bool
+
+
+def overhead(ratio: Mapping[str, float], noise: Callable[[], Mapping[str, float]], samples: int) -> Overhead:
+    """What a paired ratio to a baseline says.
+
+    It is not resolved where the interval holds 1 or reaches into the noise floor, on fewer than three samples, and
+    where there is no noise floor to hold it against.
+
+    Args:
+        noise: gives the paired ratio of the baseline against itself, or raises NotMeasured.
+        samples: that the ratio was taken of.
     """
-    apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
-    return apart and samples >= LEAST_SAMPLES
+    try:
+        floor = noise()
+    except NotMeasured:
+        resolved = False
+    else:  # what lies within the floor is noise
+        apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
+        resolved = apart and samples >= LEAST_SAMPLES
+    return Overhead(ratio["median"] - 1, ratio["low"] - 1, ratio["high"] - 1, resolved)
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
@@ -144,10 +168,6 @@ def quantile(samples: Sequence[float], share: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-class NotMeasured(ValueError):
-    """A number that these results cannot give; the text says why."""
 
 
 FLUSHED = 1 << 28  # bytes: more than the caches of most machines, and of a GPU, hold
