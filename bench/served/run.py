@@ -32,7 +32,7 @@ from bench.served.requests import TokenSource
 from bench.served.rounds import Rounds
 from bench.served.table import report
 from bench.served.variants import Choice, Contenders, chosen_names
-from bench.setup.backbones import Decoder, build_backbone, measure_backbone, parameter_bytes
+from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
 from bench.setup.lookup import ResidentLookup
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
@@ -213,12 +213,11 @@ class EndToEnd:
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
             del model, server, resident
 
-    def _build(self, backbone: str) -> tuple[Decoder, Tensor]:
+    def _build(self, backbone: str) -> tuple[Backbone, Tensor]:
         embedded, chosen = self._vocabulary(backbone)
         decoder = build_backbone(
             backbone, self.options.blocks, self.device, self.dtype, 0, vocabulary=embedded, attention=ATTENTION
         )
-        assert isinstance(decoder, Decoder)
         generator = torch.Generator(self.device).manual_seed(self.options.seed)
         head = torch.empty((chosen, decoder.hidden), dtype=self.dtype, device=self.device)
         return decoder, head.normal_(0.0, 0.02, generator=generator)

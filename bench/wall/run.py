@@ -114,7 +114,9 @@ class Benchmark:
         """The blocks around the Engram layer."""
         tell(f"building {self.options.backbone}")
         hidden = EngramConfig.preset(self.options.preset).hidden
-        return build_backbone(self.options.backbone, self.options.blocks, self.device, self.dtype, hidden)
+        return build_backbone(
+            self.options.backbone, self.options.blocks, self.device, self.dtype, hidden, len(self.vocab)
+        )
 
     def measure_table(self, backbone: Backbone, params: float, shapes: list[steps.Shape]) -> None:
         """These steps on one table size, then the traces: whatever becomes of those, the steps are on disk."""

@@ -1,32 +1,32 @@
 """One step of a model with an Engram layer, under every variant: interleaved rounds, raw samples, bytes counted.
 
-A step starts when its token ids are known and ends when the last block has run. In between the rows are fetched:
-at once (synchronous), in the background and joined before the second block (prefetched), or gathered where they
-lie just before they are used (in place). `exposed_s` is how long compute waited for rows.
+A step is a forward of a model to which the variant's layer is attached as anybody attaches it. It starts when its token
+ids are known and ends when the last block has run. Rows are fetched at the model's entry: waited for at once, from
+elsewhere (synchronous) or where they lie (in place), or in the background and joined before the second block
+(prefetched). `exposed_s` is how long compute waited for rows, and at the entry for the fetch to be begun.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.instruments.clocks import Lap, device_clock, total
 from bench.instruments.timing import rounds
 from bench.setup.backbones import Backbone
 from bench.setup.token_batches import TokenBatches
 from bench.setup.variants import CONTROL, TableSet, Variant
-from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion.base import Fusion
-from engram_ref.hashing import NgramHasher
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory
-from engram_ref.prefetch import Fetch
+from engram_ref.attach import attach
+from engram_ref.fusion.base import Fusion, ShortConvHistory
+from engram_ref.hashing import NgramHasher, TokenHistory
+from engram_ref.layer import Engram
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
 
@@ -61,14 +61,14 @@ class Samples:
 
 
 class Stepper:
-    """Runs steps of one shape on one backbone; knows nothing of rounds.
+    """Runs steps of one shape on one backbone, to which the variant's layer is attached; knows nothing of rounds.
 
     Args:
         tables: the content and its variants.
         fusion: what is done with the rows, shared by all variants.
         backbone: the blocks around the layer.
         shape: of a step.
-        batches: token ids, fresh every step.
+        batches: token ids, fresh every step; compressed ones, and the backbone has an embedding for each.
     """
 
     def __init__(
@@ -76,16 +76,10 @@ class Stepper:
     ) -> None:
         self.tables, self.fusion, self.backbone, self.shape = tables, fusion, backbone, shape
         self._batches = batches
-        device, dtype = tables.device, fusion.dtype
-        generator = torch.Generator(device).manual_seed(0)
-        size = (shape.batch, shape.tokens, backbone.hidden)
-        self._embeds = torch.randn(size, generator=generator, device=device, dtype=dtype)  # [B, T, H]
-        self._cache = backbone.new_cache(shape.batch, shape.context)
-        self._clock = device_clock(device)
+        context = max(1, shape.context) if shape.phase == "decode" else 0  # a decode step has a token before it
+        self._cache = backbone.new_cache(shape.batch, context)
+        self._clock = device_clock(tables.device)
         self._hasher = NgramHasher(tables.plan)
-        self._conv: ShortConvHistory | None = None
-        if shape.phase == "decode" and isinstance(fusion, DemoFusion):  # the form with a convolution
-            self._conv = ShortConvHistory(fusion, shape.batch)
 
     def next_ids(self) -> tuple[np.ndarray, Any]:
         """Compressed ids [B, T] of a fresh step, and the history before them (None for a prefill)."""
@@ -117,62 +111,46 @@ class Stepper:
 
     def run(self, variant: Variant, samples: Samples | None) -> list[Lap]:
         """One step with fresh token ids; kept where `samples` are given. Returns its laps."""
-        ids = self._batches.next()  # [B, T]
-        history = self._batches.history
+        ids, history = self.next_ids()
         rows = self.rows_of(ids, history)
         prepare_page_cache(variant, rows)
-        given, before = self._give(variant, ids, history)
+        given = torch.from_numpy(ids).to(self.tables.device)  # [B, T]
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
-        laps = self._timed(variant, given, before)
+        with self._attached(variant, history), torch.inference_mode():
+            self._clock.begin()
+            self.began = time.perf_counter()
+            self.backbone.step(given, self._cache)
+            self._clock.mark("end")
+            laps = self._clock.end()
         if samples is not None and counted is not None:
             samples.step_s.append(total(laps))
             samples.exposed_s.append(total(laps, "joined"))
             counted.add_to(samples)
         return laps
 
-    def _give(self, variant: Variant, ids: np.ndarray, history: Any) -> tuple[Any, Any]:
-        """Ids and history where the variant's hasher wants them, put there before the clock starts."""
-        if variant.prefetcher is None or not isinstance(variant.prefetcher.hasher, DeviceHasher):
-            return ids, history
-        hasher = variant.prefetcher.hasher
-        if history is not None:
-            before = DeviceHistory(hasher.plan, len(ids), hasher.device)
-            before.ids = torch.from_numpy(history.ids).to(hasher.device)
-            history = before
-        return torch.from_numpy(ids).to(hasher.device), history
+    @contextmanager
+    def _attached(self, variant: Variant, history: TokenHistory | None) -> Iterator[None]:
+        """The variant's layer in the model, before the clock starts; the control's model is as it was."""
+        if self._cache is not None:
+            self._cache.rewind()
+        if variant.table is None:
+            yield
+            return
+        engram = Engram(self.fusion, variant.table)
+        layer, background = self.tables.layer_id, variant.schedule == "prefetched"
+        model, plan, fetch = self.backbone.model, self.tables.plan, variant.prefetcher
+        with attach(model, {layer: engram}, plan, background=background, exposed=self, prefetcher=fetch) as attached:
+            if history is not None:
+                past = {layer: ShortConvHistory(self.fusion, len(history.ids))} if self.fusion.reach else {}
+                attached.remember(self._cache, torch.from_numpy(history.ids), past)
+            yield
 
-    def _timed(self, variant: Variant, ids: Any, history: Any) -> list[Lap]:
-        clock = self._clock
-        clock.begin()
-        self.began = time.perf_counter()
-        fetch = None
-        if variant.prefetcher is not None and variant.schedule != "in place":
-            synchronous = variant.schedule == "synchronous"
-            if synchronous:
-                clock.mark("join")
-            fetch = variant.prefetcher.start(ids, history)
-            if synchronous:
-                fetch[self.tables.layer_id].wait()
-                clock.mark("joined")
-
-        def before_second(hidden: Tensor) -> Tensor:
-            if variant.prefetcher is None:
-                return hidden
-            clock.mark("join")
-            with fetch or variant.prefetcher.start(ids, history) as ready:
-                return self._engram(hidden, ready)
-
-        with torch.inference_mode():
-            self.backbone.step(self._embeds, self._cache, before_second)
-        clock.mark("end")
-        return clock.end()
-
-    def _engram(self, hidden: Tensor, fetch: Fetch) -> Tensor:
-        values = fetch[self.tables.layer_id].wait()
+    @contextmanager
+    def around(self, place: object) -> Iterator[None]:
+        """What `attach` tells of every wait for rows: where it began and ended, on the step's clock."""
+        self._clock.mark("join")
+        yield
         self._clock.mark("joined")
-        e = values.to(hidden.dtype).view(*hidden.shape[:2], -1)  # [B, T, C*D]
-        history = self._conv.copy() if self._conv is not None else None
-        return self.fusion.add_to(hidden.unsqueeze(2), e, history).squeeze(2)
 
 
 class Counted:

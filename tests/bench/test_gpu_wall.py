@@ -122,16 +122,16 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
     """A backbone that takes longer than the fetch: what is exposed is a small share of the synchronous wait."""
     import time
 
-    from bench.setup.backbones import Backbone
+    real_backbone = wall_run.build_backbone
 
-    class Sleeping(Backbone):
-        def step(self, embeds, cache, before_second):
-            time.sleep(0.05)
-            return super().step(embeds, cache, before_second)
+    def slow(*given):
+        backbone = real_backbone(*given)
+        backbone.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.05))
+        return backbone
 
     real = FileTable.start
     monkeypatch.setattr(FileTable, "start", lambda table, rows, out=None: (time.sleep(0.02), real(table, rows, out))[1])
-    monkeypatch.setattr(wall_run, "build_backbone", lambda name, blocks, device, dtype, width: Sleeping(name, width))
+    monkeypatch.setattr(wall_run, "build_backbone", slow)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     only = ["--variants", "offload_disk", "--page_cache", "cold", "--steps", "prefill:1x8", "--rounds", 3]
     run_main(monkeypatch, *SMALL, *only, "--cases", "none", "--text", text, "--out", tmp_path)

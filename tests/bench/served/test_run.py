@@ -107,10 +107,10 @@ def attached_choices(one, round_):
     """What the model chooses when an attached one processes each sequence alone and at once: no cache, no batch."""
     engram = Engram(one.fusion, one.table)
     choices = []
-    with attach(one.decoder._model, {1: engram}, one.plan, one.vocab), torch.inference_mode():
+    with attach(one.decoder.model, {1: engram}, one.plan, one.vocab), torch.inference_mode():
         for tokens, length in zip(round_.tokens, round_.lengths):
             ids = torch.from_numpy(tokens[: length.prompt + length.output - 1])[None]
-            hidden = one.decoder._model(input_ids=ids, use_cache=False).last_hidden_state[0, length.prompt - 1 :]
+            hidden = one.decoder.model(input_ids=ids, use_cache=False).last_hidden_state[0, length.prompt - 1 :]
             choices.append(F.linear(hidden, one.head).argmax(-1).tolist())
     return choices
 
