@@ -2,7 +2,7 @@
 
     record = Record.open(path, head, fresh=False)       # refuses results of another configuration or other code
     case = record.case(description)
-    case.add(contender, round_number, samples)           # the file is on disk when this returns
+    case.add(row, sample)                               # the file is on disk when this returns
 
 A run that was cut in a round has lost the pass that was running. What another run continues is whole rounds: passes of
 a round are compared with each other, so an unfinished one is measured again, all of it, by one process.

@@ -23,7 +23,8 @@ from bench.served.numbers import freed, weight_reading
 from bench.served.one_pass import Server, Work
 from bench.served.record import Case
 from bench.served.requests import Round, TokenSource
-from bench.served.variants import OWN_COMPUTE, Contender, Contenders
+from bench.served.variants import OWN_COMPUTE, Contenders
+from bench.setup.variants import Variant
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.hot import HotTable
 
@@ -68,7 +69,7 @@ class Rounds:
         missing = [number for number in range(options.rounds) if number not in done]
         if missing:
             numbers = [*range(-options.warmup, 0), *missing]
-            for number, turn in rounds(self._contenders.all, numbers, self._say):
+            for number, turn in rounds(self._contenders.variants, numbers, self._say):
                 self._measure_round(number, turn)
         self._count_beside()
         self._read_weights()
@@ -83,27 +84,28 @@ class Rounds:
     def _say(self, number: int) -> None:
         self._tell(f"{self._name}: " + (f"round {number + 1} of {self._options.rounds}" if number >= 0 else "warm-up"))
 
-    def _measure_round(self, number: int, turn: list[Contender]) -> None:
+    def _measure_round(self, number: int, turn: list[Variant]) -> None:
         work, keep = self._work(number), number >= 0
         rows = self._rows_on_hand(work)
         if keep:
             self._describe_round(work)
-        for contender in turn:
-            before = _counts(contender)
+        for variant in turn:
+            before = _counts(variant)
             self._flush()
             self._board.begin()
-            on_hand = rows if contender.name == OWN_COMPUTE else None
-            samples = self._server.serve(work, contender, on_hand, self._board.look)
+            on_hand = rows if variant.name == OWN_COMPUTE else None
+            samples = self._server.serve(work, variant, on_hand, self._board.look)
             board = self._board.end()
             if keep:
                 sample = {key: _rounded(value) for key, value in asdict(samples).items()}
-                counted = {key: now - then for (key, now), then in zip(_counts(contender).items(), before.values())}
-                self._case.add(self._row(contender), {"round": number, **sample, **counted, "board": board})
+                counted = {key: now - then for (key, now), then in zip(_counts(variant).items(), before.values())}
+                self._case.add(self._row(variant), {"round": number, **sample, **counted, "board": board})
             gc.collect()  # what a pass leaves is much
 
     def _rows_on_hand(self, work: Work) -> list[Tensor] | None:
-        if not any(one.name == OWN_COMPUTE for one in self._contenders.all):
+        if not any(one.name == OWN_COMPUTE for one in self._contenders.variants):
             return None
+        assert self._contenders.source is not None
         return self._server.rows_of(work, self._contenders.source)
 
     def _describe_round(self, work: Work) -> None:
@@ -121,23 +123,23 @@ class Rounds:
             }
         )
 
-    def _row(self, contender: Contender) -> dict[str, Any]:
-        held = contender.table.bytes_held() if contender.table else {"device": 0, "host": 0, "disk": 0}
-        bus = contender.bus
+    def _row(self, variant: Variant) -> dict[str, Any]:
+        held = variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0}
+        bus = variant.bus
         endless = bus is not None and bus.bytes_per_s == float("inf")
         return {
-            "label": contender.label,
-            "variant": contender.name,
-            "schedule": contender.schedule,
-            "repeat": contender.repeat,
-            "hot_share": contender.hot_share,
+            "label": variant.label,
+            "variant": variant.name,
+            "schedule": variant.schedule,
+            "repeat": variant.repeat,
+            "hot_share": variant.hot_share,
             "bus": bus and {"bytes_per_s": None if endless else bus.bytes_per_s, "latency_s": bus.latency_s},
-            "page_cache": contender.page_cache,
+            "page_cache": variant.page_cache,
             "device": self._case.content["device"],
             "device_label": self._device_label,
             "graphs": self._model.graphs,
             "held": held,
-            "freed": freed(self._case.content, contender.name, held),
+            "freed": freed(self._case.content, variant.name, held),
             "weights": None,
             "pcie": None,
             "energy": None,
@@ -145,19 +147,19 @@ class Rounds:
 
     def _count_beside(self) -> None:
         """Bus counters and energy, over passes that are not timed."""
-        for contender in self._contenders.all:
-            row = next(row for row in self._case.content["rows"] if row["label"] == contender.label)
+        for variant in self._contenders.variants:
+            row = next(row for row in self._case.content["rows"] if row["label"] == variant.label)
             if row["pcie"] is None:
-                self._case.update(contender.label, **self._counted_beside(self._work(0), contender))
+                self._case.update(variant.label, **self._counted_beside(self._work(0), variant))
 
-    def _counted_beside(self, work: Work, contender: Contender) -> dict[str, Any]:
-        rows = self._rows_on_hand(work) if contender.name == OWN_COMPUTE else None
+    def _counted_beside(self, work: Work, variant: Variant) -> dict[str, Any]:
+        rows = self._rows_on_hand(work) if variant.name == OWN_COMPUTE else None
         content = self._case.content
         asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}
         found = count_beside(
             self._model.positions.device,
-            lambda: self._server.serve(work, contender, rows),
-            asked[work.round.number] if contender.prefetcher else 0,
+            lambda: self._server.serve(work, variant, rows),
+            asked[work.round.number] if variant.prefetcher else 0,
             self._options.energy,
         )
         value = found.energy.value and {**found.energy.value, "output_tokens_per_step": work.round.output_tokens}
@@ -170,9 +172,9 @@ class Rounds:
             self._case.update(row["label"], weights=weight_reading(self._limits, self._case.content, row))
 
 
-def _counts(contender: Contender) -> dict[str, int]:
+def _counts(variant: Variant) -> dict[str, int]:
     """What a table counts of itself: bytes that it copied or read, rows looked up and found on the device."""
-    table = contender.table
+    table = variant.table
     copied = table.report().bytes_read if isinstance(table, FileTable) else table.bytes_copied if table else 0
     hot = table.report() if isinstance(table, HotTable) else None
     return {"copied": copied, "lookups": hot.lookups if hot else 0, "hits": hot.hits if hot else 0}

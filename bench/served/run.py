@@ -174,7 +174,9 @@ class EndToEnd:
             self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
             batch, length = _CHECKED_TOKENS
-            contenders.check(corpus.tokens[: batch * length].reshape(batch, length))  # rows that differ are never timed
+            contenders.check_tokens(
+                corpus.tokens[: batch * length].reshape(batch, length)
+            )  # rows that differ are never timed
             for backbone in options.backbones:
                 cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
                 self._measure_backbone(backbone, cases, contenders, corpus.since(half))
@@ -202,7 +204,7 @@ class EndToEnd:
             graphs, options, kernels = self.choice.graphs, self.options, contenders.kernels
             model = ServedModel(decoder, head, fusion, batch, positions, graphs)
             resident = None if kernels is None else ResidentLookup(kernels, LAYER, batch, graphs)
-            model.prepare(options.prompt_tokens[0], contenders.tables.format.dtype, resident)
+            model.prepare(options.prompt_tokens[0], contenders.format.dtype, resident)
             server = Server(model, self.vocab, self.plan, LAYER, resident=resident)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
@@ -232,7 +234,7 @@ class EndToEnd:
         contenders: Contenders,
         weights: dict[str, int],
     ) -> Case:
-        table = contenders.tables
+        table = contenders
         name = text if stream == "text" else "uniform"
         description = {
             "backbone": backbone,
@@ -261,7 +263,7 @@ class EndToEnd:
             "needs": asdict(estimate(sizes, self.device)),
             "rounds": [],
         }
-        return self.record.case(description, [one.label for one in contenders.all])
+        return self.record.case(description, [one.label for one in contenders.variants])
 
 
 def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> None:

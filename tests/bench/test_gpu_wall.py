@@ -113,7 +113,7 @@ def test_figures_traces_and_nothing_else_are_left(results):
     traces = {name for name in names if name.startswith("trace-")}
     assert names - traces == {"results.json", "timeline.svg", "overhead.svg", "bandwidth.svg"}
     assert {f"trace-{phase}-offload_disk-prefetched-cold.json" for phase in ("prefill", "decode")} <= traces
-    assert "engram_step" in (out / "trace-prefill-resident-in-place.json").read_text(encoding="utf-8")
+    assert "engram_step" in (out / "trace-prefill-resident.json").read_text(encoding="utf-8")
     lanes = {tuple(span[:2]) for run in found["steps"][0]["runs"] for span in run["spans"]}
     assert {("hash", "background"), ("gather", "background"), ("compute", "main"), ("wait", "main")} <= lanes
 
@@ -195,7 +195,7 @@ def test_one_wrong_scale_is_seen(tmp_path):
         assert tables.check(ids)
         codes, scales = tables.in_host.parts
         codes[:, 255] ^= 1
-        with pytest.raises(ValueError, match="resident in place returned other rows than were written"):
+        with pytest.raises(ValueError, match="resident returned other rows than were written"):
             tables.check(ids)
         codes[:, 255] ^= 1
         scales[:, 7] ^= 1
@@ -437,7 +437,7 @@ def test_a_profiler_that_fails_costs_no_shape(error, tmp_path, text, monkeypatch
     monkeypatch.setattr(wall_run, "trace_step", trace_step)
     run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
     assert on_disk == [2, 2, 2, 2] and len(steps_of(tmp_path)) == 2
-    assert f"warning: no trace of resident in place, prefill 1 x 5: {type(error).__name__}" in capsys.readouterr().err
+    assert f"warning: no trace of resident, prefill 1 x 5: {type(error).__name__}" in capsys.readouterr().err
 
 
 def test_sigterm_gives_everything_back(tmp_path):

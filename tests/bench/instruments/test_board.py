@@ -199,6 +199,6 @@ def test_the_traffic_of_an_end_to_end_row_is_counted_with_its_rows(nvml, monkeyp
     work = SimpleNamespace(round=SimpleNamespace(number=0))
     for name, passes in (("no_engram", 4), ("offload_prefetch", 2)):  # 26.4 MB a pass, 50 are enough
         prefetcher = None if name == "no_engram" else object()
-        contender = end_to_end_rounds.Contender(name, "none", prefetcher=prefetcher)
+        contender = end_to_end_rounds.Variant(name, "none", prefetcher=prefetcher)
         found = rounds._counted_beside(work, contender)["pcie"]
         assert (found["value"], found["passes"]) == (1000, passes)
