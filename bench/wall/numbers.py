@@ -78,7 +78,7 @@ def exposed(run: Run) -> float:
 def synchronous_run(step: Step, run: Run) -> Run:
     """The run that fetches the same rows from the same place and page cache with nothing beside it.
 
-    Rows that are gathered in place just before they are used are such a run; `offload_naive` is that of
+    Rows that are gathered where they lie are such a run; `offload_naive` is that of
     `offload_prefetch`.
 
     Raises:
