@@ -13,6 +13,8 @@ written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at 
               v41-flash  orders 2 to 4, 24 fp8 rows a token with block scales, one projection, no convolution; cut to
                          what a laptop traces, by the scale that every line of the table states. A stored byte is one
                          value here. It has no kv-bank.
+              qwen38-flash-next  Qwen3.8-Flash-Next's table: orders 2 and 3, 16 rows a token, token ids hashed as they
+                         are, an end of text that closes a segment; cut likewise. It has no kv-bank.
   models      engram   hash, rows, gate, short convolution: the twin of the real layer
               kv-bank  attention over the key-and-value rows that the same kind of lookup names
   variants    resident          the table above the padding: the baseline
@@ -52,7 +54,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,8 +64,9 @@ from bench.instruments.output import printed_anyway, require_writable
 from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
-from bench.price.models import CUTS, digest, make_workload, row_stream, scale_of, toy_config
+from bench.price.models import CUTS, MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
+from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Stream, text_stream
 from bench.sweeps.command import run_sweeps
@@ -71,15 +74,15 @@ from bench.sweeps.points import NAMES
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import CompressedVocab, vocab_for
 from engram_toy.definitions import DEFINITIONS
 from engram_toy.hashing import NgramHasher
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, MODELS
 from engram_toy.tracer.stack import check_definition
 
-PROG = "bytedmd_toy"
-SCHEMA_VERSION = 1
+PROG: Final = "bytedmd_toy"
+SCHEMA_VERSION: Final = 1
 QUICK = {"seq_len": 16, "d_model": 8, "padding": 10_000, "repeats": 3}
 
 
@@ -88,7 +91,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--preset", choices=CUTS, default="tiny", help="form of Engram (default: tiny)")
-    add("--model", choices=[*MODELS, "both"], default="both", help="default: both; with preset v41-flash engram alone")
+    add(
+        "--model",
+        choices=[*MODELS, "both"],
+        default="both",
+        help="default: both; with other presets than tiny engram alone",
+    )
     add("--text", metavar="FILE", help="a UTF-8 text file (default: Python's help topics, pydoc_data.topics)")
     add(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
@@ -136,8 +144,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     first, _ = parser.parse_known_args(argv)
-    if first.preset == "v41-flash":
-        parser.set_defaults(model="engram")
+    if len(MODELS_OF[first.preset]) == 1:
+        parser.set_defaults(model=MODELS_OF[first.preset][0])
     if first.quick:
         parser.set_defaults(**QUICK)
     options, given = parser.parse_given(argv)
@@ -158,9 +166,12 @@ def configs_of(options: argparse.Namespace) -> dict[str, EngramConfig]:
     return {model: toy_config(model, options.d_model, options.preset) for model in models}
 
 
-def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVocab) -> tuple[list[Job], dict[str, Any]]:
+def make_jobs(
+    options: argparse.Namespace, stream: Stream, vocab: CompressedVocab
+) -> tuple[list[Job], dict[str, ModelRead]]:
     """Every program to price, and per model what it reads (for the results file)."""
-    jobs, models = [], {}
+    jobs: list[Job] = []
+    models: dict[str, ModelRead] = {}
     for model, config in configs_of(options).items():
         plan = HashPlan.for_vocab(config, vocab)
         layer = plan.layer(config.layer_ids[0])
@@ -172,7 +183,7 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
         hot = most_frequent(NgramHasher(workload.plan)(stream.calibration, layer.layer_id), hot_count)
         models[model] = {
             "config": asdict(config),
-            "plan": workload.plan,
+            "plan": dict(workload.plan),
             "row_stream_sha256": digest(indices),
             "lookups": int(indices.size),
             "distinct_rows": len(set(indices.ravel().tolist())),
@@ -188,30 +199,33 @@ def make_jobs(options: argparse.Namespace, stream: Stream, vocab: CompressedVoca
     return jobs, models
 
 
-def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[Timed], list[NoiseFloor]]:
     """Untraced runs, variants interleaved: per job its samples and output, per boundary the noise floor."""
-    records: list[dict[str, Any]] = []
-    floors = []
+    records: list[Timed] = []
+    floors: list[NoiseFloor] = []
     for start in range(0, len(jobs), len(VARIANTS)):
         group = jobs[start : start + len(VARIANTS)]
-        names = {"model": group[0].workload.model, "boundary": group[0].boundary}
-        say(f"wall time   {' '.join(names.values())}: {repeats} rounds")
+        model, boundary = group[0].workload.model, group[0].boundary
+        say(f"wall time   {model} {boundary}: {repeats} rounds")
         programs = {job.layout.name: job.program() for job in group}
         outputs = {name: output_digest(p.function(*p.arguments)) for name, p in programs.items()}  # warms up, too
         cases = {name: lambda p=p: p.function(*p.arguments) for name, p in programs.items()}
         samples = interleave({**cases, "resident again": cases["resident"]}, repeats, warmup=0)
         for name in programs:
-            wall = {"wall_time_s": samples[name], "wall_time_summary_s": summary(samples[name])}
-            records.append({**wall, "untraced_output_sha256": outputs[name]})
+            wall = samples[name]
+            records.append(
+                {"wall_time_s": wall, "wall_time_summary_s": summary(wall), "untraced_output_sha256": outputs[name]}
+            )
         again = samples["resident again"]
-        floors.append({**names, "again_s": again, "ratio": paired_ratio(again, samples["resident"])})
+        ratio = paired_ratio(again, samples["resident"])
+        floors.append({"model": model, "boundary": boundary, "again_s": again, "ratio": ratio})
     return records, floors
 
 
-def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
+def price_all(jobs: list[Job], processes: int) -> list[Priced]:
     """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
     order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
-    records: list[dict[str, Any]] = [{}] * len(jobs)
+    records: list[Any] = [None] * len(jobs)
     began = time.perf_counter()
     priced = in_parallel(price_job, [jobs[i] for i in order], processes)
     for done, (place, record) in enumerate(priced, start=1):
@@ -222,20 +236,25 @@ def price_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     return records
 
 
-def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, Any]) -> dict[str, Any]:
+def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, ModelRead]) -> Results:
     """Run everything; the content of results.json."""
     started = now()
     walls, floors = measure_wall_time(jobs, options.repeats)
     prices = price_all(jobs, options.jobs)
-    runs = [{**price, "cost_per_token": price["cost"] / options.seq_len, **wall} for price, wall in zip(prices, walls)]
+    runs: list[Run] = [
+        {**price, "cost_per_token": price["cost"] / options.seq_len, **wall} for price, wall in zip(prices, walls)
+    ]
     for run in runs:
         if "scale" in models[run["model"]]:
             run["scale"] = models[run["model"]]["scale"]
     configuration = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
         "schema_version": SCHEMA_VERSION,
-        **results_head(PROG, started=started, finished=now(), configuration=configuration),
-        "stream": {k: v for k, v in asdict(stream).items() if k not in ("measured", "calibration")},
+        **results_head(PROG),
+        "started": started,
+        "finished": now(),
+        "configuration": configuration,
+        "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens, "start": stream.start},
         "models": models,
         "noise_floor": floors,
         "runs": runs,
@@ -263,13 +282,13 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":
             _check_upstream(options)
-        configs_of(options)  # refuses before anything is read
-        vocab = CompressedVocab.from_tokenizer(options.tokenizer)
+        configs = configs_of(options)  # refuses before anything is read
+        vocab = vocab_for(next(iter(configs.values())), options.tokenizer)
         stream = text_stream(options.text, options.tokenizer, vocab, options.seq_len, options.seed)
         jobs, models = make_jobs(options, stream, vocab)
         require_writable(options.out)  # after bad input was refused, which leaves nothing behind
     say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")
-    results = measure(options, stream, jobs, models)
+    results: Any = measure(options, stream, jobs, models)  # as whoever reads the file takes them
     with cli.one_line_errors(PROG), printed_anyway(lambda: verdict_table(results)):
         path = options.out / "results.json"
         write_json(path, results)

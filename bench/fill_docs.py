@@ -31,6 +31,8 @@ from bench.instruments.output import source
 from bench.instruments.reading import read_results
 from bench.price import figures
 from bench.price.table import verdict_table
+from bench.ranks import figures as ranks_figures
+from bench.ranks import table as ranks_table
 from bench.rows import figures as row_figures
 from bench.served import figures as end_to_end_figures
 from bench.site import data
@@ -95,6 +97,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "schemas": schema_tables,
     "file_tree": file_tree,
     **price.blocks(Evidence(RESULTS)),
+    "sharded_bytes": lambda: ranks_table.bytes_table(load("sharded_cpu")),
+    "sharded_hidden": lambda: ranks_table.most_hidden(load("sharded_cpu")),
+    "sharded_stragglers": lambda: ranks_table.stragglers_table(load("sharded_cpu")),
     "stress": lambda: as_text(load("stress"), stress.report(load("stress"))),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
@@ -120,6 +125,7 @@ DRAWN = {
     "production": row_figures.draw_all,
     "gpu_wall_cpu": wall_figures.draw_all,
     "end_to_end_cpu": end_to_end_figures.draw_all,
+    "sharded_cpu": ranks_figures.draw_all,
 }
 
 

@@ -7,6 +7,7 @@
   python bench/gpu_wall.py --out out/gpu_wall                     again, after a cut: finished shapes are kept
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
   python bench/gpu_wall.py --end-to-end --table_params 1e11       a whole model, served; the overhead taken apart
+  torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py --sharded       tables that four processes share
   python bench/lookup_speed.py                                    the lookup alone, in microseconds
   make bench-cpu                                                  without a GPU: RAM against a real file
   make end-to-end-cpu                                             the same for the whole model, a tiny one
@@ -39,6 +40,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # Threads that spin while they wait stall everybody for milliseconds when another program needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -46,6 +48,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 from bench.instruments.output import require_writable, tell
+from bench.ranks import figures as ranks_figures
+from bench.ranks import options as ranks_options
+from bench.ranks import run as ranks_run
+from bench.ranks import table as ranks_table
 from bench.served import options as end_to_end_options
 from bench.served import run as end_to_end
 from bench.served.variants import chosen_names
@@ -142,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
     add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="default: 4096")
     end_to_end_options.add_arguments(parser)
+    parser.add_argument("--sharded", action="store_true", help="only the fetch from tables that ranks share (torchrun)")
     return complete(*parser.parse_given())
 
 
@@ -151,6 +158,11 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
     Args:
         given: options that stand on the command line, by name.
     """
+    if options.sharded:
+        with cli.one_line_errors(PROG):
+            ranks_options.fill(options, given)
+        options.steps = options.steps or [step_shape(text) for text in ranks_options.STEPS]
+        return options
     with cli.one_line_errors(PROG):
         device = pick_device(options.device)
         on_gpu = device.type == "cuda"
@@ -180,12 +192,23 @@ def main() -> None:
     options = parse_arguments()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
+        if options.sharded:
+            return report_sharded(ranks_run.measure(options, tell), options.out)
         if options.end_to_end:
             return end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
         results = Benchmark(options).run()
         print(f"\n{wall_table.wall_table(results)}\n\n{options.out / 'results.json'}")
         for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
             print(figure)
+
+
+def report_sharded(results: dict[str, Any] | None, out: Path) -> None:
+    """Print and draw what ranks measured; nothing on ranks that have no results."""
+    if results is None:
+        return
+    print(f"{ranks_table.measured_table(results)}\n\n{out / 'results.json'}")
+    for figure in ranks_figures.draw_all(results, out):
+        print(figure)
 
 
 if __name__ == "__main__":

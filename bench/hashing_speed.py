@@ -78,6 +78,7 @@ class BareCall:
         self.columns = columns
 
     def __call__(self, ids: np.ndarray, layer_id: int) -> np.ndarray:
+        """Indices [B, T, C] of ids [B, T], whatever memory held."""
         batch, length = ids.shape
         return np.empty((batch, length, self.columns), np.int32)
 
@@ -210,7 +211,9 @@ def main() -> None:
             {"shape": shape, "bytes_written": written, "copyto_bytes_per_second": bandwidth, "samples_s": times}
         )
     results = {
-        **results_head(PROG, preset=options.preset, repeats=options.repeats),
+        **results_head(PROG),
+        "preset": options.preset,
+        "repeats": options.repeats,
         "ready_seconds": ready,
         "sizes": sizes,
     }

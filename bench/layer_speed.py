@@ -286,7 +286,7 @@ def main() -> None:
         fp8_gather.CASE: lambda: fp8_gather.measure(options.repeats),
         "cold": lambda: cold_cases(options.folder, options.store, options.repeats),
     }
-    results = {**results_head(PROG, threads=torch.get_num_threads()), "cases": []}
+    results: dict[str, Any] = {**results_head(PROG), "threads": torch.get_num_threads(), "cases": []}
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
         with printed_anyway(lambda: report(results)):

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 # Threads that spin while they wait stall everybody for milliseconds when another program needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -38,6 +38,7 @@ from bench.instruments.driver import device_head
 from bench.instruments.journal import now
 from bench.instruments.results import write_json
 from bench.instruments.timing import rounds
+from bench.schemas.lookup_speed import Case, Head, Skipped
 from bench.setup.sizes import LAYER, pick_device, table_config
 from bench.setup.variants import TableSet, Variant
 from bench.wall.options import table_params
@@ -50,7 +51,7 @@ from engram_ref.rows.memory import require_bytes
 from engram_ref.tables.uva import require_uva
 from engram_ref.vocab import CompressedVocab
 
-PROG = "lookup_speed"
+PROG: Final = "lookup_speed"
 WARM_UP = 10
 COPY_BYTES, COPIES = 1 << 28, 9
 DELAY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes to launch two kernels
@@ -186,7 +187,7 @@ class Lookups:
         self.vocab = CompressedVocab.from_tokenizer()
         self.config = table_config(options.preset, options.table_params, 1, "bfloat16")
         self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
-        self.skipped: list[dict[str, str]] = []
+        self.skipped: list[Skipped] = []
         names = [name for name in WHAT if self._fits(name)]
         wanted, on = [_NAMES[name] for name in names], self.device
         self.tables = stack.enter_context(
@@ -229,7 +230,7 @@ class Lookups:
             label for name in self.variants for label in ((name, f"{name} again") if name == "resident" else (name,))
         ]
 
-    def measure(self, tokens: int) -> dict[str, Any]:
+    def measure(self, tokens: int) -> Case:
         """Samples of every way for a step of so many tokens."""
         options, labels, clock = self.options, self.labels(), clock_of(self.device)
         count = WARM_UP + options.repeats
@@ -263,7 +264,7 @@ class Lookups:
     def _table(self, name: str) -> Any:
         return self.variants[name].table
 
-    def head(self) -> dict[str, Any]:
+    def head(self) -> Head:
         """Everything of the results that is known before the first sample."""
         options, table = self.options, self.tables
         asked = {key: value for key, value in vars(options).items() if key not in ("out", "device")}
@@ -314,7 +315,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The results; the file is written after each number of tokens, complete each time."""
     with ExitStack() as stack:
         lookups = Lookups(options, stack)
-        results = lookups.head()
+        results: Any = lookups.head()  # as whoever reads the file takes it
         for tokens in dict.fromkeys(options.tokens):
             print(f"{tokens} tokens", file=sys.stderr, flush=True)
             results["cases"].append(lookups.measure(tokens))

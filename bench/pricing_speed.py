@@ -142,7 +142,8 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
     results = {
-        **results_head(PROG, scale=options.scale),
+        **results_head(PROG),
+        "scale": options.scale,
         "tracing": trace_operations(options.repeats),
         "pricing": price_logs(options.scale, options.repeats),
     }

@@ -3,6 +3,7 @@
     python bench/production.py                 about five minutes on two cores; writes out/production/results.json
     python bench/production.py --quick         a small version in seconds
     python bench/production.py --part hot      one part only: scale, hot, place, whole_model
+    python bench/production.py --preset qwen38-flash-next --out out/qwen    Qwen3.8-Flash-Next's table and model instead
 
 A toy of 10^6 values is not a table of 196 B parameters. Here the standard library's sources go through DeepSeek's
 tokenizer and the hash of each published table, and every row that they name is priced on one LRU stack of rows.
@@ -31,7 +32,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,14 +43,15 @@ from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import printed_anyway, require_writable
 from bench.instruments.results import results_head, write_unless_same
-from bench.rows.cases import Case, price_case, source
+from bench.rows.cases import Case, as_they_are, price_case, source
 from bench.rows.table import TABLES, TEXT, report
-from bench.rows.whole_model import MODELS
+from bench.rows.whole_model import MODELS, OTHERS
+from bench.schemas.production import Record, Results
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
-PROG = "production"
-SCHEMA_VERSION = 1
+PROG: Final = "production"
+SCHEMA_VERSION: Final = 1
 PARTS = ("scale", "hot", "place", "whole_model")
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
@@ -59,16 +61,17 @@ QUICK_TOKENS, QUICK_STEPS = 5000, (1, 512)
 PRICING_CODE = ("bench.rows.cases", "bench.rows.whole_model", "bench.setup.streams", "bench.setup.token_batches")
 
 
-def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
-    """Every case of these parts, in the order of the results."""
+def cases_of(parts: tuple[str, ...] | list[str], quick: bool, preset: str | None = None) -> list[Case]:
+    """Every case of these parts, in the order of the results; of DeepSeek's tables, or of another maker's preset."""
+    tables, models = (TABLES, tuple(MODELS)) if preset is None else ((preset,), (preset,))
     million, steps_of = 10**6, 1 << 18
-    cases = [Case("scale", table, tokens=tokens) for table in TABLES for tokens in (10**5, million, None)]
-    cases += [Case("scale", table, stream, million) for table in TABLES for stream in ("uniform", "zipf")]
-    cases += [Case("hot", table, values=HOT_SHARES) for table in TABLES]
-    cases += [Case("place", table, tokens=million, values=PADDINGS) for table in TABLES]
+    cases = [Case("scale", table, tokens=tokens) for table in tables for tokens in (10**5, million, None)]
+    cases += [Case("scale", table, stream, million) for table in tables for stream in ("uniform", "zipf")]
+    cases += [Case("hot", table, values=HOT_SHARES) for table in tables]
+    cases += [Case("place", table, tokens=million, values=PADDINGS) for table in tables]
     cases += [
         Case("whole_model", model, stream, steps_of, mode, tokens)
-        for model in MODELS
+        for model in models
         for mode in ("decode", "prefill")
         for stream in (TEXT, "uniform")
         for tokens in STEP_TOKENS
@@ -91,6 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="processes (default: all cores)",
     )
+    add("--preset", choices=list(OTHERS), help="another maker's table instead of DeepSeek's four")
     add("--out", type=Path, default=Path("out/production"), metavar="DIR", help="results.json goes here")
     add("--quick", action="store_true", help=f"{QUICK_TOKENS:,} tokens of everything")
     return parser.parse_args(argv)
@@ -106,12 +110,12 @@ def keys_of(cases: list[Case]) -> dict[Case, str]:
     code = [code_sha256(*PRICING_CODE), platform.python_version(), platform.machine()]
     keys = {}
     for case in cases:
-        about = [*code, source(case.stream, case.tokens).sha256, asdict(case)]
+        about = [*code, source(case.stream, case.tokens, as_they_are(case.table)).sha256, asdict(case)]
         keys[case] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     return keys
 
 
-def price_all(cases: list[Case], journal: Path, processes: int) -> list[dict[str, Any]]:
+def price_all(cases: list[Case], journal: Path, processes: int) -> list[Record]:
     """The records of all cases in their order: those of the journal, and the missing ones priced."""
     keys = keys_of(cases)
     with Journal(journal) as done:
@@ -136,11 +140,13 @@ def main() -> None:
         with cli.one_line_errors(PROG):
             require_writable(options.out)
             parts = [part for part in PARTS if part in options.part]
-            results = {
+            content: Results = {
                 "schema_version": SCHEMA_VERSION,
-                **results_head(PROG, configuration={"parts": parts, "quick": options.quick}),
-                "records": price_all(cases_of(parts, options.quick), journal, options.jobs),
+                **results_head(PROG),
+                "configuration": {"parts": parts, "quick": options.quick},
+                "records": price_all(cases_of(parts, options.quick, options.preset), journal, options.jobs),
             }
+            results: Any = content  # as whoever reads the file takes it
             path = options.out / "results.json"
             with printed_anyway(lambda: report(results)):
                 written = write_unless_same(path, results, "records")

@@ -66,7 +66,7 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         found = [record for tokens in options.tokens for record in records(tokens)]
         if options.out:
-            write_json(options.out, {**results_head(PROG, table=TABLE), "records": found})
+            write_json(options.out, {**results_head(PROG), "table": TABLE, "records": found})
     print(report(found))
 
 

@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
-    results = {**results_head(PROG, table=TABLE), "samples": measure(options.rounds)}
+    results = {**results_head(PROG), "table": TABLE, "samples": measure(options.rounds)}
     with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
         if options.out:
             write_json(options.out, results)

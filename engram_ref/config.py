@@ -8,7 +8,8 @@ globals, so two configurations live side by side. The presets are the published 
     12672
 
 Sources: the public demo `deepseek-ai/Engram` (`engram_demo_v1.py`); the Engram paper, arXiv
-2601.07372, Appendix A; the DeepSeek-V4.1-Flash checkpoint. No torch, no numpy is imported here.
+2601.07372, Appendix A; the DeepSeek-V4.1-Flash checkpoint; Qwen3.8-Flash-Next (transformers' class `qwen4_exp`).
+No torch, no numpy is imported here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from engram_ref.quoting import quoted
 # Bytes of one value. A float8 row also carries one scale byte per SCALE_BLOCK values.
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE_BLOCK = 32
-FORMS = ("demo", "v41")
+FORMS = ("demo", "v41", "qwen")
 MOST_LAYER_ID = (1 << 16) - 1
 MOST_COLUMNS = 1 << 14  # of all layers together; a prime is searched for each
 MOST_TABLE_SIZE = 2**31  # of a column: a prime from here up is no 32-bit integer any more
@@ -43,13 +44,18 @@ class EngramConfig:
         hidden: width of the residual stream (H).
         hc_mult: copies of the residual stream (G); 1 is the ordinary decoder.
         kernel_size: taps of the short convolution; 0 means that the layer has none.
-        pad_id: token id (not compressed) that stands before the start of a sequence.
+        pad_id: token id (not compressed) that stands before the start of a sequence. In the form qwen it is the end of
+            text (EOS): it also closes a segment, so that what comes behind it sees nothing before it.
         seed: seed of the hash multipliers.
         row_dtype: how a row is stored: float32, float16, bfloat16 or float8_e4m3fn.
-        form: how rows become an update: "demo" (key and value projections with bias, short convolution) or "v41"
-            (one projection without bias, no convolution, one rounding).
+        form: how rows become an update: "demo" (key and value projections with bias, short convolution), "v41"
+            (one projection without bias, no convolution, one rounding) or "qwen" (projections without bias, norms
+            with an eps of the configuration's, short convolution; the hash takes token ids as they are).
         compressed_size: the size that the compressed vocabulary must have, or None where no trained
             table depends on it. Every multiplier derives from it, so a trained table allows one value.
+        rows_multiple: a layer's table is filled up to a multiple of so many rows; no token reads those beyond the
+            primes.
+        norm_eps: in the form qwen, of its three norms; None in the others, whose norms have one of their own.
 
     Raises:
         ValueError: a field is out of range; the message names field, value and limit.
@@ -68,6 +74,8 @@ class EngramConfig:
     row_dtype: str = "bfloat16"
     form: str = "demo"
     compressed_size: int | None = None
+    rows_multiple: int = 1
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("layer_ids", "table_size_per_order"):
@@ -98,10 +106,30 @@ class EngramConfig:
             raise ValueError(f"kernel_size={self.kernel_size}: form v41 has no convolution, use 0")
         if self.compressed_size is not None:
             require_int("compressed_size", self.compressed_size, 1, MOST_IDS)
+        self._check_qwen()
+
+    def _check_qwen(self) -> None:
+        """What only the form qwen has, and what only it demands."""
+        eps = self.norm_eps
+        if self.form != "qwen":
+            if eps is not None:
+                raise ValueError(
+                    f"norm_eps={quoted(eps)}: form {self.form} has norms with an eps of their own, use None"
+                )
+            return
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
+            raise ValueError(f"norm_eps={quoted(eps)}: form qwen needs a number above 0 and below 1")
+        if list(self.layer_ids) != sorted(self.layer_ids):
+            raise ValueError(f"layer_ids={quoted(self.layer_ids)}: form qwen numbers its layers upward, sort them")
+        if len(set(self.table_size_per_order)) != 1:
+            raise ValueError(
+                f"table_size_per_order={quoted(self.table_size_per_order)}: form qwen takes all primes from one size "
+                "up, give the same for every order"
+            )
 
     @classmethod
     def preset(cls, name: str) -> EngramConfig:
-        """The published geometry called `name`: demo, paper-27b, paper-40b, v41-flash, or tiny (ours, for tests)."""
+        """The published geometry called `name`: demo, paper-27b, paper-40b, v41-flash, qwen38-flash-next, tiny."""
         if name not in PRESETS:
             raise ValueError(f"no preset {quoted(name)}: use one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
@@ -168,6 +196,7 @@ _RANGES = {
     "kernel_size": (0, 1024),
     "pad_id": (0, MOST_IDS - 1),
     "seed": (0, 2**63 - 1),
+    "rows_multiple": (1, 1 << 20),
 }
 
 _PAPER: dict[str, Any] = dict(layer_ids=(2, 15), max_ngram=3, heads=8, row_width=80, hidden=2560)
@@ -194,6 +223,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         form="v41",
         row_dtype="float8_e4m3fn",
         compressed_size=99_092,
+    ),
+    "qwen38-flash-next": dict(
+        layer_ids=(1,),
+        max_ngram=3,
+        heads=8,
+        row_width=160,
+        table_size_per_order=(20_000_000, 20_000_000),
+        hidden=2560,
+        pad_id=248_044,
+        seed=1234,
+        form="qwen",
+        compressed_size=248_320,
+        rows_multiple=128,
+        norm_eps=1e-6,
     ),
     # One plain residual stream, as in the dense backbones on which the paper timed offloading.
     "tiny": dict(

@@ -129,6 +129,8 @@ class DeviceLookup:
                     inside.enter_context(table.inside())
                     table.in_place()  # raises for one whose memory is gone
                 self._together.gather(numbers, out)
+            for table in self._tables.values():
+                table.count(numbers.shape[1])
         else:
             for table, wanted, values in zip(self._tables.values(), numbers, out):
                 table.start(wanted, values).wait()

@@ -3,6 +3,7 @@
     python -m engram_ref.plan --preset v41-flash                    JSON on stdout, a summary on stderr
     python -m engram_ref.plan --preset v41-flash --out plan.json    the JSON into a file, complete or not at all
     python -m engram_ref.plan --preset demo --tokenizer FILE        with another tokenizer.json
+    python -m engram_ref.plan --preset qwen38-flash-next            Qwen3.8-Flash-Next, which has no tokenizer in it
     python -m engram_ref.plan --check /models/DeepSeek-V4.1-Flash --preset v41-flash
                                                                     configuration, tokenizer and Engram tensors
 
@@ -30,11 +31,13 @@ from typing import Any
 
 from engram_ref import cli
 from engram_ref.checkpoint.folder import ModelFolder
+from engram_ref.checkpoint.qwen_config import CONFIG_FILE, MODEL_TYPES, read_model_type
+from engram_ref.checkpoint.qwen_folder import QwenFolder
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.files.replacing import replacing
 from engram_ref.hashing.plan import HashPlan, checksum
-from engram_ref.quoting import one_line
-from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer, tokenizer_json
+from engram_ref.quoting import one_line, quoted
+from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer, tokenizer_json, vocab_for
 
 PROG = "plan"
 CHECKSUM_METHOD = (
@@ -73,18 +76,33 @@ def constants(preset: str, tokenizer: str | None = None) -> dict[str, Any]:
         ValueError: no such preset or tokenizer, or one that the preset's trained table was not hashed with.
     """
     config = EngramConfig.preset(preset)
-    vocab = CompressedVocab.from_tokenizer(tokenizer)
+    if config.form == "qwen" and tokenizer is not None:
+        raise ValueError(f"tokenizer {quoted(tokenizer)}: preset {preset} hashes token ids as they are, leave it away")
+    vocab = vocab_for(config, tokenizer)
     plan = HashPlan.for_vocab(config, vocab)
     body = {
-        "what": "constants of DeepSeek's Engram layers",
+        "what": "constants of n-gram layers" if config.form == "qwen" else "constants of DeepSeek's Engram layers",
         "preset": preset,
         "config": asdict(config),
-        "tokenizer": _tokenizer(config, vocab, tokenizer),
+        "tokenizer": _token_ids(config, vocab) if config.form == "qwen" else _tokenizer(config, vocab, tokenizer),
         "cost": _cost(config, plan),
         "plan": json.loads(plan.to_json()),
         "checksum_method": CHECKSUM_METHOD,
     }
     return {**body, "checksum": checksum(body)}
+
+
+def _token_ids(config: EngramConfig, vocab: CompressedVocab) -> dict[str, Any]:
+    """What stands in the tokenizer's place where token ids are hashed as they are."""
+    return {
+        "sha256": None,
+        "token_ids": len(vocab.ids),
+        "compressed_size": len(vocab),
+        "map_sha256": vocab.digest,
+        "map_digest_of": "all token ids in order, as little-endian int32",
+        "pad_id": config.pad_id,
+        "pad_compressed": config.pad_id,
+    }
 
 
 def _tokenizer(config: EngramConfig, vocab: CompressedVocab, origin: str | None) -> dict[str, Any]:
@@ -130,10 +148,14 @@ def summary(found: dict[str, Any]) -> str:
         lines.append(f"  layer {layer['layer_id']:<3} {layer['rows']:>13,} rows  {_gib(layer['table_bytes'])}")
     lines.append(f"  together  {cost['rows']:>13,} rows  {_gib(cost['table_bytes'])}")
     lines.append(f"  per token {cost['rows_per_token']:>13,} rows  {cost['bytes_per_token']:,} B")
-    lines.append(f"tokenizer: sha256 {tokenizer['sha256']}")
-    lines.append(f"  {tokenizer['token_ids']:,} token ids, {tokenizer['compressed_size']:,} compressed ids")
-    lines.append(f"  map: sha256 {tokenizer['map_sha256']}")
-    lines.append(f"  {_pad_note(tokenizer)}")
+    if tokenizer["sha256"] is None:
+        lines.append(f"tokenizer: none, {tokenizer['token_ids']:,} token ids are hashed as they are")
+        lines.append(f"  id {tokenizer['pad_id']} ends a text: it closes a segment, and stands before its start")
+    else:
+        lines.append(f"tokenizer: sha256 {tokenizer['sha256']}")
+        lines.append(f"  {tokenizer['token_ids']:,} token ids, {tokenizer['compressed_size']:,} compressed ids")
+        lines.append(f"  map: sha256 {tokenizer['map_sha256']}")
+        lines.append(f"  {_pad_note(tokenizer)}")
     lines.append(f"checksum: {found['checksum']}")
     return "\n".join(lines)
 
@@ -168,6 +190,8 @@ def check(folder: Path, preset: str | None = None) -> list[str]:
         ValueError: something is wrong; the message says what, and what to do.
         OSError: a file cannot be read.
     """
+    if read_model_type(folder) in MODEL_TYPES:
+        return _check_qwen(folder, preset)
     model = ModelFolder.open(folder)
     config = model.config
     if preset is not None:
@@ -184,6 +208,26 @@ def check(folder: Path, preset: str | None = None) -> list[str]:
         shape = f"{entry.dtype} {list(entry.shape)}"
         lines.append(
             f"{entry.name}: {shape}, {entry.nbytes} bytes from byte {entry.offset} of {one_line(entry.path.name)}"
+        )
+    return lines
+
+
+def _check_qwen(folder: Path, preset: str | None) -> list[str]:
+    model = QwenFolder.open(folder)
+    config = model.config
+    if preset is not None:
+        _compare(folder, config, preset)
+    named = f", as preset {preset}" if preset else ""
+    lines = [
+        f"{folder / CONFIG_FILE}: form qwen, layers {', '.join(map(str, config.layer_ids))}{named}",
+        f"{config.compressed_size} token ids, hashed as they are; {config.pad_id} ends a text",
+        f"weights: {len(model.weight_map)} tensors in {len(set(model.weight_map.values()))} files",
+    ]
+    for layer in model.plan.layers:
+        shards, others = model.shards[layer.layer_id], model.tensors[layer.layer_id]
+        lines.append(
+            f"layer {layer.layer_id}: {layer.rows} rows of {config.row_width} values, {shards[0].dtype}, in "
+            f"{len(shards)} tensors from {one_line(shards[0].name, 200)} on; {len(others)} other tensors"
         )
     return lines
 

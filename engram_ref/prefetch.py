@@ -124,7 +124,7 @@ class Prefetcher:
                 and from within one of its own fetches.
         """
         if self._on_device():
-            return self._lent(lambda lease: self._on_stream(compressed_ids, history))
+            return self._lent(lambda lease: self._on_stream(compressed_ids, history, lease.buffers))
         return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
@@ -214,29 +214,57 @@ class Prefetcher:
     ) -> Pending:
         assert isinstance(self.hasher, NgramHasher)
         begin = time.perf_counter()
-        rows = self.hasher(ids, layer_id, history=history).reshape(-1)  # [B*T*C]
+        try:
+            rows = self.hasher(ids, layer_id, history=history).reshape(-1)  # [B*T*C]
+        except ValueError as error:
+            table.excuse(error)  # other processes may be waiting for this one's part
+            raise
         hashed = time.perf_counter()
-        pending = table.start(torch.from_numpy(rows), buffers.room(layer_id, table, rows.size))
+        buffers.numbers[layer_id] = numbers = torch.from_numpy(rows)
+        pending = table.start(numbers, buffers.room(layer_id, table, rows.size))
         if self._observer:
             self._observer("hash", layer_id, begin, hashed)
             self._observer("gather", layer_id, hashed, time.perf_counter())
         return pending
 
-    def _on_stream(self, ids: Any, history: Any) -> dict[int, _Outcome]:
+    def _on_stream(self, ids: Any, history: Any, buffers: _Buffers) -> dict[int, _Outcome]:
         """Hash and gather on the device; on a side stream, which first waits for the token ids."""
         assert isinstance(self.hasher, DeviceHasher)
         if self._stream is None:
             rows = self.hasher(ids, history)
+            buffers.numbers |= {layer_id: rows[layer_id].reshape(-1) for layer_id in self.tables}
             return {i: Done(partial(table.start, rows[i].reshape(-1))) for i, table in self.tables.items()}
         outcomes: dict[int, _Outcome] = {}
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             ids.record_stream(self._stream)  # the caller may let go of it
             rows = self.hasher(ids, history)
+            buffers.numbers |= {layer_id: rows[layer_id].reshape(-1) for layer_id in self.tables}
             for layer_id, table in self.tables.items():
                 arrive = partial(_arrive, table, rows[layer_id].reshape(-1), self._stream)
                 outcomes[layer_id] = Done(arrive)
         return outcomes
+
+    def counters(self) -> dict[int, dict[str, int]]:
+        """By layer, what was asked of its table so far: see `Table.counters`."""
+        return {layer_id: table.counters() for layer_id, table in self.tables.items()}
+
+    def excuse(self, error: BaseException) -> None:
+        """Instead of `start`, where there is nothing to fetch because of an error: other processes may be waiting.
+
+        Args:
+            error: why; the caller raises it, unless it is raised here, in the words that all processes use.
+        """
+        errands = [Errand(partial(table.excuse, error)) for table in self.tables.values()]
+        for errand in errands:
+            if self._worker is None:
+                errand()
+            else:
+                self._worker.give(errand)  # behind the fetches that are under way
+        for errand in errands:
+            errand.wait()
+        for errand in errands:
+            errand.result()
 
     def close(self) -> None:
         """Wait for what is in flight, end the thread, give back all staging memory; again, it does nothing more.
@@ -347,6 +375,11 @@ class _Join:
             self._observer("wait", self._layer_id, begin, time.perf_counter())
         return values
 
+    @property
+    def row_numbers(self) -> Tensor:
+        """The numbers of the rows, [B*T*C], where the table wanted them; there once `wait` has returned."""
+        return self._lease.buffers.numbers[self._layer_id]
+
     def settle(self) -> None:
         """Wait until nobody writes into the buffers any more."""
         if self._errand.ended or self._lease.over:
@@ -424,6 +457,7 @@ class _Buffers:
 
     def __init__(self) -> None:
         self._arrivals: dict[int, Tensor] = {}
+        self.numbers: dict[int, Tensor] = {}  # of the rows of the last fetch, by layer id
 
     def room(self, layer_id: int, table: Table, count: int) -> Tensor | None:
         """[count, D] to receive rows, kept from fetch to fetch: new memory costs more than the gather."""

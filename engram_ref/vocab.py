@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
+from engram_ref.config import MOST_IDS, EngramConfig, require_int
 from engram_ref.files.replacing import replacing
 from engram_ref.files.small_files import read_small
 from engram_ref.ids import DEAD, check_ids
@@ -107,6 +108,12 @@ class CompressedVocab:
         return cls(array, int(newest[-1]) + 1, map_digest(array))
 
     @classmethod
+    def identity(cls, size: int) -> CompressedVocab:
+        """The vocabulary of a model that hashes its token ids 0 .. size - 1 as they are (form qwen)."""
+        require_int("size", size, 1, MOST_IDS)
+        return cls.from_map(np.arange(size))
+
+    @classmethod
     def from_tokenizer(
         cls, path_or_name: str | os.PathLike[str] | None = None, cache_dir: str | os.PathLike[str] | None = None
     ) -> CompressedVocab:
@@ -165,6 +172,23 @@ class CompressedVocab:
     def pad(self, pad_id: int) -> int:
         """Compressed id of the token id `pad_id`."""
         return int(self([[pad_id]])[0, 0])
+
+
+def vocab_for(config: EngramConfig, path_or_name: str | os.PathLike[str] | None = None) -> CompressedVocab:
+    """The vocabulary that a configuration hashes with: in the form qwen all its token ids, else a tokenizer's.
+
+    Args:
+        config: geometry.
+        path_or_name: as for `CompressedVocab.from_tokenizer`; the form qwen needs none.
+
+    Raises:
+        ValueError: as `from_tokenizer`, or a form qwen that does not say how many token ids there are.
+    """
+    if config.form != "qwen":
+        return CompressedVocab.from_tokenizer(path_or_name)
+    if config.compressed_size is None:
+        raise ValueError("compressed_size=None: form qwen hashes token ids as they are, say how many there are")
+    return CompressedVocab.identity(config.compressed_size)
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str] | None = None) -> Tokenizer:

@@ -23,6 +23,7 @@ def hash_columns(
     offsets: Sequence[Any] | None,
     pad_compressed: Any,
     before: Sequence[Any] = (),
+    segment_end: Any = None,
 ) -> list[list[Any]]:
     """Row indices of one sequence, [T][C].
 
@@ -31,6 +32,7 @@ def hash_columns(
         multipliers: one per shift, N in all.
         primes, offsets: one per column, order by order; `offsets` None for indices within a column.
         before: the N - 1 ids before the sequence; nothing for its start.
+        segment_end: the id that closes a segment, which no later position sees beyond; None where no id does.
     """
     context = len(multipliers) - 1
     heads = len(primes) // context
@@ -43,6 +45,8 @@ def hash_columns(
         blocked = False
         for s, multiplier in enumerate(multipliers):
             blocked = blocked or dead[position - s]
+            if segment_end is not None and s:  # a position's own id does not end what it belongs to
+                blocked = blocked or bool(ids[position - s] == segment_end)
             term = (pad_compressed if blocked else ids[position - s]) * multiplier
             if s == 0:
                 mix = term
@@ -89,6 +93,7 @@ class NgramHasher:
             layer["offsets"] if offsets else None,
             self.plan["pad_compressed"],
             history.ids if history else (),
+            self.plan.get("segment_end"),
         )
 
 

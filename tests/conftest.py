@@ -63,12 +63,14 @@ def vocab_small(small_tokenizer, cache_home):
 
 @pytest.fixture(scope="session")
 def plans(vocab_v4):
-    """The plan of every preset with the DeepSeek-V4 vocabulary."""
+    """The plan of every preset with the DeepSeek-V4 vocabulary; that of form qwen with its own token ids."""
     from engram_ref.config import PRESETS, EngramConfig
     from engram_ref.hashing import HashPlan
+    from engram_ref.vocab import vocab_for
 
     configs = {name: EngramConfig.preset(name) for name in PRESETS}
-    return {name: HashPlan.build(c, len(vocab_v4), vocab_v4.pad(c.pad_id)) for name, c in configs.items()}
+    vocabs = {name: vocab_for(c) if c.form == "qwen" else vocab_v4 for name, c in configs.items()}
+    return {name: HashPlan.build(c, len(vocabs[name]), vocabs[name].pad(c.pad_id)) for name, c in configs.items()}
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ ROOMS = {
     "engram_ref.files": "config compiled loops threads rows",
     "engram_ref.vocab": "ids files",
     "engram_ref.hashing": "config ids compiled loops gpu devices vocab",
-    "engram_ref.tables": "config devices gpu threads rows files",
+    "engram_ref.sharding": "",
+    "engram_ref.tables": "config devices gpu threads rows files sharding",
     "engram_ref.fusion": "config devices rows",
     "engram_ref.device_lookup": "ids gpu rows vocab hashing tables",
     "engram_ref.prefetch": "threads hashing tables",
@@ -56,11 +57,13 @@ ROOMS = {
 }
 _LIBRARY = "engram_ref engram_toy examples"
 BENCH = {
+    "schemas": "",  # may be imported from anywhere in bench
     "instruments": "",
     "setup": "instruments",
     "wall": "instruments setup",
     "served": "instruments setup",
     "rivals": "instruments setup",
+    "ranks": "instruments setup",
     "price": "instruments setup",
     "sweeps": "instruments setup price",
     "rows": "instruments setup price",
@@ -78,7 +81,7 @@ def allowed() -> dict[str, set[str]]:
     }
     library = {room for room in table if room.startswith("engram_")}
     for room, names in BENCH.items():
-        table[f"bench.{room}"] = {f"bench.{name}" for name in names.split()} | library
+        table[f"bench.{room}"] = {f"bench.{name}" for name in ["schemas", *names.split()]} | library
     table["bench"] = {f"bench.{room}" for room in BENCH} | library
     return table
 

@@ -93,6 +93,7 @@ def _reads(config: EngramConfig) -> str:
     return f"{rows}, or {2 * rows} split" if RowFormat.of(config).scaled else f"{rows}"
 
 
+_PROJECTIONS = {"demo": "{}, with bias", "v41": "one, no bias", "qwen": "{}, no bias"}
 _FACTS: dict[str, Callable[[EngramConfig], str]] = {
     "layers with a table": lambda c: _numbers(c.layer_ids),
     "residual stream: width, copies": lambda c: _numbers((c.hidden, c.hc_mult)),
@@ -110,9 +111,10 @@ _FACTS: dict[str, Callable[[EngramConfig], str]] = {
     "bytes read per token": lambda c: f"{c.bytes_per_token():,}",
     "the same as bfloat16": lambda c: f"{c.rows_per_token() * c.row_width * 2:,}",
     "multiply-adds of the projections, per token and layer": lambda c: f"{c.projection_macs() / 1e6:,.1f} M",
-    "projections": lambda c: "one, no bias" if c.form == "v41" else f"{c.hc_mult + 1}, with bias",
+    "projections": lambda c: _PROJECTIONS[c.form].format(c.hc_mult + 1),
     "short convolution": lambda c: f"{c.kernel_size} taps, {c.max_ngram} apart" if c.kernel_size else "none",
-    "compressed vocabulary must be": lambda c: f"{c.compressed_size:,}" if c.compressed_size else "any",
+    "what is hashed": lambda c: "token ids" if c.form == "qwen" else "compressed ids",
+    "there must be so many ids": lambda c: f"{c.compressed_size:,}" if c.compressed_size else "any",
 }
 
 

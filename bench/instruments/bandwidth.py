@@ -8,18 +8,19 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from bench.instruments.clocks import Clock, device_clock, total
+from bench.schemas.common import Bandwidth, Limits
+from bench.schemas.wall import Disk, UnknownDisk
 from engram_ref.rows.memory import PIN_PIECE, HostMemory
 
 _WARM_UP = 2  # copies before the first that counts
 
 
-def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> dict[str, dict[str, Any] | None]:
+def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> Limits:
     """What this machine can copy at most: raw samples, and bytes per second of their median.
 
     Args:
@@ -49,7 +50,7 @@ def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> dict[str,
     }
 
 
-def _ram_copy(source: HostMemory, nbytes: int, repeats: int) -> dict[str, Any]:
+def _ram_copy(source: HostMemory, nbytes: int, repeats: int) -> Bandwidth:
     with HostMemory(nbytes) as target:
         to, by = target.bytes.numpy(), source.bytes.numpy()
         samples = _copy_samples(lambda: np.copyto(to, by), repeats, Clock())
@@ -66,14 +67,14 @@ def _copy_samples(copy: Callable[[], object], repeats: int, clock: Clock) -> lis
     return samples[_WARM_UP:]
 
 
-def _bandwidth(what: str, nbytes: int, samples: list[float]) -> dict[str, Any]:
+def _bandwidth(what: str, nbytes: int, samples: list[float]) -> Bandwidth:
     return {"bytes_per_s": nbytes / statistics.median(samples), "samples_s": samples, "bytes": nbytes, "what": what}
 
 
 _DEPTH = 64  # reads that fio has in flight
 
 
-def fio_random_read(path: Path, seconds: float) -> dict[str, Any]:
+def fio_random_read(path: Path, seconds: float) -> Disk | UnknownDisk:
     """What the disk under a file can do: random reads of 4 KiB, past the page cache, 64 at a time.
 
     Returns:

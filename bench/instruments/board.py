@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.instruments.driver import Answer, Driver, EnergyMeter, PcieCounter, answer, open_driver
+from bench.schemas.common import Fallback, Traffic
 
 ENOUGH_BYTES = 50_000_000  # of rows, so that what else crosses the link is small beside them
 ENOUGH_S = 1.0
@@ -144,7 +145,7 @@ class PcieThroughput:
 
 def count_traffic(
     driver: Driver, one_pass: Callable[[], object], row_bytes: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Any]:
+) -> Traffic:
     """What the GPU received over PCIe in a pass, counted over several: until 50 MB of rows were asked for, or a second.
 
     Args:
@@ -160,7 +161,7 @@ def count_traffic(
     with PcieCounter(driver) as counter:
         passes, seconds = _repeat(one_pass, row_bytes, ENOUGH_BYTES, clock) if counter.works else (0, 0.0)
     total, why = counter.received
-    fallback = None
+    fallback: Fallback | None = None
     if total is None:
         with PcieThroughput(driver, clock) as rate:
             passes, seconds = _repeat(one_pass, 0, None, clock) if answers(driver) else (0, 0.0)
@@ -201,7 +202,7 @@ class Beside(NamedTuple):
         energy: of `EnergyMeter`, or why there is none.
     """
 
-    traffic: dict[str, Any] | None
+    traffic: Traffic | None
     energy: Answer
 
     @property

@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from bench.instruments.code_digest import code_sha256
 from bench.instruments.results import results_head
+from bench.schemas.common import Accelerator, Device, DeviceOrigin
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
@@ -137,7 +139,7 @@ def _handle(nvml: Any, properties: Any) -> Any:
     raise _Unanswered(f"torch {torch.__version__} does not say which of several GPUs it uses; take a newer one")
 
 
-def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
+def describe(device: torch.device, nvml: Any = None) -> Accelerator | None:
     """The accelerator, asked while it is busy; None on a CPU.
 
     What is not known is None, and `unknown` says why: by name of the entry.
@@ -147,7 +149,7 @@ def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
     properties = torch.cuda.get_device_properties(device)
     with _busy(device):
         answers = _answers(open_driver(device, nvml))
-    return {
+    found = {
         "name": properties.name,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -155,25 +157,26 @@ def describe(device: torch.device, nvml: Any = None) -> dict[str, Any] | None:
         **{name: found.value for name, found in answers.items()},
         "unknown": {name: found.why for name, found in answers.items() if found.why is not None},
     }
+    return cast(Accelerator, found)  # the driver's answers are what they are
 
 
-def device_head(benchmark: str, device: torch.device, configuration: dict[str, Any], *modules: str) -> dict[str, Any]:
+def device_head(benchmark: str, device: torch.device, configuration: dict[str, Any], *modules: str) -> DeviceOrigin:
     """How the results of a device begin: `bench.instruments.results.results_head`, with the device's own description.
 
     Args:
         configuration: that two runs must share, to go on with each other's results.
         modules: whose code the results depend on.
     """
-    about, accelerator = results_head(benchmark, *modules, configuration=configuration), describe(device)
+    about, accelerator = results_head(benchmark), describe(device)
+    machine = about["environment"]
     return {
-        **about,
-        "device": device.type,
-        "device_name": accelerator["name"] if accelerator else about["environment"]["cpu"],
-        "environment": {
-            **about["environment"],
-            "accelerator": accelerator,
-            "page_size": os.sysconf("SC_PAGE_SIZE"),
-        },
+        "benchmark": benchmark,
+        "device": cast(Device, device.type),
+        "device_name": accelerator["name"] if accelerator else machine["cpu"],
+        "configuration": configuration,
+        "code_sha256": code_sha256(*modules),
+        "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
+        "git": about["git"],
     }
 
 

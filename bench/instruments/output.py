@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,13 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
         print(report(), flush=True)
 
 
-def source(results: dict[str, Any]) -> str:
+def source(results: Mapping[str, Any]) -> str:
     """What a figure says of its origin: the digest of the results that it was drawn from."""
     canonical = json.dumps(results, sort_keys=True, separators=(",", ":"))
     return f"results sha256 {hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
-def forget_figures(path: Path, results: dict[str, Any]) -> None:
+def forget_figures(path: Path, results: Mapping[str, Any]) -> None:
     """Remove figures beside `path` that show neither these results, which it is to hold, nor another file's there."""
     drawn = {figure: match[0] for figure in path.parent.glob("*.svg") if (match := _origin(figure))}
     if not drawn:

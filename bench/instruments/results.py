@@ -12,12 +12,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import forget_figures
 from bench.instruments.reading import read_results, set_aside
+from bench.schemas.common import Environment, Git, Origin
 from engram_ref.files.replacing import replacing
 
 _PACKAGES = (
@@ -27,18 +28,12 @@ _PACKAGES = (
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def results_head(benchmark: str, *modules: str, **about: Any) -> dict[str, Any]:
-    """How every results file begins: whose it is, what was asked for, where it was found and by which code.
-
-    Args:
-        modules: whose code a run must share, to go on with these results; none for what is measured in one go.
-        about: what was asked for.
-    """
-    code = {"code_sha256": code_sha256(*modules)} if modules else {}
-    return {"benchmark": benchmark, **about, "environment": environment(), "git": git_commit(), **code}
+def results_head(benchmark: str) -> Origin:
+    """How every results file begins: whose it is, and where it was found by which commit."""
+    return {"benchmark": benchmark, "environment": environment(), "git": git_commit()}
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """The machine and the software, for a reader who wants to know whether a figure applies to them."""
     return {
         "python": platform.python_version(),
@@ -51,7 +46,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def git_commit() -> dict[str, Any]:
+def git_commit() -> Git:
     """Commit of the code that ran, and whether the code had changes since.
 
     Outside a git checkout, such as in a copy, the commit is what ENGRAM_GIT_COMMIT says, or null; changes are unknown.
@@ -91,7 +86,7 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def write_unless_same(path: Path, content: dict[str, Any], rows: str) -> bool:
+def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool:
     """Write a results file unless the one there says the same; say whether it was written.
 
     What says where it ran, and by which code, does not count: a run that finds the same numbers again leaves the file
@@ -122,13 +117,13 @@ def _found(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _evidence(content: dict[str, Any]) -> dict[str, Any]:
+def _evidence(content: Mapping[str, Any]) -> dict[str, Any]:
     """A results file without where and by what it was made, as JSON gives it back."""
     provenance = {"environment", "git", "code_sha256"}
     return json.loads(json.dumps({key: value for key, value in content.items() if key not in provenance}))
 
 
-def write_json(path: Path, content: dict[str, Any], text: str | None = None) -> None:
+def write_json(path: Path, content: Mapping[str, Any], text: str | None = None) -> None:
     """Write a results file, complete or not at all; its folder is made, and figures of what it held before go.
 
     Args:

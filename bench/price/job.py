@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from bench.schemas.toy import Priced
 from engram_toy.bytedmd import Trace, trace
 from engram_toy.models.layouts import Layout
 from engram_toy.models.programs import Program, Workload, build
@@ -32,7 +33,7 @@ class Job:
         return build(self.workload, self.boundary, self.layout, self.padding, hold=self.definition == "lru")
 
 
-def price_job(job: Job) -> dict[str, Any]:
+def price_job(job: Job) -> Priced:
     """Trace a job once; the record of it that goes into a results file, integers and digests only."""
     program = job.program()
     run = trace(program.function, program.arguments, program.kinds, job.definition)

@@ -1,7 +1,8 @@
 """The toy models, filled with reproducible numbers: same seed, same bits on every machine.
 
-Each has the form of a preset of `engram_ref.config`. V4.1-Flash is scaled down to what a laptop traces; `scale_of` says
-by how much. Its rows hold one number per stored byte: codes, then a scale for each 32 of them.
+Each has the form of a preset of `engram_ref.config`. V4.1-Flash and Qwen3.8-Flash-Next are scaled down to what a laptop
+traces; `scale_of` says by how much. V4.1's rows hold one number per stored byte: codes, then a scale for each 32 of
+them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.schemas.toy import Scale
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy import fp8
 from engram_toy.fusion.demo import EngramWeights
+from engram_toy.fusion.qwen import QwenWeights
 from engram_toy.fusion.v41 import V41Weights
 from engram_toy.models.attention import AttentionWeights
 from engram_toy.models.kv_bank import BankWeights
@@ -28,8 +31,9 @@ from engram_toy.models.programs import MODELS, Workload
 CUTS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "v41-flash": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": (1000, 1000, 1000)},
+    "qwen38-flash-next": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": (1000, 1000)},
 }
-MODELS_OF = {"tiny": MODELS, "v41-flash": ("engram",)}  # DeepSeek-V4.1 has nothing like the bank
+MODELS_OF = {"tiny": MODELS, "v41-flash": ("engram",), "qwen38-flash-next": ("engram",)}  # these have no bank
 
 
 def toy_config(model: str, hidden: int, preset: str = "tiny") -> EngramConfig:
@@ -46,13 +50,17 @@ def toy_config(model: str, hidden: int, preset: str = "tiny") -> EngramConfig:
     return config.replace(heads=4, table_size_per_order=(64, 64), row_width=2 * hidden)
 
 
-def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> dict[str, list[int]]:
+def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> Scale:
     """What was cut, as pairs: here, and in the preset as published. Rows are those of the one layer that is run."""
     full, layer_id = EngramConfig.preset(preset), config.layer_ids[0]
     full_plan = HashPlan.build(full, plan.compressed_size, plan.pad_compressed)
-    pairs = {name: [getattr(config, name), getattr(full, name)] for name in ("row_width", "hidden", "hc_mult")}
-    rows = [plan.layer(layer_id).rows, full_plan.layer(layer_id).rows]
-    return {"table_rows": rows, **pairs, "layers": [1, len(full.layer_ids)]}
+    return {
+        "table_rows": [plan.layer(layer_id).rows, full_plan.layer(layer_id).rows],
+        "row_width": [config.row_width, full.row_width],
+        "hidden": [config.hidden, full.hidden],
+        "hc_mult": [config.hc_mult, full.hc_mult],
+        "layers": [1, len(full.layer_ids)],
+    }
 
 
 class Numbers:
@@ -98,13 +106,24 @@ def make_workload(model: str, config: EngramConfig, plan: HashPlan, ids: Sequenc
     )
 
 
-def _layer_weights(model: str, numbers: Numbers, config: EngramConfig) -> EngramWeights | V41Weights | BankWeights:
+def _layer_weights(
+    model: str, numbers: Numbers, config: EngramConfig
+) -> EngramWeights | V41Weights | QwenWeights | BankWeights:
     copies, hidden, width = range(config.hc_mult), config.hidden, config.embedding_width
     if model == "kv-bank":
         return BankWeights(numbers.matrix(hidden, hidden), numbers.matrix(hidden, hidden))
     if config.form == "v41":
         wkv = numbers.matrix((config.hc_mult + 1) * hidden, width)
         return V41Weights(wkv, [numbers.vector(hidden) for _ in copies], [numbers.vector(hidden) for _ in copies])
+    if config.form == "qwen":
+        return QwenWeights(
+            key_proj=[numbers.matrix(hidden, width) for _ in copies],
+            value_proj=numbers.matrix(hidden, width),
+            norm_key=[numbers.vector(hidden) for _ in copies],
+            norm_query=[numbers.vector(hidden) for _ in copies],
+            norm_conv=[numbers.vector(hidden) for _ in copies],
+            conv1d=[numbers.matrix(hidden, config.kernel_size) for _ in copies],
+        )
     return EngramWeights(
         key_projs_weight=[numbers.matrix(hidden, width) for _ in copies],
         key_projs_bias=[numbers.vector(hidden) for _ in copies],

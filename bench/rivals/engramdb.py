@@ -209,10 +209,12 @@ class ColdRace:
             ValueError: fio is missing or failed.
         """
         found = [fio_random_read(self.path, seconds) for _ in range(rounds)]
+        seconds_each = []
         for result in found:
             if result["reads_per_s"] is None:
                 raise ValueError(f"the disk's limit is not known: {result['why']}")
-        return [count / result["reads_per_s"] for result in found]
+            seconds_each.append(count / result["reads_per_s"])
+        return seconds_each
 
     def close(self) -> None:
         """Remove both files."""

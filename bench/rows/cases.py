@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.rows.whole_model import MODELS, step_price
+from bench.rows.whole_model import MODELS, OTHERS, step_price
 from bench.setup.streams import random_source
 from bench.setup.token_batches import Corpus, standard_library
-from engram_ref.config import EngramConfig
+from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import CompressedVocab, vocab_for
 from engram_toy.fast.last_reads import Linker, RowReads
 from engram_toy.fast.rows import Priced, Start, among, price_rows, start
 from engram_toy.tracer.stack import read_price
@@ -62,19 +62,24 @@ class Ids(NamedTuple):
     ids: np.ndarray  # compressed, int64 [T]
 
 
-@functools.cache
-def _vocabulary() -> CompressedVocab:
-    return CompressedVocab.from_tokenizer()
+def as_they_are(table: str) -> bool:
+    """Whether a table is one whose hash takes token ids as they are."""
+    return table in PRESETS and EngramConfig.preset(table).form == "qwen"
 
 
 @functools.cache
-def _library(nbytes: int) -> Corpus:
-    return standard_library(_vocabulary(), nbytes=nbytes)
+def _vocabulary(raw: bool) -> CompressedVocab:
+    return vocab_for(EngramConfig.preset("qwen38-flash-next" if raw else "demo"))
 
 
 @functools.cache
-def source(name: str, tokens: int | None) -> Ids:
-    """A stream of so many tokens; kept, since the cases of a worker read it again and again.
+def _library(nbytes: int, raw: bool) -> Corpus:
+    return standard_library(_vocabulary(raw), nbytes=nbytes)
+
+
+@functools.cache
+def source(name: str, tokens: int | None, raw: bool = False) -> Ids:
+    """A stream of so many tokens, compressed or `raw`; kept, since the cases of a worker read it again and again.
 
     Raises:
         ValueError: the text is shorter.
@@ -82,17 +87,21 @@ def source(name: str, tokens: int | None) -> Ids:
     if name != "python-stdlib":
         if tokens is None:
             raise ValueError(f"the stream {name} does not end: say how many tokens")
-        drawn = random_source(name, len(_vocabulary()), tokens)
+        drawn = random_source(name, len(_vocabulary(raw)), tokens)
         return Ids(name, drawn.sha256, np.array(drawn.ids))
-    corpus = _library(_WHOLE_TEXT if tokens is None or tokens > _SHORT_TOKENS else _SHORT_TEXT)
+    corpus = _library(_WHOLE_TEXT if tokens is None or tokens > _SHORT_TOKENS else _SHORT_TEXT, raw)
     if tokens is not None and len(corpus.ids) < tokens:
         raise ValueError(f"{name} has {len(corpus.ids):,} tokens: {tokens:,} need a longer text")
     return Ids(name, corpus.sha256, corpus.ids[:tokens])
 
 
+def _source(case: Case) -> Ids:
+    return source(case.stream, case.tokens, as_they_are(case.table))
+
+
 def plan_of(config: EngramConfig) -> HashPlan:
-    """The hash constants for the packaged tokenizer."""
-    return HashPlan.for_vocab(config, _vocabulary())
+    """The hash constants for the packaged tokenizer, or for token ids as they are."""
+    return HashPlan.for_vocab(config, _vocabulary(config.form == "qwen"))
 
 
 def read_rows(ids: np.ndarray, config: EngramConfig, mode: str = "token", tokens_per_step: int = 1) -> RowReads:
@@ -122,7 +131,7 @@ def price_case(case: Case) -> list[Record]:
 
 def _scale(case: Case) -> list[Record]:
     """Price, depths and reuse of a stream, token by token."""
-    config, stream = EngramConfig.preset(case.table), source(case.stream, case.tokens)
+    config, stream = EngramConfig.preset(case.table), _source(case)
     reads = read_rows(stream.ids, config)
     about = _about(case, stream, config, reads)
     about["first_reads_by_order"] = _first_by_order(reads, config)
@@ -141,7 +150,7 @@ def _first_by_order(reads: RowReads, config: EngramConfig) -> dict[str, int]:
 
 def _hot(case: Case) -> list[Record]:
     """A hot tier of the rows that are most frequent in the first half of a text, charged on the second half."""
-    config, stream = EngramConfig.preset(case.table), source(case.stream, case.tokens)
+    config, stream = EngramConfig.preset(case.table), _source(case)
     half = len(stream.ids) // 2
     calibration = read_rows(stream.ids[:half], config)
     ranking = np.argsort(-calibration.frequency(), kind="stable")  # of equals, the smaller row first
@@ -170,7 +179,7 @@ def _hot(case: Case) -> list[Record]:
 
 def _place(case: Case) -> list[Record]:
     """The lookup boundary: the same reads with the table above so many bytes that are never read, and below them."""
-    config, stream = EngramConfig.preset(case.table), source(case.stream, case.tokens)
+    config, stream = EngramConfig.preset(case.table), _source(case)
     reads = read_rows(stream.ids, config)
     one_step = replace(reads, step_reads=max(1, len(reads.links)))  # nothing is read in between
     about = _about(case, stream, config, reads)
@@ -187,7 +196,7 @@ def _place(case: Case) -> list[Record]:
 
 def _whole_model(case: Case) -> list[Record]:
     """The rows of a table in the steps of a whole model, and the price of its weights."""
-    model, stream = MODELS[case.table], source(case.stream, case.tokens)
+    model, stream = {**OTHERS, **MODELS}[case.table], _source(case)
     config = model.table
     reads = read_rows(stream.ids, config, case.mode, case.tokens_per_step)
     nbytes = model.step_bytes(case.mode)

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.instruments.claim import WALL_TIME_CLAIM, classify
 from bench.instruments.words import aligned
-from bench.rows.whole_model import MODELS
+from bench.rows.whole_model import ALL_MODELS
 
 TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
 LAYOUTS = ("held live", "compacted")
@@ -123,7 +123,7 @@ def whole_model_table(results: dict[str, Any]) -> str:
         crossing = crossing_of([r["tokens_per_step"] for r in line], shares)
         rows.append(
             [
-                *(MODELS[table].name, mode, stream, layout),
+                *(ALL_MODELS[table].name, mode, stream, layout),
                 *(f"{100 * share:.2g} %" for share in shares),
                 f"{crossing:,.0f}" if crossing else f"over {steps[-1]:,}",
             ]

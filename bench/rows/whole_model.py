@@ -82,3 +82,7 @@ MODELS = {
     "v41-flash": WholeModel("V4.1-Flash", 40, _V41_ACTIVE["decode"] // 2, _V41_ACTIVE["prefill"] // 2, _V41),
     "v41-flash-all": WholeModel("V4.1-Flash, every expert", 40, _V41_ALL_BYTES, _V41_ALL_BYTES, _V41),
 }
+# Another maker's, priced by `bench/production.py --preset qwen38-flash-next`: 6 B active parameters in bfloat16.
+_QWEN = EngramConfig.preset("qwen38-flash-next")
+OTHERS = {"qwen38-flash-next": WholeModel("Qwen3.8-Flash-Next", 48, 6 * 10**9 * 2, 6 * 10**9 * 2, _QWEN)}
+ALL_MODELS = {**MODELS, **OTHERS}

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.schemas.served import Graphs
+
 _WARM_UP = 2  # calls before a capture: libraries take their workspaces, Triton compiles
 Insert = Callable[[Tensor], Tensor]
 
@@ -38,7 +40,7 @@ class Pieces:
         self._stream = torch.cuda.Stream(device)
         self._why: str | None = None
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Graphs:
         """Whether graphs are used; if not, why."""
         return {"used": self._why is None, "why": self._why}
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.schemas.served import Graphs
 from bench.served.graphs import Pieces
 from bench.setup.backbones import Backbone
 from bench.setup.lookup import ResidentLookup
@@ -110,7 +111,7 @@ class ServedModel:
         self._pieces = Pieces(device) if graphs else None
 
     @property
-    def graphs(self) -> dict[str, Any]:
+    def graphs(self) -> Graphs:
         """Whether decoding runs as CUDA graphs, and why not."""
         if self._pieces is None:
             return {"used": False, "why": "not on CUDA, or --eager"}

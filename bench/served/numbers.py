@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, Overhead, overhead, paired_ratio, quantile
+from bench.schemas.served import Freed, Reading, Weights
 
 Json = dict[str, Any]
 PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
@@ -163,7 +164,7 @@ def token_times(row: Json) -> dict[str, float]:
     return {"median": statistics.median(times), "p99": quantile(times, 0.99)}
 
 
-def freed(case: Json, variant: str, held: dict[str, int]) -> Json:
+def freed(case: Json, variant: str, held: dict[str, int]) -> Freed:
     """Device memory that a table leaves free against a resident one, which holds all of its bytes there; and why not.
 
     Args:
@@ -179,7 +180,7 @@ def freed_bytes(case: Json, row: Json) -> int | None:
     return freed(case, row["variant"], row["held"])["value"]
 
 
-def weight_reading(limits: Json, case: Json, row: Json) -> Json:
+def weight_reading(limits: Json, case: Json, row: Json) -> Weights:
     """How fast a median decode step reads the weights, each once; and whether it is launch-bound: `value` and `why`.
 
     Launch-bound is a step that takes over twice as long as its weights do at the bandwidth that was measured on the
@@ -192,7 +193,7 @@ def weight_reading(limits: Json, case: Json, row: Json) -> Json:
         return {"value": None, "why": "no decode step was measured"}
     step, limit = statistics.median(times), limits["gather"]["bytes_per_s"]
     nbytes = case["weight_bytes"]["model"] + (case["weight_bytes"]["engram"] if row["variant"] != "no_engram" else 0)
-    value = {
+    value: Reading = {
         "bytes": nbytes,
         "bytes_per_s": nbytes / step,
         "limit_bytes_per_s": limit,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Record:
         self._lines: dict[int, str] = {}  # of passes that `results` holds, which keeps their ids
 
     @classmethod
-    def open(cls, path: Path, head: Json, fresh: bool) -> Record:
+    def open(cls, path: Path, head: Mapping[str, Any], fresh: bool) -> Record:
         """Go on with the results of an earlier run, or begin.
 
         Args:
@@ -49,9 +50,9 @@ class Record:
         Raises:
             ValueError: the file is of another configuration, machine or code.
         """
-        head = {**head, "sessions": [], "cases": []}
-        record = cls(path, head)
-        if (found := earlier(path, head, fresh)) is not None:
+        begun = {**head, "sessions": [], "cases": []}
+        record = cls(path, begun)
+        if (found := earlier(path, begun, fresh)) is not None:
             record.results = found
             record._keep_whole_rounds()
         record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
@@ -126,7 +127,7 @@ class Case:
         done = [{sample["round"] for sample in row["rounds"]} for row in self.content["rows"]]
         return set.intersection(*done) if len(done) == len(self.content["labels"]) else set()
 
-    def add(self, row: Json, sample: Json) -> None:
+    def add(self, row: Mapping[str, Any], sample: Json) -> None:
         """Keep one pass of a row, and write the file.
 
         Args:

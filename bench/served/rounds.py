@@ -11,19 +11,23 @@ import argparse
 import gc
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from bench.instruments.board import BoardWatch, count_beside
 from bench.instruments.driver import open_driver
 from bench.instruments.timing import CacheFlush, rounds
+from bench.schemas.common import Held
+from bench.schemas.served import Bus as BusRecord
+from bench.schemas.served import Contender as ContenderRecord
 from bench.served.model import ServedModel
 from bench.served.numbers import freed, weight_reading
 from bench.served.one_pass import Server, Work
 from bench.served.record import Case
 from bench.served.requests import Round, TokenSource
 from bench.served.variants import OWN_COMPUTE, Contenders
+from bench.setup.slow_bus import Bus
 from bench.setup.variants import Variant
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.hot import HotTable
@@ -123,22 +127,21 @@ class Rounds:
             }
         )
 
-    def _row(self, variant: Variant) -> dict[str, Any]:
+    def _row(self, variant: Variant) -> ContenderRecord:
         held = variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0}
         bus = variant.bus
-        endless = bus is not None and bus.bytes_per_s == float("inf")
         return {
             "label": variant.label,
             "variant": variant.name,
             "schedule": variant.schedule,
             "repeat": variant.repeat,
             "hot_share": variant.hot_share,
-            "bus": bus and {"bytes_per_s": None if endless else bus.bytes_per_s, "latency_s": bus.latency_s},
+            "bus": None if bus is None else _bus(bus),
             "page_cache": variant.page_cache,
             "device": self._case.content["device"],
             "device_label": self._device_label,
             "graphs": self._model.graphs,
-            "held": held,
+            "held": cast(Held, held),
             "freed": freed(self._case.content, variant.name, held),
             "weights": None,
             "pcie": None,
@@ -170,6 +173,11 @@ class Rounds:
         """How fast every row's decode steps read the weights, and whether launching is what they wait for."""
         for row in self._case.content["rows"]:
             self._case.update(row["label"], weights=weight_reading(self._limits, self._case.content, row))
+
+
+def _bus(bus: Bus) -> BusRecord:
+    endless = bus.bytes_per_s == float("inf")
+    return {"bytes_per_s": None if endless else bus.bytes_per_s, "latency_s": bus.latency_s}
 
 
 def _counts(variant: Variant) -> dict[str, int]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from bench.instruments.bandwidth import copy_bandwidth
 from bench.instruments.driver import device_head
 from bench.instruments.reading import as_this_version, read_results
 from bench.instruments.words import device_label, measured_on
+from bench.schemas.served import Head
 from bench.served.figures import draw_all
 from bench.served.memory import Plan, device_room, estimate, largest_batch
 from bench.served.model import ATTENTION, ServedModel, register_attention
@@ -41,9 +42,9 @@ from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import vocab_for
 
-PROG = "end_to_end"
+PROG: Final = "end_to_end"
 _QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
@@ -74,7 +75,7 @@ class EndToEnd:
             tuple(Bus.parse(text) for text in options.buses),
             self.device.type == "cuda" and not options.eager,
         )
-        self.vocab = CompressedVocab.from_tokenizer()
+        self.vocab = vocab_for(EngramConfig.preset(options.preset))
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
         self.plan = HashPlan.for_vocab(self.config, self.vocab)
         self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
@@ -152,7 +153,7 @@ class EndToEnd:
     def _sequences(self, batch: int) -> int:
         return batch if self.options.sequences == "batch" else self.options.sequences
 
-    def _head(self, copy: tuple[int, int]) -> dict[str, Any]:
+    def _head(self, copy: tuple[int, int]) -> Head:
         """What the results file says of the run as a whole."""
         kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
         kept["text"] = str(kept["text"]) if kept["text"] else None

@@ -54,7 +54,9 @@ def table_config(preset: str, params: float, hidden: int, dtype: str) -> EngramC
     Raises:
         ValueError: more rows in a column than can be numbered.
     """
-    config = EngramConfig.preset(preset).replace(layer_ids=(LAYER,), compressed_size=None)
+    config = EngramConfig.preset(preset).replace(layer_ids=(LAYER,))
+    if config.form != "qwen":  # of token ids as they are, the size is part of the hash
+        config = config.replace(compressed_size=None)
     per_column = max(2, round(params / (config.columns * config.row_width)))
     if per_column > MOST_ROWS:
         most = MOST_ROWS * config.columns * config.row_width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
         asked = {**about, "models": list(models), **asdict(base)}
         path, content = options.out / "sweeps.json", sweeps_content(asked, points, records, windows)
-        with printed_anyway(lambda: report_all(content)):
+        found: Any = content  # as whoever reads the file takes it
+        with printed_anyway(lambda: report_all(found)):
             _write(path, content, "points", say)
             _draw(read_results(path), options.out, say)  # an older run's, if it found the same
     if grid:
@@ -81,7 +82,7 @@ def base_of(options: Namespace) -> Settings:
     return Settings(stream="text", share=1.0, hot=options.hot_share, wrong=0.0, **known)
 
 
-def _write(path: Path, content: dict[str, Any], rows: str, say: Callable[[str], None]) -> None:
+def _write(path: Path, content: Mapping[str, Any], rows: str, say: Callable[[str], None]) -> None:
     written = write_unless_same(path, content, rows)
     say(f"wrote {path}" if written else f"{path} says the same already")
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.instruments.timing import rounds
+from bench.schemas.wall import Component, Cost
 from bench.setup import table_content as synthetic
 from bench.setup.token_batches import TokenBatches
 from engram_ref.config import EngramConfig
@@ -155,7 +155,7 @@ class Components:
         }
         return {case: single[case]}
 
-    def cost(self, part: str, rates: Rates) -> dict[str, Any]:
+    def cost(self, part: str, rates: Rates) -> Cost:
         """Bytes, operations and the time below which this machine cannot do a part."""
         e, kv = (self._buffers[name].nbytes for name in ("e", "kv"))
         flops = 2 * self.positions * self._config.projection_macs()
@@ -191,7 +191,7 @@ class Components:
 
 def measure(
     components: Components, cases: Sequence[str], iterations: int, rates: Rates, tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> list[Component]:
     """Raw samples of every part, interleaved, after one round of warm-up."""
     parts = {name: run for case in cases for name, run in components.parts(case).items()}
     samples: dict[str, list[float]] = {name: [] for name in parts}

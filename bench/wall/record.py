@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from bench.instruments.board import Beside
+from bench.schemas.common import Held
+from bench.schemas.wall import Hot, Run, RunTable, StepBytes
 from bench.setup.variants import CONTROL, Variant
 from bench.wall.step import IO_COUNTER, Samples, file_behind
 from bench.wall.timeline import Span
@@ -22,7 +24,7 @@ def run_record(
     digest: str,
     beside: Beside,
     spans: list[Span],
-) -> dict[str, Any]:
+) -> Run:
     """One entry of a step's `runs`.
 
     Args:
@@ -47,7 +49,7 @@ def run_record(
         "limit_why": why,
         "bytes": _bytes(variant, samples, beside) if rows else _no_bytes(beside),
         "pcie": beside.traffic,
-        "held": held,
+        "held": cast(Held, held),
         "freed": step["table"]["bytes"] - held["device"] if rows else None,
         "hot": _hot(variant),
         "energy": beside.energy.value,
@@ -57,13 +59,13 @@ def run_record(
     }
 
 
-def _table(table: dict[str, Any]) -> dict[str, Any]:
+def _table(table: dict[str, Any]) -> RunTable:
     """What every row of the results says of its table: how rows are stored, and how much of the published one it is."""
     share = table["rows"] / table["published_rows"]
     return {"preset": table["preset"], "share": share, "row_dtype": table["row_dtype"], "layout": table["layout"]}
 
 
-def _no_bytes(beside: Beside) -> dict[str, Any]:
+def _no_bytes(beside: Beside) -> StepBytes:
     """Of the control: what crosses the bus without any rows, which is to be taken off what the others receive."""
     counted = beside.received
     return {
@@ -76,7 +78,7 @@ def _no_bytes(beside: Beside) -> dict[str, Any]:
     }
 
 
-def _bytes(variant: Variant, samples: Samples, beside: Beside) -> dict[str, Any]:
+def _bytes(variant: Variant, samples: Samples, beside: Beside) -> StepBytes:
     counted = samples.counter or beside.received or None
     what = IO_COUNTER if samples.counter else NVML_COUNTER if beside.received else None
     explicit = variant.name in _HOST or file_behind(variant) is not None  # in place nothing is copied
@@ -110,7 +112,7 @@ def _limit(variant: Variant, step: dict[str, Any], limits: dict[str, Any]) -> tu
     return unique / copy, "bytes of unique rows / copy bandwidth"
 
 
-def _hot(variant: Variant) -> dict[str, Any] | None:
+def _hot(variant: Variant) -> Hot | None:
     if not isinstance(variant.table, HotTable):
         return None
     report = variant.table.report()

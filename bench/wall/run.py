@@ -33,7 +33,7 @@ from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.rows.memory import require_bytes
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import vocab_for
 
 PROG = "gpu_wall"
 FIO_SECONDS = 4
@@ -49,7 +49,7 @@ class Benchmark:
         self.device = pick_device(options.device)
         self.dtype = getattr(torch, options.dtype)
         self.variants = wanted_variants(options.variants, self.device)
-        self.vocab = CompressedVocab.from_tokenizer()
+        self.vocab = vocab_for(EngramConfig.preset(options.preset))
         self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")
         wanted = 4 * max(shape.batch * shape.tokens for shape in options.steps)  # two batches, and as many to calibrate
@@ -63,8 +63,9 @@ class Benchmark:
         """The results that are gone on with, or everything of them that is known before the first step."""
         options = {name: plain(value) for name, value in vars(self.options).items()}
         stream = self.batches(1, 1024)
-        head = device_head(PROG, self.device, {**options, "device": self.device.type}, "bench.gpu_wall")
-        head["environment"] |= {"huge_pages": None, "pinned": self.device.type == "cuda"}
+        about = device_head(PROG, self.device, {**options, "device": self.device.type}, "bench.gpu_wall")
+        pinned = {"huge_pages": None, "pinned": self.device.type == "cuda"}
+        head: dict[str, Any] = {**about, "environment": {**about["environment"], **pinned}}
         found = earlier(path, head, self.options.fresh)
         return found or {
             **head,

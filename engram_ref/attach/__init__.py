@@ -45,6 +45,7 @@ staged      rows in buffers that stay where they are
 step        one forward of the decoder
 recomputed  gradient checkpointing that runs hooks a second time
 exposed     how long the model waited for rows
+offload     the n-gram table that a model of transformers has by itself, behind any placement
 versions    releases that are newer than the tested ones
 """
 
@@ -52,5 +53,6 @@ import engram_ref.needs_torch  # noqa: F401
 
 from engram_ref.attach.attached import Attached, attach
 from engram_ref.attach.exposed import ExposedTime
+from engram_ref.attach.offload import OffloadedTable, offload_table, without_table
 
-__all__ = ["Attached", "ExposedTime", "attach"]
+__all__ = ["Attached", "ExposedTime", "OffloadedTable", "attach", "offload_table", "without_table"]

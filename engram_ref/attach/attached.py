@@ -33,7 +33,7 @@ from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_chec
 from engram_ref.attach.exposed import Place, Waits
 from engram_ref.attach.graphs import Staged, keep_address
 from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
-from engram_ref.attach.hooks import Hook, refuse_twice
+from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
 from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing, borders_of, require_continued
@@ -171,7 +171,7 @@ class Attached:
             before = Hook(self._before(layer_id), layer_id)
             self._handles += [before, blocks[layer_id].register_forward_pre_hook(before, with_kwargs=True)]
         self._handles.append(decoder.register_forward_hook(leave, always_call=True))
-        _forget_compiled()
+        forget_compiled()
 
     def detach(self) -> None:
         """Make the model what it was. Calling it again does nothing.
@@ -186,7 +186,7 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _forget_compiled()
+        forget_compiled()
         for cache in list(self._caches):
             unfollow(cache, self._key)
         self._caches.clear()
@@ -207,6 +207,10 @@ class Attached:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError("what attach() gave cannot be copied or pickled: attach Engram to the other model anew")
+
+    def counters(self) -> dict[int, dict[str, int]]:
+        """By block, what was asked of its table so far: see `Table.counters`."""
+        return {layer_id: engram.table.counters() for layer_id, engram in self.engrams.items()}
 
     def check(self) -> None:
         """Wait for the device, and raise what only it knows; for long runs, now and then. `detach` does it, too.
@@ -526,9 +530,3 @@ class Attached:
 def _is_on_accelerator(length: Any) -> bool:
     """Whether the CPU would have to wait to know it."""
     return isinstance(length, Tensor) and length.device.type != "cpu"
-
-
-def _forget_compiled() -> None:
-    """Code that torch.compile has made of a model does not notice that hooks came or went: it is to be made anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

@@ -6,9 +6,11 @@ time is refused block by block, wherever the block is held. A hook is not pickle
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -25,6 +27,7 @@ class Hook:
         self.layer_id = layer_id
 
     def __call__(self, *given: Any) -> Any:
+        """What `act` returns to torch, or None once it is removed: nothing is changed."""
         return None if self.act is None else self.act(*given)
 
     def remove(self) -> None:
@@ -54,3 +57,9 @@ def refuse_twice(blocks: nn.ModuleList, layer_ids: Iterable[int]) -> None:
                 f"an Engram layer stands before block {layer_id} of this model already, or of the one it is a copy of: "
                 "detach() that one first"
             )
+
+
+def forget_compiled() -> None:
+    """Code that torch.compile has made of a model does not notice that hooks came or went: it is to be made anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

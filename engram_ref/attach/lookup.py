@@ -98,7 +98,12 @@ class Source:
         """
         if self._lookup is not None and packing is None:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
-        compressed = self.compress(ids, padding)
+        try:
+            compressed = self.compress(ids, padding)
+        except ValueError as error:
+            if isinstance(self.prefetcher, Prefetcher):
+                self.prefetcher.excuse(error)
+            raise
         hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
         recent = None if history is None else Ready(history.followed_by(compressed))
         return self._fetch(hashed, history), recent

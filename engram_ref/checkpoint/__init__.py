@@ -3,6 +3,9 @@
 demo          a layer in the demo's names: save_layer, load_layer
 folder        a DeepSeek-V4.1 checkpoint on disk, opened where it lies; without torch until rows are asked for
 v41           whole layers of such a folder
+qwen_folder   a Qwen3.8-Flash-Next checkpoint, opened likewise
+qwen          whole layers of it
+qwen_config   its config.json
 config_json   its config.json, read and written; without torch
 sample        a small folder of this kind
 

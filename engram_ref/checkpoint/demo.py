@@ -59,7 +59,7 @@ def save_layer(
     table_format = RowFormat(table_values.dtype, table_values.shape[-1])
     _check_table("table_values", len(table_values), table_format, fusion.config, layer_plan)
     # The table comes last, so that only the header must be padded for its rows to begin on a page of their own.
-    tensors = {OFFSETS: torch.tensor(layer_plan.offsets), **fusion.demo_views(), TABLE: table_values}
+    tensors = {OFFSETS: torch.tensor(layer_plan.offsets), **fusion.named_views(), TABLE: table_values}
     metadata = {prefix + PLAN: layer_plan.to_json()}
     entries = {prefix + name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     header = make_header(entries, metadata)
@@ -117,7 +117,7 @@ def load_layer(
     _check_shapes(header, fusion, prefix)
     _check_constants(header, layer_plan, prefix)
     fusion = fusion.to(dtype or _only_dtype(header, fusion, prefix)).to_empty(device=device)
-    fusion.load_state_dict({name: header.read_tensor(prefix + name) for name in fusion.demo_views()})
+    fusion.load_state_dict({name: header.read_tensor(prefix + name) for name in fusion.named_views()})
     return Engram(fusion, make_table(placement, stored, device, **options))
 
 
@@ -143,7 +143,7 @@ def _check_table(what: str, rows: int, row_format: RowFormat, config: EngramConf
 
 
 def _check_names(header: Header, fusion: DemoFusion, prefix: str) -> None:
-    needed = {prefix + name for name in (*fusion.demo_views(), TABLE, OFFSETS)}
+    needed = {prefix + name for name in (*fusion.named_views(), TABLE, OFFSETS)}
     found = {name for name in header.tensors if name.startswith(prefix)}
     missing, unexpected = sorted(needed - found), sorted(found - needed)
     if missing or unexpected:
@@ -154,7 +154,7 @@ def _check_names(header: Header, fusion: DemoFusion, prefix: str) -> None:
 
 
 def _check_shapes(header: Header, fusion: DemoFusion, prefix: str) -> None:
-    for name, view in fusion.demo_views().items():
+    for name, view in fusion.named_views().items():
         shape, needed = header.tensors[prefix + name].shape, tuple(view.shape)
         if shape != needed:
             raise ValueError(
@@ -173,7 +173,7 @@ def _check_constants(header: Header, layer_plan: LayerPlan, prefix: str) -> None
 
 
 def _only_dtype(header: Header, fusion: DemoFusion, prefix: str) -> torch.dtype:
-    names = sorted({header.tensors[prefix + name].dtype for name in fusion.demo_views()})
+    names = sorted({header.tensors[prefix + name].dtype for name in fusion.named_views()})
     dtype = DTYPES.get(names[0]) if len(names) == 1 else None
     if dtype not in ROW_DTYPES:
         raise ValueError(f"{header.path}: the weights are {', '.join(names)}: say which to compute in, with dtype=")

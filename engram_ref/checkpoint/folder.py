@@ -115,7 +115,7 @@ class ModelFolder:
         tokenizer = path / TOKENIZER_FILE if os.path.lexists(path / TOKENIZER_FILE) else None
         vocab = _read_vocab(path, config, tokenizer)
         plan = HashPlan.for_vocab(config, vocab)
-        weight_map = _read_weight_map(path)
+        weight_map = read_weight_map(path)
         tensors = _find_tensors(path, weight_map, config, plan)
         _check_recorded(path, config, plan, tensors)
         if not sparse:
@@ -170,8 +170,8 @@ def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None) -> Com
     return vocab
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """File name of every tensor."""
+def read_weight_map(path: Path) -> dict[str, str]:
+    """File name of every tensor, by the folder's index, or by the header of its only file."""
     index = path / INDEX_FILE
     if not index.exists():
         if not (path / SINGLE_FILE).exists():
@@ -197,8 +197,8 @@ def _find_tensors(
     }
     missing = [name for name in needed if name not in weight_map]
     if missing:
-        raise ValueError(f"{path} has no {_some(missing)}: {_MEND}, its index included")
-    headers = {file: _read_shard(path / file) for file in sorted({weight_map[name] for name in needed})}
+        raise ValueError(f"{path} has no {some_names(missing)}: {_MEND}, its index included")
+    headers = {file: read_shard(path / file) for file in sorted({weight_map[name] for name in needed})}
     _refuse_unexpected(path, {*weight_map, *(name for header in headers.values() for name in header)}, needed)
     for name, (dtype, shape) in needed.items():
         homes = [file for file, header in headers.items() if name in header]
@@ -211,7 +211,7 @@ def _find_tensors(
     return {name: headers[weight_map[name]][name] for name in needed}
 
 
-def _some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
     """Names from a file, in one line: the first few, and how many there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(one_line(name, 100) for name in names[:_SHOWN]) + more
@@ -253,7 +253,8 @@ def _is_published(path: Path, config: EngramConfig) -> bool:
     return True
 
 
-def _read_shard(path: Path) -> dict[str, TensorEntry]:
+def read_shard(path: Path) -> dict[str, TensorEntry]:
+    """The header of a file of the checkpoint, which must be there."""
     if not path.exists():
         raise ValueError(f"{path} is missing, and it holds Engram tensors: download it")
     return read_header(path)
@@ -265,7 +266,7 @@ def _refuse_unexpected(path: Path, found: Iterable[str], needed: Mapping[str, An
     if unexpected:
         layers = sorted({name.split(".engram.")[0] for name in needed})
         raise ValueError(
-            f"{path} has {_some(unexpected)}; Engram as configured is {', '.join(layers)} with "
+            f"{path} has {some_names(unexpected)}; Engram as configured is {', '.join(layers)} with "
             f"{len(needed) // len(layers)} tensors each: use config.json and weights of one model"
         )
 

@@ -27,6 +27,7 @@ from engram_ref.fusion.projection import check_fp8
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.layer import Engram
 from engram_ref.tables import make_table
+from engram_ref.tables.factory import shard_plan
 
 FUSION_PARTS = ("wkv.weight", "wkv.scale", "q_weight", "k_weight")
 
@@ -49,13 +50,16 @@ def load_layer_v41(
         device: where the layer computes.
         dtype: of the fusion; the checkpoint's gains are bfloat16.
         fp8: keep the projection as codes and scales.
-        options: those of `make_table`, for instance `hot=` row numbers.
+        options: those of `make_table`, for instance `hot=` row numbers. For `sharded`, also behind a hot tier, the plan
+            is that of whole columns, unless another one is given.
 
     Raises:
         ValueError: no such layer, a file that was changed since the folder was opened, a weight that is NaN, or rows
             that do not fit.
     """
     fusion = load_fusion_v41(folder, layer_id, device, dtype, fp8)
+    if "sharded" in (placement, options.get("behind")) and "plan" not in options:
+        options["plan"] = shard_plan(folder.plan.layer(layer_id), options.get("group"))
     return Engram(fusion, make_table(placement, folder.stored_rows(layer_id), device, **options))
 
 

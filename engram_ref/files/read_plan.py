@@ -45,12 +45,18 @@ class Reads:
         ]
 
 
+def rows_in(ordered: np.ndarray, part: StoredPart) -> slice:
+    """Which of some sorted row numbers lie in a part."""
+    low, high = np.searchsorted(ordered, (part.first, part.first + part.rows)).tolist()
+    return slice(low, high)
+
+
 def plan_reads(unique: np.ndarray, part: StoredPart, direct: bool = False) -> Reads:
-    """The reads for row numbers that are sorted and unique, [U].
+    """The reads for row numbers that are sorted and unique, [U], and lie in the part.
 
     Rows that touch are read together, up to 128 KiB; with `direct`, rows touch if their blocks do.
     """
-    starts = unique.astype(np.int64) * part.row_bytes + part.offset  # [U]
+    starts = (unique.astype(np.int64) - part.first) * part.row_bytes + part.offset  # [U]
     low, high = starts, starts + part.row_bytes
     if direct:
         low, high = low // BLOCK * BLOCK, round_up(high)

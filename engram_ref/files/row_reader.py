@@ -29,7 +29,7 @@ import numpy as np
 
 from engram_ref.compiled import numba_works
 from engram_ref.files.conventions import BLOCK, round_up
-from engram_ref.files.read_plan import Reads, plan_reads
+from engram_ref.files.read_plan import Reads, plan_reads, rows_in
 from engram_ref.files.validated import Stamp, StoredPart, ended_early, read_whole
 from engram_ref.threads.errands import Pool
 
@@ -47,7 +47,7 @@ class RowReader:
     """Reads rows of a table's files into memory, in the calling thread and, for many rows, in others.
 
     Args:
-        parts: of the rows: one, or codes and scales.
+        parts: of the rows: one, or codes and scales; of rows in several tensors, those of one after the other.
         threads: that read at most; None takes what is fastest here.
         direct: read whole blocks, past the page cache.
 
@@ -59,6 +59,7 @@ class RowReader:
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: one at least must read")
         self._parts = parts
+        self._shards = [part.first for part in parts if part.columns[0] == 0]  # first row of each
         self._direct = direct
         self._files: dict[Stamp, int] = {}
         with ExitStack() as undo:
@@ -68,8 +69,13 @@ class RowReader:
                     undo.callback(os.close, self._files[part.stamp])
             self._close_files = weakref.finalize(self, undo.pop_all().close)
         self._fds = [self._files[part.stamp] for part in parts]
-        places = [(fd, part.offset, part.columns[0], part.row_bytes) for fd, part in zip(self._fds, parts)]
-        self._places = np.array(places, dtype=np.int64)  # [P, 4], as the compiled loop wants them
+        self._one_of_each = [(fd, next(p for p in parts if p.stamp == stamp)) for stamp, fd in self._files.items()]
+        places = [
+            (fd, part.offset - part.first * part.row_bytes, part.columns[0], part.row_bytes)
+            for fd, part in zip(self._fds, parts)
+        ]
+        self._places = np.array(places, dtype=np.int64)  # [S*P, 4], as the compiled loop wants them
+        self._bounds = np.array([*self._shards, parts[-1].first + parts[-1].rows], dtype=np.int64)  # [S + 1]
         self._ahead = _CAN_ASK_AHEAD and not direct
         self._now = self._ahead and all(map(_can_read_now, self._files.values()))
         most, self._fewest = _ASKING if self._ahead else _WAITING
@@ -93,7 +99,7 @@ class RowReader:
         """
         self._require_same_size()
         read = self._read(ordered, places, raw)
-        for fd, part in zip(self._fds, self._parts):  # afterwards, so that it holds for what was written meanwhile
+        for fd, part in self._one_of_each:  # afterwards, so that it holds for what was written meanwhile
             part.require_same(fd)
         return read
 
@@ -110,13 +116,14 @@ class RowReader:
         self, fused: Callable[..., int], ordered: np.ndarray, places: np.ndarray, raw: np.ndarray
     ) -> int | None:
         """How many different rows the compiled loop read, or None if it could not read some row."""
-        shares = self._shares(len(ordered) * len(self._parts))
+        per_row = len(self._parts) // len(self._shards)
+        shares = self._shares(len(ordered) * per_row)
         cuts = [len(ordered) * share // shares for share in range(1, shares)]
         bounds = [0, *np.searchsorted(ordered, ordered[cuts]).tolist(), len(ordered)]  # repeats stay together
-        ahead = max(1, AHEAD // len(self._parts))
+        ahead = max(1, AHEAD // per_row)
 
         def read(low: int, high: int) -> int:
-            return fused(self._places, ordered[low:high], places[low:high], raw, ahead, self._now)
+            return fused(self._places, self._bounds, ordered[low:high], places[low:high], raw, ahead, self._now)
 
         unique = self._run([functools.partial(read, *bound) for bound in itertools.pairwise(bounds)])
         return None if min(unique) < 0 else sum(unique)
@@ -124,13 +131,15 @@ class RowReader:
     def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
         unique, index = np.unique(ordered, return_inverse=True)
-        found = [np.empty((len(unique), part.row_bytes), dtype=np.uint8) for part in self._parts]
-        plans = [plan_reads(unique, part, self._direct) for part in self._parts]
+        whole = {p.columns: np.empty((len(unique), p.row_bytes), dtype=np.uint8) for p in self._parts if not p.first}
+        inside = [rows_in(unique, part) for part in self._parts]
+        plans = [plan_reads(unique[rows], part, self._direct) for rows, part in zip(inside, self._parts)]
+        found = [whole[part.columns][rows] for rows, part in zip(inside, self._parts)]
         shares = self._shares(sum(map(len, plans)))
         split = zip(*(plan.split(shares) for plan in plans))
         total = sum(self._run([functools.partial(self._read_share, reads, found) for reads in split]))
-        for part, rows in zip(self._parts, found):
-            raw[places, slice(*part.columns)] = rows[index]
+        for columns, rows in whole.items():
+            raw[places, slice(*columns)] = rows[index]
         return len(unique), total
 
     def _read_share(self, reads: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
@@ -154,7 +163,7 @@ class RowReader:
 
     def _require_same_size(self) -> None:
         self.require_open()
-        for fd, part in zip(self._fds, self._parts):
+        for fd, part in self._one_of_each:
             size = os.fstat(fd).st_size
             if size != part.file_bytes:
                 raise ValueError(
@@ -212,6 +221,8 @@ def _can_read_now(fd: int) -> bool:
 
 def _pieces(fd: int, reads: Reads, found: np.ndarray) -> Iterator[tuple[int, int, memoryview]]:
     """File, position in it, and the memory that it fills, of each read."""
+    if not len(reads):
+        return
     target, row_bytes = found.data.cast("B"), found.shape[1]
     places = (reads.first[:-1] * row_bytes).tolist()
     for offset, place, length in zip(reads.offsets.tolist(), places, reads.lengths.tolist()):

@@ -36,13 +36,20 @@ def can_compile() -> bool:
 
 
 @njit
-def _find_runs(ordered, firsts):
-    """Where each run of rows that follow each other begins, and at the end how many there are; the runs' number."""
-    runs = rows = 0
+def _find_runs(ordered, bounds, firsts, shards):
+    """Where each run of rows that follow each other begins, and at the end how many there are; the runs' number.
+
+    No run goes from one tensor on into another; `shards` takes the number of the tensor that each lies in.
+    """
+    runs = rows = shard = 0
     for at in range(len(ordered)):
         step = ordered[at] - ordered[at - 1] if at else 2
+        while ordered[at] >= bounds[shard + 1]:
+            shard += 1
+            step = 2
         if step > 1 or (step == 1 and rows == _MOST):
             firsts[runs] = at
+            shards[runs] = shard
             runs += 1
             rows = 0
         rows += step != 0
@@ -77,16 +84,23 @@ def _repeat(ordered, places, raw):
     return unique
 
 
-def _read_rows(parts, ordered, places, raw, ahead, now):
+@njit(inline="always")
+def _part(parts, row):
+    return parts[row, 0], parts[row, 1], parts[row, 2], parts[row, 3]
+
+
+def _read_rows(parts, bounds, ordered, places, raw, ahead, now):
     firsts = np.empty(len(ordered) + 1, dtype=np.int64)
-    runs = _find_runs(ordered, firsts)
+    shards = np.empty(len(ordered), dtype=np.int64)
+    runs = _find_runs(ordered, bounds, firsts, shards)
     vector = np.empty((_MOST, 2), dtype=np.int64)
-    done = np.zeros((runs, len(parts)), dtype=np.bool_)
+    per_row = len(parts) // (len(bounds) - 1)
+    done = np.zeros((runs, per_row), dtype=np.bool_)
     for at in range(runs + ahead):
         late = at - ahead
-        for index in range(len(parts)):
-            part = (parts[index, 0], parts[index, 1], parts[index, 2], parts[index, 3])
+        for index in range(per_row):
             if at < runs:
+                part = _part(parts, shards[at] * per_row + index)
                 first, last = firsts[at], firsts[at + 1]
                 if now:
                     done[at, index] = _read_run(part, ordered, places, first, last, raw, vector, _NOW)
@@ -96,13 +110,15 @@ def _read_rows(parts, ordered, places, raw, ahead, now):
                     _fadvise(part[0], part[1] + ordered[first] * width, rows * width, _WILLNEED)
             if late < 0 or done[late, index]:
                 continue
+            part = _part(parts, shards[late] * per_row + index)
             if not _read_run(part, ordered, places, firsts[late], firsts[late + 1], raw, vector, 0):
                 return -1
     return _repeat(ordered, places, raw)
 
 
-# read_rows(parts: int64 [P, 4], of each its file, byte of it at which row 0 begins, its first column of `raw` and its
-# width; sorted row numbers; place of each in `raw`; raw; runs of rows to be ahead; whether to try first what is in
-# memory): how many different rows were read, or -1 if one could not be read whole; the plain way will say why.
-_ARGUMENTS: list[Any] = ["int64(int64[:, ::1], int64[::1], int64[::1], uint8[:, ::1], int64, boolean)"]
+# read_rows(parts: int64 [S*P, 4], of each its file, byte of it at which row 0 would begin, its first column of `raw`
+# and its width; the first row of each of the S tensors and how many rows there are, [S + 1]; sorted row numbers; place
+# of each in `raw`; raw; runs of rows to be ahead; whether to try first what is in memory): how many different rows were
+# read, or -1 if one could not be read whole; the plain way will say why.
+_ARGUMENTS: list[Any] = ["int64(int64[:, ::1], int64[::1], int64[::1], int64[::1], uint8[:, ::1], int64, boolean)"]
 read_rows = compiled(_read_rows, _ARGUMENTS, nogil=True) if can_compile() else None

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import engram_ref.needs_torch  # noqa: F401
@@ -31,6 +31,7 @@ from engram_ref.config import SCALE_BLOCK
 from engram_ref.files.conventions import DTYPES, ROW_DTYPES, packed_mark, scale_name
 from engram_ref.files.header import require_written
 from engram_ref.files.validated import Header, StoredPart, read_whole
+from engram_ref.quoting import quoted
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import require_host_bytes
 from engram_ref.rows.nan_check import refuse_nan
@@ -44,15 +45,18 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows [R, D] in one tensor or, fp8 rows, in two.
+    """Rows [R, D] in one tensor or, fp8 rows, in two; or some in each of several.
 
     Attributes:
         format: what a row's bytes mean.
-        parts: where they lie; a row's bytes are its parts side by side.
+        parts: where they lie; a row's bytes are its parts side by side. Rows in several tensors have those of the first
+            rows first.
+        first: number of the first of them in the file's table, for messages; not 0 where they are some of its rows.
     """
 
     format: RowFormat
     parts: tuple[StoredPart, ...]
+    first: int = 0
 
     @classmethod
     def find(
@@ -93,6 +97,45 @@ class StoredRows:
         row_format = _packed_format(header, name) if dtype == _PACKED else _plain_format(header, name)
         return cls(row_format, tuple(_parts((row_format.row_bytes,), sparse, (header, name))))
 
+    @classmethod
+    def find_shards(cls, places: Sequence[tuple[str | Path, str]], *, sparse: bool = False) -> StoredRows:
+        """Find plain rows that lie in several tensors, given by file and name in the order of their rows.
+
+        Raises:
+            ValueError, OSError: as `find`, or tensors that are not stored alike.
+        """
+        headers = {path: Header.read(path) for path in dict.fromkeys(path for path, _ in places)}
+        shards = []
+        for path, name in places:
+            row_format = _plain_format(headers[path], name)
+            parts = tuple(_parts((row_format.row_bytes,), True, (headers[path], name)))
+            shards.append(cls(row_format, parts))
+        if not sparse:
+            require_written(headers[path].tensors[name] for path, name in places)
+        return cls.together(shards)
+
+    @classmethod
+    def together(cls, shards: Sequence[StoredRows]) -> StoredRows:
+        """The rows of several tensors as one table, one behind the other; nothing is read or copied.
+
+        Raises:
+            ValueError: none, or rows that are not stored alike.
+        """
+        if not shards:
+            raise ValueError("no rows: give those of one tensor at least")
+        parts: list[StoredPart] = []
+        first = 0
+        for shard in shards:
+            alike = shard.format == shards[0].format and len(shard.parts) == len(shards[0].parts)
+            if not alike or any(part.first for part in shard.parts):
+                raise ValueError(
+                    f"{shard.path}, tensor {quoted(shard.name)}: {shard.format}, in {len(shard.parts)} parts; the rows "
+                    f"before are {shards[0].format}, in {len(shards[0].parts)}: put together what is stored alike"
+                )
+            parts += [replace(part, first=first) for part in shard.parts]
+            first += shard.rows
+        return cls(shards[0].format, tuple(parts))
+
     @property
     def path(self) -> Path:
         """The file; of fp8 rows in two parts, that of the codes."""
@@ -106,12 +149,29 @@ class StoredRows:
     @property
     def rows(self) -> int:
         """How many there are."""
-        return self.parts[0].rows
+        return self.parts[-1].first + self.parts[-1].rows
+
+    @property
+    def widths(self) -> list[int]:
+        """Bytes of a row in each of its parts: one, or those of its codes and its scales."""
+        return [part.row_bytes for part in self.parts if not part.first]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return sum(part.nbytes for part in self.parts)
+
+    def between(self, first: int, last: int) -> StoredRows:
+        """The rows from `first` on and before `last`, as rows of their own: nothing else of the file is read.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        if not 0 <= first <= last <= self.rows:
+            raise ValueError(f"rows {first} .. {last - 1} of {self.path}: it has rows 0 .. {self.rows - 1}")
+        parts = [part.between(first, last) for part in self.parts]
+        there = [part for part in parts if part.rows] or parts[: len(self.widths)]
+        return StoredRows(self.format, tuple(there), self.first + first)
 
     def read(self) -> Rows:
         """All rows, in memory as in the file.
@@ -120,7 +180,7 @@ class StoredRows:
             ValueError: they do not fit into memory, a file was changed, or fp8 rows hold NaN.
         """
         require_host_bytes(self.nbytes)
-        parts = tuple(torch.empty((self.rows, part.row_bytes), dtype=torch.uint8) for part in self.parts)
+        parts = tuple(torch.empty((self.rows, width), dtype=torch.uint8) for width in self.widths)
         self.read_into(parts)
         return Rows(self.format, parts)
 
@@ -141,7 +201,8 @@ class StoredRows:
                 fd = part.open()
                 undo.callback(os.close, fd)
                 step = max(1, _PIECE // part.row_bytes)
-                pieces += [(part, fd, slice(first, first + step)) for first in range(0, self.rows, step)]
+                stops = part.first + part.rows
+                pieces += [(part, fd, slice(row, min(row + step, stops))) for row in range(part.first, stops, step)]
             with ThreadPoolExecutor(_READERS) as pool:
                 for _ in pool.map(lambda piece: self._read_piece(targets, *piece), pieces):
                     pass
@@ -153,13 +214,13 @@ class StoredRows:
     ) -> None:
         """Read some rows of a part: straight to their place if a target [R, w] has just its columns, or copy them."""
         straight = targets.get(part.columns)
-        count = len(range(self.rows)[rows])
+        count = rows.stop - rows.start
         raw = np.empty((count, part.row_bytes), dtype=np.uint8) if straight is None else straight[rows]
-        read_whole(fd, raw.data.cast("B"), part.offset + rows.start * part.row_bytes)
+        read_whole(fd, raw.data.cast("B"), part.offset + (rows.start - part.first) * part.row_bytes)
         low, high = part.columns
         if self.format.scaled:
             codes = max(0, min(self.format.width, high) - low)
-            refuse_nan(part.path, raw, codes, lambda at: rows.start + at)
+            refuse_nan(part.path, raw, codes, lambda at: self.first + rows.start + at)
         if straight is None:
             for (left, right), target in targets.items():
                 first, last = max(low, left), min(high, right)

@@ -11,7 +11,7 @@ something else are refused. The file is not mapped, so that it may be larger tha
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +148,7 @@ def _stamp(found: os.stat_result) -> Stamp:
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One tensor of a safetensors file: the rows, or the codes or the scales of them.
+    """One tensor of a safetensors file: the rows, some of them, or the codes or the scales of them.
 
     Attributes:
         path: the file.
@@ -157,6 +157,7 @@ class StoredPart:
         columns: first and last (excluded) byte of a row that lie here.
         offset: byte of the file at which the first row begins.
         stamp: of the file when it was validated.
+        first: number of the first row that lies here; others lie in other tensors.
     """
 
     path: Path
@@ -165,6 +166,7 @@ class StoredPart:
     columns: tuple[int, int]
     offset: int
     stamp: Stamp = field(repr=False)
+    first: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -180,6 +182,13 @@ class StoredPart:
     def file_bytes(self) -> int:
         """Size of the whole file."""
         return self.stamp.nbytes
+
+    def between(self, first: int, last: int) -> StoredPart:
+        """Those of the table's rows from `first` on and before `last` that lie here, perhaps none."""
+        low = max(first, self.first)
+        count = max(min(last, self.first + self.rows) - low, 0)
+        skipped = (low - self.first) * self.row_bytes if count else 0
+        return replace(self, rows=count, offset=self.offset + skipped, first=low - first if count else 0)
 
     def open(self, flags: int = 0) -> int:
         """A descriptor of the file, for reading.

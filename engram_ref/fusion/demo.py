@@ -55,6 +55,7 @@ class DemoFusion(Fusion):
     """
 
     form = "demo"
+    projection_bias: nn.Parameter | None
 
     def __init__(
         self, config: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -77,7 +78,8 @@ class DemoFusion(Fusion):
         """Weights as torch's own `Linear` and `Conv1d` begin, gains 1."""
         bound = self.config.embedding_width**-0.5
         nn.init.uniform_(self.projection_weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.projection_bias, -bound, bound, generator=generator)
+        if self.projection_bias is not None:
+            nn.init.uniform_(self.projection_bias, -bound, bound, generator=generator)
         if self.conv_weight is not None:
             bound = self.config.kernel_size**-0.5
             nn.init.uniform_(self.conv_weight, -bound, bound, generator=generator)
@@ -94,6 +96,14 @@ class DemoFusion(Fusion):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.projection_weight.device
+
+    @property
+    def norm_eps(self) -> tuple[float, float]:
+        """Of the norms of key and query, and of the convolution's.
+
+        The former is what RMSNorm does when it is given no eps; for float16 and bfloat16 it, too, computes in float32.
+        """
+        return torch.finfo(self.inner_dtype).eps, CONV_NORM_EPS
 
     @property
     def reach(self) -> int:
@@ -147,7 +157,7 @@ class DemoFusion(Fusion):
 
     def combine(self, packed: Tensor, hidden: Tensor, history: ShortConvHistory | None = None) -> Tensor:
         """The second half: the update, as `forward` gives it, from what `project` gave."""
-        self._check("packed", packed, len(self.projection_bias), hidden)
+        self._check("packed", packed, len(self.projection_weight), hidden)
         self._check_history(hidden, history)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._combine_at_once(packed, hidden, history)
@@ -196,12 +206,16 @@ class DemoFusion(Fusion):
 
     def _gains(self) -> _Gains:
         """The learned gains in the inner dtype, multiplied together where they always meet."""
-        gate = self.key_gain.to(self.inner_dtype) * self.query_gain.to(self.inner_dtype)  # [G, H]
+        gate = self._gain(self.key_gain) * self._gain(self.query_gain)  # [G, H]
         if self.conv_weight is None or self.conv_gain is None:
             return _Gains(gate, None)
         taps = self.conv_weight.to(self.inner_dtype).view(*gate.shape, -1)  # [G, H, K]
-        taps = taps * self.conv_gain.to(self.inner_dtype).unsqueeze(-1)
+        taps = taps * self._gain(self.conv_gain).unsqueeze(-1)
         return _Gains(gate, taps.permute(2, 0, 1).contiguous())
+
+    def _gain(self, weight: Tensor) -> Tensor:
+        """What a norm multiplies with, [G, H], in the inner dtype."""
+        return weight.to(self.inner_dtype)
 
     def _fuse(
         self,
@@ -216,27 +230,33 @@ class DemoFusion(Fusion):
         hidden = hidden.to(self.inner_dtype)
         packed = packed.to(self.inner_dtype).unflatten(-1, (-1, self.config.hidden))  # [B, T, G+1, H]
         value = packed[..., -1:, :]  # [B, T, 1, H]
-        gate, scale = _gate_and_scale(packed, hidden, gains.gate)  # [B, T, G, 1]
+        gate, scale = _gate_and_scale(packed, hidden, gains.gate, *self.norm_eps)  # [B, T, G, 1]
         if gains.taps is None:
             gated = torch.mul(gate, value, out=out)
             return gated.to(self.dtype), gated[:, :0]
         normed = scale * value  # [B, T, G, H]
         if padding is not None:
             normed = normed.masked_fill(padding[..., None, None], 0)
+            gate = self._at_padding(gate, padding)
         mixed = causal_conv(normed, gains.taps, self.config.max_ngram, past)
         update = torch.addcmul(nn.functional.silu(mixed, inplace=True), gate, value, out=out)
         return update.to(self.dtype), _last(past, normed, self.reach)
+
+    def _at_padding(self, gate: Tensor, padding: Tensor) -> Tensor:
+        """The gate [B, T, G, 1] where a batch is filled up: what it lets through there, nobody looks at."""
+        return gate
 
     def _check_history(self, hidden: Tensor, history: ShortConvHistory | None) -> None:
         if history is not None:
             history.check(self, hidden.shape[0])
 
-    # --- the demo's names -------------------------------------------------------------------------
+    # --- the checkpoint's names -------------------------------------------------------------------
 
-    def demo_views(self) -> dict[str, Tensor]:
+    def named_views(self) -> dict[str, Tensor]:
         """Every weight under the name that it has in the demo's checkpoint, as a view into the parameters."""
         copies = range(self.config.hc_mult)
         weights = self.projection_weight.split(self.config.hidden)
+        assert self.projection_bias is not None
         biases = self.projection_bias.split(self.config.hidden)
         views: dict[str, Tensor] = {"value_proj.weight": weights[-1], "value_proj.bias": biases[-1]}
         for g in copies:
@@ -251,7 +271,7 @@ class DemoFusion(Fusion):
         return views
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, view in self.demo_views().items():
+        for name, view in self.named_views().items():
             destination[prefix + name] = view if keep_vars else view.detach()
 
     def _load_from_state_dict(
@@ -267,7 +287,7 @@ class DemoFusion(Fusion):
         if local_metadata.get("assign_to_params_buffers"):
             error_msgs.append("assign=True: the weights of this module are packed, so they can only be copied in")
             return
-        views = self.demo_views()
+        views = self.named_views()
         for name, view in views.items():
             given = state_dict.get(prefix + name)
             if given is None:
@@ -327,22 +347,22 @@ def _shift_and_add(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None
     return y
 
 
-def _gate_and_scale(packed: Tensor, hidden: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_and_scale(
+    packed: Tensor, hidden: Tensor, gains: Tensor, eps: float, conv_eps: float
+) -> tuple[Tensor, Tensor]:
     """How far each copy's value is let through, and what normalises the gated value: twice [B, T, G, 1].
 
     With r(x) = rsqrt(mean(x^2) + eps) the gate's argument is r(key) * r(query) * sum(key * query * gains) / sqrt(H).
     A value V times its gate has the mean square gate^2 * mean(V^2).
     """
     width = hidden.shape[-1]
-    # What RMSNorm does when it is given no eps; for float16 and bfloat16 it, too, computes in float32.
-    eps = torch.finfo(packed.dtype).eps
     squares = mean_square(packed)  # [B, T, G+1, 1]
     of_keys, of_value = squares[..., :-1, :], squares[..., -1:, :]
     of_query = mean_square(hidden)
     score = (hidden * gains).mul_(packed[..., :-1, :]).sum(dim=-1, keepdim=True)
     score = score * (of_keys + eps).rsqrt() * (of_query + eps).rsqrt() / math.sqrt(width)
     gate = torch.sigmoid(score.abs().clamp_min(GATE_FLOOR).sqrt() * score.sign())
-    return gate, gate * (gate.square() * of_value + CONV_NORM_EPS).rsqrt()
+    return gate, gate * (gate.square() * of_value + conv_eps).rsqrt()
 
 
 def _last(past: Tensor | None, steps: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from engram_ref.config import EngramConfig
 from engram_ref.devices import as_device
 from engram_ref.fusion.demo import DemoFusion
+from engram_ref.fusion.qwen import QwenFusion
 from engram_ref.fusion.v41 import V41Fusion
 
 
@@ -18,7 +19,7 @@ def make_fusion(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
-) -> DemoFusion | V41Fusion:
+) -> DemoFusion | V41Fusion:  # a QwenFusion is a DemoFusion
     """A fusion of the configuration's form.
 
     Args:
@@ -27,12 +28,12 @@ def make_fusion(
         fp8: in the form v41, keep the projection as fp8 codes and scales.
 
     Raises:
-        ValueError: fp8 weights for the demo's form, or for a projection that is not made of 32 x 32 blocks.
+        ValueError: fp8 weights for another form than v41, or for a projection that is not made of 32 x 32 blocks.
     """
     if device is not None and str(device) != "meta":
         device = as_device(device)
     if config.form == "v41":
         return V41Fusion(config, device, dtype, fp8)
     if fp8:
-        raise ValueError("fp8=True: the demo's form has no fp8 weights; use fp8=False, or form v41")
-    return DemoFusion(config, device, dtype)
+        raise ValueError(f"fp8=True: form {config.form} has no fp8 weights; use fp8=False, or form v41")
+    return (QwenFusion if config.form == "qwen" else DemoFusion)(config, device, dtype)

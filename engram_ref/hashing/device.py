@@ -354,6 +354,8 @@ class _Plain:
         for s in range(self.plan.max_ngram):
             shifted = padded[:, context - s : context - s + length]  # ids at p - s
             blocked = blocked | (shifted == DEAD)
+            if s and self.plan.segment_end is not None:
+                blocked = blocked | (shifted == self.plan.segment_end)
             shifts.append(torch.where(blocked, self.plan.pad_compressed, shifted))
         return {layer.layer_id: self._hash(layer, shifts, *constants) for layer, *constants in self._layers}
 

@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types, uint64
+from numba import njit, types, uint64
 from numba.extending import intrinsic
 
 from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
 from engram_ref.loops import compiled, pointer
 
 _LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
-_HEADER = 4  # constants before the multipliers: compressed size, compressed pad, longest n-gram, heads
+_HEADER = 5  # constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
 _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
@@ -53,6 +53,7 @@ def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:
     primes = layer.primes
     return np.array(
         [plan.compressed_size, plan.pad_compressed, plan.max_ngram, plan.heads]
+        + [_DEAD if plan.segment_end is None else plan.segment_end]  # where none is, what blocks anyway
         + list(layer.multipliers)
         + list(primes)
         + [pow(p, -1, 2**32) for p in primes]
@@ -149,14 +150,23 @@ _write_one = _index_writer(1)
 
 def _hash_rows(ids, before, address, rows):
     constants = pointer(address, uint64(0))
-    size, pad = constants[0], constants[1]
-    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
-    batch, length, columns = rows.shape
+    max_ngram = types.intp(constants[2])
     if rows.size == 0:
         return False
     past = before.shape[1]
-    if past != 0 and (past != max_ngram - 1 or before.shape[0] != batch):
+    if past != 0 and (past != max_ngram - 1 or before.shape[0] != rows.shape[0]):
         return False
+    if constants[4] == _DEAD:  # known while this is compiled, it costs the other forms nothing
+        return _hash_all(ids, before, constants, rows, _DEAD)
+    return _hash_all(ids, before, constants, rows, constants[4])
+
+
+@njit(inline="always")
+def _hash_all(ids, before, constants, rows, segment_end):
+    size, pad = constants[0], constants[1]
+    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
+    batch, length, columns = rows.shape
+    past = before.shape[1]
     in_lanes = heads // _LANES
     valid = True
     at = 0
@@ -164,6 +174,7 @@ def _hash_rows(ids, before, address, rows):
         for t in range(length):
             h = uint64(0)
             blocked = False
+            end = _DEAD
             first = _HEADER + max_ngram
             for s in range(max_ngram):
                 c = _DEAD  # before the start, unless a history reaches there
@@ -172,7 +183,8 @@ def _hash_rows(ids, before, address, rows):
                 elif t - s + past >= 0:
                     c = uint64(before[b, t - s + past])
                 valid &= c + uint64(1) <= size  # DEAD + 1 is 0
-                blocked |= c == _DEAD
+                blocked |= (c == _DEAD) | (c == end)
+                end = segment_end  # of the ids before this one; its own does not end what it belongs to
                 h ^= (pad if blocked else c) * constants[_HEADER + s]
                 if s:
                     for _ in range(in_lanes):

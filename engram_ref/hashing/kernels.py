@@ -43,12 +43,12 @@ _DEAD = tl.constexpr(DEAD)
 @triton.jit(
     do_not_specialize=[
         "ids", "ids_b", "ids_t", "mask", "mask_b", "mask_t", "vocab", "before", "before_b", "after", "met_tokens",
-        "met_ids", "length", "tiles", "tokens", "known", "size", "pad", "stand_in", "past", "kept",
+        "met_ids", "length", "tiles", "tokens", "known", "size", "pad", "segment_end", "stand_in", "past", "kept",
     ]
 )  # fmt: skip
 def _hash(
     ids, ids_b, ids_t, mask, mask_b, mask_t, vocab, before, before_b, constants, rows, compressed, after, met_tokens,
-    met_ids, length, tiles, tokens, known, size, pad, stand_in, past, kept,
+    met_ids, length, tiles, tokens, known, size, pad, segment_end, stand_in, past, kept,
     N: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, LAYERS: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +76,8 @@ def _hash(
         if s == 0 and compressed is not None:
             tl.store(compressed + sequence * length + t, tl.where(bad, _DEAD, c), mask=inside)
         blocked = blocked | bad | (c == _DEAD)
+        if s > 0:
+            blocked = blocked | (c == segment_end)
         multiplier = tl.load(constants + s, mask=here, other=0)
         product = tl.where(blocked, pad, c)[:, None] * multiplier[None, :]
         mix = mix ^ tl.where((column // HEADS >= s - 1)[None, :], product, 0).to(tl.uint64, bitcast=True)
@@ -183,13 +185,14 @@ def hash_layers(
     shape = _shape(plan.max_ngram, len(constants) * columns, length)
     tiles = triton.cdiv(length, shape["TILE"])
     kept = 0 if after is None else after.shape[1]
+    segment_end = DEAD if plan.segment_end is None else plan.segment_end
     masked = (None, 0, 0) if mask is None else (mask.view(torch.uint8), *mask.stride())
     with on_device(ids.device):
         _hash[(batch * tiles,)](
             ids, *ids.stride(), *masked,
             vocab, before, before.stride(0), constants, rows, compressed, after, met_tokens,
             met_ids, length, tiles, batch * length, 0 if vocab is None else len(vocab), plan.compressed_size,
-            plan.pad_compressed, stand_in, before.shape[1], kept,
+            plan.pad_compressed, segment_end, stand_in, before.shape[1], kept,
             N=plan.max_ngram, HEADS=plan.heads, COLUMNS=columns, LAYERS=len(constants),
             WINDOW=triton.next_power_of_2(max(1, kept)), **shape,
         )  # fmt: skip

@@ -11,8 +11,10 @@ The hash of position p, with c_s the compressed id at p - s:
     h = c_0*m_0;  for s = 1 .. N-1:  h ^= c_s*m_s,  and for each head of order n = s+1:
         row = h mod prime + offset
 
-Before the start of a sequence, and from the first DEAD id backwards, every c_s is the pad id.
-Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash. Torch is not imported here.
+Before the start of a sequence, and from the first DEAD id backwards, every c_s is the pad id. Where a plan has a
+`segment_end`, the same holds from the first such id before p backwards; p's own does not end what it belongs to.
+Sources: the public demo `deepseek-ai/Engram`; DeepSeek-V4.1-Flash; the class `qwen4_exp` of transformers. Torch is not
+imported here.
 """
 
 from __future__ import annotations
@@ -182,6 +184,8 @@ def hash_columns(plan: HashPlan, layer: LayerPlan, ids: np.ndarray, before: np.n
     for s in range(plan.max_ngram):
         shifted = padded[:, context - s : context - s + length]  # ids at p - s
         blocked |= shifted == DEAD
+        if s and plan.segment_end is not None:
+            blocked |= shifted == plan.segment_end
         mix ^= np.where(blocked, plan.pad_compressed, shifted) * layer.multipliers[s]
         if s:
             order = slice((s - 1) * plan.heads, s * plan.heads)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
 _LAYER_SEED_STEP = 10007
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, made odd
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -36,7 +37,8 @@ class LayerPlan:
     """Hash constants of one layer; `primes` and `offsets` in column order (order-major, then head).
 
     What else decides which rows a token reads is said by the plan that the layer belongs to, so that it can be recorded
-    with the layer's rows: `pad_compressed` and `vocab_digest`, None where nobody said.
+    with the layer's rows: `pad_compressed` and `vocab_digest`, None where nobody said, and `segment_end`, None where no
+    id ends one. The table has `rows_multiple` times any rows.
     """
 
     layer_id: int
@@ -45,12 +47,15 @@ class LayerPlan:
     offsets: tuple[int, ...]
     pad_compressed: int | None = field(default=None, compare=False, repr=False)
     vocab_digest: str | None = field(default=None, compare=False, repr=False)
+    segment_end: int | None = field(default=None, compare=False, repr=False)
+    rows_multiple: int = 1
 
     def __post_init__(self) -> None:
         require_int("layer_id", self.layer_id, 0)
         for name, least in (("multipliers", 1), ("primes", 2), ("offsets", 0)):
             for value in getattr(self, name):
                 require_int(f"{name} of layer {self.layer_id}", value, least)
+        require_int("rows_multiple", self.rows_multiple, 1)
 
     def constants(self) -> dict[str, Any]:
         """The integers of this layer alone, as they stand in a plan's JSON."""
@@ -58,7 +63,7 @@ class LayerPlan:
 
     def to_json(self) -> str:
         """All of this layer, to stand in the metadata of a file that holds its rows; what is unknown is left out."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+        return json.dumps(_without_defaults(asdict(self)))
 
     def require_recorded(self, text: str, where: str) -> None:
         """Refuse rows that were hashed otherwise than by this layer, as their file records it; see `to_json`.
@@ -93,8 +98,8 @@ class LayerPlan:
 
     @property
     def rows(self) -> int:
-        """Rows of this layer's table: the sum of its primes."""
-        return sum(self.primes)
+        """Rows of this layer's table: the sum of its primes, filled up to a multiple of `rows_multiple`."""
+        return -(-sum(self.primes) // self.rows_multiple) * self.rows_multiple
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,9 @@ class HashPlan:
         layers: the constants of each layer.
         vocab_digest: `CompressedVocab.digest`, or None for a plan that was given a size only: then nobody can tell
             whether a vocabulary of this size is the one that the rows were hashed with.
+        segment_end: the compressed id that closes a segment, and belongs to the one that it closes: of the ids before a
+            position, those up to the last such one are the pad. None where no id does.
+        rows_multiple: of the rows of each layer's table.
 
     Raises:
         ValueError: the numbers contradict each other, or a product could exceed 2^63 - 1.
@@ -119,10 +127,15 @@ class HashPlan:
     heads: int
     layers: tuple[LayerPlan, ...]
     vocab_digest: str | None = None
+    segment_end: int | None = None
+    rows_multiple: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("compressed_size", 1), ("pad_compressed", 0), ("max_ngram", 2), ("heads", 1)):
+        least_of = {"compressed_size": 1, "pad_compressed": 0, "max_ngram": 2, "heads": 1, "rows_multiple": 1}
+        for name, least in least_of.items():
             require_int(name, getattr(self, name), least)
+        if self.segment_end is not None:
+            require_int("segment_end", self.segment_end, 0, self.compressed_size - 1)
         ids = [layer.layer_id for layer in self.layers]
         if not ids or len(set(ids)) != len(ids):
             raise ValueError(f"layers {quoted(ids)}: a plan has at least one layer, each once")
@@ -135,7 +148,7 @@ class HashPlan:
             )
         for layer in self.layers:
             self._check_layer(layer)
-        told = (self.pad_compressed, self.vocab_digest)
+        told = (self.pad_compressed, self.vocab_digest, self.segment_end, self.rows_multiple)
         layers = (LayerPlan(x.layer_id, x.multipliers, x.primes, x.offsets, *told) for x in self.layers)
         object.__setattr__(self, "layers", tuple(layers))
 
@@ -186,12 +199,23 @@ class HashPlan:
                 f"compressed vocabulary of {compressed_size} ids; this configuration needs exactly "
                 f"{config.compressed_size}: every multiplier derives from it, so use the model's own tokenizer"
             )
-        primes = _prime_columns(config)
+        multipliers = _qwen_multipliers if config.form == "qwen" else _multipliers
         layers = tuple(
-            LayerPlan(layer_id, _multipliers(config, layer_id, compressed_size), p, _exclusive_sum(p))
-            for layer_id, p in zip(config.layer_ids, primes)
+            LayerPlan(layer_id, drawn, primes, _exclusive_sum(primes))
+            for layer_id, drawn, primes in zip(
+                config.layer_ids, multipliers(config, compressed_size), _prime_columns(config)
+            )
         )
-        return cls(compressed_size, pad_compressed, config.max_ngram, config.heads, layers, vocab_digest)
+        return cls(
+            compressed_size,
+            pad_compressed,
+            config.max_ngram,
+            config.heads,
+            layers,
+            vocab_digest,
+            segment_end=pad_compressed if config.form == "qwen" else None,
+            rows_multiple=config.rows_multiple,
+        )
 
     def require_vocab(self, vocab: CompressedVocab) -> None:
         """Refuse a vocabulary that this plan was not made for, and warn where the plan cannot tell.
@@ -225,9 +249,7 @@ class HashPlan:
 
     def to_json(self) -> str:
         """The plan as JSON, with a sha256 over its canonical form under `checksum`."""
-        body = asdict(self) | {"layers": [layer.constants() for layer in self.layers]}
-        if self.vocab_digest is None:
-            del body["vocab_digest"]
+        body = _without_defaults(asdict(self) | {"layers": [layer.constants() for layer in self.layers]})
         return json.dumps({**body, "checksum": checksum(body)}, indent=1)
 
     @classmethod
@@ -266,12 +288,42 @@ def checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _multipliers(config: EngramConfig, layer_id: int, compressed_size: int) -> tuple[int, ...]:
-    """Odd multipliers small enough that no id times multiplier exceeds 2^63 - 1."""
-    bound = max(1, INT64_MAX // compressed_size // 2)
-    generator = np.random.default_rng(config.seed + _LAYER_SEED_STEP * layer_id)
-    drawn = generator.integers(0, bound, size=config.max_ngram, dtype=np.int64)
-    return tuple(2 * int(r) + 1 for r in drawn)
+def _without_defaults(body: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a plan, or a layer of one, for its JSON: those left out that say what is so without them."""
+    return {name: value for name, value in body.items() if value is not None and (name, value) != ("rows_multiple", 1)}
+
+
+def _multipliers(config: EngramConfig, compressed_size: int) -> list[tuple[int, ...]]:
+    """Per layer, odd multipliers small enough that no id times multiplier exceeds 2^63 - 1."""
+    bound = _multiplier_bound(compressed_size)
+    layers = []
+    for layer_id in config.layer_ids:
+        generator = np.random.default_rng(config.seed + _LAYER_SEED_STEP * layer_id)
+        drawn = generator.integers(0, bound, size=config.max_ngram, dtype=np.int64)
+        layers.append(tuple(2 * int(r) + 1 for r in drawn))
+    return layers
+
+
+def _qwen_multipliers(config: EngramConfig, compressed_size: int) -> list[tuple[int, ...]]:
+    """The same in the form qwen, from splitmix64; a layer counts as the how many-th it is, not by its block."""
+    bound = _multiplier_bound(compressed_size)
+    starts = [config.seed + _LAYER_SEED_STEP * index for index in range(len(config.layer_ids))]
+    return [
+        tuple(2 * (_splitmix64(start + _GOLDEN_GAMMA * (j + 1)) % bound) + 1 for j in range(config.max_ngram))
+        for start in starts
+    ]
+
+
+def _multiplier_bound(compressed_size: int) -> int:
+    return max(1, INT64_MAX // compressed_size // 2)
+
+
+def _splitmix64(state: int) -> int:
+    """One step of the generator splitmix64 (Steele, Lea and Flood, 2014) from a state, taken modulo 2^64."""
+    x = (state + _GOLDEN_GAMMA) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
 def _prime_columns(config: EngramConfig) -> list[tuple[int, ...]]:

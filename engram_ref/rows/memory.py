@@ -36,23 +36,32 @@ _CGROUPS = (  # what a container may take and has taken; version 2, version 1
 class HostMemory:
     """Zeroed memory of `nbytes`, on huge pages where the system grants them.
 
+    Args:
+        nbytes: of the memory.
+        pinned: page-lock it at once.
+        fd: of memory that others map, too (`engram_ref.tables.shared`), instead of new one; it is not zeroed.
+
     Attributes:
-        bytes: the memory, uint8 [nbytes], which starts at a multiple of a huge page.
+        bytes: the memory, uint8 [nbytes], which starts at a multiple of a huge page; shared memory, of a page.
         pinned: whether a GPU may read it in place.
 
     Raises:
         ValueError: it does not fit; the message gives both numbers.
     """
 
-    def __init__(self, nbytes: int, pinned: bool = False) -> None:
-        require_host_bytes(nbytes)
+    def __init__(self, nbytes: int, pinned: bool = False, fd: int | None = None) -> None:
         self.nbytes = nbytes
         self.pinned = False
-        self._pages = _Pages(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if fd is None:
+            require_host_bytes(nbytes)
+            self._pages = _Pages(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._pages = _Pages(fd, max(nbytes, 1))  # shared: what one process writes, all see
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages refuses; `huge_page_share` says so
                 self._pages.madvise(mmap.MADV_HUGEPAGE)
-        start = -torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+        # A byte of shared memory lies at one place of its file, whatever the address: this begins with the first.
+        start = 0 if fd is not None else -torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr() % HUGE_PAGE
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=max(nbytes, 1), offset=start)[:nbytes]
         if pinned:
             self.pin()
@@ -91,7 +100,10 @@ class HostMemory:
         return huge / resident if resident else 0.0
 
     def close(self) -> None:
-        """Give the memory back; tensors made from it must not be used afterwards: they hold zeros."""
+        """Give the memory back; tensors made from it must not be used afterwards: they hold zeros.
+
+        Memory that others map, too, lives until the last of them has closed it, and no tensor looks at it.
+        """
         if self.pinned:
             self._pages.unlock()
             self.pinned = False

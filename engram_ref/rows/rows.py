@@ -130,6 +130,10 @@ class Rows:
         """All values, [R, D]; plain rows are a view."""
         return self.format.decode(self.packed().parts[0])
 
+    def between(self, first: int, last: int) -> Rows:
+        """The rows from `first` on and before `last`; nothing is copied."""
+        return Rows(self.format, tuple(part[first:last] for part in self.parts))
+
     def refuse_nan(self, before: int = 0) -> None:
         """Refuse fp8 rows with a code or scale that is NaN: no table is shipped with one, so the bytes are not rows.
 

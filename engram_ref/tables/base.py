@@ -68,6 +68,7 @@ class Table(ABC):
     placement: str
     waits = False
     trained = False
+    _reads_from = "host"
 
     def __init__(self, rows: int, row_format: RowFormat, device: torch.device, index_device: torch.device) -> None:
         self.rows = rows
@@ -75,6 +76,7 @@ class Table(ABC):
         self.device = device
         self.index_device = index_device
         self._users = Users("this table")
+        self._asked = 0  # rows, by all fetches so far
 
     @abstractmethod
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
@@ -104,12 +106,35 @@ class Table(ABC):
         """
         return None
 
+    def excuse(self, error: BaseException) -> None:  # noqa: B027, most tables belong to one process
+        """Whoever cannot even ask for rows says so here, instead of `start`: other processes may be waiting for it.
+
+        Args:
+            error: why; the caller raises it, unless it is raised here, in the words that all processes use.
+        """
+
     def bytes_held(self) -> dict[str, int]:
         """Bytes of the table by place: `device`, `host` and `disk`; staging memory is not counted."""
         return {"device": 0, "host": 0, "disk": 0, **self._held()}
 
     @abstractmethod
     def _held(self) -> dict[str, int]: ...
+
+    def count(self, rows: int) -> None:
+        """Note that so many rows were asked for; also for whoever reads the table's memory in its place."""
+        with self._users.alone:
+            self._asked += rows
+
+    def counters(self) -> dict[str, int]:
+        """What was asked for since the table was made, in numbers that only grow; rates follow from differences.
+
+        `rows` were asked for, repeats included; `row_hits` of them were in the memory of the device. `bytes_device`,
+        `bytes_host` and `bytes_disk` are what was read there for them. What the replay of a captured graph reads, no
+        CPU sees, and it is not counted.
+        """
+        nbytes = self._asked * self.format.row_bytes
+        on_device = self._reads_from == "device"
+        return counted(self._asked, self._asked if on_device else 0, **{self._reads_from: nbytes})
 
     @property
     def bytes_copied(self) -> int:
@@ -154,6 +179,11 @@ class Table(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def counted(rows: int, hits: int, device: int = 0, host: int = 0, disk: int = 0) -> dict[str, int]:
+    """Counters of a table under their names."""
+    return {"rows": rows, "row_hits": hits, "bytes_device": device, "bytes_host": host, "bytes_disk": disk}
 
 
 def check_shape(rows: Tensor, index_device: torch.device) -> None:

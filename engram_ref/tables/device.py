@@ -36,6 +36,7 @@ class DeviceTable(Table):
     """
 
     placement = "device"
+    _reads_from = "device"
 
     def __init__(self, rows: Tensor | Rows, memory: HostMemory | None = None, *, checked: bool = False) -> None:
         self._trained = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
@@ -57,7 +58,9 @@ class DeviceTable(Table):
         Without Triton it stops the device with an assertion, as where rows are fetched to be trained.
         """
         with self._users.here():
-            return self._start(self._open(), rows, out)
+            pending = self._start(self._open(), rows, out)
+            self.count(len(rows))
+            return pending
 
     def _start(self, table: Rows, rows: Tensor, out: Tensor | None) -> Pending:
         if self._delivery is None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engram_ref.devices import as_device
 from engram_ref.rows.memory import HostMemory, require_bytes
 from engram_ref.rows.rows import Rows
+from engram_ref.sharding.agreement import agreed, group_device, require_same
+from engram_ref.sharding.plan import Columns, ShardPlan
 from engram_ref.tables.base import Table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import FileTable, StoredRows
 from engram_ref.tables.host import HostTable
-from engram_ref.tables.hot import HotTable
+from engram_ref.tables.hot import HotTable, check_hot
+from engram_ref.tables.sharded import ShardedTable
+from engram_ref.tables.shared import describe, shared_memory
 from engram_ref.tables.uva import UvaTable, require_uva
 
-PLACEMENTS = ("device", "host", "uva", "hot", "file")
+PLACEMENTS = ("device", "host", "uva", "hot", "file", "sharded")
 
 
 def make_table(
@@ -29,12 +36,13 @@ def make_table(
     packed: bool | None = None,
     hot: Tensor | None = None,
     behind: str = "host",
+    shared: str | None = None,
     **options: Any,
 ) -> Table:
     """A table whose rows live where `placement` says and arrive on `device`.
 
     Args:
-        placement: device, host, uva, hot or file.
+        placement: device, host, uva, hot, file or sharded.
         rows: plain values [R, D]; `Rows`, which may be fp8; or rows that lie in a safetensors file
             (`StoredRows.find`). They are copied to their new place; for `file` they stay where they are. fp8 rows that
             hold NaN are refused: here, or, where they stay in a file, when they are fetched.
@@ -42,20 +50,27 @@ def make_table(
             False lays them apart; None leaves them as they are.
         hot: for `hot`, the row numbers to keep on the device (`most_frequent`).
         behind: for `hot`, the placement of all the others.
-        options: for `file`, also behind `hot`, those of `FileTable`.
+        shared: for `host` and `uva`, a name: all processes of this machine that name it map one copy, which the first
+            of them lays down (`engram_ref.tables.shared`).
+        options: for `file`, also behind `hot`, those of `FileTable`; for `sharded`, which all ranks make together,
+            those of `make_sharded`.
 
     Raises:
         ValueError: an unknown placement, one that this machine cannot serve, rows that do not fit, or fp8 rows with a
             code or a scale that is NaN.
     """
     target = as_device(device)
+    if placement == "sharded":
+        return make_sharded(rows, target, packed=packed, hot=hot, shared=shared, **options)
     if placement not in PLACEMENTS:
         raise ValueError(f"no placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
     _require_types(rows, packed, hot)
     if placement == "hot":
-        return _hot(rows, target, hot, behind, {"packed": packed, **options})
+        return _hot(rows, target, hot, behind, {"packed": packed, "shared": shared, **options})
     if hot is not None:
         raise ValueError(f"placement {placement!r} keeps no hot rows: use placement 'hot', behind={placement!r}")
+    if shared is not None and placement not in ("host", "uva"):
+        raise ValueError(f"shared={shared!r}: placement {placement!r} has no memory to share, use host or uva")
     if placement == "file":
         if not isinstance(rows, StoredRows):
             raise ValueError("placement 'file' needs rows that lie in a file: write them with save_rows first")
@@ -73,7 +88,7 @@ def make_table(
         require_uva(target, rows.nbytes)
     if placement == "device" and target.type == "cuda":
         return DeviceTable(_copy_to_device(rows, target, packed), checked=True)
-    return _in_host_memory(placement, rows, target, packed)
+    return _in_host_memory(placement, rows, target, packed, shared)
 
 
 def _require_types(rows: Any, packed: Any, hot: Any) -> None:
@@ -92,6 +107,111 @@ def _require_types(rows: Any, packed: Any, hot: Any) -> None:
         raise ValueError(f"hot is a {type(hot).__name__}: give a tensor of row numbers, as most_frequent makes it")
 
 
+def make_sharded(
+    rows: Tensor | Rows | StoredRows,
+    device: torch.device,
+    *,
+    plan: ShardPlan | None = None,
+    group: Any = None,
+    timeout: float = 600.0,
+    owned: str = "host",
+    hot: Tensor | None = None,
+    same_tokens: bool = False,
+    unique: bool = False,
+    steady: int = 0,
+    **options: Any,
+) -> ShardedTable:
+    """A table whose rows the ranks of a group own together; all of them call this, each with its own rows or all rows.
+
+    Args:
+        rows: as for `make_table`: all rows, of which this rank takes its own and looks at no others, or its own alone.
+        device: where fetched rows arrive.
+        plan: which rank owns what; None gives each the same number of rows.
+        group: of `torch.distributed`, for this table alone; None makes one of all ranks.
+        timeout: of the new group: seconds that a rank waits for the others.
+        owned: placement of the rows that this rank owns.
+        same_tokens, unique, steady: as for `ShardedTable`.
+        hot: for owned="hot": row numbers of the whole table. The place of a hot tier is in front of a sharded table,
+            though, make_table("hot", behind="sharded"), where a hit asks nobody.
+        options: as for `make_table`, of the rows that this rank owns.
+
+    Raises:
+        ValueError: on all ranks, whatever one of them refuses: rows, plan, placement, or another rank's table.
+        OSError: on all ranks, what a disk of one refuses.
+        RankLost: a rank ended, or did not come in time.
+    """
+    _require_ranks()
+    made = group is None
+    with ExitStack() as undo:
+        if made:
+            group = dist.new_group(timeout=timedelta(seconds=timeout))
+            undo.callback(dist.destroy_process_group, group)
+        rank, where = dist.get_rank(group), device if group_device(group).type == "cuda" else torch.device("cpu")
+        with agreed(group):
+            _require_types(rows, options.get("packed"), hot)
+            count = len_of(rows)
+            plan = ShardPlan.even(count, dist.get_world_size(group)) if plan is None else plan
+            own = _own_rows(rows, count, plan, rank, dist.get_world_size(group))
+        require_same(group, plan.checksum, "plan of shards")
+        with agreed(group):
+            local = undo.enter_context(_make_own(owned, own, plan.first(rank), where, hot, options))
+        table = ShardedTable(
+            local, plan, group, device, same_tokens=same_tokens, unique=unique, steady=steady, own_group=made
+        )
+        undo.pop_all()
+    return table
+
+
+def shard_plan(layer: Columns, group: Any = None) -> ShardPlan:
+    """The plan of whole columns of a layer, where they divide, for the ranks of a group; None: of all.
+
+    Raises:
+        ValueError: there are no ranks.
+    """
+    _require_ranks()
+    return ShardPlan.of_layer(layer, dist.get_world_size(group))
+
+
+def _require_ranks() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("placement 'sharded' needs torch.distributed: call dist.init_process_group, or run torchrun")
+
+
+def _own_rows(rows: Tensor | Rows | StoredRows, count: int, plan: ShardPlan, rank: int, ranks: int) -> Any:
+    """Those of one rank, if all were given; a slice, of which nothing is read or copied yet."""
+    if plan.ranks != ranks:
+        raise ValueError(f"a plan for {plan.ranks} ranks, and a group of {ranks}: make the plan for {ranks}")
+    if isinstance(rows, Tensor) and rows.requires_grad:
+        raise ValueError(
+            "rows of a sharded table are not trained: gradients do not travel back to their owners; give rows.detach()"
+        )
+    first, last = plan.first(rank), plan.first(rank + 1)
+    if count not in (plan.rows, last - first):
+        raise ValueError(f"{count} rows on rank {rank}: give all {plan.rows} of the table, or its own {last - first}")
+    if count == plan.rows:
+        rows = rows[first:last] if isinstance(rows, Tensor) else rows.between(first, last)
+    if isinstance(rows, Rows):
+        rows.refuse_nan(first)
+    return rows
+
+
+def _make_own(
+    owned: str, rows: Any, first: int, device: torch.device, hot: Tensor | None, options: dict[str, Any]
+) -> Table:
+    """The table of the rows that this rank owns, on the device whose memory the group moves."""
+    if owned == "sharded" or options.get("shared") is not None:
+        raise ValueError(
+            f"owned={owned!r}, shared={options.get('shared')!r}: a rank's own rows are its own, in one table"
+        )
+    if hot is not None:
+        inside = hot[(hot >= first) & (hot < first + len_of(rows))] - first
+        if owned == "hot" and not len(inside):
+            owned = options.pop("behind", "host")  # none of them is here
+        else:
+            options = {**options, "hot": inside}
+    return make_table(owned, rows, device, **options)
+
+
 def _hot(
     rows: Tensor | Rows | StoredRows, target: torch.device, hot: Tensor | None, behind: str, options: dict[str, Any]
 ) -> HotTable:
@@ -99,6 +219,11 @@ def _hot(
         raise ValueError("placement 'hot' needs hot=row numbers, and another placement behind it")
     with ExitStack() as undo:
         others = undo.enter_context(make_table(behind, rows, target, **options))
+        if isinstance(others, ShardedTable):
+            with agreed(others.group):
+                check_hot(hot, others.rows)
+            # They are read in pieces, in each of which all ranks take part; which rows they are may differ.
+            require_same(others.group, str(len(hot)), "number of hot rows")
         table = HotTable(others, hot)
         undo.pop_all()
     return table
@@ -113,11 +238,17 @@ def _copy_to_device(rows: Tensor | Rows | StoredRows, device: torch.device, pack
 
 
 def _in_host_memory(
-    placement: str, rows: Tensor | Rows | StoredRows, target: torch.device, packed: bool | None
+    placement: str, rows: Tensor | Rows | StoredRows, target: torch.device, packed: bool | None, shared: str | None
 ) -> Table:
     with ExitStack() as undo:
-        memory = undo.enter_context(HostMemory(rows.nbytes))
-        found = _copy_to_host(rows, memory, packed)
+        if shared is None:
+            memory = undo.enter_context(HostMemory(rows.nbytes))
+            _copy_to_host(rows, memory, packed)
+        else:
+            head = describe(rows, _widths(rows, packed))
+            lay = partial(_copy_to_host, rows, packed=packed)
+            memory = undo.enter_context(shared_memory(shared, rows.nbytes, head, lay))
+        found = _in_memory(rows, memory, packed)
         if target.type == "cuda":
             memory.pin()  # after the rows came: a copy from a device could not reach over two pieces
         if placement == "device":
@@ -128,23 +259,39 @@ def _in_host_memory(
     return table
 
 
-def _copy_to_host(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: bool | None) -> Rows:
-    """The rows in new memory, laid as wanted."""
+def _widths(rows: Tensor | Rows | StoredRows, packed: bool | None) -> list[int]:
+    """Bytes of a row in each part, as they are to be laid."""
     if isinstance(rows, Tensor):
-        values = memory.bytes.view(rows.dtype).view(rows.shape)
-        return Rows.of(values.copy_(rows.detach()))
-    widths = [rows.format.row_bytes] if packed else rows.format.split_bytes
+        return [rows.shape[1] * rows.element_size()]
     if packed is None:
-        widths = [part.shape[1] if isinstance(part, Tensor) else part.row_bytes for part in rows.parts]
-    count = rows.rows if isinstance(rows, StoredRows) else len(rows)
-    pieces = memory.bytes.split([count * width for width in widths])  # one behind the other
-    found = Rows(rows.format, tuple(piece.view(count, width) for piece, width in zip(pieces, widths)))
-    if isinstance(rows, StoredRows):
+        return list(rows.widths) if isinstance(rows, StoredRows) else [part.shape[1] for part in rows.parts]
+    return [rows.format.row_bytes] if packed else list(rows.format.split_bytes)
+
+
+def _in_memory(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: bool | None) -> Rows:
+    """The place of these rows in memory that holds them, or will: parts one behind the other."""
+    if isinstance(rows, Tensor):
+        return Rows.of(memory.bytes.view(rows.dtype).view(rows.shape))
+    widths, count = _widths(rows, packed), len_of(rows)
+    pieces = memory.bytes.split([count * width for width in widths])
+    return Rows(rows.format, tuple(piece.view(count, width) for piece, width in zip(pieces, widths)))
+
+
+def len_of(rows: Tensor | Rows | StoredRows) -> int:
+    """How many rows there are."""
+    return rows.rows if isinstance(rows, StoredRows) else len(rows)
+
+
+def _copy_to_host(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: bool | None) -> None:
+    """Lay the rows down in new memory as wanted."""
+    found = _in_memory(rows, memory, packed)
+    if isinstance(rows, Tensor):
+        found.values().copy_(rows.detach())
+    elif isinstance(rows, StoredRows):
         rows.read_into(found.parts)
     else:
         for part, given in zip(found.parts, _laid(rows, packed).parts):
             part.copy_(given)
-    return found
 
 
 def _laid(rows: Rows, packed: bool | None) -> Rows:

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from engram_ref.files import pagecache
 from engram_ref.files.conventions import round_up
-from engram_ref.files.read_plan import plan_reads
+from engram_ref.files.read_plan import plan_reads, rows_in
 from engram_ref.files.row_reader import RowReader
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.validated import StoredPart
 from engram_ref.files.writing import save_pieces, save_rows
 from engram_ref.rows.nan_check import refuse_nan
-from engram_ref.tables.base import Pending, Table, check_rows, check_shape
+from engram_ref.tables.base import Pending, Table, check_rows, check_shape, counted
 from engram_ref.tables.staging import Delivery
 
 __all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
@@ -93,7 +93,7 @@ def predict(rows: Tensor, stored: StoredRows, direct: bool = False) -> Predictio
         ValueError: row numbers that the table would refuse.
     """
     unique = np.unique(check_rows(rows, stored.rows).numpy())
-    lengths = np.concatenate([plan_reads(unique, part, direct).lengths for part in stored.parts])
+    lengths = np.concatenate([plan_reads(unique[rows_in(unique, p)], p, direct).lengths for p in stored.parts])
     traffic = _traffic(len(rows), len(unique), stored, int(lengths.sum()))
     if direct:
         return Prediction(traffic, int(round_up(lengths).sum()), len(lengths))
@@ -106,9 +106,11 @@ def _pages(unique: np.ndarray, parts: Sequence[StoredPart]) -> tuple[int, int]:
     """Pages of a file on which sorted rows lie, in its parts in order, and how many runs of touching ones they form."""
     if not len(unique):
         return 0, 0
-    numbers = unique.astype(np.int64)
-    first = np.concatenate([(part.offset + numbers * part.row_bytes) // mmap.PAGESIZE for part in parts])
-    last = np.concatenate([(part.offset + (numbers + 1) * part.row_bytes - 1) // mmap.PAGESIZE for part in parts])
+    starts = [(unique[rows_in(unique, p)].astype(np.int64) - p.first) * p.row_bytes + p.offset for p in parts]
+    if not any(map(len, starts)):
+        return 0, 0
+    first = np.concatenate([start // mmap.PAGESIZE for start in starts])
+    last = np.concatenate([(start + part.row_bytes - 1) // mmap.PAGESIZE for start, part in zip(starts, parts)])
     shared = first[1:] == last[:-1]  # a page on which one row ends and the next begins
     apart = first[1:] > last[:-1] + 1
     return int((last - first + 1).sum() - shared.sum()), 1 + int(apart.sum())
@@ -176,7 +178,8 @@ class FileTable(Table):
         raw = staged.numpy()
         unique, bytes_read = self._reader.read(ordered, places, raw)
         if self.format.scaled:
-            refuse_nan(self.source.path, raw, self.format.width, lambda at: int(ordered[places == at][0]))
+            first = self.source.first
+            refuse_nan(self.source.path, raw, self.format.width, lambda at: first + int(ordered[places == at][0]))
         traffic = _traffic(len(ordered), unique, self.source, bytes_read)
         with self._users.alone:
             self._traffic += traffic
@@ -188,6 +191,10 @@ class FileTable(Table):
     def report(self) -> Traffic:
         """What was fetched so far."""
         return self._traffic
+
+    def counters(self) -> dict[str, int]:
+        """As for every table; `bytes_disk` is what reads have returned, whether the page cache had it or not."""
+        return counted(self._traffic.rows_requested, 0, disk=self._traffic.bytes_read)
 
     def drop_cache(self) -> None:
         """Make the system forget the files, so that the next fetch is cold."""

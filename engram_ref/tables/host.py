@@ -53,6 +53,7 @@ class HostTable(Table):
         """Gather, and start the copy to the device."""
         with self._users.here():
             table, rows = self._open(), check_rows(rows, self.rows)
+            self.count(len(rows))
             if self.device.type == "cpu":
                 return self._delivery.take(table, rows, out)
             return self._delivery.send(len(rows), lambda staged: gather_parts(table.parts, rows, staged), out)

@@ -69,7 +69,7 @@ class HotTable(Table):
 
     def __init__(self, behind: Table, hot: Tensor) -> None:
         super().__init__(behind.rows, behind.format, behind.device, behind.index_device)
-        hot = _check_hot(hot, behind.rows).to(self.index_device)
+        hot = check_hot(hot, behind.rows).to(self.index_device)
         require_bytes(behind.rows * _NUMBER.row_bytes, self.index_device)
         require_bytes(len(hot) * self.format.row_bytes, self.device)
         self.waits = behind.waits
@@ -96,11 +96,19 @@ class HotTable(Table):
         """Tell hits from misses, and start the fetch of the misses."""
         with self._users.here():
             self._require_open()
-            check_shape(rows, self.index_device)
-            check_rows(rows.cpu(), self.rows)
-            if out is not None:
-                check_out(out, len(rows), self.format, self.device)
+            try:
+                check_shape(rows, self.index_device)
+                check_rows(rows.cpu(), self.rows)
+                if out is not None:
+                    check_out(out, len(rows), self.format, self.device)
+            except ValueError as error:
+                self._behind.excuse(error)
+                raise
             return self._start(rows, out)
+
+    def excuse(self, error: BaseException) -> None:
+        """Tell those who share the table behind."""
+        self._behind.excuse(error)
 
     def _start(self, rows: Tensor, out: Tensor | None) -> Pending:
         assert self._hot is not None
@@ -126,6 +134,16 @@ class HotTable(Table):
         with self._users.here():
             self._require_open()
             return self._behind.stored(rows)
+
+    def counters(self) -> dict[str, int]:
+        """As for every table; what was read behind it when the hot rows were chosen is among the bytes."""
+        behind = self._behind.counters()
+        return {
+            **behind,
+            "rows": self._lookups,
+            "row_hits": self._hits,
+            "bytes_device": self._hits * self.format.row_bytes,
+        }
 
     def report(self) -> HotReport:
         """Hits and use so far."""
@@ -190,7 +208,8 @@ class _Mixed:
         return values.index_copy_(0, missed.long(), self.misses.wait())
 
 
-def _check_hot(hot: Tensor, rows: int) -> Tensor:
+def check_hot(hot: Tensor, rows: int) -> Tensor:
+    """The numbers of hot rows of a table of so many, int64 on the CPU; refused if none, unknown or given twice."""
     hot = check_rows(hot.cpu(), rows).long()
     if not len(hot):
         raise ValueError("no hot rows: give at least one, or use the table behind alone")

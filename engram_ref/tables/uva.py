@@ -70,6 +70,7 @@ class UvaTable(Table):
         with self._users.here():
             table = self._open()
             table.admit(rows)
+            self.count(len(rows))
             fetch = self._start_on_gpu(table, rows.contiguous(), out) if self._cuda else Ready(table.read(rows, out))
             return table.checked(fetch)
 

@@ -68,7 +68,7 @@ def gated_value(e: Vector, hidden: Matrix, weights: EngramWeights) -> list[list[
     return out
 
 
-def short_conv(past: Sequence[Matrix], weights: EngramWeights, dilation: int) -> list[list[Any]]:
+def short_conv(past: Sequence[Matrix], weights: EngramWeights | Any, dilation: int) -> list[list[Any]]:
     """SiLU of the causal depthwise convolution at the last position of `past` [t+1][G][H]; gives [G][H].
 
     `past` holds normalised values. Taps that reach before the start of the sequence read nothing.

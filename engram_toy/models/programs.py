@@ -5,8 +5,8 @@
     block    the layer, its residual addition, and causal self-attention
 
 A ratio between two layouts says nothing without the boundary: each adds reads that both layouts share. Engram comes in
-two forms, the demo's and DeepSeek-V4.1's. The latter decodes its rows within the lookup, and its layer has no
-convolution but does the residual addition itself. Which form it is, the weights say.
+three forms, the demo's, DeepSeek-V4.1's and Qwen3.8-Flash-Next's. V4.1's decodes its rows within the lookup, and its
+layer has no convolution but does the residual addition itself. Which form it is, the weights say.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engram_toy.bytedmd import label
 from engram_toy.functional import Matrix, Vector
 from engram_toy.fusion import v41 as layer_v41
 from engram_toy.fusion.demo import EngramWeights, embed, engram
+from engram_toy.fusion.qwen import QwenWeights, engram_qwen
 from engram_toy.hashing import NgramHasher, hash_columns
 from engram_toy.models.attention import AttentionWeights, attention
 from engram_toy.models.kv_bank import BankWeights, kv_bank
@@ -49,7 +50,7 @@ class Workload:
     compressed_ids: Sequence[int]
     table: Matrix
     hidden: Matrix
-    layer: EngramWeights | layer_v41.V41Weights | BankWeights
+    layer: EngramWeights | layer_v41.V41Weights | QwenWeights | BankWeights
     attention: AttentionWeights
 
     def row_indices(self) -> list[list[int]]:
@@ -124,7 +125,9 @@ def _layer(form: type, max_ngram: int, layout: Layout, with_attention: bool, hol
         pad: Vector,
         below: Matrix,
     ) -> Any:
-        indices = label(hash_columns(tokens, multipliers, primes, offsets, pad_id), "row index")
+        segment_end = pad_id if form is QwenWeights else None
+        hashed = hash_columns(tokens, multipliers, primes, offsets, pad_id, segment_end=segment_end)
+        indices = label(hashed, "row index")
         lookups = layout.lookups(layout.join(above, below), indices)
         out = _apply(form(*layer), hidden, lookups, max_ngram)
         if with_attention:
@@ -143,4 +146,6 @@ def _apply(weights: Any, hidden: Matrix, lookups: Iterable[Sequence[Vector]], ma
     copies = [[x] for x in hidden]
     if isinstance(weights, layer_v41.V41Weights):
         return [one for (one,) in layer_v41.engram_v41(copies, lookups, weights)]
+    if isinstance(weights, QwenWeights):
+        return [one for (one,) in engram_qwen(copies, lookups, weights, max_ngram)]
     return [one for (one,) in engram(copies, lookups, weights, max_ngram)]

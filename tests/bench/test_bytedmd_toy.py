@@ -18,6 +18,8 @@ from bench import bytedmd_toy
 from bench.price import models as workloads
 from bench.price.job import Job, check_against_upstream, price_job
 from bench.price.table import groups, is_valid, verdict_table
+from bench.schemas.generator import json_schema
+from bench.schemas.toy import Results
 from bench.setup.streams import read_text, text_stream
 from engram_ref import cli
 from engram_ref.config import EngramConfig
@@ -25,7 +27,7 @@ from engram_toy import bytedmd as own
 from engram_toy.models.programs import BOUNDARIES, MODELS
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "bench/schemas/bytedmd_toy.schema.json").read_text())
+SCHEMA = json_schema(Results)
 SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
 SMALL_TOKENIZER = ROOT / "tests/golden/tokenizer_small"
 TIMES = {"wall_time_s", "wall_time_summary_s"}

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from bench import gpu_wall
+from bench.schemas.generator import json_schema
+from bench.schemas.wall import Results
 from bench.setup import sizes
 from bench.setup.variants import TableSet
 from bench.wall import options as wall_options
@@ -25,7 +27,7 @@ from engram_ref.tables.file import FileTable
 from tests.bench.setup.test_backbones import TINY
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
 
 

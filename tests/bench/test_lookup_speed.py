@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -13,9 +12,12 @@ import torch
 
 from bench import lookup_speed
 from bench.evidence.lookup_table import report
+from bench.schemas.generator import json_schema
+from bench.schemas.lookup_speed import Results
 from engram_ref.device_lookup import DeviceLookup
+from tests.bench.wall.example import environment
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "bench/schemas/lookup_speed.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
 
 
@@ -151,7 +153,7 @@ def test_the_table_holds_uva_against_what_was_published(results):
     """With what differs; other numbers of tokens and other ways have nothing to be held against."""
     gpu = copy.deepcopy(results[0])
     gpu.update(device="cuda", device_name="H100", skipped=[], clock="device events")
-    gpu["environment"]["accelerator"] = dict.fromkeys(("pcie_generation", "pcie_width", "driver", "cuda"), "x")
+    gpu["environment"]["accelerator"] = environment(cpu=False)["accelerator"]
     gpu["ways"]["uva"] = "in place"
     for case in gpu["cases"]:
         case["samples_s"] = {name: [1e-6] * 6 for name in ("resident", "resident again")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -19,12 +18,14 @@ from bench.rows import table as row_table
 from bench.rows.cases import Case, plan_of, price_case, read_rows, source
 from bench.rows.table import crossing_of
 from bench.rows.whole_model import MODELS, WholeModel, step_price
+from bench.schemas.generator import json_schema
+from bench.schemas.production import Results
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 from engram_toy.tracer.stack import cumulative_price, read_price
 
 TOKENS = 512
-SCHEMA = json.loads((Path(production.__file__).parent / "schemas/production.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 
 
 @pytest.fixture(scope="module")

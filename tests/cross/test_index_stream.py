@@ -93,7 +93,7 @@ def test_edges(preset, edge, plans):
 # --- a wrong twin ---------------------------------------------------------------------------------
 
 
-def with_precedence_bug(ids, multipliers, primes, offsets, pad, before=()):
+def with_precedence_bug(ids, multipliers, primes, offsets, pad, before=(), segment_end=None):
     """As if `a ^ b % m` were `(a ^ b) % m`."""
     rows = []
     for p in range(len(ids)):
@@ -102,15 +102,15 @@ def with_precedence_bug(ids, multipliers, primes, offsets, pad, before=()):
     return rows
 
 
-def without_pad(ids, multipliers, primes, offsets, pad, before=()):
+def without_pad(ids, multipliers, primes, offsets, pad, before=(), segment_end=None):
     return hash_columns(ids, multipliers, primes, offsets, 0, before)
 
 
-def without_offsets(ids, multipliers, primes, offsets, pad, before=()):
+def without_offsets(ids, multipliers, primes, offsets, pad, before=(), segment_end=None):
     return hash_columns(ids, multipliers, primes, None, pad, before)
 
 
-def with_shifts_reversed(ids, multipliers, primes, offsets, pad, before=()):
+def with_shifts_reversed(ids, multipliers, primes, offsets, pad, before=(), segment_end=None):
     return hash_columns(ids, [multipliers[0], *multipliers[:0:-1]], primes, offsets, pad, before)
 
 

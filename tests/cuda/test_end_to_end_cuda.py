@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 from bench import gpu_wall
+from bench.schemas.generator import json_schema
+from bench.schemas.served import Results
 from bench.served import run as end_to_end
 from bench.served.numbers import same_tokens
 from tests.bench.setup.test_backbones import TINY
@@ -63,8 +64,7 @@ def assert_fits_schema(results):
     except ImportError as error:
         warnings.warn(f"results are not compared with their schema: {error}", stacklevel=2)
         return
-    schema = Path(__file__).parents[2] / "bench/schemas/end_to_end.schema.json"
-    jsonschema.validate(results, json.loads(schema.read_text(encoding="utf-8")))
+    jsonschema.validate(results, json_schema(Results))
 
 
 @pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")])

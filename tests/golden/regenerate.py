@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import vocab_for
 
 FILE = Path(__file__).with_name("plans.json")
 
@@ -47,10 +47,10 @@ def pin_plan(plan: HashPlan) -> dict[str, Any]:
 
 def pins() -> str:
     """The content that the file should have."""
-    vocab = CompressedVocab.from_tokenizer()
     found = {}
     for name in PRESETS:
         config = EngramConfig.preset(name)
+        vocab = vocab_for(config)
         found[name] = pin_plan(HashPlan.build(config, len(vocab), vocab.pad(config.pad_id)))
     return json.dumps(found, indent=1) + "\n"
 

@@ -18,6 +18,7 @@ COSTS = {
     "paper-27b": (32, 5_120, 160, 16, 1280),
     "paper-40b": (32, 5_120, 160, 16, 1280),
     "v41-flash": (48, 12_672, 264, 24, 6144),
+    "qwen38-flash-next": (16, 5_120, 320, 16, 2560),
     "tiny": (16, 256, 16, 16, 64),
 }
 
@@ -91,7 +92,9 @@ def test_replace_validates(tiny):
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="no preset 'v41': use one of demo, paper-27b, paper-40b, v41-flash, tiny"):
+    with pytest.raises(
+        ValueError, match="no preset 'v41': use one of demo, paper-27b, paper-40b, v41-flash, qwen38-flash-next, tiny"
+    ):
         EngramConfig.preset("v41")
 
 
@@ -110,7 +113,9 @@ BAD_VALUES = [
     ("table_size_per_order", (9, 9, 9), "has 3 sizes; max_ngram=3 has 2 orders: give one size per order"),
     ("row_dtype", "int8", "row_dtype='int8': use one of float32, float16, bfloat16, float8_e4m3fn"),
     ("row_dtype", "float8_e4m3fn", "row_width=4: float8 rows need a multiple of 32, one scale per block"),
-    ("form", "v4", "form='v4': use one of demo, v41"),
+    ("form", "v4", "form='v4': use one of demo, v41, qwen"),
+    ("form", "qwen", "norm_eps=None: form qwen needs a number above 0 and below 1"),
+    ("norm_eps", 1e-6, "norm_eps=1e-06: form demo has norms with an eps of their own, use None"),
     ("form", "v41", "kernel_size=4: form v41 has no convolution, use 0"),
     ("compressed_size", 0, "compressed_size=0: must be an integer of at least 1"),
     ("compressed_size", 9.0, "compressed_size=9.0: must be an integer of at least 1"),
@@ -124,6 +129,7 @@ LEAST = {
     "kernel_size": 0,
     "pad_id": 0,
     "seed": 0,
+    "rows_multiple": 1,
 }
 BAD_VALUES += [
     (name, bad, f"{name}={bad!r}: must be an integer of at least {least}")
@@ -148,6 +154,7 @@ MOST = {
     "pad_id": 2**31 - 2,
     "seed": 2**63 - 1,
     "compressed_size": 2**31 - 1,
+    "rows_multiple": 1 << 20,
 }
 
 
@@ -225,3 +232,26 @@ def test_two_configurations_side_by_side():
 def test_defaults_are_those_of_the_demo():
     fields = dict(layer_ids=(1, 15), max_ngram=3, heads=8, row_width=64, hidden=1024)
     assert EngramConfig(**fields, table_size_per_order=(129_280 * 5,) * 2) == EngramConfig.preset("demo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_eps": 0}, "norm_eps=0: form qwen needs a number above 0 and below 1"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan: form qwen needs"),
+        ({"norm_eps": True}, "norm_eps=True: form qwen needs"),
+        ({"norm_eps": "1e-6"}, "norm_eps='1e-6': form qwen needs"),
+        ({"layer_ids": (3, 1)}, "layer_ids=(3, 1): form qwen numbers its layers upward, sort them"),
+        ({"table_size_per_order": (1000, 1001)}, "table_size_per_order=(1000, 1001): form qwen takes all primes from"),
+    ],
+)
+def test_what_the_form_qwen_demands(changes, message):
+    qwen = EngramConfig.preset("qwen38-flash-next")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        qwen.replace(**changes)
+
+
+def test_qwen_costs_by_hand():
+    qwen = EngramConfig.preset("qwen38-flash-next")
+    assert qwen.projection_macs() == 5 * 2560 * 2560  # four keys and a value, 2560 in
+    assert qwen.replace(row_dtype="float8_e4m3fn").row_bytes() == 160 + 5

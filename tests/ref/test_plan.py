@@ -20,8 +20,8 @@ import pytest
 from engram_ref import cli, plan
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan
-from engram_ref.plan import check, constants
-from engram_ref.vocab import configured_pad
+from engram_ref.plan import check, constants, summary
+from engram_ref.vocab import configured_pad, vocab_for
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -108,7 +108,9 @@ def test_v41_flash_names_its_tokenizer(flash):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_round_trips(preset, plans, vocab_v4):
     content = json.loads(json.dumps(constants(preset)))
-    expected = dataclasses.replace(plans[preset], vocab_digest=vocab_v4.digest)
+    config = EngramConfig.preset(preset)
+    vocab = vocab_for(config) if config.form == "qwen" else vocab_v4
+    expected = dataclasses.replace(plans[preset], vocab_digest=vocab.digest)
     assert HashPlan.from_json(json.dumps(content["plan"])) == expected
     assert content["checksum"] == recomputed(content) and content["plan"]["checksum"] == recomputed(content["plan"])
     assert EngramConfig(**content["config"]) == EngramConfig.preset(preset)
@@ -267,3 +269,19 @@ def test_a_damaged_checkpoint_is_told_in_one_line(sample_folder, tmp_path, capsy
     said = fails(capsys, "--check", str(tmp_path))
     assert "model-00003-of-00003.safetensors is missing, and it holds Engram tensors: download it" in said
     assert "is not a folder" in fails(capsys, "--check", str(tmp_path / "none"))
+
+
+def test_qwen_has_no_tokenizer_and_no_compression(capsys):
+    found = constants("qwen38-flash-next")
+    assert found["cost"]["rows"] == 320_001_536 and found["cost"]["bytes_per_token"] == 16 * 320
+    assert found["tokenizer"]["sha256"] is None and found["tokenizer"]["pad_id"] == 248_044
+    assert HashPlan.from_json(json.dumps(found["plan"])).segment_end == 248_044
+    said = summary(found)
+    for fact in (
+        "320,001,536 rows",
+        "tokenizer: none, 248,320 token ids are hashed as they are",
+        "id 248044 ends a text",
+    ):
+        assert fact in said
+    with pytest.raises(ValueError, match="tokenizer 'x': preset qwen38-flash-next hashes token ids as they are"):
+        constants("qwen38-flash-next", "x")

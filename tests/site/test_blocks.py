@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from bench.evidence.committed import Evidence
 from bench.instruments.claim import classify
+from bench.schemas.results_files import RESULTS
 from bench.site import data
 from bench.site.commands import command_table, duration
-from bench.site.schema_tables import FOLDER, schema_table, schema_tables
+from bench.site.schema_tables import schema_table, schema_tables
 from bench.site.start_page import bars, verdict_cards, verdict_figure, verdict_sentence
 from tests.site import synthetic
+
+ROOT = Path(__file__).parents[2]
 
 
 def content(script: str):
@@ -75,37 +79,35 @@ def test_a_grid_with_a_hole_is_refused(change, words):
 
 def test_every_schema_has_a_table():
     text = schema_tables()
-    for path in FOLDER.glob("*.schema.json"):
-        assert f"`bench/schemas/{path.name}`" in text
+    for where in RESULTS:
+        assert (ROOT / where).is_file() and f"`{where}`" in text
 
 
-def test_a_schema_table_names_every_field(tmp_path):
+def test_a_schema_table_names_every_field():
+    n = {"enum": ["u", "v"], "description": "an n"}
     schema = {
         "title": "T",
         "required": ["a", "bare"],
         "properties": {
-            "a": {"type": "array", "description": "x | y [0]", "items": {"properties": {"b": {"$ref": "#/$defs/n"}}}},
+            "a": {"type": "array", "description": "x | y [0]", "items": {"properties": {"b": n}}},
             "free": {"type": ["object", "null"], "additionalProperties": {"properties": {"c": {"const": 1}}}},
+            "or": {"anyOf": [{"type": "object", "properties": {"d": n}}, {"type": "null"}, {"not": {}}]},
         },
-        "$defs": {"n": {"enum": ["u", "v"], "description": "an n"}},
     }
-    path = tmp_path / "t.schema.json"
-    path.write_text(json.dumps(schema), encoding="utf-8")
-    assert schema_table(path).splitlines()[6:] == [
+    assert schema_table(schema, "t.py").splitlines()[6:] == [
         "| `a` | array | yes | x \\| y \\[0\\] |",
         '| `a[].b` | `"u"`, `"v"` |  | an n |',
         "| `free` | object or null |  |  |",
         "| `free.*.c` | `1` |  |  |",
+        "| `or` | object or null |  |  |",
+        '| `or.d` | `"u"`, `"v"` |  | an n |',
         "| `bare` |  | yes |  |",
     ]
 
 
-def test_alternatives_of_a_schema_stand_one_after_the_other(tmp_path):
-    part = {"properties": {"a": {"type": "string"}}}
-    schema = {"title": "T", "oneOf": [{"$ref": "#/$defs/p"}, {"$ref": "#/$defs/q"}], "$defs": {"p": part, "q": part}}
-    path = tmp_path / "t.schema.json"
-    path.write_text(json.dumps(schema), encoding="utf-8")
-    text = schema_table(path)
+def test_alternatives_of_a_schema_stand_one_after_the_other():
+    part = {"type": "object", "properties": {"a": {"type": "string"}}}
+    text = schema_table({"title": "T", "anyOf": [{**part, "title": "p"}, {**part, "title": "q"}]}, "t.py")
     assert [line for line in text.splitlines() if line.startswith("#")] == ["## T", "### p", "### q"]
     assert text.count("| `a` | string |") == 2
 
@@ -122,12 +124,11 @@ def test_durations_are_those_of_the_runs(tmp_path):
 
 
 def test_the_commands_name_targets_and_files_that_exist():
-    root = FOLDER.parents[1]
-    makefile = (root / "Makefile").read_text(encoding="utf-8")
-    for line in command_table(root / "bench" / "results").splitlines()[2:]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in command_table(ROOT / "bench" / "results").splitlines()[2:]:
         first, second = line.split("`")[1].split()[:2] if " " in line.split("`")[1] else (line.split("`")[1], "")
         target = f"\n{second}: " if first == "make" else None
-        assert target in makefile if target else (root / (second if first == "python" else first)).exists()
+        assert target in makefile if target else (ROOT / (second if first == "python" else first)).exists()
 
 
 def test_the_start_page_says_what_was_measured(tmp_path):
@@ -164,7 +165,7 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize(("scheme", "page"), [("default", "#ffffff"), ("slate", "#1e2129")])
 def test_colours_can_be_read(scheme, page):
     """Text at 4.5 : 1 on what it stands on, lines of charts at 3 : 1, as WCAG AA asks."""
-    style = (FOLDER.parents[1] / "docs/stylesheets/site.css").read_text(encoding="utf-8")
+    style = (ROOT / "docs/stylesheets/site.css").read_text(encoding="utf-8")
     block = re.search(rf'\[data-md-color-scheme="{scheme}"\] \{{(.*?)\}}', style, re.DOTALL)
     assert block
     colour = dict(re.findall(r"--([\w-]+): (#\w{6})", block.group(1)))

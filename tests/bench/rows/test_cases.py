@@ -243,7 +243,7 @@ def test_a_stream_is_cut_where_it_says(monkeypatch):
     """Up to a number of tokens a short text will do, beyond it all of it is read."""
     asked = []
 
-    def library(nbytes):
+    def library(nbytes, raw):
         asked.append(nbytes)
         return SimpleNamespace(ids=np.arange(1 << 17), sha256="of the text")
 

@@ -10,13 +10,15 @@ import pytest
 
 from bench.instruments.output import source
 from bench.instruments.timing import NotMeasured, Overhead
+from bench.schemas.generator import json_schema
+from bench.schemas.served import Results
 from bench.served import numbers
 from bench.served.figures import draw_all
 from bench.served.table import report
 from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json.loads((ROOT / "bench/schemas/end_to_end.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -23,6 +23,8 @@ from bench.instruments.code_digest import code_files
 from bench.price import models as workloads
 from bench.price.job import Job, price_job
 from bench.price.models import make_workload, toy_config
+from bench.schemas.generator import json_schema
+from bench.schemas.sweeps import Results
 from bench.setup.streams import random_source
 from bench.sweeps import command as sweep_command
 from bench.sweeps import run as sweep_run
@@ -36,7 +38,7 @@ from engram_ref.hashing import HashPlan
 from engram_toy.models.layouts import VARIANTS
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json.loads((ROOT / "bench/schemas/bytedmd_sweeps.schema.json").read_text())
+SCHEMA = json_schema(Results)
 COMMITTED = ROOT / "bench/results"
 TINY = ["--quick", "--seq_len", "4", "--d_model", "4"]
 SMALL = [*TINY, "--model", "kv-bank", "--tokenizer", str(ROOT / "tests/golden/tokenizer_small")]

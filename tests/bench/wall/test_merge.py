@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
 
+from bench.schemas.generator import json_schema
+from bench.schemas.wall import Results
 from bench.wall import merge
 from tests.bench.wall.example import example
 
-SCHEMA = json.loads((Path(__file__).parents[3] / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,6 +10,8 @@ import pytest
 from bench.instruments import timing
 from bench.instruments.timing import NotMeasured, quantile
 from bench.instruments.words import fraction, gib, measured_on, percent, short
+from bench.schemas.generator import json_schema
+from bench.schemas.wall import Results
 from bench.wall.numbers import (
     bytes_agree,
     exposed,
@@ -30,7 +30,7 @@ from bench.wall.numbers import (
 from bench.wall.table import prediction, run_label, scale_label, step_label, step_table, wall_table
 from tests.bench.wall.example import COPY, DRIFT, UNIQUE_BYTES, example, older
 
-SCHEMA = json.loads((Path(__file__).parents[3] / "bench/schemas/gpu_wall.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json_schema(Results)
 
 
 @pytest.fixture

@@ -532,3 +532,19 @@ def test_a_disk_that_is_full_at_the_end_leaves_nothing_behind(call, folder, monk
     monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), refuse)
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/t'$"):
         save_rows(folder / "t", torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 9), (1, 3), (2, 8), (3, 4), (5, 9), (4, 4), (9, 9)])
+def test_some_rows_of_several_tensors(tmp_path, first, last):
+    """Each tensor gives the rows that it has of those that are asked for."""
+    values = torch.arange(9 * 4, dtype=torch.float32).view(9, 4)
+    places = []
+    for number, piece in enumerate(values.split([3, 1, 5])):
+        save_rows(tmp_path / f"{number}.safetensors", piece.contiguous())
+        places.append((tmp_path / f"{number}.safetensors", "weight"))
+    some = StoredRows.find_shards(places).between(first, last)
+    assert some.rows == last - first
+    if some.rows:
+        assert torch.equal(some.read().values(), values[first:last])
+    inner = StoredRows.find_shards(places).between(1, 9).between(1, 7)  # some of some
+    assert torch.equal(inner.read().values(), values[2:8])

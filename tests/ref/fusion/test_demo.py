@@ -148,7 +148,7 @@ def test_small_values_are_normalised_as_the_framework_does(dtype):
     e, hidden = make_inputs(config, 2, 20, dtype)
     hidden = hidden * torch.finfo(dtype).eps ** 0.5
     packed = fusion.project(e).unflatten(-1, (5, 16))
-    gate = fusion_module._gate_and_scale(packed, hidden, fusion._gains().gate)[0]
+    gate = fusion_module._gate_and_scale(packed, hidden, fusion._gains().gate, *fusion.norm_eps)[0]
     want = torch.stack([demo_way_of(fusion)._gate(g, e, hidden[:, :, g]) for g in range(4)], dim=2)
     torch.testing.assert_close(gate[..., 0], want, rtol=0, atol=20 * torch.finfo(dtype).eps)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from engram_ref import gpu
 from engram_ref.attach import ExposedTime
@@ -55,6 +56,7 @@ CASES = {
     "hot, file behind": {"hot": torch.arange(R - 1, 0, -7), "behind": "file"},
     "hot, uva behind": {"hot": torch.tensor([5]), "behind": "uva"},
     "hot, device behind": {"hot": torch.arange(R), "behind": "device"},
+    "sharded": {},  # by one rank; by several: test_sharded.py
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 every_case = pytest.mark.parametrize("case", CASES)
@@ -79,6 +81,19 @@ def device_for(case: str) -> str:
     return "cpu" if gpu.INTERPRETED else "cuda"
 
 
+@contextlib.contextmanager
+def ranks_for(case: str):
+    """For a table of several processes, this one as the only member of a group."""
+    if case != "sharded" or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def make(tmp_path):
     """make(case, values): the table of that case; all are closed at the end."""
@@ -90,6 +105,7 @@ def make(tmp_path):
                 save_rows(tmp_path / "table.safetensors", values)
                 content = StoredRows.find(tmp_path / "table.safetensors")
             placement = case.split(",")[0]
+            tables.enter_context(ranks_for(case))
             return tables.enter_context(make_table(placement, content, device_for(case), **CASES[case], **options))
 
         yield make_one
@@ -500,7 +516,7 @@ def test_rows_in_a_file_go_to_every_place(case, tmp_path):
     values, rows = random_values(), random_rows(100)
     save_rows(tmp_path / "table.safetensors", values)
     stored = StoredRows.find(tmp_path / "table.safetensors")
-    with make_table(case.split(",")[0], stored, device_for(case), **CASES[case]) as table:
+    with ranks_for(case), make_table(case.split(",")[0], stored, device_for(case), **CASES[case]) as table:
         assert_same_bits(fetch(table, rows), values, rows)
 
 

@@ -1,0 +1,189 @@
+"""The fetch of real processes that share tables: bytes counted against the plan's formula, and times beside them.
+
+    torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py --sharded --out out/sharded
+
+Every rank makes its own rows (content that can be computed again, so that every fetched row is checked), hashes tokens
+of its own, and fetches both layers through a prefetcher. Ways: `owners` (row numbers to the owners, rows back),
+`unique` (each row once) and `same tokens` (tensor parallel). Rank 0 writes one results file; runs with other numbers of
+ranks and the same --out are added to it, and so is the model of the exchange. gloo without CUDA, nccl with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.reading import read_results
+from bench.instruments.results import environment, git_commit, write_json
+from bench.ranks.model import model_table
+from bench.ranks.schedule import schedule_table
+from bench.setup.sizes import pick_device
+from bench.setup.table_content import expected_rows, expected_values
+from engram_ref.config import EngramConfig
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.prefetch import FetchError, Prefetcher
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
+from engram_ref.sharding.plan import ShardPlan, Traffic
+from engram_ref.tables import make_table
+from engram_ref.tables.sharded import ShardedTable
+
+WAYS: dict[str, dict[str, Any]] = {"owners": {}, "unique": {"unique": True}, "same tokens": {"same_tokens": True}}
+COMPRESSED, PAD = 9973, 2  # a vocabulary of this size; the rows of a token depend on it, the bytes do not
+WARMUP = 2
+_PIECE = 1 << 16  # rows that are made together
+_START = "torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py --sharded"
+
+
+def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """The command's work on each rank; the results on rank 0, None on the others.
+
+    Raises:
+        ValueError: not started by torchrun, a row that is not the one asked for, or bytes that are not the formula's.
+        OSError: a rank ended, or the file cannot be written.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError(f"--sharded is run by several processes: {_START}")
+    device = pick_device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=300))
+    try:
+        run = _measure(options, device, tell if dist.get_rank() == 0 else lambda text: None)
+        return _written(options, device, run) if dist.get_rank() == 0 else None
+    except FetchError as error:  # of a rank that is gone, say
+        raise OSError(str(error)) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(options: argparse.Namespace, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
+    config = _sized(EngramConfig.preset(options.preset), options.table_params[0], options.dtype)
+    plan = HashPlan.build(config, COMPRESSED, PAD)
+    ranks, cases = dist.get_world_size(), []
+    for way, choices in WAYS.items():
+        tables = _tables(plan, config, device, options.seed, choices)
+        for shape in options.steps:
+            tell(f"{way}, {shape}")
+            cases.append({"way": way, **_case(options, plan, tables, shape.batch, shape.tokens, way)})
+        for table in tables.values():
+            table.close()
+    rows = [layer.rows for layer in plan.layers]
+    return {
+        **{"ranks": ranks, "preset": options.preset, "rows": rows, "row_bytes": RowFormat.of(config).row_bytes},
+        **{"columns": ShardPlan.of_layer(plan.layers[0], ranks).columns, "backend": dist.get_backend(), "cases": cases},
+    }
+
+
+def _sized(config: EngramConfig, params: float, dtype: str) -> EngramConfig:
+    """The geometry with tables of so many values in all layers together."""
+    rows = params / (config.row_width * config.columns * len(config.layer_ids))
+    sizes = (max(2, int(rows)),) * len(config.orders)
+    row_dtype = config.row_dtype if config.row_dtype == "float8_e4m3fn" else dtype
+    return config.replace(table_size_per_order=sizes, row_dtype=row_dtype, compressed_size=None)
+
+
+def _tables(
+    plan: HashPlan, config: EngramConfig, device: torch.device, seed: int, choices: dict[str, Any]
+) -> dict[int, ShardedTable]:
+    """Each rank makes the rows that it owns, and no others."""
+    found: dict[int, ShardedTable] = {}
+    row_format, rank = RowFormat.of(config), dist.get_rank()
+    for layer in plan.layers:
+        shards = ShardPlan.of_layer(layer, dist.get_world_size())
+        own = torch.empty((shards.size(rank), row_format.row_bytes), dtype=torch.uint8)
+        for first in range(0, len(own), _PIECE):
+            numbers = torch.arange(first, min(first + _PIECE, len(own))) + shards.first(rank)
+            own[first : first + len(numbers)] = expected_rows(numbers, row_format, seed + layer.layer_id)
+        table = make_table("sharded", Rows(row_format, (own,)), device, plan=shards, **choices)
+        assert isinstance(table, ShardedTable)
+        found[layer.layer_id] = table
+    return found
+
+
+def _case(
+    options: argparse.Namespace, plan: HashPlan, tables: dict[int, ShardedTable], batch: int, tokens: int, way: str
+) -> dict[str, Any]:
+    """Rounds of one shape; every row of the first is checked, all bytes of all are counted."""
+    rank, hasher = dist.get_rank(), NgramHasher(plan)
+    rng = np.random.default_rng([options.seed, 0 if way == "same tokens" else rank])
+    samples = []
+    with Prefetcher(hasher, tables) as prefetcher:
+        for number in range(WARMUP + options.rounds):
+            ids = rng.integers(0, plan.compressed_size, (batch, tokens))
+            before = [table.report() for table in tables.values()]
+            dist.barrier()
+            begin = time.perf_counter()
+            with prefetcher.start(ids) as fetch:
+                values = {layer_id: fetch[layer_id].wait() for layer_id in tables}
+                samples.append(time.perf_counter() - begin)
+                if number == 0:
+                    _require_right(hasher, tables, ids, values, options.seed)
+            moved = [table.report() for table in tables.values()]
+    counted = [_less(after, first) for after, first in zip(moved, before)]  # of the last round
+    mine = {
+        "samples_s": samples[WARMUP:],
+        **{name: sum(getattr(traffic, name) for traffic in counted) for name in ("ids", "rows", "control")},
+        "formula": _formula(tables, [batch * tokens] * dist.get_world_size(), way),
+    }
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    _require_formula(found, way)
+    return {"tokens": batch * tokens, "by_rank": found}
+
+
+def _less(after: Traffic, before: Traffic) -> Traffic:
+    return Traffic(
+        after.fetches - before.fetches, after.ids - before.ids, after.rows - before.rows, after.control - before.control
+    )
+
+
+def _formula(tables: dict[int, ShardedTable], tokens: list[int], way: str) -> dict[str, int] | None:
+    """What the plan says before anything runs; None where it depends on the tokens."""
+    if way == "unique" or not all(table.plan.columns for table in tables.values()):
+        return None
+    told = [t.plan.bytes_received(dist.get_rank(), tokens, t.format.row_bytes) for t in tables.values()]
+    asks = way != "same tokens"  # there, nobody asks: all ranks know what is wanted
+    return {"ids": sum(traffic.ids for traffic in told) * asks, "rows": sum(traffic.rows for traffic in told)}
+
+
+def _require_formula(found: list[dict[str, Any]], way: str) -> None:
+    for rank, mine in enumerate(found):
+        told = mine["formula"]
+        if told is not None and (told["ids"], told["rows"]) != (mine["ids"], mine["rows"]):
+            raise ValueError(f"{way}: rank {rank} received {mine['ids']} + {mine['rows']} B, the plan says {told}")
+
+
+def _require_right(hasher: NgramHasher, tables: Any, ids: np.ndarray, values: Any, seed: int) -> None:
+    for layer_id, table in tables.items():
+        numbers = torch.from_numpy(hasher(ids, layer_id).reshape(-1)).long()
+        expected = expected_values(numbers, table.format, seed + layer_id)
+        if not torch.equal(values[layer_id].cpu().view(torch.uint8), expected.view(torch.uint8)):
+            raise ValueError(f"rank {dist.get_rank()}: rows of layer {layer_id} are not those that were asked for")
+
+
+def _written(options: argparse.Namespace, device: torch.device, run: dict[str, Any]) -> dict[str, Any]:
+    """The results file: this run in its place among those with other numbers of ranks, and the model."""
+    path = Path(options.out) / "results.json"
+    earlier = [] if options.fresh or not path.exists() else read_results(path).get("runs", [])
+    runs = sorted([*(x for x in earlier if x["ranks"] != run["ranks"]), run], key=lambda x: x["ranks"])
+    model = model_table()
+    results: dict[str, Any] = {
+        **{"benchmark": "sharded", "device": device.type, "environment": environment(), "git": git_commit()},
+        "code_sha256": code_sha256("bench.ranks.run"),
+        "configuration": {"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},
+        **{"runs": runs, "model": model, "schedule": schedule_table(model)},
+    }
+    write_json(path, results)
+    return results

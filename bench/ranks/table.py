@@ -1,0 +1,97 @@
+"""What ranks measured, and what the model says, as text for a terminal and as tables for a page."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.instruments.words import device_label
+
+Results = dict[str, Any]
+_NO_TIMES = "gloo on a CPU: what is counted holds anywhere; these times mean nothing elsewhere"
+
+
+def measured_table(results: Results) -> str:
+    """Bytes that a rank received in a fetch of all layers, against the formula, and the slowest rank's median time."""
+    lines = [
+        f"sharded tables, {results['runs'][0]['preset']}, rows of {results['runs'][0]['row_bytes']} B",
+        "ranks  way          tokens      ids B       rows B  control B  formula          ms",
+    ]
+    for run in results["runs"]:
+        for case in run["cases"]:
+            ranks = case["by_rank"]
+            most = max(ranks, key=lambda rank: rank["ids"] + rank["rows"])
+            slowest = max(statistics.median(rank["samples_s"]) for rank in ranks)
+            equal = "none" if ranks[0]["formula"] is None else "equal" if formula_holds(case) else "DIFFERS"
+            lines.append(
+                f"{run['ranks']:>5}  {case['way']:<11} {case['tokens']:>6}  {most['ids']:>9,}  {most['rows']:>11,}  "
+                f"{most['control']:>9,}  {equal:<9}  {1e3 * slowest:>8.2f}"
+            )
+    if results["device"] == "cpu":
+        lines.append(_NO_TIMES)
+    return "\n".join(lines)
+
+
+def formula_holds(case: dict[str, Any]) -> bool:
+    """Whether every rank received what its plan says, to the byte."""
+    return all(
+        rank["formula"] is None or {name: rank[name] for name in ("ids", "rows")} == rank["formula"]
+        for rank in case["by_rank"]
+    )
+
+
+def bytes_table(results: Results) -> str:
+    """Counted bytes of every run against the formula, for a page; no times."""
+    lines = [
+        "| ranks | way | tokens a rank | row numbers | rows | control | formula |",
+        "|---:|---|---:|---:|---:|---:|---|",
+    ]
+    for run in results["runs"]:
+        for case in run["cases"]:
+            most = max(case["by_rank"], key=lambda rank: rank["ids"] + rank["rows"])
+            equal = (
+                "depends on the tokens" if most["formula"] is None else "equal" if formula_holds(case) else "differs"
+            )
+            lines.append(
+                f"| {run['ranks']} | {case['way']} | {case['tokens']:,} | {most['ids']:,} B | {most['rows']:,} B | "
+                f"{most['control']:,} B | {equal} |"
+            )
+    return "\n".join(lines)
+
+
+def most_hidden(results: Results) -> str:
+    """The largest number of ranks whose exchange is no longer than the window, by link and tokens; for a page."""
+    keys = {(entry["phase"], entry["tokens"]) for entry in results["model"]}
+    links = list(dict.fromkeys(entry["link"] for entry in results["model"]))
+    lines = [f"| tokens a rank | window | {' | '.join(links)} |", f"|---|---:|{'---:|' * len(links)}"]
+    for phase, tokens in sorted(keys):
+        cells = []
+        for link in links:
+            line = [e for e in results["model"] if (e["link"], e["phase"], e["tokens"]) == (link, phase, tokens)]
+            hidden = [entry["ranks"] for entry in line if entry["seconds"] <= entry["window_s"]]
+            largest = "all" if len(hidden) == len(line) else f"{max(hidden)}" if hidden else "none"
+            cells.append(
+                f"{largest} of {line[-1]['ranks']:,} ({1e6 * line[0]['seconds']:,.0f} us at {line[0]['ranks']})"
+            )
+        window = line[0]["window_s"]
+        lines.append(f"| {phase}, {tokens:,} | {1e6 * window:,.0f} us | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def stragglers_table(results: Results) -> str:
+    """What waiting for each other costs a decode step, over the mean rank by itself; for a page."""
+    lines = ["| ranks | exchange | noise | one rank slower | step against the mean rank alone | of it waited |"]
+    lines.append("|---:|---:|---:|---:|---:|---:|")
+    for entry in results["schedule"]:
+        if entry["ranks"] in (2, 8, 64, 1024):
+            lines.append(
+                f"| {entry['ranks']:,} | {1e6 * entry['exchange_s']:,.0f} us | {100 * entry['jitter']:g} % | "
+                f"{100 * entry['slower']:g} % | +{100 * (entry['step_s'] / entry['alone_s'] - 1):.1f} % | "
+                f"{1e6 * entry['waited_s']:,.0f} us |"
+            )
+    return "\n".join(lines)
+
+
+def where(results: Results) -> str:
+    """The machine, for a caption."""
+    return device_label(results)

@@ -1,0 +1,65 @@
+"""The results file of bench/lookup_speed.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypedDict
+
+from bench.schemas.common import Device, DeviceEnvironment, Git, Layout, Limits, Table
+from bench.schemas.generator import Must, one_of, rules
+from bench.schemas.values import Amounts, Count, Counts, Digest, Natural, Text
+
+
+class LaidTable(Table):
+    """The table that was looked up."""
+
+    layout: Layout
+
+
+class Skipped(TypedDict):
+    """A placement that this machine cannot serve."""
+
+    way: Text
+    why: Text
+
+
+class Case(TypedDict):
+    """A number of tokens."""
+
+    tokens: Annotated[Natural, "of a step, one of each sequence"]
+    rows: Annotated[Count, "asked for"]
+    bytes: Annotated[Count, "of these rows"]
+    samples_s: Annotated[
+        dict[str, Amounts],
+        Must(minProperties=1),
+        "by way, in the order of the rounds; resident again is the noise floor",
+    ]
+    launched_late: Annotated[Counts, "samples of a way that the device began before all was launched"]
+
+
+class Head(TypedDict):
+    """All that is known when the file is not yet written."""
+
+    schema_version: Literal[1]
+    benchmark: Literal["lookup_speed"]
+    started: Annotated[Text, "UTC, ISO 8601"]
+    device: Device
+    device_name: Text
+    configuration: Annotated[dict[str, Any], "Every option that a time depends on, defaults included."]
+    code_sha256: Annotated[Digest, "of the sources"]
+    environment: DeviceEnvironment
+    git: Git
+    limits: Limits
+    clock: Annotated[str, one_of("device events", "host clock")]
+    stream: Annotated[Literal["uniform"], "random token ids, other ones in every sample of every way"]
+    table: LaidTable
+    ways: Annotated[dict[str, Text], Must(minProperties=1), "what was timed, by its name"]
+    skipped: Annotated[list[Skipped], "placements that this machine cannot serve"]
+    cases: list[Case]
+
+
+@rules(title="Results of bench/lookup_speed.py")
+class Results(Head):
+    """Raw samples and their provenance; no conclusions. Times are seconds, sizes bytes, rates per second. The file is
+    complete after each number of tokens."""
+
+    finished: Annotated[Text, "of the last case that is there"]

@@ -1,0 +1,16 @@
+"""Which record each results file is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.schemas import lookup_speed, production, served, sweeps, toy, wall
+
+RESULTS: dict[str, Any] = {  # by the file that describes it
+    "bench/schemas/sweeps.py": sweeps.Results,
+    "bench/schemas/toy.py": toy.Results,
+    "bench/schemas/served.py": served.Results,
+    "bench/schemas/wall.py": wall.Results,
+    "bench/schemas/lookup_speed.py": lookup_speed.Results,
+    "bench/schemas/production.py": production.Results,
+}

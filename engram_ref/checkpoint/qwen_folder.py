@@ -1,0 +1,251 @@
+"""A Qwen3.8-Flash-Next checkpoint on disk, opened where it lies: its tables are checked, nothing is copied.
+
+    folder = QwenFolder.open("/models/Qwen3.8-Flash-Next")
+    rows = NgramHasher(folder.plan)(token_ids, layer_id=1)              # [B, T, C]
+    table = make_table("file", folder.stored_rows(), device="cuda")     # 95 GiB in 128 tensors, read in place
+
+The table of a layer is one tensor or, as published, many: `ngram_embedding.shard_<k>.weight`, whose rows follow each
+other in the order of k. Opening reads `config.json`, the index and the headers of the files that hold tensors of these
+layers. What could make a row wrong without an error is refused by name: a shard that is missing, twice there, of
+another width or dtype or one too many, rows that the primes do not add up to, a layer of another model, and hash
+constants of the checkpoint (multipliers, primes and offsets, which transformers saves) that are not the plan's.
+`engram_ref.checkpoint.qwen` loads whole layers. Torch is imported only where rows are asked for.
+
+    python -m pytest tests/ref/test_qwen_folder.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engram_ref.checkpoint.folder import INDEX_FILE, read_shard, read_weight_map, some_names
+from engram_ref.checkpoint.qwen_config import CONFIG_FILE, read_qwen_config
+from engram_ref.config import EngramConfig
+from engram_ref.files.header import TensorEntry, require_written
+from engram_ref.hashing.plan import HashPlan, LayerPlan
+from engram_ref.quoting import one_line, quoted
+
+if TYPE_CHECKING:
+    from engram_ref.files.stored_rows import StoredRows
+
+ROW_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+FUSION_PARTS = (
+    "key_proj.weight", "value_proj.weight", "norm_key.weight", "norm_query.weight", "norm_conv.weight", "conv1d.weight",
+)  # fmt: skip
+_TABLE = "ple_embedding.ngram_embedding."
+_CONSTANTS = {  # name in the checkpoint -> of a layer's plan
+    "ple_embedding.layer_multipliers": "multipliers",
+    "ple_embedding.ngram_heads_vocab_sizes": "primes",
+    "ple_embedding.ngram_heads_offsets": "offsets",
+}
+_NAME = re.compile(r"(?P<prefix>(?:[a-z_]+\.)*)layers\.(?P<block>\d{1,6})\.ple\.(?P<part>.+)")
+_SHARD = re.compile(r"shard_(\d{1,6})\.weight")
+_MEND = "download the checkpoint again"
+
+
+@dataclass(frozen=True, eq=False)
+class QwenFolder:
+    """A checkpoint whose n-gram tables are known to be whole.
+
+    Attributes:
+        path: the folder.
+        config: geometry, from `config.json`; `row_dtype` is what the files hold.
+        plan: hash constants, of token ids as they are.
+        weight_map: file name of every tensor of the model.
+        shards: of each layer's table, in the order of its rows.
+        tensors: of each layer, the others that it has, by the end of their names.
+        sparse: whether holes in the files are meant as zeros.
+    """
+
+    path: Path
+    config: EngramConfig
+    plan: HashPlan = field(repr=False)
+    weight_map: dict[str, str] = field(repr=False)
+    shards: dict[int, tuple[TensorEntry, ...]] = field(repr=False)
+    tensors: dict[int, dict[str, TensorEntry]] = field(repr=False)
+    sparse: bool = False
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], sparse: bool = False) -> QwenFolder:
+        """Check a checkpoint and say where its tables lie.
+
+        Args:
+            folder: with `config.json`, `model.safetensors.index.json` and the files it names, or `model.safetensors`.
+            sparse: take holes in these files, where nothing was ever written, for zeros that are meant.
+
+        Raises:
+            ValueError: something is missing, damaged, or contradicts something else; the message says what to do.
+            OSError: a file cannot be read.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder: give the folder of a checkpoint")
+        config = read_qwen_config(path)
+        assert config.compressed_size is not None
+        plan = HashPlan.build(config, config.compressed_size, config.pad_id)
+        weight_map = read_weight_map(path)
+        layers = _find_layers(path, weight_map, config)
+        shards, tensors = {}, {}
+        for layer in plan.layers:
+            found = layers[layer.layer_id]
+            table = {name: entry for name, entry in found.items() if name.startswith(_TABLE)}
+            shards[layer.layer_id] = _check_table(path, config, layer, table)
+            tensors[layer.layer_id] = {name: entry for name, entry in found.items() if name not in table}
+            _check_fusion(path, config, layer.layer_id, tensors[layer.layer_id])
+            _check_constants(layer, tensors[layer.layer_id])
+        if not sparse:
+            require_written(entry for entries in shards.values() for entry in entries)
+        dtypes = {entry.dtype for entries in shards.values() for entry in entries}
+        if len(dtypes) > 1:
+            raise ValueError(f"{path}: tables of {' and '.join(sorted(dtypes))}: {_MEND}")
+        config = config.replace(row_dtype=ROW_DTYPES[dtypes.pop()])
+        return cls(path, config, plan, weight_map, shards, tensors, sparse)
+
+    def stored_rows(self, layer_id: int | None = None) -> StoredRows:
+        """The rows of a layer's table where they lie; for `make_table`.
+
+        Args:
+            layer_id: None where the model has one.
+
+        Raises:
+            ValueError: no such layer, several, or a file that was changed since the folder was opened.
+        """
+        from engram_ref.files.stored_rows import StoredRows
+
+        if layer_id is None:
+            if len(self.shards) > 1:
+                raise ValueError(f"this model has tables in layers {list(self.shards)}: say which, layer_id=")
+            (layer_id,) = self.shards
+        entries = self.shards[self.plan.layer(layer_id).layer_id]
+        stored = StoredRows.find_shards([(entry.path, entry.name) for entry in entries], sparse=self.sparse)
+        if [(part.offset, part.nbytes) for part in stored.parts] != [(x.offset, x.nbytes) for x in entries]:
+            raise ValueError(f"{entries[0].path} was changed after it was checked: call QwenFolder.open again")
+        return stored
+
+
+def _find_layers(path: Path, weight_map: Mapping[str, str], config: EngramConfig) -> dict[int, dict[str, TensorEntry]]:
+    """Every tensor of the layers with a table, by layer and the end of its name, in the file that the index names."""
+    named = {name: match for name in weight_map if (match := _NAME.fullmatch(name))}
+    if not named:
+        raise ValueError(f"{path} has no tensor of an n-gram layer (…layers.<k>.ple.…): {_MEND}, its index included")
+    _refuse_other_layers(path, named.values(), config)
+    headers = {file: read_shard(path / file) for file in sorted({weight_map[name] for name in named})}
+    layers: dict[int, dict[str, TensorEntry]] = {layer: {} for layer in config.layer_ids}
+    for name, match in named.items():
+        homes = [file for file, header in headers.items() if name in header]
+        if homes != [weight_map[name]]:
+            raise ValueError(
+                f"{path / INDEX_FILE} says that {name} is in {one_line(weight_map[name], 100)}; it is in "
+                f"{' and '.join(homes) or 'no file that was looked at'}: {_MEND}"
+            )
+        layers[int(match["block"])][match["part"]] = headers[homes[0]][name]
+    left_out = sorted({n for header in headers.values() for n in header if _NAME.fullmatch(n)} - named.keys())
+    if left_out:
+        raise ValueError(f"{path / INDEX_FILE} does not name {some_names(left_out)}, which its files have: {_MEND}")
+    return layers
+
+
+def _refuse_other_layers(path: Path, matches: Iterable[re.Match[str]], config: EngramConfig) -> None:
+    matches = list(matches)
+    prefixes = sorted({match["prefix"] for match in matches})
+    if len(prefixes) > 1:
+        raise ValueError(f"{path} has n-gram layers under {' and '.join(map(quoted, prefixes))}: give one model's")
+    blocks = sorted({int(match["block"]) for match in matches})
+    if blocks != list(config.layer_ids):
+        raise ValueError(
+            f"{path} has n-gram tensors in layers {quoted(blocks)}; {CONFIG_FILE} has ple_layer_ids="
+            f"{quoted([layer + 1 for layer in config.layer_ids])}, counted from 1: use config.json and weights of one "
+            "model"
+        )
+
+
+def _check_table(
+    path: Path, config: EngramConfig, layer: LayerPlan, table: Mapping[str, TensorEntry]
+) -> tuple[TensorEntry, ...]:
+    """The tensors of a table in the order of their rows."""
+    where = f"{path}, table of layer {layer.layer_id}:"
+    if f"{_TABLE}weight" in table and len(table) == 1:
+        numbers = {0: table[f"{_TABLE}weight"]}
+    else:
+        numbers = {}
+        for name, entry in table.items():
+            match = _SHARD.fullmatch(name.removeprefix(_TABLE))
+            if match is None or int(match[1]) in numbers:
+                raise ValueError(
+                    f"{where} {one_line(entry.name, 200)} is no shard, or one that is there twice: {_MEND}"
+                )
+            numbers[int(match[1])] = entry
+    if not numbers:
+        raise ValueError(f"{where} no tensor …{_TABLE}shard_<k>.weight: {_MEND}")
+    missing = [f"shard_{k}" for k in range(max(numbers)) if k not in numbers] if max(numbers) < 1 << 20 else ["shards"]
+    if missing:
+        raise ValueError(f"{where} {some_names(missing)} missing, of shards up to {max(numbers)}: {_MEND}")
+    shards = tuple(numbers[k] for k in sorted(numbers))
+    for entry in shards:
+        if entry.dtype not in ROW_DTYPES or entry.dtype != shards[0].dtype:
+            raise ValueError(
+                f"{where} {entry.name} is {entry.dtype}, the first is {shards[0].dtype}: rows are one of "
+                f"{', '.join(ROW_DTYPES)}; use the weights as they were published, not converted"
+            )
+        if len(entry.shape) != 2 or entry.shape[1] != config.row_width or not entry.shape[0]:
+            raise ValueError(
+                f"{where} {entry.name} has shape {list(entry.shape)}; configuration and columns need rows of "
+                f"{config.row_width} values: {_MEND}"
+            )
+    rows = sum(entry.shape[0] for entry in shards)
+    if rows != layer.rows:
+        raise ValueError(
+            f"{where} {rows} rows in {len(shards)} tensors; the {config.columns} primes from "
+            f"{config.table_size_per_order[0]} up, filled up to a multiple of {config.rows_multiple}, give "
+            f"{layer.rows}: use config.json and weights of one model, and every shard"
+        )
+    return shards
+
+
+def fusion_shapes(config: EngramConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's weights beside its table, by the end of their names."""
+    wide, inputs = config.hc_mult * config.hidden, config.embedding_width
+    shapes = ((wide, inputs), (config.hidden, inputs), (wide,), (wide,), (wide,), (wide, 1, config.kernel_size))
+    return dict(zip(FUSION_PARTS, shapes))
+
+
+def _check_fusion(path: Path, config: EngramConfig, layer_id: int, tensors: Mapping[str, TensorEntry]) -> None:
+    shapes = fusion_shapes(config)
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise ValueError(f"{path} has no {some_names([f'layers.{layer_id}.ple.{name}' for name in missing])}: {_MEND}")
+    others = sorted(tensors.keys() - shapes.keys() - _CONSTANTS.keys())
+    if others:
+        raise ValueError(f"{path}: layer {layer_id} has {some_names(others)}, which such a layer has not: {_MEND}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{tensors[name].path}, tensor {tensors[name].name!r}: shape {list(tensors[name].shape)}; the "
+                f"configuration needs {list(shape)}: use config.json and weights of one model"
+            )
+
+
+def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> None:
+    """Compare the plan with the hash constants that the checkpoint has, if it has them."""
+    for name, mine in _CONSTANTS.items():
+        entry = tensors.get(name)
+        if entry is None:
+            continue
+        needed = list(getattr(layer, mine))
+        if entry.dtype != "I64" or entry.shape != (len(needed),):
+            raise ValueError(
+                f"{entry.path}, {entry.name} is {entry.dtype} {list(entry.shape)}, not I64 [{len(needed)}]"
+            )
+        found = np.fromfile(entry.path, "<i8", len(needed), offset=entry.offset).tolist()
+        if found != needed:
+            raise ValueError(
+                f"{entry.path}, {entry.name} is {quoted(found)}; the plan of {CONFIG_FILE} has {quoted(needed)}: the "
+                "rows were hashed otherwise, use config.json and weights of one model"
+            )

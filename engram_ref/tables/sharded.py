@@ -1,0 +1,255 @@
+"""A table that several processes hold together: each owns some rows, on one machine or many, and asks for the others.
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))      # nccl between GPUs
+    plan = ShardPlan.of_layer(hash_plan.layer(1), dist.get_world_size())
+    with make_table("sharded", StoredRows.find(path), device, plan=plan) as table:      # reads its own rows only
+        values = table.start(rows).wait()       # row numbers of the whole table; every rank takes part
+
+Every rank starts the same number of fetches, in one order, each for any rows, or for none: an owner serves the others
+while it fetches for itself (`serve_others`, once it has nothing left to fetch). Rows travel as they are stored and are
+decoded where they arrive. What is wrong on one rank, a row that does not exist or a disk that fails, is raised on all
+of them when they join, with the same words; `excuse` says so of a fetch that did not begin.
+
+    python -m pytest tests/ref/tables/test_sharded.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import engram_ref.needs_torch  # noqa: F401
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engram_ref.rows.gather import gather_parts
+from engram_ref.rows.rows import Rows
+from engram_ref.sharding.agreement import agreed, require_same
+from engram_ref.sharding.exchange import AllGather, AllToAll, Arrival, Asked, Exchange
+from engram_ref.sharding.plan import ShardPlan, Traffic
+from engram_ref.sharding.routing import Route, route_rows
+from engram_ref.tables.base import Pending, Table, check_out, check_rows
+from engram_ref.tables.staging import Delivery
+
+_NONE = np.empty(0, dtype=np.int64)
+
+
+class ShardedTable(Table):
+    """One rank's view of a table whose rows several ranks own.
+
+    Args:
+        local: this rank's own rows, as any table; it is closed with this one.
+        plan: which rank owns which rows; the same on all.
+        group: of `torch.distributed`, used by this table alone, or by tables that one thread fetches from in turn.
+        device: where fetched rows arrive.
+        same_tokens: all ranks run the same tokens (tensor parallel), and fetch the same rows.
+        unique: ask for each row of a fetch once, however often it is wanted.
+        steady: every rank asks for so many rows in every fetch, those of whole tokens: spares one message.
+        own_group: end the group with the table.
+
+    Raises:
+        ValueError: another rank has another plan, row format or way to exchange; shards that do not fit the plan; rows
+            that are trained; or a group that cannot move rows to this device.
+        RankLost: a rank did not come.
+    """
+
+    placement = "sharded"
+    waits = True  # for the others: always in the prefetcher's thread, which keeps one order on all ranks
+
+    def __init__(
+        self,
+        local: Table,
+        plan: ShardPlan,
+        group: Any,
+        device: str | torch.device = "cpu",
+        *,
+        same_tokens: bool = False,
+        unique: bool = False,
+        steady: int = 0,
+        own_group: bool = False,
+    ) -> None:
+        super().__init__(plan.rows, local.format, torch.device(device), torch.device("cpu"))
+        self.plan = plan
+        self.group = group
+        self.unique = unique
+        row_bytes = self.format.row_bytes
+        if same_tokens:
+            self.exchange: Exchange = AllGather(plan, group, row_bytes)
+        else:
+            self.exchange = AllToAll(plan, group, row_bytes, steady)
+        with agreed(group):
+            _check(self, local)
+        way = f"{self.format} {same_tokens} {steady} {unique and same_tokens}"
+        require_same(group, plan.checksum, "plan of shards")
+        require_same(group, hashlib.sha256(way.encode()).hexdigest(), "row format or way to exchange rows")
+        self._local = local
+        self._own_group = own_group
+        self._delivery = Delivery(self.device, self.format)
+
+    def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Ask the owners, serve those who ask this rank, and let the rows come.
+
+        Args:
+            rows: row numbers [N] of the whole table, int32 or int64, on the CPU; N differs from rank to rank.
+            out: as for every table.
+
+        Returns:
+            The fetch. Its `wait` raises what was wrong on any rank.
+
+        Raises:
+            RankLost: a rank ended, or did not come in time.
+            ValueError: a closed table; with `same_tokens`, what is wrong on any rank.
+        """
+        return _Fetch(self, *self._take_part(rows, out), out)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; all ranks take part."""
+        arrival, places, _ = self._take_part(rows, None)
+        return arrival.wait().cpu()[torch.from_numpy(places)]
+
+    def excuse(self, error: BaseException) -> None:
+        """Take part in a fetch of the others, with an error; it is raised here as it is on all ranks."""
+        self._take_part(None, None, error)[0].wait()
+
+    def idle(self) -> bool:
+        """Take part in a fetch of the others, wanting nothing; whether nobody wanted anything (`serve_others`)."""
+        arrival, _, asked = self._take_part(None, None, idle=True)
+        arrival.wait()
+        return asked.idle
+
+    def _take_part(
+        self, rows: Tensor | None, out: Tensor | None, error: BaseException | None = None, idle: bool = False
+    ) -> tuple[Arrival, np.ndarray, Asked]:
+        with self._users.here(), self._users.alone:  # a thread at a time: the collectives of two must not mix
+            self._require_open()
+            route = Route(_NONE.astype(np.int32), [0] * self.plan.ranks, _NONE)
+            if rows is not None:
+                try:
+                    route = self._route(rows, out)
+                except Exception as found:  # whatever it is, the others must hear of it: they would wait
+                    error = found
+            asked = self.exchange.ask(route, error, idle)
+            own = torch.empty((0, self.format.row_bytes), dtype=torch.uint8)
+            try:
+                own = self._own(asked.ids)
+            except Exception as found:
+                error = error or found
+                own = torch.zeros((len(asked.ids), self.format.row_bytes), dtype=torch.uint8)
+            return self.exchange.answer(asked, own.to(self.exchange.device), error), route.places, asked
+
+    def _route(self, rows: Tensor, out: Tensor | None) -> Route:
+        numbers = check_rows(rows, self.rows).numpy()
+        if out is not None:
+            check_out(out, len(rows), self.format, self.device)
+        steady = getattr(self.exchange, "steady", 0)
+        if steady and len(numbers) != steady:
+            raise ValueError(
+                f"{len(numbers)} rows in a fetch of a table that was made with steady={steady}: ask for those"
+            )
+        route = route_rows(numbers, self.plan, self.unique)
+        if steady and len(set(route.counts)) > 1:
+            raise ValueError(f"rows of no whole tokens: {route.counts} from each owner; with steady= all are alike")
+        return route
+
+    def _own(self, ids: Tensor) -> Tensor:
+        """Bytes of rows that this rank owns, by their numbers in the whole table: uint8 [n, row_bytes]."""
+        numbers = ids - self.plan.first(self.exchange.rank)
+        rows = self._local.in_place() if numbers.is_cuda else None
+        if rows is not None and rows.device == numbers.device:
+            return torch.cat([part.index_select(0, numbers) for part in rows.parts], dim=1)
+        return self._local.stored(numbers.cpu())
+
+    def report(self) -> Traffic:
+        """What this rank received from the others so far."""
+        return self.exchange.traffic
+
+    @property
+    def local(self) -> Table:
+        """The rows that this rank owns, as a table of their own, numbered from 0."""
+        return self._local
+
+    def _held(self) -> dict[str, int]:
+        return self._local.bytes_held()
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
+        return self._local.bytes_copied + self._delivery.bytes_copied
+
+    def trim(self) -> None:
+        """Give back staging memory; the next fetch makes it anew."""
+        self._delivery.trim()
+        self._local.trim()
+
+    def _give_back(self) -> None:
+        self._delivery.trim()
+        self._local.close()
+        own_group, self._own_group = self._own_group, False
+        if own_group and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """Rows on their way from their owners."""
+
+    table: ShardedTable
+    arrival: Arrival
+    places: np.ndarray
+    asked: Asked
+    out: Tensor | None
+
+    def wait(self) -> Tensor:
+        """The rows, [N, D]; raises what was wrong on any rank."""
+        raw = self.arrival.wait()  # [M, row_bytes]
+        places, delivery = torch.from_numpy(self.places), self.table._delivery
+        row_format, device = self.table.format, self.table.device
+        if raw.is_cuda:
+            raw.record_stream(torch.cuda.current_stream(raw.device))  # the thread that asked had another one, maybe
+            return row_format.decode(raw.index_select(0, places.to(raw.device)), self.out)
+        if device.type == "cpu":
+            return delivery.take(Rows(row_format, (raw,)), places, self.out).wait()
+        return delivery.send(len(places), lambda staged: gather_parts((raw,), places, staged), self.out).wait()
+
+
+def serve_others(tables: Iterable[Table]) -> None:
+    """Answer the other ranks until none of them wants anything more: when this rank has no tokens left, and they do.
+
+    Args:
+        tables: sharded ones, in the order in which a fetch asks them (the prefetcher's).
+
+    Raises:
+        ValueError: a table that cannot tell, or what is wrong on a rank that still fetches.
+        RankLost: a rank ended.
+    """
+    shared = [table for table in tables if isinstance(table, ShardedTable)]
+    for table in shared:
+        if not isinstance(table.exchange, AllToAll) or table.exchange.steady:
+            raise ValueError("serve_others: with same_tokens or steady all ranks have tokens in every step")
+    idle = not shared
+    while not idle:
+        idle = sum(table.idle() for table in shared) == len(shared)  # each table is asked in each round
+
+
+def _check(table: ShardedTable, local: Table) -> None:
+    rank, plan = table.exchange.rank, table.plan
+    if dist.get_world_size(table.group) != plan.ranks:
+        raise ValueError(f"a plan for {plan.ranks} ranks in a group of {dist.get_world_size(table.group)}: make one")
+    if local.rows != plan.size(rank):
+        raise ValueError(
+            f"{local.rows} rows on rank {rank}; the plan gives it {plan.size(rank)}: {plan.first(rank)} on"
+        )
+    if local.trained:
+        raise ValueError(
+            "rows of a sharded table are not trained: gradients do not travel back to their owners; give rows.detach()"
+        )
+    if table.exchange.device.type == "cuda" and table.device.type != "cuda":
+        raise ValueError(
+            f"nccl brings rows to GPUs, this table delivers to {table.device}: give group=dist.new_group(backend="
+            "'gloo')"
+        )

@@ -1,0 +1,346 @@
+"""One copy of a table for all processes of a machine: laid down by the first, mapped by all the others.
+
+    table = make_table("host", rows, device, shared="v41-layer-1")      # in each of eight processes: one copy
+
+The first process that names the copy lays the rows down in memory that has no name in any file system (memfd), and
+hands it to the others over a socket that has none either (Linux's abstract names), together with what it holds, or with
+the error that it met. Nothing can be left behind, whoever dies when: the system takes the memory with the last process
+that maps it. Where the first one dies while it lays rows down, the next begins anew; where it ends later, one of the
+others hands on the same memory. Another user's process, and a table of another shape or content, are refused.
+
+Not a file in /dev/shm: a container gives that 64 MiB, and a process killed before it unlinks its file leaves it full.
+
+    python -m pytest tests/ref/tables/test_shared.py
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import select
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_ref.files.stored_rows import StoredRows
+from engram_ref.quoting import one_line, quoted
+from engram_ref.rows.memory import HostMemory, require_host_bytes
+from engram_ref.rows.rows import Rows
+from engram_ref.tables.file import FileTable
+from engram_ref.threads.forks import renew_after_fork
+
+PATIENCE = 3600.0  # seconds that a process waits for another one to lay down the rows
+_LONGEST_NAME = 200
+_SAMPLE = 64  # rows whose bytes tell one table's content from another's
+_HEAD_BYTES = 4096
+_AGAIN_S = 0.005  # between two looks at a name that is just changing hands
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+_WAITING = 4096  # processes that may wait to be served; the system may allow fewer at a time
+
+Head = Mapping[str, Any]  # what a copy holds, or the error why there is none
+
+
+class SharedMemory(HostMemory):
+    """Memory that all processes of one user map who name it, and that is handed on as long as one of them has it.
+
+    Args:
+        nbytes: of the memory.
+        keeper: of its descriptor.
+    """
+
+    def __init__(self, nbytes: int, keeper: _Keeper) -> None:
+        super().__init__(nbytes, fd=keeper.fd)
+        self._end = weakref.finalize(self, keeper.close)
+
+    def close(self) -> None:
+        """Hand it to nobody any more, and let go of it."""
+        self._end()
+        super().close()
+
+
+def shared_memory(
+    name: str, nbytes: int, head: Head, lay: Callable[[HostMemory], object], patience: float = PATIENCE
+) -> SharedMemory:
+    """The memory that goes by a name on this machine, laid down by `lay` if nobody has done so.
+
+    Args:
+        name: any text.
+        nbytes: of the memory.
+        head: what it holds, as JSON has it; processes that name one memory must say the same.
+        lay: writes the content.
+        patience: seconds to wait for somebody else who is at it.
+
+    Raises:
+        ValueError: no name, memory that does not fit, another content under this name, or whatever went wrong for the
+            process that laid it down.
+        OSError: another user has the name, the wait was too long, or the system has no such memory.
+    """
+    address = _address(name)
+    deadline = time.monotonic() + patience
+    while True:
+        listener = _bind(address)
+        if listener is not None:
+            return _lead(listener, address, nbytes, head, lay)
+        line = _connect(address)
+        found = None if line is None else _receive(line, name, deadline)
+        if line is not None and found is not None:
+            return _follow(line, address, name, nbytes, head, *found)
+        time.sleep(_AGAIN_S)  # who had the name is gone: whoever binds it first lays the rows down
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"shared={quoted(name)}: nobody laid the rows down within {patience:.0f} s")
+
+
+def _lead(
+    listener: socket.socket, address: bytes, nbytes: int, head: Head, lay: Callable[[HostMemory], object]
+) -> SharedMemory:
+    """Lay the content down, then serve whoever asks; whoever has asked so far is told of an error."""
+    fd = -1
+    try:
+        require_host_bytes(nbytes)
+        fd = os.memfd_create(address[1:].decode(), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, max(nbytes, 1))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # no reader falls off its end
+        lay(HostMemory(nbytes, fd=fd))
+    except BaseException as error:
+        _tell_waiting(listener, error)
+        listener.close()
+        if fd >= 0:
+            os.close(fd)
+        raise
+    return SharedMemory(nbytes, _Keeper(address, fd, head, listener=listener))
+
+
+def _tell_waiting(listener: socket.socket, error: BaseException) -> None:
+    listener.setblocking(False)
+    with contextlib.suppress(OSError):
+        while True:
+            _send(listener.accept()[0], {"error": one_line(error), "mended": isinstance(error, ValueError)})
+
+
+def _follow(
+    line: socket.socket, address: bytes, name: str, nbytes: int, head: Head, found: Head, fd: int
+) -> SharedMemory:
+    try:
+        other = [key for key in head if head[key] != found.get(key)]
+        if other:
+            raise ValueError(
+                f"shared={quoted(name)} names a table with {other[0]} {quoted(found.get(other[0]))}; this one has "
+                f"{quoted(head[other[0]])}: give another table another name"
+            )
+        return SharedMemory(nbytes, _Keeper(address, fd, head, line=line))
+    except BaseException:
+        line.close()
+        os.close(fd)
+        raise
+
+
+class _Keeper:
+    """Hands a descriptor to whoever asks under an address; while another process does so, waits for its end.
+
+    Args:
+        address: where they ask.
+        fd: the descriptor; it is closed in the end.
+        head: goes with it.
+        listener: bound to the address; or
+        line: to the process that is.
+    """
+
+    def __init__(
+        self,
+        address: bytes,
+        fd: int,
+        head: Head,
+        listener: socket.socket | None = None,
+        line: socket.socket | None = None,
+    ) -> None:
+        self.fd = fd
+        self._address = address
+        self._head = head
+        self._listener = listener
+        self._lines = [] if line is None else [line]  # to the one process that serves, or from all that are served
+        self._stop, self._stopped = socket.socketpair()
+        self._thread = threading.Thread(target=self._keep, name="engram-shared", daemon=True)
+        self._thread.start()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """In a forked process: the parent keeps the memory. It stays mapped here, and is not handed on."""
+        self._let_go()
+
+    def close(self) -> None:
+        """Stop, and close the descriptor."""
+        with contextlib.suppress(OSError):  # closed already: a forked process has let go of it
+            self._stop.send(b".")
+            self._thread.join()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for end in (self._listener, *self._lines, self._stop, self._stopped):  # the name is free before they are told
+            if end is not None:
+                end.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def _keep(self) -> None:
+        while self._serve() if self._listener is not None else self._stand_by():
+            pass
+
+    def _serve(self) -> bool:
+        """Serve one process; whether to go on."""
+        assert self._listener is not None
+        ready = select.select([self._listener, self._stopped], [], [])[0]
+        if self._stopped in ready:
+            return False
+        with contextlib.suppress(OSError):  # it may have gone again
+            line = self._listener.accept()[0]
+            if _peer(line)[1] == os.getuid() and _send(line, self._head, self.fd):
+                self._lines = [*filter(_is_there, self._lines), line]  # open until the end, which it learns by this
+            else:
+                line.close()
+        return True
+
+    def _stand_by(self) -> bool:
+        """Wait until the one who serves is gone, and try to take its place; whether to go on."""
+        ready = select.select([*self._lines, self._stopped], [], [], None if self._lines else _AGAIN_S)[0]
+        if self._stopped in ready:
+            return False
+        if self._lines and _greets(self._lines[0]):
+            return True
+        for line in self._lines:
+            line.close()
+        self._listener = _bind(self._address)
+        successor = _connect(self._address) if self._listener is None else None  # was quicker: the same memory
+        self._lines = [] if successor is None else [successor]
+        return True
+
+
+def _greets(line: socket.socket) -> bool:
+    """Whether the other end says what it has, which is known here, or has ended."""
+    try:
+        return bool(line.recv(_HEAD_BYTES))
+    except OSError:
+        return False
+
+
+def _address(name: str) -> bytes:
+    if not hasattr(os, "memfd_create"):
+        raise ValueError("shared=: this system has no memory without a name (memfd, Linux): leave it out")
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+        raise ValueError(f"shared={quoted(name)}: give a name of 1 .. {_LONGEST_NAME} characters")
+    return f"\0engram-{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:40]}".encode()
+
+
+def _bind(address: bytes) -> socket.socket | None:
+    """A socket that listens there; None where another one does."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(address)
+        listener.listen(_WAITING)
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _connect(address: bytes) -> socket.socket | None:
+    """A line to whoever listens there; None if nobody does any more."""
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        line.connect(address)
+    except OSError:
+        line.close()
+        return None
+    return line
+
+
+def _send(line: socket.socket, head: Head, fd: int | None = None) -> bool:
+    rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    with contextlib.suppress(OSError):
+        line.sendmsg([json.dumps(head).encode()], rights)
+        return True
+    return False
+
+
+def _receive(line: socket.socket, name: str, deadline: float) -> tuple[Head, int] | None:
+    """What the other side has, and its descriptor; None if it ended before it had anything.
+
+    Raises:
+        ValueError: what went wrong there.
+        OSError: it is another user's, or it takes too long.
+    """
+    process, user, _ = _peer(line)
+    if user != os.getuid():
+        line.close()
+        raise PermissionError(f"shared={quoted(name)}: user {user} has taken this name: give another one")
+    line.settimeout(max(0.001, deadline - time.monotonic()))
+    try:
+        text, rights, _, _ = line.recvmsg(_HEAD_BYTES, socket.CMSG_SPACE(4))
+        line.settimeout(None)
+    except TimeoutError:
+        line.close()
+        raise TimeoutError(
+            f"shared={quoted(name)}: process {process} has not laid the rows down in time: is it stopped?"
+        ) from None
+    except OSError:
+        text, rights = b"", []
+    found = json.loads(text) if text else {}
+    if "error" in found:
+        line.close()
+        kind = ValueError if found["mended"] else OSError
+        raise kind(f"{found['error']} (in process {process}, which laid down shared={quoted(name)})")
+    if not rights:
+        line.close()
+        return None
+    return found, array.array("i", rights[0][2])[0]
+
+
+def _peer(line: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end."""
+    return _CREDENTIALS.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+
+
+def _is_there(line: socket.socket) -> bool:
+    """Whether the other end is open: it never sends anything, so what can be read is its end."""
+    if select.select([line], [], [], 0)[0]:
+        line.close()
+        return False
+    return True
+
+
+def describe(rows: Tensor | Rows | StoredRows, widths: list[int]) -> dict[str, Any]:
+    """What tells a table from others, in values that JSON has: shape, format, how it is laid, a sample of its bytes."""
+    if isinstance(rows, Tensor):
+        count, row_format = len(rows), Rows.of(rows[:0].detach().contiguous()).format
+    else:
+        count, row_format = rows.rows if isinstance(rows, StoredRows) else len(rows), rows.format
+    return {
+        "rows": count,
+        "format": f"{row_format.dtype} x {row_format.width}{', scaled' if row_format.scaled else ''}",
+        "parts": widths,
+        "sample of rows": _sample(rows, count),
+    }
+
+
+def _sample(rows: Tensor | Rows | StoredRows, count: int) -> str:
+    """A digest of some rows from the first to the last."""
+    numbers = torch.linspace(0, max(0, count - 1), min(_SAMPLE, count), dtype=torch.float64).long()
+    if isinstance(rows, StoredRows):
+        with FileTable(rows, torch.device("cpu")) as table:
+            raw = table.stored(numbers)
+    elif isinstance(rows, Rows):
+        raw = rows.take(numbers)
+    else:
+        raw = Rows.of(rows.detach()[numbers.to(rows.device)].contiguous()).take(torch.arange(len(numbers)))
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""Ranks that share tables: the run counts what the plan says, the model agrees, and who waits for whom."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import numpy as np
+import pytest
+
+from bench import fill_docs, gpu_wall
+from bench.ranks import run
+from bench.ranks.model import DECODE_WINDOW_S, LINKS, RANKS, exchange_seconds, model_table, step_bytes
+from bench.ranks.schedule import simulate
+from bench.ranks.table import bytes_table, formula_holds, measured_table, most_hidden
+from bench.wall.step import Shape
+from engram_ref.config import EngramConfig
+from tests.ref.ranks import run_ranks
+
+V41 = EngramConfig.preset("v41-flash")
+
+
+# --- real processes --------------------------------------------------------------------------------------------
+
+
+def options_for(out):
+    shapes = [Shape("decode", 3, 1), Shape("prefill", 1, 5)]
+    return argparse.Namespace(
+        **dict(preset="v41-flash", table_params=[2e5], dtype="bfloat16", seed=1, steps=shapes, rounds=2),
+        **dict(out=out, fresh=False, device="cpu"),
+    )
+
+
+def measured(rank, out):
+    """What a rank does after torchrun has started it: the group is made already, here."""
+    options = options_for(out)
+    found = run._measure(options, run.pick_device("cpu"), lambda text: None)
+    return run._written(options, run.pick_device("cpu"), found) if rank == 0 else None
+
+
+def test_the_run_counts_what_the_plan_says_and_keeps_other_numbers_of_ranks(tmp_path):
+    first, *_ = run_ranks(2, measured, tmp_path)
+    results, *_ = run_ranks(3, measured, tmp_path)
+    assert [entry["ranks"] for entry in results["runs"]] == [2, 3] and results["runs"][0] == first["runs"][0]
+    for entry in results["runs"]:
+        assert [case["way"] for case in entry["cases"]] == [way for way in run.WAYS for _ in range(2)]
+        for case in entry["cases"]:
+            assert formula_holds(case) and len(case["by_rank"]) == entry["ranks"]
+            assert (case["by_rank"][0]["formula"] is None) == (case["way"] == "unique")
+    assert "these times mean nothing elsewhere" in measured_table(results) and "DIFFERS" not in measured_table(results)
+
+
+def wrong_bytes(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_formula", lambda *_: {"ids": 1, "rows": 0})
+        with pytest.raises(ValueError, match=r"owners: rank 0 received .* B, the plan says"):
+            run._measure(options_for(None), run.pick_device("cpu"), lambda text: None)
+        patch.undo()
+        patch.setattr(run, "expected_values", lambda numbers, row_format, seed: numbers[:, None].float())
+        with pytest.raises(ValueError, match=f"rank {rank}: rows of layer .* are not those that were asked for"):
+            run._measure(options_for(None), run.pick_device("cpu"), lambda text: None)
+    return True
+
+
+def test_wrong_bytes_and_wrong_rows_end_the_run():
+    assert run_ranks(2, wrong_bytes) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--sharded is run by several processes: torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py"),
+        (["--hot_share", "0.5"], "--hot_share does nothing with --sharded: leave it out"),
+        (["--table_params", "1e6", "2e6"], "--sharded takes one number"),
+    ],
+)
+def test_the_command_ends_in_one_line(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("sys.argv", ["gpu_wall.py", "--sharded", "--out", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        gpu_wall.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
+
+
+# --- the committed run, and the model ---------------------------------------------------------------------------
+
+
+def test_the_models_bytes_are_the_counted_ones():
+    """Of 2, 3 and 4 real processes, to the byte."""
+    results = fill_docs.load("sharded_cpu")
+    assert [entry["ranks"] for entry in results["runs"]] == [2, 3, 4]
+    for entry in results["runs"]:
+        for case in entry["cases"]:
+            assert formula_holds(case)
+            if case["way"] == "owners":
+                told = step_bytes(case["tokens"], entry["ranks"], V41)
+                assert all((rank["ids"], rank["rows"]) == told for rank in case["by_rank"])
+    assert results["model"] == model_table()
+
+
+def test_a_wrong_count_is_seen():
+    case = {"by_rank": [{"ids": 5, "rows": 7, "formula": {"ids": 5, "rows": 8}}]}
+    assert not formula_holds(case)
+
+
+def test_more_of_anything_takes_longer():
+    for link in LINKS:
+        for tokens in (1, 64, 4096):
+            times = [exchange_seconds(link, tokens, ranks, V41) for ranks in RANKS]
+            assert times == sorted(times) and times[0] > 0
+        assert exchange_seconds(link, 64, 8, V41) < exchange_seconds(link, 4096, 8, V41)
+    assert step_bytes(64, 8, V41) == (64 * 192 * 7 / 8, 64 * 12672 * 7 / 8)
+
+
+def test_the_page_shows_every_run_and_every_link():
+    results = fill_docs.load("sharded_cpu")
+    assert len(bytes_table(results).splitlines()) == 2 + sum(len(entry["cases"]) for entry in results["runs"])
+    assert all(link.name in most_hidden(results) for link in LINKS)
+
+
+# --- who waits for whom -----------------------------------------------------------------------------------------
+
+
+def times(**changes):
+    base = dict(ranks=8, steps=200, jitter=0.0, exchange_s=1e-4, window_s=2e-4, rest_s=2e-3)
+    return simulate(**{**base, **changes})
+
+
+def test_an_exchange_in_the_window_costs_equal_ranks_nothing():
+    found = times()
+    assert found["waited_s"] == 0 and found["step_s"] == pytest.approx(found["alone_s"], rel=1e-12)
+
+
+def test_what_does_not_fit_into_the_window_is_waited_for():
+    found = times(exchange_s=5e-4)
+    assert found["waited_s"] == pytest.approx(3e-4, rel=1e-9) and found["waited_for_s"] == pytest.approx(0, abs=1e-12)
+    assert found["step_s"] == pytest.approx(2.2e-3 + 3e-4, rel=1e-9)
+
+
+def test_one_slow_rank_sets_the_pace():
+    found = times(slower=0.5)
+    assert found["step_s"] == pytest.approx(found["slowest_s"], rel=0.01)
+    assert found["step_s"] > 1.35 * found["alone_s"] and found["waited_for_s"] == pytest.approx(found["waited_s"])
+
+
+def test_noise_costs_more_among_more_ranks():
+    over = [(t := times(ranks=ranks, jitter=0.05))["step_s"] / t["alone_s"] for ranks in (1, 4, 64)]
+    assert over[0] == pytest.approx(1) and over[0] < over[1] < over[2]
+
+
+def test_the_simulation_is_the_same_again():
+    assert times(jitter=0.1) == times(jitter=0.1) != times(jitter=0.1, seed=1)
+    assert DECODE_WINDOW_S == 56e-6 and np.isfinite(list(times().values())).all() and "RANK" not in os.environ
