@@ -53,15 +53,15 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.instruments.journal import now
 from bench.instruments.output import printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
 from bench.price.models import CUTS, MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
@@ -238,7 +238,7 @@ def price_all(jobs: list[Job], processes: int) -> list[Priced]:
 
 def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models: dict[str, ModelRead]) -> Results:
     """Run everything; the content of results.json."""
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = now()
     walls, floors = measure_wall_time(jobs, options.repeats)
     prices = price_all(jobs, options.jobs)
     runs: list[Run] = [
@@ -250,12 +250,10 @@ def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models
     configuration = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
         "schema_version": SCHEMA_VERSION,
-        "benchmark": PROG,
+        **results_head(PROG),
         "started": started,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": now(),
         "configuration": configuration,
-        "environment": environment(),
-        "git": git_commit(),
         "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens, "start": stream.start},
         "models": models,
         "noise_floor": floors,

@@ -29,7 +29,6 @@ from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.instruments.output import source
 from bench.instruments.reading import read_results
-from bench.instruments.results import atomic_path
 from bench.price import figures
 from bench.price.table import verdict_table
 from bench.ranks import figures as ranks_figures
@@ -46,6 +45,7 @@ from bench.sweeps import figures as sweep_figures
 from bench.wall import figures as wall_figures
 from bench.wall.table import wall_table
 from engram_ref import cli
+from engram_ref.files.replacing import replacing
 from examples.same_rows import report_on_sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,8 +209,9 @@ def fill() -> None:
 
 def _write(path: Path, text: str) -> None:
     if _text_of(path) != text:
-        with atomic_path(path) as part:
-            part.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.encode())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ started again. Another text, for one the standard library of another Python, giv
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from bench.evidence.committed import RESULTS
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import require_writable
 from bench.instruments.reading import read_results
-from bench.instruments.results import atomic_path
 from engram_ref import cli
+from engram_ref.files.replacing import replacing
 
 PROG = "findings"
 BENCH = Path(__file__).resolve().parent
@@ -86,8 +85,8 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
     if ended.returncode:
         raise ValueError(f"step {step.name} ended with {ended.returncode}: what it says stands above")
     if not step.remembers:
-        with atomic_path(stamp) as part:
-            part.write_text(state)
+        with replacing(stamp) as file:
+            file.write(state.encode())
 
 
 def adopt(new: Path, committed: Path) -> bool:
@@ -95,8 +94,9 @@ def adopt(new: Path, committed: Path) -> bool:
     found = read_results(new)
     if committed.exists() and _timeless(found) == _timeless(read_results(committed)):
         return False
-    with atomic_path(committed) as part:
-        shutil.copyfile(new, part)
+    committed.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(committed) as file:
+        file.write(new.read_bytes())
     return True
 
 

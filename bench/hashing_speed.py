@@ -36,7 +36,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 import numpy as np
 
 from bench.instruments.output import printed_anyway, require_writable_file
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan, NgramHasher
@@ -211,11 +211,9 @@ def main() -> None:
             {"shape": shape, "bytes_written": written, "copyto_bytes_per_second": bandwidth, "samples_s": times}
         )
     results = {
-        "benchmark": PROG,
+        **results_head(PROG),
         "preset": options.preset,
         "repeats": options.repeats,
-        "environment": environment(),
-        "git": git_commit(),
         "ready_seconds": ready,
         "sizes": sizes,
     }

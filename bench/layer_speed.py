@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
 from bench.instruments.output import printed_anyway, require_writable_file
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import Way, interleave, paired_ratio, prepared_samples
 from bench.rivals import fp8_gather
 from bench.rivals.demo_layer import DemoWay, transposed_conv
@@ -189,7 +189,7 @@ def construction_case(repeats: int) -> dict[str, Any]:
 
     ways = {"ours": ours, "nn.Embedding": default, "first touch of the memory": first_touch}
     prepared = {name: _after(fresh_memory, run) for name, run in ways.items()}
-    samples = prepared_samples(prepared, lambda: np.empty(0), repeats)
+    samples = prepared_samples(prepared, lambda: None, repeats)
     return record("construction", samples, "nn.Embedding", {"table_bytes": nbytes})
 
 
@@ -286,13 +286,7 @@ def main() -> None:
         fp8_gather.CASE: lambda: fp8_gather.measure(options.repeats),
         "cold": lambda: cold_cases(options.folder, options.store, options.repeats),
     }
-    results: dict[str, Any] = {
-        "benchmark": PROG,
-        "environment": environment(),
-        "threads": torch.get_num_threads(),
-        "git": git_commit(),
-        "cases": [],
-    }
+    results: dict[str, Any] = {**results_head(PROG), "threads": torch.get_num_threads(), "cases": []}
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
         with printed_anyway(lambda: report(results)):

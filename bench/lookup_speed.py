@@ -34,10 +34,10 @@ from torch import Tensor
 
 from bench.evidence.lookup_table import report
 from bench.instruments.bandwidth import copy_bandwidth
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.continuing import now
-from bench.instruments.driver import describe
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.driver import device_head
+from bench.instruments.journal import now
+from bench.instruments.results import write_json
+from bench.instruments.timing import rounds
 from bench.schemas.lookup_speed import Case, Head, Skipped
 from bench.setup.sizes import LAYER, pick_device, table_config
 from bench.setup.variants import TableSet, Variant
@@ -237,9 +237,8 @@ class Lookups:
         ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
         samples: dict[str, list[float]] = {label: [] for label in labels}
         late = dict.fromkeys(labels, 0)
-        for number in range(count):
-            turn = number % len(labels)
-            for label in [*labels[turn:], *labels[:turn]]:
+        for number, turn in rounds(labels, range(count)):
+            for label in turn:
                 before, way = clock.late, ways[label]
                 seconds = clock.time(functools.partial(way.run, number), way.queued)
                 if number >= WARM_UP:
@@ -267,18 +266,13 @@ class Lookups:
 
     def head(self) -> Head:
         """Everything of the results that is known before the first sample."""
-        options, table, accelerator, machine = self.options, self.tables, describe(self.device), environment()
+        options, table = self.options, self.tables
+        asked = {key: value for key, value in vars(options).items() if key not in ("out", "device")}
         on_gpu = self.device.type == "cuda"
         return {
             "schema_version": 1,
-            "benchmark": PROG,
+            **device_head(PROG, self.device, asked, "bench.lookup_speed"),
             "started": now(),
-            "device": self.device.type,
-            "device_name": accelerator["name"] if accelerator else machine["cpu"],
-            "configuration": {key: value for key, value in vars(options).items() if key not in ("out", "device")},
-            "code_sha256": code_sha256("bench.lookup_speed"),
-            "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
-            "git": git_commit(),
             "limits": copy_bandwidth(self.device, COPY_BYTES, COPIES),
             "clock": "device events" if on_gpu else "host clock",
             "stream": "uniform",

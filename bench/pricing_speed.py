@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.output import printed_anyway, require_writable_file
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from engram_ref import cli
 from engram_toy.bytedmd import traced_eval
@@ -142,10 +142,8 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
     results = {
-        "benchmark": PROG,
+        **results_head(PROG),
         "scale": options.scale,
-        "environment": environment(),
-        "git": git_commit(),
         "tracing": trace_operations(options.repeats),
         "pricing": price_logs(options.scale, options.repeats),
     }

@@ -42,7 +42,7 @@ if importlib.util.find_spec("numba") is None:
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.instruments.results import results_head, write_unless_same
 from bench.rows.cases import Case, as_they_are, price_case, source
 from bench.rows.table import TABLES, TEXT, report
 from bench.rows.whole_model import MODELS, OTHERS
@@ -142,10 +142,8 @@ def main() -> None:
             parts = [part for part in PARTS if part in options.part]
             content: Results = {
                 "schema_version": SCHEMA_VERSION,
-                "benchmark": PROG,
+                **results_head(PROG),
                 "configuration": {"parts": parts, "quick": options.quick},
-                "environment": environment(),
-                "git": git_commit(),
                 "records": price_all(cases_of(parts, options.quick, options.preset), journal, options.jobs),
             }
             results: Any = content  # as whoever reads the file takes it

@@ -16,7 +16,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from bench.instruments.words import aligned
 from bench.rows.cases import LAYOUTS, read_rows, source
 from engram_ref import cli
@@ -66,8 +66,7 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         found = [record for tokens in options.tokens for record in records(tokens)]
         if options.out:
-            about = {"benchmark": PROG, "table": TABLE, "environment": environment(), "git": git_commit()}
-            write_json(options.out, {**about, "records": found})
+            write_json(options.out, {**results_head(PROG), "table": TABLE, "records": found})
     print(report(found))
 
 

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.output import printed_anyway, require_writable_file
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from engram_ref import cli
@@ -113,13 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
-    results = {
-        "benchmark": PROG,
-        "table": TABLE,
-        "environment": environment(),
-        "git": git_commit(),
-        "samples": measure(options.rounds),
-    }
+    results = {**results_head(PROG), "table": TABLE, "samples": measure(options.rounds)}
     with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
         if options.out:
             write_json(options.out, results)

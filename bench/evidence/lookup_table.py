@@ -12,7 +12,7 @@ import statistics
 from typing import Any
 
 from bench.evidence.published import figure
-from bench.instruments.timing import is_resolved, paired_ratio, quantile
+from bench.instruments.timing import overhead, paired_ratio, quantile
 from bench.instruments.words import aligned, gib, measured_on, short
 
 PUBLISHED = (1, 2, 4)  # tokens
@@ -83,5 +83,5 @@ def _ratio(case: dict[str, Any], label: str) -> str:
     if label == "resident again":
         return f"noise floor {interval}"
     noise = paired_ratio(samples["resident again"], samples["resident"])
-    resolved = is_resolved(found, noise, len(samples[label]))
+    resolved = overhead(found, lambda: noise, len(samples[label])).resolved
     return f"{format(found['median'], '.3g') if resolved else 'not resolved'} {interval}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.instruments.clocks import HostTimer, StepTimer, step_timer
+from bench.instruments.clocks import Clock, device_clock, total
 from bench.schemas.common import Bandwidth, Limits
 from bench.schemas.wall import Disk, UnknownDisk
 from engram_ref.rows.memory import PIN_PIECE, HostMemory
@@ -39,10 +39,10 @@ def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> Limits:
         if not cuda:
             return {"copy": _ram_copy(host, nbytes, repeats), "gather": None}
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        timer = step_timer(device)
-        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), repeats, timer)
+        clock = device_clock(device)
+        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), repeats, clock)
         other = torch.empty_like(target)
-        gather = _copy_samples(lambda: other.copy_(target), repeats, timer)
+        gather = _copy_samples(lambda: other.copy_(target), repeats, clock)
     within = _bandwidth("device to device", 2 * nbytes, gather)
     return {
         "copy": _bandwidth("pinned host to device", nbytes, copy),
@@ -53,16 +53,17 @@ def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> Limits:
 def _ram_copy(source: HostMemory, nbytes: int, repeats: int) -> Bandwidth:
     with HostMemory(nbytes) as target:
         to, by = target.bytes.numpy(), source.bytes.numpy()
-        samples = _copy_samples(lambda: np.copyto(to, by), repeats, HostTimer())
+        samples = _copy_samples(lambda: np.copyto(to, by), repeats, Clock())
     return _bandwidth("memcpy in RAM", nbytes, samples)
 
 
-def _copy_samples(copy: Callable[[], object], repeats: int, timer: StepTimer) -> list[float]:
+def _copy_samples(copy: Callable[[], object], repeats: int, clock: Clock) -> list[float]:
     samples = []
     for _ in range(_WARM_UP + repeats):
-        timer.begin()
+        clock.begin()
         copy()
-        samples.append(timer.end()["end"])
+        clock.mark("copied")
+        samples.append(total(clock.end()))
     return samples[_WARM_UP:]
 
 

@@ -3,6 +3,7 @@
     watch = BoardWatch(open_driver(device))
     watch.begin(); ...; watch.look(); ...; watch.end()      # before a pass, while the device is busy, after it
     traffic = count_traffic(driver, one_pass, row_bytes)    # over as many passes as it takes to see the rows
+    count_beside(device, one_pass, row_bytes, energy=True)      # traffic and energy of passes that are not timed
 
 Everything is read, nothing is estimated: what the driver does not say is None, with its reason.
 """
@@ -15,9 +16,11 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.instruments.driver import Answer, Driver, PcieCounter, answer
+import torch
+
+from bench.instruments.driver import Answer, Driver, EnergyMeter, PcieCounter, answer, open_driver
 from bench.schemas.common import Fallback, Traffic
 
 ENOUGH_BYTES = 50_000_000  # of rows, so that what else crosses the link is small beside them
@@ -189,3 +192,34 @@ def _repeat(
         seconds = clock() - begin
         if seconds >= ENOUGH_S or (enough is not None and passes * row_bytes >= enough):
             return passes, seconds
+
+
+class Beside(NamedTuple):
+    """What the accelerator's driver counted over passes that are not timed, since reading disturbs.
+
+    Attributes:
+        traffic: from `count_traffic`; None on a CPU.
+        energy: of `EnergyMeter`, or why there is none.
+    """
+
+    traffic: Traffic | None
+    energy: Answer
+
+    @property
+    def received(self) -> list[int] | None:
+        """Bytes received over PCIe in a pass, by the driver's counter."""
+        return None if self.traffic is None or self.traffic["value"] is None else [self.traffic["value"]]
+
+
+def count_beside(device: torch.device, one_pass: Callable[[], object], row_bytes: int, energy: bool) -> Beside:
+    """Bytes received over PCIe in a pass, and with `energy` its joules.
+
+    Args:
+        one_pass: ends synchronised with the device; not called on a CPU.
+        row_bytes: of the rows that a pass asks for.
+    """
+    if device.type == "cpu":
+        return Beside(None, Answer(None, "a CPU: no board counter is read"))
+    driver = open_driver(device)
+    traffic = count_traffic(driver, one_pass, row_bytes)
+    return Beside(traffic, EnergyMeter(driver).measure(one_pass) if energy else Answer(None, "not asked for: --energy"))

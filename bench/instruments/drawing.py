@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 
 from bench.instruments.output import source
 from bench.instruments.reading import as_this_version, read_results
-from bench.instruments.results import atomic_path
 from engram_ref import cli
+from engram_ref.files.replacing import replacing_path
 
 # Okabe and Ito's palette: told apart by everyone, and on paper.
 COLOURS = {
@@ -28,6 +28,7 @@ COLOURS = {
 
 def save_all(drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: dict[str, Any], out: Path) -> list[Path]:
     """Draw each figure of these results and save it as `out`/NAME.svg; the same results give the same bytes."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in drawings.items():
         # A fixed salt and no date: the same results give the same file.
@@ -36,7 +37,7 @@ def save_all(drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: d
         ):
             figure = draw(results)
             path = out / f"{name}.svg"
-            with atomic_path(path) as part:
+            with replacing_path(path) as part:
                 figure.savefig(part, bbox_inches="tight", metadata={"Date": None, "Description": source(results)})
             plt.close(figure)
         paths.append(path)

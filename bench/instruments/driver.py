@@ -1,11 +1,9 @@
-"""What the driver and the device's own clock say: the machine, PCIe bytes, energy, copy bandwidth, step times.
+"""What the driver says: the machine, PCIe bytes, energy.
 
     described = describe(device)                        # None on a CPU
     driver = open_driver(device)
     with PcieCounter(driver) as counter: ...            # then counter.received.value, or .why it is None
     EnergyMeter(driver).measure(step)                   # likewise
-    limits = copy_bandwidth(device, 1 << 30, repeats=20)
-    timer = step_timer(device)                          # CUDA events, or the host's clock
 
 NVML is asked through `pynvml` (package nvidia-ml-py), which only this file imports and which may be missing. What
 cannot be known is None with a reason, never an estimate.
@@ -14,6 +12,7 @@ cannot be known is None with a reason, never an estimate.
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import threading
 import time
@@ -25,7 +24,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from bench.schemas.common import Accelerator
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.results import results_head
+from bench.schemas.common import Accelerator, Device, DeviceOrigin
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
@@ -157,6 +158,26 @@ def describe(device: torch.device, nvml: Any = None) -> Accelerator | None:
         "unknown": {name: found.why for name, found in answers.items() if found.why is not None},
     }
     return cast(Accelerator, found)  # the driver's answers are what they are
+
+
+def device_head(benchmark: str, device: torch.device, configuration: dict[str, Any], *modules: str) -> DeviceOrigin:
+    """How the results of a device begin: `bench.instruments.results.results_head`, with the device's own description.
+
+    Args:
+        configuration: that two runs must share, to go on with each other's results.
+        modules: whose code the results depend on.
+    """
+    about, accelerator = results_head(benchmark), describe(device)
+    machine = about["environment"]
+    return {
+        "benchmark": benchmark,
+        "device": cast(Device, device.type),
+        "device_name": accelerator["name"] if accelerator else machine["cpu"],
+        "configuration": configuration,
+        "code_sha256": code_sha256(*modules),
+        "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
+        "git": about["git"],
+    }
 
 
 @contextmanager

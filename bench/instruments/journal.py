@@ -1,8 +1,10 @@
-"""Finished work on disk, one line each: a run that is killed at any moment goes on where it stopped.
+"""What an earlier run has finished: a run that is killed at any moment goes on where it stopped.
 
-    with Journal(path) as journal:
-        journal.found.get(key)          what an earlier run finished under this key
-        journal.add({key: record})      on disk when this returns
+    found = earlier(path, head, fresh=False)    the results file of another run of the same, or None
+
+    with Journal(path) as journal:              many small pieces of work, a line each
+        journal.found.get(key)                  what an earlier run finished under this key
+        journal.add({key: record})              on disk when this returns
 
 A key says everything that the record depends on, so a line of other code, text or settings is never found again. The
 last line may be torn; it is ignored, and the next one starts on a line of its own. A file with lines that are not even
@@ -11,6 +13,7 @@ the beginning of one is not what a killed run leaves: it is set aside, and what 
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -80,3 +83,56 @@ def _entry(line: bytes) -> tuple[str, dict[str, Any]] | None:
     except ValueError:
         return None
     return (key, record) if isinstance(key, str) and isinstance(record, dict) else None
+
+
+_SAME = ("benchmark", "device", "device_name", "configuration", "code_sha256")
+_OF_NO_SAMPLE = ("out", "fresh", "profile")  # options: where results are written changes none
+
+
+def earlier(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
+    """The results that an earlier run of the same left there; None to begin anew.
+
+    A file that holds no results is set aside.
+
+    Args:
+        head: how a new file begins: machine, configuration, code.
+        fresh: begin anew, whatever is there.
+
+    Raises:
+        ValueError: it is of another configuration, machine or code; names the first difference.
+    """
+    if fresh or not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        set_aside(path, f"{path} cannot be continued ({error})")
+        return None
+    for key in _SAME:
+        there, here = found.get(key), head.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            for name in [name for name in {**there, **here} if name not in _OF_NO_SAMPLE]:
+                _require_same(path, f"option {name}", there.get(name), here.get(name))
+        else:
+            _require_same(path, key, there, here)
+    return found
+
+
+def _require_same(path: Path, what: str, there: Any, here: Any) -> None:
+    if there != here:
+        raise ValueError(
+            f"{path} holds rows with another {what} ({_brief(there)}, now {_brief(here)}): "
+            "continue with the same, give another --out, or start anew with --fresh"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

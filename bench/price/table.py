@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.instruments.claim import WALL_TIME_CLAIM, Verdict, classify
-from bench.instruments.timing import LEAST_SAMPLES, is_resolved, paired_ratio
+from bench.instruments.timing import LEAST_SAMPLES, Overhead, overhead, paired_ratio
 from bench.instruments.words import aligned
 
 Run = dict[str, Any]
@@ -39,20 +39,19 @@ def is_valid(results: dict[str, Any], model: str, boundary: str) -> bool:
     return len(outputs) == 1 and not escaped and len({tuple(run["escapes"].items()) for run in runs}) == 1
 
 
-def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
-    """Extra wall time as a share of the baseline's; None where the samples do not resolve it.
-
-    `floor` is the interval of the baseline against itself: what lies within it is noise.
-    """
+def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> Overhead:
+    """Extra wall time against a baseline, of which `floor` is the paired ratio to itself."""
     ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
-    return ratio["median"] - 1 if is_resolved(ratio, floor, len(run["wall_time_s"])) else None
+    return overhead(ratio, lambda: floor, len(run["wall_time_s"]))
 
 
 def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
     """The overhead to hold against the claim: its upper end where that is small enough, resolved or not."""
-    high = max(paired_ratio(run["wall_time_s"], baseline["wall_time_s"])["high"], floor["high"]) - 1
-    enough = len(run["wall_time_s"]) >= LEAST_SAMPLES
-    return high if enough and high < WALL_TIME_CLAIM else wall_overhead(run, baseline, floor)
+    found = wall_overhead(run, baseline, floor)
+    high = max(found.high, floor["high"] - 1)
+    if len(run["wall_time_s"]) >= LEAST_SAMPLES and high < WALL_TIME_CLAIM:
+        return high
+    return found.median if found.resolved else None
 
 
 def noise_floor(results: dict[str, Any], model: str, boundary: str) -> dict[str, float]:
@@ -66,8 +65,8 @@ def noise_floor(results: dict[str, Any], model: str, boundary: str) -> dict[str,
 def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "offload_prefetch") -> Verdict:
     """The classification of a variant against `resident`."""
     run, resident = (find_run(results, model, boundary, name) for name in (variant, "resident"))
-    overhead = claimed_overhead(run, resident, noise_floor(results, model, boundary))
-    return classify(run["cost"] / resident["cost"], overhead, is_valid(results, model, boundary))
+    claimed = claimed_overhead(run, resident, noise_floor(results, model, boundary))
+    return classify(run["cost"] / resident["cost"], claimed, is_valid(results, model, boundary))
 
 
 def scale_text(run: Run) -> str:
@@ -116,7 +115,6 @@ def verdict_table(results: dict[str, Any]) -> str:
 
 def wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
     """Extra wall time with its interval, or "not resolved" before it."""
-    ratio = paired_ratio(run["wall_time_s"], baseline["wall_time_s"])
-    overhead = wall_overhead(run, baseline, floor)
-    interval = f"[{100 * (ratio['low'] - 1):+.1f}, {100 * (ratio['high'] - 1):+.1f}] %"
-    return f"not resolved {interval}" if overhead is None else f"{100 * overhead:+.1f} % {interval}"
+    found = wall_overhead(run, baseline, floor)
+    interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}] %"
+    return f"{100 * found.median:+.1f} % {interval}" if found.resolved else f"not resolved {interval}"

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from bench.instruments.bandwidth import fio_random_read
-from bench.instruments.timing import Way, _Rows, paired_ratio, prepared_samples
+from bench.instruments.timing import Way, paired_ratio, prepared_samples
 from bench.setup import table_content as synthetic
 from engram_ref import cli
 from engram_ref.files import pagecache
@@ -159,7 +159,7 @@ class ColdRace:
             if found != expected:
                 raise ValueError(f"{name} returned other rows than were written: nothing was measured")
 
-    def fresh(self, count: int) -> _Rows:
+    def fresh(self, count: int) -> np.ndarray:
         """Random row numbers [count]."""
         return self._draw.integers(0, self.rows, count)
 
@@ -171,21 +171,21 @@ class ColdRace:
         }
         return prepared_samples(ways, lambda: self.fresh(count), rounds)
 
-    def _prepare_ours(self, rows: _Rows) -> torch.Tensor:
+    def _prepare_ours(self, rows: np.ndarray) -> torch.Tensor:
         self.table.drop_cache()
         _require_cold(OURS, self.table.cached_share())
         return torch.from_numpy(rows)
 
-    def _prepare_store(self, rows: _Rows) -> list[int]:
+    def _prepare_store(self, rows: np.ndarray) -> list[int]:
         self.store.drop_cache()
         _require_cold(STORE, self.store.cached_share())
         return rows.tolist()
 
-    def _warm_ours(self, rows: _Rows) -> torch.Tensor:
+    def _warm_ours(self, rows: np.ndarray) -> torch.Tensor:
         self.table.start(torch.from_numpy(rows)).wait()
         return torch.from_numpy(rows)
 
-    def _warm_store(self, rows: _Rows) -> list[int]:
+    def _warm_store(self, rows: np.ndarray) -> list[int]:
         self.store.fetch(rows.tolist())
         return rows.tolist()
 

@@ -150,7 +150,7 @@ class Race:
             name: Way(lambda _: self.fresh(rows).split(count), _one_by_one(way)) for name, way in self.ways().items()
         }
         bounds = {name: Way(lambda _: self.fresh(rows), run) for name, run in self.bounds(rows).items()}
-        return prepared_samples({**ways, **bounds}, lambda: np.empty(0), rounds)
+        return prepared_samples({**ways, **bounds}, lambda: None, rounds)
 
     def __enter__(self) -> Race:
         return self

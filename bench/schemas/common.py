@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from bench.schemas.generator import NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Natural, Positive, Samples, Share, Text
@@ -61,6 +61,26 @@ class DeviceEnvironment(Environment):
 
     accelerator: Accelerator | None
     page_size: Natural
+
+
+class Origin(TypedDict):
+    """How every results file begins: whose it is, and where it was found."""
+
+    benchmark: Any
+    environment: Environment
+    git: Git
+
+
+class DeviceOrigin(TypedDict):
+    """How results of a device begin, which a later run may go on with."""
+
+    benchmark: Any
+    device: Device
+    device_name: Text
+    configuration: dict[str, Any]
+    code_sha256: str
+    environment: DeviceEnvironment
+    git: Git
 
 
 class Bandwidth(TypedDict):

@@ -17,9 +17,9 @@ from matplotlib import pyplot as plt
 
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
-from bench.instruments.timing import NotMeasured
+from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import device_label
-from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Part, Slowed, against, decomposition, slowed
+from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Slowed, against, decomposition, slowed
 from bench.served.table import PUBLISHED_WINDOW_S
 
 PART_COLOURS = {
@@ -110,7 +110,7 @@ def overhead_parts(results: Json) -> Any:
     return figure
 
 
-def _stack(axis: Any, place: int, parts: dict[str, Part]) -> None:
+def _stack(axis: Any, place: int, parts: dict[str, Overhead]) -> None:
     """Parts above each other; negative ones hang below 0."""
     foot = {True: 0.0, False: 0.0}
     for name in PARTS:

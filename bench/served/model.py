@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.schemas.served import Graphs
 from bench.served.graphs import Pieces
-from bench.setup.backbones import Decoder
+from bench.setup.backbones import Backbone
 from bench.setup.lookup import ResidentLookup
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion.base import Fusion
@@ -89,7 +89,7 @@ class ServedModel:
     """
 
     def __init__(
-        self, decoder: Decoder, head: Tensor, fusion: Fusion, slots: int, positions: int, graphs: bool
+        self, decoder: Backbone, head: Tensor, fusion: Fusion, slots: int, positions: int, graphs: bool
     ) -> None:
         self._decoder, self._head, self._fusion = decoder, head, fusion
         device = head.device
@@ -136,7 +136,7 @@ class ServedModel:
 
         self._cache.begin_prefill(self._stored, slots)
         with torch.inference_mode():
-            hidden = self._decoder.step(F.embedding(ids, self._decoder.embedding), self._cache, insert)
+            hidden = self._run(ids, insert)
             last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # [b, H]
             return torch.cat([self._choose(part) for part in last.split(_CHOSEN_AT_ONCE)])
 
@@ -196,14 +196,22 @@ class ServedModel:
         seen = torch.arange(span, device=self.positions.device) <= self.positions[:, None]  # [slots, span]
         mask = torch.zeros(seen.shape, dtype=self._head.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         with torch.inference_mode():
-            hidden = self._decoder.step(
-                F.embedding(self.next_tokens, self._decoder.embedding),
-                self._cache,
+            hidden = self._run(
+                self.next_tokens,
                 insert,
                 position_ids=self.positions[:, None],
                 attention_mask=mask[:, None, None],
             )
             return self._choose(hidden[:, -1])
+
+    def _run(self, ids: Tensor, insert: Callable[[Tensor], Tensor], **where: Tensor | None) -> Tensor:
+        """The decoder's output, with something added to the stream [B, T, H] before its second block."""
+        second = self._decoder.model.layers[1]
+        hook = second.register_forward_pre_hook(_replacing_input(insert), with_kwargs=True)
+        try:
+            return self._decoder.step(ids, self._cache, **where)
+        finally:
+            hook.remove()
 
     def _choose(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self._head).argmax(-1)
@@ -243,6 +251,17 @@ class ServedModel:
     def shortest_prompt(self) -> int:
         """Tokens that a prompt must have at least."""
         return max(1, 0 if self._conv is None else self._conv.values.shape[1])
+
+
+def _replacing_input(insert: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Any, Any]]:
+    """A forward pre-hook; some releases of transformers give the residual stream by position, some by name."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (insert(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": insert(kwargs["hidden_states"])}
+
+    return hook
 
 
 def served_bytes(decoder_shape: Any, blocks: int, slots: int, positions: int, itemsize: int) -> int:

@@ -17,12 +17,12 @@ import statistics
 from typing import Any, NamedTuple
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, is_resolved, paired_ratio, quantile
+from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, Overhead, overhead, paired_ratio, quantile
 from bench.schemas.served import Freed, Reading, Weights
 
 Json = dict[str, Any]
 PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
-# Part -> the row that has it, and the row without: alternatives in the order in which they are looked for.
+# Overhead -> the row that has it, and the row without: alternatives in the order in which they are looked for.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "own compute": (("own_compute",), ("no_engram",)),
     "lookup": (("resident",), ("own_compute",)),
@@ -33,15 +33,6 @@ WHOLE = "overhead"
 BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
 LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
-
-
-class Part(NamedTuple):
-    """A share of the baseline's time (0.03 is 3 %), with the 95 % interval of its median."""
-
-    median: float
-    low: float
-    high: float
-    resolved: bool
 
 
 def row_of(case: Json, label: str) -> Json:
@@ -94,7 +85,7 @@ def share(later: list[float], earlier: list[float], base: list[float]) -> dict[s
     return paired_ratio([a - b + c for a, b, c in zip(later, earlier, base)], base)
 
 
-def difference(case: Json, later: Json, earlier: Json, phase: str, baseline: str = "no_engram") -> Part:
+def difference(case: Json, later: Json, earlier: Json, phase: str, baseline: str = "no_engram") -> Overhead:
     """By how much a row takes longer than another one, as a share of a baseline's time.
 
     Raises:
@@ -102,15 +93,10 @@ def difference(case: Json, later: Json, earlier: Json, phase: str, baseline: str
     """
     base = row_of(case, baseline)
     times = paired([later, earlier, base], phase)
-    found = share(*times)
-    try:
-        resolved = is_resolved(found, noise_floor(case, phase, baseline), len(times[0]))
-    except NotMeasured:
-        resolved = False
-    return Part(found["median"] - 1, found["low"] - 1, found["high"] - 1, resolved)
+    return overhead(share(*times), lambda: noise_floor(case, phase, baseline), len(times[0]))
 
 
-def against(case: Json, row: Json, baseline: str, phase: str) -> Part:
+def against(case: Json, row: Json, baseline: str, phase: str) -> Overhead:
     """The overhead of a row against one of BASELINES, as a share of that baseline's time.
 
     Raises:
@@ -140,7 +126,7 @@ def noise_floor(case: Json, phase: str, baseline: str = "no_engram") -> dict[str
     return share(*times)
 
 
-def decomposition(case: Json, phase: str) -> dict[str, Part]:
+def decomposition(case: Json, phase: str) -> dict[str, Overhead]:
     """The parts of the overhead, in their order, and the whole of it.
 
     Raises:
@@ -307,8 +293,8 @@ class Slowed(NamedTuple):
     delay_s: float
     window_s: float
     exposed_s: float
-    extra: Part
-    whole: Part
+    extra: Overhead
+    whole: Overhead
     noise: float
 
     @property

@@ -2,7 +2,7 @@
 
     server = Server(model, vocab, plan, layer_id)
     work = server.prepare(round_, slots, most_tokens)       # uploaded beforehand, shared by all variants
-    samples = server.serve(work, contender)
+    samples = server.serve(work, variant)
 
 A step ends when its tokens have been chosen; what lies between the ends of two steps is the time of the second. The
 host waits for the device only where a variant must (to hash on the CPU it has to see the ids) and at the pass's end.
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.clocks import PassClock, Span, pass_clock
+from bench.instruments.clocks import Clock, Lap, device_clock
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
-from bench.served.variants import Contender
 from bench.setup.lookup import Lookup, NoLookup, OnHand, ResidentLookup, Sequences, TableLookup
+from bench.setup.variants import Variant
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab
 
@@ -97,13 +97,13 @@ class Server:
         vocab: CompressedVocab,
         plan: HashPlan,
         layer_id: int,
-        clock: PassClock | None = None,
+        clock: Clock | None = None,
         resident: ResidentLookup | None = None,
     ) -> None:
         self._model, self._vocab, self._plan, self._layer_id = model, vocab, plan, layer_id
         self._resident = resident
         self._device = model.positions.device
-        self._clock = clock or pass_clock(self._device)
+        self._clock = clock or device_clock(self._device)
 
     def prepare(self, round_: Round, most_tokens: int) -> Work:
         """Put a round's ids onto the device.
@@ -134,7 +134,7 @@ class Server:
     def serve(
         self,
         work: Work,
-        contender: Contender,
+        variant: Variant,
         rows: list[Tensor] | None = None,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> PassSamples:
@@ -142,48 +142,48 @@ class Server:
 
         Args:
             work: of this server.
-            contender: the variant.
+            variant: the variant.
             rows: of every step, for the variant that has them on hand.
             meanwhile: called when every step has been given to the device, before it is waited for.
         """
-        lookup = self._lookup(contender, rows)
+        lookup = self._lookup(variant, rows)
         chosen: list[Tensor] = []
         self._clock.begin()
         for step in work.steps:
             if isinstance(step, Prompts):
                 chosen.append(self._prefill(step, lookup))
             else:
-                chosen.append(self._decode(step, lookup, contender))
+                chosen.append(self._decode(step, lookup, variant))
             lookup.leave()
             self._clock.mark("end")
         meanwhile()
         return _samples(work, self._clock.end(), chosen)
 
-    def _lookup(self, contender: Contender, rows: list[Tensor] | None) -> Lookup:
+    def _lookup(self, variant: Variant, rows: list[Tensor] | None) -> Lookup:
         if rows is not None:
             return OnHand(rows)
-        if contender.prefetcher is None:
+        if variant.prefetcher is None:
             return NoLookup()
-        if contender.kernels is not None:
+        if variant.kernels is not None:
             assert self._resident is not None
             self._resident.restart()
             return self._resident
-        sequences = Sequences(self._vocab, self._plan, self._model.slots, contender.hashing_device)
-        return TableLookup(contender.prefetcher, contender.schedule, self._layer_id, sequences, self._clock)
+        sequences = Sequences(self._vocab, self._plan, self._model.slots, variant.hashing_device)
+        return TableLookup(variant.prefetcher, variant.schedule, self._layer_id, sequences, self._clock)
 
     def _prefill(self, step: Prompts, lookup: Lookup) -> Tensor:
         lookup.enter(step.ids, step.lengths, step.slots)
         lookup.begin()
         return self._model.prefill(step.ids, step.device_lengths, step.device_slots, self._timed(lookup.join))
 
-    def _decode(self, step: Tokens, lookup: Lookup, contender: Contender) -> Tensor:
+    def _decode(self, step: Tokens, lookup: Lookup, variant: Variant) -> Tensor:
         model = self._model
         model.next_tokens.copy_(step.ids[:, None])
         model.positions.copy_(step.positions)
         lookup.enter(model.next_tokens)
         # A copy, for a graph writes every step's choice to the same place.
-        join, inside = self._timed(lookup.join), contender.kernels is not None
-        return model.decode(step.span, contender.has_engram, lookup.begin, join, inside).clone()
+        join, inside = self._timed(lookup.join), variant.kernels is not None
+        return model.decode(step.span, variant.has_engram, lookup.begin, join, inside).clone()
 
     def _timed(self, join: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
         def joined() -> Tensor | None:
@@ -194,9 +194,9 @@ class Server:
 
         return joined
 
-    def rows_of(self, work: Work, contender: Contender) -> list[Tensor]:
+    def rows_of(self, work: Work, variant: Variant) -> list[Tensor]:
         """The rows of every step [B*T*C, D], fetched from a variant, without the model."""
-        lookup = self._lookup(contender, None)
+        lookup = self._lookup(variant, None)
         found = []
         for step in work.steps:
             if isinstance(step, Prompts):
@@ -226,7 +226,7 @@ class Server:
         return requested, unique
 
 
-def _samples(work: Work, spans: Sequence[Span], chosen: list[Tensor]) -> PassSamples:
+def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor]) -> PassSamples:
     """Spans by step: those up to and with each `end`."""
     steps: list[dict[str, float]] = [{"all": 0.0, "joined": 0.0, "window": 0.0}]
     waiting = False  # before the join

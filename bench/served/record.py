@@ -2,7 +2,7 @@
 
     record = Record.open(path, head, fresh=False)       # refuses results of another configuration or other code
     case = record.case(description)
-    case.add(contender, round_number, samples)           # the file is on disk when this returns
+    case.add(row, sample)                               # the file is on disk when this returns
 
 A run that was cut in a round has lost the pass that was running. What another run continues is whole rounds: passes of
 a round are compared with each other, so an unfinished one is measured again, all of it, by one process.
@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.continuing import found_at, now, require_same
-from bench.instruments.output import forget_figures
-from bench.instruments.results import atomic_path
+from bench.instruments.journal import earlier, now
+from bench.instruments.results import write_json
 
 _PLACE = "@pass "
 Json = dict[str, Any]
@@ -53,9 +52,7 @@ class Record:
         """
         begun = {**head, "sessions": [], "cases": []}
         record = cls(path, begun)
-        found = None if fresh else found_at(path)
-        if found is not None:
-            require_same(path, found, begun)
+        if (found := earlier(path, begun, fresh)) is not None:
             record.results = found
             record._keep_whole_rounds()
         record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
@@ -102,11 +99,9 @@ class Record:
             return {**row, "rounds": [f"{_PLACE}{number}" for number in range(first, len(places))]}
 
         cases = [{**case, "rows": [place(row) for row in case["rows"]]} for case in self.results["cases"]]
-        forget_figures(self.path, self.results)
         text = json.dumps({**self.results, "cases": cases}, indent=1)
         text = re.sub(f'"{_PLACE}([0-9]+)"', lambda found: self._line(places[int(found[1])]), text)
-        with atomic_path(self.path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        write_json(self.path, self.results, text)
 
     def _line(self, sample: Json) -> str:
         """A pass as JSON; nothing changes it any more."""

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
 
 from torch import Tensor
 
-from bench.instruments.board import BoardWatch, count_traffic
-from bench.instruments.driver import EnergyMeter, open_driver
-from bench.instruments.timing import CacheFlush
+from bench.instruments.board import BoardWatch, count_beside
+from bench.instruments.driver import open_driver
+from bench.instruments.timing import CacheFlush, rounds
 from bench.schemas.common import Held
 from bench.schemas.served import Bus as BusRecord
 from bench.schemas.served import Contender as ContenderRecord
@@ -27,8 +26,9 @@ from bench.served.numbers import freed, weight_reading
 from bench.served.one_pass import Server, Work
 from bench.served.record import Case
 from bench.served.requests import Round, TokenSource
-from bench.served.variants import OWN_COMPUTE, Contender, Contenders
+from bench.served.variants import OWN_COMPUTE, Contenders
 from bench.setup.slow_bus import Bus
+from bench.setup.variants import Variant
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.hot import HotTable
 
@@ -61,8 +61,7 @@ class Rounds:
     ) -> None:
         self._case, self._server, self._model = case, server, model
         self._options, self._tell, self._device_label, self._limits = options, tell, device_label, limits
-        self._driver = open_driver(model.positions.device)
-        self._board = BoardWatch(self._driver)
+        self._board = BoardWatch(open_driver(model.positions.device))
         self._source, self._contenders = source, contenders
         self._flush = CacheFlush(model.positions.device)
         content = case.content
@@ -73,11 +72,9 @@ class Rounds:
         options, done = self._options, self._case.rounds_done()
         missing = [number for number in range(options.rounds) if number not in done]
         if missing:
-            for number in range(-options.warmup, 0):
-                self._measure_round(number, keep=False)
-        for number in missing:
-            self._tell(f"{self._name}: round {number + 1} of {options.rounds}")
-            self._measure_round(number, keep=True)
+            numbers = [*range(-options.warmup, 0), *missing]
+            for number, turn in rounds(self._contenders.variants, numbers, self._say):
+                self._measure_round(number, turn)
         self._count_beside()
         self._read_weights()
 
@@ -88,29 +85,31 @@ class Rounds:
         )
         return self._server.prepare(round_, options.prefill_tokens)
 
-    def _measure_round(self, number: int, keep: bool) -> None:
-        work, contenders = self._work(number), self._contenders.all
+    def _say(self, number: int) -> None:
+        self._tell(f"{self._name}: " + (f"round {number + 1} of {self._options.rounds}" if number >= 0 else "warm-up"))
+
+    def _measure_round(self, number: int, turn: list[Variant]) -> None:
+        work, keep = self._work(number), number >= 0
         rows = self._rows_on_hand(work)
         if keep:
             self._describe_round(work)
-        start = number % len(contenders)
-        with _collecting_between():
-            for contender in [*contenders[start:], *contenders[:start]]:
-                before = _counts(contender)
-                self._flush()
-                self._board.begin()
-                on_hand = rows if contender.name == OWN_COMPUTE else None
-                samples = self._server.serve(work, contender, on_hand, self._board.look)
-                board = self._board.end()
-                if keep:
-                    sample = {key: _rounded(value) for key, value in asdict(samples).items()}
-                    counted = {key: now - then for (key, now), then in zip(_counts(contender).items(), before.values())}
-                    self._case.add(self._row(contender), {"round": number, **sample, **counted, "board": board})
-                gc.collect()
+        for variant in turn:
+            before = _counts(variant)
+            self._flush()
+            self._board.begin()
+            on_hand = rows if variant.name == OWN_COMPUTE else None
+            samples = self._server.serve(work, variant, on_hand, self._board.look)
+            board = self._board.end()
+            if keep:
+                sample = {key: _rounded(value) for key, value in asdict(samples).items()}
+                counted = {key: now - then for (key, now), then in zip(_counts(variant).items(), before.values())}
+                self._case.add(self._row(variant), {"round": number, **sample, **counted, "board": board})
+            gc.collect()  # what a pass leaves is much
 
     def _rows_on_hand(self, work: Work) -> list[Tensor] | None:
-        if not any(one.name == OWN_COMPUTE for one in self._contenders.all):
+        if not any(one.name == OWN_COMPUTE for one in self._contenders.variants):
             return None
+        assert self._contenders.source is not None
         return self._server.rows_of(work, self._contenders.source)
 
     def _describe_round(self, work: Work) -> None:
@@ -128,22 +127,22 @@ class Rounds:
             }
         )
 
-    def _row(self, contender: Contender) -> ContenderRecord:
-        held = contender.table.bytes_held() if contender.table else {"device": 0, "host": 0, "disk": 0}
-        bus = contender.bus
+    def _row(self, variant: Variant) -> ContenderRecord:
+        held = variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0}
+        bus = variant.bus
         return {
-            "label": contender.label,
-            "variant": contender.name,
-            "schedule": contender.schedule,
-            "repeat": contender.repeat,
-            "hot_share": contender.hot_share,
+            "label": variant.label,
+            "variant": variant.name,
+            "schedule": variant.schedule,
+            "repeat": variant.repeat,
+            "hot_share": variant.hot_share,
             "bus": None if bus is None else _bus(bus),
-            "page_cache": contender.page_cache,
+            "page_cache": variant.page_cache,
             "device": self._case.content["device"],
             "device_label": self._device_label,
             "graphs": self._model.graphs,
             "held": cast(Held, held),
-            "freed": freed(self._case.content, contender.name, held),
+            "freed": freed(self._case.content, variant.name, held),
             "weights": None,
             "pcie": None,
             "energy": None,
@@ -151,32 +150,24 @@ class Rounds:
 
     def _count_beside(self) -> None:
         """Bus counters and energy, over passes that are not timed."""
-        work = None
-        for contender in self._contenders.all:
-            row = next(row for row in self._case.content["rows"] if row["label"] == contender.label)
-            if row["pcie"] is not None:
-                continue
-            if self._case.content["device"] == "cpu":
-                none = {"value": None, "why": "a CPU: no board counter is read"}
-                self._case.update(contender.label, pcie=none, energy=none)
-                continue
-            work = work or self._work(0)
-            self._case.update(contender.label, **self._on_board(work, contender))
+        for variant in self._contenders.variants:
+            row = next(row for row in self._case.content["rows"] if row["label"] == variant.label)
+            if row["pcie"] is None:
+                self._case.update(variant.label, **self._counted_beside(self._work(0), variant))
 
-    def _on_board(self, work: Work, contender: Contender) -> dict[str, Any]:
-        rows = self._rows_on_hand(work) if contender.name == OWN_COMPUTE else None
+    def _counted_beside(self, work: Work, variant: Variant) -> dict[str, Any]:
+        rows = self._rows_on_hand(work) if variant.name == OWN_COMPUTE else None
         content = self._case.content
         asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}
-
-        def one_pass() -> None:
-            self._server.serve(work, contender, rows)
-
-        pcie = count_traffic(self._driver, one_pass, asked[work.round.number] if contender.prefetcher else 0)
-        if not self._options.energy:
-            return {"pcie": pcie, "energy": {"value": None, "why": "not asked for: --energy"}}
-        found = EnergyMeter(self._driver).measure(one_pass)
-        value = found.value and {**found.value, "output_tokens_per_step": work.round.output_tokens}
-        return {"pcie": pcie, "energy": {"value": value, "why": found.why}}
+        found = count_beside(
+            self._model.positions.device,
+            lambda: self._server.serve(work, variant, rows),
+            asked[work.round.number] if variant.prefetcher else 0,
+            self._options.energy,
+        )
+        value = found.energy.value and {**found.energy.value, "output_tokens_per_step": work.round.output_tokens}
+        energy = {"value": value, "why": found.energy.why}
+        return {"pcie": found.traffic or energy, "energy": energy}
 
     def _read_weights(self) -> None:
         """How fast every row's decode steps read the weights, and whether launching is what they wait for."""
@@ -189,9 +180,9 @@ def _bus(bus: Bus) -> BusRecord:
     return {"bytes_per_s": None if endless else bus.bytes_per_s, "latency_s": bus.latency_s}
 
 
-def _counts(contender: Contender) -> dict[str, int]:
+def _counts(variant: Variant) -> dict[str, int]:
     """What a table counts of itself: bytes that it copied or read, rows looked up and found on the device."""
-    table = contender.table
+    table = variant.table
     copied = table.report().bytes_read if isinstance(table, FileTable) else table.bytes_copied if table else 0
     hot = table.report() if isinstance(table, HotTable) else None
     return {"copied": copied, "lookups": hot.lookups if hot else 0, "hits": hot.hits if hot else 0}
@@ -200,20 +191,3 @@ def _counts(contender: Contender) -> dict[str, int]:
 def _rounded(value: Any) -> Any:
     """Seconds to a tenth of a microsecond: what a clock says beyond that is noise."""
     return [round(item, 7) for item in value] if isinstance(value, list) else value
-
-
-@contextmanager
-def _collecting_between() -> Iterator[None]:
-    """No garbage collection inside a pass; between passes it looks only at what has come about since here.
-
-    To look at everything that transformers has loaded takes half a second, and cools every cache.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if collecting:
-            gc.enable()

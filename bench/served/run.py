@@ -8,7 +8,6 @@ is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,10 +18,8 @@ import torch
 from torch import Tensor
 
 from bench.instruments.bandwidth import copy_bandwidth
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.driver import describe
+from bench.instruments.driver import device_head
 from bench.instruments.reading import as_this_version, read_results
-from bench.instruments.results import environment, git_commit
 from bench.instruments.words import device_label, measured_on
 from bench.schemas.served import Head
 from bench.served.figures import draw_all
@@ -36,7 +33,7 @@ from bench.served.requests import TokenSource
 from bench.served.rounds import Rounds
 from bench.served.table import report
 from bench.served.variants import Choice, Contenders, chosen_names
-from bench.setup.backbones import Decoder, build_backbone, measure_backbone, parameter_bytes
+from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
 from bench.setup.lookup import ResidentLookup
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
@@ -158,21 +155,10 @@ class EndToEnd:
 
     def _head(self, copy: tuple[int, int]) -> Head:
         """What the results file says of the run as a whole."""
-        accelerator, machine = describe(self.device), environment()
-        name = accelerator["name"] if accelerator else machine["cpu"]
         kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
         kept["text"] = str(kept["text"]) if kept["text"] else None
-        return {
-            "schema_version": 1,
-            "benchmark": PROG,
-            "device": self.device.type,
-            "device_name": name,
-            "configuration": kept,
-            "code_sha256": code_sha256("bench.gpu_wall"),
-            "environment": {**machine, "accelerator": accelerator, "page_size": os.sysconf("SC_PAGE_SIZE")},
-            "git": git_commit(),
-            "limits": copy_bandwidth(self.device, *copy),
-        }
+        about = device_head(PROG, self.device, kept, "bench.gpu_wall")
+        return {"schema_version": 1, **about, "limits": copy_bandwidth(self.device, *copy)}
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet."""
@@ -189,7 +175,9 @@ class EndToEnd:
             self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
             batch, length = _CHECKED_TOKENS
-            contenders.check(corpus.tokens[: batch * length].reshape(batch, length))  # rows that differ are never timed
+            contenders.check_tokens(
+                corpus.tokens[: batch * length].reshape(batch, length)
+            )  # rows that differ are never timed
             for backbone in options.backbones:
                 cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
                 self._measure_backbone(backbone, cases, contenders, corpus.since(half))
@@ -217,7 +205,7 @@ class EndToEnd:
             graphs, options, kernels = self.choice.graphs, self.options, contenders.kernels
             model = ServedModel(decoder, head, fusion, batch, positions, graphs)
             resident = None if kernels is None else ResidentLookup(kernels, LAYER, batch, graphs)
-            model.prepare(options.prompt_tokens[0], contenders.tables.format.dtype, resident)
+            model.prepare(options.prompt_tokens[0], contenders.format.dtype, resident)
             server = Server(model, self.vocab, self.plan, LAYER, resident=resident)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
@@ -228,12 +216,11 @@ class EndToEnd:
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
             del model, server, resident
 
-    def _build(self, backbone: str) -> tuple[Decoder, Tensor]:
+    def _build(self, backbone: str) -> tuple[Backbone, Tensor]:
         embedded, chosen = self._vocabulary(backbone)
         decoder = build_backbone(
             backbone, self.options.blocks, self.device, self.dtype, 0, vocabulary=embedded, attention=ATTENTION
         )
-        assert isinstance(decoder, Decoder)
         generator = torch.Generator(self.device).manual_seed(self.options.seed)
         head = torch.empty((chosen, decoder.hidden), dtype=self.dtype, device=self.device)
         return decoder, head.normal_(0.0, 0.02, generator=generator)
@@ -248,7 +235,7 @@ class EndToEnd:
         contenders: Contenders,
         weights: dict[str, int],
     ) -> Case:
-        table = contenders.tables
+        table = contenders
         name = text if stream == "text" else "uniform"
         description = {
             "backbone": backbone,
@@ -277,7 +264,7 @@ class EndToEnd:
             "needs": asdict(estimate(sizes, self.device)),
             "rounds": [],
         }
-        return self.record.case(description, [one.label for one in contenders.all])
+        return self.record.case(description, [one.label for one in contenders.variants])
 
 
 def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bench.instruments.timing import NotMeasured
+from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import aligned, gib, measured_on, percent, short, signed
 from bench.served.numbers import (
     LAUNCH_BOUND,
@@ -20,7 +20,6 @@ from bench.served.numbers import (
     PHASES,
     WHOLE,
     Json,
-    Part,
     Slowed,
     against,
     breaking_bus,
@@ -182,7 +181,7 @@ def _overhead(case: Json, row: Json, baseline: str) -> str:
         return "-"
 
 
-def part_text(part: Part) -> str:
+def part_text(part: Overhead) -> str:
     """Median and interval, or that it is not resolved."""
     interval = f"[{percent(part.low)}, {percent(part.high)}]"
     return f"{percent(part.median) if part.resolved else 'not resolved'} {interval}"

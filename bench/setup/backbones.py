@@ -1,22 +1,25 @@
 """Decoder blocks with random weights, so that prefetch has real compute to hide behind.
 
 The sizes are those of published dense models; the weights are drawn at random on the device, because time does not
-depend on what they say. Engram is added to the residual stream just before the second block.
+depend on what they say. Engram is attached before the second block, as to any model of transformers.
 
     backbone = build_backbone("qwen3-4b", blocks=None, device=device, dtype=torch.bfloat16, hidden_if_none=1280)
     cache = backbone.new_cache(batch=64, context=4096)          # None where context is 0: prefill
-    out = backbone.step(embeds, cache, before_second)           # [B, T, H]; the cache is as it was before
+    with attach(backbone.model, {1: engram}, plan): ...
+    out = backbone.step(ids, cache)                             # [B, T, H]
+    cache.rewind()                                              # the cache is as it was before
 
-"none" has no blocks: the step is what is added. A path names a `config.json` of a dense decoder. Transformers is
+"none" has no blocks: the step is what is attached. A path names a `config.json` of a dense decoder. Transformers is
 imported only where blocks are wanted; no code comes from the network.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,8 +29,6 @@ from bench.setup.decoder_sizes import SIZES as PUBLISHED
 from bench.setup.decoder_sizes import BlockShape, flops_per_token
 from engram_ref.config import require_int
 from engram_ref.rows.memory import require_bytes
-
-Insert = Callable[[Tensor], Tensor]  # residual stream [B, T, H] -> the same, with something added
 
 # What is built by name: the published sizes, and one of ours for machines without an accelerator.
 SIZES: dict[str, dict[str, Any]] = {
@@ -49,74 +50,47 @@ _INTEGERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 
 
 class Backbone:
-    """No blocks at all: the layer by itself.
+    """A transformers decoder without an output vocabulary: embedding, blocks and final norm. Engram is attached to it.
+
+    Args:
+        name: as it was asked for.
+        model: a base model (`Qwen3Model`, ...) with at least two layers, or `NoBlocks`.
+        shape: of its blocks; None where there are none.
 
     Attributes:
-        name: as it was asked for.
         hidden: width of the residual stream.
         blocks: how many there are.
         parameters_bytes: of all blocks.
     """
 
-    def __init__(self, name: str, hidden: int) -> None:
-        self.name = name
-        self.hidden = hidden
-        self.blocks = 0
-        self.parameters_bytes = 0
+    def __init__(self, name: str, model: Any, shape: BlockShape | None) -> None:
+        self.name, self.model, self._shape = name, model, shape
+        self.hidden: int = model.config.hidden_size
+        self.blocks = len(model.layers) if shape else 0
+        self.parameters_bytes = parameter_bytes(model.layers)
+
+    @property
+    def shape(self) -> BlockShape:
+        """Sizes of a block."""
+        assert self._shape is not None
+        return self._shape
 
     def flops_per_token(self, context: int) -> int:
         """As the function of this name, for all blocks."""
-        return 0
+        return flops_per_token(self.shape, self.blocks, context) if self.blocks else 0
 
     def new_cache(self, batch: int, context: int, tokens: int = 1) -> Any:
-        """Keys and values of `context` random positions for steps of `tokens` tokens; None where there are none.
+        """Keys and values of `context` random positions for steps of `tokens` tokens; None without any positions.
 
         Raises:
             ValueError: it does not fit into the device's memory.
         """
-        return None
-
-    def step(self, embeds: Tensor, cache: Any, before_second: Insert) -> Tensor:
-        """Run the blocks, without gradients.
-
-        Args:
-            embeds: what enters the first block, [B, T, H].
-            cache: from `new_cache`; the tokens stand behind its context. It is the same after the step.
-            before_second: given the residual stream before the second block; what it returns goes on.
-
-        Returns:
-            [B, T, H].
-        """
-        with torch.no_grad():
-            return before_second(embeds)
-
-
-class Decoder(Backbone):
-    """A transformers decoder without its vocabulary: blocks and final norm.
-
-    Args:
-        name: of the backbone.
-        model: a base model (`Qwen3Model`, ...) with at least two layers.
-        shape: of its blocks.
-    """
-
-    def __init__(self, name: str, model: Any, shape: BlockShape) -> None:
-        super().__init__(name, shape.hidden)
-        self._model = model
-        self._shape = shape
-        self.blocks = len(self._model.layers)
-        self.parameters_bytes = parameter_bytes(self._model.layers)
-
-    def flops_per_token(self, context: int) -> int:
-        """As the function of this name, for all blocks."""
-        return flops_per_token(self._shape, self.blocks, context)
-
-    def new_cache(self, batch: int, context: int, tokens: int = 1) -> Any:
-        """Keys and values of `context` random positions; nothing is computed for them."""
         if context == 0:
             return None
-        parameter = next(self._model.parameters())
-        size = (batch, self._shape.kv_heads, context + tokens, self._shape.head_dim)  # [B, KV heads, positions, D]
+        if not self.blocks:
+            return Positions(context)
+        parameter = next(self.model.parameters())
+        size = (batch, self.shape.kv_heads, context + tokens, self.shape.head_dim)  # [B, KV heads, positions, D]
         require_bytes(2 * self.blocks * torch.Size(size).numel() * parameter.dtype.itemsize, parameter.device)
         generator = torch.Generator(parameter.device).manual_seed(0)
 
@@ -126,41 +100,61 @@ class Decoder(Backbone):
 
         return _steady_cache([(normal(), normal()) for _ in range(self.blocks)], context)
 
-    @property
-    def shape(self) -> BlockShape:
-        """Sizes of a block."""
-        return self._shape
-
-    @property
-    def embedding(self) -> Tensor:
-        """Of the tokens, [vocabulary, H]."""
-        return self._model.embed_tokens.weight
-
-    def step(self, embeds: Tensor, cache: Any, before_second: Insert, **where: Tensor | None) -> Tensor:
-        """Run the blocks, without gradients; see Backbone.
+    def step(self, ids: Tensor, cache: Any, **where: Tensor | None) -> Tensor:
+        """Run the model, without gradients.
 
         Args:
+            ids: token ids [B, T].
+            cache: from `new_cache`; the tokens stand behind its context.
             where: the model's `position_ids` and `attention_mask`, where the cache does not imply them.
+
+        Returns:
+            [B, T, H].
         """
-        second: nn.Module = self._model.layers[1]
-        hook = second.register_forward_pre_hook(_replacing_input(before_second), with_kwargs=True)
-        try:
-            with torch.no_grad():
-                out = self._model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **where)
-        finally:
-            hook.remove()
+        with torch.no_grad():
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **where)
         return out.last_hidden_state
 
 
-def _replacing_input(insert: Insert) -> Callable[..., tuple[Any, Any]]:
-    """A forward pre-hook; some releases of transformers give the residual stream by position, some by name."""
+class Positions:
+    """How many positions a steady cache holds: its context, and what a step has put behind it."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (insert(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": insert(kwargs["hidden_states"])}
+    def __init__(self, context: int) -> None:
+        self.context, self.seen = context, 0
 
-    return hook
+    def rewind(self) -> None:
+        """Back to the context: the next step overwrites what this one has put behind it."""
+        self.seen = 0
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """As transformers asks."""
+        return self.context + self.seen
+
+
+class NoBlocks(nn.Module):
+    """A decoder whose two blocks do nothing: what is attached to it, by itself.
+
+    Args:
+        hidden: width of the residual stream.
+        device, dtype: of it.
+    """
+
+    def __init__(self, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=hidden, num_hidden_layers=2, vocab_size=0, use_cache=False)
+        self.config.get_text_config = lambda: self.config
+        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+        generator = torch.Generator(device).manual_seed(0)
+        self._stream = torch.randn((1024, hidden), generator=generator, device=device, dtype=dtype)
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        """Random numbers for every token id, given from block to block."""
+        hidden = self._stream[input_ids % len(self._stream)]  # [B, T, H]
+        for block in self.layers:
+            hidden = block(hidden)
+        if past_key_values is not None:
+            past_key_values.seen = input_ids.shape[1]
+        return SimpleNamespace(last_hidden_state=hidden)
 
 
 def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
@@ -175,8 +169,12 @@ def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
     """
     from transformers import DynamicCache
 
-    class SteadyCache(DynamicCache):
-        """Of fixed length: what is put behind the context is overwritten by the next step."""
+    class SteadyCache(Positions, DynamicCache):
+        """Of fixed length: what is put behind the context is overwritten by the next step, after `rewind`."""
+
+        def __init__(self) -> None:
+            DynamicCache.__init__(self)
+            Positions.__init__(self, context)
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             keys, values = stored[layer_idx]
@@ -188,10 +186,9 @@ def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
                 )
             keys[:, :, context:end] = key_states
             values[:, :, context:end] = value_states
+            if layer_idx == len(stored) - 1:
+                self.seen = key_states.shape[-2]
             return keys[:, :, :end], values[:, :, :end]  # [B, KV heads, context + T, D]
-
-        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-            return context
 
         def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
             if isinstance(query_length, Tensor):  # older releases give the positions themselves
@@ -225,12 +222,12 @@ def build_backbone(
         OSError: the file cannot be read.
     """
     if name == "none":
-        return Backbone(name, hidden_if_none)
+        return Backbone(name, NoBlocks(hidden_if_none, device, dtype), None)
     fields = _checked(name, _fields(name), blocks)
     model = _empty_model({**fields, "vocab_size": vocabulary}, dtype, attention)
     require_bytes(parameter_bytes(model), device)
     _materialise(model, device)
-    return Decoder(name, model, _shape(model.config))
+    return Backbone(name, model, _shape(model.config))
 
 
 def measure_backbone(name: str, blocks: int | None, vocabulary: int) -> tuple[BlockShape, int, int]:

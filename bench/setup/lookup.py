@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.clocks import PassClock
+from bench.instruments.clocks import Clock
 from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import DEAD, HashPlan, TokenHistory
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
@@ -194,7 +194,7 @@ class TableLookup:
     """
 
     def __init__(
-        self, prefetcher: Prefetcher, schedule: str, layer_id: int, sequences: Sequences, clock: PassClock
+        self, prefetcher: Prefetcher, schedule: str, layer_id: int, sequences: Sequences, clock: Clock
     ) -> None:
         self._prefetcher, self._schedule, self._layer_id = prefetcher, schedule, layer_id
         self._sequences, self._clock = sequences, clock

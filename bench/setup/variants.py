@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.setup import table_content as synthetic
+from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
+from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Observer, Prefetcher
@@ -35,33 +37,24 @@ from engram_ref.tables.hot import HotTable, most_frequent
 VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
 CONTROL = "no_engram"  # the backbone by itself
+PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 _CHECKED_ROWS = 4096
+_Set = TypeVar("_Set", bound="TableSet")
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
-
-
-class Fetched(Protocol):
-    """What rows can be fetched from."""
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        ...
-
-    @property
-    def prefetcher(self) -> Prefetcher | None:
-        """That fetches them."""
-        ...
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to have the rows.
+    """One way to have the rows: a line of the results.
 
     Attributes:
-        name: of VARIANTS, or CONTROL.
-        schedule: synchronous, prefetched or in place.
-        page_cache: cold or warm for a file, else None.
+        name: of VARIANTS, or a control's.
+        schedule: synchronous, prefetched, in place, in graph, or none where nothing is looked up.
+        page_cache: of a file: cold, warm, used or passed by.
         repeat: 1 for the second measurement of `resident`, the noise floor.
+        hot_share: of the rows that are on the device, where several shares are measured.
+        bus: of a slowed one.
+        kernels: the lookup from token ids to rows, where kernels do all of it.
     """
 
     name: str
@@ -70,12 +63,33 @@ class Variant:
     repeat: int = 0
     table: Table | None = None
     prefetcher: Prefetcher | None = None
+    hot_share: float | None = None
+    bus: Bus | None = None
+    kernels: DeviceLookup | None = None
 
     @property
     def label(self) -> str:
-        """All that tells it from the others."""
-        parts = [self.name, self.schedule, self.page_cache, "again" if self.repeat else None]
+        """All that tells it from the others of a run."""
+        parts = [
+            self.name,
+            "again" if self.repeat else "",
+            "" if self.hot_share is None else f"{100 * self.hot_share:g} %",
+            str(self.bus or ""),
+            self.schedule if self.name == "offload_disk" else "",
+            self.page_cache if self.page_cache in PREPARED else "",
+        ]
         return " ".join(part for part in parts if part)
+
+    @property
+    def has_engram(self) -> bool:
+        """Whether the model has the layer."""
+        return self.name != CONTROL
+
+    @property
+    def hashing_device(self) -> torch.device | None:
+        """Where ids are hashed, if that is a device's business."""
+        hasher = self.prefetcher.hasher if self.prefetcher is not None else None
+        return hasher.device if isinstance(hasher, DeviceHasher) else None
 
 
 class TableSet:
@@ -139,15 +153,19 @@ class TableSet:
         synthetic.fill(self.in_host, self._seed)
         if self.device.type == "cuda":
             self.memory.pin()  # after the first touch, which many threads share
-        builders: dict[str, Callable[[], list[Variant]]] = {
+        self._folder, self._caches, self._given_hot = folder, caches, hot
+        self.variants = [variant for name in names for variant in self._builders()[name]()]
+
+    def _builders(self) -> dict[str, Callable[[], list[Variant]]]:
+        """What makes the variants of each name."""
+        return {
             "resident": self._resident,
-            "offload_naive": lambda: [self._host("offload_naive", "synchronous")],
-            "offload_prefetch": lambda: [self._host("offload_prefetch", "prefetched")],
+            "offload_naive": lambda: [self.variant("offload_naive", "synchronous", self.on_host())],
+            "offload_prefetch": lambda: [self.variant("offload_prefetch", "prefetched", self.on_host())],
             "offload_uva": self._uva,
-            "offload_hot": lambda: [self._hot(*_given(hot))],
-            "offload_disk": lambda: self._disk(folder, caches),
+            "offload_hot": self._hot,
+            "offload_disk": self._disk,
         }
-        self.variants = [variant for name in names for variant in builders[name]()]
 
     def _laid_out(self, memory: Tensor) -> Rows:
         return synthetic.rows_in(memory, self.format, self.rows, self._packed)
@@ -155,6 +173,10 @@ class TableSet:
     def keep(self, resource: Any) -> Any:
         """Let go of a resource together with this set."""
         return self._stack.enter_context(resource)
+
+    def variant(self, name: str, schedule: str, table: Table, **more: Any) -> Variant:
+        """One over a table, which ends with the set."""
+        return Variant(name, schedule, table=table, prefetcher=self.prefetcher(table, schedule == "prefetched"), **more)
 
     def prefetcher(self, table: Table, background: bool) -> Prefetcher:
         """One for a table of these rows; it ends with the set."""
@@ -164,83 +186,93 @@ class TableSet:
         tables = {self.layer_id: table}
         return self.keep(Prefetcher(hasher, tables, background=background, observer=self._observer))
 
+    def on_host(self) -> HostTable:
+        """A table in host memory."""
+        return self.keep(HostTable(self.in_host, self.device))
+
+    def on_disk(self, direct: bool = False) -> FileTable:
+        """The table as a file, written once; `direct`: its reads pass the page cache.
+
+        One that a killed run left behind is whole, since files get their name when they are; its rows are checked, too.
+
+        Raises:
+            ValueError: the file system knows no direct reads.
+        """
+        stored = f"{self.rows}x{self.format.row_bytes}-{self.format.dtype}-{self.layout}-{self._seed}"
+        path = self._folder / f"table-{stored}.safetensors"
+        if not path.exists():
+            save_rows(path, self.in_host)
+        self._stack.callback(path.unlink, missing_ok=True)
+        return self.keep(FileTable(StoredRows.find(path), self.device, direct=direct))
+
+    def hot(self, behind: Table, stream: Tensor, count: int) -> HotTable:
+        """The most frequent rows of a stream on the device, and the others behind it."""
+        return self.keep(HotTable(behind, most_frequent(stream, count, self.rows)))
+
     def _resident(self) -> list[Variant]:
         on_cpu = self.device.type == "cpu"
         rows = self.in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
-        table = self.keep(DeviceTable(rows, checked=True))  # content of our own making, without NaN
-        prefetcher = self.prefetcher(table, background=False)
-        return [Variant("resident", "in place", None, repeat, table, prefetcher) for repeat in (0, 1)]
-
-    def _host(self, name: str, schedule: str) -> Variant:
-        table = self.keep(HostTable(self.in_host, self.device, checked=True))
-        return Variant(name, schedule, None, 0, table, self.prefetcher(table, schedule == "prefetched"))
+        found = self.variant("resident", "in place", self.keep(DeviceTable(rows)))
+        return [found, replace(found, repeat=1)]
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
 
-        table = self.keep(UvaTable(self.in_host, self.device, checked=True))
-        return [Variant("offload_uva", "prefetched", None, 0, table, self.prefetcher(table, True))]
+        return [self.variant("offload_uva", "prefetched", self.keep(UvaTable(self.in_host, self.device)))]
 
-    def _hot(self, stream: Tensor, count: int) -> Variant:
-        rows = most_frequent(stream, count, self.rows)
-        table = self.keep(HotTable(HostTable(self.in_host, self.device, checked=True), rows))
-        return Variant("offload_hot", "prefetched", None, 0, table, self.prefetcher(table, True))
+    def _hot(self) -> list[Variant]:
+        if self._given_hot is None:
+            raise ValueError("offload_hot needs a stream to choose the most frequent rows from")
+        table = self.hot(HostTable(self.in_host, self.device), *self._given_hot)
+        return [self.variant("offload_hot", "prefetched", table)]
 
-    def _disk(self, folder: Path, caches: Sequence[str]) -> list[Variant]:
-        path = folder / f"table-{self.rows}x{self.format.row_bytes}-{self._seed}.safetensors"
-        save_rows(path, self.in_host)
-        self._stack.callback(path.unlink)
-        table = self.keep(FileTable(StoredRows.find(path), self.device))
+    def _disk(self) -> list[Variant]:
+        table = self.on_disk()
         table.drop_cache()
-        prefetchers = {"synchronous": self.prefetcher(table, False), "prefetched": self.prefetcher(table, True)}
-        return [
-            Variant("offload_disk", schedule, cache, 0, table, prefetcher)
-            for cache in caches
-            for schedule, prefetcher in prefetchers.items()
-        ]
+        both = [self.variant("offload_disk", schedule, table) for schedule in ("synchronous", "prefetched")]
+        return [replace(variant, page_cache=cache) for cache in self._caches for variant in both]
 
-    def check(self, ids: np.ndarray, others: Sequence[Fetched] = ()) -> str:
+    def check(self, ids: np.ndarray) -> str:
         """Fetch one batch [B, T] from every variant; the digest of its values, equal to the content's formula.
 
         Args:
             ids: compressed.
-            others: what is made from this content besides.
 
         Raises:
             ValueError: a variant returned other bits: then nothing may be timed.
         """
-        numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
-        want = synthetic.expected_values(torch.from_numpy(numbers), self.format, self._seed)
-        digest = hashlib.sha256(_bytes(want)).hexdigest()
-        for variant in (*self.variants, *others):
-            got = hashlib.sha256(_fetch_bytes(variant, ids, self.layer_id, len(numbers))).hexdigest()
-            if got != digest:
-                raise ValueError(f"{variant.label} returned other rows than were written: nothing was measured")
-        return digest
+        for variant in self.variants:
+            if variant.prefetcher is not None:
+                device = variant.hashing_device
+                given = ids if device is None else torch.from_numpy(ids).to(device)
+                with variant.prefetcher.start(given) as fetch:
+                    self.require(variant.label, fetch[self.layer_id].wait(), ids)
+        return _digest(self._written(ids))
 
-    def __enter__(self) -> TableSet:
+    def require(self, who: str, values: Tensor, ids: np.ndarray) -> None:
+        """Refuse values [N, D] of compressed ids that are not those which were written.
+
+        Raises:
+            ValueError: names who found them.
+        """
+        written = self._written(ids)
+        if _digest(values[: len(written)].contiguous().cpu()) != _digest(written):
+            raise ValueError(f"{who} returned other rows than were written: nothing was measured")
+
+    def _written(self, ids: np.ndarray) -> Tensor:
+        """What the content's formula gives for the first rows of compressed ids."""
+        numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
+        return synthetic.expected_values(torch.from_numpy(numbers), self.format, self._seed)
+
+    def __enter__(self: _Set) -> _Set:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
 
-def _given(hot: tuple[Tensor, int] | None) -> tuple[Tensor, int]:
-    if hot is None:
-        raise ValueError("offload_hot needs a stream to choose the most frequent rows from")
-    return hot
-
-
-def _fetch_bytes(variant: Fetched, ids: np.ndarray, layer_id: int, count: int) -> bytes:
-    assert variant.prefetcher is not None
-    hasher = variant.prefetcher.hasher
-    given = torch.from_numpy(ids).to(hasher.device) if isinstance(hasher, DeviceHasher) else ids
-    with variant.prefetcher.start(given) as fetch:
-        return _bytes(fetch[layer_id].wait()[:count].contiguous().cpu())
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.view(torch.uint8).numpy().tobytes()
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _to_device(memory: Tensor, device: torch.device) -> Tensor:

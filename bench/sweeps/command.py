@@ -15,7 +15,7 @@ from bench.instruments.reading import read_results
 from bench.instruments.results import write_unless_same
 from bench.price.models import MODELS_OF
 from bench.sweeps.points import GRID, GRID_TOKENS, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
-from bench.sweeps.record import grid_content, provenance, sweeps_content
+from bench.sweeps.record import grid_content, sweeps_content
 from bench.sweeps.run import PRICING_CODE, Texts, price_all, stream_name
 from bench.sweeps.table import report_all
 from engram_ref import cli
@@ -42,22 +42,21 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     grid_base = replace(base, seq_len=min(base.seq_len, GRID_TOKENS))
     grid = list(grid_points(grid_base, axes)) if GRID in names else []
     cases = list(dict.fromkeys(point.case for point in [*points, *grid]))
-    code = code_sha256(*PRICING_CODE)
-    records = price_all(cases, texts, code, journal, options.jobs, say)
+    records = price_all(cases, texts, code_sha256(*PRICING_CODE), journal, options.jobs, say)
 
     about = {name: str(value) if (value := getattr(options, name)) else None for name in ("text", "tokenizer")}
     about["quick"] = options.quick
     if points:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
-        origin = provenance({**about, "models": list(models), **asdict(base)}, code)
-        path, content = options.out / "sweeps.json", sweeps_content(origin, points, records, windows)
+        asked = {**about, "models": list(models), **asdict(base)}
+        path, content = options.out / "sweeps.json", sweeps_content(asked, points, records, windows)
         found: Any = content  # as whoever reads the file takes it
         with printed_anyway(lambda: report_all(found)):
             _write(path, content, "points", say)
             _draw(read_results(path), options.out, say)  # an older run's, if it found the same
     if grid:
-        origin = provenance({**about, "models": ["engram"], **asdict(grid_base)}, code)
-        prices = grid_content(origin, grid_base, axes, records, texts.window(grid_base))
+        asked = {**about, "models": ["engram"], **asdict(grid_base)}
+        prices = grid_content(asked, grid_base, axes, records, texts.window(grid_base))
         _write(options.out / "grid.json", prices, "", say)
 
 

@@ -10,27 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final, cast
 
-from bench.instruments.results import environment, git_commit
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.results import results_head
 from bench.schemas.sweeps import Axes as AxesRecord
-from bench.schemas.sweeps import Grid, GridPrices, Priced, Provenance, Sweeps
+from bench.schemas.sweeps import Grid, GridPrices, Priced, Sweeps
 from bench.schemas.sweeps import Point as PointRecord
 from bench.schemas.toy import Stream as StreamRecord
 from bench.setup.streams import Stream
 from bench.sweeps.points import GRID_VARIANTS, SWEEPS, Axes, Case, Point, Settings, grid_case
-from bench.sweeps.run import stream_name
+from bench.sweeps.run import PRICING_CODE, stream_name
 
 SCHEMA_VERSION: Final = 1
 
 
 def sweeps_content(
-    provenance: Provenance, points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
+    configuration: Any, points: Sequence[Point], records: Mapping[Case, Any], windows: Mapping[str, Stream]
 ) -> Sweeps:
     """The content of sweeps.json."""
     names = dict.fromkeys(point.sweep for point in points)
     return {
         "schema_version": SCHEMA_VERSION,
-        "benchmark": "bytedmd_sweeps",
-        **provenance,
+        **results_head("bytedmd_sweeps"),
+        "configuration": configuration,
+        "code_sha256": code_sha256(*PRICING_CODE),
         "streams": {name: _stream(window) for name, window in windows.items()},
         "sweeps": {
             name: {
@@ -56,9 +58,7 @@ def _point(point: Point, record: Priced) -> PointRecord:
     }
 
 
-def grid_content(
-    provenance: Provenance, base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream
-) -> Grid:
+def grid_content(configuration: Any, base: Settings, axes: Axes, records: Mapping[Case, Any], window: Stream) -> Grid:
     """The content of grid.json: prices[variant][padding][share][hot][compute]."""
 
     def record(p: int, s: float, h: float, c: int, variant: str) -> Any:
@@ -73,8 +73,9 @@ def grid_content(
     some = (axes.padding[0], axes.compute[0])
     return {
         "schema_version": SCHEMA_VERSION,
-        "benchmark": "bytedmd_grid",
-        **provenance,
+        **results_head("bytedmd_grid"),
+        "configuration": configuration,
+        "code_sha256": code_sha256(*PRICING_CODE),
         "stream": _stream(window),
         "axes": cast(AxesRecord, {name: list(values) for name, values in asdict(axes).items()}),
         "share_below": [
@@ -82,11 +83,6 @@ def grid_content(
         ],
         "prices": cast(GridPrices, {name: nested(variant) for name, variant in GRID_VARIANTS.items()}),
     }
-
-
-def provenance(configuration: Any, code: str) -> Provenance:
-    """What was asked for, where it ran, and the digest of the code that found the prices."""
-    return {"configuration": configuration, "environment": environment(), "git": git_commit(), "code_sha256": code}
 
 
 def _stream(window: Stream) -> StreamRecord:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.instruments.timing import rounds
 from bench.schemas.wall import Component, Cost
 from bench.setup import table_content as synthetic
 from bench.setup.token_batches import TokenBatches
@@ -40,7 +41,6 @@ WHAT = {
     "full_2": "strategy 2: hash and embed on the CPU, upload embeddings, project and gate on the GPU",
 }
 ON_CPU = ("hash", "compute")
-TELL_SECONDS = 2.0  # between two lines of progress
 _Floor = tuple[int | None, int | None, float, str]  # bytes, operations, seconds, and what the seconds derive from
 
 
@@ -195,15 +195,13 @@ def measure(
     """Raw samples of every part, interleaved, after one round of warm-up."""
     parts = {name: run for case in cases for name, run in components.parts(case).items()}
     samples: dict[str, list[float]] = {name: [] for name in parts}
-    told = time.perf_counter()
-    for number in range(-1, iterations):
-        for name, part in parts.items():
+    for number, turn in rounds(
+        list(parts.items()), range(-1, iterations), lambda n: tell(f"components: iteration {n + 1} of {iterations}")
+    ):
+        for name, part in turn:
             elapsed = components.run(part)
             if number >= 0:
                 samples[name].append(elapsed)
-        if time.perf_counter() - told > TELL_SECONDS:
-            tell(f"components: iteration {number + 1} of {iterations}")
-            told = time.perf_counter()
     return [
         {
             "case": name,

@@ -20,9 +20,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.instruments.drawing import COLOURS, redraw, save_all
-from bench.instruments.timing import NotMeasured, quantile
+from bench.instruments.timing import NotMeasured, Overhead, quantile
 from bench.instruments.words import device_label, percent, short
-from bench.wall.numbers import Overhead, Run, Step, fetch_rates, noise_floor, overhead
+from bench.wall.numbers import Run, Step, fetch_rates, noise_floor, overhead
 from bench.wall.table import run_label, step_label
 
 # Apart in colour and in grey: light, middle and dark, and hatches where two are near each other.

@@ -13,23 +13,15 @@ carry raises `NotMeasured`, whose text is the reason.
 from __future__ import annotations
 
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
-from bench.instruments.timing import NotMeasured, is_resolved, paired_ratio
+from bench.instruments import timing
+from bench.instruments.timing import NotMeasured, Overhead, paired_ratio
 
 Step = dict[str, Any]
 Run = dict[str, Any]
 ALONE = ("synchronous", "in place")  # schedules in which nothing overlaps with the fetch
 _HOST_PLACEMENTS = ("offload_naive", "offload_prefetch", "offload_uva", "offload_hot")
-
-
-class Overhead(NamedTuple):
-    """Extra time of a step as a share of `resident`'s (0.03 is 3 %), with the 95 % interval of that median."""
-
-    median: float
-    low: float
-    high: float
-    resolved: bool
 
 
 def run_of(
@@ -64,18 +56,11 @@ def noise_floor(step: Step) -> dict[str, float]:
 def overhead(step: Step, run: Run) -> Overhead:
     """Step time against `resident`, round by round.
 
-    Not resolved where the interval holds 0, where it reaches into the noise floor, where there are fewer than
-    three samples, and where there is no noise floor to hold it against.
-
     Raises:
         NotMeasured: there is no `resident` run.
     """
     ratio = paired_ratio(run["step_s"], run_of(step, "resident")["step_s"])
-    try:
-        resolved = is_resolved(ratio, noise_floor(step), len(run["step_s"]))
-    except NotMeasured:
-        resolved = False
-    return Overhead(ratio["median"] - 1, ratio["low"] - 1, ratio["high"] - 1, resolved)
+    return timing.overhead(ratio, lambda: noise_floor(step), len(run["step_s"]))
 
 
 def exposed(run: Run) -> float:
@@ -93,7 +78,7 @@ def exposed(run: Run) -> float:
 def synchronous_run(step: Step, run: Run) -> Run:
     """The run that fetches the same rows from the same place and page cache with nothing beside it.
 
-    Rows that are gathered in place just before they are used are such a run; `offload_naive` is that of
+    Rows that are gathered where they lie are such a run; `offload_naive` is that of
     `offload_prefetch`.
 
     Raises:

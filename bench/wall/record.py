@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from bench.instruments.board import Beside
 from bench.schemas.common import Held
 from bench.schemas.wall import Hot, Run, RunTable, StepBytes
 from bench.setup.variants import CONTROL, Variant
-from bench.wall.step import IO_COUNTER, OnBus, Samples, file_behind
+from bench.wall.step import IO_COUNTER, Samples, file_behind
 from bench.wall.timeline import Span
 from engram_ref.tables.hot import HotTable
 
@@ -21,7 +22,7 @@ def run_record(
     step: dict[str, Any],
     limits: dict[str, Any],
     digest: str,
-    on_bus: OnBus,
+    beside: Beside,
     spans: list[Span],
 ) -> Run:
     """One entry of a step's `runs`.
@@ -30,7 +31,7 @@ def run_record(
         step: the entry that this run belongs to, for its prediction and table.
         limits: the bandwidths measured in this run.
         digest: of the rows of the fixed batch, which every variant has been checked to return.
-        on_bus: bus traffic and energy.
+        beside: bus traffic and energy.
         spans: of one step.
     """
     rows = variant.name != CONTROL
@@ -46,13 +47,13 @@ def run_record(
         "exposed_s": samples.exposed_s if rows else [],
         "limit_s": limit,
         "limit_why": why,
-        "bytes": _bytes(variant, samples, on_bus) if rows else _no_bytes(on_bus),
-        "pcie": on_bus.traffic,
+        "bytes": _bytes(variant, samples, beside) if rows else _no_bytes(beside),
+        "pcie": beside.traffic,
         "held": cast(Held, held),
         "freed": step["table"]["bytes"] - held["device"] if rows else None,
         "hot": _hot(variant),
-        "energy": on_bus.energy,
-        "energy_why": on_bus.energy_why,
+        "energy": beside.energy.value,
+        "energy_why": beside.energy.why or "",
         "spans": [list(span) for span in spans],
         "rows_sha256": digest if rows else None,
     }
@@ -64,9 +65,9 @@ def _table(table: dict[str, Any]) -> RunTable:
     return {"preset": table["preset"], "share": share, "row_dtype": table["row_dtype"], "layout": table["layout"]}
 
 
-def _no_bytes(on_bus: OnBus) -> StepBytes:
+def _no_bytes(beside: Beside) -> StepBytes:
     """Of the control: what crosses the bus without any rows, which is to be taken off what the others receive."""
-    counted = on_bus.received
+    counted = beside.received
     return {
         "from_ids": [],
         "copied": [],
@@ -77,9 +78,9 @@ def _no_bytes(on_bus: OnBus) -> StepBytes:
     }
 
 
-def _bytes(variant: Variant, samples: Samples, on_bus: OnBus) -> StepBytes:
-    counted = samples.counter or on_bus.received or None
-    what = IO_COUNTER if samples.counter else NVML_COUNTER if on_bus.received else None
+def _bytes(variant: Variant, samples: Samples, beside: Beside) -> StepBytes:
+    counted = samples.counter or beside.received or None
+    what = IO_COUNTER if samples.counter else NVML_COUNTER if beside.received else None
     explicit = variant.name in _HOST or file_behind(variant) is not None  # in place nothing is copied
     return {
         "from_ids": samples.from_ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from bench.instruments.bandwidth import copy_bandwidth, fio_random_read
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.continuing import found_at, require_same
-from bench.instruments.driver import describe
+from bench.instruments.board import count_beside
+from bench.instruments.driver import device_head
+from bench.instruments.journal import earlier
 from bench.instruments.output import tell
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import write_json
 from bench.setup.backbones import Backbone, build_backbone
 from bench.setup.sizes import LAYER, pick_device, require_disk, table_config
 from bench.setup.token_batches import TokenBatches, standard_library, text_batches, text_file, uniform_batches
@@ -39,7 +39,6 @@ PROG = "gpu_wall"
 FIO_SECONDS = 4
 HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
 COPY_BYTES, COPIES = 1 << 28, 9  # of the copies that bandwidth is measured with
-_GROWN = ("steps", "components", "components_skipped")
 
 
 class Benchmark:
@@ -58,28 +57,18 @@ class Benchmark:
         half = len(whole.ids) // 2
         self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
         self.corpus = whole.since(half)
-        self.results = continued(options.out / "results.json", self.head(), options.fresh)
+        self.results = self.begun(options.out / "results.json")
 
-    def head(self) -> dict[str, Any]:
-        """Everything of the results that is known before the first step."""
+    def begun(self, path: Path) -> dict[str, Any]:
+        """The results that are gone on with, or everything of them that is known before the first step."""
         options = {name: plain(value) for name, value in vars(self.options).items()}
-        accelerator = describe(self.device)
-        machine = environment()
         stream = self.batches(1, 1024)
-        return {
-            "benchmark": PROG,
-            "device": self.device.type,
-            "device_name": accelerator["name"] if accelerator else machine["cpu"],
-            "configuration": {**options, "device": self.device.type},
-            "environment": {
-                **machine,
-                "accelerator": accelerator,
-                "huge_pages": None,
-                "page_size": os.sysconf("SC_PAGE_SIZE"),
-                "pinned": self.device.type == "cuda",
-            },
-            "git": git_commit(),
-            "code_sha256": code_sha256("bench.gpu_wall"),
+        about = device_head(PROG, self.device, {**options, "device": self.device.type}, "bench.gpu_wall")
+        pinned = {"huge_pages": None, "pinned": self.device.type == "cuda"}
+        head: dict[str, Any] = {**about, "environment": {**about["environment"], **pinned}}
+        found = earlier(path, head, self.options.fresh)
+        return found or {
+            **head,
             "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens},
             "limits": {
                 **copy_bandwidth(self.device, COPY_BYTES, COPIES),
@@ -126,7 +115,9 @@ class Benchmark:
         """The blocks around the Engram layer."""
         tell(f"building {self.options.backbone}")
         hidden = EngramConfig.preset(self.options.preset).hidden
-        return build_backbone(self.options.backbone, self.options.blocks, self.device, self.dtype, hidden)
+        return build_backbone(
+            self.options.backbone, self.options.blocks, self.device, self.dtype, hidden, len(self.vocab)
+        )
 
     def measure_table(self, backbone: Backbone, params: float, shapes: list[steps.Shape]) -> None:
         """These steps on one table size, then the traces: whatever becomes of those, the steps are on disk."""
@@ -244,7 +235,8 @@ class Benchmark:
         samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
         for variant in variants:
             asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
-            counted = steps.count_on_bus(stepper, variant, self.options.energy, asked)
+            one_step = functools.partial(stepper.run, variant, None)
+            counted = count_beside(self.device, one_step, asked, self.options.energy)
             step["runs"].append(
                 run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, [])
             )
@@ -295,22 +287,3 @@ def plain(value: Any) -> Any:
 def variants_of(stepper: steps.Stepper) -> list[Variant]:
     """What a step is measured with, in the order of its runs: the control first, where there is a backbone."""
     return [*([steps.control()] if stepper.backbone.blocks else []), *stepper.tables.variants]
-
-
-def continued(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any]:
-    """The results that an earlier run of the same left there, to be gone on with; else `head`.
-
-    Raises:
-        ValueError: the file is of another configuration, machine or code.
-    """
-    found = None if fresh else found_at(path)
-    if found is None:
-        return head
-    require_same(path, comparable(found), comparable(head))
-    return {**head, **{key: found[key] for key in ("environment", "git", "limits", *_GROWN)}}
-
-
-def comparable(results: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for results to be of one run; where they are written does not matter."""
-    settings = {key: value for key, value in results["configuration"].items() if key not in ("out", "fresh", "profile")}
-    return {**results, "configuration": settings}

@@ -1,40 +1,36 @@
 """One step of a model with an Engram layer, under every variant: interleaved rounds, raw samples, bytes counted.
 
-A step starts when its token ids are known and ends when the last block has run. In between the rows are fetched:
-at once (synchronous), in the background and joined before the second block (prefetched), or gathered where they
-lie just before they are used (in place). `exposed_s` is how long compute waited for rows.
+A step is a forward of a model to which the variant's layer is attached as anybody attaches it. It starts when its token
+ids are known and ends when the last block has run. Rows are fetched at the model's entry: waited for at once, from
+elsewhere (synchronous) or where they lie (in place), or in the background and joined before the second block
+(prefetched). `exposed_s` is how long compute waited for rows, and at the entry for the fetch to be begun.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from bench.instruments.board import count_traffic
-from bench.instruments.clocks import step_timer
-from bench.instruments.driver import EnergyMeter, open_driver
-from bench.schemas.common import Traffic
-from bench.schemas.wall import Energy
+from bench.instruments.clocks import Lap, device_clock, total
+from bench.instruments.timing import rounds
 from bench.setup.backbones import Backbone
 from bench.setup.token_batches import TokenBatches
 from bench.setup.variants import CONTROL, TableSet, Variant
-from engram_ref.fusion import DemoFusion, ShortConvHistory
-from engram_ref.fusion.base import Fusion
-from engram_ref.hashing import NgramHasher
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory
-from engram_ref.prefetch import Fetch
+from engram_ref.attach import attach
+from engram_ref.fusion.base import Fusion, ShortConvHistory
+from engram_ref.hashing import NgramHasher, TokenHistory
+from engram_ref.layer import Engram
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
 
 IO_COUNTER = "/proc/self/io read_bytes"
-TELL_SECONDS = 2.0  # between two lines of progress
 _PREDICTED_STEPS = 3
 
 
@@ -65,14 +61,14 @@ class Samples:
 
 
 class Stepper:
-    """Runs steps of one shape on one backbone; knows nothing of rounds.
+    """Runs steps of one shape on one backbone, to which the variant's layer is attached; knows nothing of rounds.
 
     Args:
         tables: the content and its variants.
         fusion: what is done with the rows, shared by all variants.
         backbone: the blocks around the layer.
         shape: of a step.
-        batches: token ids, fresh every step.
+        batches: token ids, fresh every step; compressed ones, and the backbone has an embedding for each.
     """
 
     def __init__(
@@ -80,16 +76,10 @@ class Stepper:
     ) -> None:
         self.tables, self.fusion, self.backbone, self.shape = tables, fusion, backbone, shape
         self._batches = batches
-        device, dtype = tables.device, fusion.dtype
-        generator = torch.Generator(device).manual_seed(0)
-        size = (shape.batch, shape.tokens, backbone.hidden)
-        self._embeds = torch.randn(size, generator=generator, device=device, dtype=dtype)  # [B, T, H]
-        self._cache = backbone.new_cache(shape.batch, shape.context)
-        self._timer = step_timer(device)
+        context = max(1, shape.context) if shape.phase == "decode" else 0  # a decode step has a token before it
+        self._cache = backbone.new_cache(shape.batch, context)
+        self._clock = device_clock(tables.device)
         self._hasher = NgramHasher(tables.plan)
-        self._conv: ShortConvHistory | None = None
-        if shape.phase == "decode" and isinstance(fusion, DemoFusion):  # the form with a convolution
-            self._conv = ShortConvHistory(fusion, shape.batch)
 
     def next_ids(self) -> tuple[np.ndarray, Any]:
         """Compressed ids [B, T] of a fresh step, and the history before them (None for a prefill)."""
@@ -119,65 +109,48 @@ class Stepper:
         """Row numbers [N] of a batch, hashed apart from what is measured."""
         return self._hasher(ids, self.tables.layer_id, history=history).reshape(-1)
 
-    def run(self, variant: Variant, samples: Samples | None) -> dict[str, float]:
-        """One step with fresh token ids; kept where `samples` are given. Returns its marks in seconds."""
-        ids = self._batches.next()  # [B, T]
-        history = self._batches.history
+    def run(self, variant: Variant, samples: Samples | None) -> list[Lap]:
+        """One step with fresh token ids; kept where `samples` are given. Returns its laps."""
+        ids, history = self.next_ids()
         rows = self.rows_of(ids, history)
         prepare_page_cache(variant, rows)
-        given, before = self._give(variant, ids, history)
+        given = torch.from_numpy(ids).to(self.tables.device)  # [B, T]
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
-        times = self._timed(variant, given, before)
+        with self._attached(variant, history), torch.inference_mode():
+            self._clock.begin()
+            self.began = time.perf_counter()
+            self.backbone.step(given, self._cache)
+            self._clock.mark("end")
+            laps = self._clock.end()
         if samples is not None and counted is not None:
-            samples.step_s.append(times["end"])
-            samples.exposed_s.append(
-                sum(times[f"joined{i}"] - times[f"join{i}"] for i in range(2) if f"join{i}" in times)
-            )
+            samples.step_s.append(total(laps))
+            samples.exposed_s.append(total(laps, "joined"))
             counted.add_to(samples)
-        return times
+        return laps
 
-    def _give(self, variant: Variant, ids: np.ndarray, history: Any) -> tuple[Any, Any]:
-        """Ids and history where the variant's hasher wants them, put there before the clock starts."""
-        if variant.prefetcher is None or not isinstance(variant.prefetcher.hasher, DeviceHasher):
-            return ids, history
-        hasher = variant.prefetcher.hasher
-        if history is not None:
-            before = DeviceHistory(hasher.plan, len(ids), hasher.device)
-            before.ids = torch.from_numpy(history.ids).to(hasher.device)
-            history = before
-        return torch.from_numpy(ids).to(hasher.device), history
+    @contextmanager
+    def _attached(self, variant: Variant, history: TokenHistory | None) -> Iterator[None]:
+        """The variant's layer in the model, before the clock starts; the control's model is as it was."""
+        if self._cache is not None:
+            self._cache.rewind()
+        if variant.table is None:
+            yield
+            return
+        engram = Engram(self.fusion, variant.table)
+        layer, background = self.tables.layer_id, variant.schedule == "prefetched"
+        model, plan, fetch = self.backbone.model, self.tables.plan, variant.prefetcher
+        with attach(model, {layer: engram}, plan, background=background, exposed=self, prefetcher=fetch) as attached:
+            if history is not None:
+                past = {layer: ShortConvHistory(self.fusion, len(history.ids))} if self.fusion.reach else {}
+                attached.remember(self._cache, torch.from_numpy(history.ids), past)
+            yield
 
-    def _timed(self, variant: Variant, ids: Any, history: Any) -> dict[str, float]:
-        timer = self._timer
-        timer.begin()
-        self.began = time.perf_counter()
-        fetch = None
-        if variant.prefetcher is not None and variant.schedule != "in place":
-            synchronous = variant.schedule == "synchronous"
-            if synchronous:
-                timer.mark("join0")
-            fetch = variant.prefetcher.start(ids, history)
-            if synchronous:
-                fetch[self.tables.layer_id].wait()
-                timer.mark("joined0")
-
-        def before_second(hidden: Tensor) -> Tensor:
-            if variant.prefetcher is None:
-                return hidden
-            timer.mark("join1")
-            with fetch or variant.prefetcher.start(ids, history) as ready:
-                return self._engram(hidden, ready)
-
-        with torch.inference_mode():
-            self.backbone.step(self._embeds, self._cache, before_second)
-        return timer.end()
-
-    def _engram(self, hidden: Tensor, fetch: Fetch) -> Tensor:
-        values = fetch[self.tables.layer_id].wait()
-        self._timer.mark("joined1")
-        e = values.to(hidden.dtype).view(*hidden.shape[:2], -1)  # [B, T, C*D]
-        history = self._conv.copy() if self._conv is not None else None
-        return self.fusion.add_to(hidden.unsqueeze(2), e, history).squeeze(2)
+    @contextmanager
+    def around(self, place: object) -> Iterator[None]:
+        """What `attach` tells of every wait for rows: where it began and ended, on the step's clock."""
+        self._clock.mark("join")
+        yield
+        self._clock.mark("joined")
 
 
 class Counted:
@@ -238,56 +211,20 @@ def io_read_bytes() -> int | None:
 
 
 def measure(
-    stepper: Stepper, variants: Sequence[Variant], rounds: int, warmup: int, tell: Callable[[str], None]
+    stepper: Stepper, variants: Sequence[Variant], count: int, warmup: int, tell: Callable[[str], None]
 ) -> dict[str, Samples]:
-    """Samples of every variant, by label: rounds A B C, B C A, ..., warm-up rounds run and not kept."""
+    """Samples of every variant, by label: `count` rounds, warm-up rounds run and not kept."""
     samples = {variant.label: Samples() for variant in variants}
-    told = time.perf_counter()
-    for number in range(-warmup, rounds):
-        start = number % len(variants)
-        for variant in [*variants[start:], *variants[:start]]:
+
+    def say(number: int) -> None:
+        tell(f"{stepper.shape}: round {number + 1} of {count}" if number >= 0 else f"{stepper.shape}: warm-up")
+
+    for number, turn in rounds(variants, range(-warmup, count), say):
+        for variant in turn:
             stepper.run(variant, samples[variant.label] if number >= 0 else None)
-        if time.perf_counter() - told > TELL_SECONDS:
-            tell(f"{stepper.shape}: round {number + 1} of {rounds}" if number >= 0 else f"{stepper.shape}: warm-up")
-            told = time.perf_counter()
     return samples
 
 
 def control() -> Variant:
     """The backbone without any Engram layer: what the paper compares with."""
     return Variant(CONTROL, "in place")
-
-
-@dataclass(frozen=True)
-class OnBus:
-    """What the accelerator's driver counted over a stretch of steps of one variant; None where it cannot.
-
-    Attributes:
-        traffic: from `bench.instruments.board.count_traffic`; None on a CPU.
-    """
-
-    traffic: Traffic | None
-    energy: Energy | None
-    energy_why: str
-
-    @property
-    def received(self) -> list[int] | None:
-        """Bytes received over PCIe in a step, by the driver's counter."""
-        return None if self.traffic is None or self.traffic["value"] is None else [self.traffic["value"]]
-
-
-def count_on_bus(stepper: Stepper, variant: Variant, energy: bool, row_bytes: int = 0) -> OnBus:
-    """Bytes received over PCIe per step, and with `energy` joules per step, over steps that are not timed.
-
-    Args:
-        row_bytes: of the rows that a step of this variant asks for.
-    """
-    device = stepper.tables.device
-    if device.type == "cpu":
-        return OnBus(None, None, "a CPU: no board counter is read")
-    driver = open_driver(device)
-    traffic = count_traffic(driver, lambda: stepper.run(variant, None), row_bytes)
-    if not energy:
-        return OnBus(traffic, None, "not asked for: --energy")
-    found = EnergyMeter(driver).measure(lambda: stepper.run(variant, None))
-    return OnBus(traffic, found.value, found.why or "")

@@ -6,6 +6,7 @@ of the step; on CUDA, copies and kernels come from the same step under `torch.pr
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.instruments.clocks import Lap
 from bench.setup.variants import Variant
 from bench.wall.step import Stepper
 
@@ -46,12 +48,12 @@ def trace_step(stepper: Stepper, variant: Variant, log: SpanLog, chrome: Path | 
     log.spans.clear()
     with profile or nullcontext(), torch.profiler.record_function(_STEP):
         entered = time.perf_counter()
-        marks = stepper.run(variant, None)  # ends synchronised
+        laps = stepper.run(variant, None)  # ends synchronised
     if profile is not None and chrome is not None:
         chrome.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(chrome))
     host = [(what, lane, begin - stepper.began, end - stepper.began) for what, lane, begin, end in log.spans]
-    return host + (_device_spans(profile, stepper.began - entered) if cuda else _compute_spans(marks))
+    return host + (_device_spans(profile, stepper.began - entered) if cuda else _compute_spans(laps))
 
 
 def _profiler(cuda: bool) -> Any:
@@ -59,14 +61,10 @@ def _profiler(cuda: bool) -> Any:
     return torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])])
 
 
-def _compute_spans(marks: dict[str, float]) -> list[Span]:
+def _compute_spans(laps: list[Lap]) -> list[Span]:
     """On a CPU, what is not waiting is computing."""
-    begin, spans = 0.0, []
-    for join, joined in (("join0", "joined0"), ("join1", "joined1")):
-        if join in marks:
-            spans.append(("compute", "main", begin, marks[join]))
-            begin = marks[joined]
-    return [*spans, ("compute", "main", begin, marks["end"])]
+    ends = itertools.accumulate(seconds for _, seconds in laps)
+    return [("compute", "main", end - lap, end) for (name, lap), end in zip(laps, ends) if name != "joined"]
 
 
 def _device_spans(profile: Any, began: float) -> list[Span]:

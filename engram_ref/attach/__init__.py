@@ -11,14 +11,15 @@ layers' parameters stay outside the model: to train them, give `engram.parameter
 Schedule. `background=True` fetches while the blocks before L compute; `False` waits at the decoder's entry for what it
 started there (the naive schedule). `prefetcher=` takes another source of rows, anything with the Prefetcher's `start`,
 for instance an `OnHand` (no lookup at all). `observer` is told how long hash, gather and wait took; an `ExposedTime`
-measures how long the blocks waited, on the accelerator's own clock where there is one.
+measures how long the blocks waited, on the accelerator's own clock where there is one; anything with its `around` does.
 
 Padding, the positions that the attention mask masks. In the demo's form they are the compressed pad id, as everything
 before a sequence is, and nothing of them enters the convolution; in the form v41 they are DEAD, and the stream passes
 them bit for bit. So a row that is padded on the left gives what it gives alone.
 
 Caches. The history (the last compressed ids, and the convolution's past) is kept in the transformers cache and
-compared with its length before each step: see `engram_ref.attach.history`.
+compared with its length before each step: see `engram_ref.attach.history`. Of a cache that was filled elsewhere, or
+before Engram was attached this time, `remember` says what is in it.
 
 Graphs. A CUDA graph, or a forward compiled as one graph, cannot hash on the CPU. Inside `staging()` a forward starts
 nothing: it reads rows from buffers that stay where they are, which `stage` fills before the forward, or before the

@@ -30,7 +30,7 @@ from engram_ref.attach.blocks import (
     tell_larger,
 )
 from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
-from engram_ref.attach.exposed import ExposedTime, Place
+from engram_ref.attach.exposed import Place, Waits
 from engram_ref.attach.graphs import Staged, keep_address
 from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
 from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
@@ -40,6 +40,7 @@ from engram_ref.attach.packing import Packing, borders_of, require_continued
 from engram_ref.attach.padding import chosen, padding_of
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
+from engram_ref.fusion.base import ShortConvHistory
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.ngram import NgramHasher
 from engram_ref.hashing.plan import HashPlan
@@ -62,7 +63,7 @@ def attach(
     background: bool = True,
     buffers: int = LEAST_BUFFERS,
     observer: Observer | None = None,
-    exposed: ExposedTime | None = None,
+    exposed: Waits | None = None,
     prefetcher: Any = None,
 ) -> Attached:
     """Put Engram layers into a decoder of transformers.
@@ -75,7 +76,8 @@ def attach(
         background: fetch while earlier blocks compute; False waits for every fetch where it was started.
         buffers: fetches that may be in flight; of more threads that run the model, some wait for others.
         observer: told how long hash, gather and wait took (see `Prefetcher`).
-        exposed: notes how long the model waited.
+        exposed: notes how long the model waited: an `ExposedTime`, or what has its `around`, such as a clock of
+            one's own.
         prefetcher: where rows come from instead of a new `Prefetcher`; it stays the caller's to close.
 
     Raises:
@@ -103,7 +105,7 @@ def _attach(
     background: bool,
     buffers: int,
     observer: Observer | None,
-    exposed: ExposedTime | None,
+    exposed: Waits | None,
     prefetcher: Any,
 ) -> Attached:
     hasher = make_hasher(plan, engrams, prefetcher)
@@ -139,7 +141,7 @@ class Attached:
         blocks: nn.ModuleList,
         engrams: Mapping[int, Engram],
         source: Source,
-        exposed: ExposedTime | None = None,
+        exposed: Waits | None = None,
         own: Prefetcher | None = None,
         buffers: int = sys.maxsize,
     ) -> None:
@@ -323,8 +325,8 @@ class Attached:
         history = None if cache is None else history_of(cache, self._key)
         if history is None and past:
             raise ValueError(
-                f"a cache of {past} positions that Engram has not seen: begin with an empty one, or let the model fill "
-                "it while Engram is attached"
+                f"a cache of {past} positions that Engram has not seen: begin with an empty one, let the model fill it "
+                "while Engram is attached, or tell with remember(cache, input_ids) what is in it"
             )
         if history is None or (past == 0 and history.batch_size != batch):
             history = CacheHistory(self._source.plan, batch, self._source.device, self.engrams)
@@ -404,6 +406,43 @@ class Attached:
 
     def _waiting(self, place: Place) -> Any:
         return nullcontext() if self._exposed is None else self._exposed.around(place)
+
+    # --- a cache that was filled elsewhere ---------------------------------------------------------
+
+    def remember(
+        self, cache: Any, input_ids: Tensor, convolutions: Mapping[int, ShortConvHistory] | None = None
+    ) -> None:
+        """Say what came before a cache that was filled elsewhere, or before Engram was attached this time.
+
+        The next forward with this cache goes on behind it, as if Engram had seen all of it.
+
+        Args:
+            cache: of transformers, with one position at least.
+            input_ids: the token ids of its last positions, [B, R]: max_ngram - 1 at least, or as many as it holds.
+            convolutions: by layer id, the past of every layer that has a convolution; a forward advances it.
+
+        Raises:
+            ValueError: an empty cache, too few ids, or layers with a convolution other than those that are given one.
+        """
+        length, least = int(length_of(cache)), self._source.plan.max_ngram - 1
+        if length < 1:
+            raise ValueError("an empty cache, before which nothing came: give it to the forward as it is")
+        if input_ids.ndim != 2 or input_ids.shape[1] < min(length, least):
+            raise ValueError(
+                f"token ids of shape {tuple(input_ids.shape)} for a cache of {length} positions: give the last "
+                f"{min(length, least)} of every sequence at least, [B, R]"
+            )
+        history = CacheHistory(self._source.plan, len(input_ids), self._source.device, self.engrams)
+        given = dict(convolutions or {})
+        if given.keys() != history.convolutions.keys():
+            raise ValueError(
+                f"the past of the convolutions of layers {sorted(given)}; those of {sorted(history.convolutions)} have "
+                "one: give a ShortConvHistory for each of them"
+            )
+        history.convolutions.update(given)
+        history.append(self._source.compress(input_ids))
+        history.length = length
+        self._follow(cache, history)
 
     # --- rows in buffers that stay where they are ------------------------------------------------
 

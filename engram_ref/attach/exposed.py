@@ -14,14 +14,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 
 from engram_ref.devices import as_device
 
 Place = str | int  # "start", or the block before which rows were joined
+
+
+class Waits(Protocol):
+    """What is told of every wait while it lasts: see `ExposedTime`, which notes it."""
+
+    def around(self, place: Place) -> AbstractContextManager[None]:
+        """Entered before a wait, left after it."""
+        ...
 
 
 class ExposedTime:

@@ -100,7 +100,7 @@ class Source:
         if self._lookup is not None and packing is None:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
         try:
-            compressed = self._compress(ids, padding)
+            compressed = self.compress(ids, padding)
         except ValueError as error:
             if isinstance(self.prefetcher, Prefetcher):
                 self.prefetcher.excuse(error)
@@ -145,7 +145,7 @@ class Source:
             give_back(fetch)
             raise
 
-    def _compress(self, ids: Tensor, padding: Tensor | None) -> Tensor:
+    def compress(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
         """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, nothing is read: 0."""
         if not self._looks_up:
             return torch.zeros(ids.shape, dtype=torch.int64, device=self.device)

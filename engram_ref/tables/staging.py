@@ -145,7 +145,8 @@ class _Slot:
         held = 0 if self.memory is None else self.memory.nbytes
         if self.memory is None or held < nbytes:
             self.free()
-            memory = HostMemory(-(-max(nbytes, 2 * held, 1) // HUGE_PAGE) * HUGE_PAGE)
+            with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
+                memory = HostMemory(-(-max(nbytes, 2 * held, 1) // HUGE_PAGE) * HUGE_PAGE)
             memory.pin(piece=memory.nbytes)
             self.memory = memory
         return self.memory.bytes[:nbytes]

@@ -15,8 +15,10 @@ import torch
 from bench import gpu_wall
 from bench.schemas.generator import json_schema
 from bench.schemas.wall import Results
+from bench.setup import sizes
 from bench.setup.variants import TableSet
 from bench.wall import options as wall_options
+from bench.wall import run as wall_run
 from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.v41 import V41Fusion
@@ -42,7 +44,7 @@ def text(tmp_path_factory):
 
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments)])
-    monkeypatch.setattr(gpu_wall, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(wall_run, "COPY_BYTES", 1 << 20)
     gpu_wall.main()
 
 
@@ -52,7 +54,7 @@ def results(text, tmp_path_factory, cache_home):
     out = tmp_path_factory.mktemp("wall")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        patch.setattr(gpu_wall, "FIO_SECONDS", 0.2)
+        patch.setattr(wall_run, "FIO_SECONDS", 0.2)
         shapes = ["--steps", "prefill:2x40", "decode:3", "--rounds", 4, "--warmup", 1, "--text", text]
         parts = ["--batch_size", 1, "--seq_len", 16, "--iterations", 2]
         run_main(patch, *SMALL, *shapes, *parts, "--out", out, "--profile", out / "trace.json")
@@ -113,7 +115,7 @@ def test_figures_traces_and_nothing_else_are_left(results):
     traces = {name for name in names if name.startswith("trace-")}
     assert names - traces == {"results.json", "timeline.svg", "overhead.svg", "bandwidth.svg"}
     assert {f"trace-{phase}-offload_disk-prefetched-cold.json" for phase in ("prefill", "decode")} <= traces
-    assert "engram_step" in (out / "trace-prefill-resident-in-place.json").read_text(encoding="utf-8")
+    assert "engram_step" in (out / "trace-prefill-resident.json").read_text(encoding="utf-8")
     lanes = {tuple(span[:2]) for run in found["steps"][0]["runs"] for span in run["spans"]}
     assert {("hash", "background"), ("gather", "background"), ("compute", "main"), ("wait", "main")} <= lanes
 
@@ -122,16 +124,16 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
     """A backbone that takes longer than the fetch: what is exposed is a small share of the synchronous wait."""
     import time
 
-    from bench.setup.backbones import Backbone
+    real_backbone = wall_run.build_backbone
 
-    class Sleeping(Backbone):
-        def step(self, embeds, cache, before_second):
-            time.sleep(0.05)
-            return super().step(embeds, cache, before_second)
+    def slow(*given):
+        backbone = real_backbone(*given)
+        backbone.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.05))
+        return backbone
 
     real = FileTable.start
     monkeypatch.setattr(FileTable, "start", lambda table, rows, out=None: (time.sleep(0.02), real(table, rows, out))[1])
-    monkeypatch.setattr(gpu_wall, "build_backbone", lambda name, blocks, device, dtype, width: Sleeping(name, width))
+    monkeypatch.setattr(wall_run, "build_backbone", slow)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     only = ["--variants", "offload_disk", "--page_cache", "cold", "--steps", "prefill:1x8", "--rounds", 3]
     run_main(monkeypatch, *SMALL, *only, "--cases", "none", "--text", text, "--out", tmp_path)
@@ -188,14 +190,14 @@ def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypa
 
 def test_one_wrong_scale_is_seen(tmp_path):
     """What `check` compares is decoded: the smallest change of a stored row must still be refused."""
-    config = wall_options.table_config("v41-flash", 3e5, 64, "bfloat16")
+    config = sizes.table_config("v41-flash", 3e5, 64, "bfloat16")
     plan = HashPlan.build(config, 1000, 0)
     ids = torch.arange(10).view(1, 10).numpy()
     with TableSet(config, plan, ["resident"], torch.device("cpu"), tmp_path, 0, None, ["cold"], packed=False) as tables:
         assert tables.check(ids)
         codes, scales = tables.in_host.parts
         codes[:, 255] ^= 1
-        with pytest.raises(ValueError, match="resident in place returned other rows than were written"):
+        with pytest.raises(ValueError, match="resident returned other rows than were written"):
             tables.check(ids)
         codes[:, 255] ^= 1
         scales[:, 7] ^= 1
@@ -209,7 +211,7 @@ def test_a_table_is_moved_to_a_device_with_its_parts(layout, tmp_path, monkeypat
     from bench.setup import variants
 
     monkeypatch.setattr(variants, "_PIECE", 1000)
-    config = wall_options.table_config("v41-flash", 3e5, 64, "bfloat16")
+    config = sizes.table_config("v41-flash", 3e5, 64, "bfloat16")
     plan = HashPlan.build(config, 1000, 0)
     packed = layout == "packed"
     with TableSet(config, plan, [], torch.device("cpu"), tmp_path, 0, None, [], packed=packed) as tables:
@@ -315,14 +317,14 @@ def test_shapes(text, shape):
 
 @pytest.mark.parametrize("params", [1e6, 5.37e8, 1e11])
 def test_a_table_has_about_the_parameters_that_were_asked_for(params):
-    config = wall_options.table_config("paper-27b", params, 2560, "bfloat16")
+    config = sizes.table_config("paper-27b", params, 2560, "bfloat16")
     assert config.hidden == 2560 and config.hc_mult == 1 and config.layer_ids == (1,)
-    sizes = sum(size * config.heads for size in config.table_size_per_order)
-    assert sizes * config.row_width == pytest.approx(params, rel=0.001)
+    rows = sum(size * config.heads for size in config.table_size_per_order)
+    assert rows * config.row_width == pytest.approx(params, rel=0.001)
 
 
 def test_v41_flash_keeps_its_geometry_and_its_rows():
-    config = wall_options.table_config("v41-flash", 1e9, 2560, "float32")
+    config = sizes.table_config("v41-flash", 1e9, 2560, "float32")
     published = EngramConfig.preset("v41-flash")
     kept = ("max_ngram", "heads", "row_width", "kernel_size", "pad_id", "seed", "row_dtype", "form", "columns")
     assert all(getattr(config, name) == getattr(published, name) for name in kept)
@@ -331,10 +333,10 @@ def test_v41_flash_keeps_its_geometry_and_its_rows():
 
 
 def test_max_counts_the_bytes_that_are_stored(monkeypatch):
-    monkeypatch.setattr(wall_options, "free_host_bytes", lambda: 264 * 10**6)
-    assert wall_options.largest("v41-flash", "float32") == 0.85 * 256 * 10**6
-    assert wall_options.largest("paper-27b", "float32") == 0.85 * 66 * 10**6
-    assert wall_options.largest("paper-27b", "bfloat16") == 0.85 * 132 * 10**6
+    monkeypatch.setattr(sizes, "free_host_bytes", lambda: 264 * 10**6)
+    assert sizes.largest("v41-flash", "float32") == 0.85 * 256 * 10**6
+    assert sizes.largest("paper-27b", "float32") == 0.85 * 66 * 10**6
+    assert sizes.largest("paper-27b", "bfloat16") == 0.85 * 132 * 10**6
 
 
 def test_how_rows_lie():
@@ -347,10 +349,10 @@ def test_how_rows_lie():
 
 
 def test_a_table_with_too_many_rows_is_refused_in_terms_of_the_option():
-    largest = wall_options.MOST_ROWS * 16 * 4
-    wall_options.table_config("tiny", largest, 64, "float32")
+    largest = sizes.MOST_ROWS * 16 * 4
+    sizes.table_config("tiny", largest, 64, "float32")
     with pytest.raises(ValueError, match=r"--table_params 1e\+12: a table of preset tiny has at most 1\.37e\+11"):
-        wall_options.table_config("tiny", 1e12, 64, "float32")
+        sizes.table_config("tiny", 1e12, 64, "float32")
 
 
 @pytest.mark.parametrize(
@@ -388,14 +390,14 @@ def steps_of(out):
 @pytest.mark.parametrize("cut", [KeyboardInterrupt, SystemExit(143), RuntimeError("CUDA error")])
 def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(cut, tmp_path, text, monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    real = gpu_wall.steps.measure
+    real = wall_run.steps.measure
 
     def measure(stepper, *given):
         if stepper.shape.phase == "decode":
             raise cut
         return real(stepper, *given)
 
-    monkeypatch.setattr(gpu_wall.steps, "measure", measure)
+    monkeypatch.setattr(wall_run.steps, "measure", measure)
     with pytest.raises(type(cut) if isinstance(cut, BaseException) else cut):
         run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
     kept = steps_of(tmp_path)
@@ -403,7 +405,7 @@ def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(cut, tmp_path, tex
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     measured = []
     monkeypatch.setattr(
-        gpu_wall.steps, "measure", lambda s, *given: (measured.append(s.shape.phase), real(s, *given))[1]
+        wall_run.steps, "measure", lambda s, *given: (measured.append(s.shape.phase), real(s, *given))[1]
     )
     run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
     found = steps_of(tmp_path)
@@ -434,10 +436,10 @@ def test_a_profiler_that_fails_costs_no_shape(error, tmp_path, text, monkeypatch
         on_disk.append(len(steps_of(tmp_path)))
         raise error
 
-    monkeypatch.setattr(gpu_wall, "trace_step", trace_step)
+    monkeypatch.setattr(wall_run, "trace_step", trace_step)
     run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
     assert on_disk == [2, 2, 2, 2] and len(steps_of(tmp_path)) == 2
-    assert f"warning: no trace of resident in place, prefill 1 x 5: {type(error).__name__}" in capsys.readouterr().err
+    assert f"warning: no trace of resident, prefill 1 x 5: {type(error).__name__}" in capsys.readouterr().err
 
 
 def test_sigterm_gives_everything_back(tmp_path):

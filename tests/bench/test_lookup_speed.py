@@ -55,9 +55,9 @@ def test_wrong_rows_are_never_timed(tmp_path, monkeypatch, cache_home, capsys):
     monkeypatch.setattr(lookup_speed.Lookups, "measure", None)
     real = lookup_speed.TableSet.check
 
-    def damaged(tables, ids, others=()):
+    def damaged(tables, ids):
         tables.in_host.parts[0].zero_()
-        return real(tables, ids, others)
+        return real(tables, ids)
 
     monkeypatch.setattr(lookup_speed.TableSet, "check", damaged)
     with pytest.raises(SystemExit) as stopped:

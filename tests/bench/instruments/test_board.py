@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import jsonschema
@@ -147,20 +148,28 @@ def test_samples_are_averaged(nvml):
 # --- in the benchmarks ---------------------------------------------------------------------------------
 
 
+def on_clock(nvml, monkeypatch):
+    """Let benchmarks ask the fake driver, on its clock."""
+    monkeypatch.setattr(board, "open_driver", lambda device: Driver(nvml, "gpu"))
+    monkeypatch.setattr(board, "count_traffic", functools.partial(board.count_traffic, clock=nvml.clock))
+
+
+def test_a_cpu_is_not_asked():
+    counted = board.count_beside(torch.device("cpu"), pytest.fail, 1000, energy=True)
+    assert counted == (None, (None, "a CPU: no board counter is read")) and counted.received is None
+
+
 def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
     """Steps mode: all runs, the backbone by itself too, over steps that receive 1,000 B without any rows."""
-    monkeypatch.setattr(steps, "open_driver", lambda device: Driver(nvml, "gpu"))
-    monkeypatch.setattr(steps, "count_traffic", lambda *given: board.count_traffic(*given, clock=nvml.clock))
-    stepper = SimpleNamespace(
-        tables=SimpleNamespace(device=torch.device("cuda")), run=lambda variant, samples: nvml.one_pass()
-    )
+    on_clock(nvml, monkeypatch)
     results = example()
     step, runs = results["steps"][0], {}
     for name, received in (("no_engram", 1000), ("offload_uva", 1_600_000)):
         nvml.per_pass = received
         variant = steps.Variant(name, "in place" if name == "no_engram" else "prefetched")
-        counted = steps.count_on_bus(stepper, variant, False, 0 if name == "no_engram" else 1_600_000)
-        assert counted.received == [received] and counted.energy_why == "not asked for: --energy"
+        rows = 0 if name == "no_engram" else 1_600_000
+        counted = board.count_beside(torch.device("cuda"), nvml.one_pass, rows, energy=False)
+        assert counted.received == [received] and counted.energy == (None, "not asked for: --energy")
         record = run_record(variant, steps.Samples(), step, limits(False), "ab" * 32, counted, [])
         assert record["pcie"]["passes"] == 4 and record["bytes"]["counter"] == [received]
         runs[name] = record
@@ -182,17 +191,16 @@ def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
 
 
 def test_the_traffic_of_an_end_to_end_row_is_counted_with_its_rows(nvml, monkeypatch):
-    monkeypatch.setattr(
-        end_to_end_rounds, "count_traffic", lambda *given: board.count_traffic(*given, clock=nvml.clock)
-    )
+    on_clock(nvml, monkeypatch)
     rounds = object.__new__(end_to_end_rounds.Rounds)
-    rounds._driver, rounds._options = Driver(nvml, "gpu"), SimpleNamespace(energy=False)
+    rounds._options = SimpleNamespace(energy=False)
+    rounds._model = SimpleNamespace(positions=SimpleNamespace(device=torch.device("cuda")))
     rounds._server = SimpleNamespace(serve=lambda *given: nvml.one_pass())
     content = {"table": {"row_bytes": 264}, "rounds": [{"round": 0, "rows_requested": 100_000}]}
     rounds._case = SimpleNamespace(content=content)
     work = SimpleNamespace(round=SimpleNamespace(number=0))
     for name, passes in (("no_engram", 4), ("offload_prefetch", 2)):  # 26.4 MB a pass, 50 are enough
         prefetcher = None if name == "no_engram" else object()
-        contender = end_to_end_rounds.Contender(name, "none", prefetcher=prefetcher)
-        found = rounds._on_board(work, contender)["pcie"]
+        contender = end_to_end_rounds.Variant(name, "none", prefetcher=prefetcher)
+        found = rounds._counted_beside(work, contender)["pcie"]
         assert (found["value"], found["passes"]) == (1000, passes)

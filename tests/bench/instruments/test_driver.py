@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench.instruments import driver as accelerator
-from bench.instruments.bandwidth import copy_bandwidth
-from bench.instruments.clocks import EventTimer, HostTimer, step_timer
+from bench.instruments.bandwidth import _bandwidth, _copy_samples, copy_bandwidth
+from bench.instruments.clocks import Clock as HostClock
 from bench.instruments.driver import Driver, EnergyMeter, PcieCounter, describe, open_driver
 from engram_ref.rows.memory import PIN_PIECE
 
@@ -330,80 +330,6 @@ def test_short_energy_windows_are_refused(nvml):
         EnergyMeter(Driver(nvml), window_s=9.9)
 
 
-def test_the_host_timer_gives_seconds_since_begin():
-    clock = Clock()
-    timer = HostTimer(clock)
-    for _ in range(2):  # a second step starts anew
-        clock.sleep(5)
-        timer.begin()
-        clock.sleep(0.25)
-        timer.mark("join")
-        clock.sleep(0.5)
-        timer.mark("joined")
-        clock.sleep(1)
-        assert timer.end() == {"join": 0.25, "joined": 0.75, "end": 1.75}
-
-
-class FakeStream:
-    """Work that the host only gives; the device reaches an event when all work given before is done."""
-
-    def __init__(self):
-        self.given = 0.0
-        self.log = []
-
-    def event(self):
-        return FakeEvent(self)
-
-
-class FakeEvent:
-    """An event as torch.cuda.Event(enable_timing=True)."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.at = None
-
-    def record(self):
-        self.at = self.stream.given
-        self.stream.log.append("record")
-
-    def synchronize(self):
-        self.stream.log.append("synchronize")
-
-    def elapsed_time(self, other):
-        self.stream.log.append("read")
-        return (other.at - self.at) * 1e3  # milliseconds
-
-
-def test_the_event_timer_gives_the_devices_seconds_and_waits_once():
-    stream = FakeStream()
-    timer = EventTimer(stream.event)
-    for _ in range(2):
-        stream.log.clear()
-        stream.given += 7
-        timer.begin()
-        stream.given += 0.25
-        timer.mark("join")
-        stream.given += 0.5
-        timer.mark("joined")
-        stream.given += 1
-        assert timer.end() == {"join": 0.25, "joined": 0.75, "end": 1.75}
-        assert stream.log == ["record"] * 4 + ["synchronize"] + ["read"] * 3
-
-
-@pytest.mark.parametrize("timer", [HostTimer(Clock()), EventTimer(FakeStream().event)], ids=["host", "events"])
-@pytest.mark.parametrize("name", ["join", "end"])
-def test_marks_that_would_hide_each_other_are_refused(timer, name):
-    timer.begin()
-    timer.mark("join")
-    with pytest.raises(ValueError, match=f"mark '{name}'"):
-        timer.mark(name)
-
-
-def test_each_device_has_its_timer():
-    assert isinstance(step_timer(CPU), HostTimer)
-    assert isinstance(step_timer(CUDA), EventTimer)
-
-
 def test_copies_in_ram_are_timed():
     limits = copy_bandwidth(CPU, 1 << 20, 5)
     copy = limits["copy"]
@@ -416,9 +342,9 @@ def test_copies_in_ram_are_timed():
 def test_warm_up_copies_are_not_kept():
     clock = Clock()
     durations = iter([9.0, 5.0, 1.0, 2.0, 3.0])
-    samples = accelerator._copy_samples(lambda: clock.sleep(next(durations)), 3, HostTimer(clock))
+    samples = _copy_samples(lambda: clock.sleep(next(durations)), 3, HostClock(clock))
     assert samples == [1.0, 2.0, 3.0]
-    assert accelerator._bandwidth("x", 10, samples)["bytes_per_s"] == 5.0
+    assert _bandwidth("x", 10, samples)["bytes_per_s"] == 5.0
 
 
 @pytest.mark.parametrize(("nbytes", "repeats"), [(0, 5), (PIN_PIECE + 1, 5), (1024, 0)])

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench.instruments import results as module
-from bench.instruments.results import atomic_path, environment, git_commit, write_json, write_unless_same
+from bench.instruments.results import environment, git_commit, results_head, write_json, write_unless_same
+from engram_ref.files import replacing
 
 
 def test_write_json(tmp_path):
@@ -59,12 +60,12 @@ def test_a_file_that_holds_no_results_is_kept_beside_the_new_one(tmp_path, capsy
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, error):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, error, monkeypatch):
     path = tmp_path / "results.json"
     path.write_text("old")
-    with pytest.raises(type(error)), atomic_path(path) as part:
-        part.write_text("half")
-        raise error
+    monkeypatch.setattr(replacing.os, "fsync", lambda handle: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        write_json(path, {"a": 1})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -73,6 +74,10 @@ def test_what_json_cannot_hold_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "results.json", {"a": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_says_where_results_come_from():
+    assert results_head("speed") == {"benchmark": "speed", "environment": environment(), "git": git_commit()}
 
 
 def test_environment_names_the_machine():

@@ -6,7 +6,8 @@ import gc
 
 import pytest
 
-from bench.instruments.timing import interleave, paired_ratio, summary
+from bench.instruments import timing
+from bench.instruments.timing import interleave, paired_ratio, rounds, summary
 
 
 class FakeClock:
@@ -42,6 +43,15 @@ def test_the_collector_is_off_inside_and_back_on_after():
     interleave({"a": lambda: states.append(gc.isenabled())}, repeats=2)
     assert states == [False, False, False]
     assert gc.isenabled()
+
+
+def test_rounds_begin_with_another_thing_each_and_say_where_they_are_now_and_then(monkeypatch):
+    seconds = iter([0.0, 1.0, 2.5, 2.5, 3.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(seconds))
+    said = []
+    found = list(rounds("abc", [-1, 0, 5], said.append))
+    assert found == [(-1, ["c", "a", "b"]), (0, ["a", "b", "c"]), (5, ["c", "a", "b"])]
+    assert said == [0] and gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_no_repeats_is_refused():

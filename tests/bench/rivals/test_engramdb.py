@@ -42,9 +42,9 @@ def test_only_the_run_is_timed_and_all_ways_get_the_rows_of_their_round():
         return Way(prepare, run)
 
     rows = iter(np.arange(3)[:, None])
-    samples = prepared_samples({"a": way("a", 1), "b": way("b", 2)}, lambda: next(rows), 2, lambda: now[0])
+    samples = prepared_samples({"a": way("a", 1), "b": way("b", 2)}, lambda: next(rows), 2, clock=lambda: now[0])
     assert samples == {"a": [1, 1], "b": [2, 2]}
-    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert calls == [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2)]
 
 
 def test_the_collector_is_off_inside_and_back_on_after():
@@ -55,7 +55,7 @@ def test_the_collector_is_off_inside_and_back_on_after():
 
 
 def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="rounds=0: measure at least once"):
+    with pytest.raises(ValueError, match="repeats=0: measure at least once"):
         prepared_samples({}, lambda: np.zeros(1), 0)
 
 

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from bench.instruments.output import source
-from bench.instruments.timing import NotMeasured
+from bench.instruments.timing import NotMeasured, Overhead
 from bench.schemas.generator import json_schema
 from bench.schemas.served import Results
 from bench.served import numbers
@@ -230,7 +230,7 @@ def test_a_bus_in_the_noise_breaks_nothing():
 def bus(delay_s, breaks, window_s=WINDOW):
     """A slowed bus that costs 3 % or not, or of which that is open."""
     low, high = {True: (0.04, 0.05), False: (0.01, 0.02), None: (0.02, 0.04)}[breaks]
-    part = numbers.Part((low + high) / 2, low, high, True)
+    part = Overhead((low + high) / 2, low, high, True)
     return numbers.Slowed("a bus", delay_s, window_s, 0.0, part, part, 0.001)
 
 
@@ -246,7 +246,7 @@ def bus(delay_s, breaks, window_s=WINDOW):
     ],
 )
 def test_a_bus_breaks_three_per_cent_or_holds_or_that_is_open(low, high, resolved, noise, breaks):
-    part = numbers.Part((low + high) / 2, low, high, resolved)
+    part = Overhead((low + high) / 2, low, high, resolved)
     assert numbers.Slowed("a bus", 1e-3, WINDOW, 0.0, part, part, noise).breaks is breaks
 
 

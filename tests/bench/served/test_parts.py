@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench.instruments.clocks import EventPassClock, HostPassClock
 from bench.served import graphs as end_to_end_graphs
 from bench.served import memory as end_to_end_memory
 from bench.served import run as end_to_end
@@ -104,36 +103,6 @@ def test_a_bus_is_spelt(text, bus, shown):
 def test_no_bus(text):
     with pytest.raises(ValueError, match="must be GB/s or GB/s:us"):
         Bus.parse(text)
-
-
-def test_the_clock_gives_the_time_between_marks():
-    times = iter([1.0, 1.5, 3.5])
-    clock = HostPassClock(lambda: next(times))
-    clock.begin()
-    clock.mark("join")
-    clock.mark("end")
-    assert clock.end() == [("join", 0.5), ("end", 2.0)]
-
-
-def test_events_are_read_once_at_the_end():
-    made, waited = [], []
-
-    class Event:
-        def record(self):
-            made.append(self)
-
-        def synchronize(self):
-            waited.append(self)
-
-        def elapsed_time(self, other):
-            return 1000.0 * (made.index(other) - made.index(self))
-
-    clock = EventPassClock(Event)
-    clock.begin()
-    for name in ("join", "joined", "end"):
-        clock.mark(name)
-    assert waited == []
-    assert clock.end() == [("join", 1.0), ("joined", 1.0), ("end", 1.0)] and waited == [made[-1]]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])

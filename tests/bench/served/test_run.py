@@ -24,9 +24,10 @@ from bench.served.numbers import same_tokens, step_bytes
 from bench.served.one_pass import Server
 from bench.served.record import Record
 from bench.served.requests import TokenSource
-from bench.served.variants import Choice, Contender
+from bench.served.variants import Choice
 from bench.setup.backbones import build_backbone
 from bench.setup.lookup import ResidentLookup
+from bench.setup.variants import Variant
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
 from engram_ref.device_lookup import DeviceLookup
@@ -81,11 +82,11 @@ class Served:
     def serve(self, work, schedule, on_device=False):
         """One variant; `on_device` hashes as a GPU does."""
         if schedule == "in graph":
-            contender = Contender("resident", schedule, table=self.table, prefetcher=NOBODY, kernels=NOBODY)
+            contender = Variant("resident", schedule, table=self.table, prefetcher=NOBODY, kernels=NOBODY)
             return self.server.serve(work, contender)
         hasher = DeviceHasher(self.plan, CPU) if on_device else NgramHasher(self.plan)
         with Prefetcher(hasher, {1: self.table}, background=schedule == "prefetched") as prefetcher:
-            contender = Contender("resident", schedule, table=self.table, prefetcher=prefetcher)
+            contender = Variant("resident", schedule, table=self.table, prefetcher=prefetcher)
             return self.server.serve(work, contender)
 
 
@@ -107,10 +108,10 @@ def attached_choices(one, round_):
     """What the model chooses when an attached one processes each sequence alone and at once: no cache, no batch."""
     engram = Engram(one.fusion, one.table)
     choices = []
-    with attach(one.decoder._model, {1: engram}, one.plan, one.vocab), torch.inference_mode():
+    with attach(one.decoder.model, {1: engram}, one.plan, one.vocab), torch.inference_mode():
         for tokens, length in zip(round_.tokens, round_.lengths):
             ids = torch.from_numpy(tokens[: length.prompt + length.output - 1])[None]
-            hidden = one.decoder._model(input_ids=ids, use_cache=False).last_hidden_state[0, length.prompt - 1 :]
+            hidden = one.decoder.model(input_ids=ids, use_cache=False).last_hidden_state[0, length.prompt - 1 :]
             choices.append(F.linear(hidden, one.head).argmax(-1).tolist())
     return choices
 
@@ -192,7 +193,7 @@ def test_rows_change_what_is_chosen(served):
     assert one.serve(work, "prefetched").tokens_sha256 == right
     one.table = DeviceTable(torch.randn(one.table.rows, 4))
     assert one.serve(work, "in place").tokens_sha256 != right
-    assert one.server.serve(work, Contender("no_engram", "none")).tokens_sha256 != right
+    assert one.server.serve(work, Variant("no_engram", "none")).tokens_sha256 != right
 
 
 def test_rows_are_counted_from_the_ids_alone(served):
@@ -201,7 +202,7 @@ def test_rows_are_counted_from_the_ids_alone(served):
     work = one.server.prepare(round_, most_tokens=24)
     requested, unique = one.server.count_rows(work)
     with Prefetcher(NgramHasher(one.plan), {1: one.table}, background=False) as prefetcher:
-        rows = one.server.rows_of(work, Contender("resident", "in place", table=one.table, prefetcher=prefetcher))
+        rows = one.server.rows_of(work, Variant("resident", "in place", table=one.table, prefetcher=prefetcher))
     assert requested == sum(map(len, rows)) == (2 * 9 + 2 * 2) * one.config.columns  # a prefill, two tokens for each
     assert unique == sum(len(np.unique(values.numpy(), axis=0)) for values in rows)
 

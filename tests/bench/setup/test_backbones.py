@@ -1,4 +1,4 @@
-"""Backbones: sizes as published, the insertion before the second block, and a context that no step changes."""
+"""Backbones: sizes as published, Engram before the second block, and a context that no step changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import torch
 
 from bench.setup import backbones
 from bench.setup.backbones import BACKBONES, BlockShape, build_backbone, flops_per_token
+from engram_ref.attach import attach
+from engram_ref.config import EngramConfig
+from engram_ref.fusion.factory import make_fusion
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.layer import Engram
+from engram_ref.tables.device import DeviceTable
 
 CPU = torch.device("cpu")
 TINY = dict(
@@ -40,12 +46,8 @@ def tiny(config):
     return build_backbone(config(), None, CPU, torch.float32, 0)
 
 
-def embeds(batch=2, tokens=5, seed=0, dtype=torch.float32):
-    return torch.randn(batch, tokens, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def unchanged(hidden):
-    return hidden
+def ids(batch=2, tokens=5, seed=0):
+    return torch.randint(0, 8, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("qwen3-4b", 3.6e9), ("qwen3-8b", 6.95e9)])
@@ -72,51 +74,32 @@ def test_flops_are_those_that_torch_counts(tiny):
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        tiny.step(embeds(1, 8), None, unchanged)
+        tiny.step(ids(1, 8), None)
     counted = {
         str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
     }
     assert sum(counted.values()) == 8 * tiny.flops_per_token(0)
 
 
-def test_the_second_block_reads_what_was_inserted(tiny):
-    blocks, seen = tiny._model.layers, {}
-    handles = [
-        blocks[0].register_forward_hook(
-            lambda m, args, out: seen.update(left=out[0] if isinstance(out, tuple) else out)
-        ),
-        blocks[1].input_layernorm.register_forward_pre_hook(lambda m, args: seen.update(read=args[0])),
-    ]
-
-    def insert(hidden):
-        seen["given"] = hidden
-        return hidden * 2 + 1
-
-    out = tiny.step(embeds(), None, insert)
-    for handle in handles:
-        handle.remove()
-    assert out.shape == (2, 5, 64)
-    assert not out.requires_grad
-    assert torch.equal(seen["given"], seen["left"])
-    assert torch.equal(seen["read"], seen["left"] * 2 + 1)
-    assert not torch.allclose(out, tiny.step(embeds(), None, unchanged))
-
-
-def test_the_residual_stream_is_found_by_position_and_by_name():
-    hook = backbones._replacing_input(lambda hidden: hidden + 1)
-    assert hook(None, (1, "mask"), {"cache": None}) == ((2, "mask"), {"cache": None})
-    assert hook(None, (), {"hidden_states": 1, "cache": None}) == ((), {"hidden_states": 2, "cache": None})
-
-
-def test_a_step_that_fails_leaves_nothing_behind(tiny):
-    before = tiny.step(embeds(), None, unchanged)
-
-    def fail(hidden):
-        raise RuntimeError("no rows")
-
-    with pytest.raises(RuntimeError, match="no rows"):
-        tiny.step(embeds(), None, fail)
-    assert torch.equal(tiny.step(embeds(), None, unchanged), before)
+@pytest.mark.parametrize("name", ["none", "tiny"])
+def test_engram_is_attached_before_the_second_block(name, config):
+    backbone = build_backbone("none" if name == "none" else config(), None, CPU, torch.float32, 64)
+    sizes = EngramConfig.preset("tiny").replace(table_size_per_order=(300, 300), row_dtype="float32")
+    plan = HashPlan.build(sizes, 8, 2)
+    rows = torch.randn(plan.layer(1).rows, sizes.row_width)
+    engram = Engram(make_fusion(sizes), DeviceTable(rows))
+    first, second = backbone.model.layers[:2]
+    seen = {}
+    first.register_forward_hook(lambda m, args, out: seen.update(left=out[0] if isinstance(out, tuple) else out))
+    reads = second if name == "none" else second.input_layernorm
+    plain = backbone.step(ids(), None)
+    with attach(backbone.model, {1: engram}, plan):
+        reads.register_forward_pre_hook(lambda m, args: seen.update(read=args[0]))
+        out = backbone.step(ids(), None)
+    with torch.no_grad():
+        assert torch.equal(seen["read"], engram(seen["left"], NgramHasher(plan)(ids().numpy(), 1)))
+    assert out.shape == (2, 5, 64) and not out.requires_grad and not torch.allclose(out, plain)
+    assert torch.equal(backbone.step(ids(), None), plain)
 
 
 def stored(cache):
@@ -132,12 +115,17 @@ def test_every_step_sees_the_same_context_as_transformers_own_cache(tiny, tokens
     cache, theirs = tiny.new_cache(2, 7, tokens), DynamicCache()
     for block, (keys, values) in enumerate(stored(cache)):
         theirs.update(keys[:, :, :7].clone(), values[:, :, :7].clone(), block)
-    first, second = (tiny.step(embeds(2, tokens, seed), cache, unchanged) for seed in (1, 2))
+    first, second = (step(tiny, cache, tokens, seed) for seed in (1, 2))
     # The same products over the same numbers, blocked otherwise at most: a few roundings of float32.
-    assert torch.allclose(first, tiny.step(embeds(2, tokens, 1), theirs, unchanged), rtol=1e-5, atol=1e-5)
-    assert torch.equal(first, tiny.step(embeds(2, tokens, 1), cache, unchanged))
-    grown = tiny.step(embeds(2, tokens, 2), theirs, unchanged)  # their cache has grown by the first step: the trap
+    assert torch.allclose(first, tiny.step(ids(2, tokens, 1), theirs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(first, step(tiny, cache, tokens, 1)) and cache.get_seq_length() == 7 + tokens
+    grown = tiny.step(ids(2, tokens, 2), theirs)  # their cache has grown by the first step: the trap
     assert not torch.allclose(second, grown, rtol=1e-5, atol=1e-5)
+
+
+def step(backbone, cache, tokens, seed):
+    cache.rewind()
+    return backbone.step(ids(2, tokens, seed), cache)
 
 
 def test_the_context_is_random_and_read(tiny):
@@ -146,10 +134,10 @@ def test_the_context_is_random_and_read(tiny):
     assert keys.shape == values.shape == (2, 2, 65, 16)
     assert not torch.equal(keys, values)
     assert 0.9 < float(keys.std()) < 1.1
-    out = tiny.step(embeds(2, 1), cache, unchanged)
+    out = step(tiny, cache, 1, 0)
     values[:, :, 40] = float("nan")  # not the step's own position
     assert out.isfinite().all()
-    assert tiny.step(embeds(2, 1), cache, unchanged).isnan().all()
+    assert step(tiny, cache, 1, 0).isnan().all()
 
 
 def test_no_context_needs_no_cache(tiny):
@@ -160,7 +148,7 @@ def test_no_context_needs_no_cache(tiny):
 def test_a_step_that_the_cache_was_not_made_for_is_refused(tiny, batch, tokens):
     cache = tiny.new_cache(2, 7)
     with pytest.raises(ValueError, match=rf"a step of {batch} x {tokens} tokens; this cache was made for 2 x 1"):
-        tiny.step(embeds(batch, tokens), cache, unchanged)
+        tiny.step(ids(batch, tokens), cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -168,12 +156,12 @@ def test_all_36_blocks_stay_finite_in_half_precision(config, dtype):
     # Weights as wide as for 4,096 inputs, the widest model here: each product grows as much as there.
     wide = config(num_hidden_layers=36, initializer_range=0.02 * (4096 / 64) ** 0.5)
     backbone = build_backbone(wide, None, CPU, dtype, 0)
-    assert {p.dtype for p in backbone._model.parameters()} == {dtype}
-    assert backbone._model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in backbone.model.parameters()} == {dtype}
+    assert backbone.model.rotary_emb.inv_freq.dtype == torch.float32
     largest = []
-    for block in backbone._model.layers:
+    for block in backbone.model.layers:
         block.register_forward_hook(lambda m, args, out: largest.append(float(torch.as_tensor(out).abs().max())))
-    out = backbone.step(embeds(dtype=dtype), None, unchanged)
+    out = backbone.step(ids(), None)
     assert out.isfinite().all()
     assert len(largest) == 36
     assert 1 < max(largest) < 1000
@@ -182,7 +170,7 @@ def test_all_36_blocks_stay_finite_in_half_precision(config, dtype):
 
 def test_weights_are_seeded_and_counted(config):
     one, two = (build_backbone(config(), 2, CPU, torch.bfloat16, 0) for _ in range(2))
-    for (name, a), (_, b) in zip(one._model.named_parameters(), two._model.named_parameters()):
+    for (name, a), (_, b) in zip(one.model.named_parameters(), two.model.named_parameters()):
         assert torch.equal(a, b)
         assert a.ndim == 2 or (a == 1).all(), name
         assert a.ndim == 1 or 0.015 < float(a.float().std()) < 0.025, name
@@ -193,26 +181,25 @@ def test_weights_are_seeded_and_counted(config):
 
 def test_positions_are_rotated_by_the_usual_frequencies(tiny):
     turns = 10_000.0 ** -(torch.arange(0, 16, 2) / 16)  # radians a position, the default of a config without theta
-    assert torch.allclose(tiny._model.rotary_emb.inv_freq, turns, rtol=1e-6)  # float32 powers
+    assert torch.allclose(tiny.model.rotary_emb.inv_freq, turns, rtol=1e-6)  # float32 powers
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_other_dense_decoders_run(config, kind):
     backbone = build_backbone(config(model_type=kind, head_dim=16), 2, CPU, torch.float32, 0)
-    out = backbone.step(embeds(2, 1), backbone.new_cache(2, 5), unchanged)
+    out = backbone.step(ids(2, 1), backbone.new_cache(2, 5))
     assert out.isfinite().all()
-    biases = [p for name, p in backbone._model.named_parameters() if name.endswith("bias")]
+    biases = [p for name, p in backbone.model.named_parameters() if name.endswith("bias")]
     assert all(not bias.any() for bias in biases)
     assert bool(biases) == (kind == "qwen2")
 
 
-def test_no_backbone_is_the_insertion_alone(monkeypatch):
+def test_no_backbone_needs_no_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it would fail
     backbone = build_backbone("none", None, CPU, torch.float32, 48)
-    x = torch.randn(2, 3, 48, requires_grad=True)
-    out = backbone.step(x, backbone.new_cache(2, 100), lambda hidden: hidden + 1)
-    assert torch.equal(out, x + 1)
-    assert not out.requires_grad
+    cache = backbone.new_cache(2, 100)
+    assert step(backbone, cache, 3, 0).shape == (2, 3, 48) and cache.get_seq_length() == 103
+    assert torch.equal(step(backbone, cache, 3, 0), backbone.step(ids(2, 3), None)) and cache.get_seq_length() == 103
     assert (backbone.hidden, backbone.blocks, backbone.parameters_bytes) == (48, 0, 0)
     assert backbone.flops_per_token(100) == 0
     with pytest.raises(ValueError, match="pip install transformers"):

@@ -27,7 +27,6 @@ from bench.schemas.generator import json_schema
 from bench.schemas.sweeps import Results
 from bench.setup.streams import random_source
 from bench.sweeps import command as sweep_command
-from bench.sweeps import record as sweep_results
 from bench.sweeps import run as sweep_run
 from bench.sweeps import table as sweep_table
 from bench.sweeps.figures import draw_all
@@ -360,7 +359,7 @@ def test_nothing_is_done_twice_and_nothing_stale_is_used(run, tmp_path, monkeypa
     assert run(*LESS, "--out", out)[0] == RECORDINGS
     written, shown = (out / "sweeps.json").stat().st_mtime_ns, []
     with monkeypatch.context() as patch:  # at another commit
-        patch.setattr(sweep_results, "git_commit", lambda: {"commit": "0" * 40, "dirty": False})
+        patch.setattr("bench.instruments.results.git_commit", lambda: {"commit": "0" * 40, "dirty": False})
         patch.setattr(sweep_command, "_draw", lambda results, *_: shown.append(results))
         again, _, said = run(*LESS, "--out", out)
     assert again == 0 and "says the same already" in said.err

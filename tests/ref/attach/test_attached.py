@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -209,6 +211,25 @@ def test_exposed_time_is_noted(model, layers, ids):
     assert all(0 <= seconds < 60 for _, seconds in exposed.seconds())
     exposed.clear()
     assert exposed.seconds() == []
+
+
+def test_waits_are_told_to_whatever_has_an_around(model, layers, ids):
+    """A clock of one's own stands around each wait, and nowhere else."""
+    told = []
+
+    class Marks:
+        @contextmanager
+        def around(self, place):
+            told.append(("join", place))
+            yield
+            told.append(("joined", place))
+
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: told.append("block 0"))
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan, exposed=Marks()):
+        model(ids)
+    hook.remove()
+    joins = [(mark, place) for place in (1, 2) for mark in ("join", "joined")]
+    assert told == [("join", "start"), ("joined", "start"), "block 0", *joins]
 
 
 def test_exposed_time_on_the_clock_of_a_gpu(monkeypatch):

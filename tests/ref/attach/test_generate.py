@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import reader
-from engram_ref.attach.history import CacheHistory
+from engram_ref.attach.history import CacheHistory, history_of
 from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model, padded_batch
 
@@ -351,3 +351,45 @@ def test_a_length_on_the_device_is_not_asked_for(model, layers, ids, monkeypatch
             else:
                 assert attached._past_length(given) == 9
     assert compared == [9]
+
+
+# --- a cache that was filled elsewhere -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [2, 6])
+@pytest.mark.parametrize("vocab", [False, True])
+def test_a_cache_goes_on_with_engram_attached_anew(known, vocab, model, layers, ids):
+    """Attached a second time, it knows nothing of the first: not the ids before, and not the convolutions' past."""
+    order = torch.arange(97) if vocab else None
+    want, cache = by_hand(model, layers, ids), DynamicCache()
+    with torch.no_grad():
+        with attach(model, layers.engrams, layers.plan, order) as first:
+            model(ids[:, :6], past_key_values=cache)
+            pasts = copy.deepcopy(history_of(cache, first._key).convolutions)
+        unknown, again = copy.deepcopy((cache, pasts))
+        with attach(model, layers.engrams, layers.plan, order) as second:
+            second.remember(cache, ids[:, 6 - known : 6], pasts)
+            got = torch.cat([model(chunk, past_key_values=cache).logits for chunk in ids[:, 6:].split([1, 2], 1)], 1)
+        with attach(model, layers.engrams, layers.plan, order) as third:
+            third.remember(unknown, 0 * ids[:, :6], again)
+            other = model(ids[:, 6:7], past_key_values=unknown).logits
+    torch.testing.assert_close(got, want[:, 6:], **EXACT)
+    assert not torch.allclose(other, want[:, 6:7], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "shape", "given", "said"),
+    [
+        (0, (2, 4), True, "an empty cache"),
+        (6, (2, 1), True, "for a cache of 6 positions: give the last 2 of every sequence"),
+        (6, (4,), True, "give the last 2 of every sequence"),
+        (6, (2, 2), False, r"the convolutions of layers \[\]; those of \[1, 2\] have one"),
+    ],
+)
+def test_what_cannot_be_remembered_is_refused(length, shape, given, said, model, ids):
+    layers, cache = make_layers(), DynamicCache()
+    if length:
+        model(ids[:, :length], past_key_values=cache)
+    pasts = CacheHistory(layers.plan, 2, torch.device("cpu"), layers.engrams).convolutions if given else None
+    with attach(model, layers.engrams, layers.plan) as attached, pytest.raises(ValueError, match=said):
+        attached.remember(cache, torch.ones(shape, dtype=torch.int64), pasts)

@@ -60,6 +60,16 @@ def test_rows_are_right_however_late_the_copies_run(gpu):
     assert all(gpu.steps())
 
 
+def test_a_buffer_serves_both_in_and_outside_of_inference_mode(gpu):
+    """A model under `inference_mode` makes the buffers, and a fetch outside of it writes into them with torch."""
+    raw = torch.arange(50 * FORMAT.row_bytes, dtype=torch.uint8).view(50, -1)
+    with torch.inference_mode():
+        assert (gpu.send(1).wait() == 1).all() and (gpu.send(2).wait() == 2).all()
+    for _ in range(2):
+        values = gpu.delivery.send(50, lambda staged: staged.copy_(raw)).wait()
+        assert torch.equal(values.view(torch.uint8), raw)
+
+
 def test_fetches_that_nobody_has_waited_for_are_right_too(gpu):
     pending = [gpu.send(number) for number in range(7)]
     for number, fetch in reversed(list(enumerate(pending))):
