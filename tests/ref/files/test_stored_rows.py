@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from engram_ref.files import stored_rows as stored
-from engram_ref.files import writing
+from engram_ref.files import validated, writing
 from engram_ref.files.conventions import BLOCK, packed_mark
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.writing import save_pieces, save_rows
@@ -342,7 +342,7 @@ def test_every_byte_but_nan_is_a_code_or_a_scale():
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_file_that_is_truncated_while_all_of_it_is_read_is_refused(part, tmp_path, monkeypatch):
     found = store(tmp_path, "two files", random_content("two files"))
-    descriptor = stored.open_same
+    descriptor = validated.open_same
 
     def open_and_truncate(path, *more):
         fd = descriptor(path, *more)
@@ -350,7 +350,7 @@ def test_a_file_that_is_truncated_while_all_of_it_is_read_is_refused(part, tmp_p
             os.truncate(path, path.stat().st_size // 2)
         return fd
 
-    monkeypatch.setattr(stored, "open_same", open_and_truncate)
+    monkeypatch.setattr(validated, "open_same", open_and_truncate)
     with pytest.raises(ValueError, match="the file ends at byte"):
         found.read()
 

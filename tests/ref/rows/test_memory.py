@@ -269,7 +269,7 @@ def test_a_forked_child_leaves_the_lock_to_its_parent(runtime):
 
 AT_EXIT = """
 import sys, torch
-from engram_ref.tables import memory
+from engram_ref.rows import memory
 class Runtime:
     def cudaHostRegister(self, address, nbytes, flags): return 0
     def cudaHostUnregister(self, address): print("unlocked")

@@ -634,7 +634,8 @@ WITHOUT_NUMBA_AND_TRITON = """
 import sys
 sys.modules.update(numba=None, triton=None)
 import torch
-from engram_ref.tables import gather, make_table
+from engram_ref.rows import gather
+from engram_ref.tables import make_table
 assert gather._copy_rows is None
 values, rows = torch.randn(50, 8), torch.tensor([3, 49, 3], dtype=torch.int32)
 for placement, options in (("device", {}), ("host", {}), ("hot", {"hot": torch.tensor([3])})):
