@@ -9,8 +9,11 @@ installation without a home, and when the disk is full. A cache spares seconds; 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from numba import njit
@@ -30,7 +33,15 @@ def compiled(**options: bool) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Cache(FunctionCache):
-    """A cache that stores nothing where it cannot."""
+    """A cache that knows no machine code of other sources, and stores nothing where it cannot.
+
+    numba's own looks at the time and the size of the one file that a function is in; a loop holds the code of others
+    that it calls, too, and files of two releases may have the same time. So all files of the folder count, by content.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _sources())
 
     def save_overload(self, *overload: Any) -> None:
         try:
@@ -43,3 +54,12 @@ class _Cache(FunctionCache):
             return super().load_overload(*overload)
         except OSError:  # its files may not be read
             return None
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """Digest of the folder's files."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()

@@ -324,3 +324,31 @@ def test_read_only_checkout(cache, tmp_path):
     assert run.stdout.strip() == str(tmp_path / "engram_ref" / "hashing" / "fused.py")
     if cache == "user folder":
         assert list(home.rglob("*.nbi"))
+
+
+def test_machine_code_of_other_sources_is_not_used(tmp_path):
+    """A loop holds the code that it calls, of other files, too; a new release may come with their old times and sizes."""
+    package = tmp_path / "engram_ref"
+    shutil.copytree(ROOT / "engram_ref", package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numpy as np\n"
+        "from engram_ref.config import EngramConfig\n"
+        "from engram_ref.hashing import HashPlan, NgramHasher\n"
+        "plan = HashPlan.build(EngramConfig.preset('tiny'), compressed_size=100, pad_compressed=2)\n"
+        "print(NgramHasher(plan, 'numba')(np.array([[7]]), plan.layers[0].layer_id).tolist())\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    environment["PYTHONPATH"] = str(tmp_path)
+
+    def run() -> str:
+        command = [sys.executable, "-B", "-c", code]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    before = run()
+    assert run() == before and list(package.rglob("step*.nbi"))
+    path = package / "hashing" / "fused.py"
+    was, text = path.stat(), path.read_text()
+    assert text.count("h ^= (") == 1
+    path.write_text(text.replace("h ^= (", "h |= ("))  # the same size
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert run() != before
