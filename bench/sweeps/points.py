@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.price.models import MODELS_OF
+from engram_toy.definitions import DEFINITIONS
 from engram_toy.models.layouts import VARIANTS
 from engram_toy.models.programs import BOUNDARIES
 
+FLOOR = "floor"  # no definition of depth, but what every manager must pay at least
 HOT_PREFETCH = "offload_hot_prefetch"  # of the grid: hot rows above, the others below and prefetched
 GRID = "grid"
 
@@ -107,7 +109,7 @@ SWEEPS = {
     "bytes": Sweep("bytes_per_element", (1, 2, 4), (1, 2, 4), "bytes per value"),
     "compute": Sweep("d_model", (8, 16, 32, 64, 128), (4, 8), "width of the model"),
     "wrong": Sweep("wrong", (0.0, 0.01, 0.05, 0.2, 0.5), (0.0, 0.2), "share of the copies that are mispredicted"),
-    "definition": Sweep("definition", ("lru", "two-stack"), ("lru", "two-stack"), "definition of ByteDMD"),
+    "definition": Sweep("definition", (*DEFINITIONS, FLOOR), ("lru", "two-stack", "stationary", FLOOR), "definition"),
     "seed": Sweep("seed", (0, 1, 2), (0, 1), "seed"),
     "preset": Sweep("preset", ("tiny", "v41-flash"), ("tiny",), "form of Engram"),
 }

@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,13 @@ from bench.price.job import output_digest
 from bench.price.models import digest, make_workload, row_stream
 from bench.setup.streams import Stream
 from bench.sweeps.points import Case
+from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import Recording, record
 from engram_toy.models.layouts import Layout, most_frequent
-from engram_toy.models.programs import Program, Workload, build
+from engram_toy.models.programs import Workload, build
+from engram_toy.tracer import stack
 from engram_toy.tracer.first_reads import Start, first_reads
 from engram_toy.tracer.stack import read_price
 
@@ -54,9 +55,10 @@ def price_cases(job: Job) -> list[dict[str, Any]]:
     program = build(workload, one.boundary, recorded, padding=0)
     recording = record(program.function, program.arguments, program.kinds)
     facts = _facts(recording, indices, layouts)
+    table = TableInputs(recording, program, recorded)
     found: list[dict[str, Any]] = [{}] * len(job.cases)
     for definition in dict.fromkeys(case.settings.definition for case in job.cases):
-        relaid = Relaid(recording, program, recorded, definition)
+        relaid = (Relaid if definition in stack.DEFINITIONS else Readdressed)(recording, table, definition)
         reads = relaid.reads_by_kind
         facts |= {"reads": sum(reads.values()), "reads_by_kind": reads, "working_set": relaid.working_set}
         places = [i for i, case in enumerate(job.cases) if case.settings.definition == definition]
@@ -65,7 +67,7 @@ def price_cases(job: Job) -> list[dict[str, Any]]:
     return found
 
 
-def _prices(relaid: Relaid, layouts: Layouts, cases: Sequence[Case]) -> list[dict[str, Any]]:
+def _prices(relaid: Relaid | Readdressed, layouts: Layouts, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """What differs between the cases of a recording; each layout is laid down once for all of its paddings."""
     starts: dict[frozenset[int], Any] = {}
     prices = []
@@ -177,8 +179,8 @@ class Relaid:
         first: its first reads.
     """
 
-    def __init__(self, recording: Recording, program: Program, recorded: Layout, definition: str = "lru") -> None:
-        """`recorded` is the layout that the program was built in, without padding."""
+    def __init__(self, recording: Recording, table: TableInputs, definition: str = "lru") -> None:
+        self._table = table
         traced = recording.trace(definition)
         self.first = first_reads(recording.log, traced.depths, definition)
         self._kinds = [traced.kind_names[traced.kinds[place]] for place in self.first.places]
@@ -186,19 +188,10 @@ class Relaid:
         for place, kind in zip(self.first.places, self._kinds):
             self._rest[kind][traced.depths[place]] -= 1
         self._rest_costs: dict[int, dict[str, int]] = {}  # by bytes per element
-        self._arguments = _numbers(recording.argument_sizes)
-        self._above, self._pad = program.kinds.index("row"), program.kinds.index("pad")
-        above = _rows(self._arguments[self._above], len(recorded.above))
-        below = _rows(self._arguments[self._pad + 1], recorded.rows - len(recorded.above))
-        self._table = recorded.join(above, below)  # the numbers of each row's values
 
     def lay(self, layout: Layout) -> Start:
         """The inputs as another layout lays them down."""
-        above, below = layout.split(self._table)
-        arguments = list(self._arguments)
-        arguments[self._above] = list(chain.from_iterable(above))
-        arguments[self._pad + 1] = list(chain.from_iterable(below))
-        return self.first.lay(arguments, self._pad)
+        return self.first.lay(self._table.laid(layout), self._table.pad)
 
     @property
     def reads_by_kind(self) -> dict[str, int]:
@@ -226,18 +219,3 @@ class Relaid:
     def _rest_cost(self, kind: str, bytes_per_element: int) -> int:
         counts = self._rest[kind]
         return sum(reads * read_price(depth, bytes_per_element) for depth, reads in counts.items() if reads)
-
-
-def _numbers(sizes: Sequence[int]) -> list[Sequence[int]]:
-    """The inputs of every argument; they are numbered from the last argument to the first."""
-    ranges: list[Sequence[int]] = []
-    end = 0
-    for size in reversed(sizes):
-        ranges.append(range(end, end + size))
-        end += size
-    return ranges[::-1]
-
-
-def _rows(numbers: Sequence[int], rows: int) -> list[Sequence[int]]:
-    width = len(numbers) // max(1, rows)
-    return [numbers[row * width : (row + 1) * width] for row in range(rows)]

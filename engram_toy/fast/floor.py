@@ -19,10 +19,11 @@ from numba.extending import intrinsic
 
 from engram_toy import floor as plain
 from engram_toy.fast.compiling import compiled
+from engram_toy.fast.definitions import single_reads
 from engram_toy.fast.last_reads import RowReads
 from engram_toy.fast.rows import Start, addresses, check_depth, row_price
 from engram_toy.floor import Interval, check_capacity, enclose
-from engram_toy.tracer.stack import read_price
+from engram_toy.tracer.stack import Log, read_price
 
 
 def misses(intervals: Iterable[Interval], capacity: int) -> int:
@@ -43,6 +44,20 @@ def bracket(
     ends = _ends_before(intervals)
     first = sum(read_price(int(address), bytes_per_element) for address in first_addresses)
     return enclose(lambda capacity: _missed(ends, capacity), len(ends), first, bytes_per_element, within)
+
+
+def waits(log: Log) -> tuple[np.ndarray, np.ndarray]:
+    """See `engram_toy.floor.waits`, which it equals but for the order; intervals as an array [N, 2]."""
+    events = single_reads(log)
+    left = np.asarray(events.left, np.int64)
+    order = np.argsort(left, kind="stable")  # of each value, its reads from the first to the last
+    order = order[np.searchsorted(left[order], 0) :]  # the others read nothing
+    value = left[order]
+    first = np.r_[True, value[1:] != value[:-1]][: len(value)]
+    begin = np.where(first, 2 * (value - events.inputs) + 1, 2 * np.r_[0, order[:-1]][: len(value)])
+    loaded = first & (value < events.inputs)
+    addresses = np.asarray(events.argument_depth or (), np.int64)[value[loaded]]
+    return addresses, np.stack([begin, 2 * order], axis=1)[~loaded]
 
 
 def row_floor(reads: RowReads, begin: Start, row_bytes: int, padding: int = 0, within: float = 0.01) -> tuple[int, int]:

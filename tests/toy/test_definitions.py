@@ -174,6 +174,7 @@ def test_one_argument_names_each():
         bytedmd(*program(case), definition="floor")
         == floor.floor(first, intervals)
         == fast_floor.floor(first, np.array(intervals))
+        == fast_floor.floor(*fast_floor.waits(record(*program(case)).log))
     )
     with pytest.raises(ValueError, match="unknown definition 'floor'"):
         trace(*program(case), definition="floor")

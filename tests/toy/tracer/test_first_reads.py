@@ -15,9 +15,12 @@ from itertools import chain
 import pytest
 
 from bench.price.models import make_workload, toy_config
+from bench.sweeps.points import FLOOR
 from bench.sweeps.pricing import Relaid
+from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.hashing import HashPlan
-from engram_toy.bytedmd import record, trace
+from engram_toy import definitions
+from engram_toy.bytedmd import bytedmd, record, trace
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, build
 from engram_toy.tracer import first_reads as relaying
@@ -131,7 +134,8 @@ def test_every_variant_is_the_direct_run(workload, boundary, definition):
         if schedule not in recorded:
             program = build(workload, boundary, layout, padding=0)
             recording = record(program.function, program.arguments, program.kinds)
-            recorded[schedule] = (recording.trace(definition).depths, Relaid(recording, program, layout, definition))
+            table = TableInputs(recording, program, layout)
+            recorded[schedule] = (recording.trace(definition).depths, Relaid(recording, table, definition))
         depths, relaid = recorded[schedule]
         start = relaid.lay(layout)
         for padding in PADDINGS:
@@ -144,6 +148,34 @@ def test_every_variant_is_the_direct_run(workload, boundary, definition):
             for size in (1, 4):
                 costs = {kind: cost_of(reads, size) for kind, reads in counts.items()}
                 assert relaid.cost_by_kind(start, padding, size) == costs
+
+
+@pytest.mark.parametrize("definition", [*definitions.DEFINITIONS[2:], FLOOR])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_every_variant_of_other_definitions_is_the_direct_run(workload, boundary, definition):
+    """Arguments with addresses of their own, and the floor; rows below the padding are dearer under all of them."""
+    recorded = {}
+    totals = {}
+    for layout in starts(workload):
+        schedule = layout.name if layout.prefetch else ""
+        if schedule not in recorded:
+            program = build(workload, boundary, layout, padding=0)
+            recording = record(program.function, program.arguments, program.kinds)
+            recorded[schedule] = Readdressed(recording, TableInputs(recording, program, layout), definition)
+        priced = recorded[schedule]
+        for padding in PADDINGS:
+            costs = priced.cost_by_kind(priced.lay(layout), padding, 1)
+            totals[layout.name, padding] = sum(costs.values())
+            program = build(workload, boundary, layout, padding, hold=False)
+            if definition == FLOOR:
+                wanted = bytedmd(program.function, program.arguments, definition=FLOOR)
+                assert wanted * (1 - 1e-4) <= costs[FLOOR] <= wanted
+            else:
+                want = trace(program.function, program.arguments, program.kinds, definition).tally()
+                assert costs == {kind: cost_of(reads, 1) for kind, reads in want.items()}
+                assert priced.reads_by_kind == {kind: reads.total() for kind, reads in want.items()}
+    if boundary == "lookup":  # else a small table above pushes everything else down, and that weighs as much
+        assert totals["offload_naive", PADDINGS[1]] > totals["resident", PADDINGS[1]]
 
 
 def test_another_place_gives_another_trace(workload):
