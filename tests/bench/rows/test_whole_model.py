@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 
-from bench.rows.whole_model import MODELS, step_price
+from bench.rows.whole_model import MODELS, Surroundings, step_price
 from engram_toy.tracer.stack import read_price
 
 
@@ -20,14 +20,26 @@ def test_the_dense_models_are_their_matrices():
         block = 2 * hidden * 32 * 128 + 2 * hidden * 8 * 128 + 3 * hidden * inner
         model = MODELS[name]
         assert model.blocks == 36
-        assert model.step_bytes("decode") == model.step_bytes("prefill") == 2 * (36 * block + 151_936 * hidden)
+        nbytes = 2 * (36 * block + 151_936 * hidden)
+        assert model.decode_bytes == model.prefill_bytes == model.all_bytes == nbytes
+        for mode, sequences in (("decode", 9), ("prefill", 1)):  # keys and values of eight heads of 128, two bytes each
+            caches = {context: sequences * context * 36 * 2 * 8 * 128 * 2 for context in (0, 4096, 32_768, 131_072)}
+            assert model.surroundings(mode, 9) == [
+                Surroundings("", context, nbytes + kv, nbytes + kv) for context, kv in caches.items()
+            ]
 
 
-def test_v41_flash_is_half_a_byte_a_weight_or_all_of_its_files():
-    active, every = MODELS["v41-flash"], MODELS["v41-flash-all"]
-    assert (active.step_bytes("decode"), active.step_bytes("prefill")) == (8_000_000_000, 4_000_000_000)
-    assert every.step_bytes("decode") == every.step_bytes("prefill") == 307_000_000_000
-    assert active.blocks == every.blocks == 40 and active.table == every.table
+def test_v41_flash_reads_one_tokens_experts_or_the_expected_ones_or_all_of_its_files():
+    """Six of 384 experts a token, 289 GB of them all: none of three tokens chooses one with (378 / 384)^3."""
+    model, every = MODELS["v41-flash"], 307_000_000_000
+    assert model.blocks == 40 and model.all_bytes == every
+    for mode, one, shared in (("decode", 8_000_000_000, 8_000_000_000 - 4_515_625_000), ("prefill", 4_000_000_000, 0)):
+        chosen = 289_000_000_000 - round(289_000_000_000 * 378**3 / 384**3)
+        assert model.surroundings(mode, 3) == [
+            Surroundings("one", 0, one, every),
+            Surroundings("expected", 0, shared + chosen, every),
+            Surroundings("all", 0, every, every),
+        ]
 
 
 def test_the_layers_projections_have_the_width_of_the_models_weights():
@@ -45,14 +57,16 @@ def test_the_papers_table(name, hidden):
     assert table.table_size_per_order == (100_000_000_000 // 1280,) * 2
 
 
+@pytest.mark.parametrize("above", [0, 13])
 @pytest.mark.parametrize(("nbytes", "blocks"), [(24, 8), (25, 8), (7, 1), (5, 5), (100, 7), (3, 4)])
-def test_a_step_is_a_cycle_of_blocks(nbytes, blocks):
+def test_a_step_is_a_cycle_of_blocks(nbytes, blocks, above):
     """Byte by byte: every block lies under all others, its own bytes one under the other, read as one instruction."""
     edges = [nbytes * i // blocks for i in range(blocks + 1)]
     sizes = [high - low for low, high in itertools.pairwise(edges)]
     assert sum(sizes) == nbytes and max(sizes) - min(sizes) <= 1
-    assert step_price(nbytes, blocks) == sum(
-        read_price(depth) for size in sizes for depth in range(nbytes - size + 1, nbytes + 1)
+    deepest = nbytes + above
+    assert step_price(nbytes, blocks, above) == sum(
+        read_price(depth) for size in sizes for depth in range(deepest - size + 1, deepest + 1)
     )
 
 

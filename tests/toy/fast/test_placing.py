@@ -16,7 +16,7 @@ from engram_toy.fast.placing import as_read, prefetched, price_steps
 from engram_toy.fast.rows import price_rows, row_price, start
 from engram_toy.models.layouts import Layout
 from engram_toy.tracer.stack import cumulative_price
-from tests.toy.test_rows import Stream
+from tests.toy.fast.test_rows import Stream
 
 KINDS = {"none": None, "stands for its original": False, "for one use": True}
 
