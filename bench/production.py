@@ -46,9 +46,9 @@ from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
-from bench.rows.cases import Case, check_steps, price_case, source
+from bench.rows.cases import Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
-from bench.rows.whole_model import AROUND
+from bench.rows.whole_model import AROUND, OTHERS
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
@@ -67,22 +67,23 @@ QUICK_TOKENS, QUICK_STEPS = 5000, (1, 128)
 PRICING_CODE = ("bench.rows.cases", "bench.rows.whole_model", "bench.setup.streams", "bench.setup.token_batches")
 
 
-def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
-    """Every case of these parts, in the order of the results."""
+def cases_of(parts: tuple[str, ...] | list[str], quick: bool, preset: str | None = None) -> list[Case]:
+    """Every case of these parts, in the order of the results; of DeepSeek's tables, or of another maker's preset."""
+    tables, around = (TABLES, tuple(AROUND)) if preset is None else ((preset,), (preset,))
     million = 10**6
-    cases = [Case("scale", table, tokens=tokens) for table in TABLES for tokens in (10**5, million, None)]
-    cases += [Case("scale", table, stream, million) for table in TABLES for stream in ("uniform", "zipf")]
-    cases += [Case("hot", table, values=HOT_SHARES) for table in TABLES]
-    cases += [Case("place", table, tokens=million, values=PADDINGS) for table in TABLES]
-    cases += [Case("place", table, tokens=10**5, values=PADDINGS, prefetch=True) for table in TABLES]
-    for table, mode in itertools.product(AROUND, ("decode", "prefill")):
+    cases = [Case("scale", table, tokens=tokens) for table in tables for tokens in (10**5, million, None)]
+    cases += [Case("scale", table, stream, million) for table in tables for stream in ("uniform", "zipf")]
+    cases += [Case("hot", table, values=HOT_SHARES) for table in tables]
+    cases += [Case("place", table, tokens=million, values=PADDINGS) for table in tables]
+    cases += [Case("place", table, tokens=10**5, values=PADDINGS, prefetch=True) for table in tables]
+    for table, mode in itertools.product(around, ("decode", "prefill")):
         step = functools.partial(Case, "whole_model", table, mode=mode)
         for tokens in QUICK_STEPS if quick else STEP_TOKENS:
             copied = mode == "decode" and (quick or tokens == PREFETCHED_STEP)
             cases.append(step(tokens=STREAM_TOKENS, tokens_per_step=tokens, prefetch=copied))
             if quick or tokens in UNIFORM_STEPS:
                 cases.append(step("uniform", tokens=STREAM_TOKENS, tokens_per_step=tokens))
-        cases += [step(tokens_per_step=tokens) for tokens in LONG_STEPS if table != "v41-flash"]
+        cases += [step(tokens_per_step=tokens) for tokens in LONG_STEPS if table == "paper-100b"]
     if quick:
         small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)
         cases = list(dict.fromkeys(case for case in small if case.tokens_per_step in QUICK_STEPS))
@@ -94,7 +95,7 @@ def with_steps_enough(cases: list[Case]) -> list[Case]:
     kept = []
     for case in cases:
         try:
-            check_steps(len(source(case.stream, case.tokens).ids), case.tokens_per_step)
+            check_steps(len(source(case.stream, case.tokens, as_they_are(case.table)).ids), case.tokens_per_step)
             kept.append(case)
         except ValueError as error:
             say(f"left out, {case.part} {case.table} {case.mode}: {error}")
@@ -165,7 +166,9 @@ def main() -> None:
                 "configuration": {"parts": parts, "quick": options.quick},
                 "environment": environment(),
                 "git": git_commit(),
-                "records": price_all(with_steps_enough(cases_of(parts, options.quick)), journal, options.jobs),
+                "records": price_all(
+                    with_steps_enough(cases_of(parts, options.quick, options.preset)), journal, options.jobs
+                ),
             }
             results: Any = content  # as whoever reads the file takes it
             path = options.out / "results.json"

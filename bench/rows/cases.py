@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.rows.whole_model import AROUND, MODELS, Surroundings, WholeModel, step_price
+from bench.rows.whole_model import ALL_MODELS, AROUND, Surroundings, WholeModel, step_price
 from bench.setup.streams import random_source
 from bench.setup.token_batches import Corpus, standard_library
 from engram_ref.config import PRESETS, EngramConfig
@@ -187,7 +187,7 @@ def _place(case: Case) -> list[Record]:
 
     Nothing is read in between, so those bytes bury a row until it is first read.
     """
-    config, stream = EngramConfig.preset(case.table), source(case.stream, case.tokens)
+    config, stream = EngramConfig.preset(case.table), _source(case)
     reads = read_rows(stream.ids, config)
     about = _about(case, stream, config, reads)
     records = []
@@ -215,14 +215,14 @@ def _schedules(reads: RowReads, held: bool, prefetch: bool) -> Iterator[tuple[st
 
 def _whole_model(case: Case) -> list[Record]:
     """The rows of a table in the steps of the models around it, pinned above all else and below it."""
-    stream = source(case.stream, case.tokens)
+    stream = _source(case)
     check_steps(len(stream.ids), case.tokens_per_step)
     places = [
         (name, around)
-        for name in AROUND[case.table]
-        for around in MODELS[name].surroundings(case.mode, case.tokens_per_step)
+        for name in AROUND.get(case.table, (case.table,))
+        for around in ALL_MODELS[name].surroundings(case.mode, case.tokens_per_step)
     ]
-    config = MODELS[places[0][0]].table
+    config = ALL_MODELS[places[0][0]].table
     reads = read_rows(stream.ids, config, case.mode, case.tokens_per_step)
     about = _about(case, stream, config, reads)
     between = [0, *dict.fromkeys(around.live_bytes for _, around in places)]  # 0: pinned
@@ -240,7 +240,7 @@ def _whole_model(case: Case) -> list[Record]:
             prices["pinned"] = priced["offload_naive"].prices[0]
             facts = {"table": name, "experts": around.experts, "context": around.context, "layout": layout}
             copies = case.tokens_per_step * config.bytes_per_token() if case.prefetch else 0
-            weights = _weights(MODELS[name], around, touched + copies)
+            weights = _weights(ALL_MODELS[name], around, touched + copies)
             records.append({**about, **facts, **_steady(prices), **weights})
     return records
 

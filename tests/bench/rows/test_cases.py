@@ -239,7 +239,7 @@ def test_place(prefetch):
 
 def small_model(monkeypatch, **facts):
     model = WholeModel("Small", 7, 1000, 600, 1500, TABLE, **facts)
-    monkeypatch.setitem(row_cases.MODELS, "small-model", model)
+    monkeypatch.setitem(row_cases.ALL_MODELS, "small-model", model)
     monkeypatch.setitem(row_cases.AROUND, "small-table", ("small-model",))
     return model
 
