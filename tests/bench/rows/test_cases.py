@@ -38,7 +38,7 @@ TOKENS = 48
 @pytest.fixture(autouse=True)
 def small_table(monkeypatch):
     class Presets:
-        preset = staticmethod(lambda name: {"small": TABLE}[name])
+        preset = staticmethod(lambda name: TABLE if name == "small" else EngramConfig.preset(name))
 
     monkeypatch.setattr(row_cases, "EngramConfig", Presets)
 
