@@ -45,15 +45,16 @@ if importlib.util.find_spec("numba") is None:
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.instruments.results import results_head, write_unless_same
 from bench.rows.cases import Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
 from bench.rows.whole_model import AROUND, OTHERS
+from bench.schemas.production import Record, Results
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
-PROG = "production"
-SCHEMA_VERSION = 2
+PROG: Final = "production"
+SCHEMA_VERSION: Final = 2
 PARTS = ("scale", "hot", "place", "whole_model")
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13)  # bytes
@@ -164,8 +165,6 @@ def main() -> None:
                 "schema_version": SCHEMA_VERSION,
                 **results_head(PROG),
                 "configuration": {"parts": parts, "quick": options.quick},
-                "environment": environment(),
-                "git": git_commit(),
                 "records": price_all(
                     with_steps_enough(cases_of(parts, options.quick, options.preset)), journal, options.jobs
                 ),

@@ -19,6 +19,8 @@ from bench.rows import table as row_table
 from bench.rows.cases import Case, plan_of, price_case, read_rows, source
 from bench.rows.table import TEXT, crossing_of
 from bench.rows.whole_model import AROUND, MODELS, WholeModel, step_price
+from bench.schemas.generator import json_schema
+from bench.schemas.production import Results
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 from engram_toy.tracer.stack import cumulative_price, read_price
