@@ -3,7 +3,7 @@
     python bench/lookup_speed.py --preset v41-flash --table_params 1e9         a GPU where there is one, else the CPU
     python bench/lookup_speed.py --tokens 1 2 4 16 64 256 --repeats 1000 --out out/lookup_speed
 
-  resident   rows in device memory, by the two kernels of `engram_ref.device_lookup`; twice, which gives the noise floor
+  resident   rows in device memory, by the two kernels of `engram_ref.lookup.device`; twice, which gives the noise floor
   uva        rows in pinned host memory, read in place by the same two kernels
   staged     hashed and gathered by the CPU, copied to the device through pinned staging
 
@@ -44,8 +44,8 @@ from bench.setup.variants import TableSet, Variant
 from bench.wall.options import table_params
 from engram_ref import cli
 from engram_ref.config import PRESETS
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import HashPlan, TokenHistory
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Prefetcher
 from engram_ref.rows.memory import require_bytes
 from engram_ref.tables.uva import require_uva

@@ -129,7 +129,7 @@ class Prefetcher:
         return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
-        """Begin what brings the rows of all layers by itself, `engram_ref.device_lookup`, on the side stream.
+        """Begin what brings the rows of all layers by itself, `engram_ref.lookup.device`, on the side stream.
 
         Args:
             lookup: called at once, on the stream that is to do it: gives the values [B*T*C, D] by layer id, and one

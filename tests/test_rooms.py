@@ -36,11 +36,11 @@ ROOMS = {
     "engram_ref.sharding": "",
     "engram_ref.tables": "config devices gpu threads rows files sharding",
     "engram_ref.fusion": "config devices rows",
-    "engram_ref.device_lookup": "ids gpu rows vocab hashing tables",
+    "engram_ref.lookup": "ids gpu rows vocab hashing tables",
     "engram_ref.prefetch": "threads hashing tables",
     "engram_ref.layer": "config devices rows hashing tables fusion",
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
-    "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion device_lookup prefetch layer",
+    "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion lookup prefetch layer",
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
     # engram_toy
     "engram_toy": "",

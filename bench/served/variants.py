@@ -22,8 +22,8 @@ from torch import Tensor
 from bench.setup.slow_bus import Bus, ThrottledTable
 from bench.setup.variants import CONTROL, TableSet, Variant
 from engram_ref.config import EngramConfig
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import HashPlan
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
 from engram_ref.vocab import CompressedVocab

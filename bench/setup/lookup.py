@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from bench.instruments.clocks import Clock
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import DEAD, HashPlan, TokenHistory
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Fetch, Prefetcher
 from engram_ref.vocab import CompressedVocab
 
@@ -125,7 +125,7 @@ def last_places(lengths: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray
 
 
 class ResidentLookup:
-    """Rows of a table that the device reads by itself, by the two kernels of `engram_ref.device_lookup`.
+    """Rows of a table that the device reads by itself, by the two kernels of `engram_ref.lookup.device`.
 
     In a decode step `step` reads ids, history and rows where they always lie, so it can be captured in a graph together
     with the first block; without graphs the join calls it.

@@ -21,9 +21,9 @@ from torch import Tensor
 from bench.setup import table_content as synthetic
 from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing.device import DeviceHasher
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Observer, Prefetcher
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import HostMemory, require_bytes

@@ -1,7 +1,7 @@
 """Token ids in, a started fetch out: compress, hash with what came before, start to gather.
 
 Ids are hashed where the tables want their row numbers: on the CPU, or on the accelerator, where the CPU waits for
-nothing and one launch does it all, the history included (`engram_ref.device_lookup`; two do, for a long prompt). All
+nothing and one launch does it all, the history included (`engram_ref.lookup.device`; two do, for a long prompt). All
 give the same rows.
 """
 
@@ -19,12 +19,12 @@ from engram_ref.attach.history import CacheHistory
 from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing
 from engram_ref.attach.step import give_back
-from engram_ref.device_lookup import DeviceLookup, can_fuse
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
 from engram_ref.layer import Engram
+from engram_ref.lookup.device import DeviceLookup, can_fuse
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.base import Pending, Ready
 from engram_ref.vocab import CompressedVocab, map_digest

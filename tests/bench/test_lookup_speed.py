@@ -14,7 +14,7 @@ from bench import lookup_speed
 from bench.evidence.lookup_table import report
 from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
-from engram_ref.device_lookup import DeviceLookup
+from engram_ref.lookup.device import DeviceLookup
 from tests.bench.wall.example import environment
 
 SCHEMA = json_schema(Results)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engram_ref.config import EngramConfig
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.tables import make_table
 from engram_ref.vocab import CompressedVocab
 

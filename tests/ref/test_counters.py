@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engram_ref.attach import attach, offload_table
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.hashing import NgramHasher
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows

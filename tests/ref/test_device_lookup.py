@@ -22,14 +22,16 @@ from transformers import DynamicCache, StaticCache
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
-from engram_ref import device_lookup, gpu, kernels_lookup
+from engram_ref import gpu
 from engram_ref.attach import attach
 from engram_ref.attach.lookup import Source
-from engram_ref.device_lookup import DeviceLookup, can_fuse
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.hashing import device as hashing_torch
 from engram_ref.hashing import kernels as kernels_hashing
 from engram_ref.hashing.device import DeviceHasher
+from engram_ref.lookup import device as device_lookup
+from engram_ref.lookup import kernels as kernels_lookup
+from engram_ref.lookup.device import DeviceLookup, can_fuse
 from engram_ref.rows import kernels
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.host import HostTable

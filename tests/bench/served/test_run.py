@@ -30,11 +30,11 @@ from bench.setup.lookup import ResidentLookup
 from bench.setup.variants import Variant
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
-from engram_ref.device_lookup import DeviceLookup
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.layer import Engram
+from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.device import DeviceTable
 from tests.bench.served.test_numbers import SCHEMA

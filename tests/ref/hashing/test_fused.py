@@ -327,7 +327,7 @@ def test_read_only_checkout(cache, tmp_path):
 
 
 def test_machine_code_of_other_sources_is_not_used(tmp_path):
-    """A loop holds the code that it calls, of other files, too; a new release may come with their old times and sizes."""
+    """A loop holds the code that it calls, of other files too; a release may come with their old times and sizes."""
     package = tmp_path / "engram_ref"
     shutil.copytree(ROOT / "engram_ref", package, ignore=shutil.ignore_patterns("__pycache__"))
     code = (

@@ -6,7 +6,7 @@
     hidden = engram_1(hidden, Ready(found.values[1]))
 
 On CUDA with Triton a step of decoding is one launch, however many layers: each program compresses, checks and hashes
-for itself, then gathers and decodes its rows, and the last one advances the history (`engram_ref.kernels_lookup`). A
+for itself, then gathers and decodes its rows, and the last one advances the history (`engram_ref.lookup.kernels`). A
 long prompt is two, as hashing once is then worth a launch. Neither needs anything of the CPU, and both write where the
 next replay of a CUDA graph will write again: with static `token_ids`, `tail` and `out` a call can be captured.
 Elsewhere torch's own operations and the tables do it, and give the same integers and the same bits.
@@ -267,6 +267,6 @@ def _together(tables: Mapping[int, Table], device: torch.device) -> Any:
 
 
 def _import_look_up() -> Any:
-    from engram_ref.kernels_lookup import look_up
+    from engram_ref.lookup.kernels import look_up
 
     return look_up
