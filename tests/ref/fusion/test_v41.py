@@ -645,7 +645,7 @@ def test_the_configuration_picks_the_form():
         assert isinstance(fusion, V41Fusion) and fusion.dtype == torch.bfloat16
         assert ("wkv.scale" in fusion.state_dict()) == fp8_weights
     assert isinstance(make_fusion(config.replace(form="demo")), DemoFusion)
-    with pytest.raises(ValueError, match="fp8=True: the demo's form has no fp8 weights"):
+    with pytest.raises(ValueError, match="fp8=True: form demo has no fp8 weights"):
         make_fusion(config.replace(form="demo"), fp8=True)
     for kind, form in ((V41Fusion, "demo"), (DemoFusion, "v41")):
         with pytest.raises(ValueError, match=f"a configuration of form '{form}'; .* let make_fusion pick the class"):
