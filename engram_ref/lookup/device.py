@@ -85,6 +85,10 @@ class DeviceLookup:
     ) -> None:
         if launches not in (None, 1, 2):
             raise ValueError(f"launches={launches!r}: give 1, 2, or None for whichever fits the batch")
+        if plan.segment_end is not None:  # the kernel that does all does not know of ends of text
+            if launches == 1:
+                raise ValueError("launches=1: this plan's texts have an end that n-grams stop at; use 2 or None")
+            launches = 2
         self._launches = launches
         self._tables = {layer.layer_id: tables[layer.layer_id] for layer in plan.layers if layer.layer_id in tables}
         _check_tables(plan, tables)

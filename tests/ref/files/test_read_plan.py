@@ -19,7 +19,7 @@ from engram_ref.files.read_plan import Reads, plan_reads
 
 def part(row_bytes, offset=0, rows=10**6, tail=0):
     """What a plan asks of a stored part, `tail` bytes of the file behind it."""
-    return SimpleNamespace(row_bytes=row_bytes, offset=offset, file_bytes=offset + rows * row_bytes + tail)
+    return SimpleNamespace(row_bytes=row_bytes, first=0, offset=offset, file_bytes=offset + rows * row_bytes + tail)
 
 
 def by_hand(unique, part, direct, longest):

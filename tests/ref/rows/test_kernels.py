@@ -455,13 +455,13 @@ for name, widths in dict(packed=[264], split=[256, 8]).items():
     if name == "packed":
         types = dict(codes="*i8", scales="*u8", out="*i16", count="i32")
         found["in order"] = accesses(k._dequantise, types, dict(shape), [], 90)
-numbers = "ids_b ids_t mask_b mask_t before_b length tiles tokens known size pad stand_in past kept"
+numbers = "ids_b ids_t mask_b mask_t before_b length tiles tokens known size pad segment_end stand_in past kept"
 tensors = "ids vocab before constants compressed after met_tokens met_ids"
 types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "*i64") | {"rows": "*i32"}
 for length in (1, 100):
     constants = dict(N=4, HEADS=8, COLUMNS=24, LAYERS=2, WINDOW=4, mask=None, **h._shape(4, 48, length))
     found[f"hash {length}"] = accesses(h._hash, types, constants, ["constants", "rows", "compressed"], 90)
-from engram_ref import kernels_lookup as one
+from engram_ref.lookup import kernels as one
 tensors = "ids vocab before constants addresses compressed after met_tokens met_ids"
 numbers = "ids_b ids_t mask_b mask_t before_b length tokens known size pad stand_in past kept"
 types = dict.fromkeys(numbers.split(), "i32") | dict.fromkeys(tensors.split(), "*i64")

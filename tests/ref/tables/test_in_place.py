@@ -33,9 +33,9 @@ R, D = 50, 64
 def make(request, monkeypatch):
     """A table whose rows a kernel reads in place, from their bytes."""
     if request.param == "uva":
-        move, kind = (lambda part: part.pin_memory() if CUDA else part), lambda rows: UvaTable(rows, DEVICE)
+        move, kind = (lambda part: part.pin_memory() if CUDA else part), lambda rows: UvaTable(rows, DEVICE, checked=True)
     else:
-        move, kind = (lambda part: part.to(DEVICE)), DeviceTable
+        move, kind = (lambda part: part.to(DEVICE)), lambda rows: DeviceTable(rows, checked=True)
         monkeypatch.setattr(device, "kernels_for", lambda where: kernels)  # on a CPU too
     return lambda rows: kind(Rows(rows.format, tuple(move(part) for part in rows.parts)))
 
