@@ -213,6 +213,19 @@ def test_a_wrong_plan_or_a_lost_tail_would_be_noticed(plan, fused):
         assert_found(found, {i: rows[:, 3:] for i, rows in want.items()}, weights)
 
 
+def test_no_n_gram_reaches_over_an_end_of_text(plan, fused):
+    """The one kernel does not know of ends of text, so such a plan takes two launches."""
+    ends = dataclasses.replace(plan, segment_end=7)
+    weights = weights_of(ends)
+    ids = np.array([[7, 1, 2, 7, 3, 4], [5, 7, 7, 6, 8, 9]])
+    assert_found(
+        lookup_of(ends, fused, weights=weights, vocab=None)(torch.from_numpy(ids)), expected(ends, ids), weights
+    )
+    assert any((expected(ends, ids)[i] != rows).any() for i, rows in expected(plan, ids).items())
+    with pytest.raises(ValueError, match="launches=1: this plan's texts have an end"):
+        lookup_of(ends, fused, weights=weights, vocab=None, launches=1)
+
+
 def test_of_a_plan_s_layers_only_those_with_a_table(plan, fused):
     weights = {4: weights_of(plan)[4]}
     lookup, ids = lookup_of(plan, fused, weights=weights), np.random.default_rng(7).integers(0, TOKENS, (2, 3))
