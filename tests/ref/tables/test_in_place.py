@@ -33,7 +33,10 @@ R, D = 50, 64
 def make(request, monkeypatch):
     """A table whose rows a kernel reads in place, from their bytes."""
     if request.param == "uva":
-        move, kind = (lambda part: part.pin_memory() if CUDA else part), lambda rows: UvaTable(rows, DEVICE, checked=True)
+        move, kind = (
+            (lambda part: part.pin_memory() if CUDA else part),
+            lambda rows: UvaTable(rows, DEVICE, checked=True),
+        )
     else:
         move, kind = (lambda part: part.to(DEVICE)), lambda rows: DeviceTable(rows, checked=True)
         monkeypatch.setattr(device, "kernels_for", lambda where: kernels)  # on a CPU too
