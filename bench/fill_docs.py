@@ -21,8 +21,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
-from bench.evidence import price, published, stress
-from bench.evidence import wall_time as end_to_end_explained
+from bench.evidence import price, published, stress, wall_time
 from bench.evidence.committed import Evidence
 from bench.evidence.from_code import published_forms, what_fits, worked_example
 from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
@@ -82,7 +81,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
     "wall_cpu_v41": lambda: f"```text\n{wall_table(load('gpu_wall_cpu_v41'))}\n```",
-    **end_to_end_explained.blocks(RESULTS),
+    **wall_time.blocks(RESULTS),
     "example": worked_example,
     "fits": what_fits,
     "forms": published_forms,

@@ -42,7 +42,7 @@ from bench.instruments.timing import Way, interleave, paired_ratio, prepared_sam
 from bench.rivals import fp8_gather
 from bench.rivals.demo_layer import DemoWay, transposed_conv
 from bench.rivals.engramdb import STORE, ColdRace
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, causal_conv
@@ -67,8 +67,8 @@ def gather_case(repeats: int) -> dict[str, Any]:
     row_format = RowFormat(torch.bfloat16, 64)
     rows = (4 << 30) // row_format.row_bytes
     with HostMemory(rows * row_format.row_bytes) as memory:
-        content = synthetic.rows_in(memory.bytes, row_format, rows)
-        synthetic.fill(content, seed=0)
+        content = table_content.rows_in(memory.bytes, row_format, rows)
+        table_content.fill(content, seed=0)
         values = content.values()
         ordinary = values.clone()
         table, out = HostTable(values, "cpu"), torch.empty((GATHER_ROWS, 64), dtype=torch.bfloat16)

@@ -31,7 +31,7 @@ import torch
 
 from bench.instruments.bandwidth import fio_random_read
 from bench.instruments.timing import Way, paired_ratio, prepared_samples
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 from engram_ref import cli
 from engram_ref.files import pagecache
 from engram_ref.rows.format import RowFormat
@@ -115,7 +115,7 @@ def _content(rows: int, row_bytes: int) -> Iterator[torch.Tensor]:
     memory = torch.empty((max(1, _PIECE // row_bytes), row_bytes), dtype=torch.uint8)
     for first in range(0, rows, len(memory)):
         piece = memory[: min(len(memory), rows - first)]
-        synthetic.fill(Rows(row_format, (piece,)), _SEED, first)
+        table_content.fill(Rows(row_format, (piece,)), _SEED, first)
         yield piece
 
 
@@ -153,7 +153,7 @@ class ColdRace:
     def _require_equal(self) -> None:
         rows = self.fresh(_CHECKED_ROWS)
         row_format = _row_format(self.row_bytes)
-        expected = synthetic.expected_rows(torch.from_numpy(rows), row_format, _SEED).numpy().tobytes()
+        expected = table_content.expected_rows(torch.from_numpy(rows), row_format, _SEED).numpy().tobytes()
         ours = self.table.start(torch.from_numpy(rows)).wait().view(torch.uint8).numpy().tobytes()
         for name, found in ((OURS, ours), (STORE, self.store.fetch(rows.tolist()))):
             if found != expected:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.instruments.timing import Way, paired_ratio, prepared_samples
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 from engram_ref.rows.decoding import gather_values
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.gather import gather_parts, in_threads
@@ -69,19 +69,19 @@ class Race:
             self._memories = [undo.enter_context(HostMemory(rows * f.row_bytes)) for f in (BF16, FP8, FP8)]
             self._written = undo.enter_context(HostMemory(most * BF16.row_bytes)).bytes
             bf16, packed, split = (memory.bytes for memory in self._memories)
-            self.bf16 = synthetic.rows_in(bf16, BF16, rows)
-            self.packed = synthetic.rows_in(packed, FP8, rows)
-            self.split = synthetic.rows_in(split, FP8, rows, packed=False)
+            self.bf16 = table_content.rows_in(bf16, BF16, rows)
+            self.packed = table_content.rows_in(packed, FP8, rows)
+            self.split = table_content.rows_in(split, FP8, rows, packed=False)
             for table in (self.packed, self.split):
-                synthetic.fill(table, _SEED)
+                table_content.fill(table, _SEED)
             FP8.decode(self.packed.parts[0], self.bf16.values())
             self._require_equal(min(most, _CHECKED_ROWS))
             self._close = undo.pop_all()
 
     def _require_equal(self, count: int) -> None:
         numbers = self.fresh(count)
-        stored = synthetic.expected_rows(numbers, FP8, _SEED)
-        values = synthetic.expected_values(numbers, FP8, _SEED)
+        stored = table_content.expected_rows(numbers, FP8, _SEED)
+        values = table_content.expected_values(numbers, FP8, _SEED)
         for name, fetch in self.ways().items():
             found = fetch(numbers)
             expected = stored if found.dtype == torch.uint8 else values

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -150,7 +150,7 @@ class TableSet:
             require_bytes(self.nbytes, self.device)
         self.memory = self.keep(HostMemory(self.nbytes))
         self.in_host = self._laid_out(self.memory.bytes)
-        synthetic.fill(self.in_host, self._seed)
+        table_content.fill(self.in_host, self._seed)
         if self.device.type == "cuda":
             self.memory.pin()  # after the first touch, which many threads share
         self._folder, self._caches, self._given_hot = folder, caches, hot
@@ -168,7 +168,7 @@ class TableSet:
         }
 
     def _laid_out(self, memory: Tensor) -> Rows:
-        return synthetic.rows_in(memory, self.format, self.rows, self._packed)
+        return table_content.rows_in(memory, self.format, self.rows, self._packed)
 
     def keep(self, resource: Any) -> Any:
         """Let go of a resource together with this set."""
@@ -262,7 +262,7 @@ class TableSet:
     def _written(self, ids: np.ndarray) -> Tensor:
         """What the content's formula gives for the first rows of compressed ids."""
         numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
-        return synthetic.expected_values(torch.from_numpy(numbers), self.format, self._seed)
+        return table_content.expected_values(torch.from_numpy(numbers), self.format, self._seed)
 
     def __enter__(self: _Set) -> _Set:
         return self

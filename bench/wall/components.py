@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.instruments.timing import rounds
 from bench.schemas.wall import Component, Cost
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 from bench.setup.token_batches import TokenBatches
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion
@@ -94,8 +94,8 @@ class Components:
         self._row_format = RowFormat(dtype, config.row_width)
         self._cuda = device.type == "cuda"
         self._memory = HostMemory(self._layer.rows * self._row_format.row_bytes)
-        rows = synthetic.rows_in(self._memory.bytes, self._row_format, self._layer.rows)
-        synthetic.fill(rows, seed=0)
+        rows = table_content.rows_in(self._memory.bytes, self._row_format, self._layer.rows)
+        table_content.fill(rows, seed=0)
         self._table = HostTable(rows, torch.device("cpu"))
         ids = batches.next()
         self.batch, self.tokens = ids.shape

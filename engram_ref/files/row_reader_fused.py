@@ -1,4 +1,4 @@
-"""Asking the disk for rows and reading them to their places, compiled: the fast path of `reading`.
+"""Asking the disk for rows and reading them to their places, compiled: the fast path of `row_reader`.
 
 No Python runs between the system calls, so that a fetch takes one turn at the interpreter lock and not three for
 every row. Rows that follow each other in the file are read by one call, each to its own place. Where rows lie in two

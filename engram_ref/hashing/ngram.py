@@ -89,17 +89,19 @@ class NgramHasher:
             self._prepare()
 
     def _prepare(self) -> None:
-        from engram_ref.hashing import fused as hashing_fused  # compile, or load what was compiled before
-        from engram_ref.hashing import step as hashing_step
+        from engram_ref.hashing import (
+            fused,  # compile, or load what was compiled before
+            step,
+        )
 
-        self._hash_rows, self._no_history = hashing_fused.hash_rows, hashing_fused.NO_HISTORY
+        self._hash_rows, self._no_history = fused.hash_rows, fused.NO_HISTORY
         self._constants = []  # the compiled loop is given addresses, so these must live as long as the hasher
-        for layer in filter(hashing_fused.can_fuse, self.plan.layers):
+        for layer in filter(fused.can_fuse, self.plan.layers):
             dtype = np.dtype(_row_dtype(layer))
             for offsets, table in ((True, self._by_row), (False, self._by_column)):
-                constants = hashing_fused.pack(self.plan, layer, offsets)
+                constants = fused.pack(self.plan, layer, offsets)
                 self._constants.append(constants)
-                ready = *hashing_step.step(dtype), constants.ctypes.data, len(layer.primes), dtype
+                ready = *step.step(dtype), constants.ctypes.data, len(layer.primes), dtype
                 table.setdefault(layer.layer_id, ready)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -127,7 +127,7 @@ class FileTable(Table):
     Args:
         stored: the rows.
         device: where fetched rows arrive.
-        threads: that read at most; None takes what is fastest here (`reading`).
+        threads: that read at most; None takes what is fastest here (`row_reader`).
         direct: read whole blocks past the page cache: always cold, and nothing else is driven out of it.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 
 from engram_toy.bytedmd import label
 from engram_toy.functional import Matrix, Vector
-from engram_toy.fusion import v41 as layer_v41
+from engram_toy.fusion import v41
 from engram_toy.fusion.demo import EngramWeights, embed, engram
 from engram_toy.fusion.qwen import QwenWeights, engram_qwen
 from engram_toy.hashing import NgramHasher, hash_columns
@@ -50,7 +50,7 @@ class Workload:
     compressed_ids: Sequence[int]
     table: Matrix
     hidden: Matrix
-    layer: EngramWeights | layer_v41.V41Weights | QwenWeights | BankWeights
+    layer: EngramWeights | v41.V41Weights | QwenWeights | BankWeights
     attention: AttentionWeights
 
     def row_indices(self) -> list[list[int]]:
@@ -101,7 +101,7 @@ def build(workload: Workload, boundary: str, layout: Layout, padding: int, hold:
 
 
 def _lookup(form: type, indices: Sequence[Sequence[int]], layout: Layout, hold: bool) -> Callable[..., Any]:
-    deliver = layer_v41.embed if form is layer_v41.V41Weights else embed
+    deliver = v41.embed if form is v41.V41Weights else embed
 
     def function(above: Matrix, pad: Vector, below: Matrix) -> Any:
         table = layout.join(above, below)
@@ -131,7 +131,7 @@ def _layer(form: type, max_ngram: int, layout: Layout, with_attention: bool, hol
         lookups = layout.lookups(layout.join(above, below), indices)
         out = _apply(form(*layer), hidden, lookups, max_ngram)
         if with_attention:
-            adds = form is layer_v41.V41Weights  # by itself
+            adds = form is v41.V41Weights  # by itself
             stream = out if adds else [[a + b for a, b in zip(x, u)] for x, u in zip(hidden, out)]
             out = attention(stream, AttentionWeights(*attention_weights))
         return (out, pad) if hold else (out,)
@@ -144,8 +144,8 @@ def _apply(weights: Any, hidden: Matrix, lookups: Iterable[Sequence[Vector]], ma
     if isinstance(weights, BankWeights):
         return kv_bank(hidden, lookups, weights)
     copies = [[x] for x in hidden]
-    if isinstance(weights, layer_v41.V41Weights):
-        return [one for (one,) in layer_v41.engram_v41(copies, lookups, weights)]
+    if isinstance(weights, v41.V41Weights):
+        return [one for (one,) in v41.engram_v41(copies, lookups, weights)]
     if isinstance(weights, QwenWeights):
         return [one for (one,) in engram_qwen(copies, lookups, weights, max_ngram)]
     return [one for (one,) in engram(copies, lookups, weights, max_ngram)]

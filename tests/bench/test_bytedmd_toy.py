@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from bench import bytedmd_toy
-from bench.price import models as workloads
+from bench.price import models
 from bench.price.job import Job, check_against_upstream, price_job
 from bench.price.table import groups, is_valid, verdict_table
 from bench.schemas.generator import json_schema
@@ -124,7 +124,7 @@ def cut_down(tmp_path_factory, cache_home):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        patch.setitem(workloads.CUTS["v41-flash"], "table_size_per_order", (50, 50, 50))
+        patch.setitem(models.CUTS["v41-flash"], "table_size_per_order", (50, 50, 50))
         patch.setattr(sys, "argv", ["bytedmd_toy", *options])
         bytedmd_toy.main()
     return printed.getvalue(), out, json.loads((out / "results.json").read_text())

@@ -14,7 +14,7 @@ from bench import production
 from bench.instruments.claim import classify
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows import cases as row_cases
-from bench.rows import figures as row_figures
+from bench.rows import figures
 from bench.rows import table as row_table
 from bench.rows.cases import Case, plan_of, price_case, read_rows, source
 from bench.rows.table import TEXT, crossing_of
@@ -100,9 +100,9 @@ def test_tables_and_figures(results, tmp_path):
     assert f"{record['price'] / record['tokens']:,.0f}" in text
     assert sum(record["first_reads_by_order"].values()) == record["distinct_rows"]
     # The figures ask for every table; here, let all bear the demo's numbers.
-    tables = {"scale": row_figures.TABLE_COLOURS, "hot": row_figures.TABLE_COLOURS, "place": row_figures.TABLE_COLOURS}
+    tables = {"scale": figures.TABLE_COLOURS, "hot": figures.TABLE_COLOURS, "place": figures.TABLE_COLOURS}
     records = [{**r, "table": name} for r in results["records"] for name in tables.get(r["part"], [r["table"]])]
-    drawn = row_figures.draw_all({**results, "records": records}, tmp_path)
+    drawn = figures.draw_all({**results, "records": records}, tmp_path)
     assert [path.stat().st_size > 5000 for path in drawn] == [True] * 4
 
 

@@ -11,7 +11,7 @@ import pytest
 from bench import gpu_wall
 from bench.schemas.generator import json_schema
 from bench.schemas.served import Results
-from bench.served import run as end_to_end
+from bench.served import run
 from bench.served.numbers import same_tokens
 from tests.bench.setup.test_backbones import TINY
 
@@ -51,7 +51,7 @@ def serve(out, patch, *options):
         "--text",
         out / "tale.txt",
     ]
-    patch.setattr(end_to_end, "_QWEN3_TOKENS", 1000)
+    patch.setattr(run, "_QWEN3_TOKENS", 1000)
     patch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments), *options])
     gpu_wall.main()
     return json.loads((out / "results.json").read_text(encoding="utf-8"))

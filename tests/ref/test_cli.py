@@ -14,7 +14,7 @@ from bench import bytedmd_toy, gpu_wall, production
 from bench.served import options as end_to_end_options
 from bench.wall import options as wall_options
 from engram_ref import cli
-from engram_ref.checkpoint import sample as sample_checkpoint
+from engram_ref.checkpoint import sample
 
 HUGE = ("99999999999999", "1" + "0" * 30, "9" * 5000)
 
@@ -49,7 +49,7 @@ COMMANDS = {
     "bytedmd_toy": (bytedmd_toy.parse, [], 7),
     "gpu_wall": (parse_wall, [], 13),
     "production": (production.parse, [], 1),
-    "sample_checkpoint": (sample_checkpoint.parse, ["folder"], 3),
+    "sample_checkpoint": (sample.parse, ["folder"], 3),
 }
 
 
@@ -97,5 +97,5 @@ def test_a_bus_brings_something_in_time(text):
 def test_a_sample_that_no_disk_holds_is_refused_before_it_is_written(tmp_path, monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     with pytest.raises(ValueError, match=r"\d+ bytes do not fit onto the disk of .*: take smaller tables"):
-        sample_checkpoint.write_sample(tmp_path, sample_checkpoint.sample_config(first_prime=2_000_000_000))
+        sample.write_sample(tmp_path, sample.sample_config(first_prime=2_000_000_000))
     assert list(tmp_path.iterdir()) == []

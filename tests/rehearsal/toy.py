@@ -14,23 +14,22 @@ COPY = 1 << 20
 def shrink() -> None:
     """Make bandwidth copies, cache flushes, text and calibration small, and kernel programs large."""
     from bench import gpu_wall, lookup_speed
-    from bench.gpu import preflight as gpu_preflight
-    from bench.instruments import driver as accelerator
-    from bench.instruments import timing
-    from bench.served import run as end_to_end
+    from bench.gpu import preflight
+    from bench.instruments import driver, timing
+    from bench.served import run
     from bench.wall import run as wall
     from engram_ref.hashing import kernels as kernels_hashing
     from engram_ref.rows import kernels
     from engram_ref.tables import uva
 
-    accelerator._BUSY_COPIES, accelerator._BUSY_BYTES = 2, COPY
+    driver._BUSY_COPIES, driver._BUSY_BYTES = 2, COPY
     gpu_wall.COPY_BYTES = wall.COPY_BYTES = COPY
     gpu_wall.COPIES = wall.COPIES = 3
     wall.HOT_TOKENS = 1 << 12
     timing.FLUSHED = COPY
-    gpu_preflight._COPY_BYTES, gpu_preflight._COPIES, gpu_preflight._PINNED = COPY, 3, COPY
+    preflight._COPY_BYTES, preflight._COPIES, preflight._PINNED = COPY, 3, COPY
     lookup_speed.COPY_BYTES, lookup_speed.COPIES, lookup_speed.WARM_UP = COPY, 3, 1
-    for module in (wall, end_to_end):
+    for module in (wall, run):
         module.standard_library = functools.partial(module.standard_library, nbytes=TEXT_BYTES)
     kernels.ROWS_PER_PROGRAM = kernels.SCALED_ROWS_PER_PROGRAM = 512
     kernels_hashing.TOKENS_PER_PROGRAM = 64

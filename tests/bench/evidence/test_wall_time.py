@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench.evidence import wall_time as explained
+from bench.evidence import wall_time
 from bench.served.doubts import reading
 from bench.served.numbers import classify, row_of
 from bench.served.table import report
@@ -23,19 +23,19 @@ def folder(tmp_path):
 
 
 def test_without_a_gpus_run_no_number_stands_for_one(folder):
-    texts = {name: fill() for name, fill in explained.blocks(folder).items()}
-    assert texts["wall_time_gpu"] == explained.NO_RUN
+    texts = {name: fill() for name, fill in wall_time.blocks(folder).items()}
+    assert texts["wall_time_gpu"] == wall_time.NO_RUN
     for whose in ("no Engram at all, the paper's baseline", "the resident table, our baseline"):
         line = f"- Against {whose}: **INCONCLUSIVE**, no run on a CUDA machine is committed yet."
         assert line in texts["wall_time_class"].splitlines()
     lines = texts["wall_time_story"].splitlines()
-    assert all(line.startswith("| CPU ") for line in lines[2:-2]) and explained.NO_RUN in lines[-1]
+    assert all(line.startswith("| CPU ") for line in lines[2:-2]) and wall_time.NO_RUN in lines[-1]
     assert "Measured on the CPU" in texts["wall_time_cpu"] and "CPU Example" in texts["wall_time_setup"]
 
 
 def test_a_gpus_run_is_shown_when_it_is_there(folder):
     (folder / "end_to_end_h100.json").write_text(json.dumps(example("cuda")), encoding="utf-8")
-    texts = {name: fill() for name, fill in explained.blocks(folder).items()}
+    texts = {name: fill() for name, fill in wall_time.blocks(folder).items()}
     assert "Measured on the GPU Example" in texts["wall_time_gpu"] and "CPU" not in texts["wall_time_gpu"][:60]
     paper, ours = texts["wall_time_class"].splitlines()
     assert paper.startswith("- Against no Engram at all, the paper's baseline: **LOSS**, in at least one case")  # 3.5 %
@@ -43,12 +43,12 @@ def test_a_gpus_run_is_shown_when_it_is_there(folder):
     lines = texts["wall_time_story"].splitlines()
     assert lines[2].endswith("| +3.5 [+3.5, +3.5] | +0.5 [+0.5, +0.5] |")
     assert lines[2].startswith("| GPU Example | qwen3-8b, 4, python-stdlib | +2.0 [+2.0, +2.0] | +1.0") and (
-        lines[3].startswith("| CPU") and explained.NO_RUN not in texts["wall_time_story"]
+        lines[3].startswith("| CPU") and wall_time.NO_RUN not in texts["wall_time_story"]
     )
 
 
 def test_how_late_rows_may_come(folder):
-    lines = explained.wall_time_sensitivity(folder).splitlines()
+    lines = wall_time.wall_time_sensitivity(folder).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     # 4 x 24 rows of 264 B; a window of 300 us and 3 % of 100 ms; buses that hold at 2 ms and break at 5.
     assert cells[:2] == ["CPU Example", "qwen3-8b, 4, python-stdlib"]

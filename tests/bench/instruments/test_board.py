@@ -18,7 +18,7 @@ from bench.schemas.generator import json_schema
 from bench.schemas.served import Board as BoardRecord
 from bench.served import rounds as end_to_end_rounds
 from bench.wall import step as steps
-from bench.wall import table as wall_table
+from bench.wall import table
 from bench.wall.numbers import over_control, run_of
 from bench.wall.record import run_record
 from tests.bench.instruments.test_driver import WRAP, FakeNvml
@@ -185,7 +185,7 @@ def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
     assert over_control(step, run_of(step, "offload_uva")) == 1_599_000
     with pytest.raises(NotMeasured, match=r"no counter sees this traffic|by another counter"):
         over_control(step, run_of(step, "resident"))
-    text = wall_table.step_table(results, step)
+    text = table.step_table(results, step)
     line = next(line for line in text.splitlines() if line.startswith("offload_uva")).split()
     assert "1.599" in line and "less no_engram" in text and "freed" in text
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.instruments import driver as accelerator
+from bench.instruments import driver
 from bench.instruments.bandwidth import _bandwidth, _copy_samples, copy_bandwidth
 from bench.instruments.clocks import Clock as HostClock
 from bench.instruments.driver import Driver, EnergyMeter, PcieCounter, describe, open_driver
@@ -133,12 +133,12 @@ def gpu(monkeypatch):
         name="NVIDIA H200", total_memory=150 << 30, pci_domain_id=0, pci_bus_id=0x17, pci_device_id=0
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(accelerator, "_busy", lambda device: nullcontext())
+    monkeypatch.setattr(driver, "_busy", lambda device: nullcontext())
     return properties
 
 
 def test_all_that_the_driver_knows(nvml, numa):
-    answers = accelerator._answers(Driver(nvml, "gpu"), numa.parents[1])
+    answers = driver._answers(Driver(nvml, "gpu"), numa.parents[1])
     assert {name: answer.value for name, answer in answers.items()} == {
         "driver": "580.1",
         "pcie_generation": 5,
@@ -153,7 +153,7 @@ def test_all_that_the_driver_knows(nvml, numa):
 def test_what_the_driver_does_not_know_has_a_reason_and_the_rest_is_there(nvml, numa, gpu):
     nvml.refused = {"nvmlDeviceGetCurrPcieLinkGeneration"}
     numa.write_text("-1\n")
-    answers = accelerator._answers(Driver(nvml, "gpu"), numa.parents[1])
+    answers = driver._answers(Driver(nvml, "gpu"), numa.parents[1])
     assert answers["pcie_generation"] == (None, "nvmlDeviceGetCurrPcieLinkGeneration: Not Supported")
     assert answers["numa_node"][0] is None
     assert "says -1" in answers["numa_node"].why
@@ -184,7 +184,7 @@ def test_a_cpu_has_no_accelerator(nvml):
 
 def test_without_the_package_the_reason_is_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert accelerator._answers(open_driver(CUDA))["driver"] == (
+    assert driver._answers(open_driver(CUDA))["driver"] == (
         None,
         "NVML is not installed: pip install nvidia-ml-py",
     )
@@ -192,31 +192,31 @@ def test_without_the_package_the_reason_is_how_to_get_it(monkeypatch):
 
 def test_a_driver_that_is_not_loaded_is_a_reason(nvml, gpu):
     nvml.refused = {"nvmlInit"}
-    assert accelerator._answers(open_driver(CUDA, nvml))["driver"] == (None, "NVML: Not Supported")
+    assert driver._answers(open_driver(CUDA, nvml))["driver"] == (None, "NVML: Not Supported")
 
 
 def test_the_same_gpu_is_found_in_both_numberings(nvml, gpu, monkeypatch):
-    assert accelerator._handle(nvml, gpu) == "at 00000000:17:00.0"
-    assert accelerator._handle(nvml, SimpleNamespace(uuid="ab-c")) == "named GPU-ab-c"
-    with pytest.raises(accelerator._Unanswered, match="which of several GPUs"):
-        accelerator._handle(nvml, SimpleNamespace())
+    assert driver._handle(nvml, gpu) == "at 00000000:17:00.0"
+    assert driver._handle(nvml, SimpleNamespace(uuid="ab-c")) == "named GPU-ab-c"
+    with pytest.raises(driver._Unanswered, match="which of several GPUs"):
+        driver._handle(nvml, SimpleNamespace())
     monkeypatch.setattr(nvml, "nvmlDeviceGetCount", lambda: 1)
-    assert accelerator._handle(nvml, SimpleNamespace()) == "number 0"
+    assert driver._handle(nvml, SimpleNamespace()) == "number 0"
 
 
 @pytest.mark.parametrize(("kind", "number"), [(1, WRAP - 1), (2, WRAP - 1), (3, WRAP + 5)])
 def test_field_values_are_read_by_their_type(nvml, kind, number):
     nvml.field_type, nvml.received = kind, [number]
-    assert Driver(nvml).fields([accelerator._RX, accelerator._TX]) == [number, 7]
+    assert Driver(nvml).fields([driver._RX, driver._TX]) == [number, 7]
 
 
 def test_field_values_that_mean_nothing_are_not_read(nvml):
     nvml.field_type = 0  # floating point
-    with pytest.raises(accelerator._Unanswered, match="value type 0"):
-        Driver(nvml).fields([accelerator._RX])
+    with pytest.raises(driver._Unanswered, match="value type 0"):
+        Driver(nvml).fields([driver._RX])
     nvml.field_return = 3
-    with pytest.raises(accelerator._Unanswered, match=r"PCIE_COUNT_RX_BYTES: 3"):
-        Driver(nvml).fields([accelerator._RX])
+    with pytest.raises(driver._Unanswered, match=r"PCIE_COUNT_RX_BYTES: 3"):
+        Driver(nvml).fields([driver._RX])
 
 
 def counted(nvml, readings, seconds=0.001):

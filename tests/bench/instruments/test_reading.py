@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import fill_docs
-from bench.evidence import price
-from bench.evidence import wall_time as end_to_end_explained
+from bench.evidence import price, wall_time
 from bench.evidence.committed import RESULTS, Evidence
 from bench.instruments.reading import MOST_CHARACTERS, as_this_version, harmless, read_results, set_aside
 from bench.site import commands, data, start_page
@@ -71,8 +70,8 @@ def test_nothing_of_a_results_file_reaches_a_page_as_markup(hostile_results):
         "grid": lambda: data.grid_script(hostile_results),
         "whole model": lambda: data.whole_model_script(hostile_results),
         "commands": lambda: commands.command_table(hostile_results),
-        "runs": lambda: end_to_end_explained.wall_time_runs(hostile_results, "cpu"),
-        "story": lambda: end_to_end_explained.wall_time_story(hostile_results),
+        "runs": lambda: wall_time.wall_time_runs(hostile_results, "cpu"),
+        "story": lambda: wall_time.wall_time_story(hostile_results),
         **price.blocks(evidence),
     }
     shown = {}

@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="tables need torch (pip install 'engram-offl
 
 from bench.instruments.bandwidth import fio_random_read
 from bench.instruments.timing import Way, prepared_samples
-from bench.rivals import engramdb as rivals
+from bench.rivals import engramdb
 from bench.rivals.engramdb import DISK, OURS, STORE, ColdRace
 
 ROWS, ROW_BYTES = 2000, 64
@@ -129,7 +129,7 @@ class FakeStore:
 @pytest.fixture
 def fake_engramdb(monkeypatch):
     monkeypatch.setitem(sys.modules, "engramdb", types.SimpleNamespace(Store=FakeStore))
-    monkeypatch.setattr(rivals.importlib.metadata, "version", lambda name: "0.0 of a test")
+    monkeypatch.setattr(engramdb.importlib.metadata, "version", lambda name: "0.0 of a test")
 
 
 @linux
@@ -145,10 +145,10 @@ def test_both_ways_are_measured_cold_and_warm_and_nothing_is_left(fake_engramdb,
 
 def test_the_line_gives_times_per_row_the_ratio_and_the_share_of_the_limit():
     samples = {OURS: [2e-3] * 3, STORE: [8e-3] * 3, DISK: [1e-3]}
-    line = rivals._line(samples, 1000, "cold")
+    line = engramdb._line(samples, 1000, "cold")
     assert line.startswith(f" 1,000 rows cold: ours 2.0 us/row, {STORE} 8.0 us/row")
     assert line.endswith("store / ours x4.00 [4.00, 4.00]; 50% of the disk's limit")
-    assert "warning: beyond it" in rivals._line({**samples, DISK: [2.1e-3]}, 1000, "cold")
+    assert "warning: beyond it" in engramdb._line({**samples, DISK: [2.1e-3]}, 1000, "cold")
 
 
 @linux
@@ -169,8 +169,8 @@ def test_nothing_is_measured_when_rows_differ(fake_engramdb, monkeypatch, tmp_pa
 
 
 def test_nothing_is_measured_that_is_not_cold(fake_engramdb, monkeypatch, tmp_path):
-    monkeypatch.setattr(rivals.FileTable, "drop_cache", lambda table: table.source.read())
-    monkeypatch.setattr(rivals.FileTable, "cached_share", lambda table: 0.25)
+    monkeypatch.setattr(engramdb.FileTable, "drop_cache", lambda table: table.source.read())
+    monkeypatch.setattr(engramdb.FileTable, "cached_share", lambda table: 0.25)
     with ColdRace(tmp_path, ROWS, ROW_BYTES) as race, pytest.raises(ValueError, match=r"25.00% of the file stay"):
         race.samples(50, 1)
 

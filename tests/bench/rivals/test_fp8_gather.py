@@ -11,7 +11,7 @@ import torch
 from bench import layer_speed
 from bench.rivals import fp8_gather
 from bench.rivals.fp8_gather import BF16, FP8, LIMITS, OURS, RIVAL, Race
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 
 ROWS, MOST = 500, 300
 
@@ -25,8 +25,8 @@ def race():
 @pytest.mark.parametrize("count", [1, 24, MOST])
 def test_every_way_fetches_the_rows_that_were_asked_for(race, count):
     numbers = race.fresh(count)
-    stored = synthetic.expected_rows(numbers, FP8, 0)
-    values = synthetic.expected_values(numbers, FP8, 0)
+    stored = table_content.expected_rows(numbers, FP8, 0)
+    values = table_content.expected_values(numbers, FP8, 0)
     for name, fetch in race.ways().items():
         found = fetch(numbers)
         assert torch.equal(found, stored if "as stored" in name else values), name

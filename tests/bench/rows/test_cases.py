@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("numba", reason="row prices are compiled: pip install numba")
 
-from bench.rows import cases as row_cases
+from bench.rows import cases
 from bench.rows.cases import Case, price_case, read_rows, source
 from bench.rows.table import TEXT
 from bench.rows.whole_model import Experts, WholeModel, step_price
@@ -40,7 +40,7 @@ def small_table(monkeypatch):
     class Presets:
         preset = staticmethod(lambda name: TABLE if name == "small" else EngramConfig.preset(name))
 
-    monkeypatch.setattr(row_cases, "EngramConfig", Presets)
+    monkeypatch.setattr(cases, "EngramConfig", Presets)
 
 
 class ByHand:
@@ -52,7 +52,7 @@ class ByHand:
     """
 
     def __init__(self, ids: list[int], mode: str = "token", tokens_per_step: int = 1) -> None:
-        plan = row_cases.plan_of(TABLE)
+        plan = cases.plan_of(TABLE)
         self.sizes = [layer.rows for layer in plan.layers]
         self.rows = sum(self.sizes)
         count = len(ids) // tokens_per_step
@@ -239,8 +239,8 @@ def test_place(prefetch):
 
 def small_model(monkeypatch, **facts):
     model = WholeModel("Small", 7, 1000, 600, 1500, TABLE, **facts)
-    monkeypatch.setitem(row_cases.ALL_MODELS, "small-model", model)
-    monkeypatch.setitem(row_cases.AROUND, "small-table", ("small-model",))
+    monkeypatch.setitem(cases.ALL_MODELS, "small-model", model)
+    monkeypatch.setitem(cases.AROUND, "small-table", ("small-model",))
     return model
 
 
@@ -373,7 +373,7 @@ def test_a_stream_is_cut_where_it_says(monkeypatch):
         asked.append(nbytes)
         return SimpleNamespace(ids=np.arange(1 << 17), sha256="of the text")
 
-    monkeypatch.setattr(row_cases, "_library", library)
+    monkeypatch.setattr(cases, "_library", library)
     cut = source.__wrapped__  # what is kept from other tests does not count
     for tokens, length in (
         (5, 5),

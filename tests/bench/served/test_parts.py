@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.served import graphs as end_to_end_graphs
-from bench.served import memory as end_to_end_memory
-from bench.served import run as end_to_end
+from bench.served import graphs, memory, run
 from bench.served.memory import Plan, estimate, largest_batch
 from bench.served.record import Record
 from bench.served.requests import Decode, Lengths, Prefill, TokenSource, schedule
@@ -177,7 +175,7 @@ def test_memory_is_counted_part_by_part():
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
-    monkeypatch.setattr(end_to_end_memory, "free_device_bytes", lambda device: 10 << 20)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 10 << 20)
     with pytest.raises(ValueError) as refused:
         estimate(plan(), CPU).require(CPU)
     text = str(refused.value)
@@ -194,8 +192,8 @@ def test_a_hundred_billion_parameters_are_resident_where_the_card_holds_them(car
     rows = sum(size * config.heads for size in config.table_size_per_order)
     head = vocabulary * shape.hidden
     wanted = Plan(shape, blocks, parameters, head, 2, config, rows, 64, 256, 64, 64, 16384, Choice(names))
-    monkeypatch.setattr(end_to_end_memory, "free_device_bytes", lambda device: card << 30)
-    monkeypatch.setattr(end_to_end_memory, "free_host_bytes", lambda: 120 << 30)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: card << 30)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 120 << 30)
     needs = estimate(wanted, torch.device("cuda"))
     assert needs.device["resident table"] / 2**30 == pytest.approx(96.0, abs=0.1)
     if fits:
@@ -207,13 +205,13 @@ def test_a_hundred_billion_parameters_are_resident_where_the_card_holds_them(car
 
 def test_the_largest_batch_that_fits(monkeypatch):
     free = 2 * estimate(plan(slots=16), CPU).total
-    monkeypatch.setattr(end_to_end_memory, "free_device_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: free)
     slots = largest_batch(plan(), CPU)
     assert 16 <= slots < 256
     estimate(plan(slots=slots), CPU).require(CPU)
     with pytest.raises(ValueError, match="are needed"):
         estimate(plan(slots=2 * slots), CPU).require(CPU)
-    monkeypatch.setattr(end_to_end_memory, "free_device_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 1)
     with pytest.raises(ValueError, match="are needed"):
         largest_batch(plan(), CPU)
 
@@ -336,7 +334,7 @@ def cuda(monkeypatch):
 
 
 def test_a_step_is_captured_in_two_pieces_with_the_join_between(cuda):
-    pieces = end_to_end_graphs.Pieces(CPU)
+    pieces = graphs.Pieces(CPU)
 
     def step(insert):
         cuda.append("block 1")
@@ -357,7 +355,7 @@ def test_a_step_is_captured_in_two_pieces_with_the_join_between(cuda):
 
 
 def test_a_capture_that_fails_leaves_a_step_that_runs(cuda, capsys):
-    pieces = end_to_end_graphs.Pieces(CPU)
+    pieces = graphs.Pieces(CPU)
     capturing = []
 
     def step(insert):
@@ -381,6 +379,6 @@ def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatc
     path.write_text('{"benchmark": "gpu_wall"}', encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["bench.served.run", str(path)])
     with pytest.raises(SystemExit) as ended:
-        end_to_end.main()
+        run.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of 'gpu_wall'" in error

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 
 from bench import gpu_wall
 from bench.instruments import timing
-from bench.served import memory as end_to_end_memory
-from bench.served import one_pass as end_to_end_pass
-from bench.served import rounds as end_to_end_rounds
+from bench.served import memory, one_pass, rounds
 from bench.served import run as end_to_end
 from bench.served.graphs import Pieces
 from bench.served.model import ATTENTION, ServedModel, register_attention
@@ -134,11 +132,11 @@ def choices_of(one, round_, schedule, on_device, monkeypatch):
     """What is chosen for each sequence when all of them are served, and the samples."""
     work = one.server.prepare(round_, most_tokens=24)
     seen = []
-    monkeypatch.setattr(end_to_end_pass, "_digest", lambda work, chosen: seen.append(chosen) or "0" * 64)
+    monkeypatch.setattr(one_pass, "_digest", lambda work, chosen: seen.append(chosen) or "0" * 64)
     samples = one.serve(work, schedule, on_device)
     choices = [[] for _ in round_.lengths]
     for step, tokens in zip(work.steps, seen[0]):
-        if isinstance(step, end_to_end_pass.Prompts):
+        if isinstance(step, one_pass.Prompts):
             for sequence, token in zip(step.group.sequences, tokens.tolist()):
                 choices[sequence].append(token)
         else:
@@ -263,7 +261,7 @@ OPTIONS = ["--batches", 2, "--streams", "text", "uniform", "--rounds", 3]
 @pytest.fixture(scope="module")
 def results(program):
     """A run that is cut inside a round, and continued."""
-    real, served = end_to_end_pass.Server.serve, []
+    real, served = one_pass.Server.serve, []
 
     def serve(server, *arguments):
         served.append(1)
@@ -272,7 +270,7 @@ def results(program):
         return real(server, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(end_to_end_rounds.Server, "serve", serve)
+        patch.setattr(rounds.Server, "serve", serve)
         with pytest.raises(KeyboardInterrupt):
             program(*OPTIONS)
     return program(*OPTIONS)
@@ -319,7 +317,7 @@ def test_figures_and_nothing_else_are_left(results, program):
 
 
 def test_the_same_again_measures_nothing(results, program, monkeypatch):
-    monkeypatch.setattr(end_to_end_rounds.Server, "serve", None)
+    monkeypatch.setattr(rounds.Server, "serve", None)
     monkeypatch.setattr(end_to_end, "draw_all", lambda results, out: [])
     monkeypatch.setattr(end_to_end, "report", lambda results: "")
     again = program(*OPTIONS)
@@ -350,7 +348,7 @@ def test_another_configuration_is_refused_in_one_line(results, program, capsys):
 
 
 def test_what_memory_does_not_hold_is_refused_before_anything_is_built(program, monkeypatch, capsys):
-    monkeypatch.setattr(end_to_end_memory, "free_device_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(end_to_end, "Contenders", None)
     monkeypatch.setattr(end_to_end, "build_backbone", None)
     with pytest.raises(SystemExit):

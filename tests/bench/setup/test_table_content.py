@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.setup import table_content as synthetic
+from bench.setup import table_content
 from bench.setup.table_content import expected_rows, expected_values, fill
 from engram_ref.rows import fp8
 from engram_ref.rows.format import RowFormat
@@ -22,7 +22,7 @@ FP8 = RowFormat(torch.bfloat16, 256, scaled=True)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 64 words, so that a small table has many."""
-    monkeypatch.setattr(synthetic, "_CHUNK", 64)
+    monkeypatch.setattr(table_content, "_CHUNK", 64)
 
 
 def plain(dtype=torch.bfloat16, row_bytes=40):
@@ -83,7 +83,7 @@ def test_every_code_and_scale_follows_the_formula(seed):
 
 
 def test_codes_and_scales_apart_are_the_same_rows(monkeypatch):
-    monkeypatch.setattr(synthetic, "_PIECE", 3 * 264)  # made three rows at a time
+    monkeypatch.setattr(table_content, "_PIECE", 3 * 264)  # made three rows at a time
     apart = fresh(20, FP8, split=True)
     fill(apart, 5, first_row=7)
     assert torch.equal(apart.packed().parts[0], expected_rows(torch.arange(7, 27), FP8, 5))
@@ -190,7 +190,7 @@ def test_seeds_give_tables_that_share_no_word():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whatever_is_drawn_the_values_are_ordinary_numbers(dtype):
-    keep, put = synthetic._masks(plain(dtype))
+    keep, put = table_content._masks(plain(dtype))
     high = np.arange(1 << 16, dtype=np.uint64) << np.uint64(48)  # every sign, exponent and leading fraction
     for low in (0, (1 << 48) - 1):
         words = (high | np.uint64(low)) & keep | put

@@ -20,7 +20,7 @@ import pytest
 
 from bench import bytedmd_toy
 from bench.instruments.code_digest import code_files
-from bench.price import models as workloads
+from bench.price import models
 from bench.price.job import Job, price_job
 from bench.price.models import make_workload, toy_config
 from bench.schemas.generator import json_schema
@@ -28,7 +28,7 @@ from bench.schemas.sweeps import Results
 from bench.setup.streams import random_source
 from bench.sweeps import command as sweep_command
 from bench.sweeps import run as sweep_run
-from bench.sweeps import table as sweep_table
+from bench.sweeps import table
 from bench.sweeps.figures import draw_all
 from bench.sweeps.points import HOT_PREFETCH, NAMES, SWEEPS, Case, Settings, points_of
 from bench.sweeps.pricing import Layouts
@@ -56,7 +56,7 @@ def patch(cache_home):
     """Recordings one after the other in this process, a smaller table for Engram, no figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        patch.setitem(workloads.CUTS, "tiny", {"table_size_per_order": (50, 50)})
+        patch.setitem(models.CUTS, "tiny", {"table_size_per_order": (50, 50)})
         patch.setattr(sweep_run, "in_parallel", lambda function, jobs, _: enumerate(map(function, jobs)))
         patch.setattr(sweep_command, "_draw", lambda *_: None)
         yield patch
@@ -121,7 +121,7 @@ def test_committed_sweeps_agree_with_the_committed_runs(name, preset):
             settings = {**sweeps["configuration"], "preset": "tiny"}
             value = preset if sweep == "preset" else settings[about["setting"]]
             where = (run["model"], run["boundary"], run["variant"], value)
-            point = sweep_table.points_at(sweeps, sweep).get(where)
+            point = table.points_at(sweeps, sweep).get(where)
             if point and (sweep == "preset" or preset == "tiny"):
                 assert {key: point[key] for key in same} == {key: run[key] for key in same}, (sweep, where)
                 compared += 1
@@ -136,18 +136,18 @@ def test_what_the_log_says_of_the_committed_sweeps():
         return dict(zip(sweeps["sweeps"][sweep]["values"], ratios(sweeps, sweep, model, boundary, variant)))
 
     def labels(sweep, model, boundary):
-        return [verdict.label for verdict in sweep_table.verdicts(sweeps, sweep, model, boundary)]
+        return [verdict.label for verdict in table.verdicts(sweeps, sweep, model, boundary)]
 
     pairs = [(model, boundary) for model in ("engram", "kv-bank") for boundary in ("lookup", "layer", "block")]
     assert round(of("padding")[10**7], 1) == 39.2
     assert max(ratio for boundary in ("layer", "block") for ratio in of("padding", boundary=boundary).values()) < 2
     for sweep in ("padding", "tokens"):
         for value, ratio in of(sweep, variant="offload_naive").items():
-            live = sweep_table.points_at(sweeps, sweep)["engram", "lookup", "resident", value]["working_set"]
+            live = table.points_at(sweeps, sweep)["engram", "lookup", "resident", value]["working_set"]
             padding = value if sweep == "padding" else 10**6
             assert padding < 10 * live or abs(ratio / (padding / live) ** 0.5 - 1) < 0.15
     assert labels("tokens", "engram", "lookup") == ["LOSS"] * 2 + ["INCONCLUSIVE"] * 3
-    bank = {v: sweep_table.points_at(sweeps, "tokens")["kv-bank", "lookup", "resident", v] for v in (128, 256)}
+    bank = {v: table.points_at(sweeps, "tokens")["kv-bank", "lookup", "resident", v] for v in (128, 256)}
     assert [round(p["lookups"] / p["distinct_rows"], 1) for p in bank.values()] == [2.0, 3.3]
     naive = of("tokens", "kv-bank", variant="offload_naive")[256]
     assert 0.45 < naive / (10**6 / bank[256]["working_set"]) ** 0.5 < 0.55
@@ -158,7 +158,7 @@ def test_what_the_log_says_of_the_committed_sweeps():
         assert len(set(labels("wrong", *pair))) == 1
         assert min(of("wrong", *pair).values()) > of("wrong", *pair, "offload_naive")[0.0]
     assert [round(of("hot", variant="offload_hot")[m], 1) for m in (0.0, 0.1)] == [12.4, 10.7]
-    hot = sweep_table.points_at(sweeps, "hot")["engram", "lookup", "offload_hot", 0.1]
+    hot = table.points_at(sweeps, "hot")["engram", "lookup", "offload_hot", 0.1]
     assert round(1 - hot["share_below"], 2) == 0.16
     excess = [ratio - 1 for ratio in of("compute", boundary="layer").values()]
     assert (round(excess[0], 2), round(excess[-1], 3)) == (0.91, 0.02)
@@ -188,7 +188,7 @@ def test_a_point_is_the_price_of_a_direct_run(results, vocab_v4):
             continue
         direct = price_job(Job(workload, case.boundary, layouts.of(case), case.settings.padding))
         where = (case.model, case.boundary, case.variant, point.value)
-        assert sweep_table.points_at(results, "share")[where]["cost_by_kind"] == direct["cost_by_kind"]
+        assert table.points_at(results, "share")[where]["cost_by_kind"] == direct["cost_by_kind"]
         compared += 1
     assert compared == 2 * 2 * 4
 
@@ -200,13 +200,13 @@ def replace_ids(workload, ids):
 def test_the_same_case_has_the_same_price_in_every_sweep(results):
     base = {"padding": 10_000, "share": 1.0, "hot": 0.1, "wrong": 0.0, "definition": "lru", "bytes": 1}
     for place in [("engram", boundary, variant) for boundary in ("lookup", "block") for variant in VARIANTS]:
-        found = {sweep_table.points_at(results, name)[(*place, value)]["cost"] for name, value in base.items()}
+        found = {table.points_at(results, name)[(*place, value)]["cost"] for name, value in base.items()}
         assert len(found) == 1
 
 
 def test_the_ends_of_the_scales(results):
     """No hot rows is naive, all rows hot is resident; whatever is mispredicted, a copy costs."""
-    hot, wrong = (sweep_table.points_at(results, name) for name in ("hot", "wrong"))
+    hot, wrong = (table.points_at(results, name) for name in ("hot", "wrong"))
     for boundary in ("lookup", "layer", "block"):
         cost = {(variant, m): hot["engram", boundary, variant, m]["cost"] for variant in VARIANTS for m in (0.0, 1.0)}
         assert cost["offload_hot", 0.0] == cost["offload_naive", 0.0] > cost["resident", 0.0]
@@ -221,14 +221,14 @@ def test_the_ends_of_the_scales(results):
 def test_every_point_is_valid(results):
     for sweep, about in results["sweeps"].items():
         for boundary in ("lookup", "layer", "block"):
-            assert all(sweep_table.is_valid(results, sweep, "engram", boundary, v) for v in about["values"])
+            assert all(table.is_valid(results, sweep, "engram", boundary, v) for v in about["values"])
 
 
 def test_another_output_is_invalid(results):
     broken = json.loads(json.dumps(results))
     point = next(p for p in broken["points"] if (p["sweep"], p["variant"]) == ("bytes", "offload_prefetch"))
     point["output_sha256"] = "0" * 64
-    labels = [verdict.label for verdict in sweep_table.verdicts(broken, "bytes", "engram", "lookup")]
+    labels = [verdict.label for verdict in table.verdicts(broken, "bytes", "engram", "lookup")]
     assert labels[0] == "INVALID" and "INVALID" not in labels[1:]
     assert " x" in report(broken, "bytes")
 
@@ -240,7 +240,7 @@ def test_the_grid(quick, results):
     for nested in prices.values():
         assert [len(nested), len(nested[0]), len(nested[0][0]), len(nested[0][0][0])] == lengths
     assert axes["compute"][0] == 0 and axes["padding"] == [0, 1000, 1_000_000]
-    lookups = sweep_table.points_at(results, "padding")
+    lookups = table.points_at(results, "padding")
     for p, padding in enumerate(axes["padding"]):
         for c, boundary in enumerate(("lookup", "layer")):  # the base width is the grid's only one
             for variant, nested in prices.items():
@@ -449,7 +449,7 @@ def test_tables_show_every_ratio(quick, results):
         for variant in VARIANTS[1:]:
             for ratio in ratios(results, sweep, "engram", "layer", variant):
                 assert f"{ratio:.3f}" in report(results, sweep)
-    assert sweep_table.crossing_report(results) in text
+    assert table.crossing_report(results) in text
 
 
 def test_figures_are_drawn_the_same_every_time(results, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from engram_ref import cli
-from engram_ref.checkpoint import sample as sample_checkpoint
+from engram_ref.checkpoint import sample
 from engram_ref.checkpoint.folder import ModelFolder
 from engram_ref.checkpoint.sample import sample_bytes, sample_config, write_sample
 from engram_ref.config import EngramConfig
@@ -34,7 +34,7 @@ def drawn(name, dtype, shape, seed):
 
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as ended:
-        sample_checkpoint.main(list(argv))
+        sample.main(list(argv))
     said = capsys.readouterr()
     assert ended.value.code == 2 and said.err.startswith("sample_checkpoint: error: ") and said.err.count("\n") == 1
     return said.err
@@ -89,7 +89,7 @@ def test_every_tensor_has_numbers_of_its_own():
 
 def test_pieces_are_small(monkeypatch):
     """A table may be larger than memory."""
-    monkeypatch.setattr(sample_checkpoint, "_PIECE", 1 << 10)
+    monkeypatch.setattr(sample, "_PIECE", 1 << 10)
     for dtype, nbytes in (("F8_E4M3", 5_000), ("F8_E8M0", 5_000), ("BF16", 10_000)):
         pieces = [len(piece) for piece in sample_bytes("a", dtype, (5, 1000), 0)]
         assert max(pieces) == 1 << 10 and sum(pieces) == nbytes
@@ -97,7 +97,7 @@ def test_pieces_are_small(monkeypatch):
 
 def test_the_command_writes_what_opens(tmp_path, capsys):
     folder = tmp_path / "new" / "sample"
-    sample_checkpoint.main([str(folder), "--first-prime", "20", "--hidden", "32", "--seed", "5"])
+    sample.main([str(folder), "--first-prime", "20", "--hidden", "32", "--seed", "5"])
     assert str(folder) in capsys.readouterr().out
     config = ModelFolder.open(folder).config
     assert config == EngramConfig.preset("v41-flash").replace(table_size_per_order=(20, 20, 20), hidden=32)
@@ -132,10 +132,10 @@ def test_an_interruption_says_what_stays(tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_checkpoint, "_write_json", stopped)
+    monkeypatch.setattr(sample, "_write_json", stopped)
     with pytest.raises(SystemExit) as ended:
         argv = [str(tmp_path), "--first-prime", "20", "--hidden", "32"]
-        cli.run(lambda: sample_checkpoint.main(argv), sample_checkpoint.PROG, left=sample_checkpoint.LEFT)
+        cli.run(lambda: sample.main(argv), sample.PROG, left=sample.LEFT)
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip() == "sample_checkpoint: interrupted; files that were finished stay"
     assert all(name.startswith("model-") or name == "tokenizer.json" for name in files_of(tmp_path))

@@ -18,8 +18,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from engram_ref.files import stored_rows as stored
-from engram_ref.files import validated, writing
+from engram_ref.files import stored_rows, validated, writing
 from engram_ref.files.conventions import BLOCK, packed_mark
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.writing import save_pieces, save_rows
@@ -286,7 +285,7 @@ def test_packed_rows_of_another_size_are_refused(row_bytes, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_is_read(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "_PIECE", 4099)  # many pieces
+    monkeypatch.setattr(stored_rows, "_PIECE", 4099)  # many pieces
     monkeypatch.setattr(writing, "_PIECE", 4099)
     content = random_content(case)
     found = store(tmp_path, case, content)
@@ -297,7 +296,7 @@ def test_what_is_saved_is_read(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", FP8)
 @pytest.mark.parametrize("layout", [Rows.packed, Rows.split])
 def test_fp8_rows_are_read_into_either_layout(case, layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "_PIECE", 4099)
+    monkeypatch.setattr(stored_rows, "_PIECE", 4099)
     expected = layout(random_content(case))
     parts = [torch.full_like(part, 0xAA) for part in expected.parts]
     store(tmp_path, case, random_content(case)).read_into(parts)
@@ -307,7 +306,7 @@ def test_fp8_rows_are_read_into_either_layout(case, layout, tmp_path, monkeypatc
 @pytest.mark.parametrize("case", FP8)
 @pytest.mark.parametrize(("column", "byte"), [(0, 0x7F), (255, 0xFF), (263, 0xFF)])
 def test_fp8_rows_with_nan_are_not_loaded(case, column, byte, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "_PIECE", 4099)
+    monkeypatch.setattr(stored_rows, "_PIECE", 4099)
     raw = random_content("packed").parts[0].clone()
     raw[500, column] = byte
     content = Rows(FP8_FORMAT, (raw,))
@@ -473,7 +472,7 @@ def test_pieces_of_values_are_quantised(split, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with an older table in it; a failed save must leave it as it is."""
+    """A folder with an older table in it; a failed save must leave it is."""
     folder = tmp_path / "folder"
     folder.mkdir()
     save_rows(folder / "t", torch.ones(2, 2))

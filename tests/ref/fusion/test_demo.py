@@ -12,8 +12,7 @@ from torch import nn
 
 from bench.rivals.demo_layer import DemoWay, transposed_conv
 from engram_ref.config import EngramConfig
-from engram_ref.fusion import DemoFusion, ShortConvHistory, causal_conv
-from engram_ref.fusion import base as fusion_common
+from engram_ref.fusion import DemoFusion, ShortConvHistory, base, causal_conv
 from engram_ref.fusion import demo as fusion_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +74,7 @@ def demo_way_of(fusion):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that every sequence is cut: 13 positions are projected, and 40 values fused, at once."""
-    monkeypatch.setattr(fusion_common, "CPU_BLOCKS", (13, 40))
+    monkeypatch.setattr(base, "CPU_BLOCKS", (13, 40))
     monkeypatch.setattr(fusion_module, "CPU_CONV_VALUES", 1)
 
 

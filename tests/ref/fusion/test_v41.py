@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engram_ref.config import EngramConfig
-from engram_ref.fusion import DemoFusion, ShortConvHistory, projection
-from engram_ref.fusion import base as fusion_common
-from engram_ref.fusion import v41 as fusion_v41
+from engram_ref.fusion import DemoFusion, ShortConvHistory, base, projection, v41
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.rows import fp8
@@ -97,7 +95,7 @@ def as_bytes(tensor):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Everything is cut: 13 positions are projected, 2 fused (of the usual size), and 64 output rows multiplied."""
-    monkeypatch.setattr(fusion_common, "CPU_BLOCKS", (13, 300))
+    monkeypatch.setattr(base, "CPU_BLOCKS", (13, 300))
     monkeypatch.setattr(projection, "CPU_BLOCK", 64 * 96)
 
 
@@ -164,22 +162,20 @@ def swap_value_to_the_front(fusion, monkeypatch):
 
 
 def round_the_gated_value(fusion, monkeypatch):
-    right = fusion_v41._add_gated
+    right = v41._add_gated
     monkeypatch.setattr(
-        fusion_v41, "_add_gated", lambda h, gate, value: h + right(torch.zeros_like(h), gate, value).to(torch.bfloat16)
+        v41, "_add_gated", lambda h, gate, value: h + right(torch.zeros_like(h), gate, value).to(torch.bfloat16)
     )
 
 
 MUTATIONS = {
-    "another eps": lambda fusion, monkeypatch: monkeypatch.setattr(fusion_v41, "V41_NORM_EPS", 1e-6),
+    "another eps": lambda fusion, monkeypatch: monkeypatch.setattr(v41, "V41_NORM_EPS", 1e-6),
     "no q gain": lambda fusion, monkeypatch: fusion.q_weight.fill_(1),
     "no k gain": lambda fusion, monkeypatch: fusion.k_weight.fill_(1),
     "the value first": swap_value_to_the_front,
     "two roundings": round_the_gated_value,
-    "no root": lambda fusion, monkeypatch: monkeypatch.setattr(fusion_v41, "_signed_sqrt", lambda dot: dot),
-    "no sign": lambda fusion, monkeypatch: monkeypatch.setattr(
-        fusion_v41, "_signed_sqrt", lambda dot: dot.abs().sqrt()
-    ),
+    "no root": lambda fusion, monkeypatch: monkeypatch.setattr(v41, "_signed_sqrt", lambda dot: dot),
+    "no sign": lambda fusion, monkeypatch: monkeypatch.setattr(v41, "_signed_sqrt", lambda dot: dot.abs().sqrt()),
 }
 
 
@@ -240,7 +236,7 @@ def test_eps_is_1e_20(eps, monkeypatch):
     config = make_config()
     fusion = make_fusion_v41(config)
     e, hidden = tiny(fusion, *make_inputs(config, 2, 20), 1e-10)
-    monkeypatch.setattr(fusion_v41, "V41_NORM_EPS", eps)
+    monkeypatch.setattr(v41, "V41_NORM_EPS", eps)
     error = (fusion.gate(fusion.project(e), hidden) - gates_of(fusion, e, hidden)).abs().max()
     assert (error < 1e-12) == (eps == 1e-20)
 
@@ -282,8 +278,8 @@ def test_an_inner_product_of_zero_opens_the_gate_by_its_sign(dtype):
 def test_the_signed_root_copies_the_sign_of_zero():
     dot = torch.tensor([0.0, -0.0, 4.0, -9.0, 1e-9, -1e-9, 1e-6, math.inf, -math.inf], dtype=torch.float64)
     root = torch.tensor([1e-3, -1e-3, 2.0, -3.0, 1e-3, -1e-3, 1e-3, math.inf, -math.inf], dtype=torch.float64)
-    torch.testing.assert_close(fusion_v41._signed_sqrt(dot), root, rtol=1e-15, atol=0)
-    assert fusion_v41._signed_sqrt(torch.tensor([math.nan])).isnan().all()
+    torch.testing.assert_close(v41._signed_sqrt(dot), root, rtol=1e-15, atol=0)
+    assert v41._signed_sqrt(torch.tensor([math.nan])).isnan().all()
 
 
 def test_zero_rows_and_a_zero_stream_stay_zero(either_path):
@@ -313,10 +309,8 @@ def test_the_sum_is_rounded_once(dtype, monkeypatch, either_path):
     e, hidden = make_inputs(config, 3, 40, dtype)
     want = rounded_once(fusion, e, hidden, dtype)
     assert (fusion(e, hidden) != want).double().mean() < 1e-3
-    right = fusion_v41._add_gated
-    monkeypatch.setattr(
-        fusion_v41, "_add_gated", lambda h, gate, value: h + right(torch.zeros_like(h), gate, value).to(dtype)
-    )
+    right = v41._add_gated
+    monkeypatch.setattr(v41, "_add_gated", lambda h, gate, value: h + right(torch.zeros_like(h), gate, value).to(dtype))
     assert (fusion(e, hidden) != want).double().mean() > 0.1
 
 
@@ -503,7 +497,7 @@ def test_blocks_give_one_shot(length, dtype, monkeypatch):
     with torch.no_grad():
         whole = fusion(e, hidden, dead)
         for blocks in ((1 << 10, 300), (1, 1), (13, 300), (7, 1 << 20)):
-            monkeypatch.setattr(fusion_common, "CPU_BLOCKS", blocks)
+            monkeypatch.setattr(base, "CPU_BLOCKS", blocks)
             torch.testing.assert_close(fusion(e, hidden, dead), whole, **close)
         assert not torch.allclose(fusion(e.roll(1, 0), hidden), whole, **close)
 

@@ -24,9 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.hashing import fused as hashing_fused
-from engram_ref.hashing import step as hashing_step
+from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory, fused, step
 
 ROOT = Path(__file__).parents[3]
 PRIMES = (3, 5, 7, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
@@ -257,8 +255,8 @@ def test_a_few_tokens_skip_the_arrays_of_numba():
     """The way for a few tokens is there on this interpreter, and off it the indices are the same."""
     plan = plan_of(EIGHT["int32 rows"], 4)
     ids = random_ids(np.random.default_rng(0), 1000, (2, 5))
-    hash_step, host = hashing_step.step(np.dtype(np.int32))
-    constants = hashing_fused.pack(plan, plan.layers[0], True)
+    hash_step, host = step.step(np.dtype(np.int32))
+    constants = fused.pack(plan, plan.layers[0], True)
     got = hash_step(ids, None, constants.ctypes.data, host)
     assert_same(got, NgramHasher(plan, "numpy")(ids, 4))
     refused = [ids[:, ::2], ids.astype(np.int32), ids[0], np.zeros((13, 5), np.int64), ids + 1000, None, 3, "ab"]
@@ -269,7 +267,7 @@ def test_a_few_tokens_skip_the_arrays_of_numba():
 
 
 def test_without_the_way_for_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(hashing_step, "_HOST", None)
+    monkeypatch.setattr(step, "_HOST", None)
     plan = plan_of(EIGHT["int32 rows"], 4)
     history = TokenHistory(plan, 2)
     history.advance(np.array([[1, 2, 3], [4, 5, 6]]))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engram_ref.rows import memory
-from engram_ref.tables import staging as delivery
+from engram_ref.tables import staging
 
 ALREADY_LOCKED = 712  # cudaErrorHostMemoryAlreadyRegistered
 
@@ -103,7 +103,7 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream
         def record_stream(self, stream: FakeStream) -> None:  # type: ignore[override]
             stream.recorded.append(self.data_ptr())
 
-    def empty(made: delivery.Delivery, count: int) -> torch.Tensor:
+    def empty(made: staging.Delivery, count: int) -> torch.Tensor:
         values = torch.full((count, made.format.width), float("nan"), dtype=made.format.dtype)
         return values.as_subclass(OnGpu)
 
@@ -111,6 +111,6 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(delivery.Delivery, "empty", empty)
-    monkeypatch.setattr(delivery, "check_out", lambda out, *expected: out)  # it is on no CUDA device
+    monkeypatch.setattr(staging.Delivery, "empty", empty)
+    monkeypatch.setattr(staging, "check_out", lambda out, *expected: out)  # it is on no CUDA device
     return side, current, install_runtime(monkeypatch)

@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_ref.files import pagecache, read_plan
-from engram_ref.files import row_reader as reading
+from engram_ref.files import pagecache, read_plan, row_reader
 from engram_ref.files.conventions import BLOCK
 from engram_ref.files.read_plan import plan_reads
 from engram_ref.files.writing import make_header
@@ -58,23 +57,23 @@ linux = pytest.mark.skipif(
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Every way to read; returns the options of a table that goes it. Few reads make threads and waits happen."""
-    monkeypatch.setattr(reading, "AHEAD", 5)
+    monkeypatch.setattr(row_reader, "AHEAD", 5)
     if request.param == "direct":
-        monkeypatch.setattr(reading, "_WAITING", (3, 1))
+        monkeypatch.setattr(row_reader, "_WAITING", (3, 1))
         return {"direct": True}
     if request.param == "waiting threads":
-        monkeypatch.setattr(reading, "_CAN_ASK_AHEAD", False)
+        monkeypatch.setattr(row_reader, "_CAN_ASK_AHEAD", False)
         return {"threads": 3}
-    if not reading._CAN_ASK_AHEAD:
+    if not row_reader._CAN_ASK_AHEAD:
         pytest.skip("this system cannot be asked to read ahead")
     if "plain" in request.param:
-        monkeypatch.setattr(reading, "_fused", None)
-    elif reading._fused is None:
+        monkeypatch.setattr(row_reader, "_fused", None)
+    elif row_reader._fused is None:
         pytest.skip("the compiled loop needs numba (pip install 'engram-offload[ref]')")
     if "several" in request.param:
-        monkeypatch.setattr(reading, "_ASKING", (3, 1))
+        monkeypatch.setattr(row_reader, "_ASKING", (3, 1))
     if request.param == "never at once":
-        monkeypatch.setattr(reading, "_can_read_now", lambda fd: False)
+        monkeypatch.setattr(row_reader, "_can_read_now", lambda fd: False)
     return {}
 
 
@@ -491,7 +490,7 @@ def reading_threads() -> int:
 
 
 def test_threads_begin_with_the_first_fetch_that_needs_them_and_end_with_the_table(make, monkeypatch):
-    monkeypatch.setattr(reading, "_ASKING", (3, 20))
+    monkeypatch.setattr(row_reader, "_ASKING", (3, 20))
     table = make("256 B")
     fetch(table, torch.arange(0, 40, 2))
     assert reading_threads() == 0
@@ -542,10 +541,10 @@ def test_the_first_file_is_closed_if_the_second_cannot_be_opened(tmp_path):
 
 
 def test_the_disk_is_asked_for_both_parts_before_either_is_waited_for(make, monkeypatch):
-    if not reading._CAN_ASK_AHEAD:
+    if not row_reader._CAN_ASK_AHEAD:
         pytest.skip("this system cannot be asked to read ahead")
-    monkeypatch.setattr(reading, "_fused", None)
-    monkeypatch.setattr(reading, "_can_read_now", lambda fd: False)
+    monkeypatch.setattr(row_reader, "_fused", None)
+    monkeypatch.setattr(row_reader, "_can_read_now", lambda fd: False)
     table = make("two files")
     calls: list[tuple[str, int]] = []
     advise, preadv = os.posix_fadvise, os.preadv
@@ -726,4 +725,6 @@ def test_a_buffer_that_does_not_fit_is_refused(make):
 
 
 def test_the_compiled_loop_is_there_with_numba():
-    assert (reading._fused is not None) == (importlib.util.find_spec("numba") is not None and reading._CAN_ASK_AHEAD)
+    assert (row_reader._fused is not None) == (
+        importlib.util.find_spec("numba") is not None and row_reader._CAN_ASK_AHEAD
+    )

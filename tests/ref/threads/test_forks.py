@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engram_ref.config import EngramConfig
-from engram_ref.files import row_reader as reading
+from engram_ref.files import row_reader
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.prefetch import FetchError, Prefetcher
 from engram_ref.tables import make_table
@@ -66,7 +66,7 @@ def in_child(work, seconds=30):
 
 @pytest.fixture
 def file_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_ASKING", (3, 20))  # several threads, also for few rows
+    monkeypatch.setattr(row_reader, "_ASKING", (3, 20))  # several threads, also for few rows
     save_rows(tmp_path / "table.safetensors", VALUES)
     with make_table("file", StoredRows.find(tmp_path / "table.safetensors")) as table:
         yield table

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from engram_toy.fp8 import numbers
 from engram_toy.functional import linear
-from engram_toy.fusion import v41 as layer_v41
+from engram_toy.fusion import v41
 from engram_toy.fusion.v41 import V41Weights, embed, engram_v41, gate, signed_sqrt
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "layer_v41.safetensors"
@@ -87,7 +87,7 @@ def test_a_wrong_weight_fails_the_record(recorded, lookups, weights, part):
 
 
 def test_another_eps_fails_the_record(recorded, lookups, weights, monkeypatch):
-    monkeypatch.setattr(layer_v41, "NORM_EPS", 1e-6)
+    monkeypatch.setattr(v41, "NORM_EPS", 1e-6)
     stream = run_twin(recorded, lookups, weights, recorded["dead"])
     assert off_by(stream, recorded["output_f64"]) > TOLERANCE
 
