@@ -137,10 +137,11 @@ class Fusion(nn.Module, ABC):
                 f"{name} of shape {tuple(given.shape)}; hidden of shape {tuple(hidden.shape)} needs "
                 f"[{hidden.shape[0]}, {hidden.shape[1]}, {width}]"
             )
+        dtype, device = self.dtype, self.device  # asked once: a forward has a dozen such questions
         for what, tensor in ((name, given), ("hidden", hidden)):
-            if tensor.dtype != self.dtype or tensor.device.type != self.device.type:
+            if tensor.dtype != dtype or tensor.device.type != device.type:
                 raise ValueError(
-                    f"{what} is {tensor.dtype} on {tensor.device}; this layer is {self.dtype} on {self.device}: "
+                    f"{what} is {tensor.dtype} on {tensor.device}; this layer is {dtype} on {device}: "
                     "convert one of them with .to()"
                 )
 

@@ -216,7 +216,7 @@ class DemoFusion(Fusion):
         """
         batch, length = hidden.shape[:2]
         gains = self.gains()
-        update = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
+        update = torch.empty_like(hidden, memory_format=torch.contiguous_format)  # [B, T, G, H]
         positions, values = block_sizes(hidden.device)
         together = min(max(1, positions // max(1, length)), max(1, batch))  # sequences
         # Fewer steps than a few times the reach would spend their time on what lies before them.
@@ -246,7 +246,7 @@ class DemoFusion(Fusion):
         """The same by what `one_pass` gave, which cuts nothing up: blocks are those of the projection."""
         batch, length = hidden.shape[:2]
         hidden = side_by_side(hidden)
-        out = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)  # [B, T, G, H]
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)  # [B, T, G, H]
         positions, _ = block_sizes(hidden.device)
         together = min(max(1, positions // max(1, length)), max(1, batch))  # sequences
         if history is None and length > positions and self.reach:
@@ -261,16 +261,17 @@ class DemoFusion(Fusion):
 
     def gains(self) -> Gains:
         """The learned gains in the inner dtype, multiplied together where they always meet."""
-        gate = self._gain(self.key_gain) * self._gain(self.query_gain)  # [G, H]
+        inner = self.inner_dtype
+        gate = self._gain(self.key_gain, inner) * self._gain(self.query_gain, inner)  # [G, H]
         if self.conv_weight is None or self.conv_gain is None:
             return Gains(gate, None)
-        taps = self.conv_weight.to(self.inner_dtype).view(*gate.shape, -1)  # [G, H, K]
-        taps = taps * self._gain(self.conv_gain).unsqueeze(-1)
+        taps = self.conv_weight.to(inner).view(*gate.shape, -1)  # [G, H, K]
+        taps = taps * self._gain(self.conv_gain, inner).unsqueeze(-1)
         return Gains(gate, taps.permute(2, 0, 1).contiguous())
 
-    def _gain(self, weight: Tensor) -> Tensor:
+    def _gain(self, weight: Tensor, inner: torch.dtype) -> Tensor:
         """What a norm multiplies with, [G, H], in the inner dtype."""
-        return weight.to(self.inner_dtype)
+        return weight.to(inner)
 
     def _fuse(
         self,
@@ -282,20 +283,21 @@ class DemoFusion(Fusion):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The update of some steps, also in `out` if given, and the past of the steps that follow."""
-        hidden = hidden.to(self.inner_dtype)
-        packed = packed.to(self.inner_dtype).unflatten(-1, (-1, self.config.hidden))  # [B, T, G+1, H]
+        dtype, inner = hidden.dtype, gains.gate.dtype
+        hidden = hidden.to(inner)
+        packed = packed.to(inner).unflatten(-1, (-1, self.config.hidden))  # [B, T, G+1, H]
         value = packed[..., -1:, :]  # [B, T, 1, H]
         gate, scale = _gate_and_scale(packed, hidden, gains.gate, *self.norm_eps)  # [B, T, G, 1]
         if gains.taps is None:
             gated = torch.mul(gate, value, out=out)
-            return gated.to(self.dtype), gated[:, :0]
+            return gated.to(dtype), gated[:, :0]
         normed = scale * value  # [B, T, G, H]
         if padding is not None:
             normed = normed.masked_fill(padding[..., None, None], 0)
             gate = self._at_padding(gate, padding)
         mixed = causal_conv(normed, gains.taps, self.config.max_ngram, past)
         update = torch.addcmul(nn.functional.silu(mixed, inplace=True), gate, value, out=out)
-        return update.to(self.dtype), _last(past, normed, self.reach)
+        return update.to(dtype), _last(past, normed, self.reach)
 
     def _at_padding(self, gate: Tensor, padding: Tensor) -> Tensor:
         """The gate [B, T, G, 1] where a batch is filled up: what it lets through there, nobody looks at."""

@@ -60,8 +60,8 @@ class QwenFusion(DemoFusion):
         assert self.config.norm_eps is not None
         return self.config.norm_eps, self.config.norm_eps
 
-    def _gain(self, weight: Tensor) -> Tensor:
-        return 1 + weight.to(self.inner_dtype)
+    def _gain(self, weight: Tensor, inner: torch.dtype) -> Tensor:
+        return 1 + weight.to(inner)
 
     def _at_padding(self, gate: Tensor, padding: Tensor) -> Tensor:
         return gate.masked_fill(padding[..., None, None], 0)

@@ -139,11 +139,12 @@ class V41Fusion(Fusion):
             dead: booleans [...]; where true the gate is 0.
         """
         packed = packed.to(self.inner_dtype).unflatten(-1, (-1, self.config.hidden))  # [..., G+1, H]
-        return _gate(packed[..., :-1, :], hidden.to(self.inner_dtype), self.gains(), dead)[..., 0]
+        return _gate(packed[..., :-1, :], hidden.to(packed.dtype), self.gains(), dead)[..., 0]
 
     def gains(self) -> Tensor:
         """The learned gains multiplied together, [G, H] in the inner dtype."""
-        return self.q_weight.to(self.inner_dtype) * self.k_weight.to(self.inner_dtype)
+        inner = self.inner_dtype
+        return self.q_weight.to(inner) * self.k_weight.to(inner)
 
     def _fuse_in_blocks(self, e: Tensor, hidden: Tensor, dead: Tensor | None) -> Tensor:
         """Positions need nothing of each other, so all sequences lie end to end: N = B*T of them."""
@@ -168,13 +169,13 @@ class V41Fusion(Fusion):
 
     def _fuse(self, packed: Tensor, hidden: Tensor, gains: Tensor, dead: Tensor | None) -> Tensor:
         """The stream after the layer [..., G, H], from what `project` gave and the stream before it."""
-        stream = hidden.to(self.inner_dtype)
+        stream = hidden.to(gains.dtype)
         if dead is not None:
             # A gradient of 0 times a NaN is NaN: nothing of a dead position may reach a product.
             stream = stream.masked_fill(dead[..., None, None], 0)
-        packed = packed.to(self.inner_dtype).unflatten(-1, (-1, self.config.hidden))  # [..., G+1, H]
+        packed = packed.to(gains.dtype).unflatten(-1, (-1, self.config.hidden))  # [..., G+1, H]
         gate = _gate(packed[..., :-1, :], stream, gains, dead)
-        fused = _add_gated(stream, gate, packed[..., -1:, :]).to(self.dtype)
+        fused = _add_gated(stream, gate, packed[..., -1:, :]).to(hidden.dtype)
         return fused if dead is None else torch.where(dead[..., None, None], hidden, fused)
 
 
