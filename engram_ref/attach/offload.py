@@ -17,7 +17,7 @@ the untouched model, bit for bit. The class keeps the last token ids in its cach
 caches may be cropped, reordered and copied as ever. The rows are not trained while they are away, `state_dict` is
 without them, and on exit the very parameters that were taken out are put back, with the same bytes.
 
-    python -m pytest tests/ref/test_offload.py
+    python -m pytest tests/ref/attach/test_offload.py
 """
 
 from __future__ import annotations

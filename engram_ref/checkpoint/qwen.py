@@ -8,7 +8,7 @@
 other one they are read once, into their place. To put the table behind transformers' own model, see
 `engram_ref.attach.offload_table`.
 
-    python -m pytest tests/ref/test_qwen_folder.py
+    python -m pytest tests/ref/checkpoint/test_qwen_folder.py
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ What the layer needs stands in `text_config`, or at the top level where there is
 transformers' class has defaults, which hold here too; what is there and cannot be is refused. Layers are numbered from
 1 there and from 0 here. Torch is not imported here.
 
-    python -m pytest tests/ref/test_qwen_folder.py
+    python -m pytest tests/ref/checkpoint/test_qwen_folder.py
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ another width or dtype or one too many, rows that the primes do not add up to, a
 constants of the checkpoint (multipliers, primes and offsets, which transformers saves) that are not the plan's.
 `engram_ref.checkpoint.qwen` loads whole layers. Torch is imported only where rows are asked for.
 
-    python -m pytest tests/ref/test_qwen_folder.py
+    python -m pytest tests/ref/checkpoint/test_qwen_folder.py
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ projections have no bias; the norms of key, query and convolution have one eps, 
 stored as their distance from 1; and where a batch is filled up, no value is let through, so that a position there gets
 only what the convolution brings from before. The state dict has the names of transformers' `Qwen4ExpTextPLELayer`.
 
-    python -m pytest tests/ref/test_fusion_qwen.py
+    python -m pytest tests/ref/fusion/test_qwen.py
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Elsewhere torch's own operations and the tables do it, and give the same integer
 
 A token id outside the vocabulary counts as DEAD; `check` raises it. On a CPU it is refused at once.
 
-    python -m pytest tests/ref/test_device_lookup.py
+    python -m pytest tests/ref/lookup/test_device.py
 """
 
 from __future__ import annotations

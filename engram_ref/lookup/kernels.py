@@ -7,7 +7,7 @@ A second launch would cost more than hashing again in every program, as long as 
 The history may be advanced where it lies. Then nobody may write before everybody has read: every program of a sequence
 counts itself as done, and the last one, which knows that it is, advances it and sets the count back to 0.
 
-    python -m pytest tests/ref/test_device_lookup.py
+    python -m pytest tests/ref/lookup/test_device.py
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -155,7 +155,7 @@ def questions(draw) -> tuple[EngramConfig, np.ndarray, list[int]]:
 @settings(max_examples=25, deadline=None)
 @given(question=questions(), data=st.data())
 def test_any_configuration_gives_the_rows_of_the_class(question, data):
-    from tests.ref.qwen_oracle import ClassRows
+    from tests.ref.fusion.qwen_oracle import ClassRows
 
     config, ids, cuts = question
     assert config.compressed_size is not None

@@ -1,6 +1,6 @@
 """The lookup of a step on a GPU: captured in a graph and replayed, without stopping the CPU, the definition's integers.
 
-What needs no GPU is in tests/ref/test_device_lookup.py. Here the threads of a program really race,
+What needs no GPU is in tests/ref/lookup/test_device.py. Here the threads of a program really race,
 and a graph really replays.
 """
 

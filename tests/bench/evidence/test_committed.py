@@ -50,7 +50,7 @@ def test_a_step_size_that_the_finding_shows_has_steps_enough(evidence):
 
 
 def test_copies_saved_nothing_on_the_streams(evidence):
-    """What the finding says of both kinds of copy; that a copy never can is not so: test_copies.py of tests/toy/models."""
+    """What the finding says of both kinds of copy; that one never can is not so: tests/toy/models/test_copies.py."""
     for kind in ("prefetch_stands", "prefetch_one_use"):
         assert min(evidence.copies(kind)) > 0
 

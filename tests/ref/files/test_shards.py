@@ -1,6 +1,6 @@
 """A table whose rows lie in several tensors, of one file and more: read as if it lay in one.
 
-python -m pytest tests/ref/test_stored_shards.py
+python -m pytest tests/ref/files/test_shards.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 All ways of it, the kernels in Triton's interpreter and plain torch, are compared with the NumPy definition by `==`.
 
-    python -m pytest tests/ref/test_device_lookup.py
+    python -m pytest tests/ref/lookup/test_device.py
 """
 
 from __future__ import annotations

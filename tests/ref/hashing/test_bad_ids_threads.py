@@ -1,6 +1,6 @@
 """Two threads, one hasher or vocabulary on a CPU: bad ids are raised in the call that got them, and change no other.
 
-python -m pytest tests/ref/test_bad_ids_threads.py
+python -m pytest tests/ref/hashing/test_bad_ids_threads.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What tables count: rows, hits and bytes by where they were read. They only grow, and rates follow from them.
 
-python -m pytest tests/ref/test_counters.py
+python -m pytest tests/ref/tables/test_counters.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
 from tests.ref.attach.models import make_ids, make_layers, make_model
-from tests.ref.qwen_oracle import qwen4, text_config
+from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, ROW_BYTES = 4, 16

@@ -13,7 +13,7 @@ pytest.importorskip(
     reason="this transformers has no qwen4_exp: pip install 'transformers>=5.23'",
 )
 
-GUIDE = Path(__file__).parents[2] / "docs/run-qwen-with-its-table-elsewhere.md"
+GUIDE = Path(__file__).parents[3] / "docs/run-qwen-with-its-table-elsewhere.md"
 
 
 @pytest.mark.usefixtures("one_thread")

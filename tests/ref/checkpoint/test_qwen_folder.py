@@ -1,6 +1,6 @@
 """A Qwen3.8-Flash-Next checkpoint, written by transformers itself: read in place, and refused however it is wrong.
 
-python -m pytest tests/ref/test_qwen_folder.py
+python -m pytest tests/ref/checkpoint/test_qwen_folder.py
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from engram_ref.checkpoint.qwen_folder import QwenFolder
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import NgramHasher
 from engram_ref.plan import check
-from tests.ref.qwen_oracle import qwen4, text_config
-from tests.ref.test_offload import make_model
+from tests.ref.attach.test_offload import make_model
+from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLE = "model.layers.2.ple."

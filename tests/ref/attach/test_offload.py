@@ -1,7 +1,7 @@
 """The n-gram table of a transformers model behind our placements: the logits are those of the untouched model, to the
 bit, and everything is given back.
 
-    python -m pytest tests/ref/test_offload.py
+    python -m pytest tests/ref/attach/test_offload.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from engram_ref.attach import offload_table, without_table
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
-from tests.ref.qwen_oracle import qwen4, text_config
+from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = 7
