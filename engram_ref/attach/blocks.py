@@ -135,13 +135,10 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
 
     It raises a ValueError for arguments that Engram cannot follow, among them every cache that it does not know.
     """
-    parameters = inspect.signature(decoder.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = named_arguments(decoder)
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        if len(args) > len(names):
-            raise ValueError(f"{len(args)} arguments by position; the decoder's forward names {len(names)}: name them")
-        given = {**dict(zip(names, args)), **kwargs}
+        given = by_name(args, kwargs)
         ids = given.get("input_ids")
         if ids is None:
             raise ValueError(
@@ -152,12 +149,28 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
             raise ValueError(f"token ids of shape {tuple(ids.shape)}: give a batch of sequences, [B, T]")
         packed = {name: given[name] for name in _PACKED if given.get(name) is not None}
         mask, position, use_cache = (given.get(name) for name in ("attention_mask", "cache_position", "use_cache"))
-        return Given(ids, _cache_among(given), mask, position, use_cache, given.get("position_ids"), packed)
+        return Given(ids, cache_among(given), mask, position, use_cache, given.get("position_ids"), packed)
 
     return read
 
 
-def _cache_among(arguments: Mapping[str, Any]) -> Any:
+def named_arguments(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """A function that gives the arguments of the decoder's forward by the names that this release has for them.
+
+    It raises a ValueError for more positional arguments than the forward names.
+    """
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > len(names):
+            raise ValueError(f"{len(args)} arguments by position; the decoder's forward names {len(names)}: name them")
+        return {**dict(zip(names, args)), **kwargs}
+
+    return by_name
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Any:
     """The cache that a forward is given, or None."""
     found = None
     for name, value in arguments.items():

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engram_ref.attach.blocks import cache_among, named_arguments
 from engram_ref.attach.hooks import Hook, forget_compiled
 from engram_ref.attach.step import give_back
 from engram_ref.attach.versions import tell_untested
@@ -48,7 +49,6 @@ from engram_ref.tables.host import HostTable
 
 Source = Tensor | Rows | StoredRows
 _MODULE = "transformers.models.qwen4_exp.modeling_qwen4_exp"
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _TOKEN_STATE = 2  # of a cache: where the class keeps the last token ids
 _COMPARED = 1 << 16  # rows that are compared, or put back, at once
 _TABLE_NAME = r"ngram_embedding\.(shard_\d+\.)?weight"
@@ -125,7 +125,7 @@ class OffloadedTable:
         self.tables = dict(tables)
         self.plan = plan
         self.prefetched = self.late = 0
-        self._text = text
+        self._named = named_arguments(text)
         self._prefetcher = _prefetcher(plan, self.tables, buffers, observer) if prefetch else None
         self._room = threading.Semaphore(buffers)
         self._steps: dict[int, Fetch] = {}  # begun and not ended, by thread
@@ -201,14 +201,14 @@ class OffloadedTable:
         """The text model begins: start to fetch, if the token ids are known and there is room."""
         thread = threading.get_ident()
         self._drop(thread)
-        given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
+        given = self._named(args, kwargs)
         ids = given.get("ple_input_ids")
         ids = given.get("input_ids") if ids is None else ids
         if self._prefetcher is None or ids is None or not self._room.acquire(blocking=False):
             return
         try:
             ids = _without_padding(ids, given.get("attention_mask"), self.plan.pad_compressed)
-            self._steps[thread] = self._start(self._prefetcher, ids, given.get("past_key_values"))
+            self._steps[thread] = self._start(self._prefetcher, ids, cache_among(given))
         except BaseException:
             self._room.release()
             raise

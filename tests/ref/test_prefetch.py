@@ -595,7 +595,7 @@ def did(monkeypatch):
 
     real = DeviceHasher.__call__
     monkeypatch.setattr(DeviceHasher, "__call__", hashed)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", did))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: Stream("side", did))
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
     return did
