@@ -2,7 +2,7 @@
 
     events = as_read(reads, held=True)                        # or prefetched(reads, held=True, for_one_use=False)
     priced = price_steps(events, start(reads, held=True), row_bytes=264, between=[0, 8 * 10**9])
-    priced.prices                                             # int64 [2, steps]: pinned above 8 GB of weights, and below
+    priced.prices                         # int64 [2, steps]: the table pinned above 8 GB of weights, and below them
 
 Between two steps a model reads its weights, which then lie above every row that was not read in the same step. How many
 bytes they are changes no depth among the rows, so one stack serves every model around the same table.

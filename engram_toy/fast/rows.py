@@ -322,10 +322,7 @@ def _price(
         stays = np.int64((words[read >> 6] >> np.uint64(read & 63)) & one)
         live, ahead = live + stays, ahead - stays
         deepest = rows * row_bytes
-        if len(known):  # fixed places, or a single step
-            below = link < 0 or fixed
-        else:
-            below = link < step_begins
+        below = (link < 0 or fixed) if len(known) else link < step_begins  # known: fixed places, or a single step
         if below:
             deepest += between_steps
         by_value += row_bytes * _ceil_root(deepest)

@@ -1,4 +1,4 @@
-"""A copy that stands for its original from then on never lowers the price: 2,000 random programs; one for one use can."""
+"""A copy that stands for its original never lowers the price: 2,000 random programs. One for a single use can."""
 
 from __future__ import annotations
 
@@ -96,23 +96,15 @@ def cyclic_scan(values, rounds, copies):
     """
 
     def func(*inputs):
+        last = inputs[-1]
         for number in range(rounds):
             for value in inputs[:-1]:
                 _ = +value
-            if copies and number % 2:
-                _ = +staged
-            else:
-                _ = +inputs[-1]
-                staged = +inputs[-1]
+            _ = +last
+            last = +inputs[-1] if copies and number % 2 == 0 else inputs[-1]
         return inputs
 
-    def plain(*inputs):
-        for _ in range(rounds):
-            for value in inputs:
-                _ = +value
-        return inputs
-
-    return bytedmd(func if copies else plain, tuple(range(values)))
+    return bytedmd(func, tuple(range(values)))
 
 
 def test_what_a_copy_for_one_use_saves_has_no_small_bound():

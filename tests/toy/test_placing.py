@@ -99,7 +99,7 @@ def test_the_toys_prefetch_is_a_copy_for_one_use():
 
 
 def test_a_copy_that_stands_for_its_original_never_pays():
-    """By at least a unit a byte and copy: the proposition. A copy for one use need not: the scan of N = m*m + 1 rows."""
+    """It costs a unit a byte and copy at least: the proposition. For one use: `test_copies`."""
     stream = Stream(4)
     for held in (True, False):
         reads = stream.reads()
