@@ -56,7 +56,8 @@ SCHEMA_VERSION = 2
 PARTS = ("scale", "hot", "place", "whole_model")
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13)  # bytes
-STEP_TOKENS = (1, 8, 64, 512, 4096, 16_384)  # a stream of STREAM_TOKENS has steps enough of each
+STEP_TOKENS = (1, 64, 512, 4096, 16_384)  # a stream of STREAM_TOKENS has steps enough of each
+UNIFORM_STEPS = (512, 16_384)  # hardly a row comes twice: the price is nearly proportional to the tokens
 STREAM_TOKENS = 1 << 19
 LONG_STEPS = (32_768, 98_304)  # of the paper's table, and of all of the text
 PREFETCHED_STEP = 512  # is priced with copies, too
@@ -78,7 +79,8 @@ def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
         for tokens in QUICK_STEPS if quick else STEP_TOKENS:
             copied = mode == "decode" and (quick or tokens == PREFETCHED_STEP)
             cases.append(step(tokens=STREAM_TOKENS, tokens_per_step=tokens, prefetch=copied))
-            cases.append(step("uniform", tokens=STREAM_TOKENS, tokens_per_step=tokens))
+            if quick or tokens in UNIFORM_STEPS:
+                cases.append(step("uniform", tokens=STREAM_TOKENS, tokens_per_step=tokens))
         cases += [step(tokens_per_step=tokens) for tokens in LONG_STEPS if table != "v41-flash"]
     if quick:
         small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)

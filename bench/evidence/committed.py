@@ -15,7 +15,18 @@ from typing import Any
 
 from bench.instruments.reading import read_results
 from bench.price.table import find_run
-from bench.rows.table import LAYOUTS, TEXT, additions, against_pinned, lines, one, placed, row_share, select
+from bench.rows.table import (
+    LAYOUTS,
+    TEXT,
+    additions,
+    against_pinned,
+    crossing_of,
+    lines,
+    one,
+    placed,
+    row_share,
+    select,
+)
 from bench.sweeps.table import ratios
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -128,7 +139,7 @@ class Evidence:
         return additions(self.model_step(model, experts, layout=layout))[part]
 
     def prefetched_share(self, model: str, experts: str = "") -> float:
-        """Offloaded and copied rows as a share of the weights: what offloading adds, even if resident rows were free."""
+        """Offloaded and copied rows as a share of the weights: what offloading adds if resident rows are free."""
         return max(self.added(model, "copied", experts, layout) for layout in LAYOUTS)
 
     def pinned(self, model: str, experts: str = "", layout: str = "held live") -> tuple[float, float]:

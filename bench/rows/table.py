@@ -199,8 +199,8 @@ def complete_table(results: dict[str, Any], step: int) -> str:
         rows.append([shown(r["table"], r["experts"]), context, r["layout"], *cells, under])
     note = (
         "pinned: rows of a table that stays above the weights; below: of an offloaded one; copied: with the dearer\n"
-        "kind of copy one step ahead; own weights: Engram's projections; buried: what both add to the depth of the model's\n"
-        "weights; in all: copied + own weights + buried. Per cent of the step without Engram"
+        "kind of copy one step ahead; own weights: Engram's projections; buried: what both add to the depth of the\n"
+        "model's weights; in all: copied + own weights + buried. Per cent of the step without Engram"
     )
     return f"{aligned(rows, left={0, 2})}\n\n{note}"
 
