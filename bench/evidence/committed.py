@@ -113,6 +113,10 @@ class Evidence:
                 most = max(most, tokens[-1])
         return f"more than {most:,}"
 
+    def least_steps(self) -> int:
+        """Steps of the whole model's record that has the fewest."""
+        return min(record["steps"] for record in select(self.production, part="whole_model"))
+
     def placed(self, table: str, layout: str, padding: int) -> float:
         """Price of the lookups below so many bytes, over that above them."""
         wanted = dict(part="place", prefetch=False, table=table, layout=layout)

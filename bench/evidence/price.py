@@ -224,6 +224,8 @@ def _model_values(e: Evidence) -> dict[str, Callable[[], str]]:
                 found[f"{key}.{what}.{layout.split()[0]}.class"] = partial(_class_against_pinned, *arguments)
     for model, context in product(("dense-4b", "dense-8b"), CONTEXTS[1:]):
         found[f"model.{model}.context.{context}"] = partial(_cached, e, model, context)
+    found["least_steps"] = partial(_say, "{}", e.least_steps)
+    found["context.short"] = partial(_say, "{:,}", lambda: CONTEXTS[1])
     for kind in ("prefetch_stands", "prefetch_one_use"):
         found[f"copies.{kind}.least"] = partial(_say, "{:+.1f}", lambda k: 100 * min(e.copies(k)), kind)
         found[f"copies.{kind}.most"] = partial(_say, "{:+.1f}", lambda k: 100 * max(e.copies(k)), kind)
