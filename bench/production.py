@@ -10,9 +10,10 @@ tokenizer and the hash of each published table, and every row that they name is 
   scale        demo, paper-27b, paper-40b, v41-flash at 10^5 and 10^6 tokens and all of the text; real text against
                independent uniform and Zipf ids: price per token, depths, reuse
   hot          tiers of 0.1 to 10 % of all rows, chosen on the first half of the text, charged on the second
-  place        the lookups alone, the table above or below so many bytes that nobody reads
+  place        the lookups alone, the table above or below so many bytes that nobody reads; and with copies made one
+               token ahead
   whole_model  the rows beside the weights of Dense-4B, Dense-8B and V4.1-Flash, as a function of tokens per step, up to
-               the step in which they cost 3 % of the model
+               the step in which they cost 3 % of the model; pinned above all else, below it, and copied a step ahead
 
 Each in two layouts: held live, the whole table on the stack throughout; and compacted, ByteDMD's own rule, by which a
 row that is not read again occupies nothing. Prices are integers and the same on every machine; a run that is killed
@@ -22,8 +23,10 @@ continues where it stopped. How fast this is: python bench/row_speed.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -42,41 +45,59 @@ from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
-from bench.rows.cases import Case, price_case, source
-from bench.rows.table import TABLES, TEXT, report
-from bench.rows.whole_model import MODELS
+from bench.rows.cases import Case, check_steps, price_case, source
+from bench.rows.table import TABLES, report
+from bench.rows.whole_model import AROUND
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
 
 PROG = "production"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PARTS = ("scale", "hot", "place", "whole_model")
 HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
-PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11)  # bytes
-STEP_TOKENS = (1, 8, 64, 512, 4096, 32_768, 131_072)
-QUICK_TOKENS, QUICK_STEPS = 5000, (1, 512)
+PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13)  # bytes
+STEP_TOKENS = (1, 64, 512, 4096, 16_384)  # a stream of STREAM_TOKENS has steps enough of each
+UNIFORM_STEPS = (512, 16_384)  # hardly a row comes twice: the price is nearly proportional to the tokens
+STREAM_TOKENS = 1 << 19
+LONG_STEPS = (32_768, 98_304)  # of the paper's table, and of all of the text
+PREFETCHED_STEP = 512  # is priced with copies, too
+QUICK_TOKENS, QUICK_STEPS = 5000, (1, 128)
 # The code that decides a price; what a finished case is filed under.
 PRICING_CODE = ("bench.rows.cases", "bench.rows.whole_model", "bench.setup.streams", "bench.setup.token_batches")
 
 
 def cases_of(parts: tuple[str, ...] | list[str], quick: bool) -> list[Case]:
     """Every case of these parts, in the order of the results."""
-    million, steps_of = 10**6, 1 << 18
+    million = 10**6
     cases = [Case("scale", table, tokens=tokens) for table in TABLES for tokens in (10**5, million, None)]
     cases += [Case("scale", table, stream, million) for table in TABLES for stream in ("uniform", "zipf")]
     cases += [Case("hot", table, values=HOT_SHARES) for table in TABLES]
     cases += [Case("place", table, tokens=million, values=PADDINGS) for table in TABLES]
-    cases += [
-        Case("whole_model", model, stream, steps_of, mode, tokens)
-        for model in MODELS
-        for mode in ("decode", "prefill")
-        for stream in (TEXT, "uniform")
-        for tokens in STEP_TOKENS
-    ]
+    cases += [Case("place", table, tokens=10**5, values=PADDINGS, prefetch=True) for table in TABLES]
+    for table, mode in itertools.product(AROUND, ("decode", "prefill")):
+        step = functools.partial(Case, "whole_model", table, mode=mode)
+        for tokens in QUICK_STEPS if quick else STEP_TOKENS:
+            copied = mode == "decode" and (quick or tokens == PREFETCHED_STEP)
+            cases.append(step(tokens=STREAM_TOKENS, tokens_per_step=tokens, prefetch=copied))
+            if quick or tokens in UNIFORM_STEPS:
+                cases.append(step("uniform", tokens=STREAM_TOKENS, tokens_per_step=tokens))
+        cases += [step(tokens_per_step=tokens) for tokens in LONG_STEPS if table != "v41-flash"]
     if quick:
         small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)
         cases = list(dict.fromkeys(case for case in small if case.tokens_per_step in QUICK_STEPS))
     return [case for case in cases if case.part in parts]
+
+
+def with_steps_enough(cases: list[Case]) -> list[Case]:
+    """The cases without those whose text is too short for their steps, as that of another Python may be; says which."""
+    kept = []
+    for case in cases:
+        try:
+            check_steps(len(source(case.stream, case.tokens).ids), case.tokens_per_step)
+            kept.append(case)
+        except ValueError as error:
+            say(f"left out, {case.part} {case.table} {case.mode}: {error}")
+    return kept
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -142,7 +163,7 @@ def main() -> None:
                 "configuration": {"parts": parts, "quick": options.quick},
                 "environment": environment(),
                 "git": git_commit(),
-                "records": price_all(cases_of(parts, options.quick), journal, options.jobs),
+                "records": price_all(with_steps_enough(cases_of(parts, options.quick)), journal, options.jobs),
             }
             path = options.out / "results.json"
             with printed_anyway(lambda: report(results)):

@@ -15,9 +15,19 @@ from typing import Any
 
 from bench.instruments.reading import read_results
 from bench.price.table import find_run
-from bench.rows.table import TEXT, crossing_of, one, row_share, select
+from bench.rows.table import (
+    LAYOUTS,
+    TEXT,
+    additions,
+    against_pinned,
+    crossing_of,
+    lines,
+    one,
+    placed,
+    row_share,
+    select,
+)
 from bench.sweeps.table import ratios
-from engram_toy.tracer.stack import read_price
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STEP = 512  # tokens: the sequences of the paper's run, one token each
@@ -83,22 +93,34 @@ class Evidence:
         wanted = dict(part="scale", table=table, stream=stream, layout=layout)
         return one(self.production, tokens=COMPARED_TOKENS, **wanted)
 
-    def step(self, model: str, layout: str = "held live", stream: str = TEXT, mode: str = "decode") -> float:
-        """Price of a table's rows in a step of STEP tokens, as a share of the weights' price."""
-        return row_share(self.model_step(model, layout, stream, mode))
+    def step(self, model: str, experts: str = "", stream: str = TEXT, layout: str = "held live") -> float:
+        """Price of a table's rows in a decode step of STEP tokens, as a share of the weights' price."""
+        return row_share(self.model_step(model, experts, stream, layout))
 
-    def crossing(self, model: str, layout: str = "held live", stream: str = TEXT, mode: str = "decode") -> str:
-        """Tokens per step at which the rows reach 3 % of the weights, as text."""
-        wanted = dict(part="whole_model", table=model, layout=layout, stream=stream, mode=mode)
-        line = select(self.production, **wanted)
-        tokens = [record["tokens_per_step"] for record in line]
-        at = crossing_of(tokens, [row_share(record) for record in line])
-        return f"more than {tokens[-1]:,}" if at is None else f"about {float(f'{at:.2g}'):,.0f}"
+    def crossing(self, model: str, experts: str = "", stream: str = TEXT, mode: str = "decode") -> str:
+        """Tokens per step at which the rows, held live, reach 3 % of the weights, as text.
+
+        Where the part of the text that small steps read does not reach it, the larger steps of all of it say.
+        """
+        wanted = {"table": model, "experts": experts, "stream": stream, "mode": mode, "layout": "held live"}
+        most = 0
+        for line in lines(self.production):
+            if wanted.items() <= line[0].items():
+                tokens = [record["tokens_per_step"] for record in line]
+                at = crossing_of(tokens, [row_share(record) for record in line])
+                if at is not None:
+                    return f"about {float(f'{at:.2g}'):,.0f}"
+                most = max(most, tokens[-1])
+        return f"more than {most:,}"
+
+    def least_steps(self) -> int:
+        """Steps of the whole model's record that has the fewest."""
+        return min(record["steps"] for record in select(self.production, part="whole_model"))
 
     def placed(self, table: str, layout: str, padding: int) -> float:
         """Price of the lookups below so many bytes, over that above them."""
-        record = one(self.production, part="place", table=table, layout=layout, padding_bytes=padding)
-        return record["offload_naive"] / record["resident"]
+        wanted = dict(part="place", prefetch=False, table=table, layout=layout)
+        return placed(one(self.production, padding_bytes=padding, **wanted))
 
     def saved(self, table: str, share: float, layout: str = "held live") -> float:
         """Share of the price that a hot tier saves."""
@@ -109,23 +131,29 @@ class Evidence:
         """The record of a hot tier."""
         return one(self.production, part="hot", table=table, layout=layout, hot_share=share)
 
-    def model_step(self, model: str, layout: str = "held live", stream: str = TEXT, mode: str = "decode") -> Results:
-        """The record of a whole model at STEP tokens a step."""
-        wanted = dict(part="whole_model", table=model, layout=layout, stream=stream, mode=mode)
-        return one(self.production, tokens_per_step=STEP, **wanted)
+    def model_step(
+        self, model: str, experts: str = "", stream: str = TEXT, layout: str = "held live", context: int = 0
+    ) -> Results:
+        """The record of a whole model at STEP tokens a decode step."""
+        wanted = dict(part="whole_model", table=model, experts=experts, stream=stream, layout=layout, mode="decode")
+        return one(self.production, tokens_per_step=STEP, context=context, **wanted)
 
-    def prefetched_share(self, model: str) -> float:
-        """What prefetching from below costs more than the table on top, at most, as a share of the whole step.
+    def added(self, model: str, part: str = "in all", experts: str = "", layout: str = "held live") -> float:
+        """What Engram adds to a step of STEP tokens, as a share of the same step without Engram; see `additions`."""
+        return additions(self.model_step(model, experts, layout=layout))[part]
 
-        The copies of a step are read once more, and until then may lie above every row that is copied after them: the
-        root of a sum is at most the sum of the roots.
-        """
-        record = self.model_step(model)
-        steps = record["steps"]
-        copies = record["reads"] * record["row_bytes"] // steps  # bytes, of a step
-        more = record["offload_naive"] - record["resident"]
-        more += steps * (record["staged_at_most"] + copies * read_price(copies))
-        return more / (record["resident"] + steps * record["weights_step_price"])
+    def prefetched_share(self, model: str, experts: str = "") -> float:
+        """Offloaded and copied rows as a share of the weights: what offloading adds if resident rows are free."""
+        return max(self.added(model, "copied", experts, layout) for layout in LAYOUTS)
+
+    def pinned(self, model: str, experts: str = "", layout: str = "held live") -> tuple[float, float]:
+        """Offloaded and copied rows over a table pinned above the weights: of the rows alone, and of the whole step."""
+        return against_pinned(self.model_step(model, experts, layout=layout))
+
+    def copies(self, kind: str) -> list[float]:
+        """Change of the lookups' price by copies one token ahead, over tables, layouts and bytes above them."""
+        found = select(self.production, part="place", prefetch=True)
+        return [record[kind] / record["offload_naive"] - 1 for record in found]
 
 
 def rounded_up(value: float) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 from bench.evidence import published
 from bench.evidence.committed import COMPARED_TOKENS, STEP, Evidence, rounded_up
-from bench.instruments.claim import classify
+from bench.instruments.claim import WALL_TIME_CLAIM, classify
 from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from bench.price.table import find_run, noise_floor, verdict, wall_text
 from bench.rows import table as row_table
 from bench.rows.table import LAYOUTS, TABLES, TEXT, per_byte, percent, reuse
-from bench.rows.whole_model import MODELS
+from bench.rows.whole_model import CONTEXTS, shown
 from bench.sweeps import table as sweep_table
 from bench.sweeps.points import SWEEPS
 from bench.sweeps.table import ratios
@@ -23,24 +23,46 @@ from engram_toy.models.layouts import VARIANTS
 from engram_toy.models.programs import BOUNDARIES
 from engram_toy.models.programs import MODELS as TOYS
 
+# Whole models that the answer names, with whose experts a step reads.
+ANSWERED = {
+    "dense-4b": ("dense-4b", ""),
+    "dense-8b": ("dense-8b", ""),
+    "v41-flash": ("v41-flash", "expected"),
+    "v41-flash.one": ("v41-flash", "one"),
+}
+
 
 def halves(evidence: Evidence) -> str:
     """Every boundary with its price ratio, its class, and the wall time measured with it."""
-    rows = [["boundary", "model", "price ratio", "class", "wall time of the same program"]]
+    rows = [["boundary", "model", "against", "price ratio", "class", "wall time of the same program"]]
     for model in TOYS:
         for boundary in BOUNDARIES:
             runs = [find_run(evidence.toy, model, boundary, name) for name in ("offload_prefetch", "resident")]
             wall = wall_text(runs[0], runs[1], noise_floor(evidence.toy, model, boundary))
             label = verdict(evidence.toy, model, boundary).label
-            rows.append([boundary, f"toy, {model}", f"{runs[0]['cost'] / runs[1]['cost']:.3f}", label, wall])
-    for name in ("dense-4b", "dense-8b", "v41-flash"):
-        ratio = 1 + evidence.prefetched_share(name)
-        label = classify(ratio, None).label
-        rows.append(["whole model", MODELS[name].name, f"{ratio:.5f}", label, "see the finding on wall time"])
+            rows.append(
+                [boundary, f"toy, {model}", "resident", f"{runs[0]['cost'] / runs[1]['cost']:.3f}", label, wall]
+            )
+    for model, experts in ANSWERED.values():
+        rows += _published_size(evidence, shown(model, experts), model, experts)
     machine = evidence.toy["environment"]
-    return (
-        f"{aligned(rows, left={0, 1, 3, 4})}\n\nwall time of the toy on: {machine['cpu']}, {machine['cpu_count']} cores"
-    )
+    note = f"wall time of the toy on: {machine['cpu']}, {machine['cpu_count']} cores\n"
+    note += "pinned: a table that stays above the weights at every step, held live .. compacted; none: no Engram at all"
+    return f"{aligned(rows, left={0, 1, 2, 4, 5})}\n\n{note}"
+
+
+def _published_size(e: Evidence, name: str, model: str, experts: str) -> list[list[str]]:
+    """A table of published size beside a model: against one that stays resident, and against no Engram."""
+    pairs = [e.pinned(model, experts, layout) for layout in LAYOUTS]
+    found = []
+    for boundary, ratios_of, digits in zip(("its lookups", "whole model"), zip(*pairs), (".3g", ".5f")):
+        labels = dict.fromkeys(classify(ratio, None).label for ratio in ratios_of)
+        spread = " .. ".join(f"{ratio:{digits}}" for ratio in ratios_of)
+        found.append([boundary, name, "pinned", spread, ", ".join(labels), "-"])
+    more = max(e.added(model, "in all", experts, layout) for layout in LAYOUTS)
+    under = "under" if more < WALL_TIME_CLAIM else "over"
+    said = [f"+{percent(more)}", f"{under} {100 * WALL_TIME_CLAIM:g} %", "see the finding on wall time"]
+    return [*found, ["whole model", name, "none", *said]]
 
 
 def layouts(evidence: Evidence) -> str:
@@ -67,7 +89,11 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
         "rows_scale": lambda: row_table.scale_table(evidence.production),
         "rows_hot": lambda: row_table.hot_table(evidence.production),
         "rows_place": lambda: row_table.place_table(evidence.production),
+        "rows_copies": lambda: row_table.copies_table(evidence.production),
         "rows_whole_model": lambda: row_table.whole_model_table(evidence.production),
+        "rows_baselines": lambda: row_table.baseline_table(evidence.production, STEP),
+        "rows_complete": lambda: row_table.complete_table(evidence.production, STEP),
+        "rows_steady": lambda: row_table.steady_table(evidence.production, STEP),
     }
     for name in SWEEPS:
         found[f"sweep_{name}"] = partial(_sweep_report, evidence, name)
@@ -171,7 +197,7 @@ def _row_values(e: Evidence) -> dict[str, Callable[[], str]]:
         found[f"{key}.first"] = partial(_percent, lambda *a: _first(e.longest(*a)), table, layout)
         for share in (0.001, 0.01, 0.1):
             found[f"{key}.saved.{share:g}"] = partial(_percent, e.saved, table, share, layout)
-        for exponent in (6, 9, 10, 11):
+        for exponent in (6, 9, 10, 11, 12):
             found[f"{key}.below.1e{exponent}"] = partial(_say, "{:.3g}", e.placed, table, layout, 10**exponent)
     return found
 
@@ -182,16 +208,46 @@ def _percent(function: Callable[..., float], *arguments: Any) -> str:
 
 def _model_values(e: Evidence) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
-    for model in MODELS:
-        for stream, key in ((TEXT, ""), ("uniform", ".random")):
-            found[f"model.{model}{key}"] = partial(
-                _say, "{:.2g}", lambda m, s: 100 * e.step(m, stream=s), model, stream
-            )
-        found[f"model.{model}.weights"] = partial(_say, "{:.2g}", lambda m: 100 * _own_weights(e, m), model)
-        found[f"model.{model}.more"] = partial(_more, e, model)
-        for mode, (stream, key) in product(("decode", "prefill"), ((TEXT, ""), ("uniform", ".random"))):
-            found[f"model.{model}.{mode}.crossing{key}"] = partial(e.crossing, model, "held live", stream, mode)
+    for name, (model, experts) in ANSWERED.items():
+        key = f"model.{name}"
+        for stream, end in ((TEXT, ""), ("uniform", ".random")):
+            found[f"{key}{end}"] = partial(_hundredths, e.step, model, experts, stream)
+            for mode in ("decode", "prefill"):
+                found[f"{key}.{mode}.crossing{end}"] = partial(e.crossing, model, experts, stream, mode)
+        for part in ("copied", "own weights", "buried", "in all"):
+            found[f"{key}.{part.replace(' ', '_')}"] = partial(_hundredths, e.added, model, part, experts)
+        found[f"{key}.more"] = partial(_more, e, model, experts)
+        for layout in LAYOUTS:
+            for place, (what, digits) in enumerate((("lookup", "{:.3g}"), ("model", "{:.5f}"))):
+                arguments = (e, model, experts, layout, place)
+                found[f"{key}.{what}.{layout.split()[0]}"] = partial(_say, digits, _against_pinned, *arguments)
+                found[f"{key}.{what}.{layout.split()[0]}.class"] = partial(_class_against_pinned, *arguments)
+    for model, context in product(("dense-4b", "dense-8b"), CONTEXTS[1:]):
+        found[f"model.{model}.context.{context}"] = partial(_cached, e, model, context)
+    found["least_steps"] = partial(_say, "{}", e.least_steps)
+    found["context.short"] = partial(_say, "{:,}", lambda: CONTEXTS[1])
+    for kind in ("prefetch_stands", "prefetch_one_use"):
+        found[f"copies.{kind}.least"] = partial(_say, "{:+.1f}", lambda k: 100 * min(e.copies(k)), kind)
+        found[f"copies.{kind}.most"] = partial(_say, "{:+.1f}", lambda k: 100 * max(e.copies(k)), kind)
     return found
+
+
+def _hundredths(function: Callable[..., float], *arguments: Any) -> str:
+    """A share in per cent to two digits, without the sign."""
+    return f"{100 * function(*arguments):.2g}"
+
+
+def _against_pinned(e: Evidence, model: str, experts: str, layout: str, place: int) -> float:
+    return e.pinned(model, experts, layout)[place]
+
+
+def _class_against_pinned(*arguments: Any) -> str:
+    return classify(_against_pinned(*arguments), None).label
+
+
+def _cached(e: Evidence, model: str, context: int) -> str:
+    """What Engram adds to a step that reads keys and values of so many tokens for each sequence, in per cent."""
+    return f"{100 * row_table.additions(e.model_step(model, context=context))['in all']:.2g}"
 
 
 def _first(record: dict[str, Any]) -> float:
@@ -212,11 +268,5 @@ def _served(record: dict[str, Any]) -> float:
     return record["reads_of_tier"] / record["reads"]
 
 
-def _more(e: Evidence, model: str) -> str:
-    return rounded_up(100 * e.prefetched_share(model))
-
-
-def _own_weights(e: Evidence, model: str) -> float:
-    """Price of reading Engram's projections, as a share of the model's weights'."""
-    record = e.model_step(model)
-    return record["engram_weights_step_price"] / record["weights_step_price"]
+def _more(e: Evidence, model: str, experts: str) -> str:
+    return rounded_up(100 * e.prefetched_share(model, experts))

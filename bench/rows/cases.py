@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.rows.whole_model import MODELS, step_price
+from bench.rows.whole_model import AROUND, MODELS, Surroundings, WholeModel, step_price
 from bench.setup.streams import random_source
 from bench.setup.token_batches import Corpus, standard_library
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab
 from engram_toy.fast.last_reads import Linker, RowReads
-from engram_toy.fast.rows import Priced, Start, among, price_rows, start
-from engram_toy.tracer.stack import read_price
+from engram_toy.fast.placing import Events, as_read, prefetched, price_steps
+from engram_toy.fast.rows import Priced, among, price_rows, start
 
 LAYOUTS = {"held live": True, "compacted": False}
+LEAST_STEPS = 32  # of a size, that its second half may be called steady
 _WHOLE_TEXT = 1 << 62  # bytes
 _SHORT_TEXT, _SHORT_TOKENS = 1 << 20, 1 << 16  # a megabyte of sources has several times as many tokens
 
@@ -37,12 +39,13 @@ class Case:
 
     Attributes:
         part: of the results that it belongs to: "scale", "hot", "place" or "whole_model".
-        table: a preset, or for "whole_model" a name of `whole_model.MODELS`.
+        table: a preset, or for "whole_model" a name of `whole_model.AROUND`.
         stream: "python-stdlib", "uniform" or "zipf".
         tokens: of the stream; None for all.
         mode: "token" (token by token), or the steps of "decode" or "prefill".
         tokens_per_step: of those steps.
         values: what the part varies: shares of hot rows, or bytes above the table.
+        prefetch: whether "place" and "whole_model" price copies, too.
     """
 
     part: str
@@ -52,6 +55,7 @@ class Case:
     mode: str = "token"
     tokens_per_step: int = 1
     values: tuple[float, ...] = ()
+    prefetch: bool = False
 
 
 class Ids(NamedTuple):
@@ -98,19 +102,20 @@ def plan_of(config: EngramConfig) -> HashPlan:
 def read_rows(ids: np.ndarray, config: EngramConfig, mode: str = "token", tokens_per_step: int = 1) -> RowReads:
     """The linked row reads of a stream of compressed ids [T].
 
-    In the mode "prefill" a step is the next tokens of one text. In the mode "decode" the stream is divided into as many
-    texts as a step has tokens, and each step reads the next token of every text. Tokens that fill no step are left out.
+    In the mode "prefill" a step is the next tokens of the text. In the mode "decode" the text is cut into as many parts
+    as a step has tokens, and each step reads the next token of every part. The text is hashed as a whole first: a part
+    begins in the middle of a sequence, as those of a running server do, and not with padding. Tokens that fill no step
+    are left out.
     """
     plan = plan_of(config)
     hasher = NgramHasher(plan)
     steps = len(ids) // tokens_per_step
     ids = ids[: steps * tokens_per_step]
-    texts = ids.reshape(tokens_per_step, steps) if mode == "decode" else ids[None]  # [B, T]
     linker = Linker(ids.size, len(plan.layers), config.columns, tokens_per_step)
     for layer in plan.layers:
-        rows = hasher(texts, layer.layer_id)  # [B, T, C]
+        rows = hasher(ids[None], layer.layer_id)[0]  # [T, C]
         if mode == "decode":
-            rows = rows.transpose(1, 0, 2)
+            rows = rows.reshape(tokens_per_step, steps, config.columns).transpose(1, 0, 2)
         linker.add_layer(rows.reshape(ids.size, config.columns), [*layer.offsets, layer.rows])
     return linker.finish()
 
@@ -169,66 +174,105 @@ def _hot(case: Case) -> list[Record]:
 
 
 def _place(case: Case) -> list[Record]:
-    """The lookup boundary: the same reads with the table above so many bytes that are never read, and below them."""
+    """The lookup boundary: the same reads with the table above so many bytes that are never read, and below them.
+
+    Nothing is read in between, so those bytes bury a row until it is first read.
+    """
     config, stream = EngramConfig.preset(case.table), source(case.stream, case.tokens)
     reads = read_rows(stream.ids, config)
-    one_step = replace(reads, step_reads=max(1, len(reads.links)))  # nothing is read in between
     about = _about(case, stream, config, reads)
     records = []
     for name, held in LAYOUTS.items():
         begin = start(reads, held)
-        resident = price_rows(one_step, begin, config.row_bytes()).total
-        for padding in case.values:
-            below = price_rows(one_step, begin, config.row_bytes(), between_steps=int(padding)).total
-            sizes = {"padding_bytes": int(padding), "resident": resident, "offload_naive": below}
-            records.append({**about, "layout": name, **sizes})
+        places = [0, *map(int, case.values)]
+        priced = {}
+        for schedule, events in _schedules(reads, held, case.prefetch):
+            one_step = replace(events, begins=events.begins[[0, -1]])
+            priced[schedule] = price_steps(one_step, begin, config.row_bytes(), places).prices.sum(axis=1).tolist()
+        live = (reads.table_rows if held else len(reads.rows)) * config.row_bytes()
+        for at, padding in enumerate(places):
+            sizes = {"padding_bytes": padding, "live_bytes": live, "resident": priced["offload_naive"][0]}
+            records.append({**about, "layout": name, **sizes, **{key: prices[at] for key, prices in priced.items()}})
     return records
+
+
+def _schedules(reads: RowReads, held: bool, prefetch: bool) -> Iterator[tuple[str, Events]]:
+    """Without a prefetch, and with copies one step ahead, by the names of their prices; one at a time, being large."""
+    yield "offload_naive", as_read(reads, held)
+    if prefetch:
+        yield "prefetch_stands", prefetched(reads, held, for_one_use=False)
+        yield "prefetch_one_use", prefetched(reads, held, for_one_use=True)
 
 
 def _whole_model(case: Case) -> list[Record]:
-    """The rows of a table in the steps of a whole model, and the price of its weights."""
-    model, stream = MODELS[case.table], source(case.stream, case.tokens)
-    config = model.table
+    """The rows of a table in the steps of the models around it, pinned above all else and below it."""
+    stream = source(case.stream, case.tokens)
+    check_steps(len(stream.ids), case.tokens_per_step)
+    places = [
+        (name, around)
+        for name in AROUND[case.table]
+        for around in MODELS[name].surroundings(case.mode, case.tokens_per_step)
+    ]
+    config = MODELS[places[0][0]].table
     reads = read_rows(stream.ids, config, case.mode, case.tokens_per_step)
-    nbytes = model.step_bytes(case.mode)
     about = _about(case, stream, config, reads)
-    steps = len(reads.links) // reads.step_reads
-    weights = {
-        "steps": steps,
-        "weight_bytes": nbytes,
-        "weights_step_price": step_price(nbytes, model.blocks),
-        "engram_weight_bytes": model.engram_weight_bytes(),
-        "engram_weights_step_price": model.engram_weight_bytes() * _root(nbytes),
-    }
+    between = [0, *dict.fromkeys(around.live_bytes for _, around in places)]  # 0: pinned
     records = []
-    for name, held in LAYOUTS.items():
+    for layout, held in LAYOUTS.items():
         begin = start(reads, held)
-        below, on_top = (_steps_of(reads, begin, model.table, nbytes, place) for place in (False, True))
-        prices = {
-            "offload_naive": below.total,
-            "resident": on_top.total,
-            "staged_at_most": _staged(case, config, nbytes),
+        priced = {
+            schedule: price_steps(events, begin, config.row_bytes(), between)
+            for schedule, events in _schedules(reads, held, case.prefetch)
         }
-        records.append({**about, **weights, "layout": name, **prices})
+        touched = -(-int(priced["offload_naive"].fresh.sum()) * config.row_bytes() // _steps(reads))
+        for name, around in places:
+            at = between.index(around.live_bytes)
+            prices = {schedule: found.prices[at] for schedule, found in priced.items()}
+            prices["pinned"] = priced["offload_naive"].prices[0]
+            facts = {"table": name, "experts": around.experts, "context": around.context, "layout": layout}
+            copies = case.tokens_per_step * config.bytes_per_token() if case.prefetch else 0
+            weights = _weights(MODELS[name], around, touched + copies)
+            records.append({**about, **facts, **_steady(prices), **weights})
     return records
 
 
-def _steps_of(reads: RowReads, begin: Start, config: EngramConfig, nbytes: int, on_top: bool) -> Priced:
-    return price_rows(reads, begin, config.row_bytes(), between_steps=nbytes, on_top=on_top)
+def check_steps(tokens: int, tokens_per_step: int) -> None:
+    """Raise ValueError for a text that has too few steps of this size to tell its second half from its first."""
+    if tokens // tokens_per_step < LEAST_STEPS:
+        raise ValueError(
+            f"{tokens:,} tokens are {tokens // tokens_per_step} steps of {tokens_per_step:,}: take a text of "
+            f"{LEAST_STEPS} steps, {LEAST_STEPS * tokens_per_step:,} tokens, or smaller steps"
+        )
 
 
-def _staged(case: Case, config: EngramConfig, nbytes: int) -> int:
-    """What the second read of prefetched rows adds to a step, at most.
+def _steps(reads: RowReads) -> int:
+    return len(reads.links) // reads.step_reads
 
-    A copy lies under what was touched since it was made: at most all weights, and twice the rows of the step.
+
+def _steady(prices: dict[str, np.ndarray]) -> Record:
+    """Sums over all steps, and over the second half of them, when much has been read before."""
+    steps = len(prices["pinned"])
+    second = {name: int(of_steps[steps // 2 :].sum()) for name, of_steps in prices.items()}
+    whole = {name: int(of_steps.sum()) for name, of_steps in prices.items()}
+    return {"steps": steps, **whole, "second_half": {"steps": steps - steps // 2, **second}}
+
+
+def _weights(model: WholeModel, around: Surroundings, rows_above: int) -> Record:
+    """What a step costs without Engram, and what Engram adds beside its rows.
+
+    Its own weights are read in every step. They and the rows of a step, with their copies, come to lie above the
+    model's weights, and make those dearer.
     """
-    staged = case.tokens_per_step * config.bytes_per_token()
-    return staged * _root(nbytes + 2 * staged)
-
-
-def _root(n: int) -> int:
-    """ceil(sqrt(n)): the price of one byte at depth n."""
-    return read_price(n)
+    nbytes, own = around.read_bytes, model.engram_weight_bytes()
+    without = step_price(nbytes, model.blocks)
+    return {
+        "read_bytes": nbytes,
+        "live_bytes": around.live_bytes,
+        "weights_step_price": without,
+        "engram_weight_bytes": own,
+        "engram_weights_step_price": step_price(own, len(model.table.layer_ids), above=nbytes + rows_above),
+        "buried_step_price": step_price(nbytes, model.blocks, above=own + rows_above) - without,
+    }
 
 
 def _about(case: Case, stream: Ids, config: EngramConfig, reads: RowReads) -> Record:
@@ -239,9 +283,11 @@ def _about(case: Case, stream: Ids, config: EngramConfig, reads: RowReads) -> Re
         "table": case.table,
         "stream": stream.name,
         "stream_sha256": stream.sha256,
+        "asked_tokens": case.tokens,
         "tokens": len(reads.links) // config.rows_per_token(),
         "mode": case.mode,
         "tokens_per_step": case.tokens_per_step,
+        "prefetch": case.prefetch,
         "table_rows": reads.table_rows,
         "row_bytes": config.row_bytes(),
         "reads": len(reads.links),

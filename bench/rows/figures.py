@@ -17,11 +17,17 @@ from matplotlib import pyplot as plt
 
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.instruments.drawing import legend_below, redraw, save_all
-from bench.rows.table import depth_shares, one, row_share, select
-from bench.rows.whole_model import MODELS
+from bench.rows.table import depth_shares, lines, one, placed, row_share, select
+from bench.rows.whole_model import shown
 
 TABLE_COLOURS = {"demo": "#009E73", "paper-27b": "#56B4E9", "paper-40b": "#0072B2", "v41-flash": "#D55E00"}
-MODEL_COLOURS = {"dense-4b": "#0072B2", "dense-8b": "#56B4E9", "v41-flash": "#D55E00", "v41-flash-all": "#E69F00"}
+MODEL_COLOURS = {
+    ("dense-4b", ""): "#0072B2",
+    ("dense-8b", ""): "#56B4E9",
+    ("v41-flash", "one"): "#D55E00",
+    ("v41-flash", "expected"): "#E69F00",
+    ("v41-flash", "all"): "#999999",
+}
 LAYOUT_LINES = {"held live": "-", "compacted": "--"}
 
 
@@ -57,20 +63,20 @@ def _depths(results: dict[str, Any]) -> Any:
 
 def _place(results: dict[str, Any]) -> Any:
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    found = select(results, part="place")
     for table, colour in TABLE_COLOURS.items():
         for layout, style in LAYOUT_LINES.items():
-            line = [r for r in found if (r["table"], r["layout"]) == (table, layout)]
-            ratios = [r["offload_naive"] / r["resident"] for r in line]
-            sizes = [r["padding_bytes"] for r in line]
+            line = select(results, part="place", prefetch=False, table=table, layout=layout)
+            line = [r for r in line if r["padding_bytes"]]
+            sizes = [r["padding_bytes"] / r["live_bytes"] for r in line]
+            ratios = [placed(r) for r in line]
             axis.plot(sizes, ratios, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
-    axis.set(xscale="log", yscale="log", xlabel="bytes above the table, live and never read")
+    axis.set(xscale="log", yscale="log", xlabel="bytes above the table, live and never read / live bytes of the table")
     axis.set_ylabel("price below them / price above them")
     for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
         _level(axis, level, text)
     axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     axis.minorticks_off()
-    figure.suptitle("The lookups alone: a verdict on what lies above, not on where the table is")
+    figure.suptitle("The lookups alone: a verdict on what lies above, against the size of the table")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
@@ -104,16 +110,17 @@ def _hot(results: dict[str, Any]) -> Any:
 def _whole_model(results: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     for axis, mode in zip(axes, ("decode", "prefill")):
-        for model, colour in MODEL_COLOURS.items():
-            for layout, style in LAYOUT_LINES.items():
-                wanted = dict(part="whole_model", table=model, mode=mode, layout=layout)
-                line = select(results, stream="python-stdlib", **wanted)
-                random = select(results, stream="uniform", **wanted)
-                tokens = [r["tokens_per_step"] for r in line]
-                label = f"{MODELS[model].name}, {layout}"
-                axis.plot(tokens, [100 * row_share(r) for r in line], style, color=colour, label=label)
-                if layout == "held live":
-                    axis.plot(tokens, [100 * row_share(r) for r in random], ":", color=colour, linewidth=1)
+        for line in lines(results):
+            first = line[0]
+            if first["mode"] != mode or first["asked_tokens"] is None:
+                continue
+            tokens, shares = [r["tokens_per_step"] for r in line], [100 * row_share(r) for r in line]
+            colour = MODEL_COLOURS[first["table"], first["experts"]]
+            if first["stream"] == "python-stdlib":
+                label = f"{shown(first['table'], first['experts'])}, {first['layout']}"
+                axis.plot(tokens, shares, LAYOUT_LINES[first["layout"]], color=colour, label=label)
+            elif first["layout"] == "held live":
+                axis.plot(tokens, shares, ":", color=colour, linewidth=1)
         axis.set(xscale="log", yscale="log", title=mode, xlabel="tokens per step")
         _level(axis, 100 * WALL_TIME_CLAIM, "3 %: the claim")
     axes[0].set_ylabel("price of the rows, % of the weights' price")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.instruments.claim import WALL_TIME_CLAIM, classify
+from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.instruments.words import aligned
-from bench.rows.whole_model import MODELS
+from bench.rows.whole_model import shown
 
 TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
 LAYOUTS = ("held live", "compacted")
 TEXT = "python-stdlib"
+LEVELS = (STRONG_BELOW, WIN_UP_TO, LOSS_ABOVE)
+SCHEDULES = {"none": "offload_naive", "stands for it": "prefetch_stands", "for one use": "prefetch_one_use"}
+_MARKS = {"WIN": "W", "INCONCLUSIVE": "i", "LOSS": "L"}
+_OWN, _BURIED = "engram_weights_step_price", "buried_step_price"
 
 Record = dict[str, Any]
 
@@ -20,7 +24,7 @@ Record = dict[str, Any]
 def report(results: dict[str, Any]) -> str:
     """All tables of the parts that were run."""
     parts = results["configuration"]["parts"]
-    return "\n\n".join(_TABLES[part](results) for part in parts)
+    return "\n\n".join(table(results) for part in parts for table in _TABLES[part])
 
 
 def select(results: dict[str, Any], **wanted: Any) -> list[Record]:
@@ -98,42 +102,142 @@ def hot_table(results: dict[str, Any]) -> str:
 
 def place_table(results: dict[str, Any]) -> str:
     """The lookups alone, the table below so many unread bytes against above them, with the class."""
-    found = select(results, part="place")
-    paddings = list(dict.fromkeys(r["padding_bytes"] for r in found))
-    rows = [["table", "layout", *(f"{padding:.0e} B".replace("e+", "e").replace("e0", "e") for padding in paddings)]]
+    found = select(results, part="place", prefetch=False)
+    paddings = list(dict.fromkeys(r["padding_bytes"] for r in found if r["padding_bytes"]))
+    head = ["table", "layout", "live bytes", *(f"{padding:.0e} B".replace("e+", "e") for padding in paddings)]
+    rows = [[*head, *(f"{level:g}x at" for level in LEVELS)]]
     for table, layout in dict.fromkeys((r["table"], r["layout"]) for r in found):
-        cells = []
-        for padding in paddings:
-            r = one(results, part="place", table=table, layout=layout, padding_bytes=padding)
-            ratio = r["offload_naive"] / r["resident"]
-            cells.append(f"{ratio:.2f} {classify(ratio, None).label}")
-        rows.append([table, layout, *cells])
-    return aligned(rows, left={0, 1})
+        line = select(results, part="place", prefetch=False, table=table, layout=layout)
+        curve = {r["padding_bytes"]: placed(r) for r in line if r["padding_bytes"]}
+        cells = [f"{ratio:.3g} {_MARKS[classify(ratio, None).label]}" for ratio in curve.values()]
+        live = line[0]["live_bytes"]
+        at = [crossing_of(list(curve), list(curve.values()), level) for level in LEVELS]
+        rows.append([table, layout, f"{live:.2g}", *cells, *(f"{x / live:.2g}" if x else "not reached" for x in at)])
+    note = (
+        "price of the lookups below so many bytes that nobody reads / above them; W win (to 5x), i inconclusive, L loss"
+    )
+    note += "\n(over 20x, price alone). The last columns: bytes above the table over live bytes of the table"
+    return f"{aligned(rows, left={0, 1})}\n\n{note}"
+
+
+def placed(record: Record, schedule: str = "offload_naive") -> float:
+    """Price of the lookups below so many bytes over that of the table above them, without any copies."""
+    return record[schedule] / record["resident"]
+
+
+def copies_table(results: dict[str, Any]) -> str:
+    """What a copy of every row, made one token ahead, changes in the price of the lookups."""
+    rows = [["table", "layout", "bytes above", "without", "stands for it", "for one use", "cheapest"]]
+    for r in select(results, part="place", prefetch=True):
+        if r["padding_bytes"] in (0, 10**9, 10**11):
+            prices = {name: r[schedule] for name, schedule in SCHEDULES.items()}
+            changes = [f"{100 * (price / r['offload_naive'] - 1):+.2f} %" for price in list(prices.values())[1:]]
+            padding = f"{r['padding_bytes']:.0e}".replace("e+", "e") if r["padding_bytes"] else "0"
+            price = f"{r['offload_naive'] / r['tokens']:,.0f}"
+            rows.append([r["table"], r["layout"], padding, price, *changes, min(prices, key=lambda name: prices[name])])
+    note = "without: price a token; the others: what a copy of each row, one token ahead, changes of it"
+    return f"{aligned(rows, left={0, 1, 6})}\n\n{note}"
+
+
+def lines(results: dict[str, Any]) -> list[list[Record]]:
+    """Whole models by rising step size: a line per model, experts, kind of step, stream, its length and layout."""
+    names = ("table", "experts", "mode", "stream", "tokens", "layout")
+    found = select(results, part="whole_model", context=0)
+    kept: dict[tuple[Any, ...], list[Record]] = {}
+    for r in found:
+        # A step size that does not divide the stream leaves some tokens out: such streams count as one.
+        key = (*(r[name] for name in names[:4]), r["asked_tokens"], r["layout"])
+        kept.setdefault(key, []).append(r)
+    return list(kept.values())
 
 
 def whole_model_table(results: dict[str, Any]) -> str:
     """Price of the rows against that of the model's weights, by tokens per step, and where it reaches 3 %."""
-    found = select(results, part="whole_model")
-    steps = list(dict.fromkeys(r["tokens_per_step"] for r in found))
+    found = lines(results)
+    steps = sorted({r["tokens_per_step"] for line in found for r in line})
     rows = [["model", "mode", "stream", "layout", *(f"{tokens:,}" for tokens in steps), "3 % at"]]
-    for key in dict.fromkeys((r["table"], r["mode"], r["stream"], r["layout"]) for r in found):
-        table, mode, stream, layout = key
-        line = select(results, part="whole_model", table=table, mode=mode, stream=stream, layout=layout)
-        shares = [row_share(r) for r in line]
-        crossing = crossing_of([r["tokens_per_step"] for r in line], shares)
-        rows.append(
-            [
-                *(MODELS[table].name, mode, stream, layout),
-                *(f"{100 * share:.2g} %" for share in shares),
-                f"{crossing:,.0f}" if crossing else f"over {steps[-1]:,}",
-            ]
-        )
+    for line in found:
+        first, shares = line[0], {r["tokens_per_step"]: row_share(r) for r in line}
+        cells = [f"{100 * shares[tokens]:.2g} %" if tokens in shares else "-" for tokens in steps]
+        stream = first["stream"] + (", all" if first["asked_tokens"] is None else "")
+        names = [shown(first["table"], first["experts"]), first["mode"], stream, first["layout"]]
+        rows.append([*names, *cells, reached(line)])
     return aligned(rows, left={0, 1, 2, 3})
 
 
-def row_share(record: Record, place: str = "offload_naive") -> float:
+def reached(line: Sequence[Record], share: Callable[[Record], float] | None = None) -> str:
+    """Tokens per step at which a line reaches 3 %, as text; `share` of a record, by default that of its rows."""
+    tokens, shares = [r["tokens_per_step"] for r in line], [(share or row_share)(r) for r in line]
+    at = crossing_of(tokens, shares)
+    if at is None:
+        return f"over {tokens[-1]:,}"
+    return f"{at:,.0f}" if shares[0] < WALL_TIME_CLAIM else f"below {tokens[0]:,}"
+
+
+def steady_table(results: dict[str, Any], step: int) -> str:
+    """Whether a stream has run long enough: the share of the rows over all steps and over the second half of them."""
+    rows = [["model", "mode", "layout", "tokens", "a step", "steps", "all steps", "second half", "ratio"]]
+    for r in select(results, part="whole_model", context=0, stream=TEXT):
+        if r["experts"] in ("", "expected") and r["tokens_per_step"] in (step, 16_384, 98_304):
+            whole, half = row_share(r), row_share({**r, **r["second_half"]})
+            names = [shown(r["table"], r["experts"]), r["mode"], r["layout"], f"{r['tokens']:,}"]
+            shares = [f"{100 * whole:.2g} %", f"{100 * half:.2g} %", f"{half / whole:.2f}"]
+            rows.append([*names, f"{r['tokens_per_step']:,}", f"{r['steps']:,}", *shares])
+    return aligned(rows, left={0, 1, 2})
+
+
+def complete_table(results: dict[str, Any], step: int) -> str:
+    """One step, by what Engram adds to it, in per cent of the same model without Engram."""
+    rows = [["model", "context", "layout", "pinned", "below", "copied", "own weights", "buried", "in all", "under 3 %"]]
+    for r in select(results, part="whole_model", tokens_per_step=step, mode="decode", stream=TEXT):
+        parts = additions(r)
+        cells = [
+            f"{100 * parts[name]:.2g}" for name in ("pinned", "below", "copied", "own weights", "buried", "in all")
+        ]
+        context = f"{r['context']:,}" if r["context"] else "left out"
+        under = "yes" if parts["in all"] < WALL_TIME_CLAIM else "no"
+        rows.append([shown(r["table"], r["experts"]), context, r["layout"], *cells, under])
+    note = (
+        "pinned: rows of a table that stays above the weights; below: of an offloaded one; copied: with the dearer\n"
+        "kind of copy one step ahead; own weights: Engram's projections; buried: what both add to the depth of the\n"
+        "model's weights; in all: copied + own weights + buried. Per cent of the step without Engram"
+    )
+    return f"{aligned(rows, left={0, 2})}\n\n{note}"
+
+
+def additions(record: Record) -> dict[str, float]:
+    """What Engram adds to a step whose copies were priced, by part, as shares of the same step without Engram."""
+    weights = record["steps"] * record["weights_step_price"]
+    own, buried = (record[name] / record["weights_step_price"] for name in (_OWN, _BURIED))
+    copied = max(record["prefetch_stands"], record["prefetch_one_use"]) / weights
+    parts = {"pinned": record["pinned"] / weights, "below": record["offload_naive"] / weights, "copied": copied}
+    return {**parts, "own weights": own, "buried": buried, "in all": copied + own + buried}
+
+
+def baseline_table(results: dict[str, Any], step: int) -> str:
+    """One step against both baselines: a table that stays resident, at the lookup and in the model; and no Engram."""
+    head = ["model", "layout", "lookup / pinned", "class", "model / pinned", "class", "over no Engram", "under 3 %"]
+    rows = [head]
+    for r in select(results, part="whole_model", tokens_per_step=step, mode="decode", stream=TEXT, context=0):
+        lookup, model = against_pinned(r)
+        classes = [classify(ratio, None).label for ratio in (lookup, model)]
+        more = additions(r)["in all"]
+        numbers = [f"{lookup:.3g}", classes[0], f"{model:.5f}", classes[1], f"{100 * more:.2g} %"]
+        rows.append([shown(r["table"], r["experts"]), r["layout"], *numbers, "yes" if more < WALL_TIME_CLAIM else "no"])
+    note = "copied a step ahead from an offloaded table / read from one that stays above the weights at every step"
+    return f"{aligned(rows, left={0, 1, 3, 5, 7})}\n\n{note}"
+
+
+def against_pinned(record: Record) -> tuple[float, float]:
+    """Price of offloaded, copied rows over that of a table pinned above the weights: of the rows alone, of the step."""
+    copied = max(record["prefetch_stands"], record["prefetch_one_use"])
+    rest = record["steps"] * sum(record[name] for name in ("weights_step_price", _OWN, _BURIED))
+    return copied / record["pinned"], (copied + rest) / (record["pinned"] + rest)
+
+
+def row_share(record: Record, schedule: str = "offload_naive") -> float:
     """Price of the rows of a step as a share of the price of its weights, which is taken from below."""
-    return record[place] / (record["steps"] * record["weights_step_price"])
+    return record[schedule] / (record["steps"] * record["weights_step_price"])
 
 
 def crossing_of(tokens: Sequence[int], shares: Sequence[float], level: float = WALL_TIME_CLAIM) -> float | None:
@@ -165,4 +269,9 @@ def depth_shares(records: Iterable[Record]) -> dict[int, tuple[float, float]]:
     return {b: (first, later) for b, (first, later) in sorted(bins.items())}
 
 
-_TABLES = {"scale": scale_table, "hot": hot_table, "place": place_table, "whole_model": whole_model_table}
+_TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], ...]] = {
+    "scale": (scale_table,),
+    "hot": (hot_table,),
+    "place": (place_table, copies_table),
+    "whole_model": (whole_model_table,),
+}

@@ -1,12 +1,19 @@
-"""The fourth boundary: what a whole model reads in one step, priced from below, and a table beside it.
+"""The fourth boundary: what a whole model reads in one step, priced from below, and what lies above a row of its table.
 
-    model = MODELS["dense-4b"]
-    step_price(model.decode_bytes, model.blocks)      # ByteDMD price of reading every active weight once
+    model = MODELS["v41-flash"]
+    for around in model.surroundings("decode", tokens=512):
+        step_price(around.read_bytes, model.blocks)   # ByteDMD price of what a step reads without any Engram
+        around.live_bytes                             # what lies above a row that was last read in another step
 
 A step reads all active weights once, block by block, whatever the batch: reuse across the batch is perfect, and
-activations, keys and values are free. In a steady run every block was last read one step ago, so that all other weights
-lie above it; table rows that lie there too are left out. A block is read by one instruction. All of this makes the
-model cheaper than any real one, so that Engram's share of the price comes out as an upper bound.
+activations are free. In a steady run every block was last read one step ago, so that all others lie above it; table
+rows are left out there. A block is read by one instruction. All of this makes the model cheaper than any real one. Rows
+are priced under everything that is live. So Engram's share of the price comes out as an upper bound:
+
+Bytes that a step reads and that are left out on both sides only raise the share. A row at depth D under W bytes costs
+its bytes' roots of D + W, the weights cost W times the root of W; so their quotient falls as W grows, for any D >= 0:
+the root of (D + W) / W falls, and it is divided by W. Idle experts are no such bytes: they bury rows and cost nothing.
+That is why rows lie under all that is live, and only what a step reads stands in the denominator.
 """
 
 from __future__ import annotations
@@ -19,12 +26,49 @@ from engram_ref.config import EngramConfig
 from engram_toy.tracer.stack import cumulative_price
 
 _BFLOAT16 = 2
+CONTEXTS = (0, 4096, 32_768, 131_072)  # tokens whose keys and values a sequence holds; 0 leaves them out
 # The paper's table: 100 B parameters in one layer, at the geometry of Engram-27B, rows of 80 bfloat16 values.
 PAPER_TABLE_PARAMETERS = 100e9
 # DeepSeek-V4.1-Flash by public audits of its files: 8 B parameters are active on a prefill token, 16 B on a decode
 # token; the narrowest format in them is fp4, half a byte. All files without the tables: 289 GB of experts, 18 GB dense.
 _V41_ACTIVE = {"prefill": 8 * 10**9, "decode": 16 * 10**9}
-_V41_ALL_BYTES = (289 + 18) * 10**9
+_V41_EXPERTS, _V41_DENSE = 289 * 10**9, 18 * 10**9
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a model.
+
+    Attributes:
+        nbytes: of all of them, in all blocks.
+        count: in a block.
+        active: of these, by one token.
+    """
+
+    nbytes: int
+    count: int
+    active: int
+
+    def touched(self, tokens: int) -> int:
+        """Bytes of those that so many tokens choose, expected where each chooses by itself and none is preferred."""
+        return round(self.nbytes * (1 - (1 - self.active / self.count) ** tokens))
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a step reads beside the table.
+
+    Attributes:
+        experts: whose weights: those of "one" token, the "expected" union over a step's, or "all"; "" without any.
+        context: tokens of keys and values that each sequence holds.
+        read_bytes: read by every step, at least.
+        live_bytes: read by it or not; what comes to lie above a row between two steps, at most.
+    """
+
+    experts: str
+    context: int
+    read_bytes: int
+    live_bytes: int
 
 
 @dataclass(frozen=True)
@@ -33,20 +77,38 @@ class WholeModel:
 
     Attributes:
         name: as shown.
-        blocks: decoder blocks of equal size; the weights are divided among them.
-        decode_bytes, prefill_bytes: weights read in a step, at least.
+        blocks: decoder blocks of equal size; what a step reads is divided among them.
+        decode_bytes, prefill_bytes: weights that one token of a step reads, at least.
+        all_bytes: of all weights.
         table: geometry of its Engram layers.
+        kv_bytes: keys and values of one token; None where they are not known.
+        experts: None for a dense model.
     """
 
     name: str
     blocks: int
     decode_bytes: int
     prefill_bytes: int
+    all_bytes: int
     table: EngramConfig
+    kv_bytes: int | None = None
+    experts: Experts | None = None
 
-    def step_bytes(self, mode: str) -> int:
-        """Weights read in a step of "decode" or "prefill"."""
-        return self.decode_bytes if mode == "decode" else self.prefill_bytes
+    def surroundings(self, mode: str, tokens: int) -> list[Surroundings]:
+        """Every way to count what a step of so many tokens reads, in "decode" or "prefill".
+
+        Decoding, each token is of a sequence of its own; in a prefill all are of one.
+        """
+        weights = self.decode_bytes if mode == "decode" else self.prefill_bytes
+        if self.experts:
+            shared = max(0, weights - self.experts.touched(1))
+            union = max(weights, shared + self.experts.touched(tokens))
+            read = {"one": weights, "expected": union, "all": self.all_bytes}
+            return [Surroundings(name, 0, nbytes, self.all_bytes) for name, nbytes in read.items()]
+        sequences = tokens if mode == "decode" else 1
+        caches = {context: sequences * context * self.kv_bytes for context in CONTEXTS if self.kv_bytes is not None}
+        idle = self.all_bytes - weights
+        return [Surroundings("", context, weights + kv, weights + kv + idle) for context, kv in caches.items()]
 
     def engram_weight_bytes(self) -> int:
         """Key and value projections of the Engram layers, in the width of the model's weights."""
@@ -54,10 +116,15 @@ class WholeModel:
         return len(self.table.layer_ids) * self.table.projection_macs() * width
 
 
-def step_price(nbytes: int, blocks: int) -> int:
-    """Price of reading `nbytes` of weights once, each of `blocks` blocks by one instruction, all others above it."""
+def step_price(nbytes: int, blocks: int, above: int = 0) -> int:
+    """Price of reading `nbytes` once, each of `blocks` blocks by one instruction, all others above it.
+
+    Args:
+        above: bytes of other things that come to lie above each block between two reads of it.
+    """
     edges = [nbytes * i // blocks for i in range(blocks + 1)]
-    return sum(cumulative_price(nbytes) - cumulative_price(nbytes - (b - a)) for a, b in itertools.pairwise(edges))
+    deepest = nbytes + above
+    return sum(cumulative_price(deepest) - cumulative_price(deepest - (b - a)) for a, b in itertools.pairwise(edges))
 
 
 def paper_table(hidden: int) -> EngramConfig:
@@ -72,13 +139,29 @@ def _dense(name: str, size: str) -> WholeModel:
     nbytes = _BFLOAT16 * (
         blocks * shape.parameters() + QWEN3_VOCABULARY * shape.hidden
     )  # embeddings: the output's only
-    return WholeModel(name, blocks, nbytes, nbytes, paper_table(shape.hidden))
+    kv_bytes = _BFLOAT16 * blocks * 2 * shape.kv_heads * shape.head_dim
+    return WholeModel(name, blocks, nbytes, nbytes, nbytes, paper_table(shape.hidden), kv_bytes)
 
 
-_V41 = EngramConfig.preset("v41-flash")
 MODELS = {
     "dense-4b": _dense("Dense-4B", "qwen3-4b"),
     "dense-8b": _dense("Dense-8B", "qwen3-8b"),
-    "v41-flash": WholeModel("V4.1-Flash", 40, _V41_ACTIVE["decode"] // 2, _V41_ACTIVE["prefill"] // 2, _V41),
-    "v41-flash-all": WholeModel("V4.1-Flash, every expert", 40, _V41_ALL_BYTES, _V41_ALL_BYTES, _V41),
+    # The size of its keys and values is not published in what we could read; a step reads them, so the bound holds.
+    "v41-flash": WholeModel(
+        "V4.1-Flash",
+        40,
+        _V41_ACTIVE["decode"] // 2,
+        _V41_ACTIVE["prefill"] // 2,
+        _V41_EXPERTS + _V41_DENSE,
+        EngramConfig.preset("v41-flash"),
+        experts=Experts(_V41_EXPERTS, 384, 6),
+    ),
 }
+# Models around the same table read the same rows: by the name of the table.
+AROUND = {"paper-100b": ("dense-4b", "dense-8b"), "v41-flash": ("v41-flash",)}
+EXPERTS = {"": "", "one": ", one token's experts", "expected": ", expected experts", "all": ", every expert"}
+
+
+def shown(table: str, experts: str = "") -> str:
+    """A model and whose experts it reads, for people."""
+    return MODELS[table].name + EXPERTS[experts]

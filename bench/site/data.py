@@ -14,12 +14,11 @@ from typing import Any
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.instruments.output import source
 from bench.instruments.reading import read_results
-from bench.rows.table import crossing_of, row_share, select
-from bench.rows.whole_model import MODELS
+from bench.rows.table import crossing_of, lines, row_share
+from bench.rows.whole_model import MODELS, shown
 from bench.site.stack_story import as_data
 
 GRID_AXES = ("padding", "share", "hot", "compute")
-_CURVE = ("table", "mode", "stream", "layout")  # what makes a line of the second panel
 GRID_VARIANTS = ("resident", "offload_naive", "offload_prefetch")
 
 
@@ -67,10 +66,8 @@ def whole_model_script(results: Path) -> str:
 
 
 def curves(production: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line per model, kind of step, text and layout: the share by tokens per step, and where it crosses 3 %."""
-    records = select(production, part="whole_model")
-    keys = dict.fromkeys(tuple(record[key] for key in _CURVE) for record in records)
-    return [_curve(select(production, part="whole_model", **dict(zip(_CURVE, key)))) for key in keys]
+    """A line per model, kind of step, stream and layout: the share by tokens per step, and where it crosses 3 %."""
+    return [_curve(line) for line in lines(production) if line[0]["asked_tokens"] is not None]
 
 
 def _curve(line: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def _curve(line: list[dict[str, Any]]) -> dict[str, Any]:
     tokens, shares = [record["tokens_per_step"] for record in line], [row_share(record) for record in line]
     parameters = first["table_rows"] * model.table.row_width
     return {
-        "model": model.name,
+        "model": shown(first["table"], first["experts"]),
         "table": f"{parameters / 1e9:.0f} B parameters",
         **{key: first[key] for key in ("mode", "stream", "layout")},
         "tokens": tokens,

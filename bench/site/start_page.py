@@ -26,7 +26,8 @@ def verdict_sentence(evidence: Evidence) -> str:
         "**The claim survives at the model and not at the lookup**: priced by ByteDMD, rows from an offloaded and "
         f"prefetched table cost **{lookup:.1f} times** as much as from a resident one when nothing else is counted, "
         f"**{block:.2f} times** within a decoder block, and less than **{more} %** more within a step of "
-        f"{MODELS[_MODEL].name} with {STEP} tokens; prefetching makes none of it cheaper."
+        f"{MODELS[_MODEL].name} with {STEP} tokens, even if resident rows were free; copies made ahead saved nothing on "
+        "any text that was priced."
     )
 
 
@@ -83,13 +84,13 @@ def verdict_cards(evidence: Evidence) -> str:
         "What does not": (
             f"The claim about the lookup: {lookup:.1f} times the price ({labels['lookup']}), a number that the depth "
             f"chosen for the slow tier decides. Nor prefetching as an economy: it hides the wait, and {naive:.1f} "
-            f"times without it become {lookup:.1f} with it."
+            f"times without it become {lookup:.1f} with it; a copy for a single use can save something, and did not here."
         ),
         "Why": (
             "A row far down the stack is dear the first time it is read, whenever that happens; a copy made early is "
             f"one read more. Only rows that start near the top are cheaper ({hot:.1f} times with the hottest there). "
-            "And a table of published size, live as a whole, is deep wherever it starts: ByteDMD charges for its size, "
-            "hardly for its place, and a model reads so much else that neither shows."
+            "What place costs follows from the bytes above a table against its own: below less than its own size hardly "
+            "anything, below much more a great deal. And a model reads so much else that neither shows."
         ),
     }
     return "\n\n".join(_card(title, text) for title, text in cards.items())

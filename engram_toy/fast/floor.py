@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from engram_toy import floor as plain
 from engram_toy.fast.compiling import compiled
 from engram_toy.fast.last_reads import RowReads
-from engram_toy.fast.rows import MOST_BYTES, Start, addresses, cumulative_price
+from engram_toy.fast.rows import Start, addresses, check_depth, row_price
 from engram_toy.floor import Interval, check_capacity, enclose
 from engram_toy.tracer.stack import read_price
 
@@ -55,11 +55,9 @@ def row_floor(reads: RowReads, begin: Start, row_bytes: int, padding: int = 0, w
         within: the share of the lower number by which the upper may exceed it.
 
     Raises:
-        ValueError: less than one byte a row, or addresses beyond 2^41.
+        ValueError: less than one byte a row, or addresses beyond 2^51.
     """
-    deepest = reads.table_rows * row_bytes + padding
-    if row_bytes < 1 or padding < 0 or deepest > MOST_BYTES:
-        raise ValueError(f"addresses up to {deepest:,}, {row_bytes} bytes a row: give 1 or more, up to 2^41 in all")
+    check_depth(reads, row_bytes, padding)
     again = np.cumsum(reads.links >= 0, dtype=np.int32)
     ends = again[reads.links[reads.links >= 0]]
     first = _first_prices(addresses(begin), row_bytes, padding)
@@ -155,6 +153,5 @@ def _first_prices(place, row_bytes, padding):
     """Price of reading each row once where it starts."""
     total = 0
     for address in place:
-        deepest = padding + address * row_bytes
-        total += cumulative_price(deepest) - cumulative_price(deepest - row_bytes)
+        total += row_price(padding + address * row_bytes, row_bytes)
     return total

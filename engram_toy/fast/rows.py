@@ -13,9 +13,8 @@ may still want any row), or only what this text reads, and only until its last r
 in which a row that is never read again occupies nothing). A hot tier starts above the rest.
 
 A model around the table reads its weights once a step. Between two steps they all come to lie above every row, so
-`between_steps` bytes are added to the depth of a row whose last read was in another step, or that was never read. A
-table that starts `on_top` of those weights is spared them in the first step, and only there (also those that the step
-reads before it comes to the table: such a table is priced from below).
+`between_steps` bytes are added to the depth of a row whose last read was in another step, or that was never read.
+Without them the table is pinned above the weights. `engram_toy.fast.placing` prices several such places at once.
 
 That is the definition "lru". Under the others of `engram_toy.definitions` a row's first read is charged its address,
 its place in the `Start` from the top; under "stationary" every read is. Each instruction reads one row and none is
@@ -35,7 +34,8 @@ from engram_toy.fast.last_reads import RowReads
 from engram_toy.fast.time_axis import axis_of, count_from, full_axis, give_up, settle
 
 BINS = 64  # powers of two of depth in bytes
-MOST_BYTES = 1 << 41  # depths beyond this overflow the closed form in 64 bits
+MOST_BYTES = 1 << 51  # the root of a depth beyond 2^52 may be rounded
+STORE = -(2**31)  # in the place of a link: a block is put on top, and nothing is read
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,6 @@ def price_rows(
     begin: Start,
     row_bytes: int,
     between_steps: int = 0,
-    on_top: bool = False,
     keep_depths: bool = False,
     definition: str = "lru",
 ) -> Priced:
@@ -128,25 +127,22 @@ def price_rows(
         begin: where the rows lie before the first read.
         row_bytes: of one row.
         between_steps: bytes read between two steps and live throughout; above every row that was not read since.
-        on_top: the table starts above those bytes; else below them.
         keep_depths: return the depth of every read, too.
         definition: one of `engram_toy.definitions.DEFINITIONS`.
 
     Raises:
-        ValueError: fewer than one byte a row, a stack deeper than 2^41 bytes, an unknown definition, or steps that read
+        ValueError: fewer than one byte a row, a stack deeper than 2^51 bytes, an unknown definition, or steps that read
             something in between under "opt", where the depth of a row depends on when that is read.
     """
     check_definition(definition)
-    deepest = reads.table_rows * row_bytes + between_steps
-    if row_bytes < 1 or between_steps < 0 or deepest > MOST_BYTES:
-        raise ValueError(f"a stack of {deepest:,} bytes, {row_bytes} a row: give 1 byte or more, up to 2^41 in all")
+    check_depth(reads, row_bytes, between_steps)
     count = len(reads.links)
     if definition == "opt" and between_steps and reads.step_reads < count:
         raise ValueError(f'{between_steps:,} bytes between steps under "opt": leave them out, or take one step')
     place = addresses(begin) if definition != "lru" else np.empty(0, np.int64)
     known = np.empty(0, np.int64)
     if definition == "stationary":
-        known = _row_of_each(reads.links, place)
+        known = place[place_of_each(reads.links)]
     elif definition == "opt":
         known = _fullest_waits(reads.links, place, *full_axis(count))
     if begin.held if definition == "lru" else definition == "classic":
@@ -161,9 +157,16 @@ def price_rows(
     depths = np.empty(count if keep_depths else 0, np.int64)
     by_value = _price(
         reads.links, begin.rank, begin.buried, place, known, words, above, ahead, untouched, untouched_above,
-        reads.step_reads, row_bytes, between_steps, on_top, *tallies, steps, depths, definition == "stationary",
+        reads.step_reads, row_bytes, between_steps, *tallies, steps, depths, definition == "stationary",
     )  # fmt: skip
     return Priced(sum(steps.tolist()), by_value, *tallies, steps, depths)
+
+
+def check_depth(reads: RowReads, row_bytes: int, above: int) -> None:
+    """Raise ValueError for fewer than one byte a row, or a stack too deep to be priced exactly."""
+    deepest = 2 * reads.table_rows * row_bytes + above  # of every row a copy at most
+    if row_bytes < 1 or above < 0 or deepest > MOST_BYTES:
+        raise ValueError(f"a stack of {deepest:,} bytes, {row_bytes} a row: give 1 byte or more, up to 2^51 in all")
 
 
 def addresses(begin: Start) -> np.ndarray:
@@ -171,13 +174,32 @@ def addresses(begin: Start) -> np.ndarray:
     return begin.buried + len(begin.rank) - begin.rank
 
 
-@compiled()
-def _row_of_each(links, address):
-    """The address of every read's row."""
-    found = np.empty(len(links), np.int64)
+def row_depths(links: np.ndarray, begin: Start, stays: np.ndarray) -> np.ndarray:
+    """Depth in blocks of every event of a stream, int64; of a STORE, which reads nothing, 0.
+
+    Args:
+        links: int32 [events], as those of `RowReads`, but they may link to a STORE, too.
+        stays: bool [events]; whether the block of an event lies on the stack after it.
+    """
+    words, above = axis_of(stays)
+    untouched, untouched_above = axis_of(np.full(len(begin.rank), True))
+    tallies, none = np.zeros((4, BINS), np.int64), np.empty(0, np.int64)
+    depths = np.zeros(len(links), np.int64)
+    _price(
+        links, begin.rank, begin.buried, none, none, words, above, int(np.count_nonzero(stays)), untouched,
+        untouched_above, len(links), 1, 0, tallies[:2], tallies[2:], np.zeros(1, np.int64), depths, False,
+    )  # fmt: skip
+    return depths
+
+
+@compiled(nogil=True)
+def place_of_each(links):
+    """The row of every read, int32, as its place among the distinct rows."""
+    places = np.empty(len(links), np.int32)
     for read in range(len(links)):
-        found[read] = address[-1 - links[read]] if links[read] < 0 else found[links[read]]
-    return found
+        link = links[read]
+        places[read] = -1 - link if link < 0 else places[link]
+    return places
 
 
 @compiled()
@@ -220,6 +242,18 @@ def cumulative_price(n):
 
 
 @compiled()
+def row_price(deepest, row_bytes):
+    """Sum of ceil(sqrt(i)) over the bytes i of a row whose last one lies at `deepest`."""
+    root = _ceil_root(deepest)
+    shallower = (root - 1) * (root - 1) - (deepest - row_bytes)  # bytes that cost less than the last one
+    if shallower <= 0:
+        return row_bytes * root
+    if shallower <= 2 * root - 3:  # by one: the closed form would leave 64 bits at 10^12 bytes
+        return row_bytes * root - shallower
+    return cumulative_price(deepest) - cumulative_price(deepest - row_bytes)
+
+
+@compiled()
 def _ceil_root(n):
     """The least m with m*m >= n; the floating-point root is at most one off below 2^52."""
     m = np.int64(np.sqrt(np.float64(n)))
@@ -243,7 +277,7 @@ def _bin(n):
 @compiled(nogil=True)
 def _price(
     links, rank, buried, address, known, words, above, ahead, untouched, untouched_above,
-    step_reads, row_bytes, between_steps, on_top, reads, cost, steps, depths, fixed,
+    step_reads, row_bytes, between_steps, reads, cost, steps, depths, fixed,
 ):  # fmt: skip
     """Price every read into the tallies. `address`, of each distinct row, and `known`, the depth of each read in rows,
     are empty where the stack says them. `ahead` counts the taken slots from the read in hand on, which is to come.
@@ -260,6 +294,9 @@ def _price(
         if read - step_begins == step_reads:
             step, step_begins = step + 1, read
         link = links[read]
+        if link == STORE:
+            live, ahead = live + 1, ahead - 1
+            continue
         if link < 0:
             place = -1 - link
             if len(address):
@@ -285,19 +322,11 @@ def _price(
         stays = np.int64((words[read >> 6] >> np.uint64(read & 63)) & one)
         live, ahead = live + stays, ahead - stays
         deepest = rows * row_bytes
-        if len(known):  # fixed places, or a single step
-            below = not on_top and (link < 0 or fixed)
-        elif len(address) and link < 0:
-            below = not on_top
-        else:
-            below = link < step_begins and not (on_top and step == 0)
+        below = (link < 0 or fixed) if len(known) else link < step_begins  # known: fixed places, or a single step
         if below:
             deepest += between_steps
-        root = _ceil_root(deepest)
-        price = row_bytes * root
-        by_value += price
-        if (root - 1) * (root - 1) > deepest - row_bytes:  # the bytes of the row do not all cost the same
-            price = cumulative_price(deepest) - cumulative_price(deepest - row_bytes)
+        by_value += row_bytes * _ceil_root(deepest)
+        price = row_price(deepest, row_bytes)
         steps[step] += price
         later, b = np.int64(link >= 0), _bin(deepest)
         reads[later, b] += 1

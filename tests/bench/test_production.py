@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("numba", reason="row prices are compiled: pip install numba")
 
 from bench import production
+from bench.instruments.claim import classify
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows import cases as row_cases
 from bench.rows import figures as row_figures
 from bench.rows import table as row_table
 from bench.rows.cases import Case, plan_of, price_case, read_rows, source
-from bench.rows.table import crossing_of
-from bench.rows.whole_model import MODELS, WholeModel, step_price
+from bench.rows.table import TEXT, crossing_of
+from bench.rows.whole_model import AROUND, MODELS, WholeModel, step_price
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 from engram_toy.tracer.stack import cumulative_price, read_price
@@ -30,14 +31,17 @@ SCHEMA = json.loads((Path(production.__file__).parent / "schemas/production.sche
 @pytest.fixture(scope="module")
 def results():
     """Every part, on a few hundred tokens of the demo's table, and of the 4B model's."""
-    cases = [Case("scale", "demo", stream, TOKENS) for stream in (production.TEXT, "zipf")]
+    cases = [Case("scale", "demo", stream, TOKENS) for stream in (TEXT, "zipf")]
     cases += [Case("hot", "demo", tokens=2 * TOKENS, values=(0.0, 0.00001, 0.1))]
-    cases += [Case("place", "demo", tokens=TOKENS, values=(1e6, 1e9))]
     cases += [
-        Case("whole_model", "dense-4b", stream, TOKENS, mode, tokens)
+        Case("place", "demo", tokens=TOKENS, values=(1e6, 1e9, 1e11), prefetch=copies) for copies in (False, True)
+    ]
+    cases += [
+        Case("whole_model", table, stream, 8 * TOKENS, mode, tokens, prefetch=mode == "decode" and stream == TEXT)
+        for table in AROUND
         for mode in ("decode", "prefill")
-        for stream in (production.TEXT, "uniform")
-        for tokens in (1, 64, 512)
+        for stream in (TEXT, "uniform")
+        for tokens in (1, 128)
     ]
     return {
         "schema_version": production.SCHEMA_VERSION,
@@ -59,7 +63,7 @@ def rows_of(reads) -> list[int]:
 
 @pytest.mark.parametrize("preset", ["demo", "v41-flash"])
 def test_the_stream_is_the_twins(preset):
-    config, ids = EngramConfig.preset(preset), source(production.TEXT, 60).ids
+    config, ids = EngramConfig.preset(preset), source(TEXT, 60).ids
     plan = plan_of(config)
     twin = hashing.NgramHasher(json.loads(plan.to_json()))
     layers = [twin(ids.tolist(), layer_id) for layer_id in config.layer_ids]
@@ -68,18 +72,16 @@ def test_the_stream_is_the_twins(preset):
     assert rows_of(read_rows(ids, config)) == expected
 
 
-def test_decoding_reads_every_text_by_itself():
-    """A step of B tokens reads the next token of B texts; what is left over is left out."""
-    config, ids = EngramConfig.preset("demo"), source(production.TEXT, 62).ids
-    stepped = rows_of(read_rows(ids, config, "decode", 4))
-    alone = [rows_of(read_rows(ids[15 * b : 15 * (b + 1)], config)) for b in range(4)]
+def test_decoding_reads_every_part_in_turn():
+    """A step of B tokens reads the next token of B parts of one text, hashed as one; what is left over is left out."""
+    config, ids = EngramConfig.preset("demo"), source(TEXT, 62).ids
     layers, columns = len(config.layer_ids), config.columns
-    blocks = np.array(stepped).reshape(15, layers, 4, columns)
-    for b in range(4):
-        assert blocks[:, :, b].ravel().tolist() == alone[b]
-    prefilled = np.array(rows_of(read_rows(ids[:60], config, "prefill", 4))).reshape(15, layers, 4, columns)
-    whole = np.array(rows_of(read_rows(ids[:60], config))).reshape(15, 4, layers, columns)
-    assert (prefilled == whole.transpose(0, 2, 1, 3)).all()
+    whole = np.array(rows_of(read_rows(ids[:60], config))).reshape(60, layers, columns)
+    stepped = np.array(rows_of(read_rows(ids, config, "decode", 4))).reshape(15, layers, 4, columns)
+    for part in range(4):
+        assert (stepped[:, :, part] == whole[15 * part : 15 * (part + 1)]).all()
+    prefilled = np.array(rows_of(read_rows(ids, config, "prefill", 4))).reshape(15, layers, 4, columns)
+    assert (prefilled == whole.reshape(15, 4, layers, columns).transpose(0, 2, 1, 3)).all()
 
 
 def test_records_fit_the_schema(results):
@@ -96,12 +98,47 @@ def test_tables_and_figures(results, tmp_path):
     record = row_table.one(results, part="scale", stream="zipf", layout="compacted")
     assert f"{record['price'] / record['tokens']:,.0f}" in text
     assert sum(record["first_reads_by_order"].values()) == record["distinct_rows"]
-    # The figures ask for every table and model; here, let all bear the demo's and the 4B model's numbers.
-    same = {"scale": row_figures.TABLE_COLOURS, "hot": row_figures.TABLE_COLOURS, "place": row_figures.TABLE_COLOURS}
-    same["whole_model"] = row_figures.MODEL_COLOURS
-    records = [{**r, "table": name} for r in results["records"] for name in same[r["part"]]]
+    # The figures ask for every table; here, let all bear the demo's numbers.
+    tables = {"scale": row_figures.TABLE_COLOURS, "hot": row_figures.TABLE_COLOURS, "place": row_figures.TABLE_COLOURS}
+    records = [{**r, "table": name} for r in results["records"] for name in tables.get(r["part"], [r["table"]])]
     drawn = row_figures.draw_all({**results, "records": records}, tmp_path)
     assert [path.stat().st_size > 5000 for path in drawn] == [True] * 4
+
+
+def test_tables_say_what_the_records_hold(results):
+    """Every column of the whole model's tables, worked out again from one record."""
+    wanted = dict(part="whole_model", table="dense-4b", mode="decode", stream=TEXT, layout="compacted", context=0)
+    r = row_table.one(results, tokens_per_step=128, **wanted)
+    weights = r["steps"] * r["weights_step_price"]
+    copied = max(r["prefetch_stands"], r["prefetch_one_use"])
+    engram = r["steps"] * (r["engram_weights_step_price"] + r["buried_step_price"])
+    line = next(x for x in row_table.complete_table(results, 128).splitlines() if "Dense-4B" in x and "compacted" in x)
+    numbers = [r["pinned"], r["offload_naive"], copied, r["steps"] * r["engram_weights_step_price"]]
+    numbers += [r["steps"] * r["buried_step_price"], copied + engram]
+    assert line.split()[-7:] == [*(f"{100 * n / weights:.2g}" for n in numbers), "yes"]
+    line = next(x for x in row_table.baseline_table(results, 128).splitlines() if "Dense-4B" in x and "compacted" in x)
+    rest = weights + engram
+    said = [f"{copied / r['pinned']:.3g}", f"{(copied + rest) / (r['pinned'] + rest):.5f}"]
+    assert [line.split()[i] for i in (2, 4)] == said and line.split()[5] == "WIN"
+    assert line.split()[3] == classify(copied / r["pinned"], None).label == "LOSS"
+    half = r["second_half"]["offload_naive"] / (r["second_half"]["steps"] * r["weights_step_price"])
+    steady = row_table.steady_table(results, 128).splitlines()
+    line = next(x for x in steady if "Dense-4B" in x and "decode" in x and "compacted" in x)
+    assert line.split()[-3:] == [f"{100 * half:.2g}", "%", f"{half / (r['offload_naive'] / weights):.2f}"]
+    place = row_table.one(results, part="place", prefetch=True, layout="held live", padding_bytes=10**9)
+    change = 100 * (place["prefetch_stands"] / place["offload_naive"] - 1)
+    assert f"{change:+.2f} %" in row_table.copies_table(results)
+
+
+def test_the_rule_of_place_is_bytes_above_against_bytes_of_the_table(results):
+    """The factor follows the quotient: as large where a hundredth of the bytes lies above a hundredth of a table."""
+    held, compacted = (
+        {r["padding_bytes"]: r for r in row_table.select(results, part="place", prefetch=False, layout=layout)}
+        for layout in ("held live", "compacted")
+    )
+    assert held[10**9]["live_bytes"] > 500 * compacted[10**6]["live_bytes"]
+    ratios = [row_table.placed(r) for r in (held[10**9], compacted[10**6], held[10**11], compacted[10**9])]
+    assert ratios[0] < 2 and ratios[1] < 2 and ratios[2] > 5 and ratios[3] > 5
 
 
 def test_hot_tier(results):
@@ -114,11 +151,32 @@ def test_hot_tier(results):
 
 
 def test_whole_model_shares_grow_with_the_step(results):
-    for mode in ("decode", "prefill"):
-        line = row_table.select(results, part="whole_model", mode=mode, layout="held live", stream="uniform")
+    for line in row_table.lines(results):
         shares = [row_table.row_share(r) for r in line]
-        assert shares == sorted(shares) and shares[0] > 0
-        assert all(r["resident"] <= r["offload_naive"] for r in line)
+        if line[0]["experts"] != "expected":  # at first the union of experts grows faster than the tokens
+            assert shares == sorted(shares) and shares[0] > 0
+        assert all(r["pinned"] < r["offload_naive"] for r in line)
+
+
+def test_models_around_one_table_read_the_same_rows():
+    """What lets them share a stream: the paper's table beside either width of a model."""
+    for names in AROUND.values():
+        tables = [MODELS[name].table for name in names]
+        assert len({(plan_of(t).layers, t.row_bytes(), t.columns) for t in tables}) == 1
+
+
+def test_experts_lie_between_the_two_extremes():
+    """The expected union: one token's at one token, all of them in the end, and each token adds less than the last."""
+    model = MODELS["v41-flash"]
+    for mode in ("decode", "prefill"):
+        found = []
+        for tokens in (1, 8, 64, 512, 4096):
+            one, union, every = (around.read_bytes for around in model.surroundings(mode, tokens))
+            assert one <= union < every == model.all_bytes
+            found.append(union)
+        assert found == sorted(found) and found[-1] > 0.9 * model.all_bytes
+    assert model.surroundings("decode", 1)[1].read_bytes == model.decode_bytes
+    assert {around.live_bytes for around in model.surroundings("decode", 9)} == {model.all_bytes}
 
 
 def test_step_price_is_that_of_a_cycle():
@@ -149,7 +207,7 @@ def test_crossing():
 
 def test_nothing_is_rewritten_or_priced_twice(results, tmp_path, monkeypatch):
     """A second run finds every case in the journal, and a file that says the same is left alone."""
-    cases = [Case("scale", "demo", production.TEXT, 64)]
+    cases = [Case("scale", "demo", TEXT, 64)]
     monkeypatch.setattr(production, "in_parallel", lambda function, jobs, n: enumerate(map(function, jobs)))
     first = production.price_all(cases, tmp_path / "j", 1)
     monkeypatch.setattr(production, "in_parallel", lambda function, jobs, n: iter([1 / 0 for _ in jobs]))
@@ -159,7 +217,7 @@ def test_nothing_is_rewritten_or_priced_twice(results, tmp_path, monkeypatch):
     assert not write_unless_same(tmp_path / "r.json", {**results, "git": {}}, "records")
     assert (tmp_path / "r.json").read_bytes() == before
     with pytest.raises(ZeroDivisionError):  # another length is another case
-        production.price_all([Case("scale", "demo", production.TEXT, 65)], tmp_path / "j", 1)
+        production.price_all([Case("scale", "demo", TEXT, 65)], tmp_path / "j", 1)
 
 
 def test_bad_streams_are_refused(monkeypatch):
@@ -167,4 +225,4 @@ def test_bad_streams_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="does not end"):
         source("uniform", None)
     with pytest.raises(ValueError, match="need a longer text"):
-        source(production.TEXT, 10**9)
+        source(TEXT, 10**9)
