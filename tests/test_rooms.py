@@ -64,8 +64,9 @@ BENCH = {
     "price": "instruments setup",
     "sweeps": "instruments setup price",
     "rows": "instruments setup price",
+    "energy": "instruments setup rows",
     "gpu": "instruments setup",
-    "evidence": "instruments setup wall served rivals price sweeps rows",
+    "evidence": "instruments setup wall served rivals price sweeps rows energy",
     "site": "instruments price rows evidence",
 }
 
