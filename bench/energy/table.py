@@ -81,7 +81,7 @@ def reuse_table(results: Record) -> str:
 
 
 def _range(found: tuple[float | None, float | None]) -> str:
-    first, last = ("never" if at is None else "below 1" if at < 1 else f"{_digits(at)}" for at in found)
+    first, last = ("beyond" if at is None else "below 1" if at < 1 else f"{_digits(at)}" for at in found)
     return first if first == last else f"{first}–{last}"
 
 

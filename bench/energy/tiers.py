@@ -1,7 +1,8 @@
 """What a row costs by where it comes from: published energies, as ranges, times the bytes or the pages that move.
 
-    step = step_energy(TIERS["NVMe SSD, random"], fetched=8192, read=8192, row_bytes=160)   # joules, (least, most)
-    crossing(...)                                            # tokens a step at which rows reach 3 % of the weights
+    hbm, *others = tiers(published)                            # from a function that gives a published range by its id
+    rows_energy(others[-1], hbm, fetched=8192, read=8192, row_bytes=160)    # joules of a step, (least, most)
+    crossings(...)                                   # tokens a step at which rows reach 3 % of the weights' energy
 
 The weights of a step come from HBM, each once. A row that has been fetched already, where that is counted, is read
 again from HBM. These are sums of figures that others published of devices and links, of different years and
@@ -10,6 +11,7 @@ boundaries: an estimate of orders of magnitude, and no measurement.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +100,8 @@ def crossings(
 
     Returns:
         The earliest is where the tier is at its dearest and HBM at its cheapest; for HBM itself both are one medium, so
-        that its figure cancels. None where the last size is passed by a factor of a thousand without a crossing.
+        that its figure cancels. None where it lies beyond a thousand times the last size. Beyond the last size the
+        share is held, and really falls, so that a crossing there comes later than said.
     """
     found = []
     for end in (1, 0):  # dearest tier, then cheapest
@@ -118,7 +121,7 @@ def _between(shares: dict[int, float], tokens: float) -> float:
     sizes = sorted(shares)
     if tokens <= sizes[0]:
         return shares[sizes[0]]
-    for a, b in zip(sizes, sizes[1:]):
+    for a, b in itertools.pairwise(sizes):
         if tokens <= b:
             part = math.log(tokens / a) / math.log(b / a)
             return shares[a] + part * (shares[b] - shares[a])
