@@ -17,14 +17,14 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.energy.step_reads import LEAST_STEPS, count_steps
-from bench.energy.table import SHOWN, crossing_table, reuse_table, step_table, table_of
+from bench.energy.step_reads import count_steps
+from bench.energy.table import crossing_table, reuse_table, step_table
 from bench.evidence.published import energy_tiers
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
-from bench.rows.cases import plan_of, source
-from bench.rows.whole_model import MODELS
+from bench.rows.cases import LEAST_STEPS, source
+from bench.rows.whole_model import AROUND, MODELS
 from engram_ref import cli
 
 PROG = "energy_by_tier"
@@ -38,12 +38,12 @@ def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:
     """Digest of the text, and counts of both tables at every step size that the text has enough steps of."""
     text = source("python-stdlib", tokens)
     found = []
-    for table in dict.fromkeys(table_of(model) for model in SHOWN):
-        config = next(MODELS[model].table for model in SHOWN if table_of(model) == table)
+    for table, models in AROUND.items():
+        config = MODELS[models[0]].table
         for step in STEPS:
             if tokens >= LEAST_STEPS * step:
                 print(f"{table}, {step:,} tokens a step", file=sys.stderr, flush=True)
-                found.append({"table": table, **count_steps(text.ids, config, plan_of(config), step)})
+                found.append({"table": table, **count_steps(text.ids, config, step)})
     return text.sha256, found
 
 

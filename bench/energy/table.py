@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from bench.energy.tiers import PAGE, Range, Tier, crossings, pages_per_row, rows_energy, weights_energy
 from bench.instruments.words import aligned
-from bench.rows.whole_model import MODELS
+from bench.rows.whole_model import AROUND, MODELS, shown
 
-SHOWN = ("dense-4b", "dense-8b", "v41-flash", "v41-flash-all")
+# Models, and whose experts a step reads.
+SHOWN = (("dense-4b", ""), ("dense-8b", ""), ("v41-flash", "one"), ("v41-flash", "expected"), ("v41-flash", "all"))
 REUSE = {"each read": "reads", "once a step": "distinct_in_step", "never again": "first_ever"}
 
 Record = dict[str, Any]
@@ -23,17 +25,23 @@ def shares(results: Record, table: str, key: str) -> dict[int, float]:
 
 
 def table_of(model: str) -> str:
-    """The counts that a model's table has: the paper's, or V4.1's."""
-    return "v41-flash" if model.startswith("v41-flash") else "paper-100b"
+    """The table beside a model, by the name that its counts have."""
+    return next(table for table, models in AROUND.items() if model in models)
+
+
+def weight_bytes(model: str, experts: str, tokens: float) -> int:
+    """Bytes of weights that a decode step of so many tokens reads; keys and values are left out."""
+    around = MODELS[model].surroundings("decode", max(1, round(tokens)))
+    return next(a.read_bytes for a in around if (a.experts, a.context) == (experts, 0))
 
 
 def crossing_table(results: Record, tiers: list[Tier]) -> str:
     """Tokens a step at which rows reach 3 % of the weights' energy, a line per model and reuse, a column per tier."""
     rows = [["model", "a row is fetched", *(tier.name for tier in tiers)]]
-    for model in SHOWN:
+    for model, experts in SHOWN:
         for name, key in REUSE.items():
-            cells = [_range(crossing(results, tiers, tier, model, key)) for tier in tiers]
-            rows.append([MODELS[model].name, name, *cells])
+            cells = [_range(crossing(results, tiers, tier, model, experts, key)) for tier in tiers]
+            rows.append([shown(model, experts), name, *cells])
     return aligned(rows, left={0, 1})
 
 
@@ -41,21 +49,21 @@ def crossing(results: Record, tiers: list[Tier], tier: Tier, model: str, key: st
     """Earliest and latest crossing of a model whose rows come from a tier."""
     shape = MODELS[model].table
     fetched = shares(results, table_of(model), key)
-    args = (MODELS[model].decode_bytes, shape.row_bytes(), shape.rows_per_token(), fetched)
-    return crossings(tier, tiers[0], *args)
+    weights = partial(weight_bytes, model, experts)
+    return crossings(tier, tiers[0], weights, shape.row_bytes(), shape.rows_per_token(), fetched)
 
 
 def step_table(results: Record, tiers: list[Tier], tokens: int) -> str:
     """Energy of the rows of one step as a share of its weights', and the bytes that move, every read fetched."""
     head = ["model", "weights", "rows asked for", "as 4 KiB pages", "moved per byte", *(tier.name for tier in tiers)]
     rows = [head]
-    for model in SHOWN:
-        shape, nbytes = MODELS[model].table, MODELS[model].decode_bytes
+    for model, experts in SHOWN:
+        shape, nbytes = MODELS[model].table, weight_bytes(model, experts, tokens)
         reads = tokens * shape.rows_per_token()
         asked, moved = reads * shape.row_bytes(), reads * pages_per_row(shape.row_bytes()) * PAGE
         cells = [_share(tier, tiers[0], reads, shape.row_bytes(), nbytes) for tier in tiers]
         sizes = f"{nbytes / 1e9:.2f} GB", f"{asked / 1e6:.2f} MB", f"{moved / 1e6:.1f} MB", f"{moved / asked:.1f}"
-        rows.append([MODELS[model].name, *sizes, *cells])
+        rows.append([shown(model, experts), *sizes, *cells])
     return aligned(rows, left={0})
 
 

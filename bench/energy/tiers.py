@@ -90,11 +90,17 @@ def rows_energy(tier: Tier, hbm: Tier, fetched: float, read: float, row_bytes: i
 
 
 def crossings(
-    tier: Tier, hbm: Tier, weight_bytes: int, row_bytes: int, rows_per_token: int, fetched: dict[int, float]
+    tier: Tier,
+    hbm: Tier,
+    weight_bytes: Callable[[float], int],
+    row_bytes: int,
+    rows_per_token: int,
+    fetched: dict[int, float],
 ) -> tuple[float | None, float | None]:
     """Tokens a step at which the rows reach 3 % of the weights' energy: at the earliest, and at the latest.
 
     Args:
+        weight_bytes: tokens a step -> bytes of weights that it reads.
         fetched: tokens a step -> share of the row reads that are fetched from the tier, ascending. Between two sizes
             the share is a straight line in the logarithm of the size, below the first and above the last it is theirs.
 
@@ -106,14 +112,14 @@ def crossings(
     found = []
     for end in (1, 0):  # dearest tier, then cheapest
         near = hbm.per_bit[end] if tier == hbm else hbm.per_bit[1 - end]
-        budget = WALL_TIME_CLAIM * 8 * weight_bytes * near * _PICO
-        near_row, far_row = 8 * row_bytes * near * _PICO, tier.row(row_bytes)[end]
+        bit, far_row = near * _PICO, tier.row(row_bytes)[end]
 
-        def spent(tokens: float, near_row: float = near_row, far_row: float = far_row) -> float:
-            share = _between(fetched, tokens)
-            return tokens * rows_per_token * (share * far_row + (1 - share) * near_row)
+        def share(tokens: float, bit: float = bit, far_row: float = far_row) -> float:
+            fetch = _between(fetched, tokens)
+            rows = tokens * rows_per_token * (fetch * far_row + (1 - fetch) * 8 * row_bytes * bit)
+            return rows / (8 * weight_bytes(tokens) * bit)
 
-        found.append(_first_above(spent, budget, 1000.0 * max(fetched)))
+        found.append(first_crossing(share, WALL_TIME_CLAIM, 1000.0 * max(fetched)))
     return found[0], found[1]
 
 
@@ -128,12 +134,14 @@ def _between(shares: dict[int, float], tokens: float) -> float:
     return shares[sizes[-1]]
 
 
-def _first_above(spent: Callable[[float], float], budget: float, most: float) -> float | None:
-    """Where a growing function reaches the budget, by halving; None if that is beyond `most`, 0 below one token."""
-    low, high = 0.0, most
-    if spent(high) < budget:
-        return None
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent(middle) >= budget else (middle, high)
-    return high
+def first_crossing(share: Callable[[float], float], level: float, most: float) -> float | None:
+    """The first size at which a share reaches the level, to a thousandth; None if that is beyond `most`.
+
+    The share need not grow throughout: at small steps the experts that are read grow faster than the rows.
+    """
+    size, grow = 0.5, 1.001
+    while size <= most:
+        if share(size) >= level:
+            return size
+        size *= grow
+    return None

@@ -63,7 +63,7 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
     reads = link(rows, plan, 1)
     prices = {layout: price_rows(reads, start(reads, held), config.row_bytes()) for layout, held in LAYOUTS.items()}
     dealt = link(rows[:, deal_order(len(ids), STEP)], plan, STEP)
-    nbytes = MODELS[WEIGHED[name]].decode_bytes
+    nbytes = _weights(WEIGHED[name])
     weights = len(dealt.links) // dealt.step_reads * step_price(nbytes, MODELS[WEIGHED[name]].blocks)
     share = price_rows(dealt, start(dealt, True), config.row_bytes(), between_steps=nbytes).total / weights
     number = np.arange(len(dealt.links), dtype=np.int64)
@@ -78,6 +78,12 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
         "distinct_in_step": int((dealt.links < number // dealt.step_reads * dealt.step_reads).sum()),
         "step_price_share": share,
     }
+
+
+def _weights(model: str) -> int:
+    """Bytes of weights that a decode step reads; of experts, the expected union."""
+    around = MODELS[model].surroundings("decode", STEP)
+    return next(a.read_bytes for a in around if a.experts in ("", "expected") and not a.context)
 
 
 def _rows(ids: np.ndarray, plan: HashPlan) -> np.ndarray:
