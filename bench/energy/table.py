@@ -45,7 +45,9 @@ def crossing_table(results: Record, tiers: list[Tier]) -> str:
     return aligned(rows, left={0, 1})
 
 
-def crossing(results: Record, tiers: list[Tier], tier: Tier, model: str, key: str) -> tuple[float | None, float | None]:
+def crossing(
+    results: Record, tiers: list[Tier], tier: Tier, model: str, experts: str, key: str
+) -> tuple[float | None, float | None]:
     """Earliest and latest crossing of a model whose rows come from a tier."""
     shape = MODELS[model].table
     fetched = shares(results, table_of(model), key)
