@@ -10,6 +10,7 @@ Packages come from PyPI, npm and Debian by their ordinary clients, into a folder
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bench.rows.other_texts_table import texts_table
 from bench.rows.whole_model import MODELS
 from bench.setup.corpora import CORPORA, fetched, first_characters
 from bench.setup.encoding import encode_texts
+from bench.setup.parallel import in_parallel
 from bench.setup.streams import random_source
 from bench.setup.token_batches import standard_library
 from engram_ref import cli
@@ -45,13 +47,13 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/other_texts"), metavar="DIR", help="results.json goes here")
     add("--only", nargs="+", choices=[OWN, *CORPORA], default=[OWN, *CORPORA], metavar="NAME", help="some of the texts")
+    cores = os.cpu_count() or 1
+    add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
-        vocab = CompressedVocab.from_tokenizer(None)
-        models = {table: MODELS[model].table for table, model in WEIGHED.items()}
-        plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}
-        records = [record for name in options.only for record in measure(name, vocab, plans)]
+        found = dict(in_parallel(measure, options.only, options.jobs))
+        records = [record for place in sorted(found) for record in found[place]]
         results = {
             "schema_version": SCHEMA_VERSION,
             "benchmark": PROG,
@@ -67,9 +69,12 @@ def main() -> None:
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
 
 
-def measure(name: str, vocab: CompressedVocab, plans: Any) -> list[dict[str, Any]]:
+def measure(name: str) -> list[dict[str, Any]]:
     """The records of one text: of the own one, three with its controls."""
     print(name, file=sys.stderr, flush=True)
+    vocab = CompressedVocab.from_tokenizer(None)
+    models = {table: MODELS[model].table for table, model in WEIGHED.items()}
+    plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}
     if name == OWN:
         corpus = standard_library(vocab, None, 1 << 20)
         ids = corpus.ids[:TOKENS]

@@ -135,13 +135,17 @@ def _between(shares: dict[int, float], tokens: float) -> float:
 
 
 def first_crossing(share: Callable[[float], float], level: float, most: float) -> float | None:
-    """The first size at which a share reaches the level, to a thousandth; None if that is beyond `most`.
+    """The first size at which a share reaches the level; None if that is beyond `most`.
 
-    The share need not grow throughout: at small steps the experts that are read grow faster than the rows.
+    The share need not grow throughout: at small steps the experts that are read grow faster than the rows. So sizes are
+    tried from the smallest on, a twentieth apart, and the first interval that holds a crossing is halved.
     """
-    size, grow = 0.5, 1.001
-    while size <= most:
-        if share(size) >= level:
-            return size
-        size *= grow
-    return None
+    low, high = 0.0, 0.5
+    while share(high) < level:
+        low, high = high, 1.05 * high
+        if low > most:
+            return None
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if share(middle) >= level else (middle, high)
+    return high

@@ -33,8 +33,11 @@ def seen_before(ids: np.ndarray, order: int) -> float:
     """Share of the n-grams of a text that stood in it before."""
     if len(ids) < order:
         return 0.0
-    windows = np.lib.stride_tricks.sliding_window_view(ids, order)
-    return 1 - len(np.unique(windows, axis=0)) / len(windows)
+    grams = ids
+    for length in range(2, order + 1):  # an n-gram is the number of the one before it, and its last token
+        _, number = np.unique(grams, return_inverse=True)
+        grams = number[: len(ids) - length + 1] * (int(ids.max()) + 1) + ids[length - 1 :]
+    return 1 - len(np.unique(grams)) / len(grams)
 
 
 def shuffled(ids: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST_CHARACTERS = 4_000_000  # of a text: more tells nothing else
+MOST_CHARACTERS = 1_500_000  # of a text: some hundred thousand tokens
 _SECONDS = 600
 
 
