@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
-from bench.evidence import price, published, stress
+from bench.evidence import price, published, ranges, stress
 from bench.evidence import wall_time as end_to_end_explained
 from bench.evidence.committed import Evidence
 from bench.evidence.from_code import published_forms, what_fits, worked_example
@@ -33,6 +33,7 @@ from bench.instruments.results import atomic_path
 from bench.price import figures
 from bench.price.table import verdict_table
 from bench.rows import figures as row_figures
+from bench.rows import map_figure
 from bench.served import figures as end_to_end_figures
 from bench.site import data
 from bench.site.commands import command_table
@@ -95,6 +96,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "schemas": schema_tables,
     "file_tree": file_tree,
     **price.blocks(Evidence(RESULTS)),
+    **ranges.blocks(Evidence(RESULTS)),
     "stress": lambda: as_text(load("stress"), stress.report(load("stress"))),
     "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
@@ -102,6 +104,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 VALUES: dict[str, Callable[[], str]] = {
     **published.VALUES,
     **price.values(Evidence(RESULTS)),
+    **ranges.values(Evidence(RESULTS)),
     "threshold.strong": lambda: f"{STRONG_BELOW:g}",
     "threshold.win": lambda: f"{WIN_UP_TO:g}",
     "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
@@ -118,6 +121,7 @@ DRAWN = {
     "bytedmd_toy": figures.draw_all,
     "bytedmd_sweeps": sweep_figures.draw_all,
     "production": row_figures.draw_all,
+    "verdict_map": map_figure.draw_all,
     "gpu_wall_cpu": wall_figures.draw_all,
     "end_to_end_cpu": end_to_end_figures.draw_all,
 }

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MOST_CHARACTERS = 1_500_000  # of a text: some hundred thousand tokens
 _SECONDS = 600
@@ -119,11 +120,13 @@ def _stdlib_data(pattern: str) -> Callable[[Path], list[str]]:
     return read
 
 
-def _text_of(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    texts = [_text_of(part) for part in (value.values() if isinstance(value, dict) else value)]  # type: ignore[attr-defined]
-    return max(texts, key=len, default="") if isinstance(value, dict) else "\n".join(texts)
+def _text_of(value: Any) -> str:
+    """A string as it is, the strings of a list a line each, of an object its longest; numbers are no text."""
+    if isinstance(value, dict):
+        return max((_text_of(part) for part in value.values()), key=len, default="")
+    if isinstance(value, list):
+        return "\n".join(_text_of(part) for part in value)
+    return value if isinstance(value, str) else ""
 
 
 def conversations(text: str) -> list[str]:
