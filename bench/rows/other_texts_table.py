@@ -66,7 +66,7 @@ def texts_table(results: Record) -> str:
                 *(r["text"], f"{r['tokens']:,}", *grams, f"{100 * rows_seen(r, table):.1f}"),
                 *(f"{per_byte(r, table, layout):,.0f}" for layout in ("held live", "compacted")),
                 *(f"{100 * share:.1f}" for share in shares),
-                f"{100 * r['tables'][table]['step_price_share']:.2f}",
+                f"{100 * r['tables'][table]['step_price_share']:.2g}",
             ]
         )
     return aligned(rows, left={0}) + f"\n\n{_LEGEND}"
