@@ -46,7 +46,7 @@ findings: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/findings.py $(if $(QUICK),--quick)
 
 corpora: $(VENV)/stamp-fast,plot,ref
-	$(BIN)/python bench/other_texts.py
+	$(BIN)/python bench/how_far.py other_texts
 
 speed: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/hashing_speed.py

@@ -60,8 +60,9 @@ class Step:
 
 
 def _single(name: str) -> Step:
-    """A command with one results file of its name."""
-    return Step(name, (f"{name}.py",), {"results.json": name}, remembers=False, code=f"bench.{name}")
+    """A run of `bench/how_far.py`."""
+    command = ("how_far.py", name)
+    return Step(name, command, {"results.json": name}, remembers=False, code=f"bench.ranges.{name}")
 
 
 STEPS = (

@@ -67,6 +67,7 @@ BENCH = {
     "energy": "instruments setup rows",
     "gpu": "instruments setup",
     "evidence": "instruments setup wall served rivals price sweeps rows energy",
+    "ranges": "instruments setup price sweeps rows energy evidence",
     "site": "instruments price rows evidence",
 }
 

@@ -1,4 +1,4 @@
-"""Tables of `bench/energy_by_tier.py`'s results: energies and crossings are computed here, from counts and figures."""
+"""Tables of `bench/how_far.py energy_by_tier`'s results: energies and crossings are computed here, from counts and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figure of `bench/verdict_map.py`'s results: where each class holds, and where the published models stand.
+"""The figure of `bench/how_far.py verdict_map`'s results: where each class holds, and where the published models stand.
 
 python -m bench.rows.map_figure out/verdict_map/results.json     draw it, beside it
 """

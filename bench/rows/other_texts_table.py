@@ -1,4 +1,4 @@
-"""Tables of `bench/other_texts.py`'s results: a line per text, and the range over all real ones."""
+"""Tables of `bench/how_far.py other_texts`'s results: a line per text, and the range over all real ones."""
 
 from __future__ import annotations
 

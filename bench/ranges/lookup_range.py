@@ -1,7 +1,7 @@
 """How far the class of the lookup alone can be moved: by how the lookup ends, and by what buries the table.
 
-    python bench/lookup_range.py            some minutes; writes out/lookup_range/results.json, prints two tables
-    python bench/lookup_range.py --quick    a small version in seconds
+    python bench/how_far.py lookup_range            some minutes; writes out/lookup_range/results.json, prints two tables
+    python bench/how_far.py lookup_range --quick    a small version in seconds
 
 Five toys (`bench.sweeps.lookup_range.toys`), five endings (`engram_toy.models.endings`), paddings of none to 10^7.
 Prices are exact, and the same on every machine.
@@ -14,9 +14,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import printed_anyway, require_writable
@@ -49,15 +46,15 @@ def price(work: Work) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return price_toy(toy, plan, stream, SEED)
 
 
-def main() -> None:
-    """The command."""
+def main(argv: list[str]) -> None:
+    """The run."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/lookup_range"), metavar="DIR", help="results.json goes here")
     cores = os.cpu_count() or 1
     add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
     add("--quick", action="store_true", help=f"small: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     sizes = QUICK if options.quick else FULL
     with cli.one_line_errors(PROG):
         require_writable(options.out)
@@ -80,7 +77,3 @@ def main() -> None:
         with printed_anyway(lambda: f"{endings_table(results, {})}\n\n{depth_table(results)}"):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)

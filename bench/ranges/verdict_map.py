@@ -1,7 +1,7 @@
 """The map of WIN, INCONCLUSIVE and LOSS, computed: bytes above the table against compute per byte fetched.
 
-    python bench/verdict_map.py            some minutes; writes out/verdict_map/results.json, prints two tables
-    python bench/verdict_map.py --quick    16,384 tokens
+    python bench/how_far.py verdict_map            some minutes; writes out/verdict_map/results.json, prints two tables
+    python bench/how_far.py verdict_map --quick    16,384 tokens
 
 Decode steps of 512 tokens of real text on the paper's table and on V4.1-Flash's; see `bench.rows.verdict_map`.
 """
@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import printed_anyway, require_writable
@@ -28,12 +25,12 @@ STEP = 512  # tokens
 FULL, QUICK = 1 << 18, 1 << 14  # tokens
 
 
-def main() -> None:
-    """The command."""
+def main(argv: list[str]) -> None:
+    """The run."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/verdict_map"), metavar="DIR", help="results.json")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} tokens")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     tokens = QUICK if options.quick else FULL
     with cli.one_line_errors(PROG):
         require_writable(options.out)
@@ -56,7 +53,3 @@ def main() -> None:
         with printed_anyway(lambda: f"{map_table(results)}\n\n{points_table(results)}"):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)
