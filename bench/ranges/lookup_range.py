@@ -1,6 +1,6 @@
 """How far the class of the lookup alone can be moved: by how the lookup ends, and by what buries the table.
 
-    python bench/how_far.py lookup_range            some minutes; writes out/lookup_range/results.json, prints two tables
+    python bench/how_far.py lookup_range            some minutes; writes out/lookup_range/results.json, prints tables
     python bench/how_far.py lookup_range --quick    a small version in seconds
 
 Five toys (`bench.sweeps.lookup_range.toys`), five endings (`engram_toy.models.endings`), paddings of none to 10^7.
