@@ -1,4 +1,4 @@
-"""Tables of the counts of `bench/how_far.py energy_by_tier`: energies and crossings come from them and from figures.
+"""Tables of the counts of `bench/how_far.py energy_by_tier`: energies and crossings come from them and from figures."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def walls(e: Evidence) -> dict[str, float | None]:
     """Extra wall time of the lookup's prefetch of the toys that were timed."""
     found = {}
     for model in ("engram", "kv-bank"):
-        runs = [find_run(e.toy, model, "lookup", name) for name in ("offload_prefetch", "resident")]
-        found[model] = claimed_overhead(*runs, noise_floor(e.toy, model, "lookup"))
+        run, resident = (find_run(e.toy, model, "lookup", name) for name in ("offload_prefetch", "resident"))
+        found[model] = claimed_overhead(run, resident, noise_floor(e.toy, model, "lookup"))
     return found
 
 

@@ -1,6 +1,6 @@
 """Time or energy? What the rows of a decode step cost by the tier they come from, in energies that others published.
 
-    python bench/how_far.py energy_by_tier            some minutes; writes out/energy_by_tier/results.json, prints tables
+    python bench/how_far.py energy_by_tier         some minutes; writes out/energy_by_tier/results.json, prints tables
     python bench/how_far.py energy_by_tier --quick    65,536 tokens
 
 The results hold counts alone: how many rows the steps of real text read, how many of them once a step, how many never

@@ -73,9 +73,9 @@ def measure(name: str) -> list[dict[str, Any]]:
     models = {table: MODELS[model].table for table, model in WEIGHED.items()}
     plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}
     if name == OWN:
-        corpus = standard_library(vocab, None, 1 << 20)
-        ids = corpus.ids[:TOKENS]
-        about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": corpus.sha256}
+        own = standard_library(vocab, None, 1 << 20)
+        ids = own.ids[:TOKENS]
+        about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
         zipf = np.array(random_source("zipf", len(vocab), TOKENS).ids)
         return [
             {"text": name, **about, **_measured(ids, plans)},
