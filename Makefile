@@ -5,6 +5,7 @@
 #   make check   formatter, linter, types, documentation build
 #   make site    the documentation, in site/; open site/index.html
 #   make findings        every result, figure and document of the findings, from nothing; QUICK=1: a small version
+#   make corpora reuse and prices on texts of eight other kinds, downloaded for the run; no part of them is kept
 #   make speed   the benchmarks of hashing, of pricing, and of pricing rows at production scale
 #   make bench-cpu    the hardware benchmark where there is no GPU: RAM against a real file, cold and warm
 #   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
@@ -17,7 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site findings speed bench-cpu end-to-end-cpu bench-layer ranges mutants fuzz clean
+.PHONY: toy test check site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges mutants fuzz clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ site: $(VENV)/stamp-docs
 
 findings: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/findings.py $(if $(QUICK),--quick)
+
+corpora: $(VENV)/stamp-fast,plot,ref
+	$(BIN)/python bench/how_far.py other_texts
 
 speed: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/hashing_speed.py

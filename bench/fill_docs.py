@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
-from bench.evidence import price, published, stress, wall_time
+from bench.evidence import price, published, ranges, stress, wall_time
 from bench.evidence.committed import Evidence
 from bench.evidence.from_code import published_forms, what_fits, worked_example
 from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
@@ -33,6 +33,7 @@ from bench.price.table import verdict_table
 from bench.ranks import figures as ranks_figures
 from bench.ranks import table as ranks_table
 from bench.rows import figures as row_figures
+from bench.rows import map_figure
 from bench.served import figures as end_to_end_figures
 from bench.site import data
 from bench.site.commands import command_table
@@ -96,6 +97,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "schemas": schema_tables,
     "file_tree": file_tree,
     **price.blocks(Evidence(RESULTS)),
+    **ranges.blocks(Evidence(RESULTS)),
     "sharded_bytes": lambda: ranks_table.bytes_table(load("sharded_cpu")),
     "sharded_hidden": lambda: ranks_table.most_hidden(load("sharded_cpu")),
     "sharded_stragglers": lambda: ranks_table.stragglers_table(load("sharded_cpu")),
@@ -106,6 +108,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 VALUES: dict[str, Callable[[], str]] = {
     **published.VALUES,
     **price.values(Evidence(RESULTS)),
+    **ranges.values(Evidence(RESULTS)),
     "threshold.strong": lambda: f"{STRONG_BELOW:g}",
     "threshold.win": lambda: f"{WIN_UP_TO:g}",
     "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
@@ -122,6 +125,7 @@ DRAWN = {
     "bytedmd_toy": figures.draw_all,
     "bytedmd_sweeps": sweep_figures.draw_all,
     "production": row_figures.draw_all,
+    "verdict_map": map_figure.draw_all,
     "gpu_wall_cpu": wall_figures.draw_all,
     "end_to_end_cpu": end_to_end_figures.draw_all,
     "sharded_cpu": ranks_figures.draw_all,

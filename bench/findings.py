@@ -4,11 +4,12 @@
     make findings QUICK=1             small versions of every step, in under two minutes; committed files untouched
     python bench/findings.py --help
 
-Steps: the toy in both forms, all sweeps, production scale; then the new results are compared with those committed under
-bench/results, and the documents and figures filled from them. Prices are exact and the same everywhere: a committed
-file that holds the same ones stays as it is, wall times included, so that the tree does not change when nothing has
-changed. Every step keeps what it has finished in --out: a run that is killed, at any moment, continues when it is
-started again. Another text, for one the standard library of another Python, gives other prices and other files.
+Steps: the toy in both forms, all sweeps, production scale, the lookup's range, row reads by tier, the map of classes;
+then the new results are compared with those committed under bench/results, and the documents and figures filled from
+them. Prices are exact and the same everywhere: a committed file that holds the same ones stays as it is, wall times
+included, so that the tree does not change when nothing has changed. Every step keeps what it has finished in --out: a
+run that is killed, at any moment, continues when it is started again. Another text, for one the standard library of
+another Python, gives other prices and other files. Texts of other kinds need a network: `make corpora` is no step.
 """
 
 from __future__ import annotations
@@ -47,12 +48,20 @@ class Step:
         command: program and options, without --out and --quick.
         results: file that it writes -> name under bench/results.
         remembers: whether it finds by itself what it has finished.
+        code: module that a step which does not is finished by, with all that it imports.
     """
 
     name: str
     command: tuple[str, ...]
     results: dict[str, str]
     remembers: bool = True
+    code: str = TOY_CODE
+
+
+def _single(name: str) -> Step:
+    """A run of `bench/how_far.py`."""
+    command = ("how_far.py", name)
+    return Step(name, command, {"results.json": name}, remembers=False, code=f"bench.ranges.{name}")
 
 
 STEPS = (
@@ -64,6 +73,9 @@ STEPS = (
         {"sweeps.json": "bytedmd_sweeps", "grid.json": "bytedmd_grid"},
     ),
     Step("production", ("production.py",), {"results.json": "production"}),
+    _single("lookup_range"),
+    _single("energy_by_tier"),
+    _single("verdict_map"),
 )
 
 
@@ -74,7 +86,7 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
         ValueError: it failed.
     """
     folder = out / step.name
-    stamp, state = folder / "finished-by", f"{code_sha256(TOY_CODE)} {sys.version} quick={quick}\n"
+    stamp, state = folder / "finished-by", f"{code_sha256(step.code)} {sys.version} quick={quick}\n"
     if not step.remembers and stamp.exists() and stamp.read_text() == state:
         say(f"{step.name}: finished before")
         return

@@ -129,3 +129,17 @@ def test_a_quotation_or_a_range_is_no_single_figure():
 def test_the_finding_quotes_the_paper(name):
     text = (ROOT / "docs/findings/engram-offload-paper-read.md").read_text(encoding="utf-8")
     assert f'"<!-- v: {name} -->{published.figures()[name]["text"]}<!-- /v -->"' in text
+
+
+def test_the_stop_rule_is_quoted_and_the_authors_have_questions():
+    text = (ROOT / "docs/findings/engram-offload-paper-read.md").read_text(encoding="utf-8")
+    rule, questions, paths = (
+        text.split(f"## {heading}\n", 1)[1].split("\n##", 1)[0]
+        for heading in ("Whether Phase 2 may begin", "Questions to the authors", "Where the task's files are here")
+    )
+    assert "Do NOT proceed to Phase 2 if" in rule and rule.count("\n- *") == 3
+    assert len(re.findall(r"^\d\. .*", questions, re.MULTILINE)) >= 5
+    rows = [line.split("|")[1:3] for line in paths.strip().splitlines()[2:]]
+    for theirs, ours in rows:
+        named = re.findall(r"`([^`]*[/.][^`]*)`", theirs if "the same" in ours else ours)
+        assert named and all((ROOT / path).exists() for path in named), ours

@@ -71,6 +71,7 @@ FIGURES = {
     "bytedmd_toy": ["cost_by_kind.svg", "depths.svg", "ratios.svg"],
     "bytedmd_sweeps": [f"sweep_{name}.svg" for name in SWEEPS],
     "production": ["hot_tier.svg", "place.svg", "row_depths.svg", "whole_model.svg"],
+    "verdict_map": ["verdict_map.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
     "end_to_end_cpu": ["baselines.svg", "overhead_parts.svg", "slower_bus.svg"],
     "sharded_cpu": ["sharded.svg"],

@@ -67,8 +67,10 @@ BENCH = {
     "price": "instruments setup",
     "sweeps": "instruments setup price",
     "rows": "instruments setup price",
+    "energy": "instruments setup rows",
     "gpu": "instruments setup",
-    "evidence": "instruments setup wall served rivals price sweeps rows",
+    "evidence": "instruments setup wall served rivals price sweeps rows energy",
+    "ranges": "instruments setup price sweeps rows energy evidence",
     "site": "instruments price rows evidence",
 }
 

@@ -17,6 +17,7 @@ from bench.rows import table as row_table
 from bench.rows.table import LAYOUTS, TABLES, TEXT, per_byte, percent, reuse
 from bench.rows.whole_model import CONTEXTS, shown
 from bench.sweeps import table as sweep_table
+from bench.sweeps.lookup_range import named_class
 from bench.sweeps.points import SWEEPS
 from bench.sweeps.table import ratios
 from engram_toy.models.layouts import VARIANTS
@@ -40,6 +41,8 @@ def halves(evidence: Evidence) -> str:
             runs = [find_run(evidence.toy, model, boundary, name) for name in ("offload_prefetch", "resident")]
             wall = wall_text(runs[0], runs[1], noise_floor(evidence.toy, model, boundary))
             label = verdict(evidence.toy, model, boundary).label
+            if boundary == "lookup":  # its class is a choice: of the padding, and of how it ends
+                label = named_class(evidence["lookup_range"], model)
             rows.append(
                 [boundary, f"toy, {model}", "resident", f"{runs[0]['cost'] / runs[1]['cost']:.3f}", label, wall]
             )

