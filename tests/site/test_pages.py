@@ -240,7 +240,7 @@ READ = [name for name in PAGES if name not in ("log.html", "reference/results.ht
 
 @pytest.mark.parametrize("page", READ)
 def test_everybody_can_read_the_page(page, site, address, browser):
-    """All rules of axe on a phone, then contrast again in the dark; the longest pages hold nothing that others do not."""
+    """All rules of axe on a phone, then contrast in the dark; the longest pages hold nothing that others do not."""
     browser.screen(390)
     browser.open(f"{address}/{page}")
     browser.run("new Promise((done) => setTimeout(done, 50))")
