@@ -72,7 +72,7 @@ class Browser:
         self._call("Emulation.setEmulatedMedia", features=features)
 
     def open(self, url: str) -> None:
-        """Load a page anew, until its load event: an empty one lies between, so that nothing of the last one goes on."""
+        """Load a page anew, until its load event; an empty one lies between, so that the last one has ended."""
         for address in ("about:blank", url):
             loader = self._call("Page.navigate", url=address)["loaderId"]
             while loader not in self._loaded:
