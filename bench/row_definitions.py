@@ -36,21 +36,15 @@ def main() -> None:
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
-        found = []
+        head = {"schema_version": 1, **results_head(PROG), "code_sha256": code_sha256("bench.rows.definitions")}
+        results: dict[str, Any] = {**head, "records": []}
         for tokens in options.tokens:
             for table in options.tables:
                 print(f"{table}, {tokens:,} tokens", file=sys.stderr, flush=True)
-                found += records(table, tokens)
-        results: dict[str, Any] = {
-            "schema_version": 1,
-            **results_head(PROG),
-            "code_sha256": code_sha256("bench.rows.definitions"),
-            "records": found,
-        }
-        path = options.out / "results.json"
+                results["records"] += records(table, tokens)
+                write_unless_same(options.out / "results.json", results, "records")  # what is finished is kept
         with printed_anyway(lambda: definitions_table(results)):
-            written = write_unless_same(path, results, "records")
-            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
+            print(f"wrote {options.out / 'results.json'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

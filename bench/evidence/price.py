@@ -89,12 +89,15 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
         "verdict_halves": lambda: halves(evidence),
         "toy_layouts": lambda: layouts(evidence),
         "sweep_crossings": lambda: sweep_table.crossing_report(evidence.sweeps),
-        "rows_scale": lambda: row_table.scale_table(evidence.production),
+        "rows_scale": lambda: row_table.scale_table(evidence.production_and_qwen),
+        "rows_scale_short": lambda: row_table.scale_table(
+            evidence.production_and_qwen, COMPARED_TOKENS, (TEXT, "uniform")
+        ),
         "rows_hot": lambda: row_table.hot_table(evidence.production),
         "rows_place": lambda: row_table.place_table(evidence.production),
         "rows_copies": lambda: row_table.copies_table(evidence.production),
-        "rows_whole_model": lambda: row_table.whole_model_table(evidence.production),
-        "rows_baselines": lambda: row_table.baseline_table(evidence.production, STEP),
+        "rows_whole_model": lambda: row_table.whole_model_table(evidence.production_and_qwen),
+        "rows_baselines": lambda: row_table.baseline_table(evidence.production_and_qwen, STEP),
         "rows_complete": lambda: row_table.complete_table(evidence.production, STEP),
         "rows_steady": lambda: row_table.steady_table(evidence.production, STEP),
     }

@@ -82,7 +82,7 @@ def spread(results: Record, table: str, tokens: int, layout: str, padding: int) 
     return min(found), max(found)
 
 
-def ratio(results: Record, table: str, tokens: int, layout: str, definition: str, padding: int) -> float:
+def ratio(results: Record, definition: str, table: str, tokens: int, layout: str, padding: int) -> float:
     """Price below so many bytes over the price on top."""
     at = _lines(results)[table, tokens, layout, definition]
     return at[padding]["price"] / at[0]["price"]
