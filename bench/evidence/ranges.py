@@ -72,6 +72,36 @@ def _lookup_values(e: Evidence) -> dict[str, Callable[[], str]]:
     return found
 
 
+def lookup_span(e: Evidence) -> tuple[float, float]:
+    """Least and largest ratio of the toy's lookup, over endings and paddings."""
+    return lookup_range.span(e["lookup_range"], "engram")
+
+
+def lookup_floor(e: Evidence) -> float:
+    """Floor of the prefetched lookup over the floor of the resident one: for any manager that pays for its moves."""
+    return _defined(e, "lookup")[FLOOR]
+
+
+def block_classes(e: Evidence) -> str:
+    """Classes of the toy's block over all definitions of depth."""
+    return _classes(e, "block")
+
+
+def text_spread(e: Evidence) -> str:
+    """Price of a decode step's rows over Dense-4B's weights, in per cent, over all real texts."""
+    return _spread(e, lambda r: 100 * r["tables"]["paper-100b"]["step_price_share"])
+
+
+def energy_span(e: Evidence, tier: str) -> str:
+    """Tokens a step at which the rows of Dense-4B reach 3 % of its weights' energy, each read fetched from a tier."""
+    tiers = energy_tiers()
+    one = next(found for found in tiers if found.name == tier)
+    first, last = energy_table.crossing(e["energy_by_tier"], tiers, one, "dense-4b", "", "reads")
+    if first is None or last is None:
+        raise ValueError(f"{tier}: rows never reach the claimed share, and the start page says where they do")
+    return f"{float(f'{first:.2g}'):,.0f} to {float(f'{last:.2g}'):,.0f}"
+
+
 def _definition_values(e: Evidence) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "defs.lookup": partial(_by_definition, e),

@@ -60,21 +60,16 @@ def attend(x: Vector, keys_and_values: Matrix, query: Matrix, output: Matrix) ->
     return [a + dot(row, mixed) for a, row in zip(x, output)]
 
 
-def delivered(bank: dict[int, Vector], named: Sequence[Sequence[int]], prefetch: bool) -> Iterator[list[Vector]]:
-    """The rows of one position after the other; with a prefetch, copies that were made one position ahead."""
-    if not prefetch:
-        for position in named:
-            yield [bank[row] for row in position]
-        return
-    staged = [_copied(bank, named[0])]
-    for position in named[1:]:
-        staged.append(_copied(bank, position))
-        yield staged.pop(0)
-    yield staged.pop(0)
-
-
-def _copied(bank: dict[int, Vector], position: Sequence[int]) -> list[Vector]:
-    return [[+value for value in bank[row]] for row in position]
+def delivered(
+    bank: dict[int, Vector], named: Sequence[Sequence[int]], fetched: frozenset[int]
+) -> Iterator[list[Vector]]:
+    """The rows of one position after the other; of `fetched` ones, copies that were made one position ahead."""
+    staged: list[list[Vector]] = []
+    for position in named:
+        staged.append([[+value for value in bank[row]] if row in fetched else bank[row] for row in position])
+        if len(staged) > 1:
+            yield staged.pop(0)
+    yield from staged
 
 
 def program(
@@ -83,12 +78,13 @@ def program(
     """The function that is traced; see `arguments`. It returns the padding, which is live for that reason alone."""
     moved = frozenset() if variant == "resident" else offloaded
     kept = [row for row in range(rows) if row not in moved]
+    fetched = moved if variant == "offload_prefetch" else frozenset()
 
     def forward(above: Matrix, hidden: Matrix, query: Matrix, output: Matrix, padding: Vector, below: Matrix) -> Any:
         bank = dict(zip(kept, above))
         bank.update(zip(sorted(moved), below))
         found = []
-        for x, position in zip(hidden, delivered(bank, named, variant == "offload_prefetch")):
+        for x, position in zip(hidden, delivered(bank, named, fetched)):
             if boundary == "attention":
                 found.append(attend(x, position, query, output))
             else:  # the lookup alone: the values of a position are summed

@@ -99,6 +99,15 @@ def test_one_position_by_hand(run):
         assert ours.bytedmd(forward, given) == sum(map(read_price, depths))
 
 
+def test_only_rows_that_lie_below_are_copied(run):
+    """Row 1 stays above: its two values are read once, those of row 0 copied and read."""
+    named, bank = [[0, 1]], [[1.0, 2.0], [3.0, 4.0]]
+    forward = model.program("lookup", "offload_prefetch", named, frozenset({0}), 2)
+    given = model.arguments("offload_prefetch", frozenset({0}), bank, [[0.0]], [[], []], 0)
+    depths, result = ours.traced_eval(forward, given)
+    assert result[0] == [[10.0]] and len(depths) == 2 + 6  # two copies, three sums of two
+
+
 @pytest.mark.parametrize(("ratio", "label"), [(1.0, "WIN"), (5.0, "WIN"), (5.1, "INCONCLUSIVE"), (20.1, "LOSS")])
 def test_classes(ratio, label):
     assert finding.classify(ratio) == label
