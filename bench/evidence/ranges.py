@@ -106,6 +106,7 @@ def _definition_values(e: Evidence) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "defs.lookup": partial(_by_definition, e),
         "defs.lookup.floor": lambda: _with_class(_defined(e, "lookup")[FLOOR]),
+        "rowdefs.tokens": lambda: f"{_TOKENS:,}",
         "defs.cheaper": lambda: ", ".join(_cheaper(e)) or "none",
     }
     for boundary in ("layer", "block"):

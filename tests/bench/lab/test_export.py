@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import lab_export
 from bench.evidence.committed import Evidence
-from bench.lab import finding, model
+from bench.lab import export, finding, model
 from engram_toy import bytedmd as ours
 from engram_toy.tracer.stack import read_price
 
@@ -32,7 +31,7 @@ def run(monkeypatch):
 
 
 def test_the_folder_runs_by_itself_and_its_finding_holds_only_its_numbers(tmp_path):
-    written = lab_export.export(tmp_path / "tree")
+    written = export.export(tmp_path / "tree")
     experiment = tmp_path / "tree/experiments/engram-offload"
     assert {path.name for path in written if path.parent == experiment} == {"model.py", "run.py", "finding.py"}
     for path in written:

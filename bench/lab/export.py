@@ -1,6 +1,6 @@
-"""Write the answer as a folder that drops into the tree of the lab that asked, and runs there on its own tracer.
+"""The answer as a folder that drops into the tree of the lab that asked, and runs there on its own tracer.
 
-    python bench/lab_export.py out/lab
+    python bench/verdict.py --export out/lab
     cd out/lab && PYTHONPATH=src python experiments/engram-offload/run.py      where src/bytedmd is vendored
     python experiments/engram-offload/finding.py --date 2026-11-27 --author NAME
 
@@ -11,17 +11,11 @@ holds Phase 1. A run writes results.json, numbers only; the finding takes every 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engram_ref import cli
 from engram_ref.files.replacing import replacing
 
-PROG = "lab_export"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("model.py", "run.py", "finding.py")
 PAPER = "engram-offload-paper-read.md"
 _MARK = re.compile(r"<!-- (?:begin|end): \w+ -->\n|<!-- (?:v: [\w.+-]+|/v) -->")
@@ -46,17 +40,3 @@ def export(folder: Path) -> list[Path]:
 def _standing_alone(source: str) -> str:
     """The modules beside each other, as a script finds them."""
     return source.replace("from bench.lab.", "from ")
-
-
-def main() -> None:
-    """The command."""
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the lab's tree, or an empty folder")
-    options = parser.parse_args()
-    with cli.one_line_errors(PROG):
-        for path in export(options.folder):
-            print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)
