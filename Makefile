@@ -36,10 +36,10 @@ check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # --quiet would hide warnings from --strict, too
+	$(BIN)/python -m zensical build --strict --clean # as a module, so that it finds `bench.site`
 
 site: $(VENV)/stamp-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # --quiet would hide warnings from --strict, too
+	$(BIN)/python -m zensical build --strict --clean # as a module, so that it finds `bench.site`
 	@echo "open site/index.html"
 
 findings: $(VENV)/stamp-fast,plot,ref
@@ -73,4 +73,4 @@ fuzz: $(VENV)/stamp-fast,plot,ref,test
 	$(BIN)/python -m tests.fuzz --out bench/results/stress.json
 
 clean:
-	rm -rf $(VENV) .venvs-ranges build site out *.egg-info
+	rm -rf $(VENV) .venvs-ranges .cache build site out *.egg-info

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
-from bench.evidence import price, published, ranges, stress, wall_time
+from bench.evidence import predictions, price, published, ranges, stress, wall_time
 from bench.evidence.committed import Evidence
 from bench.evidence.from_code import published_forms, what_fits, worked_example
 from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
@@ -84,6 +84,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
     "wall_cpu_v41": lambda: f"```text\n{wall_table(load('gpu_wall_cpu_v41'))}\n```",
     **wall_time.blocks(RESULTS),
+    "place_formulas": predictions.formulas,
+    "place_errors": lambda: predictions.table(RESULTS),
     "example": worked_example,
     "fits": what_fits,
     "forms": published_forms,

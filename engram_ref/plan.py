@@ -260,5 +260,10 @@ def main(argv: list[str] | None = None) -> None:
         print(summary(found), file=sys.stderr)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script."""
     cli.run(main, PROG)
+
+
+if __name__ == "__main__":
+    run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quicker_interpreter():
+    """For the tests that have imported it."""
+    if "triton.runtime.interpreter" in sys.modules:
+        from tests.interpreter import repeat_nothing
+
+        repeat_nothing()
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,9 @@ ROOMS = {
     "engram_ref.devices": "",
     "engram_ref.loops": "",
     "engram_ref.gpu": "",
+    "engram_ref.free_memory": "",
     "engram_ref.threads": "",
-    "engram_ref.rows": "config compiled loops gpu threads",
+    "engram_ref.rows": "config compiled free_memory loops gpu threads",
     "engram_ref.files": "config compiled loops threads rows",
     "engram_ref.vocab": "config ids files",
     "engram_ref.hashing": "config ids compiled loops gpu devices vocab",
@@ -42,6 +43,7 @@ ROOMS = {
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
     "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion lookup prefetch layer",
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
+    "engram_ref.place": "config cli free_memory files vocab hashing checkpoint tables rows",
     # engram_toy
     "engram_toy": "",
     "engram_toy.fp8": "",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from bench.instruments.words import aligned
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.place.formulas import held_bytes
 from engram_ref.tables import RowFormat
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
@@ -45,17 +46,9 @@ def what_fits() -> str:
 def _preset_lines(name: str, config: EngramConfig) -> list[list[str]]:
     rows = _table_rows(config)
     table = rows * config.row_bytes()
-    staging = 2 * _BATCH * config.columns * config.row_bytes()  # two buffers; the layers take turns
-    values = _BATCH * config.rows_per_token() * config.row_width * RowFormat.of(config).dtype.itemsize
-    arriving = values + _BATCH * config.bytes_per_token() * RowFormat.of(config).scaled  # fp8, until it is decoded
-    hot = int(_HOT_SHARE * rows) * config.row_bytes()
-    places = {
-        "device": (table, 0, 0),
-        "host": (arriving, table + staging, 0),
-        "uva": (values, table, 0),
-        "hot, a tenth": (arriving + hot, table + staging + 4 * rows, 0),  # with a 4-byte entry per row: hot, or where
-        "file": (arriving, staging, table),
-    }
+    held = held_bytes(config, [rows], _BATCH, int(_HOT_SHARE * rows))
+    places = {"hot, a tenth" if name == "hot" else name: tuple(sizes.values()) for name, sizes in held.items()}
+    places = {name: places[name] for name in ("device", "host", "uva", "hot, a tenth", "file")}
     facts = [name, f"{rows * config.row_width / 1e9:.3g} B", _size(table), f"{config.bytes_per_token():,} B"]
     lines = []
     for placement, sizes in places.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from bench.instruments.output import printed_anyway
 from bench.instruments.reading import read_results
 from bench.instruments.results import write_unless_same
 from bench.price.models import MODELS_OF
-from bench.sweeps.points import GRID, GRID_TOKENS, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
+from bench.sweeps.points import GRID, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
 from bench.sweeps.record import grid_content, sweeps_content
 from bench.sweeps.run import PRICING_CODE, Texts, price_all, stream_name
 from bench.sweeps.table import report_all
@@ -39,8 +39,7 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     texts = Texts(options.text, options.tokenizer)
     points = [point for name in names if name != GRID for point in points_of(name, base, models, options.quick)]
     axes = QUICK_AXES if options.quick else Axes()
-    grid_base = replace(base, seq_len=min(base.seq_len, GRID_TOKENS))
-    grid = list(grid_points(grid_base, axes)) if GRID in names else []
+    grid = list(grid_points(base, axes)) if GRID in names else []
     cases = list(dict.fromkeys(point.case for point in [*points, *grid]))
     records = price_all(cases, texts, code_sha256(*PRICING_CODE), journal, options.jobs, say)
 
@@ -55,8 +54,8 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
             _write(path, content, "points", say)
             _draw(read_results(path), options.out, say)  # an older run's, if it found the same
     if grid:
-        asked = {**about, "models": ["engram"], **asdict(grid_base)}
-        prices = grid_content(asked, grid_base, axes, records, texts.window(grid_base))
+        asked = {**about, "models": ["engram"], **asdict(base)}
+        prices = grid_content(asked, base, axes, records, texts.window(base))
         _write(options.out / "grid.json", prices, "", say)
 
 

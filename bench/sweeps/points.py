@@ -140,7 +140,6 @@ class Axes:
 
 
 QUICK_AXES = Axes((0, 1000, 1_000_000), (0.1, 1.0), (0.0, 0.1, 1.0), (0, 4))
-GRID_TOKENS = 32
 # What the page calls the two: with a hot tier of no rows they are what their names say.
 GRID_VARIANTS = {"resident": "resident", "offload_naive": "offload_hot", "offload_prefetch": HOT_PREFETCH}
 

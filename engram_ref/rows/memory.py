@@ -23,14 +23,11 @@ from types import TracebackType
 
 import torch
 
-_SAID = "ENGRAM_HOST_GIB"
+from engram_ref.free_memory import HOST_GIB, free_host_bytes, kilobytes, text_of, total_host_bytes
+
 HUGE_PAGE = 2 << 20
 PIN_PIECE = 1 << 30  # bytes per cudaHostRegister call: one call for a whole table would hold the driver for minutes
 _HEADROOM = 1 << 28  # left to everybody else
-_CGROUPS = (  # what a container may take and has taken; version 2, version 1
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
 
 
 class HostMemory:
@@ -95,8 +92,8 @@ class HostMemory:
         resident = huge = 0
         for low, high, text in _mappings():
             if low < address + self.nbytes and address < high:
-                resident += _kilobytes(text, "Rss")
-                huge += _kilobytes(text, "AnonHugePages")
+                resident += kilobytes(text, "Rss")
+                huge += kilobytes(text, "AnonHugePages")
         return huge / resident if resident else 0.0
 
     def close(self) -> None:
@@ -166,46 +163,10 @@ def _forget_cuda_error() -> None:
 
 
 def _mappings() -> list[tuple[int, int, str]]:
-    text = _text(Path("/proc/self/smaps"))
+    text = text_of(Path("/proc/self/smaps"))
     heads = list(re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*$", text, re.M))
     ends = [head.start() for head in heads[1:]] + [len(text)]
     return [(int(h[1], 16), int(h[2], 16), text[h.end() : end]) for h, end in zip(heads, ends)]
-
-
-def _kilobytes(text: str, field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.M)
-    return int(found[1]) if found else 0
-
-
-def _text(path: Path) -> str:
-    """What the system says there; nothing where it has no such file."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def free_host_bytes() -> int | None:
-    """Host memory that this process can still take, or None where the system does not say.
-
-    ENGRAM_HOST_GIB says it instead, for a machine that is given memory only as it takes it.
-
-    Raises:
-        ValueError: ENGRAM_HOST_GIB is no number of GiB.
-    """
-    said = os.environ.get(_SAID)
-    if said:
-        if not re.fullmatch(r"\d+(\.\d+)?", said):
-            raise ValueError(f"{_SAID}={said!r} must be a number of GiB, such as 118")
-        return int(float(said) * 2**30)
-    available = _kilobytes(_text(Path("/proc/meminfo")), "MemAvailable")
-    rooms = [available * 1024] if available else []
-    for names in _CGROUPS:
-        limit, used, statistics = (_text(Path("/sys/fs/cgroup", name)) for name in names)
-        if limit.strip().isdigit() and used.strip().isdigit():
-            cache = re.search(r"^(?:total_)?inactive_file (\d+)$", statistics, re.M)  # given up when needed
-            rooms.append(int(limit) - int(used) + (int(cache[1]) if cache else 0))
-    return max(0, min(rooms)) if rooms else None
 
 
 def free_device_bytes(device: torch.device) -> int | None:
@@ -219,8 +180,8 @@ def said_by(device: torch.device) -> str:
     """For a refusal: who says how much host memory is free, and how to say otherwise; nothing of an accelerator's."""
     if device.type != "cpu":
         return ""
-    total = _kilobytes(_text(Path("/proc/meminfo")), "MemTotal") / 2**20
-    return f" (MemTotal {total:.2f} GiB; where a machine grows as it is used, set {_SAID})"
+    total = total_host_bytes() / 2**30
+    return f" (MemTotal {total:.2f} GiB; where a machine grows as it is used, set {HOST_GIB})"
 
 
 def require_host_bytes(nbytes: int) -> None:

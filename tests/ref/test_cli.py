@@ -77,6 +77,57 @@ def test_the_bounds_themselves():
     assert cli.at_least(0)("100000") == 100_000
 
 
+NUMBERS = {"12": 12, " 3 ": 3, "2.5": 2.5, "1e6": 10**6, "10^6": 10**6, "2^20": 1 << 20, "1.5e3": 1500, "1e-3": 1e-3}
+NO_NUMBERS = ("", "x", "1_0", "nan", "inf", "0x10", "1e", "10^", "^6", "10^-6", "1 2", "٣", "1e9999999999")
+
+
+def test_numbers_in_every_spelling():
+    assert {text: cli.number(text) for text in NUMBERS} == NUMBERS
+    assert all(type(cli.number(text)) is type(value) for text, value in NUMBERS.items())
+    assert [cli.number(text) for text in NO_NUMBERS] == [None] * len(NO_NUMBERS)
+    assert cli.number("1e999999") == cli.number("99^999") == cli.number("9" * 5000) == float("inf")
+    assert (cli.number("-1e99"), cli.number("1e-99999")) == (float("-inf"), 0)
+    assert cli.number("1234567890123456789012345") == 1234567890123456789012345
+
+
+@pytest.mark.parametrize("spelt", ["1e3", "10^3", "1000", "1000.0"])
+def test_every_spelling_is_taken_where_a_number_is(spelt):
+    assert cli.at_least(1)(spelt) == 1000 and cli.positive(spelt) == 1000.0 and cli.nbytes(spelt) == 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (cli.nbytes, "80GB", 80 * 10**9),
+        (cli.nbytes, "188.5 GiB", 188.5 * 2**30),
+        (cli.nbytes, "1e3 kib", 1024_000),
+        (cli.nbytes, "0", 0),
+        (cli.bytes_per_second, "50GB/s", 5e10),
+        (cli.bytes_per_second, "1e9", 1e9),
+        (cli.seconds, "56us", 56e-6),
+        (cli.seconds, "3.6 ms", 3.6e-3),
+        (cli.seconds, "5e-5s", 5e-5),
+        (cli.seconds, "3 µs", 3e-6),
+    ],
+)
+def test_units(kind, text, value):
+    assert kind(text) == pytest.approx(value, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        *((cli.nbytes, text) for text in ("80G", "-1GB", "GB", "5e", "1e400", "1 GB/s")),
+        *((cli.bytes_per_second, text) for text in ("0", "0GB/s", "fast")),
+        *((cli.seconds, text) for text in ("56", "", "1 h", "-1s")),
+        *((cli.positive, text) for text in ("0", "-1", "nan", "1e999")),
+    ],
+)
+def test_what_is_no_amount_is_refused(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be .*such as"):
+        kind(text)
+
+
 @pytest.mark.parametrize(
     "text", ["prefill:99999x99999", "decode:99999999", "decode:99999999999999", "prefill:1x" + "9" * 5000]
 )

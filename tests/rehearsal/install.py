@@ -22,6 +22,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tests.interpreter import repeat_nothing
 from tests.rehearsal import graphs, streams, tensors
 from tests.rehearsal.host_memory import RUNTIME
 from tests.rehearsal.tensors import DEVICE, CudaError, CudaTensor, Dispatching, held, is_cuda, synchronising
@@ -191,6 +192,7 @@ def report() -> str:
 @functools.cache
 def install() -> None:
     """Once, however often it is called."""
+    repeat_nothing()
     _guard_cuda_as_meta()
     _replace_torch_cuda()
     _replace_in_torch()

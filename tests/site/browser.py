@@ -1,69 +1,141 @@
-"""One call to headless Chromium: the page's final DOM, what it complained of, and whom it asked for anything.
+"""Headless Chromium over its debugging pipe: one process for all tests, driven by messages, the standard library only.
 
-No name is resolved but this machine's. What was asked is read from Chromium's own network log; its entries name the
-page that caused them, which tells them from what the browser wants for itself.
+No name is resolved but this machine's. What a page asks for, and what it complains of, is noted as it happens.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-import re
+import os
 import subprocess
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Page:
-    """What a page became: its HTML, the console's lines (none is expected), and every address that it asked for."""
-
-    html: str
-    console: list[str]
-    requests: list[str]
-
-    def dataset(self, element_id: str) -> dict[str, str]:
-        """The data-* attributes of an element; ValueError where there is none of this id."""
-        finder = _Finder(element_id)
-        finder.feed(self.html)
-        if finder.found is None:
-            raise ValueError(f"no element with id {element_id!r} on the page")
-        return finder.found
-
-
-class _Finder(HTMLParser):
-    def __init__(self, element_id: str) -> None:
-        super().__init__()
-        self.element_id = element_id
-        self.found: dict[str, str] | None = None
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = dict(attrs)
-        if attributes.get("id") == self.element_id:
-            self.found = {k.removeprefix("data-"): v or "" for k, v in attributes.items() if k.startswith("data-")}
+_OPTIONS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe",
+]  # fmt: skip
 
 
 class Browser:
-    """Chromium with a profile of its own."""
+    """Chromium with a profile of its own and one tab.
+
+    Attributes:
+        console: what pages complained of, errors and warnings, since `forget`.
+        requests: every address that pages asked for since `forget`.
+    """
 
     def __init__(self, program: str, profile: Path) -> None:
-        self.log = profile / "net.json"
-        self.command = [
-            program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--enable-logging=stderr",
-            "--force-prefers-reduced-motion", f"--user-data-dir={profile}", "--window-size=1280,900",
-        ]  # fmt: skip
+        # Chromium reads messages from descriptor 3 and writes its own to 4, each ended by a zero byte.
+        to_chromium, self._write = os.pipe()
+        self._read, from_chromium = os.pipe()
+        command = f'exec "$@" 3<&{to_chromium} 4>&{from_chromium}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", command, "bash", program, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(to_chromium, from_chromium),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_chromium)
+        os.close(from_chromium)
+        self._number, self._rest, self._session = 0, b"", ""
+        self._loaded: set[str] = set()
+        self.forget()
+        pages = [target for target in self._call("Target.getTargets")["targetInfos"] if target["type"] == "page"]
+        self._session = self._call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
+        self._call("Page.setLifecycleEventsEnabled", enabled=True)
+        # Every load is a first visit: the theme remembers light or dark.
+        self._call("Page.addScriptToEvaluateOnNewDocument", source="try { localStorage.clear() } catch {}")
 
-    def open(self, url: str, budget_ms: int = 2000) -> Page:
-        """Load a page, let it run for so many virtual milliseconds, and take what it has become."""
-        options = [f"--virtual-time-budget={budget_ms}", f"--log-net-log={self.log}"]
-        command = [*self.command, *options, "--dump-dom", url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return Page(done.stdout, re.findall(r"CONSOLE[^\]]*\] (.*)", done.stderr), self._requests())
+    def close(self) -> None:
+        """End the process."""
+        os.close(self._write)
+        os.close(self._read)
+        self._process.terminate()
+        self._process.wait()
 
-    def _requests(self) -> list[str]:
-        log = json.loads(self.log.read_text(encoding="utf-8"))
-        started = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-        events = [event.get("params", {}) for event in log["events"] if event["type"] == started]
-        return [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
+    def forget(self) -> None:
+        """Complaints and requests are counted from here on."""
+        self.console: list[str] = []
+        self.requests: list[str] = []
+
+    def screen(self, width: int, height: int = 900, scheme: str = "light") -> None:
+        """The size of the window in CSS pixels, and whether the reader prefers light or dark."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce"},
+        ]
+        self._call("Emulation.setEmulatedMedia", features=features)
+
+    def open(self, url: str) -> None:
+        """Load a page anew, until its load event; another hash alone does not count as a page."""
+        self._call("Page.navigate", url="about:blank")
+        loader = self._call("Page.navigate", url=url)["loaderId"]
+        while loader not in self._loaded:
+            self._note(self._receive())
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page, awaited if it is a promise; RuntimeError where it throws."""
+        done = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in done:
+            raise RuntimeError(done["exceptionDetails"].get("exception", {}).get("description", "the script failed"))
+        return done["result"].get("value")
+
+    def wait_for(self, condition: str, seconds: float = 5) -> None:
+        """Until an expression in the page is true; TimeoutError where it stays false."""
+        script = f"""new Promise((done) => {{
+            const end = performance.now() + {1000 * seconds}, late = () => performance.now() > end;
+            const look = () => ({condition}) ? done(true) : late() ? done(false) : setTimeout(look, 10);
+            look();
+        }})"""
+        if not self.run(script):
+            raise TimeoutError(f"not within {seconds} s: {condition}")
+
+    def type(self, text: str) -> None:
+        """Write into whatever has the focus."""
+        self._call("Input.insertText", text=text)
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """The page as PNG, all of it or what the window shows."""
+        shot = self._call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _call(self, method: str, **parameters: Any) -> Any:
+        self._number += 1
+        number = self._number
+        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while (answer := self._receive()).get("id") != number:
+            self._note(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return answer["result"]
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._read, 1 << 20)
+            if not part:
+                raise RuntimeError("Chromium ended")
+            self._rest += part
+        message, self._rest = self._rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        values = event.get("params", {})
+        match event.get("method"):
+            case "Page.lifecycleEvent" if values["name"] == "load":
+                self._loaded.add(values["loaderId"])
+            case "Network.requestWillBeSent":
+                self.requests.append(values["request"]["url"])
+            case "Runtime.consoleAPICalled" if values["type"] in ("error", "warning", "assert"):
+                self.console.append(" ".join(str(part.get("value", part)) for part in values["args"]))
+            case "Runtime.exceptionThrown":
+                self.console.append(values["exceptionDetails"]["exception"].get("description", "exception"))
+            case "Log.entryAdded" if values["entry"]["level"] in ("error", "warning"):
+                self.console.append(f"{values['entry']['text']} {values['entry'].get('url', '')}".strip())

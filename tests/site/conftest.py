@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,25 +27,35 @@ class _Quiet(SimpleHTTPRequestHandler):
         """Requests are not worth a line each."""
 
 
-def build(project: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Build the site of a project as the Makefile does."""
+def build(project: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a project, below it, as the Makefile does."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    arguments = set(re.findall(r"/mkdocs (build .*?)(?: #.*)?$", makefile, re.MULTILINE))
+    arguments = set(re.findall(r"python -m (zensical build .*?)(?: #.*)?$", makefile, re.MULTILINE))
     assert len(arguments) == 1, arguments
-    command = [sys.executable, "-m", "mkdocs", *arguments.pop().split(), "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", *arguments.pop().split()]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
+def project(tmp_path_factory):
+    """A folder of which a site can be built without a trace in the repository."""
+    if importlib.util.find_spec("zensical") is None:
+        pytest.skip("zensical is not installed (Python 3.11 or newer): pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("engram_ref", "engram_toy", "bench"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(project, tmp_path_factory):
     """Folder of the site as `make check` builds it, with made-up data in the interactive pages."""
-    if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed: pip install -e '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    done = build(ROOT, folder)
+    shutil.copytree(ROOT / "docs", project / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", project)
+    done = build(project)
+    folder = project / "site"
     # Warnings end a strict build only when all is written: `test_the_site_is_built_without_a_warning` looks at them.
-    (folder / "warnings.txt").write_text("" if done.returncode == 0 else done.stderr, encoding="utf-8")
+    (folder / "warnings.txt").write_text("" if done.returncode == 0 else done.stdout + done.stderr, encoding="utf-8")
     results = tmp_path_factory.mktemp("results")
     (results / "bytedmd_grid.json").write_text(json.dumps(synthetic.grid()), encoding="utf-8")
     (results / "production.json").write_text(json.dumps(synthetic.production()), encoding="utf-8")
@@ -72,4 +81,6 @@ def browser(tmp_path_factory):
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    return Browser(program, tmp_path_factory.mktemp("chromium"))
+    browser = Browser(program, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
+from pathlib import Path
 from urllib.parse import urlencode
 
+import axe_core_python
 import pytest
 
 from bench.instruments.claim import classify
 from bench.site.stack_story import STORIES, tell
 from tests.site import synthetic
-from tests.site.conftest import build
+from tests.site.conftest import ROOT, build
 
-PAGES = [
-    "index.html",
-    "explore.html",
-    "how-bytedmd-works.html",
-    "findings/engram-offload-paper-read.html",
-    "findings/engram-offload-bytedmd.html",
-    "findings/engram-offload-wall-time.html",
-    "put-engram-into-your-model.html",
-]
+PAGES = [f"{name}.html" for name in re.findall(r": ([\w/-]+)\.md$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)]
+AXE = Path(axe_core_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
 GRID = synthetic.grid()
 # Points of the grid, all classes among them.
 POINTS = [
@@ -64,36 +57,6 @@ def _states() -> list[tuple[str, str, int, str, str]]:
     return sorted(states, key=lambda state: [*PAGES, "wide.html"].index(state[0]))
 
 
-# Loads each page once, in a frame, puts it into one state after the other, and writes down what became of it.
-DRIVER = """<!doctype html><meta charset="utf-8"><body><script>
-const wait = (ms) => new Promise((done) => setTimeout(done, ms));
-(async () => {
-  const found = [];
-  let frame = null, shown = "";
-  const send = (element, name) => element.dispatchEvent(new Event(name));
-  for (const [url, hash, width, id, act] of %s) {
-    if (url !== shown) {
-      frame?.remove();
-      frame = document.createElement("iframe");
-      document.body.append(frame);
-      frame.style = `width:${width}px;height:900px`;
-      await new Promise((done) => { frame.onload = done; frame.src = url; });
-      shown = url;
-    }
-    frame.style = `width:${width}px;height:900px`;
-    frame.contentWindow.location.hash = hash;
-    await wait(100);
-    const page = frame.contentDocument, scroll = page.scrollingElement, seen = page.getElementById(id);
-    if (act) new Function("page", "send", act)(page, send);
-    found.push({ data: { ...seen?.dataset }, wide: scroll.scrollWidth - scroll.clientWidth, text: seen?.innerText,
-      hash: frame.contentWindow.location.hash });
-  }
-  document.body.innerHTML = '<pre id="found"></pre>';
-  document.getElementById("found").textContent = JSON.stringify(found);
-})();
-</script>"""
-
-
 def price(variant, point):
     level = GRID["prices"][variant]
     for axis, value in point.items():
@@ -101,43 +64,62 @@ def price(variant, point):
     return level
 
 
+class Visited:
+    """What each page became by (page, hash, width, act), and what all of them complained of and asked for."""
+
+    def __init__(self, browser, address):
+        browser.forget()
+        self.states, shown = {}, None
+        for page, place, width, element, act in _states():
+            browser.screen(width)
+            if page != shown:
+                browser.open(f"{address}/{page}")
+                shown = page
+            browser.run(f"location.hash = {place!r}, new Promise((done) => setTimeout(done, 60))")
+            browser.run(SEND % act)
+            self.states[page, place, width, act] = browser.run(LOOK % element)
+        self.console, self.requests = browser.console, browser.requests
+
+
+SEND = "(() => { const page = document, send = (element, name) => element.dispatchEvent(new Event(name)); %s })()"
+LOOK = """(() => {
+    const scroll = document.scrollingElement, seen = document.getElementById("%s");
+    return { data: { ...seen?.dataset }, wide: scroll.scrollWidth - scroll.clientWidth, text: seen?.innerText,
+        hash: location.hash };
+})()"""
+
+
 @pytest.fixture(scope="module")
 def visited(site, address, browser):
-    """The page that drove the others, and what each became by (page, hash, width); one start of the browser for all."""
     (site / "wide.html").write_text('<div style="width:2000px">wide</div>', encoding="utf-8")
-    (site / "driver.html").write_text(DRIVER % json.dumps(_states()), encoding="utf-8")
-    page = browser.open(f"{address}/driver.html", budget_ms=20_000)
-    found = re.search(r'<pre id="found">(.*?)</pre>', page.html, re.DOTALL)
-    assert found, page.html[-2000:]
-    entries = json.loads(html.unescape(found.group(1)))
-    return page, {(*state[:3], state[4]): entry for state, entry in zip(_states(), entries, strict=True)}
+    return Visited(browser, address)
 
 
 def test_the_site_is_built_without_a_warning(site):
     assert (site / "warnings.txt").read_text(encoding="utf-8") == ""
 
 
-def test_a_link_that_leads_nowhere_would_be_noticed(tmp_path):
+def test_a_link_that_leads_nowhere_would_be_noticed(project, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "mkdocs.yml").write_text("site_name: small\nvalidation: {links: {not_found: warn}}\n", encoding="utf-8")
     (tmp_path / "docs/index.md").write_text("[nowhere](nowhere.md)", encoding="utf-8")
-    assert build(tmp_path, tmp_path / "out").returncode != 0
+    assert build(tmp_path).returncode != 0
     (tmp_path / "docs/index.md").write_text("[here](index.md)", encoding="utf-8")
-    assert build(tmp_path, tmp_path / "out").returncode == 0
+    assert build(tmp_path).returncode == 0
 
 
 def test_no_page_complains(visited):
-    assert visited[0].console == []
+    assert visited.console == []
 
 
 def test_no_page_asks_another_host(visited, address):
-    assert len(visited[0].requests) > 20
-    assert [url for url in visited[0].requests if not url.startswith(address)] == []
+    assert len(visited.requests) > 20
+    assert [url for url in visited.requests if not url.startswith((address, "about:", "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: urlencode(point))
 def test_ratios_and_class_are_those_of_the_grid(visited, point):
-    data = visited[1][("explore.html", urlencode(point), 1280, "")]["data"]
+    data = visited.states[("explore.html", urlencode(point), 1280, "")]["data"]
     ratios = {name: price(f"offload_{name}", point) / price("resident", point) for name in ("prefetch", "naive")}
     assert data["ready"] == "yes"
     assert {name: float(data[name]) for name in ratios} == ratios
@@ -151,7 +133,7 @@ def test_the_points_cover_every_class():
 
 @pytest.mark.parametrize(("story", "frame"), FRAMES, ids=lambda part: getattr(part, "name", part))
 def test_the_stack_page_shows_the_tracers_price(visited, story, frame):
-    data = visited[1][("how-bytedmd-works.html", f"story={story.name}&frame={frame}", 800, "")]["data"]
+    data = visited.states[("how-bytedmd-works.html", f"story={story.name}&frame={frame}", 800, "")]["data"]
     read = tell(story).steps[: (frame + 1) // 2]
     assert (data["story"], data["frame"]) == (story.name, str(frame))
     assert int(data["total"]) == sum(read.price for step in read for read in step.reads)
@@ -160,17 +142,17 @@ def test_the_stack_page_shows_the_tracers_price(visited, story, frame):
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_page_is_wider_than_the_screen(visited, page, width):
-    assert visited[1][(page, "", width, "")]["wide"] <= 0
+    assert visited.states[(page, "", width, "")]["wide"] <= 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_that_is_too_wide_would_be_noticed(visited, width):
-    assert visited[1][("wide.html", "", width, "")]["wide"] > 700
+    assert visited.states[("wide.html", "", width, "")]["wide"] > 700
 
 
 def act_on(visited, name):
     page, _, script = ACTS[name]
-    return visited[1][(page, "story=sum&frame=0", 500, script)]
+    return visited.states[(page, "story=sum&frame=0", 500, script)]
 
 
 def test_a_moved_slider_changes_ratios_chart_and_address(visited):
@@ -182,7 +164,7 @@ def test_a_moved_slider_changes_ratios_chart_and_address(visited):
 
 
 def test_another_layout_draws_other_crossings(visited):
-    held = visited[1][("explore.html", "whole", 360, "")]["text"]
+    held = visited.states[("explore.html", "whole", 360, "")]["text"]
     assert act_on(visited, "choice")["text"] != held and "about 30,000" in held
 
 
@@ -193,7 +175,7 @@ def test_next_goes_on_to_what_the_first_instruction_reads(visited):
 
 
 def test_the_whole_model_panel_names_the_crossings(visited):
-    text = visited[1][("explore.html", "whole", 360, "")]["text"]
+    text = visited.states[("explore.html", "whole", 360, "")]["text"]
     assert "Dense-4B, 100 B parameters: reaches 3 % at about 30,000 tokens per step" in text
     assert "V4.1-Flash, 197 B parameters: stays under 3 % in the range shown" in text
 
@@ -203,23 +185,151 @@ def test_explore_works_from_a_folder_and_without_whole_model_data(site, browser)
     assets = site / "assets" / "whole_model.js"
     kept = assets.read_text(encoding="utf-8")
     assets.write_text("window.engramWholeModel = null;\n", encoding="utf-8")
+    browser.forget()
     try:
-        page = browser.open(f"{(site / 'explore.html').as_uri()}#padding=10000&share=0.5&axis=share")
+        browser.open(f"{(site / 'explore.html').as_uri()}#padding=10000&share=0.5&axis=share")
     finally:
         assets.write_text(kept, encoding="utf-8")
+    data = browser.run("({ ...document.getElementById('explorer').dataset })")
+    assert browser.console == [] and all(url.startswith(("file:", "about:", "data:")) for url in browser.requests)
     point = dict(padding=10_000, share=1, hot=0, compute=0)
-    assert page.console == [] and all(url.startswith("file:") for url in page.requests)
-    assert float(page.dataset("explorer")["prefetch"]) == price("offload_prefetch", point) / price("resident", point)
-    assert page.dataset("explorer")["axis"] == "share"
-    assert "ready" not in page.dataset("whole-model-panel")
+    assert float(data["prefetch"]) == price("offload_prefetch", point) / price("resident", point)
+    assert data["axis"] == "share"
+    assert not browser.run("'ready' in document.getElementById('whole-model-panel').dataset")
 
 
 def test_a_request_to_another_host_and_an_error_would_be_noticed(tmp_path, browser):
     file = tmp_path / "wrong.html"
     file.write_text('<img src="https://example.org/x.png"><script>missing.call()</script>', encoding="utf-8")
-    page = browser.open(file.as_uri())
-    assert "missing is not defined" in page.console[0]
-    assert "https://example.org/x.png" in page.requests
+    browser.forget()
+    browser.open(file.as_uri())
+    assert any("missing is not defined" in line for line in browser.console)
+    assert "https://example.org/x.png" in browser.requests
+
+
+RESULTS = "[...document.querySelectorAll('*')].find((e) => e.shadowRoot)?.shadowRoot.querySelectorAll('ol a')"
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "from a folder"])
+@pytest.mark.parametrize("page", ["index.html", "findings/engram-offload-wall-time.html"])
+def test_search_finds_a_page_by_a_word_of_it(served, page, site, address, browser):
+    """Also without a server, where browsers start no worker, and without asking anybody for anything."""
+    browser.screen(1280)
+    browser.forget()
+    browser.open(f"{address}/{page}" if served else (site / page).as_uri())
+    browser.run("document.querySelector('.md-search__button').click()")
+    browser.wait_for("document.activeElement?.shadowRoot?.activeElement?.matches('input')")
+    browser.type("torchrun")
+    browser.wait_for(f"{RESULTS}?.length")
+    found = browser.run(f"[...{RESULTS}].map((a) => a.href)")
+    assert any("more-than-one-machine.html" in url for url in found)
+    assert all(url.startswith(address if served else site.as_uri()) for url in found)
+    assert browser.console == []
+    assert [url for url in browser.requests if url.startswith("http") and not url.startswith(address)] == []
+
+
+def complaints(browser, rules="undefined"):
+    """What axe has against the page as it stands: rule, how many elements, the first of them."""
+    browser.run(f"if (!window.axe) {{ {AXE} }}")
+    found = f"axe.run(document, {rules}).then((r) => r.violations.map((v) => [v.id, v.nodes.length, v.nodes[0].html]))"
+    return browser.run(found)
+
+
+READ = [name for name in PAGES if name not in ("log.html", "reference/results.html", "developing.html")]
+
+
+@pytest.mark.parametrize("page", READ)
+def test_everybody_can_read_the_page(page, site, address, browser):
+    """All rules of axe on a phone, then contrast again in the dark; the longest pages hold nothing that others do not."""
+    browser.screen(390)
+    browser.open(f"{address}/{page}")
+    browser.run("new Promise((done) => setTimeout(done, 50))")
+    assert complaints(browser) == []
+    browser.screen(390, scheme="dark")
+    browser.wait_for("document.body.dataset.mdColorScheme === 'slate'")
+    assert complaints(browser, "{ runOnly: ['color-contrast'] }") == []
+
+
+def test_what_cannot_be_read_would_be_noticed(tmp_path, browser):
+    file = tmp_path / "wrong.html"
+    file.write_text('<html lang="en"><title>t</title><main><h1 style="color:#999">pale</h1><img src="x.png"></main>')
+    browser.open(file.as_uri())
+    assert {rule for rule, _, _ in complaints(browser)} >= {"color-contrast", "image-alt"}
+
+
+def test_dark_is_dark(address, site, browser):
+    lightness = []
+    for scheme in ("light", "dark"):
+        browser.screen(1280, scheme=scheme)
+        browser.open(f"{address}/index.html")
+        colour = browser.run("getComputedStyle(document.body).backgroundColor")
+        lightness.append(sum(map(int, re.findall(r"\d+", colour)[:3])))
+    assert lightness[0] > 700 and lightness[1] < 150
+
+
+TABLE = """[...document.querySelectorAll('.ruled table')].map((table) => {
+    const box = table.closest('.md-typeset__scrollwrap'), first = table.querySelector('tbody td');
+    const before = first.getBoundingClientRect().left;
+    box.scrollLeft = 200;
+    const found = { hidden: box.scrollWidth - box.clientWidth, moved: before - first.getBoundingClientRect().left,
+        scrolled: box.scrollLeft };
+    box.scrollLeft = 0;
+    return found;
+})"""
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_verdict_fits_a_screen_and_keeps_its_names_on_a_phone(width, address, site, browser):
+    browser.screen(width)
+    browser.open(f"{address}/index.html")
+    found = browser.run(TABLE)
+    assert len(found) == 1
+    if width == 1280:
+        assert found[0]["hidden"] <= 0
+    else:
+        assert found[0]["scrolled"] > 100 and abs(found[0]["moved"]) <= 1
+
+
+def test_letters_of_figures_are_large_enough_on_a_phone(address, site, browser):
+    """The smallest are 7 points of a drawing 70 rem wide; below 6 CSS pixels nobody reads them."""
+    browser.screen(360)
+    browser.open(f"{address}/index.html")
+    shares = browser.run(
+        "[...document.querySelectorAll('.md-typeset img')].map((i) => [i.width / i.naturalWidth, i.alt])"
+    )
+    assert len(shares) >= 3 and all(7 * 4 / 3 * share >= 6 and alt for share, alt in shares)
+
+
+def test_code_is_highlighted(site):
+    page = (site / "how-it-works.html").read_text(encoding="utf-8")
+    assert '<span class="kn">import</span>' in page
+
+
+def local_links(page: Path, text: str):
+    """Files and anchors that a built page leads to, this site's only."""
+    for link in re.findall(r"""(?:href|src)=["']?([^"'\s>]+)""", text):
+        target, _, anchor = link.partition("#")
+        if not re.match(r"[a-z]+:|//", link):
+            yield (page.parent / target).resolve() if target else page, anchor
+
+
+def test_every_link_leads_somewhere(site):
+    """Pages, pictures and anchors, of the built pages themselves: the builder does not miss a picture."""
+    texts = {page.resolve(): page.read_text("utf-8") for page in site.rglob("*.html") if page.name != "404.html"}
+    texts = {page: text for page, text in texts.items() if page.name not in ("wide.html",)}
+    names = {page: set(re.findall(r"""\b(?:id|name)=["']?([^"'\s>]+)""", text)) for page, text in texts.items()}
+    missing = []
+    for page, text in texts.items():
+        for target, anchor in local_links(page, text):
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (anchor and target in names and anchor not in names[target]):
+                missing.append(f"{page.name}: {target.name}#{anchor}")
+    assert missing == []
+
+
+def test_every_page_is_in_the_menu_and_the_menu_has_pages_only():
+    pages = {str(path.relative_to(ROOT / "docs").with_suffix(".html")) for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(PAGES) == sorted(pages)
 
 
 def test_no_page_names_another_host_to_load_from(site):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from bench.evidence.price import ANSWERED
 from bench.instruments.claim import classify
 from bench.price.table import verdict as classified
 from bench.rows.table import LAYOUTS, placed, reuse, select
+from tests import commands
 
 ROOT = Path(verdict.__file__).resolve().parents[1]
 
@@ -97,9 +96,9 @@ def test_every_block_and_value_can_be_filled(evidence):
 
 
 def test_the_command_prints_both_halves(tmp_path):
-    command = [sys.executable, str(ROOT / "bench/verdict.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = commands.run(verdict)
+    assert done.returncode == 0, done.stderr
     assert "whole model" in done.stdout and "INCONCLUSIVE" in done.stdout
-    failed = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True)
+    failed = commands.run(verdict, "--results", tmp_path)
     assert failed.returncode == 2 and "make findings writes it" in failed.stderr
     assert len(failed.stderr.splitlines()) == 1

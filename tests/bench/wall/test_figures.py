@@ -11,7 +11,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from bench.instruments.drawing import COLOURS
+from bench.instruments.drawing import COLOURS, redraw
 from bench.instruments.output import source
 from bench.wall.figures import KINDS, _merged, bandwidth, draw_all, overheads, timeline
 from bench.wall.numbers import run_of
@@ -180,16 +180,15 @@ def test_an_overlap_would_be_seen(results):
     assert [second for _, second in overlaps(figure)] == ["a legend"]
 
 
-def test_the_command_draws_the_same_bytes_and_names_the_results(results, tmp_path):
+def test_the_command_draws_the_same_bytes_and_names_the_results(results, tmp_path, monkeypatch, capsys):
     path = tmp_path / "gpu_wall.json"
     path.write_text(json.dumps(results), encoding="utf-8")
     drawn = draw_all(results, tmp_path / "here")
     assert [figure.name for figure in drawn] == NAMES and sorted((tmp_path / "here").iterdir()) == sorted(drawn)
     assert all(source(results) in figure.read_text(encoding="utf-8") for figure in drawn)
-    command = [sys.executable, "-m", "bench.wall.figures"]
-    done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(tmp_path / name) for name in NAMES]
+    monkeypatch.setattr(sys, "argv", ["figures", str(path)])
+    redraw(draw_all, "bench.wall.figures")
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in NAMES]
     assert [(tmp_path / name).read_bytes() for name in NAMES] == [figure.read_bytes() for figure in drawn]
 
 

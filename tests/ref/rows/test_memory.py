@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engram_ref import free_memory
 from engram_ref.rows import memory as module
 from engram_ref.rows.memory import (
     HUGE_PAGE,
@@ -101,9 +102,9 @@ def test_the_share_of_huge_pages_counts_what_was_touched(monkeypatch):
             f"{low:x}-{low + 4 * MIB:x} rw-p 0 00:00 0 \nRss:    4096 kB\nAnonHugePages:  2048 kB\n"
             f"{low + 4 * MIB:x}-{low + 8 * MIB:x} rw-p 0 00:00 0 \nRss:    4096 kB\nAnonHugePages:  4096 kB\n"
         )
-        monkeypatch.setattr(module, "_text", lambda path: smaps)
+        monkeypatch.setattr(free_memory, "text_of", lambda path: smaps)
         assert memory.huge_page_share() == 0.75
-        monkeypatch.setattr(module, "_text", lambda path: "")
+        monkeypatch.setattr(free_memory, "text_of", lambda path: "")
         assert memory.huge_page_share() == 0.0
 
 
@@ -169,7 +170,7 @@ SYSTEMS = {
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_containers_limit_counts(system, monkeypatch):
     files, free = SYSTEMS[system]
-    monkeypatch.setattr(module, "_text", lambda path: files.get(str(path).removeprefix("/sys/fs/cgroup/"), ""))
+    monkeypatch.setattr(free_memory, "text_of", lambda path: files.get(str(path).removeprefix("/sys/fs/cgroup/"), ""))
     assert free_host_bytes() == free
 
 

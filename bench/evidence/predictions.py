@@ -1,0 +1,178 @@
+"""What `engram-place` predicts, held against what was measured: a line for every committed figure it has a formula for.
+
+    print(table(RESULTS))
+
+Rates come from the same results file where it has them, as `--measure` would have found them; the others are those that
+the command assumes. So the error is that of a user who measured, or did not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.instruments.reading import read_results
+from bench.instruments.words import short, signed
+from engram_ref.place.energy import PAGE, pages_per_row
+from engram_ref.place.formulas import FORMULAS, exposed_seconds, seconds
+from engram_ref.place.machine import Machine, Rate
+from engram_ref.place.price import rows_price
+
+# Results files of which nothing is predicted, and why.
+NOT_PREDICTED = {
+    "bytedmd_toy": "the toy prices every read itself",
+    "bytedmd_toy_v41": "the toy prices every read itself",
+    "bytedmd_sweeps": "the toy prices every read itself",
+    "bytedmd_grid": "the toy prices every read itself",
+    "row_definitions": "other definitions of the metric",
+    "row_speed": "how long pricing takes",
+    "pricing_speed": "how long pricing takes",
+    "hashing_speed": "hashing is no part of a placement",
+    "layer_speed_first_run": "the same as layer_speed, an earlier run",
+    "sharded_cpu": "tables that ranks share are no placement of this command",
+    "stress": "faults, not times",
+}
+
+
+class Line(NamedTuple):
+    """One comparison."""
+
+    file: str
+    case: str
+    formula: str
+    predicted: float
+    measured: float
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted / self.measured
+
+
+def lines(folder: Path) -> list[Line]:
+    """All comparisons, file by file."""
+    found: list[Line] = []
+    for name, read in _READERS.items():
+        found += read(name, read_results(folder / f"{name}.json"))
+    return found
+
+
+def table(folder: Path) -> str:
+    """The comparisons as a table in Markdown."""
+    rows = ["| measured in | case | formula | predicted | measured | predicted / measured |"]
+    rows.append("| --- | --- | --- | ---: | ---: | ---: |")
+    for line in lines(folder):
+        ratio = f"{line.ratio:.2f}" if line.measured > 0 else "not resolved"
+        figures = f"{_figure(line.predicted, line.unit)} | {_figure(line.measured, line.unit)} | {ratio}"
+        rows.append(f"| `{line.file}` | {line.case} | {line.formula} | {figures} |")
+    return "\n".join(rows)
+
+
+def formulas() -> str:
+    """The formulas by their names, as a table in Markdown."""
+    return "\n".join(["| name | formula |", "| --- | --- |", *(f"| {n} | {text} |" for n, text in FORMULAS.items())])
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "s":
+        return f"{signed(1e6 * value)} us"
+    return f"{short(value)} {unit}"
+
+
+def _machine(**rates: float) -> Machine:
+    return Machine(None, 0, 0).with_rates({name: Rate(value, "measured") for name, value in rates.items()})
+
+
+def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """Bytes of a step, and the waits of the synchronous variants."""
+    machine = _machine(memory=results["limits"]["copy"]["bytes_per_s"], reads=results["limits"]["disk"]["reads_per_s"])
+    for step in results["steps"]:
+        shape, said = step["shape"], step["prediction"]
+        row_bytes, step_name = step["table"]["row_bytes"], f"{shape['phase']} {shape['batch']} x {shape['tokens']}"
+        rows, distinct = shape["batch"] * shape["tokens"] * step["table"]["columns"], said["unique_rows"]
+        yield Line(name, f"{step_name}, bytes asked for", "rows", rows * row_bytes, said["bytes_requested"], "B")
+        pages = distinct * pages_per_row(row_bytes) * PAGE
+        yield Line(name, f"{step_name}, bytes of pages", "time.file", pages, said["bytes_paged"], "B")
+        for run in step["runs"]:
+            if run["repeat"] or run["variant"] == "no_engram" or run["schedule"] == "prefetched":
+                continue
+            cold = run["variant"] == "offload_disk" and run["page_cache"] == "cold"
+            kind = "file, no GPU" if cold else "memory"
+            case = ", ".join(filter(None, (step_name, run["variant"], run["page_cache"])))
+            predicted = seconds(machine, kind, rows, distinct, row_bytes, 0.0)
+            waited = statistics.median(run["exposed_s"])
+            yield Line(name, f"{case}, waited", f"time.{kind.partition(',')[0]}", predicted, waited, "s")
+
+
+def _layer(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """Fetches by themselves: from memory, and from a file, cold."""
+    for case in results["cases"]:
+        samples = {key: statistics.median(values) for key, values in case["samples_s"].items()}
+        if case["case"] == "gather":
+            yield _gather(name, "gather", case["rows"], case["row_bytes"], samples["ours"])
+        elif case["case"] == "fp8_gather":
+            rows = case["rows"] / case["fetches"]
+            took = samples["packed, as stored"] / case["fetches"]
+            yield _gather(name, f"fp8 rows, {case['tokens']:,} tokens", rows, case["row_bytes"]["fp8"], took)
+        elif case["case"] == "cold":
+            machine = _machine(reads=case["rows"] / samples["fio, 4 KiB random reads"])
+            predicted = seconds(machine, "file, no GPU", case["rows"], case["rows"], case["row_bytes"], 0.0)
+            yield Line(name, f"{case['rows']:,} rows from a cold file", "time.file", predicted, samples["ours"], "s")
+
+
+def _gather(name: str, case: str, rows: float, row_bytes: int, took: float) -> Line:
+    return Line(name, case, "time.memory", seconds(_machine(), "memory", rows, rows, row_bytes, 0.0), took, "s")
+
+
+def _end_to_end(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """What a decode step loses behind a slowed bus: the delay less the window before the layer."""
+    for case in results["cases"]:
+        rows = {row["label"]: _decode(row) for row in case["rows"]}
+        block = rows["no_engram"] / case["blocks"]
+        asked = case["batch"] * case["table"]["columns"] * case["table"]["row_bytes"]
+        for row in case["rows"]:
+            if not row["bus"]:
+                continue
+            bandwidth = row["bus"]["bytes_per_s"]
+            delay = row["bus"]["latency_s"] + (asked / bandwidth if bandwidth else 0.0)
+            predicted = exposed_seconds([delay], [case["layer_id"]], block)
+            if predicted > 0:
+                lost = rows[row["label"]] - rows["resident"]
+                case_name = f"batch {case['batch']}, {case['stream']['name']}, {row['label']}, lost per step"
+                yield Line(name, case_name, "exposed", predicted, lost, "s")
+
+
+def _decode(row: dict[str, Any]) -> float:
+    return statistics.median(step for served in row["rounds"] for step in served["decode_s"])
+
+
+def _production(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """The price of offloaded rows over that of pinned ones, from the counts of the same stream."""
+    for record in results["records"]:
+        wanted = record["part"] == "whole_model" and record["mode"] == "decode" and record["layout"] == "held live"
+        if not wanted or record["context"] or record["prefetch"] or record["tokens_per_step"] > 512:
+            continue
+        if record["experts"] not in ("", "one"):
+            continue
+        first = record["distinct_rows"] / record["reads"]
+        root = (record["distinct_rows"] / 4) ** 0.5  # how far back a row was read last is not in the record
+        reads = record["reads"] / record["steps"]
+        size = record["table_rows"] * record["row_bytes"]
+        far, near = (
+            rows_price(reads, record["row_bytes"], size, first, 1.0, root, buried)
+            for buried in (record["live_bytes"], 0.0)
+        )
+        case = f"{record['table']}, {record['stream']}, {record['tokens_per_step']} tokens a step, over pinned"
+        yield Line(name, case, "price", far / near, record["offload_naive"] / record["pinned"], "x")
+
+
+_READERS = {
+    "gpu_wall_cpu": _wall,
+    "gpu_wall_cpu_v41": _wall,
+    "end_to_end_cpu": _end_to_end,
+    "layer_speed": _layer,
+    "production": _production,
+}

@@ -1,0 +1,133 @@
+"""Where should my table live? Predictions for every placement of a model's n-gram table, and a recommendation.
+
+    engram-place --preset v41-flash                          on this machine, in seconds, with assumed rates
+    engram-place --preset v41-flash --gpu 80GB --host 512GB --disk 2TB --block-time 56us
+    engram-place /models/DeepSeek-V4.1-Flash --measure       a checkpoint (or its config.json); rates measured here
+    engram-place --preset v41-flash --json | jq .recommendation
+    engram-place --preset v41-flash --gpu 80GB --host 512GB --engram-config      the flag for vLLM and SGLang
+
+--gpu, --host and --disk are what is free for the table, beside weights and caches. Rates that were neither measured nor
+given are assumed, and said so. --json has every number with the name of its formula. Torch is not needed, except to
+--measure a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from engram_ref import cli
+from engram_ref.config import PRESETS
+from engram_ref.place.answer import Question, answer
+from engram_ref.place.engines import engine_flags
+from engram_ref.place.machine import Machine, Rate, this_machine
+from engram_ref.place.model import Model
+from engram_ref.place.reads import count_reads, read_text
+from engram_ref.place.table import report
+
+PROG = "engram-place"
+_MOST_BATCH = 1 << 20
+_RATES = {
+    "device": (cli.bytes_per_second, "bandwidth of the accelerator's memory, such as 3TB/s"),
+    "bus": (cli.bytes_per_second, "from host memory to it, such as 50GB/s"),
+    "memory": (cli.bytes_per_second, "bandwidth of host memory, one thread"),
+    "gather": (cli.positive, "rows a second that the CPU gathers, such as 2e7"),
+    "reads": (cli.positive, "random reads a second of the disk, such as 5e5"),
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=Path, help="a checkpoint's folder, or its config.json")
+    add("--preset", choices=sorted(PRESETS), help="a published geometry, instead of a checkpoint")
+    for name in ("gpu", "host", "disk"):
+        add(f"--{name}", type=cli.nbytes, metavar="SIZE", help=f"free for the table, 0 for no {name}")
+    add("--folder", type=Path, default=Path(), help="on the disk in question (default: here)")
+    add("--measure", action="store_true", help="measure this machine's rates first, under a minute")
+    for name, (kind, text) in _RATES.items():
+        add(f"--{name}-rate", type=kind, metavar="RATE", help=text)
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument("--block-time", type=cli.seconds, metavar="TIME", help="of one decoder block, such as 56us")
+    when.add_argument("--model-time", type=cli.seconds, metavar="TIME", help="of a whole step, divided by --blocks")
+    add("--blocks", type=cli.at_least(1, 10_000), help="decoder blocks of the model (default: the preset's)")
+    add("--batch", type=cli.at_least(1, _MOST_BATCH), nargs="+", default=[1, 64, 512], metavar="TOKENS",
+        help="tokens of a decode step (default: 1 64 512)")  # fmt: skip
+    add("--hot-share", type=cli.share, default=0.1, help="of all rows, that the hot tier holds (default: 0.1)")
+    add("--text", type=Path, help="a UTF-8 text whose tokens are looked up (default: Python's help topics)")
+    add("--tokenizer", metavar="PATH", help="a tokenizer.json for the text (default: DeepSeek-V4's)")
+    add("--json", action="store_true", help="everything as JSON on stdout")
+    add("--engram-config", action="store_true", help="only the flag that vLLM and SGLang take")
+    options = parser.parse_args(argv)
+    _check(parser, options)
+    return options
+
+
+def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
+    if (options.preset is None) == (options.checkpoint is None):
+        parser.error("name a --preset or a checkpoint, and one of them only")
+    if options.blocks is not None and options.model_time is None:
+        parser.error("--blocks does nothing without --model-time")
+    if options.json and options.engram_config:
+        parser.error("--json has everything: leave --engram-config away, or --json")
+    if options.measure and (given := [n for n in _RATES if getattr(options, f"{n}_rate") is not None]):
+        parser.error(f"--{given[0]}-rate says what --measure would find: leave one of them away")
+
+
+def question(options: argparse.Namespace) -> Question:
+    """What the options ask.
+
+    Raises:
+        ValueError: a checkpoint, text or tokenizer that is not what it should be.
+        OSError: one cannot be read.
+    """
+    model = Model.of(options.preset, options.checkpoint)
+    batches = tuple(sorted(set(options.batch)))
+    reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer)
+    return Question(
+        model, _machine(options, model.config.row_bytes()), reads, batches, _block(options, model), options.hot_share
+    )
+
+
+def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
+    machine = this_machine(options.folder)
+    sizes = {name: getattr(options, name) for name in ("gpu", "host", "disk")}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    machine = replace(machine, **given)
+    if machine.gpu == 0:
+        machine = replace(machine, gpu=None)
+    rates = {name: getattr(options, f"{name}_rate") for name in _RATES}
+    machine = machine.with_rates({name: Rate(float(v), "given") for name, v in rates.items() if v is not None})
+    if options.measure:
+        from engram_ref.place.measure import measured  # numpy's and torch's time only where it is asked for
+
+        machine = machine.with_rates(measured(options.folder, row_bytes))
+    return machine
+
+
+def _block(options: argparse.Namespace, model: Model) -> float | None:
+    if options.model_time is None:
+        return options.block_time
+    blocks = options.blocks or (model.backbone and model.backbone.blocks)
+    if not blocks:
+        raise ValueError("--model-time: nothing is known of this model's blocks, say how many with --blocks")
+    return options.model_time / blocks
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; see `--help`."""
+    options = parse(argv)
+    with cli.one_line_errors(PROG):
+        found = answer(question(options))
+        if options.engram_config:
+            print("\n".join(engine_flags(found["recommendation"]["placement"])), flush=True)
+        else:
+            print(json.dumps(found, indent=1) if options.json else report(found), flush=True)
+
+
+def run() -> None:
+    """The console script."""
+    cli.run(main, PROG)

@@ -1,0 +1,102 @@
+"""A machine as the predictions see it: what its memories have room for, and how fast rows come out of them.
+
+    this_machine(Path.cwd())                    free memory and disk as the system says; the rates are assumed
+    machine.with_rates({"bus": Rate(5e10, "measured")})
+
+A rate is never without its origin: measured here, given by the caller, or assumed, and then of which hardware.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from engram_ref.free_memory import free_host_bytes
+
+_HEADROOM = 1 << 28  # of host memory and disk, left to everybody else
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A speed or a delay, and where it is from.
+
+    Attributes:
+        value: bytes, rows or reads per second; of a delay, seconds.
+        source: "measured", "given", or "assumed: ..." with what was assumed.
+    """
+
+    value: float
+    source: str
+
+
+# The round figures of ordinary hardware of 2026; `--measure` or an option replaces each.
+ASSUMED = {
+    "device": Rate(3e12, "assumed: HBM3 of one accelerator, bytes/s"),
+    "bus": Rate(5e10, "assumed: PCIe 5.0 x16 in practice, bytes/s"),
+    "gather": Rate(2e7, "assumed: one thread, rows on huge pages, rows/s"),
+    "memory": Rate(1.5e10, "assumed: one thread that copies, bytes/s"),
+    "reads": Rate(5e5, "assumed: one NVMe drive, random reads of 4 KiB, 64 in flight, reads/s"),
+    "start_device": Rate(4e-6, "assumed: a kernel's launch, s"),
+    "start_host": Rate(2e-5, "assumed: another thread wakes, s"),
+    "start_bus": Rate(1e-5, "assumed: a copy's launch, s"),
+    "start_disk": Rate(1e-4, "assumed: one read of an NVMe drive, s"),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a table has to live with.
+
+    Attributes:
+        gpu: bytes of accelerator memory free for the table, beside weights and caches; None: the CPU computes.
+        host: bytes of host memory that are free.
+        disk: bytes of disk that are free, or that a table there already takes.
+        rates: by the names of ASSUMED.
+    """
+
+    gpu: int | None
+    host: int
+    disk: int
+    rates: Mapping[str, Rate] = field(default_factory=lambda: dict(ASSUMED))
+
+    def __getitem__(self, name: str) -> float:
+        return self.rates[name].value
+
+    def with_rates(self, rates: Mapping[str, Rate]) -> Machine:
+        """This machine with some rates replaced."""
+        if strangers := rates.keys() - ASSUMED.keys():
+            raise ValueError(f"no rate {', '.join(sorted(strangers))}: use {', '.join(ASSUMED)}")
+        return replace(self, rates={**self.rates, **rates})
+
+
+def this_machine(folder: Path) -> Machine:
+    """The machine that this runs on, with assumed rates.
+
+    Args:
+        folder: on the disk that a table would lie on.
+
+    Raises:
+        ValueError: the system does not say how much memory is free.
+    """
+    host = free_host_bytes()
+    if host is None:
+        raise ValueError("this system does not say how much memory is free: give --host, such as --host 64GB")
+    disk = shutil.disk_usage(folder).free
+    return Machine(free_gpu_bytes(), max(0, host - _HEADROOM), max(0, disk - _HEADROOM))
+
+
+def free_gpu_bytes() -> int | None:
+    """Free memory of the emptiest NVIDIA GPU, by its driver's own tool; None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    free = [int(line) for line in done.stdout.splitlines() if line.strip().isdigit()] if done.returncode == 0 else []
+    return max(free) << 20 if free else None

@@ -1,0 +1,98 @@
+"""The model whose table is to be placed: its geometry, its rows, and what is known of the blocks around it.
+
+Model.of(preset="v41-flash")
+Model.of(path=Path("/models/DeepSeek-V4.1-Flash"))          a checkpoint's folder, or its config.json alone
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram_ref.checkpoint import config_json, qwen_config
+from engram_ref.config import EngramConfig
+from engram_ref.hashing.plan import HashPlan
+
+_ANY_SIZE = 1000  # of a vocabulary: rows follow from the primes, whatever it is
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a decode step reads beside the rows.
+
+    Attributes:
+        blocks: decoder blocks.
+        step_bytes: weights that a step of one token reads, at least.
+        live_bytes: all weights, read or not.
+        source: where the figures are from.
+    """
+
+    blocks: int
+    step_bytes: int
+    live_bytes: int
+    source: str
+
+
+_PAPER = Backbone(30, 2 * 3_800_000_000, 2 * 26_700_000_000, "the paper: 30 blocks, 3.8 B of 26.7 B values active")
+# By preset. Of the shipped models by audits of their files; the narrowest format in V4.1-Flash is half a byte.
+BACKBONES = {
+    "paper-27b": _PAPER,
+    "paper-40b": _PAPER,
+    "v41-flash": Backbone(40, 8_000_000_000, 307_000_000_000, "audits of its files: 16 B values active, fp4 at least"),
+    "qwen38-flash-next": Backbone(48, 12_000_000_000, 12_000_000_000, "6 B values active, bfloat16; others left out"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with n-gram tables.
+
+    Attributes:
+        name: as shown.
+        config: geometry of its tables.
+        rows: of each layer's table.
+        backbone: None where nothing is known of the rest.
+    """
+
+    name: str
+    config: EngramConfig
+    rows: tuple[int, ...]
+    backbone: Backbone | None
+
+    @classmethod
+    def of(cls, preset: str | None = None, path: Path | None = None) -> Model:
+        """By the name of a published geometry, or from a checkpoint.
+
+        Raises:
+            ValueError: no such preset, or a file that is not what it should be.
+            OSError: a file cannot be read.
+        """
+        if path is None:
+            config, name = EngramConfig.preset(preset or ""), preset or ""
+        else:
+            config, name = read_geometry(path), path.name
+        known = {key: EngramConfig.preset(key) for key in BACKBONES}
+        same = next((BACKBONES[key] for key, published in known.items() if published == config), None)
+        plan = HashPlan.build(config, config.compressed_size or _ANY_SIZE, 0)
+        return cls(name, config, tuple(layer.rows for layer in plan.layers), same)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of all layers together, as stored."""
+        return sum(self.rows) * self.config.row_bytes()
+
+
+def read_geometry(path: Path) -> EngramConfig:
+    """The geometry that a `config.json` states; tensors are not looked at, so that the file alone is enough.
+
+    Args:
+        path: the file, or the folder that holds it.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a checkpoint's folder or its config.json")
+    if path.is_file() and path.name != config_json.CONFIG_FILE:
+        raise ValueError(f"{path}: give a checkpoint's folder or its {config_json.CONFIG_FILE}, not another file")
+    if qwen_config.read_model_type(folder) in qwen_config.MODEL_TYPES:
+        return qwen_config.read_qwen_config(folder)
+    return config_json.read_config(folder)

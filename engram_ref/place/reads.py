@@ -1,0 +1,141 @@
+"""What a text reads of the tables: how many rows of a step are distinct, how many never read before, how many hot.
+
+    reads = count_reads(model, read_text(None), batches=(1, 64))
+    reads.distinct[64]          # share of a step's row reads that are the first of their row in it
+
+The first half of the text warms up, the second is counted; a step of so many tokens takes one token of each of as many
+parts of the text, as decoding takes one of each sequence. Counts depend on the hash only through collisions, so a
+tokenizer stands in for another where a checkpoint's own is not at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from engram_ref.files.small_files import read_small
+from engram_ref.hashing.ngram import NgramHasher
+from engram_ref.hashing.plan import HashPlan
+from engram_ref.place.model import Model
+from engram_ref.vocab import load_tokenizer, vocab_for
+
+MOST_TOKENS = 1 << 16  # of a text: enough to count with, and few enough for a second
+_MOST_BYTES = 1 << 20
+_LEAST_TOKENS = 64
+_STEPS = 64  # of a batch size that are looked at
+
+
+class Text(NamedTuple):
+    """A text and what it is called."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What one text reads of one model's tables, in shares of all row reads.
+
+    Attributes:
+        text: its name.
+        tokens: of it that were counted.
+        distinct: tokens a step -> reads that are the first of their row in the step.
+        first: reads of rows that were never read before.
+        reuse_root: of the other reads, the mean root of the row reads since the last read of the same row.
+        hits: reads of rows that the hot tier holds.
+    """
+
+    text: str
+    tokens: int
+    distinct: dict[int, float]
+    first: float
+    reuse_root: float
+    hits: float
+
+
+def read_text(path: Path | None) -> Text:
+    """A UTF-8 file, the beginning of a long one; without a path, the help topics that come with Python."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return Text("pydoc_data.topics", "\n".join(topics[name] for name in sorted(topics)))
+    found = read_small(path, 1 << 30, "name a text file")
+    return Text(path.name, found[:_MOST_BYTES].decode("utf-8", errors="ignore"))
+
+
+def count_reads(
+    model: Model, text: Text, batches: Sequence[int], hot_share: float = 0.0, tokenizer: str | None = None
+) -> Reads:
+    """Hash a text and count.
+
+    Args:
+        batches: tokens a step.
+        hot_share: of all rows, that the hot tier holds: those that the first half of the text reads most.
+        tokenizer: as for `load_tokenizer`.
+
+    Raises:
+        ValueError: a text of too few tokens, or no such tokenizer.
+    """
+    rows = _rows(model, text, tokenizer)  # [T, rows a token]
+    flat = rows.reshape(-1)
+    half = len(rows) // 2 * rows.shape[1]
+    _, first_at, number = np.unique(flat, return_index=True, return_inverse=True)
+    counted = len(flat) - half
+    is_first = first_at[number[half:]] == np.arange(half, len(flat))
+    return Reads(
+        text.name,
+        len(rows),
+        {batch: _distinct(number.reshape(rows.shape), batch) for batch in batches},
+        float(is_first.mean()),
+        _reuse_root(number, half),
+        _hits(number, half, round(hot_share * sum(model.rows))) / counted,
+    )
+
+
+def _rows(model: Model, text: Text, tokenizer: str | None) -> np.ndarray:
+    """Row numbers of all layers, each row once over all of them, int64 [T, rows a token]."""
+    ids = load_tokenizer(tokenizer).encode(text.content[: 8 * MOST_TOKENS], add_special_tokens=False).ids[:MOST_TOKENS]
+    if len(ids) < _LEAST_TOKENS:
+        raise ValueError(f"{text.name} has {len(ids)} tokens: give a text of at least {_LEAST_TOKENS}")
+    config = model.config
+    if config.form != "qwen":
+        config = config.replace(compressed_size=None)  # another tokenizer's is as good to count with
+    vocab = vocab_for(config, tokenizer)
+    hasher = NgramHasher(HashPlan.for_vocab(config, vocab))
+    compressed, begin, found = vocab([ids]), 0, []
+    for layer_id, rows in zip(config.layer_ids, model.rows):
+        found.append(hasher(compressed, layer_id)[0].astype(np.int64) + begin)
+        begin += rows
+    return np.concatenate(found, axis=1)
+
+
+def _distinct(number: np.ndarray, batch: int) -> float:
+    """Share of a step's reads that are the first of their row; 1, the most, where the text is too short to say."""
+    steps = len(number) // batch
+    if steps == 0:
+        return 1.0
+    dealt = number[: steps * batch].reshape(batch, steps, -1)
+    looked_at = np.unique(np.linspace(0, steps - 1, min(steps, _STEPS)).astype(int))
+    return float(np.mean([len(np.unique(dealt[:, step])) / dealt[:, step].size for step in looked_at]))
+
+
+def _reuse_root(number: np.ndarray, half: int) -> float:
+    order = np.argsort(number, kind="stable")
+    again = number[order[1:]] == number[order[:-1]]
+    later, earlier = order[1:][again], order[:-1][again]
+    gaps = (later - earlier)[later >= half]
+    return float(np.sqrt(gaps).mean()) if len(gaps) else 0.0
+
+
+def _hits(number: np.ndarray, half: int, tier: int) -> int:
+    if tier == 0:
+        return 0
+    counts = np.bincount(number[:half], minlength=int(number.max()) + 1)
+    hot = np.zeros(len(counts), bool)
+    hot[np.argsort(-counts, kind="stable")[:tier]] = True
+    hot &= counts > 0
+    return int(hot[number[half:]].sum())

@@ -1,0 +1,85 @@
+"""The answer as text: a table of placements for each batch size, the recommendation, and what was assumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engram_ref.place.answer import size, time
+
+_OF_GPUS = ("device", "bus", "start_device", "start_bus")
+_HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "price", "model", "energy"]
+
+
+def report(answer: dict[str, Any]) -> str:
+    """The answer for a terminal."""
+    model, machine, reads = answer["model"], answer["machine"], answer["reads"]
+    gpu = "no GPU: the CPU computes" if machine["gpu"] is None else f"GPU {size(machine['gpu'])}"
+    lines = [
+        f"{model['name']}: table of {size(model['table_bytes'])}, "
+        f"{sum(model['rows']):,} rows of {model['row_bytes']} B, {model['rows_per_token']} of them a token",
+        f"free for it: {gpu}, host {size(machine['host'])}, disk {size(machine['disk'])}",
+        f"block: {time(answer['block']['seconds'])}, {answer['block']['source']}",
+        f"text: {reads['text']}, {reads['tokens']:,} tokens, {100 * reads['first']:.0f} % of row reads are first ones",
+    ]
+    for number, batch in enumerate(answer["batches"]):
+        lines += ["", _heading(answer, number, batch), aligned(_rows(answer, number))]
+    lines += ["", f"take {answer['recommendation']['reason']}" if answer["recommendation"]["placement"] else
+              answer["recommendation"]["reason"], "", *_notes(answer)]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _heading(answer: dict[str, Any], number: int, batch: int) -> str:
+    step = answer["placements"][0]["steps"][number]
+    asked = step["rows"] * answer["model"]["row_bytes"]
+    return (
+        f"== {batch:,} tokens a step: {step['rows']:,} rows, {step['distinct_rows']:,.0f} of them distinct, "
+        f"{size(asked)} a step"
+    )
+
+
+def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
+    found = [_HEAD]
+    for placement in answer["placements"]:
+        step = placement["steps"][number]
+        prices, joules = step["price"], step["joules"]
+        lacking = ", ".join(f"{size(n)} {tier}" for tier, n in placement["lacking"].items())
+        found.append([
+            placement["placement"],
+            "yes" if placement["fits"] else f"no, {lacking} short",
+            *(size(n) if n else "0" for n in placement["held"].values()),
+            size(placement["freed"]) if placement["freed"] > 0 else "0",
+            time(step["seconds"]),
+            time(step["exposed_s"]),
+            "-" if prices["over_resident"] is None else f"{prices['over_resident']:.3g} x",
+            "-" if prices["whole_model"] is None else f"{prices['whole_model']:.4f} x",
+            _joules(joules["least"], joules["most"]),
+        ])  # fmt: skip
+    return found
+
+
+def _joules(least: float, most: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1.0, "J"), (1e-3, "mJ")) if most >= u), (1e-6, "uJ"))
+    low, high = f"{least / unit:.2g}", f"{most / unit:.2g}"
+    return f"{low} {name}" if low == high else f"{low}-{high} {name}"
+
+
+def _notes(answer: dict[str, Any]) -> list[str]:
+    """What the columns mean, and where every rate is from."""
+    no_gpu = answer["machine"]["gpu"] is None
+    rates = [(n, rate) for n, rate in answer["machine"]["rates"].items() if not (no_gpu and n in _OF_GPUS)]
+    lines = [
+        "fetch, exposed: seconds of a step's fetches, and what of them the blocks before the layers do not hide",
+        "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",
+        "energy: of moving the rows, from published ranges. Every prediction names its formula in --json",
+    ]
+    for name, rate in rates:
+        lines.append(f"{name} {rate['value']:.3g}, {rate['source']}")
+    return lines
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Cells in columns under a ruled head, the first two flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+             for row in rows]  # fmt: skip
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,0 +1,347 @@
+"""`engram-place`: sums by hand, counts against Python's sets, the answer as a whole, and input that is wrong.
+
+python -m pytest tests/ref/place
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engram_ref.checkpoint.config_json import config_fields, table_rows
+from engram_ref.config import PRESETS, EngramConfig
+from engram_ref.place import command, energy, price, reads
+from engram_ref.place.answer import Question, answer
+from engram_ref.place.engines import engine_flags
+from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, seconds
+from engram_ref.place.machine import ASSUMED, Machine, Rate
+from engram_ref.place.model import BACKBONES, Model
+from engram_ref.place.reads import Reads, Text, count_reads, read_text
+from engram_ref.place.table import report
+from engram_toy.tracer.stack import cumulative_price
+
+ROOT = Path(__file__).parents[3]
+GB = 10**9
+ROUND = Machine(80 * GB, 512 * GB, 2000 * GB).with_rates(
+    {
+        name: Rate(value, "given")
+        for name, value in {
+            **{"device": 1e9, "bus": 1e8, "gather": 1e6, "memory": 1e9, "reads": 1e4},
+            **{"start_device": 1e-3, "start_host": 2e-3, "start_bus": 4e-3, "start_disk": 8e-3},
+        }.items()
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+
+
+@pytest.fixture(scope="module")
+def flash():
+    return Model.of("v41-flash")
+
+
+def counted(distinct=1.0, first=0.5, root=10.0, hits=0.25):
+    return Reads("a text", 1000, {1: distinct, 64: distinct, 512: distinct}, first, root, hits)
+
+
+def ask(model, machine=ROUND, **how):
+    return answer(Question(model, machine, how.pop("reads", counted()), how.pop("batches", (1, 64, 512)), **how))
+
+
+def placement(found, name):
+    return next(p for p in found["placements"] if p["placement"] == name)
+
+
+# --- formulas, by hand ------------------------------------------------------------------------------------
+
+
+def test_times_by_hand():
+    """1,000 rows of 100 B, 800 of them distinct, a quarter hot: 100 kB asked for, 128 kB in sectors of 32 B."""
+    took = {name: seconds(ROUND, name, 1000, 800, 100, 0.25) for name in ("device", "memory", "uva", "host", "hot")}
+    assert took == pytest.approx(
+        {
+            "device": 0.001 + 2 * 1e5 / 1e9,
+            "memory": 0.002 + 0.001,
+            "uva": 0.001 + 0.004 + 1.28e5 / 1e8,
+            "host": 0.002 + 0.001 + 0.004 + 0.001,
+            "hot": (0.001 + 2 * 2.5e4 / 1e9) + (0.002 + 0.00075 + 0.004 + 0.00075),
+        }
+    )
+    pages = 1 + 24 / 1024  # of the 1,024 places of a row within a page, 24 reach over its end
+    assert seconds(ROUND, "file", 1000, 800, 100, 0) == pytest.approx(0.008 + 0.08 * pages + took["host"])
+    assert seconds(ROUND, "file, no GPU", 1000, 800, 100, 0) == pytest.approx(0.008 + 0.08 * pages + took["memory"])
+    assert seconds(ROUND, "hot", 1000, 800, 100, 0.0) == took["host"]  # nothing hits, nothing is launched for it
+
+
+def test_moved_bytes_by_hand():
+    assert moved_bytes("hot", 1000, 800, 100, 0.25) == {"device": 25_000, "host": 75_000, "bus": 75_000}
+    assert moved_bytes("uva", 1000, 800, 100, 0)["bus"] == 128_000
+    assert moved_bytes("file", 1000, 800, 128, 0) == {"disk": 800 * 4096, "bus": 128_000}
+
+
+@pytest.mark.parametrize(
+    ("per_layer", "layers", "block", "waited"),
+    [
+        ([5.0], [1], 2.0, 3.0),
+        ([5.0], [1], 9.0, 0.0),
+        ([2.0, 2.0], [1, 14], 2.0, 0.0),
+        ([3.0, 100.0], [1, 14], 2.0, 75.0),  # 103 s until the second, 28 of them hidden: the first second is in them
+        ([3.0, 1.0], [14, 1], 2.0, 0.0),  # whatever order they are named in
+        ([1.0], [0], 5.0, 1.0),  # before the first block nothing hides
+    ],
+)
+def test_exposed_time(per_layer, layers, block, waited):
+    assert exposed_seconds(per_layer, layers, block) == waited
+
+
+def test_exposed_time_against_a_step_that_is_played():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        layers = sorted(draw.choice(12, 3, replace=False).tolist())
+        took, block = draw.random(3).tolist(), float(draw.random() / 4)
+        now = arrived = 0.0
+        at = dict(zip(layers, took))
+        for number in range(12):
+            if number in at:
+                arrived += at[number]
+                now = max(now, arrived)
+            now += block
+        assert now - 12 * block == pytest.approx(exposed_seconds(took, layers, block), abs=1e-12)
+
+
+def test_energy_by_hand():
+    assert energy.pages_per_row(264) == 1 + 32 / 512
+    assert energy.joules(energy.TIERS["device"], 10, 100) == pytest.approx((8000 * 3.44e-12, 8000 * 4.3e-12))
+    low, high = energy.joules(energy.TIERS["file"], 1, 256)
+    assert (low, high) == pytest.approx((2048 * 5e-12 + 1e-5, 2048 * 15e-12 + 1e-5))
+
+
+def test_energies_are_the_published_ones():
+    entries = json.loads((ROOT / "docs" / "findings" / "published.json").read_text(encoding="utf-8"))["figures"]
+    said = {entry["id"]: entry["value"] for entry in entries if entry["id"].startswith("energy.")}
+    hbm = [said[f"energy.{name}"] for name in ("hbm2", "hbm2e", "hbm3e")]
+    assert energy.FIGURES["hbm"] == (min(hbm), max(hbm))
+    assert energy.FIGURES["host"] == (said["energy.lpddr5"], said["energy.ddr"][1])
+    assert energy.FIGURES["nvme_random_io"] == (said["energy.nvme_random_io"] * 1e6,) * 2
+    low, high = energy.FIGURES["pcie_elsewhere"]
+    assert [low, high] == said.get("energy.pcie_elsewhere", [5, 15]) and low < said["energy.pcie"] < high
+
+
+def test_prices_are_the_twins():
+    """Weights read once, block by block, and rows that are all first ones, against the twin's exact sum."""
+    blocks, nbytes = 10, 10**6
+    exact = blocks * (cumulative_price(nbytes) - cumulative_price(nbytes - nbytes // blocks))
+    assert price.weights_price(nbytes, blocks) == pytest.approx(exact, rel=1e-3)  # a root against its ceiling
+    size, above = 10**6, 10**5
+    mean = (cumulative_price(above + size) - cumulative_price(above)) / size
+    assert price.rows_price(7, 16, size, 1.0, 1.0, 0.0, above) == pytest.approx(7 * 16 * mean, rel=1e-3)
+    again = price.rows_price(7, 16, size, 0.0, 1.0, 25.0, 0.0)
+    assert again == pytest.approx(7 * 16 * math.sqrt(25 * 25 * 16))
+    assert price.rows_price(7, 16, size, 0.0, 1.0, 25.0, above) > again
+
+
+# --- counts of a text -------------------------------------------------------------------------------------
+
+
+def test_counts_against_sets():
+    model = Model.of("demo")
+    text = Text("some", " ".join(f"word{n % 97} and {n % 13}" for n in range(600)))
+    tier = 500
+    found = count_reads(model, text, (1, 8), tier / sum(model.rows))
+    rows = reads._rows(model, text, None)
+    assert rows.shape == (found.tokens, model.config.rows_per_token()) and rows.max() < sum(model.rows)
+    half = len(rows) // 2
+    before, firsts, hits = set(rows[:half].ravel().tolist()), 0, 0
+    counts = {row: int(n) for row, n in zip(*np.unique(rows[:half], return_counts=True))}
+    least = sorted(counts.values(), reverse=True)[: min(tier, len(counts))][-1]
+    surely, maybe = {r for r, n in counts.items() if n > least}, {r for r, n in counts.items() if n >= least}
+    for row in rows[half:].ravel().tolist():
+        firsts += row not in before
+        before.add(row)
+    later = rows[half:].ravel().tolist()
+    assert found.first == firsts / len(later)
+    hits = found.hits * len(later)
+    assert sum(row in surely for row in later) <= round(hits) <= sum(row in maybe for row in later)
+    steps = len(rows) // 8
+    whole = [len(np.unique(rows[: steps * 8].reshape(8, steps, -1)[:, s])) / (8 * rows.shape[1]) for s in range(steps)]
+    assert min(whole) <= found.distinct[8] <= max(whole) and found.distinct[8] < 1
+
+
+def test_a_text_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="has 2 tokens: give a text of at least 64"):
+        count_reads(Model.of("tiny"), Text("short.txt", "two words"), (1,))
+
+
+def test_more_tokens_a_step_than_the_text_has_count_as_all_distinct():
+    assert count_reads(Model.of("tiny"), read_text(None), (1 << 20,)).distinct == {1 << 20: 1.0}
+
+
+# --- the answer -------------------------------------------------------------------------------------------
+
+
+def test_every_prediction_names_its_formula(flash):
+    found = ask(flash)
+    names = {found["block"]["formula"]}
+    for place in found["placements"]:
+        names.add(place["formula"])
+        for step in place["steps"]:
+            names |= {step["formula"], step["price"]["formula"], step["joules"]["formula"]}
+    assert names <= FORMULAS.keys()
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(ask(flash)))
+
+
+def test_bytes_of_v41_flash(flash):
+    found = ask(flash)
+    assert found["model"]["table_bytes"] == 768_022_850 * 264
+    device, uva, file = (placement(found, name) for name in ("device", "uva", "file"))
+    assert not device["fits"] and device["lacking"] == {"gpu": 768_022_850 * 264 - 80 * GB}
+    assert uva["fits"] and uva["freed"] == device["held"]["gpu"] - 512 * 48 * 256 * 2
+    assert file["steps"][0]["bytes"]["bus"] == 48 * 264 == flash.config.bytes_per_token()
+    assert device["steps"][0]["price"]["over_resident"] == 1.0 < uva["steps"][0]["price"]["over_resident"]
+    assert [step["rows"] for step in file["steps"]] == [48, 48 * 64, 48 * 512]
+
+
+def test_what_fits_is_recommended_and_why(flash):
+    fast = ROUND.with_rates(ASSUMED)
+    hidden = ask(flash, fast, block_s=1.0)["recommendation"]
+    assert hidden["placement"] == "uva" and "hide behind the blocks before it" in hidden["reason"]
+    assert "device would not fit" in hidden["reason"]
+    waits = ask(flash, fast, block_s=1e-9)["recommendation"]
+    assert waits["placement"] == "uva" and "waits the shortest" in waits["reason"]
+    large = ask(flash, replace(fast, gpu=10**12), block_s=1e-9)["recommendation"]
+    assert large["placement"] == "device"
+    assert ask(flash, replace(fast, host=GB), block_s=1.0)["recommendation"]["placement"] == "file"
+    none = ask(flash, replace(fast, host=0, disk=10 * GB))["recommendation"]
+    assert none["placement"] is None and "GiB" in none["reason"]
+
+
+def test_without_a_gpu_the_cpu_computes(flash):
+    found = ask(flash, replace(ROUND, gpu=None))
+    assert [p["placement"] for p in found["placements"]] == ["memory", "file"]
+    assert placement(found, "file")["freed"] == flash.table_bytes - placement(found, "file")["held"]["host"]
+    assert all(p["held"]["gpu"] == 0 for p in found["placements"])
+
+
+def test_a_model_of_which_nothing_is_known_has_no_window_and_no_price():
+    demo = Model.of("demo")
+    step = placement(ask(demo), "uva")["steps"][0]
+    assert demo.backbone is None and step["exposed_s"] is None and step["price"]["over_resident"] is None
+    assert "--block-time" in ask(demo)["recommendation"]["reason"]
+    assert placement(ask(demo, block_s=1.0), "uva")["steps"][0]["exposed_s"] == 0.0
+
+
+def test_held_bytes_count_a_hot_tier_and_its_entries():
+    held = held_bytes(EngramConfig.preset("demo"), [1000], 4, hot_rows=100)
+    staging, values = 2 * 4 * 16 * 128, 4 * 32 * 128
+    assert held["hot"] == {"gpu": values + 100 * 128, "host": 1000 * 128 + staging + 4000, "disk": 0}
+    assert held["file"] == {"gpu": values, "host": staging, "disk": 1000 * 128}
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_report_of_every_preset(preset):
+    model = Model.of(preset)
+    text = report(ask(model))
+    assert text.count("== ") == 3 and "assumed" not in text.split("reads")[0] and f"{sum(model.rows):,} rows" in text
+    assert (preset in BACKBONES) == (model.backbone is not None)
+
+
+def test_flags_of_engines():
+    assert engine_flags("uva")[0].startswith("""--engram-config '{"cpu_offload": true}'""")
+    assert engine_flags("device")[1].startswith("""--engram-config '{"placement": "gpu"}'""")
+    for other in ("host", "hot", "file", "memory", None):
+        assert all(line.startswith("# ") for line in engine_flags(other)), other
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+SIZES = ["--gpu", "80GB", "--host", "512GB", "--disk", "2TB", "--batch", "1", "64"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command without its counting: what it does with its options."""
+    monkeypatch.setattr(command, "count_reads", lambda model, text, batches, *rest: counted())
+
+
+def run(capsys, *argv):
+    command.main([*argv])
+    return capsys.readouterr().out
+
+
+def test_a_checkpoint_and_its_config_json_alone(tmp_path, capsys, quick):
+    config = EngramConfig.preset("v41-flash")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_fields(config, table_rows(config), 129_280, 40)))
+    by_folder, by_file = (json.loads(run(capsys, str(p), *SIZES, "--json")) for p in (tmp_path, path))
+    by_preset = json.loads(run(capsys, "--preset", "v41-flash", *SIZES, "--json"))
+    for found in (by_folder, by_file):
+        assert found["placements"] == by_preset["placements"] and found["model"]["backbone"]["blocks"] == 40
+
+
+def test_the_engines_flag_follows_the_recommendation(capsys, quick):
+    said = run(capsys, "--preset", "v41-flash", *SIZES, "--block-time", "1s", "--engram-config")
+    assert said.splitlines()[0].startswith("""--engram-config '{"cpu_offload": true}'""")
+
+
+def test_model_time_is_divided_by_the_blocks(capsys, quick):
+    found = json.loads(run(capsys, "--preset", "v41-flash", *SIZES, "--model-time", "4ms", "--json"))
+    assert found["block"] == {"seconds": pytest.approx(1e-4), "source": "given", "formula": "window"}
+    found = json.loads(run(capsys, "--preset", "demo", *SIZES, "--model-time", "4ms", "--blocks", "4", "--json"))
+    assert found["block"]["seconds"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "name a --preset or a checkpoint"),
+        (["--preset", "demo", "."], "and one of them only"),
+        (["/nowhere"], "/nowhere does not exist"),
+        (["--preset", "demo", "--gpu", "80G"], "bytes, such as 80GB"),
+        (["--preset", "demo", "--block-time", "56"], "a time with its unit"),
+        (["--preset", "demo", "--model-time", "4ms"], "say how many with --blocks"),
+        (["--preset", "demo", "--blocks", "4"], "--blocks does nothing without --model-time"),
+        (["--preset", "demo", "--json", "--engram-config"], "leave --engram-config away"),
+        (["--preset", "demo", "--measure", "--bus-rate", "1GB/s"], "--bus-rate says what --measure would find"),
+        (["--preset", "demo", "--bus-rate", "0"], "--bus-rate"),
+        (["--preset", "demo", "--text", "/nowhere.txt"], "/nowhere.txt"),
+        ([__file__], "not another file"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(argv, said, capsys, quick):
+    with pytest.raises(SystemExit) as ended:
+        command.main(argv)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == "" and said in printed.err and printed.err.count("\n") == 1
+
+
+def test_it_answers_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from engram_ref.place.command import main\n"
+        "main(['--preset', 'tiny', '--gpu', '1GB', '--host', '1GB', '--disk', '1GB'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "take " in done.stdout, done.stderr
+
+
+def test_measured_rates_replace_the_assumed_ones(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from engram_ref.place import measure
+
+    small = {"_TABLE": 1 << 20, "_COPY": 1 << 20, "_MANY": 1 << 8, "_SOME": 1 << 6, "_REPEATS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(measure, name, value)
+    found = measure.measured(tmp_path, 264)
+    assert found.keys() >= {"gather", "memory", "reads", "start_host", "start_disk"}
+    assert all(0 < rate.value < math.inf and rate.source.startswith("measured") for rate in found.values())
+    assert list(tmp_path.iterdir()) == []
