@@ -2,7 +2,7 @@
 
     python bench/verdict.py                   from the committed results
     python bench/verdict.py --results DIR     from a folder with results files of the same names
-    python bench/verdict.py --export DIR      the answer in the form of the lab that asked: a folder that runs in its tree
+    python bench/verdict.py --export DIR      in the form of the lab that asked: a folder that runs in its tree
 
 A line is a boundary: what the ratio is divided by. The lines of the toy are exact prices of whole programs; those of
 the whole model are rows of a table of published size against the weights of a model, which are taken from below. Wall

@@ -90,9 +90,7 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
         "toy_layouts": lambda: layouts(evidence),
         "sweep_crossings": lambda: sweep_table.crossing_report(evidence.sweeps),
         "rows_scale": lambda: row_table.scale_table(evidence.production_and_qwen),
-        "rows_scale_short": lambda: row_table.scale_table(
-            evidence.production_and_qwen, COMPARED_TOKENS, (TEXT, "uniform")
-        ),
+        "rows_scale_short": lambda: row_table.scale_table(evidence.production_and_qwen, COMPARED_TOKENS, (TEXT,)),
         "rows_hot": lambda: row_table.hot_table(evidence.production),
         "rows_place": lambda: row_table.place_table(evidence.production),
         "rows_copies": lambda: row_table.copies_table(evidence.production),
