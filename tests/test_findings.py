@@ -75,6 +75,13 @@ def test_marks_that_would_not_render_are_found():
     assert marks_at_line_start("a\n<!-- v: x.y -->5<!-- /v --> b\n- <!-- v: z -->5<!-- /v -->") == ["<!-- v: x.y -->"]
 
 
+def test_the_finding_can_be_read_at_one_go():
+    """Seven tables: answer, configuration, toy, rows at scale, place, whole model, energy; the rest is a reference."""
+    text = (ROOT / "docs/findings/engram-offload-bytedmd.md").read_text(encoding="utf-8")
+    assert text.count("```text\n") + len(re.findall(r"(?m)^\| --- ", text)) == 7
+    assert text.count("\n") <= 300
+
+
 def test_a_mark_that_begins_a_line_moves_to_the_one_before():
     text = "it costs\n<!-- v: loss.4b -->?<!-- /v -->, or more,\nthan\n  <!-- v: loss.8b -->?<!-- /v -->\nsaid"
     moved = "it costs <!-- v: loss.4b -->1.92<!-- /v -->,\nor more,\nthan <!-- v: loss.8b -->2.78<!-- /v -->\nsaid"

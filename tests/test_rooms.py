@@ -70,6 +70,7 @@ BENCH = {
     "sweeps": "instruments setup price",
     "rows": "instruments setup price",
     "energy": "instruments setup rows",
+    "lab": "",
     "gpu": "instruments setup",
     "evidence": "instruments setup wall served rivals price sweeps rows energy",
     "ranges": "instruments setup price sweeps rows energy evidence",

@@ -56,6 +56,11 @@ class Evidence:
         return self["bytedmd_toy"]
 
     @property
+    def production_and_qwen(self) -> Results:
+        """Of `bench/production.py`: DeepSeek's tables, and Qwen3.8-Flash-Next's behind them."""
+        return {"records": [*self["production"]["records"], *self["production_qwen"]["records"]]}
+
+    @property
     def sweeps(self) -> Results:
         """Of `bench/bytedmd_toy.py --sweep`."""
         return self["bytedmd_sweeps"]
@@ -77,9 +82,10 @@ class Evidence:
         return ratios(self.sweeps, sweep, model, boundary, variant)[self.sweeps["sweeps"][sweep]["values"].index(value)]
 
     def cheaper_copies(self) -> int:
-        """Points of the sweeps at which the prefetch is cheaper than the naive layout."""
+        """Points of the sweeps, all on one stack, at which the prefetch is cheaper than the naive layout."""
         names = ("sweep", "value", "model", "boundary", "variant")
         cost = {tuple(point[name] for name in names): point["cost"] for point in self.sweeps["points"]}
+        cost = {where: price for where, price in cost.items() if where[0] != "definition"}
         naive = {where[:-1]: price for where, price in cost.items() if where[-1] == "offload_naive"}
         return sum(price < naive[where[:-1]] for where, price in cost.items() if where[-1] == "offload_prefetch")
 

@@ -9,16 +9,17 @@ from typing import Any
 from bench.energy import table as energy_table
 from bench.evidence.committed import STEP, Evidence
 from bench.evidence.published import energy_tiers
-from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO
+from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, by_seed
 from bench.price.table import claimed_overhead, denominator_table, find_run, most_ratio, noise_floor
+from bench.rows import definitions, verdict_map
 from bench.rows import other_texts_table as texts
-from bench.rows import verdict_map
 from bench.sweeps import lookup_range
+from bench.sweeps.points import FLOOR
 from engram_toy.models.endings import ENDINGS, NEAREST
 
 _TOYS = {"engram": "engram", "v41": "engram, V4.1's form", "bank": "kv-bank"}
 _SMALL = {"small": "kv-bank, at most 1,000 values", "small.once": "kv-bank, at most 1,000 values, 3 tokens"}
-_TABLE = "v41-flash"
+_TABLE, _TOKENS = "v41-flash", 10**5  # of which row definitions are quoted
 
 
 def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
@@ -33,6 +34,7 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "map_table": lambda: verdict_map.map_table(e["verdict_map"]),
         "map_points": lambda: verdict_map.points_table(e["verdict_map"]),
         "other_texts": lambda: texts.texts_table(e["other_texts"]),
+        "row_definitions": lambda: definitions.definitions_table(e["row_definitions"]),
         "text_batches": lambda: texts.batch_table(e["other_texts"]),
     }
     return {name: partial(_fenced, table) for name, table in found.items()}
@@ -53,7 +55,7 @@ def walls(e: Evidence) -> dict[str, float | None]:
 
 def values(e: Evidence) -> dict[str, Callable[[], str]]:
     """Single values of sentences, by name."""
-    return _lookup_values(e) | _map_values(e) | _text_values(e)
+    return _lookup_values(e) | _definition_values(e) | _map_values(e) | _text_values(e)
 
 
 def _lookup_values(e: Evidence) -> dict[str, Callable[[], str]]:
@@ -68,6 +70,87 @@ def _lookup_values(e: Evidence) -> dict[str, Callable[[], str]]:
         for boundary in ("layer", "block"):
             found[f"most.{model}.{boundary}"] = lambda m=model, b=boundary: f"{most_ratio(e.toy, m, b):.2f}"  # type: ignore[misc]
     return found
+
+
+def lookup_span(e: Evidence) -> tuple[float, float]:
+    """Least and largest ratio of the toy's lookup, over endings and paddings."""
+    return lookup_range.span(e["lookup_range"], "engram")
+
+
+def lookup_floor(e: Evidence) -> float:
+    """Floor of the prefetched lookup over the floor of the resident one: for any manager that pays for its moves."""
+    return _defined(e, "lookup")[FLOOR]
+
+
+def block_classes(e: Evidence) -> str:
+    """Classes of the toy's block over all definitions of depth."""
+    return _classes(e, "block")
+
+
+def text_spread(e: Evidence) -> str:
+    """Price of a decode step's rows over Dense-4B's weights, in per cent, over all real texts."""
+    return _spread(e, lambda r: 100 * r["tables"]["paper-100b"]["step_price_share"])
+
+
+def energy_span(e: Evidence, tier: str) -> str:
+    """Tokens a step at which the rows of Dense-4B reach 3 % of its weights' energy, each read fetched from a tier."""
+    tiers = energy_tiers()
+    one = next(found for found in tiers if found.name == tier)
+    first, last = energy_table.crossing(e["energy_by_tier"], tiers, one, "dense-4b", "", "reads")
+    if first is None or last is None:
+        raise ValueError(f"{tier}: rows never reach the claimed share, and the start page says where they do")
+    return f"{float(f'{first:.2g}'):,.0f} to {float(f'{last:.2g}'):,.0f}"
+
+
+def _definition_values(e: Evidence) -> dict[str, Callable[[], str]]:
+    found: dict[str, Callable[[], str]] = {
+        "defs.lookup": partial(_by_definition, e),
+        "defs.lookup.floor": lambda: _with_class(_defined(e, "lookup")[FLOOR]),
+        "rowdefs.tokens": lambda: f"{_TOKENS:,}",
+        "defs.cheaper": lambda: ", ".join(_cheaper(e)) or "none",
+    }
+    for boundary in ("layer", "block"):
+        found[f"defs.{boundary}.classes"] = partial(_classes, e, boundary)
+    for layout, key in (("held live", "held"), ("compacted", "compacted")):
+        at = (_TABLE, _TOKENS, layout, max(definitions.PADDINGS))
+        found[f"rowdefs.{key}"] = partial(_row_spread, e, *at)
+        for name, definition in (("floor", FLOOR), ("kept", definitions.KEPT)):
+            found[f"rowdefs.{key}.{name}"] = partial(_row_ratio, e, definition, *at)
+    return found
+
+
+def _defined(e: Evidence, boundary: str, variant: str = "offload_prefetch") -> dict[str, float]:
+    """Definition -> ratio of the toy's Engram; of the floor, too."""
+    values = e.sweeps["sweeps"]["definition"]["values"]
+    return {value: e.swept("definition", value, "engram", boundary, variant) for value in values}
+
+
+def _with_class(ratio: float) -> str:
+    return f"{ratio:.3g} ({by_seed(ratio)})"
+
+
+def _by_definition(e: Evidence) -> str:
+    found = _defined(e, "lookup")
+    return ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in found.items() if name != FLOOR)
+
+
+def _classes(e: Evidence, boundary: str) -> str:
+    return ", ".join(dict.fromkeys(by_seed(ratio) for name, ratio in _defined(e, boundary).items() if name != FLOOR))
+
+
+def _cheaper(e: Evidence) -> list[str]:
+    """Definitions under which the copies of the toy's lookup save something."""
+    naive, copied = (_defined(e, "lookup", f"offload_{name}") for name in ("naive", "prefetch"))
+    return [f"`{name}`" for name in naive if copied[name] < naive[name]]
+
+
+def _row_spread(e: Evidence, *at: Any) -> str:
+    low, high = definitions.spread(e["row_definitions"], *at)
+    return f"{low:.3g} to {high:.3g}"
+
+
+def _row_ratio(e: Evidence, definition: str, *at: Any) -> str:
+    return f"{definitions.ratio(e['row_definitions'], definition, *at):.3g}"
 
 
 def _at(e: Evidence, toy: str, ending: str) -> float:

@@ -197,7 +197,8 @@ def _place(case: Case) -> list[Record]:
         priced = {}
         for schedule, events in _schedules(reads, held, case.prefetch):
             one_step = replace(events, begins=events.begins[[0, -1]])
-            priced[schedule] = price_steps(one_step, begin, config.row_bytes(), places).prices.sum(axis=1).tolist()
+            above = [[nbytes] for nbytes in places]
+            priced[schedule] = price_steps(one_step, begin, config.row_bytes(), above).prices.sum(axis=1).tolist()
         live = (reads.table_rows if held else len(reads.rows)) * config.row_bytes()
         for at, padding in enumerate(places):
             sizes = {"padding_bytes": padding, "live_bytes": live, "resident": priced["offload_naive"][0]}
@@ -217,25 +218,25 @@ def _whole_model(case: Case) -> list[Record]:
     """The rows of a table in the steps of the models around it, pinned above all else and below it."""
     stream = _source(case)
     check_steps(len(stream.ids), case.tokens_per_step)
+    step = case.tokens_per_step
     places = [
         (name, around)
         for name in AROUND.get(case.table, (case.table,))
-        for around in ALL_MODELS[name].surroundings(case.mode, case.tokens_per_step)
+        for around in ALL_MODELS[name].surroundings(case.mode, step)
     ]
     config = ALL_MODELS[places[0][0]].table
     reads = read_rows(stream.ids, config, case.mode, case.tokens_per_step)
     about = _about(case, stream, config, reads)
-    between = [0, *dict.fromkeys(around.live_bytes for _, around in places)]  # 0: pinned
+    above = [[0], *(ALL_MODELS[name].above(around, step) for name, around in places)]  # 0: pinned
     records = []
     for layout, held in LAYOUTS.items():
         begin = start(reads, held)
         priced = {
-            schedule: price_steps(events, begin, config.row_bytes(), between)
+            schedule: price_steps(events, begin, config.row_bytes(), above)
             for schedule, events in _schedules(reads, held, case.prefetch)
         }
         touched = -(-int(priced["offload_naive"].fresh.sum()) * config.row_bytes() // _steps(reads))
-        for name, around in places:
-            at = between.index(around.live_bytes)
+        for at, (name, around) in enumerate(places, start=1):
             prices = {schedule: found.prices[at] for schedule, found in priced.items()}
             prices["pinned"] = priced["offload_naive"].prices[0]
             facts = {"table": name, "experts": around.experts, "context": around.context, "layout": layout}

@@ -17,6 +17,7 @@ from bench.rows.whole_model import MODELS, step_price
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy.fast.last_reads import Linker, RowReads
+from engram_toy.fast.placing import as_read, price_steps
 from engram_toy.fast.rows import among, price_rows, start
 
 TOKENS = 100_000  # of every text that has as many: reuse grows with length
@@ -66,9 +67,10 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
     reads = link(rows, plan, 1)
     prices = {layout: price_rows(reads, start(reads, held), config.row_bytes()) for layout, held in LAYOUTS.items()}
     dealt = link(rows[:, deal_order(len(ids), STEP)], plan, STEP)
-    nbytes = _weights(WEIGHED[name])
-    weights = len(dealt.links) // dealt.step_reads * step_price(nbytes, MODELS[WEIGHED[name]].blocks)
-    share = price_rows(dealt, start(dealt, True), config.row_bytes(), between_steps=nbytes).total / weights
+    model = MODELS[WEIGHED[name]]
+    around = next(a for a in model.surroundings("decode", STEP) if a.experts in ("", "expected") and not a.context)
+    steps = price_steps(as_read(dealt, held=True), start(dealt, True), config.row_bytes(), [model.above(around, STEP)])
+    share = int(steps.prices.sum()) / (steps.prices.shape[1] * step_price(around.read_bytes, model.blocks))
     number = np.arange(len(dealt.links), dtype=np.int64)
     return {
         "reads": len(reads.links),
@@ -81,12 +83,6 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
         "distinct_in_step": int((dealt.links < number // dealt.step_reads * dealt.step_reads).sum()),
         "step_price_share": share,
     }
-
-
-def _weights(model: str) -> int:
-    """Bytes of weights that a decode step reads; of experts, the expected union."""
-    around = MODELS[model].surroundings("decode", STEP)
-    return next(a.read_bytes for a in around if a.experts in ("", "expected") and not a.context)
 
 
 def _rows(ids: np.ndarray, plan: HashPlan) -> np.ndarray:

@@ -44,8 +44,12 @@ def one(results: dict[str, Any], **wanted: Any) -> Record:
     return found[0]
 
 
-def scale_table(results: dict[str, Any]) -> str:
-    """Price per token, mean depth and reuse, a line per table, stream, length and layout."""
+def scale_table(results: dict[str, Any], tokens: int | None = None, streams: Sequence[str] | None = None) -> str:
+    """Price per token, mean depth and reuse, a line per table, stream, length and layout.
+
+    Args:
+        tokens, streams: of the lines; by default all.
+    """
     head = [
         "table",
         "stream",
@@ -59,6 +63,8 @@ def scale_table(results: dict[str, Any]) -> str:
     ]
     rows = [head]
     for r in select(results, part="scale"):
+        if tokens not in (None, r["asked_tokens"]) or r["stream"] not in (streams or (r["stream"],)):
+            continue
         first = sum(r["price_by_depth"]["first"].values())
         rows.append(
             [

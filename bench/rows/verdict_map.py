@@ -10,6 +10,9 @@ bytes above for each byte of the table, and y bytes read for each byte of rows t
 
 with w the price of one byte that lies at the foot of what is above, as the weights do in their cycle. The lookup alone
 is y = 0. A ratio falls as y grows, so each level is crossed at one y, which is found exactly.
+
+A published model that holds more than a step reads, idle experts, stands at all that lies above; but its weights are
+priced where they lie, at the foot of what a step reads. So its ratio is no smaller than that of its rows by themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, classify
 from bench.instruments.words import aligned
-from bench.rows.whole_model import AROUND, MODELS, shown
+from bench.rows.whole_model import AROUND, MODELS, Surroundings, shown, step_price
 from engram_ref.config import EngramConfig
 from engram_toy.fast.last_reads import RowReads
 from engram_toy.fast.rows import price_rows, start
@@ -67,9 +70,14 @@ def map_records(reads: RowReads, config: EngramConfig, table: str, above: tuple[
     return found
 
 
-def ratio(record: Record, per_byte: float) -> float:
-    """Price of a buried table over that of one that stays on top, with so many bytes read for each byte of rows."""
-    compute = per_byte * record["row_bytes_read"] * record["price_of_a_byte_below"]
+def ratio(record: Record, per_byte: float, price_of_a_byte: float | None = None) -> float:
+    """Price of a buried table over that of one that stays on top, with so many bytes read for each byte of rows.
+
+    Args:
+        price_of_a_byte: of one that is read; by default it lies at the foot of what is above.
+    """
+    price = record["price_of_a_byte_below"] if price_of_a_byte is None else price_of_a_byte
+    compute = per_byte * record["row_bytes_read"] * price
     return (record["buried"] + compute) / (record["pinned"] + compute)
 
 
@@ -81,13 +89,24 @@ def boundary(record: Record, level: float) -> float:
 
 def point(model: str, experts: str, tokens: int) -> tuple[float, float]:
     """Where a decode step of a published model stands: bytes above / bytes of the table, bytes read / bytes of rows."""
-    shape = MODELS[model]
-    around = next(a for a in shape.surroundings("decode", tokens) if (a.experts, a.context) == (experts, 0))
+    shape, around = MODELS[model], _around(model, experts, tokens)
     table = sum(shape.table.table_size_per_order) * shape.table.heads * len(shape.table.layer_ids)
     return (
         around.live_bytes / (table * shape.table.row_bytes()),
         around.read_bytes / (tokens * shape.table.bytes_per_token()),
     )
+
+
+def point_ratio(results: Record, layout: str, model: str, experts: str, tokens: int) -> float:
+    """At most so much does a decode step of a published model cost with its table buried, over one with it on top."""
+    x, y = point(model, experts, tokens)
+    table = next(name for name, models in AROUND.items() if model in models)
+    read = _around(model, experts, tokens).read_bytes
+    return ratio(_nearest(results, table, layout, x), y, step_price(read, MODELS[model].blocks) / read)
+
+
+def _around(model: str, experts: str, tokens: int) -> Surroundings:
+    return next(a for a in MODELS[model].surroundings("decode", tokens) if (a.experts, a.context) == (experts, 0))
 
 
 def map_table(results: Record) -> str:
@@ -107,8 +126,7 @@ def points_table(results: Record) -> str:
     rows = [["model", "tokens", "bytes above / table", "read per byte of rows", *LAYOUTS, "class"]]
     for model, experts, tokens in POINTS:
         x, y = point(model, experts, tokens)
-        table = next(name for name, models in AROUND.items() if model in models)
-        found = [ratio(_nearest(results, table, layout, x), y) for layout in LAYOUTS]
+        found = [point_ratio(results, layout, model, experts, tokens) for layout in LAYOUTS]
         classes = dict.fromkeys(classify(r, None).label for r in found)
         cells = [f"{x:.2g}", f"{y:,.1f}" if y < 100 else f"{y:,.0f}", *(f"{r:.4f}" for r in found), ", ".join(classes)]
         rows.append([shown(model, experts), f"{tokens:,}", *cells])

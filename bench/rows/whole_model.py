@@ -3,17 +3,18 @@
     model = MODELS["v41-flash"]
     for around in model.surroundings("decode", tokens=512):
         step_price(around.read_bytes, model.blocks)   # ByteDMD price of what a step reads without any Engram
-        around.live_bytes                             # what lies above a row that was last read in another step
+        model.above(around, tokens=512)               # what lies above a row, by the steps since it was last read
 
 A step reads all active weights once, block by block, whatever the batch: reuse across the batch is perfect, and
 activations are free. In a steady run every block was last read one step ago, so that all others lie above it; table
-rows are left out there. A block is read by one instruction. All of this makes the model cheaper than any real one. Rows
-are priced under everything that is live. So Engram's share of the price comes out as an upper bound:
+rows are left out there. A block is read by one instruction. All of this makes the model cheaper than any real one. So
+Engram's share of the price comes out as an upper bound:
 
 Bytes that a step reads and that are left out on both sides only raise the share. A row at depth D under W bytes costs
 its bytes' roots of D + W, the weights cost W times the root of W; so their quotient falls as W grows, for any D >= 0:
 the root of (D + W) / W falls, and it is divided by W. Idle experts are no such bytes: they bury rows and cost nothing.
-That is why rows lie under all that is live, and only what a step reads stands in the denominator.
+So all that is live lies above a row that was never read. What was read passes everything that is not: an expert that no
+step reads never comes to lie above it again. Above a row of g steps ago lie the weights that g steps have read.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Surroundings:
         experts: whose weights: those of "one" token, the "expected" union over a step's, or "all"; "" without any.
         context: tokens of keys and values that each sequence holds.
         read_bytes: read by every step, at least.
-        live_bytes: read by it or not; what comes to lie above a row between two steps, at most.
+        live_bytes: read by it or not; all that lies above a row before its first read.
     """
 
     experts: str
@@ -111,6 +112,19 @@ class WholeModel:
             caches = {0: 0}
         idle = self.all_bytes - weights
         return [Surroundings("", context, weights + kv, weights + kv + idle) for context, kv in caches.items()]
+
+    def above(self, around: Surroundings, tokens: int) -> list[int]:
+        """Bytes above a row that was last read 1, 2, ... steps of so many tokens ago; at last, that was never read.
+
+        It ends where more steps read no more. Which experts a step reads is drawn anew each time for "expected" alone.
+        """
+        if self.experts is None or around.experts != "expected":
+            return [around.read_bytes, around.live_bytes]
+        touched = [self.experts.touched(tokens)]
+        while touched[-1] < self.experts.nbytes:
+            touched.append(self.experts.touched((len(touched) + 1) * tokens))
+        shared = around.read_bytes - touched[0]
+        return [*(shared + nbytes for nbytes in touched), around.live_bytes]
 
     def engram_weight_bytes(self) -> int:
         """Key and value projections of the Engram layers, in the width of the model's weights."""

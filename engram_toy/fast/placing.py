@@ -1,11 +1,12 @@
 """Row reads within the steps of a model: depths found once, priced below any number of weights; and prefetched rows.
 
     events = as_read(reads, held=True)                        # or prefetched(reads, held=True, for_one_use=False)
-    priced = price_steps(events, start(reads, held=True), row_bytes=264, between=[0, 8 * 10**9])
+    priced = price_steps(events, start(reads, held=True), row_bytes=264, above=[[0], [8 * 10**9]])
     priced.prices                         # int64 [2, steps]: the table pinned above 8 GB of weights, and below them
 
-Between two steps a model reads its weights, which then lie above every row that was not read in the same step. How many
-bytes they are changes no depth among the rows, so one stack serves every model around the same table.
+Between two steps a model reads weights, which then lie above every row that was not read in the same step. How many
+bytes they are changes no depth among the rows, so one stack serves every model around the same table. Where each step
+reads other weights, the longer a row has not been read the more lie above it; before its first read, all that is live.
 
 A prefetch works one step ahead: before the rows of a step are used, those of the next step are copied, each by an
 instruction that reads it. What the copy is decides what it costs. One that stands for its original takes its place: the
@@ -84,25 +85,34 @@ def prefetched(reads: RowReads, held: bool, for_one_use: bool) -> Events:
     return Events(reads, links, _stays(links, held) & ~dies, begins)
 
 
-def price_steps(events: Events, begin: Start, row_bytes: int, between: Sequence[int]) -> StepPrices:
-    """Price the rows of every step below each of these numbers of bytes.
+def price_steps(events: Events, begin: Start, row_bytes: int, above: Sequence[Sequence[int]]) -> StepPrices:
+    """Price the rows of every step below the bytes of each of several places.
 
     Args:
         begin: where the rows lie before the first read.
         row_bytes: of one row.
-        between: bytes read between two steps, live throughout; 0 for a table that is pinned above them.
+        above: per place the bytes that lie above a row which was last read 1, 2, ... steps ago, and as the last entry
+            those above one that was never read. What was read before all that are given takes the last but one. A
+            single number is all of these: weights that every step reads, or 0 for a table that is pinned above them.
 
     Raises:
         ValueError: fewer than one byte a row, or a stack deeper than 2^51 bytes.
     """
-    for nbytes in between:
-        check_depth(events.reads, row_bytes, nbytes)
+    for place in above:
+        check_depth(events.reads, row_bytes, max(place))
     steps = len(events.begins) - 1
-    found = StepPrices(np.zeros((len(between), steps), np.int64), np.zeros(steps, np.int64))
+    found = StepPrices(np.zeros((len(above), steps), np.int64), np.zeros(steps, np.int64))
     depths = row_depths(events.links, begin, events.stays)
-    places = np.array(between, np.int64)
+    places = _aligned(above)
     _price_steps(depths, events.links, events.begins, row_bytes, places, found.prices, found.fresh)
     return found
+
+
+def _aligned(above: Sequence[Sequence[int]]) -> np.ndarray:
+    """All places by steps since the last read, equally long: int64 [places, steps + 1]."""
+    later = [[*place[:-1]] or [*place] for place in above]
+    longest = max(map(len, later))
+    return np.array([[*row, *row[-1:] * (longest - len(row)), place[-1]] for row, place in zip(later, above)], np.int64)
 
 
 @compiled(nogil=True)
@@ -143,7 +153,8 @@ def _stage(place, steps, for_one_use, last, staged, links, dies, begins):
 
 
 @compiled(nogil=True)
-def _price_steps(depths, links, begins, row_bytes, between, prices, fresh):
+def _price_steps(depths, links, begins, row_bytes, above, prices, fresh):
+    never = above.shape[1] - 1
     for step in range(len(begins) - 1):
         for event in range(begins[step], begins[step + 1]):
             deepest = depths[event] * row_bytes
@@ -151,9 +162,17 @@ def _price_steps(depths, links, begins, row_bytes, between, prices, fresh):
                 continue
             if links[event] >= begins[step]:
                 price = row_price(deepest, row_bytes)
-                for place in range(len(between)):
+                for place in range(len(above)):
                     prices[place, step] += price
                 continue
             fresh[step] += 1
-            for place in range(len(between)):
-                prices[place, step] += row_price(deepest + between[place], row_bytes)
+            since = never
+            if links[event] >= 0:
+                since = 0 if never == 1 else min(_steps_since(begins, links[event], step), never) - 1
+            for place in range(len(above)):
+                prices[place, step] += row_price(deepest + above[place, since], row_bytes)
+
+
+@compiled(nogil=True)
+def _steps_since(begins, event, step):
+    return step + 1 - np.searchsorted(begins[: step + 1], event, side="right")

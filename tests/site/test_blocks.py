@@ -14,7 +14,7 @@ from bench.schemas.results_files import RESULTS
 from bench.site import data
 from bench.site.commands import command_table, duration
 from bench.site.schema_tables import schema_table, schema_tables
-from bench.site.start_page import bars, verdict_cards, verdict_figure, verdict_sentence
+from bench.site.start_page import added, bars, verdict_figure, verdict_lines, verdict_sentence
 from tests.site import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -132,22 +132,46 @@ def test_the_commands_name_targets_and_files_that_exist():
 
 
 def test_the_start_page_says_what_was_measured(tmp_path):
-    """Change a price, and sentence, figure and cards follow; every boundary is there with its class."""
+    """Change prices, and sentence, figure and lines follow; every boundary is there with its class."""
     evidence = Evidence()
+    for path in evidence.folder.glob("*.json"):
+        (tmp_path / path.name).symlink_to(path)
     ratio = evidence.ratio("engram", "lookup", "offload_prefetch")
-    assert f"{ratio:.1f} times" in verdict_sentence(evidence) and f"{ratio:.1f} times" in verdict_cards(evidence)
-    assert classify(ratio, None).label in verdict_figure(evidence)
+    assert added(ratio) in verdict_figure(evidence) and classify(ratio, None).label in verdict_figure(evidence)
     assert verdict_figure(evidence).count("badge") == 4
-    for name in ("bytedmd_toy", "bytedmd_sweeps", "production"):
-        content = evidence[name]
-        if name == "bytedmd_toy":
-            runs = [{**run, "cost": run["cost"] * (1 + (run["variant"] == "resident"))} for run in content["runs"]]
-            content = {**content, "runs": runs}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    replace(tmp_path / "bytedmd_toy.json", "runs", lambda r: r["variant"] == "resident", "cost", 2)
+    replace(tmp_path / "lookup_range.json", "records", lambda r: r["variant"] == "resident", "cost", 2)
+    replace(tmp_path / "production.json", "records", lambda r: "prefetch_stands" in r, "prefetch_one_use", 3)
     other = Evidence(tmp_path)
     assert other.ratio("engram", "lookup", "offload_prefetch") == ratio / 2
-    for block in (verdict_sentence, verdict_figure, verdict_cards):
+    for block in (verdict_sentence, verdict_figure, verdict_lines):
         assert block(other) != block(evidence)
+
+
+def replace(path, rows, which, key, factor):
+    """The same results with one number of some of their rows multiplied."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for row in content[rows]:
+        row[key] *= factor if which(row) and key in row else 1
+    path.unlink()
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_lines_say_no_number_twice():
+    """And they are as short as a minute asks: three lines, one unit."""
+    text = verdict_lines(Evidence())
+    assert text.count("\n") == 2 and "times" not in text
+    shares = re.findall(r"[\d.,]+ %", text)
+    claim = "3 %"
+    assert len(set(shares) - {claim}) == len([share for share in shares if share != claim])
+    assert len(text.split()) < 200
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(12.614, "+1,161 %"), (2, "+100 %"), (1.0112, "+1.1 %"), (1.00042, "+0.042 %")]
+)
+def test_what_a_ratio_adds(ratio, text):
+    assert added(ratio) == text
 
 
 def luminance(colour: str) -> float:

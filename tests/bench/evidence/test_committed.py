@@ -90,6 +90,21 @@ def test_place_follows_the_bytes_above_against_those_of_the_table(evidence):
     assert evidence.placed("v41-flash", "compacted", 10**10) > 2 * evidence.placed("v41-flash", "held live", 10**10)
 
 
+def test_idle_experts_bury_first_reads_alone(evidence):
+    """V4.1-Flash with one token's experts, compacted: between what its first and its later reads must and can cost.
+
+    A first read lies under all 307 GB; a later one under the 8 GB that a step reads, or among the rows of its own step.
+    """
+    r = evidence.model_step("v41-flash", experts="one", layout="compacted")
+    first, later = r["distinct_rows"] * 264, (r["reads"] - r["distinct_rows"]) * 264
+    rows = r["distinct_rows"] * 264  # bytes that can lie above one at most, beside the weights
+    least = first * 307e9**0.5
+    most = first * (307e9 + rows) ** 0.5 + later * (8e9 + rows) ** 0.5
+    assert least < r["offload_naive"] < most
+    weights = r["steps"] * 8e9**1.5
+    assert 0.0020 < least / weights < evidence.step("v41-flash", "one", layout="compacted") < most / weights < 0.0034
+
+
 def test_every_block_and_value_can_be_filled(evidence):
     for name, fill in {**price.blocks(evidence), **price.values(evidence)}.items():
         assert fill(), name

@@ -66,7 +66,7 @@ def test_nothing_of_a_results_file_reaches_a_page_as_markup(hostile_results):
             name: fill_docs.BLOCKS[name] for name in ("verdict", "pricing", "hashing", "layer", "wall_cpu", "row_speed")
         },
         "sentence": lambda: start_page.verdict_sentence(evidence),
-        "cards": lambda: start_page.verdict_cards(evidence),
+        "lines": lambda: start_page.verdict_lines(evidence),
         "grid": lambda: data.grid_script(hostile_results),
         "whole model": lambda: data.whole_model_script(hostile_results),
         "commands": lambda: commands.command_table(hostile_results),

@@ -14,12 +14,14 @@ from bench.evidence.committed import Evidence
 from bench.rows import other_texts
 from bench.rows.other_texts import deal_order, measure_batch, measure_ids, seen_before, shuffled
 from bench.rows.other_texts_table import batch_table, once_a_step, real, rows_seen, spread, texts_table, tier_reads
+from bench.rows.whole_model import MODELS
 from bench.schemas import ranges
 from bench.schemas.generator import json_schema
 from bench.setup import corpora
 from bench.setup.corpora import CORPORA, Corpus, conversations, fetched, first_characters
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_toy.tracer.stack import cumulative_price
 
 ROOT = Path(other_texts.__file__).resolve().parents[2]
 
@@ -78,6 +80,24 @@ def test_counts_are_those_of_sets(plans):
     assert 0 < counts["hot"]["reads_of_tier"] <= counts["hot"]["reads"] == counts["reads"] / 2
     assert counts["hot"]["price"] <= counts["hot"]["price_without"]
     assert counts["price"]["compacted"] < counts["price"]["held live"]
+    assert counts["step_price_share"] == pytest.approx(share_by_hand(plan, steps, plans["paper-100b"][0].row_bytes()))
+
+
+def share_by_hand(plan, steps, row_bytes):
+    """Rows on a list, Dense-4B's weights above what the step has not read; over a cycle of its 36 blocks."""
+    stack = [(layer, row) for layer, found in enumerate(plan.layers) for row in range(found.rows)]
+    weights = MODELS["dense-4b"].all_bytes
+    price = 0
+    for step in steps:
+        seen = set()
+        for row in (row for layer in range(len(plan.layers)) for token in step for row in token if row[0] == layer):
+            deepest = row_bytes * (len(stack) - stack.index(row)) + (0 if row in seen else weights)
+            price += cumulative_price(deepest) - cumulative_price(deepest - row_bytes)
+            stack.remove(row)
+            stack.append(row)
+            seen.add(row)
+    block = weights // 36  # all but twenty bytes
+    return price / (len(steps) * 36 * (cumulative_price(weights) - cumulative_price(weights - block)))
 
 
 def test_a_batch_of_independent_texts(plans):

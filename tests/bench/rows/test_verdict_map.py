@@ -12,6 +12,7 @@ import pytest
 from bench.evidence.committed import Evidence
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO
 from bench.rows import map_figure, verdict_map
+from bench.rows.table import TEXT
 from bench.rows.verdict_map import POINTS, boundary, map_records, map_table, point, points_table, ratio
 from bench.schemas import ranges
 from bench.schemas.generator import json_schema
@@ -63,6 +64,27 @@ def test_published_models_by_division():
     assert x == pytest.approx(8.044e9 / 200e9, rel=1e-3) and y == pytest.approx(8.044e9 / (512 * 2560), rel=1e-3)
     x, y = point("v41-flash", "one", 1)
     assert y == pytest.approx(8e9 / 12_672) and x == pytest.approx(307e9 / 203e9, rel=0.01)  # idle experts lie above
+
+
+def test_a_models_weights_are_priced_where_they_lie(monkeypatch):
+    """Idle experts bury the rows of V4.1-Flash, and no weight: 8 GB in 40 blocks lie at the root of 8e9 at most."""
+    row = {"table": "v41-flash", "layout": "held live", "table_bytes": 203 * 10**9, "bytes_above": 10**12}
+    record = {**row, "pinned": 1, "buried": 10**17, "row_bytes_read": 3 * 512 * 12_672, "price_of_a_byte_below": 10**6}
+    found = verdict_map.point_ratio({"records": [record]}, "held live", "v41-flash", "one", 512)
+    assert found == pytest.approx(1 + 10**17 / (3 * 8e9 * 8e9**0.5), rel=0.01)
+
+
+def test_points_bound_the_rows_of_the_whole_model(results):
+    """Place for place, the map's next larger burial costs no less than the rows priced beside the very model."""
+    found = [r for r in Evidence().production["records"] if r["part"] == "whole_model" and r["stream"] == TEXT]
+    for model, experts, tokens in POINTS:
+        for r in found:
+            named = (r["table"], r["experts"], r["mode"], r["tokens_per_step"], r["context"])
+            if named == (model, experts, "decode", tokens, 0) and tokens == 512:
+                weights = r["steps"] * r["weights_step_price"]
+                exact = (weights + r["offload_naive"]) / (weights + r["pinned"]) - 1
+                at = verdict_map.point_ratio(results, r["layout"], model, experts, tokens) - 1
+                assert exact < at < 4 * exact, (named, r["layout"], exact, at)
 
 
 def test_the_committed_map(results):

@@ -42,6 +42,18 @@ def test_v41_flash_reads_one_tokens_experts_or_the_expected_ones_or_all_of_its_f
         ]
 
 
+def test_an_expert_that_no_step_reads_buries_a_row_once():
+    """A row's first read passes it, and leaves it below. Of drawn ones, two steps read more than one."""
+    model = MODELS["v41-flash"]
+    one, expected, every = model.surroundings("decode", 512)
+    assert model.above(one, 512) == [8_000_000_000, 307_000_000_000]
+    assert model.above(every, 512) == [307_000_000_000] * 2
+    shared = 8_000_000_000 - 4_515_625_000
+    after = [round(289_000_000_000 * (1 - (378 / 384) ** (512 * steps))) for steps in range(1, 5)]
+    assert model.above(expected, 512) == [*(shared + nbytes for nbytes in after), 307_000_000_000]
+    assert after[-1] == 289_000_000_000 and len(model.above(expected, 1)) > 1000
+
+
 def test_the_layers_projections_have_the_width_of_the_models_weights():
     """Keys for every residual copy and one value, from the embedding's 1,280 or 3 x 2,048 numbers."""
     for name, hidden in (("dense-4b", 2560), ("dense-8b", 4096)):

@@ -60,7 +60,7 @@ def test_every_schedule_is_what_the_tracer_says(held, kind):
         function, arguments = program(stream, weights, held, for_one_use)
         run = trace(function, arguments, ["weight", "row"])
         depths = [depth for depth, kind in zip(run.depths, run.kinds) if run.kind_names[kind] != "weight"]
-        found = price_steps(events, start(reads, held), 8, [8 * weights, 0])
+        found = price_steps(events, start(reads, held), 8, [[8 * weights], [0]])
         prices = [cumulative_price(8 * depth) - cumulative_price(8 * depth - 8) for depth in depths]
         assert int(found.prices[0].sum()) == sum(prices), (seed, weights)
         assert int(found.prices[1].sum()) <= sum(prices)
@@ -68,11 +68,36 @@ def test_every_schedule_is_what_the_tracer_says(held, kind):
             assert int(found.prices[1].sum()) == bytedmd(function, arguments, 8)
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held live", "compacted"])
+def test_weights_that_take_turns_and_weights_that_no_step_reads(held):
+    """Each step reads one of four parts: above a row of g steps ago lie g parts; above an unread one all, idle too."""
+    parts, size, idle = 4, 3, 11
+    for seed in range(25):
+        stream = Stream(seed)
+        reads = stream.reads()
+        steps = [[row for layer in step for row in layer] for step in stream.order()]
+
+        def function(weights, idle, table, steps=steps):
+            for number, step in enumerate(steps):
+                for row in step:
+                    _ = +table[row]
+                for weight in weights[number % parts]:
+                    _ = +weight
+            return (weights, idle, table) if held else (weights, idle)
+
+        weights = [[1.0] * size for _ in range(parts)]
+        run = trace(function, (weights, [1.0] * idle, [1.0] * stream.rows), ["weight", "idle", "row"])
+        rows = [depth for depth, kind in zip(run.depths, run.kinds) if run.kind_names[kind] == "row"]
+        above = [*(8 * size * n for n in range(1, parts + 1)), 8 * (size * parts + idle)]
+        found = price_steps(as_read(reads, held), start(reads, held), 8, [above, [0]])
+        assert int(found.prices[0].sum()) == sum(cumulative_price(8 * d) - cumulative_price(8 * d - 8) for d in rows)
+
+
 def test_without_a_prefetch_it_is_the_price_of_the_rows():
     for seed, held in product(range(20), (True, False)):
         stream = Stream(seed)
         reads = stream.reads()
-        found = price_steps(as_read(reads, held), start(reads, held), 264, [0, 10**6, 10**12])
+        found = price_steps(as_read(reads, held), start(reads, held), 264, [[0], [10**6], [10**12]])
         for prices, nbytes in zip(found.prices, (0, 10**6, 10**12)):
             assert prices.tolist() == price_rows(reads, start(reads, held), 264, nbytes).steps.tolist()
         rows = [{row for layer in step for row in layer} for step in stream.order()]
@@ -94,7 +119,7 @@ def test_the_toys_prefetch_is_a_copy_for_one_use():
             return table
 
         price = bytedmd(lookups, ([[1.0] for _ in range(stream.rows)],), 8)
-        found = price_steps(prefetched(reads, True, for_one_use=True), start(reads, True), 8, [0])
+        found = price_steps(prefetched(reads, True, for_one_use=True), start(reads, True), 8, [[0]])
         assert int(found.prices.sum()) == price
 
 
@@ -105,7 +130,7 @@ def test_a_copy_that_stands_for_its_original_never_pays():
         reads = stream.reads()
         begin = start(reads, held)
         plain, copied = (
-            int(price_steps(events, begin, 8, [0]).prices.sum())
+            int(price_steps(events, begin, 8, [[0]]).prices.sum())
             for events in (as_read(reads, held), prefetched(reads, held, for_one_use=False))
         )
         assert copied >= plain + 8 * len(reads.links)
@@ -124,7 +149,7 @@ def test_prices_beyond_the_closed_form_are_exact():
 def test_bad_numbers_are_refused():
     reads = Stream(1).reads()
     with pytest.raises(ValueError, match="up to 2\\^51"):
-        price_steps(as_read(reads, True), start(reads, True), 8, [0, 2**51])
+        price_steps(as_read(reads, True), start(reads, True), 8, [[0], [0, 2**51]])
     many = RowReads(np.broadcast_to(np.int32(-1), 2**30), np.array([0]), 1, 1)
     with pytest.raises(ValueError, match="3,221,225,472 events"):
         prefetched(many, True, for_one_use=True)
