@@ -20,7 +20,7 @@ from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_toy.bytedmd import bytedmd, traced_eval
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("engram_ref", "engram_toy", "bench")
+FOLDERS = ("engram_ref", "engram_toy", "engram_price", "bench")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engram_ref import cli
 from engram_ref.files.small_files import read_small
 
 _ORIGIN = re.compile(r"results sha256 [0-9a-f]{64}")
@@ -59,7 +60,7 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     finally:
-        print(report(), flush=True)
+        print(cli.fitted(report()), flush=True)
 
 
 def source(results: Mapping[str, Any]) -> str:
