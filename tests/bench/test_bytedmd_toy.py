@@ -75,7 +75,9 @@ def test_every_comparison_is_valid(finished):
 
 def test_stdout_is_the_table_and_stderr_the_progress(finished):
     done, out, results = finished
-    assert done.stdout.rstrip("\n") == verdict_table(results)
+    assert done.stdout.startswith(f"{verdict_table(results)}\n")
+    *_, where, last = done.stdout.splitlines()
+    assert json.loads(last)["results"] == where and Path(where).name == "results.json"
     assert "price 24/24" in done.stderr and str(out / "results.json") in done.stderr
 
 
