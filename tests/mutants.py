@@ -45,7 +45,11 @@ _CONTEXT = 40  # characters on either side of a change
 # File -> its tests, the quickest to fail first.
 TARGETS: dict[str, tuple[str, ...]] = {
     "engram_ref/hashing/ngram.py": ("tests/ref/hashing/test_ngram.py", "tests/ref/hashing/test_fused.py"),
-    "engram_ref/hashing/plan.py": ("tests/ref/hashing/test_ngram.py", "tests/ref/hashing/test_identity.py"),
+    "engram_ref/hashing/plan.py": (
+        "tests/ref/hashing/test_identity.py",
+        "tests/ref/hashing/test_ngram.py",
+        "tests/cross/test_hash_qwen.py",
+    ),
     "engram_ref/prefetch.py": ("tests/ref/test_prefetch.py",),
     "engram_ref/tables/hot.py": ("tests/ref/tables/test_hot.py",),
     "engram_ref/tables/staging.py": ("tests/ref/tables/test_staging.py",),
