@@ -82,9 +82,9 @@ def lookup_floor(e: Evidence) -> float:
     return _defined(e, "lookup")[FLOOR]
 
 
-def block_classes(e: Evidence) -> str:
-    """Classes of the toy's block over all definitions of depth."""
-    return _classes(e, "block")
+def layer_classes(e: Evidence) -> str:
+    """Classes of the toy's layer over all definitions of depth; every larger boundary divides by more."""
+    return ", ".join(dict.fromkeys(by_seed(ratio) for name, ratio in _defined(e, "layer").items() if name != FLOOR))
 
 
 def text_spread(e: Evidence) -> str:
@@ -109,8 +109,7 @@ def _definition_values(e: Evidence) -> dict[str, Callable[[], str]]:
         "rowdefs.tokens": lambda: f"{_TOKENS:,}",
         "defs.cheaper": lambda: ", ".join(_cheaper(e)) or "none",
     }
-    for boundary in ("layer", "block"):
-        found[f"defs.{boundary}.classes"] = partial(_classes, e, boundary)
+    found["defs.layer.classes"] = partial(layer_classes, e)
     for layout, key in (("held live", "held"), ("compacted", "compacted")):
         at = (_TABLE, _TOKENS, layout, max(definitions.PADDINGS))
         found[f"rowdefs.{key}"] = partial(_row_spread, e, *at)
@@ -132,10 +131,6 @@ def _with_class(ratio: float) -> str:
 def _by_definition(e: Evidence) -> str:
     found = _defined(e, "lookup")
     return ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in found.items() if name != FLOOR)
-
-
-def _classes(e: Evidence, boundary: str) -> str:
-    return ", ".join(dict.fromkeys(by_seed(ratio) for name, ratio in _defined(e, boundary).items() if name != FLOOR))
 
 
 def _cheaper(e: Evidence) -> list[str]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from bench.evidence.committed import STEP, Evidence, rounded_up
-from bench.evidence.ranges import block_classes, energy_span, lookup_floor, lookup_span, text_spread
+from bench.evidence.ranges import energy_span, layer_classes, lookup_floor, lookup_span, text_spread
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.price.table import verdict
 from bench.rows.whole_model import MODELS
@@ -77,8 +77,8 @@ def verdict_lines(evidence: Evidence) -> str:
         "What survives": (
             f"the claim about the model. Against no Engram at all, as the paper counts, everything that Engram reads "
             f"adds {_share(added_in_all)} to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a step. "
-            f"On texts of other kinds the rows alone stay within {text_spread(e)} %. Within a block the class is "
-            f"{block_classes(e)} under every definition of the metric."
+            f"On texts of other kinds the rows alone stay within {text_spread(e)} %. Within the layer the class is "
+            f"{layer_classes(e)} under every definition of the metric."
         ),
         "What does not": (
             f"the claim about the lookup. By the padding, and by what becomes of the rows, it adds {added(least)} to "
