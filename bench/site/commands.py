@@ -27,7 +27,7 @@ _COMMANDS = [
     ("python bench/verdict.py", "The whole answer on one screen, from the committed results", "", None),
     (
         "python bench/verdict.py --export DIR",
-        "The answer as a folder that runs in the tree of the lab that asked",
+        "The answer as a folder that runs in the asking lab's tree",
         "",
         None,
     ),
