@@ -29,6 +29,9 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "lookup_depths": lambda: lookup_range.depth_table(e["lookup_range"]),
         "denominators": lambda: denominator_table(e.toy),
         "energy_crossings": lambda: energy_table.crossing_table(e["energy_by_tier"], energy_tiers()),
+        "energy_short": lambda: energy_table.crossing_table(
+            e["energy_by_tier"], energy_tiers(), ("each read", "once a step")
+        ),
         "energy_step": lambda: energy_table.step_table(e["energy_by_tier"], energy_tiers(), STEP),
         "energy_reuse": lambda: energy_table.reuse_table(e["energy_by_tier"]),
         "map_table": lambda: verdict_map.map_table(e["verdict_map"]),

@@ -81,15 +81,17 @@ def verdict_lines(evidence: Evidence) -> str:
             f"{layer_classes(e)} under every definition of the metric."
         ),
         "What does not": (
-            f"the claim about the lookup. By the padding, and by what becomes of the rows, it adds {added(least)} to "
-            f"{added(most)}, and other definitions give other classes. The best possible manager, which knows every "
-            f"address in advance, still pays {added(lookup_floor(e))}: a first read cannot be avoided, and copies made "
-            "ahead saved nothing on any text."
+            "the claim about the lookup. By the padding, and by what becomes of the rows, it adds "
+            f"{added(least)[1:]} to {added(most)[1:]}, and other definitions give other classes. The best possible "
+            f"manager, which knows every address in advance, still pays {added(lookup_floor(e))[1:]} more, its result "
+            "included: a first read cannot be avoided, and copies made ahead saved nothing on any text that was priced "
+            "on one stack."
         ),
         "Where it turns": (
-            f"with one token's experts, V4.1-Flash's step is {added(1 + one)} dearer. From an SSD in random rows the "
-            f"*energy* of the rows reaches {claim} at {energy_span(e, 'NVMe SSD, random rows')} tokens a step, from "
-            f"host memory at {energy_span(e, 'host DDR over PCIe')}; ByteDMD, which knows no pages, does not show that."
+            f"with one token's experts, V4.1-Flash's step is {added(1 + one)[1:]} dearer. From an SSD in random rows "
+            f"the *energy* of the rows reaches {claim} at {energy_span(e, 'NVMe SSD, random rows')} tokens a step, "
+            f"from host memory at {energy_span(e, 'host DDR over PCIe')}; ByteDMD, which knows no pages, does not "
+            "show that."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())
