@@ -128,15 +128,20 @@ class CompressedVocab:
         Raises:
             ValueError: no such tokenizer, a damaged file, or a map that differs from the published one.
         """
-        text = tokenizer_json(path_or_name)
+        return cls.from_json(tokenizer_json(path_or_name), path_or_name, cache_dir)
+
+    @classmethod
+    def from_json(cls, text: bytes, origin: object, cache_dir: str | os.PathLike[str] | None = None) -> CompressedVocab:
+        """As `from_tokenizer`, of the content of a `tokenizer.json`; `origin` names it in errors."""
+        sha256 = hashlib.sha256(text).hexdigest()
         try:
-            cache: Path | None = _cache_file(cache_dir, hashlib.sha256(text).hexdigest())
+            cache: Path | None = _cache_file(cache_dir, sha256)
         except OSError as error:
             cache = None
-            _warn_uncached(error, stacklevel=3)
-        vocab = None if cache is None else _read_cache(cache, text)
+            _warn_uncached(error, stacklevel=4)
+        vocab = None if cache is None else _read_cache(cache, text, sha256)
         if vocab is None:
-            tokenizer = _parse(text, path_or_name)
+            tokenizer = _parse(text, origin)
             vocab = cls.from_map(_build_map(tokenizer))
             _check_published(fingerprint(tokenizer), vocab)
             if cache is not None:
@@ -364,7 +369,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return home / ".cache" / "engram"
 
 
-def _read_cache(file: Path, text: bytes) -> CompressedVocab | None:
+def _read_cache(file: Path, text: bytes, sha256: str) -> CompressedVocab | None:
     """The cached vocabulary, or None where there is none or it is not the one of this name (it is then built anew)."""
     try:
         stored = read_small(file)
@@ -372,14 +377,14 @@ def _read_cache(file: Path, text: bytes) -> CompressedVocab | None:
         if len(ids) % 4 or signature != _signature(file.name, ids):
             return None
         vocab = CompressedVocab.from_map(np.frombuffer(ids, dtype="<i4"))
-        return vocab if _fits(vocab, text) else None
+        return vocab if _fits(vocab, text, sha256) else None
     except (OSError, ValueError):
         return None
 
 
-def _fits(vocab: CompressedVocab, text: bytes) -> bool:
+def _fits(vocab: CompressedVocab, text: bytes, sha256: str) -> bool:
     """Whether a map can be this tokenizer's: the published one where there is one, else one that fits its tokens."""
-    known = KNOWN_FILES.get(hashlib.sha256(text).hexdigest())
+    known = KNOWN_FILES.get(sha256)
     if known is not None:
         return vocab.digest == KNOWN_MAPS[known]
     try:
@@ -411,7 +416,7 @@ def _write_cache(file: Path, vocab: CompressedVocab) -> None:
         with replacing(file) as part:
             part.write(_signature(file.name, ids) + ids)
     except (OSError, ValueError) as error:
-        _warn_uncached(error, stacklevel=4)
+        _warn_uncached(error, stacklevel=5)
 
 
 def _signature(name: str, ids: bytes) -> bytes:

@@ -25,7 +25,7 @@ def hash_columns(
     before: Sequence[Any] = (),
     segment_end: Any = None,
 ) -> list[list[Any]]:
-    """Row indices of one sequence, [T][C].
+    """Row indices of one sequence, `[T][C]`.
 
     Args:
         compressed_ids: T integers, DEAD where a position is not looked up.
@@ -83,7 +83,7 @@ class NgramHasher:
         offsets: bool = True,
         history: TokenHistory | None = None,
     ) -> list[list[int]]:
-        """Row indices of one sequence, [T][C]; `history` is read, not advanced."""
+        """Row indices of one sequence, `[T][C]`; `history` is read, not advanced."""
         layer = self.layer(layer_id)
         _check_ids(compressed_ids, self.plan["compressed_size"])
         return hash_columns(

@@ -17,9 +17,11 @@ import argparse
 import ast
 import copy
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
 ENOUGH = 0.95
+PACKAGES = ("engram_ref", "engram_toy")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "torch", "numba", "sympy", "hypothesis", "tokenizers", "matplotlib.pyplot"])
 _SLOWER = 10  # times as long as the unchanged file: the mutant does not end
 _LEAST_SECONDS = 60.0
 _CONTEXT = 40  # characters on either side of a change
@@ -208,22 +213,35 @@ class Copies:
         began = time.monotonic()
         try:
             (copied / path).write_text(source, encoding="utf-8")
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-            quiet = {
-                "cwd": copied,
-                "stdout": subprocess.DEVNULL,
-                "stderr": subprocess.DEVNULL,
-                "stdin": subprocess.DEVNULL,
-            }
-            # Without written bytecode: a change within the clock's resolution could be taken for the file before it.
-            settings = {**os.environ, "PYTHONPATH": str(copied), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-            ended = subprocess.run(command, env=settings, timeout=limit, **quiet)  # type: ignore[call-overload]
-            return ended.returncode == 0, time.monotonic() - began
-        except subprocess.TimeoutExpired:
-            return False, time.monotonic() - began
+            process = SERVER.Process(target=_pytest, args=(copied, tests))
+            process.start()
+            process.join(limit)
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+            return process.exitcode == 0, time.monotonic() - began
         finally:
             (copied / path).write_bytes(original)
             self._free.append(copied)
+
+
+def _pytest(copied: Path, tests: Sequence[str]) -> None:
+    """Run tests on a copy, in a process that has imported what others wrote, and nothing of the project but this."""
+    os.setsid()  # ended together with what the tests start
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(quiet, stream)
+    os.chdir(copied)
+    os.environ["PYTHONPATH"] = str(copied)
+    sys.path[:] = [str(copied), *(place for place in sys.path if place not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "bench", *PACKAGES)]:
+        del sys.modules[name]
+    # Without written bytecode: a change within the clock's resolution could be taken for the file before it.
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    import pytest
+
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 
 
 def equivalent() -> set[str]:
@@ -274,6 +292,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """The command."""
     options = parse()
+    os.environ["OMP_NUM_THREADS"] = "1"  # tensors are small, and what the tests fork could not use threads of OpenMP
     paths = [path for path in TARGETS if not options.only or any(word in path for word in options.only)]
     if options.list:
         for path in paths:

@@ -80,7 +80,7 @@ def _entry(line: bytes) -> tuple[str, dict[str, Any]] | None:
     """What a line holds; None of a torn one."""
     try:
         key, record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return (key, record) if isinstance(key, str) and isinstance(record, dict) else None
 
@@ -99,12 +99,13 @@ def earlier(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any] | N
         fresh: begin anew, whatever is there.
 
     Raises:
-        ValueError: it is of another configuration, machine or code; names the first difference.
+        ValueError: it is of another configuration, machine or code; names the first difference. Or it is no file.
     """
     if fresh or not path.exists():
         return None
+    content = read_small(path, MOST_BYTES, "name another folder")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engram_ref.files.small_files import read_small
+
 _ORIGIN = re.compile(r"results sha256 [0-9a-f]{64}")
 _PROBE_BYTES = 1 << 16  # a full disk has room for a name, and none for bytes
 
@@ -80,13 +82,16 @@ def forget_figures(path: Path, results: Mapping[str, Any]) -> None:
 
 def _origin(figure: Path) -> re.Match[str] | None:
     """What a figure of ours says that it was drawn from; None of a stranger's."""
-    return _ORIGIN.search(figure.read_text(encoding="utf-8", errors="replace"))
+    try:
+        return _ORIGIN.search(read_small(figure).decode("utf-8", errors="replace"))
+    except ValueError:
+        return None  # no file, or too large for one of ours
 
 
 def _source_of(path: Path) -> str | None:
     try:
-        return source(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+        return source(json.loads(read_small(path)))
+    except (ValueError, RecursionError):
         return None  # no results: no figure shows it
 
 

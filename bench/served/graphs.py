@@ -1,11 +1,12 @@
-"""A decode step as two CUDA graphs, with the join of the rows between them: what serving engines call piecewise graphs.
+"""A decode step as CUDA graphs, cut where its rows are joined: what serving engines call piecewise graphs.
 
-A graph cannot wait for rows that the CPU gathers, so the step is cut where they are needed. Both pieces are captured
-during one call of the step: the hook before the second block ends the first capture and begins the second.
+A graph cannot wait for rows that the CPU gathers, so the step is cut where they are needed. All pieces are captured
+during one call of the step, which says where: there the capture of one piece ends and that of the next begins.
 
     pieces = Pieces(device)
-    pieces.prepare(key, step, fuse)                     # captured; the step's state is as after a few steps
-    out = pieces.replay(key, begin, join)
+    with attached.staging(between=pieces.cut):
+        pieces.prepare(key, step)
+    out = pieces.replay(key, join)
 
 This file needs CUDA; what it is given is tested without.
 """
@@ -23,101 +24,79 @@ from torch import Tensor
 from bench.schemas.served import Graphs
 
 _WARM_UP = 2  # calls before a capture: libraries take their workspaces, Triton compiles
-Insert = Callable[[Tensor], Tensor]
 
 
 class Pieces:
     """Captured steps by key. They share one pool of memory, since only one step runs at a time.
 
-    Where a capture fails, steps run as they are, and `report` says why.
+    Where a capture fails, nothing can be replayed, and `report` says why.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._captured: dict[Hashable, tuple[Any, Any, Tensor]] = {}
-        self._steps: dict[Hashable, tuple[Callable[[Insert], Tensor], Insert]] = {}
+        self._captured: dict[Hashable, tuple[list[Any], Tensor]] = {}
         self._pool: Any = None
         self._stream = torch.cuda.Stream(device)
+        self._recording: list[Any] = []  # graphs of the step that is being captured, the last one open
         self._why: str | None = None
 
     def report(self) -> Graphs:
         """Whether graphs are used; if not, why."""
         return {"used": self._why is None, "why": self._why}
 
-    def prepare(self, key: Hashable, step: Callable[[Insert], Tensor], fuse: Insert) -> None:
+    def prepare(self, key: Hashable, step: Callable[[], Tensor]) -> None:
         """Capture a step. It is run a few times before, so whatever state it advances is to be set anew afterwards.
 
         Args:
             key: of all that a graph cannot change.
-            step: runs the model; it gives the stream before the second block to its argument.
-            fuse: what is done there, once the rows lie where it looks for them.
+            step: runs the model, and calls `cut` where it is to be cut.
         """
-        self._steps[key] = step, fuse
         if self._why is not None or key in self._captured:
             return
         try:
-            self._captured[key] = self._record(step, fuse)
+            self._captured[key] = self._record(step)
         except RuntimeError as error:  # what cannot be captured depends on releases of torch and transformers
             self._why = f"capturing failed: {str(error).splitlines()[0]}"
             self._captured.clear()
             print(f"warning: decoding without CUDA graphs: {self._why}", file=sys.stderr, flush=True)
 
-    def replay(self, key: Hashable, begin: Callable[[], object], join: Callable[[], object]) -> Tensor:
-        """Run a step.
-
-        Args:
-            key: that it was prepared with.
-            begin: called when the first piece has been launched.
-            join: puts the rows where the step looks for them.
-        """
-        if self._why is not None:
-            step, fuse = self._steps[key]
-            begin()
-            return step(lambda hidden: self._joined(hidden, fuse, join))
-        first, second, out = self._captured[key]
+    def replay(self, key: Hashable, join: Callable[[], object]) -> Tensor:
+        """Run a step that was prepared with this key; `join` is called between its pieces."""
+        (first, *others), out = self._captured[key]
         first.replay()
-        begin()
-        join()
-        second.replay()
+        for graph in others:
+            join()
+            graph.replay()
         return out
 
-    @staticmethod
-    def _joined(hidden: Tensor, fuse: Insert, join: Callable[[], object]) -> Tensor:
-        join()
-        return fuse(hidden)
+    def cut(self) -> None:
+        """Called by a step: of its capture, a piece ends here. Outside of a capture, nothing."""
+        if self._recording:
+            self._recording[-1].capture_end()
+            self._begin()
 
-    def _record(self, step: Callable[[Insert], Tensor], fuse: Insert) -> tuple[Any, Any, Tensor]:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        pool = {} if self._pool is None else {"pool": self._pool}
+        graph.capture_begin(**pool, capture_error_mode="thread_local")
+        self._recording.append(graph)
+        self._pool = graph.pool()
+
+    def _record(self, step: Callable[[], Tensor]) -> tuple[list[Any], Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP):
-                step(fuse)
+                step()
         torch.cuda.synchronize(self._device)
         if not self._captured:  # later captures find what the first one left
             gc.collect()
             torch.cuda.empty_cache()
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        capturing = [first]
-
-        def between(hidden: Tensor) -> Tensor:
-            capturing.pop().capture_end()
-            second.capture_begin(pool=first.pool(), capture_error_mode="thread_local")
-            capturing.append(second)
-            return fuse(hidden)
-
         with torch.cuda.stream(self._stream):
-            self._begin(first)
+            self._begin()
             try:
-                out = step(between)
+                out = step()
             finally:
-                for graph in capturing:
-                    graph.capture_end()
+                self._recording[-1].capture_end()
+                graphs, self._recording = self._recording, []
         torch.cuda.synchronize(self._device)
-        self._pool = first.pool()
-        return first, second, out
-
-    def _begin(self, graph: Any) -> None:
-        if self._pool is None:
-            graph.capture_begin(capture_error_mode="thread_local")
-        else:
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        return graphs, out

@@ -1,14 +1,13 @@
-"""A whole model that serves several sequences from one static cache, cut in two just before its second block.
+"""A whole model that serves several sequences from one static cache, Engram attached to it or not.
 
-    model = ServedModel(decoder, head, fusion, slots=64, positions=2048)
-    first_tokens = model.prefill(ids, lengths, slots, join)         # [b, T] padded on the right -> [b]
-    model.next_tokens.copy_(ids); model.positions.copy_(at)
-    tokens = model.decode(span, True, begin, join)                  # [slots]
+    model = ServedModel(decoder, head, fusion, plan, vocab, slots=64, positions=2048, graphs=True)
+    with model.serving(table, prefetcher, schedule, exposed):
+        first_tokens = model.prefill(ids, lengths, slots)               # [b, T] padded on the right -> [b]
+        tokens = model.decode(ids, positions, span)                     # [slots]
 
-What is looked up is the caller's business: `join` is called between the first block and the second and gives the rows
-of every position, or None where the model has no Engram layer or the first piece has looked them up. On CUDA the two
-pieces of a decode step are graphs (`end_to_end_graphs`), so that time is the device's and not the host's launching; a
-step reads the cache up to the next multiple of SPAN positions, with a graph for each.
+Engram is attached as anybody attaches it, and every row of the cache is a place (`engram_ref.attach.Places`). On CUDA a
+decode step is graphs (`bench.served.graphs`), so that time is the device's and not the host's launching; a step reads
+the cache up to the next multiple of SPAN positions, with a graph for each.
 
 Prompts are padded on the right, where a causal model does not look, so a prefill needs no mask. In a decode step the
 query heads that share a key head are rows of one product, so keys are not repeated.
@@ -17,9 +16,11 @@ query heads that share a key head are rows of one product, so keys are not repea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,13 +28,21 @@ from torch import Tensor
 from bench.schemas.served import Graphs
 from bench.served.graphs import Pieces
 from bench.setup.backbones import Backbone
-from bench.setup.lookup import ResidentLookup
-from engram_ref.fusion import DemoFusion, ShortConvHistory
+from bench.setup.sizes import LAYER
+from bench.setup.variants import IN_GRAPH, Variant
+from engram_ref.attach import Attached, Places, Staged, attach
+from engram_ref.attach.exposed import Waits
+from engram_ref.attach.on_hand import OnHand
+from engram_ref.fusion import ShortConvHistory
 from engram_ref.fusion.base import Fusion
+from engram_ref.hashing import HashPlan
+from engram_ref.layer import Engram
+from engram_ref.tables.base import Table
+from engram_ref.vocab import CompressedVocab
 
 SPAN = 256  # positions
 ATTENTION = "engram_served"  # under which transformers knows `served_attention`
-Join = Callable[[], "Tensor | None"]
+BARE, STAGED = "no layer", "staged"  # beside IN_GRAPH, what a decode step's graphs are captured with
 _CHOSEN_AT_ONCE = 64  # sequences whose logits are there at the same time
 
 
@@ -72,6 +81,15 @@ def rounded_span(position: int) -> int:
     return -(-(position + 1) // SPAN) * SPAN
 
 
+class Serving(NamedTuple):
+    """What is attached while a pass runs; nothing by default."""
+
+    attached: Attached | None = None
+    places: Places | None = None
+    schedule: str = "none"
+    exposed: Waits | None = None
+
+
 class ServedModel:
     """Decoder, vocabulary, one Engram layer and the keys and values of all places.
 
@@ -79,189 +97,199 @@ class ServedModel:
         decoder: built with `attention=ATTENTION`.
         head: output weights [outputs, H].
         fusion: of the Engram layer; it stands before the second block.
+        plan: of its hash.
+        vocab: token id -> compressed id.
         slots: sequences at a time.
         positions: of the longest sequence.
-        graphs: decode with CUDA graphs.
-
-    Attributes:
-        next_tokens: [slots, 1] int64, the tokens of the next decode step; to be written by the caller.
-        positions: [slots] int64, where they stand.
+        graphs: decode with CUDA graphs, once they are captured.
     """
 
     def __init__(
-        self, decoder: Backbone, head: Tensor, fusion: Fusion, slots: int, positions: int, graphs: bool
+        self,
+        decoder: Backbone,
+        head: Tensor,
+        fusion: Fusion,
+        plan: HashPlan,
+        vocab: CompressedVocab,
+        slots: int,
+        positions: int,
+        graphs: bool,
     ) -> None:
         self._decoder, self._head, self._fusion = decoder, head, fusion
-        device = head.device
+        self._plan, self._vocab = plan, vocab
+        self.device = head.device
         self.slots = slots
-        self.next_tokens = torch.zeros((slots, 1), dtype=torch.int64, device=device)
-        self.positions = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._all = torch.arange(slots, device=device)
+        self._tokens = torch.zeros((slots, 1), dtype=torch.int64, device=self.device)  # of a decode step
+        self._positions = torch.zeros(slots, dtype=torch.int64, device=self.device)  # where they stand
+        self._all = torch.arange(slots, device=self.device)
         self._length = rounded_span(positions - 1)
         size = (slots, decoder.shape.kv_heads, self._length, decoder.shape.head_dim)
         self._stored = [
-            (torch.zeros(size, dtype=head.dtype, device=device), torch.zeros(size, dtype=head.dtype, device=device))
+            (
+                torch.zeros(size, dtype=head.dtype, device=self.device),
+                torch.zeros(size, dtype=head.dtype, device=self.device),
+            )
             for _ in range(decoder.blocks)
         ]
         self._cache = _slot_cache()
-        self._conv = ShortConvHistory(fusion, slots) if isinstance(fusion, DemoFusion) and fusion.reach else None
-        columns = fusion.config.columns
-        self._rows: Tensor | None = None  # [slots * C, D], where a graph finds them
-        self._columns, self._width = columns, fusion.config.row_width
-        self._pieces = Pieces(device) if graphs else None
+        # What graphs read belongs to the model, to which Engram is attached anew for every pass.
+        self._convolutions = {LAYER: ShortConvHistory(fusion, slots)} if fusion.reach else {}
+        self._places: dict[str, Places] = {}  # by the kind of device that hashes
+        self._staged = Staged(self.device)
+        self._pieces = Pieces(self.device) if graphs else None
+        self._looks_up: Attached | None = None  # what the graphs of IN_GRAPH hold
+        self._serving = Serving()
 
     @property
     def graphs(self) -> Graphs:
-        """Whether decoding runs as CUDA graphs, and why not."""
+        """Whether decode steps are graphs; if not, why."""
         if self._pieces is None:
             return {"used": False, "why": "not on CUDA, or --eager"}
         return self._pieces.report()
 
-    def prefill(self, ids: Tensor, lengths: Tensor, slots: Tensor, join: Join) -> Tensor:
-        """Process prompts and put their keys and values into places.
+    @contextmanager
+    def serving(
+        self, table: Table | None, prefetcher: Any = None, schedule: str = "none", exposed: Waits | None = None
+    ) -> Iterator[Serving]:
+        """All places are free, and Engram is attached; without a table the model is by itself.
+
+        Args:
+            table: of the layer.
+            prefetcher: where its rows come from.
+            schedule: of a variant: "prefetched" waits before the second block, others at the model's entry.
+            exposed: told of every wait.
+        """
+        if table is None:
+            yield self._serving
+            return
+        engrams, background = {LAYER: Engram(self._fusion, table)}, schedule == "prefetched"
+        with attach(
+            self._decoder.model, engrams, self._plan, self._vocab,
+            background=background, exposed=exposed, prefetcher=prefetcher,
+        ) as attached:  # fmt: skip
+            device = attached.index_device
+            if device.type not in self._places:
+                self._places[device.type] = Places(self._plan, self.slots, device, self._convolutions)
+            places = self._places[device.type]
+            places.clear()
+            attached.seat(self._cache, places)
+            self._serving = Serving(attached, places, schedule, exposed)
+            try:
+                yield self._serving
+            finally:
+                self._serving = Serving()
+
+    def prefill(self, ids: Tensor, lengths: np.ndarray, slots: np.ndarray) -> Tensor:
+        """Prompts into places that are free.
 
         Args:
             ids: token ids [b, T], padded on the right.
             lengths: tokens of each prompt, [b].
             slots: place of each, [b].
-            join: gives rows [b*T*C, D].
 
         Returns:
             The model's choice of the first token of each, [b].
         """
-
-        def insert(hidden: Tensor) -> Tensor:
-            rows = join()
-            return hidden if rows is None else self._fuse_prompts(hidden, rows, lengths, slots)
-
-        self._cache.begin_prefill(self._stored, slots)
+        if self._serving.places is not None:
+            self._serving.places.admit(slots, lengths)
+        taken, ends = (torch.from_numpy(values).to(self.device) for values in (slots, lengths))
+        self._cache.begin_prefill(self._stored, taken)
         with torch.inference_mode():
-            hidden = self._run(ids, insert)
-            last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # [b, H]
+            hidden = self._decoder.step(ids, self._cache)
+            last = hidden[torch.arange(len(ids), device=self.device), ends - 1]  # [b, H]
             return torch.cat([self._choose(part) for part in last.split(_CHOSEN_AT_ONCE)])
 
-    def decode(
-        self, span: int, with_engram: bool, begin: Callable[[], object], join: Join, inside: bool = False
-    ) -> Tensor:
+    def decode(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
         """One token for every place.
 
         Args:
+            ids, positions: the tokens [slots], and where they stand.
             span: positions of the cache to read; `rounded_span` of the furthest.
-            with_engram: whether `join` gives rows.
-            begin: called when the first block has been given to the device, before it is waited for.
-            join: gives rows [slots*C, D], or None.
-            inside: the first graph looks the rows up, as `prepare` was told; `join` gives None where there are graphs.
 
         Returns:
             The model's choice for each place, [slots]; those of places without a sequence mean nothing.
         """
-        if self._pieces is None:
-            begin()
-            return self._decode_once(span, lambda hidden: self._fuse_tokens(hidden, join()))
+        self._tokens.copy_(ids[:, None])
+        self._positions.copy_(positions)
+        if self._pieces is None or not self.graphs["used"]:
+            return self._decode_once(span)
         with torch.inference_mode():
-            key = (span, "inside" if inside else with_engram)
-            return self._pieces.replay(key, begin, lambda: self._keep_rows(join()))
+            return self._replayed(self._pieces, span).clone()  # a graph writes every step's choice to the same place
 
-    def prepare(self, shortest: int, row_dtype: torch.dtype, resident: ResidentLookup | None = None) -> None:
+    def _replayed(self, pieces: Pieces, span: int) -> Tensor:
+        """A step from its graphs: what the model's hooks do without them is done around and between the pieces."""
+        attached, _, schedule, exposed = self._serving
+        if attached is None:
+            return pieces.replay((span, BARE), lambda: None)
+        around = nullcontext if exposed is None else exposed.around
+
+        def join() -> None:
+            with around(LAYER):
+                if begun:
+                    attached.lay_down()
+
+        begun = schedule in ("prefetched", "none")
+        if schedule == IN_GRAPH:
+            return pieces.replay((span, IN_GRAPH), join)
+        with attached.staging(staged=self._staged):
+            if begun:
+                attached.begin(self._tokens, self._cache)
+            else:
+                with around("start"):
+                    attached.stage(self._tokens, self._cache)
+            return pieces.replay((span, STAGED), join)
+
+    def prepare(self, shortest: int, table: Table | None, in_graph: Variant | None = None) -> None:
         """Capture all decode steps that will be met, where there are graphs.
 
         Args:
             shortest: tokens of the shortest prompt.
-            row_dtype: of the rows that will be joined.
-            resident: looked up inside the first graph, in steps of their own.
+            table: any of those that are served, if Engram is.
+            in_graph: a variant that is looked up inside the first graph, in steps of its own.
         """
-        if self._pieces is None:
+        pieces = self._pieces
+        if pieces is None:
             return
-        self._rows = torch.zeros((self.slots * self._columns, self._width), dtype=row_dtype, device=self._head.device)
-        for span in range(rounded_span(shortest), self._length + 1, SPAN):
-            for rows in (None, self._rows):
-                self._pieces.prepare(
-                    (span, rows is not None),
-                    functools.partial(self._decode_once, span),
-                    functools.partial(self._fuse_tokens, rows=rows),
-                )
-            if resident is not None:
-                self._pieces.prepare(
-                    (span, "inside"),
-                    functools.partial(self._looked_up, span, resident),
-                    functools.partial(self._fuse_tokens, rows=resident.rows),
-                )
 
-    def _looked_up(self, span: int, resident: ResidentLookup, insert: Callable[[Tensor], Tensor]) -> Tensor:
-        resident.step(self.next_tokens)
-        return self._decode_once(span, insert)
+        def capture(kind: str, step: Callable[[int], Tensor]) -> None:
+            for span in range(rounded_span(shortest), self._length + 1, SPAN):
+                pieces.prepare((span, kind), functools.partial(step, span))
 
-    def _decode_once(self, span: int, insert: Callable[[Tensor], Tensor]) -> Tensor:
-        self._cache.begin_decode(self._stored, self._all, self.positions, span)
-        seen = torch.arange(span, device=self.positions.device) <= self.positions[:, None]  # [slots, span]
-        mask = torch.zeros(seen.shape, dtype=self._head.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        capture(BARE, self._decode_once)
+        if in_graph is not None:  # first, so that rows are written where all graphs read them, and not copied there
+            with self.serving(in_graph.table, in_graph.prefetcher) as now, self._cut(pieces, now) as attached:
+                self._looks_up = attached
+                capture(IN_GRAPH, functools.partial(self._looked_up, attached))
+        if table is not None:
+            on_hand = OnHand({LAYER: Engram(self._fusion, table)})
+            with self.serving(table, on_hand) as now, self._cut(pieces, now) as attached:
+                attached.stage(self._tokens, self._cache)
+                capture(STAGED, self._decode_once)
+
+    def _cut(self, pieces: Pieces, now: Serving) -> AbstractContextManager[Attached]:
+        """Forwards that read staged rows, and are cut there when they are captured."""
+        assert now.attached is not None
+        return now.attached.staging(between=pieces.cut, staged=self._staged)
+
+    def _looked_up(self, attached: Attached, span: int) -> Tensor:
+        attached.stage(self._tokens, self._cache)  # captured with the rest, it reads ids and places where they lie
+        return self._decode_once(span)
+
+    def _decode_once(self, span: int) -> Tensor:
+        self._cache.begin_decode(self._stored, self._all, self._positions, span)
+        seen = torch.arange(span, device=self.device) <= self._positions[:, None]  # [slots, span]
+        mask = torch.zeros(seen.shape, dtype=self._head.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         with torch.inference_mode():
-            hidden = self._run(
-                self.next_tokens,
-                insert,
-                position_ids=self.positions[:, None],
+            hidden = self._decoder.step(
+                self._tokens,
+                self._cache,
+                position_ids=self._positions[:, None],
                 attention_mask=mask[:, None, None],
             )
             return self._choose(hidden[:, -1])
 
-    def _run(self, ids: Tensor, insert: Callable[[Tensor], Tensor], **where: Tensor | None) -> Tensor:
-        """The decoder's output, with something added to the stream [B, T, H] before its second block."""
-        second = self._decoder.model.layers[1]
-        hook = second.register_forward_pre_hook(_replacing_input(insert), with_kwargs=True)
-        try:
-            return self._decoder.step(ids, self._cache, **where)
-        finally:
-            hook.remove()
-
     def _choose(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self._head).argmax(-1)
-
-    def _keep_rows(self, rows: Tensor | None) -> None:
-        if rows is not None:
-            assert self._rows is not None
-            self._rows.copy_(rows)
-
-    def _embedded(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return rows.to(hidden.dtype).view(*hidden.shape[:2], -1)  # [B, T, C*D]
-
-    def _fuse_tokens(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return hidden
-        return self._fusion.add_to(hidden.unsqueeze(2), self._embedded(hidden, rows), self._conv).squeeze(2)
-
-    def _fuse_prompts(self, hidden: Tensor, rows: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
-        e = self._embedded(hidden, rows)
-        if self._conv is not None:
-            self._keep_conv_history(hidden, e, lengths, slots)
-        return self._fusion.add_to(hidden.unsqueeze(2), e).squeeze(2)
-
-    def _keep_conv_history(self, hidden: Tensor, e: Tensor, lengths: Tensor, slots: Tensor) -> None:
-        """What the convolution needs of a prompt's last tokens, which stand at another place in each row.
-
-        It is made of the values of these tokens alone, each by itself, so they are computed again, without the others.
-        """
-        assert isinstance(self._fusion, DemoFusion) and self._conv is not None
-        reach = self._fusion.reach
-        at = lengths[:, None] - reach + torch.arange(reach, device=lengths.device)  # [b, reach]
-        rows = torch.arange(len(at), device=at.device)[:, None]
-        history = ShortConvHistory(self._fusion, len(at))
-        self._fusion.add_to(hidden[rows, at].unsqueeze(2), e[rows, at], history)
-        self._conv.values[slots] = history.values
-
-    def shortest_prompt(self) -> int:
-        """Tokens that a prompt must have at least."""
-        return max(1, 0 if self._conv is None else self._conv.values.shape[1])
-
-
-def _replacing_input(insert: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Any, Any]]:
-    """A forward pre-hook; some releases of transformers give the residual stream by position, some by name."""
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (insert(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": insert(kwargs["hidden_states"])}
-
-    return hook
 
 
 def served_bytes(decoder_shape: Any, blocks: int, slots: int, positions: int, itemsize: int) -> int:

@@ -1,7 +1,7 @@
 """One pass: a variant serves the sequences of one round, and every step of it is timed.
 
-    server = Server(model, vocab, plan, layer_id)
-    work = server.prepare(round_, slots, most_tokens)       # uploaded beforehand, shared by all variants
+    server = Server(model, vocab, plan)
+    work = server.prepare(round_, most_tokens)              # uploaded beforehand, shared by all variants
     samples = server.serve(work, variant)
 
 A step ends when its tokens have been chosen; what lies between the ends of two steps is the time of the second. The
@@ -11,7 +11,9 @@ host waits for the device only where a variant must (to hash on the CPU it has t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +24,12 @@ from torch import Tensor
 from bench.instruments.clocks import Clock, Lap, device_clock
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
-from bench.setup.lookup import Lookup, NoLookup, OnHand, ResidentLookup, Sequences, TableLookup
+from bench.setup.sizes import LAYER
 from bench.setup.variants import Variant
-from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.attach.exposed import Place
+from engram_ref.attach.on_hand import HandedOut, OnHand
+from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
+from engram_ref.tables.base import Ready, Table
 from engram_ref.vocab import CompressedVocab
 
 
@@ -35,9 +40,7 @@ class Prompts:
     group: Prefill
     ids: Tensor  # [b, T]
     lengths: np.ndarray  # [b]
-    device_lengths: Tensor
     slots: np.ndarray  # [b]
-    device_slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,23 @@ class PassSamples:
     tokens_sha256: str
 
 
+class FetchedBefore(OnHand):
+    """The rows of every step of a round, fetched beforehand: what is left is the layer's own compute.
+
+    Args:
+        table: that they are of.
+        rows: of each step in turn, [B*T*C, D]; pass after pass.
+    """
+
+    def __init__(self, table: Table, rows: list[Tensor]) -> None:
+        self.table = table
+        self._each = itertools.cycle(rows)
+
+    def start(self, ids: Any, history: Any = None) -> HandedOut:
+        """Those of the next step."""
+        return HandedOut({LAYER: Ready(next(self._each))})
+
+
 class Server:
     """Serves rounds on one model.
 
@@ -86,42 +106,22 @@ class Server:
         model: with all places free.
         vocab: token id -> compressed id.
         plan: of the table.
-        layer_id: of its layer.
         clock: of a device; None for the model's.
-        resident: serves the variants that are looked up by kernels alone, in the graphs where there are any.
     """
 
-    def __init__(
-        self,
-        model: ServedModel,
-        vocab: CompressedVocab,
-        plan: HashPlan,
-        layer_id: int,
-        clock: Clock | None = None,
-        resident: ResidentLookup | None = None,
-    ) -> None:
-        self._model, self._vocab, self._plan, self._layer_id = model, vocab, plan, layer_id
-        self._resident = resident
-        self._device = model.positions.device
-        self._clock = clock or device_clock(self._device)
+    def __init__(self, model: ServedModel, vocab: CompressedVocab, plan: HashPlan, clock: Clock | None = None) -> None:
+        self._model, self._vocab, self._plan = model, vocab, plan
+        self._clock = clock or device_clock(model.device)
 
     def prepare(self, round_: Round, most_tokens: int) -> Work:
-        """Put a round's ids onto the device.
-
-        Raises:
-            ValueError: a prompt is shorter than what the layer's convolution looks back.
-        """
-        least = self._model.shortest_prompt()
-        if round_.lengths[0].prompt < least:
-            raise ValueError(f"a prompt of {round_.lengths[0].prompt} tokens: this layer needs {least} at least")
+        """Put a round's ids onto the device."""
         steps = schedule(round_.lengths, self._model.slots, most_tokens)
         return Work(round_, [self._upload(step, round_) for step in steps])
 
     def _upload(self, step: Prefill | Decode, round_: Round) -> Prompts | Tokens:
         if isinstance(step, Prefill):
             ids, lengths = round_.prompts(step)
-            slots = np.array(step.slots)
-            return Prompts(step, self._put(ids), lengths, self._put(lengths), slots, self._put(slots))
+            return Prompts(step, self._put(ids), lengths, np.array(step.slots))
         ids, positions = np.zeros((2, self._model.slots), np.int64)
         for slot, sequence, given in step.running:
             positions[slot] = round_.lengths[sequence].prompt + given - 1
@@ -129,13 +129,13 @@ class Server:
         return Tokens(step, self._put(ids), self._put(positions), rounded_span(int(positions.max())))
 
     def _put(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return torch.from_numpy(values).to(self._model.device)
 
     def serve(
         self,
         work: Work,
         variant: Variant,
-        rows: list[Tensor] | None = None,
+        on_hand: FetchedBefore | None = None,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> PassSamples:
         """Run all steps with one variant.
@@ -143,87 +143,59 @@ class Server:
         Args:
             work: of this server.
             variant: the variant.
-            rows: of every step, for the variant that has them on hand.
+            on_hand: its rows, for the variant that looks nothing up.
             meanwhile: called when every step has been given to the device, before it is waited for.
         """
-        lookup = self._lookup(variant, rows)
+        table, prefetcher = (on_hand.table, on_hand) if on_hand else (variant.table, variant.prefetcher)
+        self._waits_at_entry = variant.schedule not in ("prefetched", "none")
         chosen: list[Tensor] = []
-        self._clock.begin()
-        for step in work.steps:
-            if isinstance(step, Prompts):
-                chosen.append(self._prefill(step, lookup))
-            else:
-                chosen.append(self._decode(step, lookup, variant))
-            lookup.leave()
-            self._clock.mark("end")
-        meanwhile()
-        return _samples(work, self._clock.end(), chosen)
+        with self._model.serving(table, prefetcher, variant.schedule, self):
+            self._clock.begin()
+            for step in work.steps:
+                if isinstance(step, Prompts):
+                    chosen.append(self._model.prefill(step.ids, step.lengths, step.slots))
+                else:
+                    chosen.append(self._model.decode(step.ids, step.positions, step.span))
+                self._clock.mark("end")
+            meanwhile()
+            return _samples(work, self._clock.end(), chosen)
 
-    def _lookup(self, variant: Variant, rows: list[Tensor] | None) -> Lookup:
-        if rows is not None:
-            return OnHand(rows)
-        if variant.prefetcher is None:
-            return NoLookup()
-        if variant.kernels is not None:
-            assert self._resident is not None
-            self._resident.restart()
-            return self._resident
-        sequences = Sequences(self._vocab, self._plan, self._model.slots, variant.hashing_device)
-        return TableLookup(variant.prefetcher, variant.schedule, self._layer_id, sequences, self._clock)
+    @contextmanager
+    def around(self, place: Place) -> Iterator[None]:
+        """What `attach` tells of every wait, on the pass's clock; where nothing is waited for, nothing is noted."""
+        if place == "start" and not self._waits_at_entry:
+            yield
+            return
+        self._clock.mark("entered" if place == "start" else "join")
+        yield
+        self._clock.mark("joined")
 
-    def _prefill(self, step: Prompts, lookup: Lookup) -> Tensor:
-        lookup.enter(step.ids, step.lengths, step.slots)
-        lookup.begin()
-        return self._model.prefill(step.ids, step.device_lengths, step.device_slots, self._timed(lookup.join))
-
-    def _decode(self, step: Tokens, lookup: Lookup, variant: Variant) -> Tensor:
-        model = self._model
-        model.next_tokens.copy_(step.ids[:, None])
-        model.positions.copy_(step.positions)
-        lookup.enter(model.next_tokens)
-        # A copy, for a graph writes every step's choice to the same place.
-        join, inside = self._timed(lookup.join), variant.kernels is not None
-        return model.decode(step.span, variant.has_engram, lookup.begin, join, inside).clone()
-
-    def _timed(self, join: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
-        def joined() -> Tensor | None:
-            self._clock.mark("join")
-            rows = join()
-            self._clock.mark("joined")
-            return rows
-
-        return joined
-
-    def rows_of(self, work: Work, variant: Variant) -> list[Tensor]:
-        """The rows of every step [B*T*C, D], fetched from a variant, without the model."""
-        lookup = self._lookup(variant, None)
-        found = []
-        for step in work.steps:
-            if isinstance(step, Prompts):
-                lookup.enter(step.ids, step.lengths, step.slots)
-            else:
-                lookup.enter(step.ids[:, None])
-            rows = lookup.join()
-            assert rows is not None
-            found.append(rows.clone())
-            lookup.leave()
-        return found
+    def fetch(self, work: Work, table: Table) -> FetchedBefore:
+        """The rows of every step, without the model."""
+        numbers = (torch.from_numpy(rows).reshape(-1).to(table.index_device) for rows in self._row_numbers(work))
+        return FetchedBefore(table, [table.start(rows).wait().clone() for rows in numbers])
 
     def count_rows(self, work: Work) -> tuple[int, int]:
         """Rows that a pass asks for, and how many are left when each step asks for each once: from the ids alone."""
-        hasher, requested, unique = NgramHasher(self._plan), 0, 0
-        sequences = Sequences(self._vocab, self._plan, self._model.slots, None)
+        counts = [(rows.size, len(np.unique(rows))) for rows in self._row_numbers(work)]
+        requested, unique = zip(*counts)
+        return sum(requested), sum(unique)
+
+    def _row_numbers(self, work: Work) -> Iterator[np.ndarray]:
+        """Of every step [B, T, C], hashed apart from what is measured."""
+        hasher, before = NgramHasher(self._plan), TokenHistory(self._plan, self._model.slots)
+        context = self._plan.max_ngram - 1
         for step in work.steps:
-            ids = step.ids.cpu()
-            compressed = sequences.compress(ids if isinstance(step, Prompts) else ids[:, None])
-            before = None if isinstance(step, Prompts) else sequences.history
-            rows = hasher(compressed, self._layer_id, history=before)
-            requested, unique = requested + rows.size, unique + len(np.unique(rows))
+            ids = step.ids.cpu().numpy()
             if isinstance(step, Prompts):
-                sequences.start(compressed, step.lengths, step.slots)
+                compressed = self._vocab(ids)
+                yield hasher(compressed, LAYER)
+                for slot, prompt, length in zip(step.slots, compressed, step.lengths):
+                    before.ids[slot] = [*[DEAD] * context, *prompt[:length]][-context:]
             else:
-                sequences.advance(compressed)
-        return requested, unique
+                compressed = self._vocab(ids[:, None])
+                yield hasher(compressed, LAYER, history=before)
+                before.advance(compressed)
 
 
 def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor]) -> PassSamples:

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
 
-from torch import Tensor
-
 from bench.instruments.board import BoardWatch, count_beside
 from bench.instruments.driver import open_driver
 from bench.instruments.timing import CacheFlush, rounds
@@ -23,7 +21,7 @@ from bench.schemas.served import Bus as BusRecord
 from bench.schemas.served import Contender as ContenderRecord
 from bench.served.model import ServedModel
 from bench.served.numbers import freed, weight_reading
-from bench.served.one_pass import Server, Work
+from bench.served.one_pass import FetchedBefore, Server, Work
 from bench.served.record import Case
 from bench.served.requests import Round, TokenSource
 from bench.served.variants import OWN_COMPUTE, Contenders
@@ -61,9 +59,9 @@ class Rounds:
     ) -> None:
         self._case, self._server, self._model = case, server, model
         self._options, self._tell, self._device_label, self._limits = options, tell, device_label, limits
-        self._board = BoardWatch(open_driver(model.positions.device))
+        self._board = BoardWatch(open_driver(model.device))
         self._source, self._contenders = source, contenders
-        self._flush = CacheFlush(model.positions.device)
+        self._flush = CacheFlush(model.device)
         content = case.content
         self._name = f"{content['backbone']}, batch {content['batch']}, {content['stream']['name']}"
 
@@ -97,8 +95,7 @@ class Rounds:
             before = _counts(variant)
             self._flush()
             self._board.begin()
-            on_hand = rows if variant.name == OWN_COMPUTE else None
-            samples = self._server.serve(work, variant, on_hand, self._board.look)
+            samples = self._server.serve(work, variant, rows if variant.name == OWN_COMPUTE else None, self._board.look)
             board = self._board.end()
             if keep:
                 sample = {key: _rounded(value) for key, value in asdict(samples).items()}
@@ -106,11 +103,9 @@ class Rounds:
                 self._case.add(self._row(variant), {"round": number, **sample, **counted, "board": board})
             gc.collect()  # what a pass leaves is much
 
-    def _rows_on_hand(self, work: Work) -> list[Tensor] | None:
-        if not any(one.name == OWN_COMPUTE for one in self._contenders.variants):
-            return None
-        assert self._contenders.source is not None
-        return self._server.rows_of(work, self._contenders.source)
+    def _rows_on_hand(self, work: Work) -> FetchedBefore | None:
+        source = self._contenders.source
+        return None if source is None else self._server.fetch(work, source)
 
     def _describe_round(self, work: Work) -> None:
         round_: Round = work.round
@@ -160,7 +155,7 @@ class Rounds:
         content = self._case.content
         asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}
         found = count_beside(
-            self._model.positions.device,
+            self._model.device,
             lambda: self._server.serve(work, variant, rows),
             asked[work.round.number] if variant.prefetcher else 0,
             self._options.energy,

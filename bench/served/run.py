@@ -34,7 +34,6 @@ from bench.served.rounds import Rounds
 from bench.served.table import report
 from bench.served.variants import Choice, Contenders, chosen_names
 from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
-from bench.setup.lookup import ResidentLookup
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
 from bench.setup.token_batches import Corpus, standard_library, text_file
@@ -202,11 +201,10 @@ class EndToEnd:
         fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
         for batch, sizes in cases:
             positions = sizes.prompt + sizes.output
-            graphs, options, kernels = self.choice.graphs, self.options, contenders.kernels
-            model = ServedModel(decoder, head, fusion, batch, positions, graphs)
-            resident = None if kernels is None else ResidentLookup(kernels, LAYER, batch, graphs)
-            model.prepare(options.prompt_tokens[0], contenders.format.dtype, resident)
-            server = Server(model, self.vocab, self.plan, LAYER, resident=resident)
+            options, table = self.options, next((one.table for one in contenders.variants if one.table), None)
+            model = ServedModel(decoder, head, fusion, self.plan, self.vocab, batch, positions, self.choice.graphs)
+            model.prepare(options.prompt_tokens[0], table or contenders.source, contenders.in_graph)
+            server = Server(model, self.vocab, self.plan)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
                 text = corpus.tokens if stream == "text" else None
@@ -214,7 +212,7 @@ class EndToEnd:
                 case = self._case(backbone, sizes, stream, corpus.name, source, contenders, weights)
                 label, limits = device_label(self.record.results), self.record.results["limits"]
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
-            del model, server, resident
+            del model, server
 
     def _build(self, backbone: str) -> tuple[Backbone, Tensor]:
         embedded, chosen = self._vocabulary(backbone)

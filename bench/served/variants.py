@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import CONTROL, TableSet, Variant
+from bench.setup.variants import CONTROL, IN_GRAPH, TableSet, Variant
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -71,7 +71,7 @@ class Contenders(TableSet):
         config, plan, device, folder, seed: as for a TableSet.
 
     Attributes:
-        source: one that the rows on hand can be fetched from, by its prefetcher; None where nobody wants them.
+        source: that the rows on hand can be fetched from; None where nobody wants them.
 
     Raises:
         ValueError: memory or disk does not hold it.
@@ -91,10 +91,8 @@ class Contenders(TableSet):
         self._choice, self._sample, self._vocab = choice, sample, vocab
         wanted = [name for name in (ON_CUDA if device.type == "cuda" else ON_CPU) if name in choice.names]
         super().__init__(config, plan, wanted, device, folder, seed, None, ())
-        found = [one for one in self.variants if one.name in ("resident", "offload_naive")]
-        if not found and OWN_COMPUTE in wanted:
-            found = super()._builders()["offload_naive"]()  # its rows come from somewhere
-        self.source = replace(found[0], kernels=None) if found else None
+        in_memory = (one.table for one in self.variants if one.name in ("resident", "offload_naive"))
+        self.source = next(in_memory, None) or self.on_host() if OWN_COMPUTE in wanted else None
 
     def _builders(self) -> dict[str, Callable[[], list[Variant]]]:
         return {
@@ -105,15 +103,15 @@ class Contenders(TableSet):
         }
 
     @property
-    def kernels(self) -> DeviceLookup | None:
-        """The lookup of the resident table, where kernels do all of it."""
-        return next((one.kernels for one in self.variants if one.kernels is not None), None)
+    def in_graph(self) -> Variant | None:
+        """The one that is looked up inside of graphs, if any is."""
+        return next((one for one in self.variants if one.schedule == IN_GRAPH), None)
 
     def check_tokens(self, token_ids: np.ndarray) -> str:
         """As `check`, of token ids [B, T], the kernels' lookup included."""
         digest = self.check(self._vocab(token_ids))
-        lookup = self.kernels
-        if lookup is not None:
+        if self.in_graph is not None and self.in_graph.table is not None:
+            lookup = DeviceLookup(self.plan, {self.layer_id: self.in_graph.table}, self._vocab)
             found = lookup(torch.from_numpy(token_ids).to(self.device)).values[self.layer_id]
             self.require("the kernels' lookup", found, self._vocab(token_ids))
             lookup.check()
@@ -121,13 +119,7 @@ class Contenders(TableSet):
 
     def _resident(self) -> list[Variant]:
         found = super()._resident()
-        if self.device.type != "cuda":
-            return found
-        table = found[0].table
-        assert table is not None
-        lookup = DeviceLookup(self.plan, {self.layer_id: table}, self._vocab)
-        schedule = "in graph" if self._choice.graphs else "in place"
-        return [replace(one, schedule=schedule, kernels=lookup) for one in found]
+        return [replace(one, schedule=IN_GRAPH) for one in found] if self._choice.graphs else found
 
     def _file(self) -> tuple[FileTable, str]:
         """The table as a file, and whether its reads pass the page cache."""

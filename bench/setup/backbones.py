@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from bench.setup.decoder_sizes import SIZES as PUBLISHED
 from bench.setup.decoder_sizes import BlockShape, flops_per_token
 from engram_ref.config import require_int
+from engram_ref.files.small_files import read_small
+from engram_ref.quoting import one_line
 from engram_ref.rows.memory import require_bytes
 
 # What is built by name: the published sizes, and one of ours for machines without an accelerator.
@@ -244,9 +246,9 @@ def _fields(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no backbone {name!r}: use one of {', '.join(BACKBONES)}, or the path of a config.json")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a config.json: {error}") from None
+        fields = json.loads(read_small(path, mend="give a config.json"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a config.json: {one_line(error)}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a config.json: it holds a {type(fields).__name__}, not an object")
     return fields

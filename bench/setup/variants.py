@@ -23,7 +23,6 @@ from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing.device import DeviceHasher
-from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Observer, Prefetcher
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import HostMemory, require_bytes
@@ -36,6 +35,7 @@ from engram_ref.tables.hot import HotTable, most_frequent
 
 VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
+IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 _CHECKED_ROWS = 4096
@@ -54,7 +54,6 @@ class Variant:
         repeat: 1 for the second measurement of `resident`, the noise floor.
         hot_share: of the rows that are on the device, where several shares are measured.
         bus: of a slowed one.
-        kernels: the lookup from token ids to rows, where kernels do all of it.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Variant:
     prefetcher: Prefetcher | None = None
     hot_share: float | None = None
     bus: Bus | None = None
-    kernels: DeviceLookup | None = None
 
     @property
     def label(self) -> str:

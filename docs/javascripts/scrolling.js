@@ -1,7 +1,7 @@
 // What scrolls can be reached with the keyboard and has a name: wide tables, long lines of code, wide figures.
 (function () {
   "use strict";
-  const SCROLLS = ".md-typeset__scrollwrap, .md-typeset pre > code, .md-typeset .figure";
+  const SCROLLS = ".md-typeset__scrollwrap, .md-typeset pre > code, .md-typeset p:has(> img:only-child)";
 
   function heading(element) {
     const before = [...document.querySelectorAll(".md-content h1, .md-content h2, .md-content h3, .md-content h4")]

@@ -19,7 +19,8 @@ them bit for bit. So a row that is padded on the left gives what it gives alone.
 
 Caches. The history (the last compressed ids, and the convolution's past) is kept in the transformers cache and
 compared with its length before each step: see `engram_ref.attach.history`. Of a cache that was filled elsewhere, or
-before Engram was attached this time, `remember` says what is in it.
+before Engram was attached this time, `remember` says what is in it. A server whose sequences come and go in the places
+of one cache, each at a position of its own, gives it `Places` by `seat`.
 
 Graphs. A CUDA graph, or a forward compiled as one graph, cannot hash on the CPU. Inside `staging()` a forward starts
 nothing: it reads rows from buffers that stay where they are, which `stage` fills before the forward, or before the
@@ -30,29 +31,36 @@ replay of a captured one:
         with torch.cuda.graph(graph):
             logits = model(ids, past_key_values=cache).logits
 
+`stage` is `begin` and `lay_down`; what is launched between the two computes while rows are fetched. So a graph may be
+cut where the first layer reads: `staging(between=...)` is told in the capture, and `lay_down` comes between the replays
+of the two pieces. Graphs that outlive an attachment read buffers of the caller's: `staging(staged=Staged(device))`.
+
 Threads. Each has a step of its own; a thread waits where as many forwards as there are buffers are in progress.
 
 What is in this package:
 
-attached    attach, detach, and what a forward does
-blocks      the decoder and its blocks, found in a model
-hooks       what a model, its copies and its wrappers know of it
-padding     which positions are padding
-packing     several sequences in one row
-history     what is remembered of a sequence, in its cache
-source      token ids in, a started fetch out
-staged      rows in buffers that stay where they are
-step        one forward of the decoder
-recomputed  gradient checkpointing that runs hooks a second time
-exposed     how long the model waited for rows
-offload     the n-gram table that a model of transformers has by itself, behind any placement
-versions    releases that are newer than the tested ones
+attached        attach, detach, and what a forward does
+blocks          the decoder and its blocks, found in a model
+hooks           what a model, its copies and its wrappers know of it
+padding         which positions are padding
+packing         several sequences in one row
+history         what is remembered of a sequence, in its cache, or in its place of a server's
+lookup          token ids in, a started fetch out
+graphs          rows in buffers that stay where they are
+step            one forward of the decoder
+checkpointing   gradient checkpointing that runs hooks a second time
+exposed         how long the model waited for rows
+on_hand         rows that are there already
+offload         the n-gram table that a model of transformers has by itself, behind any placement
+versions        releases that are newer than the tested ones
 """
 
 import engram_ref.needs_torch  # noqa: F401
 
 from engram_ref.attach.attached import Attached, attach
 from engram_ref.attach.exposed import ExposedTime
+from engram_ref.attach.graphs import Staged
+from engram_ref.attach.history import Places
 from engram_ref.attach.offload import OffloadedTable, offload_table, without_table
 
-__all__ = ["Attached", "ExposedTime", "OffloadedTable", "attach", "offload_table", "without_table"]
+__all__ = ["Attached", "ExposedTime", "OffloadedTable", "Places", "Staged", "attach", "offload_table", "without_table"]

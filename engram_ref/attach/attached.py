@@ -32,7 +32,16 @@ from engram_ref.attach.blocks import (
 from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.exposed import Place, Waits
 from engram_ref.attach.graphs import Staged, keep_address
-from engram_ref.attach.history import CacheHistory, LengthsOnDevice, follow, history_of, unfollow
+from engram_ref.attach.history import (
+    CacheHistory,
+    LengthsOnDevice,
+    Places,
+    Prompts,
+    convolved,
+    follow,
+    history_of,
+    unfollow,
+)
 from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
 from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
@@ -133,6 +142,7 @@ class Attached:
         engrams: the layers, by block.
         prefetcher: where rows come from.
         token_ids: how many the vocabulary has.
+        index_device: where token ids are hashed.
     """
 
     def __init__(
@@ -149,6 +159,7 @@ class Attached:
         self.engrams = dict(engrams)
         self.prefetcher = source.prefetcher
         self.token_ids = source.token_ids
+        self.index_device = source.device
         self._source = source
         self._exposed = exposed
         self._own = own
@@ -160,6 +171,8 @@ class Attached:
         self._turn = threading.Condition()  # steps of several threads begin one after the other
         self._room = buffers
         self._staged: Staged | None = None  # inside of `staging`
+        self._between: Callable[[], object] | None = None  # likewise
+        self._begun: Callable[[], Step] | None = None  # by `begin`, until `lay_down`
         self._staging_thread = 0
         self._stagings: dict[bool, Staged] = {}  # by overlap; captured graphs read their buffers as long as we live
         self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
@@ -249,11 +262,18 @@ class Attached:
 
     def _add(self, layer_id: int, hidden: Tensor) -> Tensor:
         """The residual stream [B, T, H] after the layer."""
-        needed = self._join(layer_id, hidden) if self._staged is None else self._staged.at(layer_id)
+        needed = self._join(layer_id, hidden) if self._staged is None else self._laid_down(self._staged, layer_id)
         engram, rows = self.engrams[layer_id], Ready(needed.rows)
+        if needed.prompts is not None:
+            needed.prompts.keep_convolved(layer_id, engram, hidden, needed.rows)
         if needed.packing is None:
             return engram(hidden, rows, needed.past, padding=needed.padding)
         return needed.packing.pick(engram(needed.packing.spread(hidden), rows, padding=needed.padding))
+
+    def _laid_down(self, staged: Staged, layer_id: int) -> ForBlock:
+        if self._between is not None and layer_id == min(self.engrams):
+            self._between()
+        return staged.at(layer_id)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._staged is None:
@@ -273,6 +293,11 @@ class Attached:
 
     def _start(self, given: Given, decoder: Any, room: Room | None = None) -> Step:
         """Begin to fetch for token ids [B, T], into `room` where the source can."""
+        places = None if given.cache is None else history_of(given.cache, self._key)
+        if isinstance(places, Places):
+            goes_on = places.next_step(given.ids.shape)
+            fetch, recent = self._source.start(given.ids, None, goes_on, room)
+            return Step(fetch, given.ids.shape, recent, goes_on, None)
         blocks = getattr(decoder, self._list)
         again = is_checkpointed(decoder, blocks)
         use_cache = given.use_cache
@@ -433,27 +458,54 @@ class Attached:
                 f"{min(length, least)} of every sequence at least, [B, R]"
             )
         history = CacheHistory(self._source.plan, len(input_ids), self._source.device, self.engrams)
-        given = dict(convolutions or {})
-        if given.keys() != history.convolutions.keys():
-            raise ValueError(
-                f"the past of the convolutions of layers {sorted(given)}; those of {sorted(history.convolutions)} have "
-                "one: give a ShortConvHistory for each of them"
-            )
-        history.convolutions.update(given)
+        self._require_convolutions(convolutions or {})
+        history.convolutions.update(convolutions or {})
         history.append(self._source.compress(input_ids))
         history.length = length
         self._follow(cache, history)
 
+    def _require_convolutions(self, given: Mapping[int, ShortConvHistory]) -> None:
+        needed = convolved(self.engrams)
+        if sorted(given) != sorted(needed):
+            raise ValueError(
+                f"the past of the convolutions of layers {sorted(given)}; those of {sorted(needed)} have "
+                "one: give a ShortConvHistory for each of them"
+            )
+
+    def seat(self, cache: Any, places: Places) -> None:
+        """Let the rows of a cache be places, to which sequences come and which they leave: see `Places`.
+
+        From now on a forward with this cache is of prompts that `places` has admitted, or of one chunk for every place.
+        Neither the positions that the cache counts nor the mask are looked at; each place is at a position of its own,
+        and `position_ids` and mask say to the model which.
+
+        Raises:
+            ValueError: places whose ids are on another device than `index_device`, or layers with a convolution other
+                than those that it has the past of.
+        """
+        if places.recent.device.type != self.index_device.type:
+            raise ValueError(
+                f"places on {places.recent.device}; ids are hashed on {self.index_device}: make them there"
+            )
+        self._require_convolutions(places.convolutions)
+        self._follow(cache, places)
+
     # --- rows in buffers that stay where they are ------------------------------------------------
 
     @contextmanager
-    def staging(self, overlap: bool = False) -> Iterator[Attached]:
+    def staging(
+        self, overlap: bool = False, between: Callable[[], object] | None = None, staged: Staged | None = None
+    ) -> Iterator[Attached]:
         """Inside, forwards start nothing: each reads what the last `stage` before it has laid down.
 
-        A graph that was captured in one staging may be replayed in another, until Engram is detached.
+        A graph that was captured in one staging may be replayed in another, until Engram is detached; and longer, if
+        its buffers are `staged`, which are the caller's.
 
         Args:
             overlap: on CUDA, let the graph itself wait for the rows, just before the block that needs them.
+            between: called in a forward where the first layer is about to read its rows: to end one capture there and
+                begin another, or to `lay_down` what was begun before the forward.
+            staged: the buffers, instead of own ones; then `overlap` is as they were made.
 
         Raises:
             RuntimeError: inside of another one.
@@ -461,14 +513,15 @@ class Attached:
         """
         if self._staged is not None:
             raise RuntimeError("staging() inside of staging(), of this thread or another: leave the first one before")
-        if overlap not in self._stagings:
+        if staged is None and overlap not in self._stagings:
             self._stagings[overlap] = Staged(next(iter(self.engrams.values())).fusion.device, overlap)
-        self._staged, self._staging_thread = self._stagings[overlap], threading.get_ident()
+        self._staged, self._staging_thread = staged or self._stagings[overlap], threading.get_ident()
+        self._between = between
         self._staged.forget()
         try:
             yield self
         finally:
-            self._staged = None
+            self._staged = self._between = self._begun = None
 
     def stage(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
         """Fetch the rows of a step, and lay them down for the forward, or the graph's replay, that follows.
@@ -481,15 +534,48 @@ class Attached:
             RuntimeError: outside of `staging`.
             ValueError: as the forward would raise.
         """
+        self.begin(input_ids, past_key_values, attention_mask)
+        self.lay_down()
+
+    def begin(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
+        """The first half of `stage`, which waits for nothing: the blocks before the first layer may be launched next.
+
+        Where the accelerator reads the tables, or the ids are at hand, the fetch begins; where the CPU needs ids that
+        the accelerator has, they are sent for.
+
+        Args and errors: as for `stage`.
+        """
         if self._staged is None:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
-        given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
         self._require_staging_thread()
+        given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
         as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
-        step = self._start(given, self.decoder, self._staged.room if as_stored else None)
+        room = self._staged.room if as_stored else None
+        self._staged.forget()
+        self._staged.shape = input_ids.shape
+        arrived = self._source.send_for(input_ids)
+        if arrived is None:
+            step = self._start(given, self.decoder, room)
+            self._begun = lambda: step
+        else:
+            self._begun = lambda: self._start(given._replace(ids=arrived()), self.decoder, room)
+
+    def lay_down(self) -> None:
+        """The second half of `stage`: wait for the rows of the step that was begun, and lay them down.
+
+        Raises:
+            RuntimeError: none was begun.
+            ValueError: as for `stage`.
+        """
+        if self._staged is None or self._begun is None:
+            raise RuntimeError("lay_down() without a step: call begin(input_ids, cache) before it, inside of staging()")
+        begun, self._begun = self._begun, None
+        step = begun()
         try:
             if step.packing is not None:
                 raise ValueError(_PACKED_AND_STAGED)
+            if isinstance(step.history, Prompts):
+                raise ValueError("prompts that take places are not staged: call the model outside of staging()")
             self._staged.fill(step, self.engrams)
         except BaseException:
             give_back(step.fetch)
@@ -514,8 +600,8 @@ class Attached:
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
         history = None if given.cache is None else history_of(given.cache, self._key)
-        if history is None:
-            return
+        if history is None or isinstance(history, Places) or self._begun is not None:
+            return  # of places, or before `lay_down`, there is no length to compare
         length = given.cache.get_seq_length() + given.ids.shape[1]
         if _is_on_accelerator(length):
             if not torch.cuda.is_current_stream_capturing():

@@ -77,16 +77,18 @@ class Staged:
                     self._event(layer_id).record(self._stream)
         self.shape = shape
 
-    def room(self, shape: torch.Size, layer_ids: Iterable[int], new_rows: Callable[[], Tensor]) -> Tensor:
-        """The buffers of these layers side by side, [L, B*T*C, D], for a step of this shape; `new_rows` makes them."""
-        rows = self._together.get(shape)
-        if rows is None:
-            rows = self._together[shape] = new_rows()
-            for layer_id, buffer in zip(layer_ids, rows):
-                key = ("rows", layer_id, *shape)
+    def room(self, shape: torch.Size, layer_ids: Iterable[int], new_rows: Callable[[], Tensor]) -> Tensor | None:
+        """The buffers of these layers side by side, [L, B*T*C, D], for a step of this shape; `new_rows` makes them.
+
+        None where they lie apart already: graphs read them there, so rows are to be copied to them.
+        """
+        keys = [("rows", layer_id, *shape) for layer_id in layer_ids]
+        if shape not in self._together and not any(key in self._buffers for key in keys):
+            self._together[shape] = new_rows()
+            for key, buffer in zip(keys, self._together[shape]):
                 self._buffers[key] = buffer
                 keep_address(buffer)
-        return rows
+        return self._together.get(shape)
 
     def _lay(self, key: tuple[Any, ...], values: Tensor) -> Tensor:
         buffer = self._buffers.get(key)

@@ -6,6 +6,9 @@ done to the cache (beams reordered, sequences repeated or selected, positions cr
 done to the history, and `CacheHistory.settle` compares the two lengths before every step. So one cannot get ahead of
 the other unnoticed.
 
+A server's cache has places, to which sequences come and which they leave, each at a position of its own: what came
+before in each is kept in `Places`, and nothing is compared with the cache.
+
 Cropping is followed as far as the ids are remembered (SLACK positions); the convolution's past is not kept that far,
 so a layer with a convolution refuses to be cropped.
 """
@@ -20,7 +23,6 @@ import torch
 from torch import Tensor
 
 from engram_ref.fusion.base import ShortConvHistory
-from engram_ref.fusion.demo import DemoFusion
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
 from engram_ref.layer import Engram
@@ -36,6 +38,11 @@ def _written_to(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()
+
+
+def convolved(engrams: Mapping[int, Engram]) -> list[int]:
+    """The layers that have a convolution, and so a past besides ids."""
+    return [layer_id for layer_id, engram in engrams.items() if engram.fusion.reach]
 
 
 class CacheHistory:
@@ -54,17 +61,20 @@ class CacheHistory:
         convolutions: by layer id, the past of those that have a convolution.
         open: a step has begun and not ended.
         packed: several sequences lie in one row, so that none can go on.
+        slack: ids that are remembered beyond those that the hash needs.
     """
 
+    slack = SLACK
+
     def __init__(self, plan: HashPlan, batch_size: int, device: torch.device, engrams: Mapping[int, Engram]) -> None:
+        self.plan = plan
         self._context = plan.max_ngram - 1
         self.length = 0
         self.recent = torch.full((batch_size, self._context), DEAD, dtype=torch.int64, device=device)
         self.convolutions: dict[int, ShortConvHistory] = {}
-        for layer_id, engram in engrams.items():
-            if isinstance(engram.fusion, DemoFusion) and engram.fusion.reach:
-                past = self.convolutions[layer_id] = ShortConvHistory(engram.fusion, batch_size)
-                past.values = _written_to(past.values)
+        for layer_id in convolved(engrams):
+            past = self.convolutions[layer_id] = ShortConvHistory(engrams[layer_id].fusion, batch_size)
+            past.values = _written_to(past.values)
         self.open = False
         self.packed = False
 
@@ -92,12 +102,12 @@ class CacheHistory:
 
     def followed_by(self, ids: Tensor) -> Tensor:
         """What `recent` is after some more positions [B, T]."""
-        return torch.cat([self.recent, ids], dim=1)[:, -(self._context + SLACK) :]
+        return torch.cat([self.recent, ids], dim=1)[:, -(self._context + self.slack) :]
 
     def room_after(self, count: int) -> Tensor:
         """Memory for what `recent` is after so many more positions."""
         recent = self.recent
-        return recent.new_empty((len(recent), min(recent.shape[1] + count, self._context + SLACK)))
+        return recent.new_empty((len(recent), min(recent.shape[1] + count, self._context + self.slack)))
 
     def append(self, ids: Tensor) -> None:
         """Go on by some positions, [B, T]: a step has ended."""
@@ -159,6 +169,162 @@ class CacheHistory:
         self.recent = self.recent.repeat_interleave(times, dim=0)
         for past in self.convolutions.values():
             past.values = _written_to(past.values.repeat_interleave(times, dim=0))
+
+
+class Places(CacheHistory):
+    """The pasts of sequences that come and go, each in a place of its own and at a position of its own.
+
+        places = Places(plan, 64, attached.index_device, {1: ShortConvHistory(fusion, 64)})
+        attached.seat(cache, places)
+        places.admit(slots, lengths)
+        model(prompts, past_key_values=cache)               # [b, T], padded on the right
+        model(tokens, past_key_values=cache, ...)           # [64, 1], one more token in every place
+
+    On an accelerator the ids stay in the same memory, so that a captured lookup finds them there in every replay.
+
+    Args:
+        plan: of the hash.
+        count: places.
+        device: where token ids are hashed.
+        convolutions: by layer id, the past of every layer that has a convolution; other Places may share them.
+    """
+
+    slack = 0
+
+    def __init__(
+        self,
+        plan: HashPlan,
+        count: int,
+        device: torch.device,
+        convolutions: Mapping[int, ShortConvHistory] | None = None,
+    ) -> None:
+        with torch.inference_mode(False):  # written to in whatever mode the model runs
+            super().__init__(plan, count, device, {})
+        self.convolutions = dict(convolutions or {})
+        self._admitted: Prompts | None = None
+
+    def clear(self) -> None:
+        """No place has a sequence."""
+        self._admitted = None
+        self._put(torch.full_like(self.recent, DEAD))
+        for past in self.convolutions.values():
+            past.values.zero_()
+
+    def admit(self, slots: Any, lengths: Any) -> None:
+        """The next forward is of prompts that take places; all other places stay as they are.
+
+        Args:
+            slots: the place of each prompt, [b], integers on the CPU.
+            lengths: its tokens, [b]; those behind them fill the batch up, on the right.
+
+        Raises:
+            ValueError: a place that does not exist or is named twice, or a prompt without a token.
+        """
+        slots, lengths = torch.as_tensor(slots), torch.as_tensor(lengths)
+        named = slots.tolist()
+        if len(set(named)) < len(named) or not all(0 <= slot < self.batch_size for slot in named):
+            raise ValueError(f"places {named} of {self.batch_size}: name different ones, 0 .. {self.batch_size - 1}")
+        if lengths.shape != slots.shape or lengths.min() < 1:
+            raise ValueError(f"prompts of {lengths.tolist()} tokens for places {named}: give one at least for each")
+        self._admitted = Prompts(self, slots, lengths)
+
+    def next_step(self, shape: torch.Size) -> Places | Prompts:
+        """Whose past the step with token ids of this shape, [B, T], goes on: that of all places, or of new prompts.
+
+        Raises:
+            ValueError: another number of sequences than that, or prompts longer than T.
+        """
+        step, self._admitted = self._admitted or self, None
+        if step.batch_size != shape[0]:
+            raise ValueError(
+                f"{shape[0]} sequences, where {step.batch_size} {'places go on' if step is self else 'were admitted'}: "
+                "give a chunk for every place, or admit() the prompts that are given"
+            )
+        if isinstance(step, Prompts):
+            step.require_within(shape[1])
+        return step
+
+    def room_after(self, count: int) -> Tensor:
+        """The ids themselves: a lookup advances them where they lie."""
+        return self.recent
+
+    def go_on(self, recent: Pending, count: int) -> None:
+        """Every place has got so many more positions."""
+        self._put(recent.wait())
+
+    def take(self, slots: Tensor, ids: Tensor) -> None:
+        """Sequences stand in these places now, [b], behind these ids, [b, N-1]."""
+        self._put(self.recent.index_copy(0, slots.to(ids.device), ids))
+
+    def _put(self, ids: Tensor) -> None:
+        if ids.device.type == "cpu":
+            self.recent = ids  # beside the old ones, which a fetch may still be reading
+        elif ids.data_ptr() != self.recent.data_ptr():
+            self.recent.copy_(ids)  # where a captured graph reads them
+
+    def select(self, sequences: Tensor) -> None:
+        """Places are not reordered.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a cache of places, which cannot be reordered, selected or repeated: admit() prompts instead")
+
+    def repeat(self, times: int) -> None:
+        """As `select`."""
+        self.select(self.recent)
+
+    def reset(self) -> None:
+        """As `clear`."""
+        self.clear()
+
+
+class Prompts(CacheHistory):
+    """Sequences that begin, [b, T] padded on the right, and are to take places: the history of one step.
+
+    Args:
+        places: that they take.
+        slots: which, [b].
+        lengths: tokens of each, [b].
+    """
+
+    slack = 1 << 32  # all ids are remembered until the step ends, since the prompts end at different ones
+
+    def __init__(self, places: Places, slots: Tensor, lengths: Tensor) -> None:
+        super().__init__(places.plan, len(slots), places.recent.device, {})
+        self._places, self._slots, self._lengths = places, slots, lengths
+
+    def require_within(self, length: int) -> None:
+        """Refuse prompts that are longer than the chunk they come in."""
+        longest = int(self._lengths.max())
+        if longest > length:
+            raise ValueError(f"a prompt of {longest} tokens was admitted; the token ids have {length} positions")
+
+    def go_on(self, recent: Pending, count: int) -> None:
+        """The prompts have been read: what came last in each goes to its place."""
+        ids = recent.wait()  # [b, N-1 + T]
+        last = self._lengths.to(ids.device)[:, None] + torch.arange(self._context, device=ids.device)  # [b, N-1]
+        self._places.take(self._slots, ids.gather(1, last))
+
+    def keep_convolved(self, layer_id: int, engram: Engram, hidden: Tensor, rows: Tensor) -> None:
+        """Let the convolution's past of a layer go to the places.
+
+        It is made of the last tokens alone, each by itself, so they are computed again, without the others.
+
+        Args:
+            hidden: the stream before the layer, [b, T, H].
+            rows: looked up for it, [b*T*C, D].
+        """
+        if layer_id not in self._places.convolutions:
+            return
+        reach, device, batch = engram.fusion.reach, hidden.device, len(hidden)
+        at = self._lengths.to(device)[:, None] - reach + torch.arange(reach, device=device)  # [b, reach]
+        each = torch.arange(batch, device=device)[:, None]
+        of_last = rows.view(batch, hidden.shape[1], -1)[each, at.clamp_min(0)]  # [b, reach, C*D]
+        past = ShortConvHistory(engram.fusion, batch)
+        engram(hidden[each, at.clamp_min(0)], Ready(of_last.reshape(-1, rows.shape[1])), past)
+        before = (at < 0)[..., None, None]  # where a prompt has not begun
+        self._places.convolutions[layer_id].values[self._slots.to(device)] = past.values.masked_fill(before, 0)
 
 
 def _apart(length: Any, remembered: Any) -> str:

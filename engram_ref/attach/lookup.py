@@ -29,7 +29,7 @@ from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.base import Pending, Ready
 from engram_ref.vocab import CompressedVocab, map_digest
 
-Room = Callable[[torch.Size, Iterable[int], Callable[[], Tensor]], Tensor]  # see `Staged.room`
+Room = Callable[[torch.Size, Iterable[int], Callable[[], Tensor]], Tensor | None]  # see `Staged.room`
 
 
 class Source:
@@ -108,6 +108,24 @@ class Source:
         hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
         recent = None if history is None else Ready(history.followed_by(compressed))
         return self._fetch(hashed, history), recent
+
+    def send_for(self, ids: Tensor) -> Callable[[], Tensor] | None:
+        """Have token ids copied to the CPU, which needs them, without waiting; what is returned waits for them.
+
+        None where there is nothing to send for.
+        """
+        if not self.reads_on_cpu or ids.device.type != "cuda":
+            return None
+        here = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        here.copy_(ids, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return here
+
+        return wait
 
     def _look_up(
         self,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engram_ref.attach.history import CacheHistory
+from engram_ref.attach.history import CacheHistory, Prompts
 from engram_ref.attach.packing import Packing
 from engram_ref.fusion.base import ShortConvHistory
 from engram_ref.prefetch import FetchError
@@ -23,6 +23,7 @@ class ForBlock(NamedTuple):
     past: ShortConvHistory | None
     padding: Tensor | None  # [B, T]
     packing: Packing | None = None  # then rows and padding are of the W positions that sequences are laid apart to
+    prompts: Prompts | None = None  # which take places once the step has ended
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Step:
             rows = rows.clone()  # gradients need them after the fetch's buffer has been filled again
         padding = None if self.padding is None else self.padding.to(hidden.device)
         packing = None if self.packing is None else self.packing.to(hidden.device)
-        return ForBlock(rows, self.past(layer_id), padding, packing)
+        prompts = self.history if isinstance(self.history, Prompts) else None
+        return ForBlock(rows, self.past(layer_id), padding, packing, prompts)
 
     def end(self) -> None:
         """Give the fetch back, and let the history go on."""

@@ -113,14 +113,15 @@ class ModelFolder:
             raise ValueError(f"{path} is not a folder: give the folder of a checkpoint")
         config = read_config(path)
         tokenizer = path / TOKENIZER_FILE if os.path.lexists(path / TOKENIZER_FILE) else None
-        vocab = _read_vocab(path, config, tokenizer)
+        text = tokenizer_json(tokenizer)
+        vocab = _read_vocab(path, config, tokenizer, text)
         plan = HashPlan.for_vocab(config, vocab)
         weight_map = read_weight_map(path)
         tensors = _find_tensors(path, weight_map, config, plan)
         _check_recorded(path, config, plan, tensors)
         if not sparse:
             require_written(tensors.values())
-        digest = hashlib.sha256(tokenizer_json(tokenizer)).hexdigest()
+        digest = hashlib.sha256(text).hexdigest()  # of what was compressed, also where the file is replaced meanwhile
         return cls(path, config, vocab, plan, digest, tokenizer, weight_map, tensors, sparse)
 
     def tensor(self, layer_id: int, part: str) -> TensorEntry:
@@ -152,9 +153,9 @@ class ModelFolder:
         return stored
 
 
-def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None) -> CompressedVocab:
+def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None, text: bytes) -> CompressedVocab:
     """The vocabulary of the folder's tokenizer, refused unless the table was hashed with it."""
-    vocab = CompressedVocab.from_tokenizer(tokenizer)
+    vocab = CompressedVocab.from_json(text, tokenizer)
     origin = tokenizer or f"the packaged tokenizer, as {path} has none of its own,"
     if len(vocab) != config.compressed_size:
         raise ValueError(

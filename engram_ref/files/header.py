@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from engram_ref.files.small_files import read_small
+from engram_ref.files.small_files import open_regular, read_small
 from engram_ref.quoting import one_line, quoted
 
 LENGTH_BYTES = 8
@@ -85,15 +84,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
     """Tensors and texts of a header, the byte at which the data begin, and that at which the file ends."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is not a regular file: give a safetensors file")
-    with open(path, "rb") as file:
+    with open_regular(path, "give a safetensors file") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         data = LENGTH_BYTES + length
-        if length > LARGEST_HEADER or data > found.st_size:
+        if length > LARGEST_HEADER or data > size:
             raise ValueError(
-                f"{path} claims a header of {length} bytes; the file has {found.st_size} and a header at most "
+                f"{path} claims a header of {length} bytes; the file has {size} and a header at most "
                 f"{LARGEST_HEADER}: it is cut off or no safetensors file, download it again"
             )
         header = parse_json(file.read(length), f"the header of {path}")
@@ -101,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"the header of {path} is damaged: its __metadata__ are not texts; download it again")
-    return header, metadata, data, found.st_size
+    return header, metadata, data, size
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -203,12 +200,9 @@ def require_written(entries: Iterable[TensorEntry]) -> None:
         OSError: the file cannot be opened.
     """
     for path, inside in groupby(entries, lambda entry: entry.path):
-        fd = os.open(path, os.O_RDONLY)
-        try:
+        with open_regular(path) as file:
             for entry in inside:
-                _refuse_hole(fd, entry)
-        finally:
-            os.close(fd)
+                _refuse_hole(file.fileno(), entry)
 
 
 def _refuse_hole(fd: int, entry: TensorEntry) -> None:

@@ -119,7 +119,7 @@ def open_same(path: Path, stamp: Stamp, flags: int = 0) -> int:
         ValueError: it is not the file any more that has this stamp.
         OSError: it cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | flags)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe in its place would wait for its writer
     try:
         require_same(path, fd, stamp)
     except ValueError:

@@ -10,10 +10,11 @@ where the function has changed it.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterable
 from operator import is_not
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any
 
 from engram_toy.tracer.recorder import Recorder
@@ -21,7 +22,8 @@ from engram_toy.tracer.tracked import PLAIN_TYPES, Tracked, is_array
 
 # What an operation has not done yet, it is not charged for: iterators and generators, coroutines, asynchronous ones.
 _LAZY = ("__next__", "__await__", "__anext__")
-_NOT_SEARCHED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)  # they lead to all that is loaded
+_NOT_SEARCHED = (type, ModuleType, TracebackType)  # they lead to all that is loaded
+_CALLED = (FunctionType, MethodType, BuiltinFunctionType)
 
 
 def leaves(value: Any) -> list[Any]:
@@ -193,6 +195,9 @@ class Unwrapper:
             return rebuilt(value, parts) if isinstance(value, tuple) else type(value)(parts)
         if is_array(value):
             return self._array(value)
+        if isinstance(value, _CALLED):
+            self._refuse_kept(value, _held(value))
+            return value
         if isinstance(value, (list, deque)):
             plain = self._recorder.plain
             parts = [item.value if item.__class__ is plain else self(item) for item in value]
@@ -210,7 +215,17 @@ class Unwrapper:
             part = getattr(value, name)
             if self(part) is not part:
                 object.__setattr__(value, name, self(part))
+        if type(value) not in (list, deque, set, dict):
+            self._refuse_kept(value, gc.get_referents(value))
         return value
+
+    def _refuse_kept(self, value: Any, parts: Iterable[Any]) -> None:
+        """Raise ValueError for what would go on with tracked parts, as nothing can be put in their place."""
+        if any(self(part) is not part for part in parts):
+            raise ValueError(
+                f"the result holds a {type(value).__name__} that keeps traced values: return what it is made of or "
+                "computes, say in a list"
+            )
 
     def _dict(self, value: dict[Any, Any]) -> None:
         items = list(dict.items(value))  # an OrderedDict's own would hash its keys
@@ -232,6 +247,14 @@ class Unwrapper:
         if not isinstance(value, TrackedArray) and not any(map(is_not, parts, items)):
             return value
         return plain_array(parts, value)
+
+
+def _held(function: Any) -> list[Any]:
+    """What a function or a method goes on with when it is called."""
+    if not isinstance(function, FunctionType):
+        return [function.__self__]
+    closure = gc.get_referents(*(function.__closure__ or ()))
+    return [*closure, function.__defaults__, function.__kwdefaults__]
 
 
 def refuse_lazy(value: Any) -> None:

@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import threading
+import time
+import types
 import warnings
 
 import pytest
@@ -211,3 +213,22 @@ def test_kills_find(fault, monkeypatch):
     faults = kills.run(2, seed=1)["faults"]
     assert (faults != []) if fault else (faults == [])
     assert all(fault in one for one in faults)
+
+
+def test_kills_find_where_a_command_stands_still(monkeypatch, tmp_path):
+    monkeypatch.setattr(kills, "COMMAND", functools.partial(resumable, fault="not ended"))
+    (tmp_path / "out").mkdir()
+    told = kills._finish(kills._start(tmp_path / "out"), tmp_path / "out", limit=0.5)
+    assert "not ended within 0.5 s" in told and "in resumable" in told
+    assert not kills._kill(kills._start(tmp_path / "new"), after=100)
+
+
+def test_kills_come_sooner_where_the_first_run_was_slow(monkeypatch):
+    """Else nearly every command would end before it is killed, once the machine has less to do than at first."""
+    times = iter([1.0, 61.0])
+    monkeypatch.setattr(kills, "COMMAND", resumable)
+    clock = types.SimpleNamespace(monotonic=lambda: next(times, None) or time.monotonic(), sleep=time.sleep)
+    monkeypatch.setattr(kills, "time", clock)
+    rounds = []
+    change(monkeypatch, kills, "_finish", lambda code: rounds.append(code) or code)
+    assert kills.run(2, seed=1)["cases"] == 2 and len(rounds) < 8

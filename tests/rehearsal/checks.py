@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from tests.rehearsal import install
 
@@ -140,47 +141,72 @@ def a_kernel_reads_no_pageable_memory() -> None:
     assert out.cpu()[:, 0].tolist() == [7, 9]
 
 
-def decoding_from_graphs_is_decoding(prompts: tuple[int, ...] = (250, 252, 254)) -> None:
-    """Tokens, keys, values and histories equal to the bit, across a change of span; and other rows give others."""
-    from bench.served.model import ATTENTION, ServedModel, register_attention, rounded_span
+def decoding_from_graphs_is_decoding() -> None:
+    """Choices, keys, values and pasts equal to the bit, across a change of span; and other rows give others."""
+    models, work, variants, resident, values = _served_on_two()
+    graphs, eager = (model for model, _ in models)
+    for variant in variants:
+        chosen = []
+        for _, server in models:
+            on_hand = server.fetch(work, resident) if variant.table is None else None
+            chosen.append(server.serve(work, variant, on_hand).tokens_sha256)
+        assert chosen[0] == chosen[1], variant.label
+        for a, b in zip(graphs._stored, eager._stored):
+            assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu()), variant.label
+        assert torch.equal(graphs._convolutions[1].values.cpu(), eager._convolutions[1].values.cpu()), variant.label
+    values.neg_()
+    models[0][1].serve(work, variants[0])
+    assert not torch.equal(graphs._stored[1][0].cpu(), eager._stored[1][0].cpu()), "the comparison would not notice"
+
+
+def _served_on_two() -> tuple[Any, Any, Any, Any, Any]:
+    """A model that decodes from graphs, one that does not; a round of two spans, variants, a table, and its rows."""
+    import numpy as np
+
+    from bench.served import model as served
+    from bench.served.model import ATTENTION, ServedModel, register_attention
+    from bench.served.one_pass import Server
+    from bench.served.requests import TokenSource
     from bench.setup.backbones import build_backbone
+    from bench.setup.variants import IN_GRAPH, Variant
     from engram_ref.config import EngramConfig
     from engram_ref.fusion.factory import make_fusion
+    from engram_ref.hashing import HashPlan, NgramHasher
+    from engram_ref.hashing.device import DeviceHasher
+    from engram_ref.prefetch import Prefetcher
+    from engram_ref.tables.device import DeviceTable
+    from engram_ref.tables.host import HostTable
+    from engram_ref.vocab import CompressedVocab, map_digest
 
+    served.SPAN = 8  # positions, so that short sequences cross its border
     register_attention()
     decoder = build_backbone("tiny", 2, GPU, torch.float32, 0, vocabulary=300, attention=ATTENTION)
     head = torch.empty((300, decoder.hidden), device=GPU).normal_(0, 0.02)
-    config = EngramConfig.preset("tiny").replace(hidden=decoder.hidden, hc_mult=1)
-    fusion = make_fusion(config, GPU, torch.float32).eval()
-    slots = len(prompts)
-    graphs, eager = (ServedModel(decoder, head, fusion, slots, 262, used) for used in (True, False))
-    graphs.prepare(min(prompts), torch.float32)
-    assert graphs.graphs["used"], graphs.graphs["why"]
-    lengths, places = torch.tensor(prompts, device=GPU), torch.arange(slots, device=GPU)
-    ids = torch.randint(0, 300, (slots, max(prompts)), device=GPU)
-    rows = torch.randn(ids.numel() * config.columns, config.row_width, device=GPU)
-    assert (
-        graphs.prefill(ids, lengths, places, lambda: rows).tolist()
-        == eager.prefill(ids, lengths, places, lambda: rows).tolist()
+    ids = np.arange(300, dtype=np.int64) // 2
+    vocab = CompressedVocab(ids, 150, map_digest(ids))
+    config = EngramConfig.preset("tiny").replace(
+        hidden=decoder.hidden, hc_mult=1, layer_ids=(1,), compressed_size=None, table_size_per_order=(300, 300)
     )
-    spans = set()
-    for step in range(6):
-        rows = torch.randn(slots * config.columns, config.row_width, device=GPU)
-        ids, span = torch.randint(0, 300, (slots, 1), device=GPU), rounded_span(max(prompts) + step)
-        spans.add(span)
-        chosen = []
-        for model in (graphs, eager):
-            model.next_tokens.copy_(ids)
-            model.positions.copy_(lengths + step)
-            chosen.append(model.decode(span, True, lambda: None, lambda rows=rows: rows).tolist())
-        assert chosen[0] == chosen[1]
-        for a, b in zip(graphs._stored, eager._stored):
-            assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu())
-        if eager._conv is not None:
-            assert torch.equal(graphs._conv.values.cpu(), eager._conv.values.cpu())
-    assert len(spans) == 2
-    graphs.decode(span, True, lambda: None, lambda: -rows)
-    assert not torch.equal(graphs._stored[1][0].cpu(), eager._stored[1][0].cpu()), "the comparison would not notice"
+    plan = HashPlan.for_vocab(config, vocab)
+    fusion = make_fusion(config, GPU, torch.float32).eval()
+    rows = torch.randn(plan.layers[0].rows, config.row_width)
+    values = rows.to(GPU)
+    there, here = DeviceTable(values), HostTable(rows, GPU)
+    on_device = Prefetcher(DeviceHasher(plan, GPU), {1: there}, background=False)
+    variants = [Variant("resident", IN_GRAPH, table=there, prefetcher=on_device), Variant("own_compute", "none")]
+    for schedule in ("prefetched", "synchronous"):
+        fetches = Prefetcher(NgramHasher(plan), {1: here}, background=schedule == "prefetched")
+        variants.append(Variant("offload", schedule, table=here, prefetcher=fetches))
+    variants.append(Variant("no_engram", "none"))
+    models = []
+    for used in (True, False):
+        model = ServedModel(decoder, head, fusion, plan, vocab, 2, 10, used)
+        model.prepare(6, there, variants[0])
+        models.append((model, Server(model, vocab, plan)))
+    assert models[0][0].graphs["used"], models[0][0].graphs["why"]
+    work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (6, 6), (3, 4)), most_tokens=100)
+    assert len({step.span for step in work.steps if hasattr(step, "span")}) == 2
+    return models, work, variants, there, values
 
 
 CHECKS = [

@@ -72,11 +72,11 @@ class Browser:
         self._call("Emulation.setEmulatedMedia", features=features)
 
     def open(self, url: str) -> None:
-        """Load a page anew, until its load event; another hash alone does not count as a page."""
-        self._call("Page.navigate", url="about:blank")
-        loader = self._call("Page.navigate", url=url)["loaderId"]
-        while loader not in self._loaded:
-            self._note(self._receive())
+        """Load a page anew, until its load event; an empty one lies between, so that the last one has ended."""
+        for address in ("about:blank", url):
+            loader = self._call("Page.navigate", url=address)["loaderId"]
+            while loader not in self._loaded:
+                self._note(self._receive())
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page, awaited if it is a promise; RuntimeError where it throws."""

@@ -14,7 +14,7 @@ from bench.site.stack_story import STORIES, tell
 from tests.site import synthetic
 from tests.site.conftest import ROOT, build
 
-PAGES = [f"{name}.html" for name in re.findall(r": ([\w/-]+)\.md$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)]
+PAGES = [f"{name}.html" for name in re.findall(r": ([\w/-]+)\.md\b", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)]
 AXE = Path(axe_core_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
 GRID = synthetic.grid()
 # Points of the grid, all classes among them.
@@ -91,7 +91,9 @@ LOOK = """(() => {
 
 @pytest.fixture(scope="module")
 def visited(site, address, browser):
-    (site / "wide.html").write_text('<div style="width:2000px">wide</div>', encoding="utf-8")
+    (site / "wide.html").write_text(
+        '<link rel="icon" href="data:,"><div style="width:2000px">wide</div>', encoding="utf-8"
+    )
     return Visited(browser, address)
 
 
@@ -235,18 +237,19 @@ def complaints(browser, rules="undefined"):
     return browser.run(found)
 
 
-READ = [name for name in PAGES if name not in ("log.html", "reference/results.html", "developing.html")]
+# The longest pages are left out: they are made of what the others are made of.
+LONG = ("log.html", "developing.html", "reference/results.html", "findings/engram-offload-bytedmd.html")
+READ = [name for name in PAGES if name not in LONG]
 
 
 @pytest.mark.parametrize("page", READ)
 def test_everybody_can_read_the_page(page, site, address, browser):
-    """All rules of axe on a phone, then contrast again in the dark; the longest pages hold nothing that others do not."""
+    """All rules of axe on a phone, then contrast again in the dark."""
     browser.screen(390)
     browser.open(f"{address}/{page}")
     browser.run("new Promise((done) => setTimeout(done, 50))")
     assert complaints(browser) == []
-    browser.screen(390, scheme="dark")
-    browser.wait_for("document.body.dataset.mdColorScheme === 'slate'")
+    browser.run("document.body.dataset.mdColorScheme = 'slate'")
     assert complaints(browser, "{ runOnly: ['color-contrast'] }") == []
 
 

@@ -51,7 +51,9 @@ def test_what_was_read_of_a_broken_journal_is_on_disk_at_once(tmp_path, capsys):
     assert "journal has 1 lines" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", [b'["a",2]', b'["a"]', b'["a",{},3]', b'["a",[["b",1]]]', b'["a",null]'])
+@pytest.mark.parametrize(
+    "line", [b'["a",2]', b'["a"]', b'["a",{},3]', b'["a",[["b",1]]]', b'["a",null]', b'["a",' + b"[" * 10**5]
+)
 def test_a_line_that_holds_no_record_is_no_record(line, tmp_path):
     path = tmp_path / "journal"
     path.write_bytes(line + b'\n["b",{"cost":2}]\n')

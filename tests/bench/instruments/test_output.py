@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import tempfile
 
 import pytest
@@ -74,8 +75,11 @@ def test_figures_of_earlier_results_go_and_others_stay(tmp_path):
     }.items():  # fmt: skip
         (tmp_path / f"{name}.svg").write_text(f"<svg><desc>{text}</desc></svg>")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 10**5)
+    for name in ("pipe.json", "pipe.svg"):
+        os.mkfifo(tmp_path / name)
     write_json(tmp_path / "results.json", new)
-    assert {path.stem for path in tmp_path.glob("*.svg")} == {"new", "other", "stranger"}
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {"new", "other", "stranger", "pipe"}
 
 
 def test_figures_go_only_when_the_numbers_do(tmp_path):

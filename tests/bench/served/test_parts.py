@@ -333,45 +333,45 @@ def cuda(monkeypatch):
     return calls
 
 
-def test_a_step_is_captured_in_two_pieces_with_the_join_between(cuda):
+def test_a_step_is_captured_in_pieces_with_the_join_between(cuda):
     pieces = graphs.Pieces(CPU)
 
-    def step(insert):
+    def step():
         cuda.append("block 1")
-        hidden = insert(torch.zeros(1))
+        pieces.cut()
         cuda.append("other blocks")
-        return hidden + 1
+        return torch.zeros(1)
 
     for key in ("first", "second"):
-        pieces.prepare(key, step, lambda hidden: hidden)
-    capture = cuda[cuda.index("begin graph0 in None") :]
-    assert capture[:6] == [
-        "begin graph0 in None", "block 1", "end graph0", "begin graph1 in pool of graph0", "other blocks", "end graph1"
+        pieces.prepare(key, step)
+    pieces.prepare("whole", lambda: torch.ones(1))
+    assert cuda[cuda.index("new graph0") : cuda.index("new graph2")][:8] == [
+        "new graph0", "begin graph0 in None", "block 1", "end graph0",
+        "new graph1", "begin graph1 in pool of graph0", "other blocks", "end graph1",
     ]  # fmt: skip
-    assert "begin graph2 in pool of graph0" in capture and pieces.report() == {"used": True, "why": None}
+    assert "begin graph2 in pool of graph1" in cuda and pieces.report() == {"used": True, "why": None}
     cuda.clear()
-    pieces.replay("first", lambda: cuda.append("begin"), lambda: cuda.append("join"))
-    assert cuda == ["replay graph0", "begin", "join", "replay graph1"]
+    pieces.replay("first", lambda: cuda.append("join"))
+    assert cuda == ["replay graph0", "join", "replay graph1"]
+    cuda.clear()
+    assert pieces.replay("whole", lambda: cuda.append("join")) == 1 and cuda == ["replay graph4"]
 
 
-def test_a_capture_that_fails_leaves_a_step_that_runs(cuda, capsys):
+def test_a_capture_that_fails_is_told_and_ended(cuda, capsys):
     pieces = graphs.Pieces(CPU)
-    capturing = []
 
-    def step(insert):
-        if capturing:
+    def step():
+        pieces.cut()
+        if pieces._recording:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return insert(torch.ones(1)) + 1
+        return torch.zeros(1)
 
-    monkey = pieces._begin
-    pieces._begin = lambda graph: (capturing.append(graph), monkey(graph))
-    pieces.prepare("key", step, lambda hidden: 10 * hidden)
-    capturing.clear()
+    pieces.prepare("key", step)
     assert pieces.report()["used"] is False and "operation not permitted" in pieces.report()["why"]
     assert "warning: decoding without CUDA graphs" in capsys.readouterr().err
-    order = []
-    assert pieces.replay("key", lambda: order.append("begin"), lambda: order.append("join")) == 11
-    assert order == ["begin", "join"]
+    assert cuda[-1] == "end graph1" and not pieces._recording
+    pieces.prepare("another", step)  # is not tried any more
+    assert cuda[-1] == "end graph1"
 
 
 def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

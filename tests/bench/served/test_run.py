@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 
 import jsonschema
 import numpy as np
@@ -16,7 +17,6 @@ from bench import gpu_wall
 from bench.instruments import timing
 from bench.served import memory, one_pass, rounds
 from bench.served import run as end_to_end
-from bench.served.graphs import Pieces
 from bench.served.model import ATTENTION, ServedModel, register_attention
 from bench.served.numbers import same_tokens, step_bytes
 from bench.served.one_pass import Server
@@ -24,7 +24,6 @@ from bench.served.record import Record
 from bench.served.requests import TokenSource
 from bench.served.variants import Choice
 from bench.setup.backbones import build_backbone
-from bench.setup.lookup import ResidentLookup
 from bench.setup.variants import Variant
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
@@ -32,7 +31,6 @@ from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.layer import Engram
-from engram_ref.lookup.device import DeviceLookup
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.device import DeviceTable
 from tests.bench.served.test_numbers import SCHEMA
@@ -63,29 +61,21 @@ class Served:
         torch.manual_seed(2)
         self.fusion = make_fusion(self.config, CPU, torch.float64).eval()
         self.table = DeviceTable(torch.randn(self.plan.layers[0].rows, 4, generator=generator))
-        self.model = ServedModel(self.decoder, self.head, self.fusion, slots, 64, graphs)
-        self.model.prepare(9, torch.float32)
-        self.server = Server(self.model, vocab, self.plan, 1)
+        self.model = ServedModel(self.decoder, self.head, self.fusion, self.plan, vocab, slots, 64, graphs)
+        self.server = Server(self.model, vocab, self.plan)
 
     backbone = ""
 
-    def with_kernels(self, captured):
-        """The resident table as a GPU looks it up, inside the steps' first piece where they are captured."""
-        lookup = DeviceLookup(self.plan, {1: self.table}, self.vocab)
-        resident = ResidentLookup(lookup, 1, self.model.slots, captured)
-        self.model.prepare(9, torch.float32, resident)
-        self.server = Server(self.model, self.vocab, self.plan, 1, resident=resident)
-        return lookup
-
-    def serve(self, work, schedule, on_device=False):
+    @contextmanager
+    def variant(self, schedule, on_device=False):
         """One variant; `on_device` hashes as a GPU does."""
-        if schedule == "in graph":
-            contender = Variant("resident", schedule, table=self.table, prefetcher=NOBODY, kernels=NOBODY)
-            return self.server.serve(work, contender)
         hasher = DeviceHasher(self.plan, CPU) if on_device else NgramHasher(self.plan)
         with Prefetcher(hasher, {1: self.table}, background=schedule == "prefetched") as prefetcher:
-            contender = Variant("resident", schedule, table=self.table, prefetcher=prefetcher)
-            return self.server.serve(work, contender)
+            yield Variant("resident", schedule, table=self.table, prefetcher=prefetcher)
+
+    def serve(self, work, schedule, on_device=False):
+        with self.variant(schedule, on_device) as variant:
+            return self.server.serve(work, variant)
 
 
 @pytest.fixture
@@ -97,9 +87,6 @@ def served(tmp_path, vocab_small):
         return Served(vocab_small, slots, preset, graphs)
 
     return make
-
-
-NOBODY = object()  # in place of what must not be asked
 
 
 def attached_choices(one, round_):
@@ -117,9 +104,12 @@ def attached_choices(one, round_):
 @pytest.mark.parametrize("preset", ["tiny", "v41-flash"])
 @pytest.mark.parametrize("schedule", ["in place", "prefetched", "synchronous"])
 def test_what_is_served_is_what_the_attached_model_says(served, schedule, preset, monkeypatch):
-    """Five sequences of different lengths on two places, token by token, against each of them by itself in one shot."""
+    """Five sequences of different lengths on two places, token by token, against each of them by itself in one shot.
+
+    Some prompts are shorter than what the convolution looks back, and one than what the hash does.
+    """
     one = served(2, preset)
-    round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
+    round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (1, 14), (1, 5))
     right = attached_choices(one, round_)
     for on_device in (False, True):
         choices, samples = choices_of(one, round_, schedule, on_device, monkeypatch)
@@ -145,43 +135,6 @@ def choices_of(one, round_, schedule, on_device, monkeypatch):
     return choices, samples
 
 
-@pytest.mark.parametrize("schedule", ["in place", "prefetched", "synchronous"])
-def test_rows_reach_a_step_in_pieces_where_a_graph_looks_for_them(served, schedule, monkeypatch):
-    """As on CUDA, but for the capture: a step was run to warm up, then the pieces run with the join between them."""
-
-    def record(pieces, step, fuse):
-        step(fuse)
-        raise RuntimeError("nothing is captured here")
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(Pieces, "_record", record)
-    one = served(2, graphs=True)
-    assert one.model.graphs == {"used": False, "why": "capturing failed: nothing is captured here"}
-    round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
-    assert choices_of(one, round_, schedule, False, monkeypatch)[0] == attached_choices(one, round_)
-
-
-@pytest.mark.parametrize("preset", ["tiny", "v41-flash"])
-@pytest.mark.parametrize("captured", [False, True])
-def test_the_resident_table_is_looked_up_by_the_step_itself(served, captured, preset, monkeypatch):
-    """Map, check, hash, gather and history run in the step, on ids, history and rows that stay where they are."""
-
-    def record(pieces, step, fuse):
-        step(fuse)  # a warm-up advances the history, which a pass begins anew
-        raise RuntimeError("nothing is captured here")
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(Pieces, "_record", record)
-    one = served(2, preset, graphs=captured)
-    lookup = one.with_kernels(captured)
-    places = (one.server._resident._tail.data_ptr(), one.server._resident.rows.data_ptr())
-    round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5))
-    for _ in range(2):  # the second pass finds what the first one left
-        assert choices_of(one, round_, "in graph", True, monkeypatch)[0] == attached_choices(one, round_)
-    assert places == (one.server._resident._tail.data_ptr(), one.server._resident.rows.data_ptr())
-    lookup.check()
-
-
 def test_rows_change_what_is_chosen(served):
     """Else the comparisons above would say nothing about rows."""
     one = served(2)
@@ -199,17 +152,19 @@ def test_rows_are_counted_from_the_ids_alone(served):
     round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 2, (9, 9), (3, 3))
     work = one.server.prepare(round_, most_tokens=24)
     requested, unique = one.server.count_rows(work)
-    with Prefetcher(NgramHasher(one.plan), {1: one.table}, background=False) as prefetcher:
-        rows = one.server.rows_of(work, Variant("resident", "in place", table=one.table, prefetcher=prefetcher))
+    on_hand = one.server.fetch(work, one.table)
+    rows = [on_hand.start(None)[1].wait() for _ in work.steps]
     assert requested == sum(map(len, rows)) == (2 * 9 + 2 * 2) * one.config.columns  # a prefill, two tokens for each
     assert unique == sum(len(np.unique(values.numpy(), axis=0)) for values in rows)
 
 
-def test_a_prompt_shorter_than_the_convolution_is_refused(served):
-    one = served(1)
-    round_ = TokenSource(None, 50, 5).round(0, 1, (4, 4), (2, 2))
-    with pytest.raises(ValueError, match="a prompt of 4 tokens: this layer needs 9 at least"):
-        one.server.prepare(round_, most_tokens=24)
+def test_rows_fetched_before_are_those_that_a_pass_looks_up(served):
+    """Hashed apart from what is served, for prompts that come and go, and fetched pass after pass."""
+    one = served(2)
+    work = one.server.prepare(TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5)), most_tokens=24)
+    on_hand, right = one.server.fetch(work, one.table), one.serve(work, "in place").tokens_sha256
+    for _ in range(2):
+        assert one.server.serve(work, Variant("own_compute", "none"), on_hand).tokens_sha256 == right
 
 
 # --- the whole program ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -228,10 +229,12 @@ def test_models_that_would_be_counted_wrongly_are_refused(config, fields, messag
         build_backbone(config(**fields), None, CPU, torch.float32, 0)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", ""])
+@pytest.mark.parametrize("text", ["{", "[1]", "", "[" * 10**5, None], ids=["cut", "list", "empty", "deep", "60 GB"])
 def test_what_is_not_a_config_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_text(text or "")
+    if text is None:
+        os.truncate(path, 60 << 30)
     with pytest.raises(ValueError, match=r"config\.json is not a config\.json"):
         build_backbone(str(path), None, CPU, torch.float32, 0)
 

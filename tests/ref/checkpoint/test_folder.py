@@ -7,6 +7,7 @@ and every way in which one can be wrong, with the sentence that says so.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import lzma
 import os
@@ -30,6 +31,7 @@ from engram_ref.checkpoint.folder import (
 from engram_ref.checkpoint.sample import sample_bytes
 from engram_ref.config import EngramConfig
 from engram_ref.files.header import DTYPE_BITS, read_header
+from engram_ref.hashing.plan import HashPlan
 from engram_ref.tables import make_table
 
 ROOT = Path(__file__).parents[3]
@@ -582,6 +584,18 @@ def test_the_tokenizer_of_another_model(folder, small_tokenizer):
     (folder / TOKENIZER_FILE).unlink()
     (folder / TOKENIZER_FILE).symlink_to(folder / "nowhere")  # there is one, it is only not here: no other may stand in
     refuse(folder, "no tokenizer at ", "tokenizer.json: give a tokenizer.json")
+
+
+def test_the_tokenizers_digest_is_of_what_was_compressed(folder, monkeypatch):
+    """Another file takes its place while the folder is being opened."""
+    text, for_vocab = (folder / TOKENIZER_FILE).read_bytes(), HashPlan.for_vocab
+
+    def and_replace(config, vocab):
+        put(folder / TOKENIZER_FILE, b"another")
+        return for_vocab(config, vocab)
+
+    monkeypatch.setattr(HashPlan, "for_vocab", and_replace)
+    assert ModelFolder.open(folder).tokenizer_sha256 == hashlib.sha256(text).hexdigest()
 
 
 def test_a_tokenizer_of_the_right_size_with_another_map(folder):

@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from bench.instruments.journal import Journal
+from bench.instruments.journal import Journal, earlier
 from bench.setup.streams import read_text
 from engram_ref.checkpoint.config_json import read_config
 from engram_ref.files.header import read_json
@@ -58,6 +58,7 @@ READERS = {
     "tokenizer": ("tokenizer.json", load_tokenizer),
     "vocabulary": ("tokenizer.json", CompressedVocab.from_tokenizer),
     "journal": ("sweeps.journal", Journal),
+    "earlier results": ("results.json", lambda path: earlier(path, {}, fresh=False)),
 }
 
 

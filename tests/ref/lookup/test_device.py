@@ -116,14 +116,13 @@ def _large_programs(monkeypatch):
 # --- the same integers, the same bits --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "elsewhere"])
+@pytest.mark.parametrize(("place", "in_place"), [("device", True), ("uva", False)])
 def test_chunks_of_several_sequences(plan, fused, place, in_place):
     """One token, some, many tiles; the tail is advanced where it lies, as a replayed graph needs it, or elsewhere."""
     weights, vocab = weights_of(plan), vocab_of()
     lookup, history, rng = lookup_of(plan, fused, place, weights), TokenHistory(plan, 3), np.random.default_rng(0)
     tail = lookup.new_tail(3)
-    for length in (1, 1, 5, 18, 1, 2):
+    for length in (1, 1, 3, 9, 2):
         ids = rng.integers(0, TOKENS, (3, length))
         after = tail if in_place else torch.full_like(tail, 55)
         compressed = vocab(ids)
@@ -140,7 +139,7 @@ def check_random_case(data: st.DataObject, fused: bool) -> None:
     max_ngram, heads = data.draw(st.integers(2, 5)), data.draw(st.sampled_from([1, 2, 3, 8]))
     size = data.draw(st.sampled_from([2, 100, 149]))
     plan = plan_of(data.draw(st.integers(1, 3)), max_ngram, heads, size, data.draw(st.integers(0, size - 1)))
-    batch, length = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 3, 4, 16, 17, 35]))
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 3, 4, 17]))
     stand_in = data.draw(st.sampled_from([DEAD, plan.pad_compressed, size - 1]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     vocab = vocab_of(size) if data.draw(st.booleans()) else None
@@ -162,7 +161,7 @@ def check_random_case(data: st.DataObject, fused: bool) -> None:
     assert (after.numpy() == whole[:, -after.shape[1] :]).all()
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_cases_in_the_kernels(data):
     check_random_case(data, True)
@@ -180,7 +179,7 @@ def test_random_cases_in_plain_torch(data):
     ids=["transposed", "every third", "one token", "one row four times", "int32"],
 )
 def test_other_forms_of_token_ids(view, plan, fused):
-    ids = view(torch.from_numpy(np.random.default_rng(3).integers(0, TOKENS, (6, 12))))
+    ids = view(torch.from_numpy(np.random.default_rng(3).integers(0, TOKENS, (4, 6))))
     dead = torch.from_numpy(np.random.default_rng(4).random((12, 12)) < 0.3)[: len(ids), : ids.shape[1]]  # strided, too
     compressed = vocab_of()(ids.numpy(), dead.numpy())
     assert_found(lookup_of(plan, fused)(ids, dead=dead), expected(plan, compressed), weights_of(plan))
@@ -286,8 +285,7 @@ def later(monkeypatch):
 
 
 @pytest.mark.usefixtures("later")
-@pytest.mark.parametrize("bad", [-1, TOKENS, -(2**63), INT64_MAX])
-@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize(("bad", "length"), [(-1, 1), (TOKENS, 7), (-(2**63), 7), (INT64_MAX, 1)])
 def test_a_token_outside_the_vocabulary_counts_as_dead_and_is_raised_once(bad, length, plan, fused):
     lookup, ids = lookup_of(plan, fused), np.random.default_rng(10).integers(0, TOKENS, (2, length))
     ids[1, -1] = bad

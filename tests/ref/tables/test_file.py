@@ -631,7 +631,12 @@ def overwrite(path: Path) -> None:
 CHANGES = [grow, truncate, overwrite]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, lambda path: os.utime(path, ns=(1, 1))])
+def become_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)  # whose opening waits for a writer
+
+
+@pytest.mark.parametrize("change", [*CHANGES, become_a_pipe, lambda path: os.utime(path, ns=(1, 1))])
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_file_that_was_changed_after_it_was_validated_is_not_opened(part, change, tmp_path):
     found = store(tmp_path, "two files", random_content("two files"))

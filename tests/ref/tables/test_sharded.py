@@ -98,15 +98,19 @@ SHARDS = {
 }
 
 
-@pytest.mark.parametrize("unique", [False, True], ids=["", "unique"])
+def equal_bits_of_both(rank, bounds):
+    return [equal_bits(rank, bounds, {"unique": unique}) for unique in (False, True)]
+
+
 @pytest.mark.parametrize("shards", SHARDS)
-def test_the_bits_of_the_whole_table(shards, unique):
+def test_the_bits_of_the_whole_table(shards):
+    """Each row asked for as often as it is wanted, and once."""
     bounds = SHARDS[shards]
-    found = run_ranks(len(bounds) - 1, equal_bits, bounds, {"unique": unique})
-    for rank, (good, traffic, held) in enumerate(found):
-        assert all(good) and len(good) == 18 and traffic.fetches == 18
-        assert held == (bounds[rank + 1] - bounds[rank]) * D * 4
-        assert traffic.control == 18 * (len(bounds) - 2) * (NOTICE_BYTES + COUNT_BYTES)
+    for rank, both in enumerate(run_ranks(len(bounds) - 1, equal_bits_of_both, bounds)):
+        for good, traffic, held in both:
+            assert all(good) and len(good) == 18 and traffic.fetches == 18
+            assert held == (bounds[rank + 1] - bounds[rank]) * D * 4
+            assert traffic.control == 18 * (len(bounds) - 2) * (NOTICE_BYTES + COUNT_BYTES)
 
 
 @pytest.mark.parametrize("shards", ["2", "3, an empty one"])

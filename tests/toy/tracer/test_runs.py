@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import functools
 import itertools
 import resource
 import signal
@@ -18,7 +19,7 @@ import time
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,6 +166,41 @@ def test_work_that_is_not_done_is_refused_by_name(name, recwarn):
     with pytest.raises(ValueError, match="whose work is not done yet: use it up in the function"):
         bytedmd(LAZY[name], ([1, 2, 3],))
     assert not recwarn.list  # of a coroutine that was never awaited
+
+
+def defaulting(a):
+    def function(x=a[0]):
+        return x + 1
+
+    return function
+
+
+KEEPING = {
+    "function": lambda a: lambda: a[0] + a[1],
+    "function with a default": defaulting,
+    "method": lambda a: {"m": a[0].__add__},
+    "builtin_function_or_method": lambda a: [a.append],
+    "partial": lambda a: functools.partial(max, a[0]),
+    "slice": lambda a: slice(a[0], a[1]),
+    "KeyError": lambda a: KeyError(a[0]),
+    "function of a defaultdict": lambda a: defaultdict(lambda: a[0]),
+    "function of a cache": lambda a: SimpleNamespace(f=functools.lru_cache(lambda: a[0])),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_would_go_on_with_traced_values_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"a {name.split()[0]} that keeps traced values: return what it is made of"):
+        bytedmd(KEEPING[name], ([1, 2, 3],))
+
+
+def test_functions_and_views_without_traced_values_are_results_like_others():
+    made = {1: 2}
+    others = [len, made.get, lambda: made, functools.partial(max, 1), slice(1), KeyError(1), Point, object()]
+    depths, result = traced_eval(lambda a: [*others, {0: a[0]}.values(), MappingProxyType({0: a[1]})], ([3, 4],))
+    *same, values, proxy = result
+    assert depths == [] and all(a is b for a, b in zip(same, others, strict=True))
+    assert [type(x) for x in (*values, proxy[0])] == [int, int] and [*values, proxy[0]] == [3, 4]
 
 
 def test_work_that_is_done_is_priced():

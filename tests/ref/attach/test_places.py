@@ -1,0 +1,173 @@
+"""Sequences that come to the places of one cache and leave them: each is what it is by itself, staged or not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engram_ref.attach import Places, Staged, attach
+from engram_ref.attach.history import history_of
+from engram_ref.fusion import ShortConvHistory
+from engram_ref.hashing import NgramHasher
+from engram_ref.hashing.device import DeviceHasher
+from tests.ref.attach.models import VOCAB, make_ids, make_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+# Prompts in turn: (place, tokens, how many more it is given); the second one in place 1 comes while place 0 goes on.
+TURNS = [[(0, 9, 5), (1, 1, 2)], [(1, 4, 3)]]
+
+
+class Tokenwise(nn.Module):
+    """A decoder without attention: a token meets others only in Engram. Its cache counts nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=64, num_hidden_layers=2, vocab_size=VOCAB, use_cache=False)
+        self.config.get_text_config = lambda: self.config
+        generator = torch.Generator().manual_seed(0)
+        self.embedded = torch.randn(VOCAB, 64, dtype=torch.float64, generator=generator)
+        self.layers = nn.ModuleList([nn.Tanh(), nn.Tanh()])
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        hidden = self.embedded[input_ids]
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Cache:
+    """Of places: a single length means nothing."""
+
+    def get_seq_length(self):
+        return 0
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    """By prompt, all of its tokens."""
+    each = [[make_ids(1, tokens + more, seed=7 * slot + tokens)[0] for slot, tokens, more in turn] for turn in TURNS]
+    assert len({tuple(ids.tolist()) for turn in each for ids in turn}) == 3
+    return each
+
+
+def in_places(model, attached, sequences, step):
+    """Outputs of every sequence, [T, H], where they are served in two places; `step` runs tokens [2, 1]."""
+    cache, found = Cache(), {}
+    reach = {i: ShortConvHistory(engram.fusion, 2) for i, engram in attached.engrams.items() if engram.fusion.reach}
+    places = Places(attached._source.plan, 2, attached.index_device, reach)
+    attached.seat(cache, places)
+    running = {}
+    for turn, prompts in zip(TURNS, sequences):
+        ids = torch.zeros(len(turn), max(tokens for _, tokens, _ in turn), dtype=torch.int64)
+        for row, (given, (slot, tokens, _)) in enumerate(zip(prompts, turn)):
+            ids[row, :tokens] = given[:tokens]
+            running[slot] = tuple(given.tolist()), tokens
+        places.admit(np.array([slot for slot, *_ in turn]), np.array([tokens for _, tokens, _ in turn]))
+        out = model(ids, past_key_values=cache)
+        for row, (slot, tokens, _) in enumerate(turn):
+            found[running[slot][0]] = list(out[row, :tokens])
+        for _ in range(2 if turn is TURNS[0] else 3):
+            tokens = torch.tensor([[running[slot][0][running[slot][1]]] for slot in (0, 1)])
+            out = step(tokens, cache)
+            for slot, (given, at) in running.items():
+                found[given].append(out[slot, 0])
+                running[slot] = given, at + 1
+    return found
+
+
+def alone(model, attached, sequences):
+    return {tuple(ids.tolist()): model(ids[None])[0] for turn in sequences for ids in turn}
+
+
+@pytest.mark.parametrize("form", ["demo", "v41"])
+@pytest.mark.parametrize("hasher", [NgramHasher, lambda plan: DeviceHasher(plan, "cpu")], ids=["cpu", "device"])
+@pytest.mark.parametrize("background", [True, False])
+def test_each_is_what_it_is_alone(form, hasher, background, sequences):
+    model, layers = Tokenwise(), make_layers((0, 1), form)
+    staged, order = Staged(CPU), []
+    for way in ("forward", "stage", "begin"):
+        with torch.no_grad(), attach(model, layers.engrams, hasher(layers.plan), background=background) as attached:
+
+            def step(ids, cache, way=way, attached=attached):
+                if way == "forward":
+                    return model(ids, past_key_values=cache)
+                between = attached.lay_down if way == "begin" else lambda: order.append("between")
+                with attached.staging(staged=staged, between=between):
+                    (attached.begin if way == "begin" else attached.stage)(ids, cache)
+                    return model(ids, past_key_values=cache)
+
+            found, want = in_places(model, attached, sequences, step), alone(model, attached, sequences)
+        assert found.keys() == want.keys()
+        for key, rows in want.items():
+            # float64; the sums of one token's projections are cut differently in a batch
+            torch.testing.assert_close(torch.stack(found[key]), rows, rtol=0, atol=1e-12)
+    assert order == ["between"] * 5  # once a step, however many layers there are
+
+
+def test_pasts_stay_where_they_are_and_other_attachments_go_on_with_them(sequences):
+    model, layers = Tokenwise(), make_layers((1,))
+    past = ShortConvHistory(layers.engrams[1].fusion, 2)
+    places, address, found = Places(layers.plan, 2, CPU, {1: past}), past.values.data_ptr(), []
+    for _ in range(2):
+        with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+            cache = Cache()
+            places.clear()
+            attached.seat(cache, places)
+            places.admit([1], [6])
+            model(make_ids(1, 8), past_key_values=cache)
+            assert past.values[1].any() and not past.values[0].any() and history_of(cache, attached._key) is places
+            found.append(model(make_ids(2, 1), past_key_values=cache))
+    assert torch.equal(*found) and past.values.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    ("slots", "lengths", "said"),
+    [
+        ([0, 0], [3, 3], r"places \[0, 0\] of 2: name different ones, 0 .. 1"),
+        ([2], [3], r"places \[2\] of 2"),
+        ([0], [0], r"prompts of \[0\] tokens for places \[0\]: give one at least"),
+        ([0, 1], [3], r"prompts of \[3\] tokens"),
+        ([0, 1], [3, 10], "a prompt of 10 tokens was admitted; the token ids have 9 positions"),
+        ([1], [3], "2 sequences, where 1 were admitted: give a chunk for every place"),
+    ],
+)
+def test_prompts_that_take_no_places_are_refused(slots, lengths, said):
+    model, layers = Tokenwise(), make_layers((1,), "v41")
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        cache, places = Cache(), Places(layers.plan, 2, CPU)
+        attached.seat(cache, places)
+        with pytest.raises(ValueError, match=said):
+            places.admit(slots, lengths)
+            model(make_ids(2, 9), past_key_values=cache)
+        with pytest.raises(ValueError, match="3 sequences, where 2 places go on"):
+            model(make_ids(3, 1), past_key_values=cache)
+        model(make_ids(2, 1), past_key_values=cache)
+
+
+def test_places_that_do_not_fit_and_steps_that_cannot_be_staged_are_refused():
+    model, layers = Tokenwise(), make_layers((1,))
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        with pytest.raises(ValueError, match=r"convolutions of layers \[\]; those of \[1\] have one"):
+            attached.seat(Cache(), Places(layers.plan, 2, CPU))
+        pasts = {1: ShortConvHistory(layers.engrams[1].fusion, 2)}
+        with pytest.raises(ValueError, match="places on meta; ids are hashed on cpu: make them there"):
+            attached.seat(Cache(), Places(layers.plan, 2, torch.device("meta"), pasts))
+        cache, places = Cache(), Places(layers.plan, 2, CPU, pasts)
+        attached.seat(cache, places)
+        with pytest.raises(ValueError, match="cannot be reordered, selected or repeated"):
+            places.repeat(2)
+        with pytest.raises(RuntimeError, match=r"call begin\(input_ids, cache\) before it"):
+            attached.lay_down()
+        with attached.staging():
+            places.admit([0], [2])
+            with pytest.raises(ValueError, match="prompts that take places are not staged"):
+                attached.stage(make_ids(1, 3), cache)
+            attached.stage(make_ids(2, 1), cache)
+            with pytest.raises(RuntimeError, match="without a step"):
+                attached.lay_down()
