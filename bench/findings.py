@@ -4,12 +4,13 @@
     make findings QUICK=1             small versions of every step, in under two minutes; committed files untouched
     python bench/findings.py --help
 
-Steps: the toy in both forms, all sweeps, production scale, the lookup's range, row reads by tier, the map of classes;
-then the new results are compared with those committed under bench/results, and the documents and figures filled from
-them. Prices are exact and the same everywhere: a committed file that holds the same ones stays as it is, wall times
-included, so that the tree does not change when nothing has changed. Every step keeps what it has finished in --out: a
-run that is killed, at any moment, continues when it is started again. Another text, for one the standard library of
-another Python, gives other prices and other files. Texts of other kinds need a network: `make corpora` is no step.
+Steps: the toy in both forms, all sweeps, production scale, rows under every definition, the lookup's range, row reads
+by tier, the map of classes; then the new results are compared with those committed under bench/results, and the
+documents and figures filled from them. Prices are exact and the same everywhere: a committed file that holds the same
+ones stays as it is, wall times included, so that the tree does not change when nothing has changed. Every step keeps
+what it has finished in --out: a run that is killed, at any moment, continues when it is started again. Another text,
+for one the standard library of another Python, gives other prices and other files. Texts of other kinds need a network:
+`make corpora` is no step.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BENCH = Path(__file__).resolve().parent
 TOY_CODE = "bench.bytedmd_toy"
 # What a run says of when and where it ran, by which code, and of time: nothing that another run has to find again.
 _OF_THE_RUN = {"started", "finished", "environment", "git", "code_sha256", "noise_floor", "out", "jobs"}
-_OF_TIME = {"wall_time_s", "wall_time_summary_s"}
+_OF_TIME = {"wall_time_s", "wall_time_summary_s", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ STEPS = (
         {"sweeps.json": "bytedmd_sweeps", "grid.json": "bytedmd_grid"},
     ),
     Step("production", ("production.py",), {"results.json": "production"}),
+    Step(
+        "production_qwen",
+        ("production.py", "--preset", "qwen38-flash-next", "--part", "scale", "whole_model"),
+        {"results.json": "production_qwen"},
+    ),
+    Step(
+        "row_definitions",
+        ("row_definitions.py",),
+        {"results.json": "row_definitions"},
+        remembers=False,
+        code="bench.rows.definitions",
+    ),
     _single("lookup_range"),
     _single("energy_by_tier"),
     _single("verdict_map"),

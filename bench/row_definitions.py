@@ -33,12 +33,13 @@ def main() -> None:
     add("--tokens", type=cli.at_least(1, 1 << 25), nargs="+", default=[10**5], metavar="N", help="default: 10^5")
     add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=f"default: {', '.join(TABLES)}")
     add("--out", type=Path, default=Path("out/row_definitions"), metavar="DIR", help="results.json goes here")
+    add("--quick", action="store_true", help="1,000 tokens of each table")
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         head = {"schema_version": 1, **results_head(PROG), "code_sha256": code_sha256("bench.rows.definitions")}
         results: dict[str, Any] = {**head, "records": []}
-        for tokens in options.tokens:
+        for tokens in [1000] if options.quick else options.tokens:
             for table in options.tables:
                 print(f"{table}, {tokens:,} tokens", file=sys.stderr, flush=True)
                 results["records"] += records(table, tokens)

@@ -95,6 +95,7 @@ def test_the_figures_name_their_results():
         ("bytedmd_sweeps", "sweeps"),
         ("bytedmd_grid", "sweeps"),
         ("production", "production"),
+        ("production_qwen", "production"),
         ("gpu_wall_cpu", "wall"),
         ("gpu_wall_cpu_v41", "wall"),
         ("end_to_end_cpu", "served"),

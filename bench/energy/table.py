@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -35,11 +36,11 @@ def weight_bytes(model: str, experts: str, tokens: float) -> int:
     return next(a.read_bytes for a in around if (a.experts, a.context) == (experts, 0))
 
 
-def crossing_table(results: Record, tiers: list[Tier]) -> str:
+def crossing_table(results: Record, tiers: list[Tier], reuse: Sequence[str] = tuple(REUSE)) -> str:
     """Tokens a step at which rows reach 3 % of the weights' energy, a line per model and reuse, a column per tier."""
     rows = [["model", "a row is fetched", *(tier.name for tier in tiers)]]
     for model, experts in SHOWN:
-        for name, key in REUSE.items():
+        for name, key in ((name, REUSE[name]) for name in reuse):
             cells = [_range(crossing(results, tiers, tier, model, experts, key)) for tier in tiers]
             rows.append([shown(model, experts), name, *cells])
     return aligned(rows, left={0, 1})

@@ -68,12 +68,12 @@ def _published_size(e: Evidence, name: str, model: str, experts: str) -> list[li
     return [*found, ["whole model", name, "none", *said]]
 
 
-def layouts(evidence: Evidence) -> str:
-    """Every variant of the toy at every boundary: price, price per token, ratio, wall time, class."""
+def layouts(evidence: Evidence, variants: tuple[str, ...] = VARIANTS) -> str:
+    """Variants of the toy at every boundary: price, price per token, ratio, wall time, class."""
     rows = [["model", "boundary", "variant", "price", "per token", "ratio", "wall time, ms", "class"]]
     for model in TOYS:
         for boundary in BOUNDARIES:
-            for variant in VARIANTS:
+            for variant in variants:
                 run = find_run(evidence.toy, model, boundary, variant)
                 median = 1000 * summary(run["wall_time_s"])["median"]
                 label = "BASELINE" if variant == "resident" else verdict(evidence.toy, model, boundary, variant).label
@@ -88,6 +88,7 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "verdict_halves": lambda: halves(evidence),
         "toy_layouts": lambda: layouts(evidence),
+        "toy_variants": lambda: layouts(evidence, VARIANTS[:3]),  # those that were asked for
         "sweep_crossings": lambda: sweep_table.crossing_report(evidence.sweeps),
         "rows_scale": lambda: row_table.scale_table(evidence.production_and_qwen),
         "rows_scale_short": lambda: row_table.scale_table(evidence.production_and_qwen, COMPARED_TOKENS, (TEXT,)),

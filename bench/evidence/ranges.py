@@ -29,6 +29,9 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "lookup_depths": lambda: lookup_range.depth_table(e["lookup_range"]),
         "denominators": lambda: denominator_table(e.toy),
         "energy_crossings": lambda: energy_table.crossing_table(e["energy_by_tier"], energy_tiers()),
+        "energy_short": lambda: energy_table.crossing_table(
+            e["energy_by_tier"], energy_tiers(), ("each read", "once a step")
+        ),
         "energy_step": lambda: energy_table.step_table(e["energy_by_tier"], energy_tiers(), STEP),
         "energy_reuse": lambda: energy_table.reuse_table(e["energy_by_tier"]),
         "map_table": lambda: verdict_map.map_table(e["verdict_map"]),
@@ -82,9 +85,9 @@ def lookup_floor(e: Evidence) -> float:
     return _defined(e, "lookup")[FLOOR]
 
 
-def block_classes(e: Evidence) -> str:
-    """Classes of the toy's block over all definitions of depth."""
-    return _classes(e, "block")
+def layer_classes(e: Evidence) -> str:
+    """Classes of the toy's layer over all definitions of depth; every larger boundary divides by more."""
+    return ", ".join(dict.fromkeys(by_seed(ratio) for name, ratio in _defined(e, "layer").items() if name != FLOOR))
 
 
 def text_spread(e: Evidence) -> str:
@@ -109,8 +112,7 @@ def _definition_values(e: Evidence) -> dict[str, Callable[[], str]]:
         "rowdefs.tokens": lambda: f"{_TOKENS:,}",
         "defs.cheaper": lambda: ", ".join(_cheaper(e)) or "none",
     }
-    for boundary in ("layer", "block"):
-        found[f"defs.{boundary}.classes"] = partial(_classes, e, boundary)
+    found["defs.layer.classes"] = partial(layer_classes, e)
     for layout, key in (("held live", "held"), ("compacted", "compacted")):
         at = (_TABLE, _TOKENS, layout, max(definitions.PADDINGS))
         found[f"rowdefs.{key}"] = partial(_row_spread, e, *at)
@@ -132,10 +134,6 @@ def _with_class(ratio: float) -> str:
 def _by_definition(e: Evidence) -> str:
     found = _defined(e, "lookup")
     return ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in found.items() if name != FLOOR)
-
-
-def _classes(e: Evidence, boundary: str) -> str:
-    return ", ".join(dict.fromkeys(by_seed(ratio) for name, ratio in _defined(e, boundary).items() if name != FLOOR))
 
 
 def _cheaper(e: Evidence) -> list[str]:

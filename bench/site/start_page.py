@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from bench.evidence.committed import STEP, Evidence, rounded_up
-from bench.evidence.ranges import block_classes, energy_span, lookup_floor, lookup_span, text_spread
+from bench.evidence.ranges import energy_span, layer_classes, lookup_floor, lookup_span, text_spread
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.price.table import verdict
 from bench.rows.whole_model import MODELS
@@ -77,19 +77,21 @@ def verdict_lines(evidence: Evidence) -> str:
         "What survives": (
             f"the claim about the model. Against no Engram at all, as the paper counts, everything that Engram reads "
             f"adds {_share(added_in_all)} to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a step. "
-            f"On texts of other kinds the rows alone stay within {text_spread(e)} %. Within a block the class is "
-            f"{block_classes(e)} under every definition of the metric."
+            f"On texts of other kinds the rows alone stay within {text_spread(e)} %. Within the layer the class is "
+            f"{layer_classes(e)} under every definition of the metric."
         ),
         "What does not": (
-            f"the claim about the lookup. By the padding, and by what becomes of the rows, it adds {added(least)} to "
-            f"{added(most)}, and other definitions give other classes. The best possible manager, which knows every "
-            f"address in advance, still pays {added(lookup_floor(e))}: a first read cannot be avoided, and copies made "
-            "ahead saved nothing on any text."
+            "the claim about the lookup. By the padding, and by what becomes of the rows, it adds "
+            f"{added(least)[1:]} to {added(most)[1:]}, and other definitions give other classes. The best possible "
+            f"manager, which knows every address in advance, still pays {added(lookup_floor(e))[1:]} more, its result "
+            "included: a first read cannot be avoided, and copies made ahead saved nothing on any text that was priced "
+            "on one stack."
         ),
         "Where it turns": (
-            f"with one token's experts, V4.1-Flash's step is {added(1 + one)} dearer. From an SSD in random rows the "
-            f"*energy* of the rows reaches {claim} at {energy_span(e, 'NVMe SSD, random rows')} tokens a step, from "
-            f"host memory at {energy_span(e, 'host DDR over PCIe')}; ByteDMD, which knows no pages, does not show that."
+            f"with one token's experts, V4.1-Flash's step is {added(1 + one)[1:]} dearer. From an SSD in random rows "
+            f"the *energy* of the rows reaches {claim} at {energy_span(e, 'NVMe SSD, random rows')} tokens a step, "
+            f"from host memory at {energy_span(e, 'host DDR over PCIe')}; ByteDMD, which knows no pages, does not "
+            "show that."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())
