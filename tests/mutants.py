@@ -235,7 +235,10 @@ class Copies:
 
 
 def _pytest(copied: Path, tests: Sequence[str], told: Connection) -> None:
-    """Run tests on a copy and tell how they ended, in a process that has imported what others wrote, and nothing of the project but this."""
+    """Run tests on a copy and tell how they ended.
+
+    It is done in a process that has imported what others wrote, and nothing of the project but this file.
+    """
     os.setsid()  # ended together with what the tests start
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
