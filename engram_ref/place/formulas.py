@@ -30,8 +30,8 @@ FORMULAS = {
     "time.host": "start_host + rows / gather + start_bus + bytes / bus",
     "time.file": "start_disk + distinct rows x pages of a row / reads, then as host",
     "time.hot": "hits as device, the others as the tier behind",
-    "price": "rows at sqrt(depth): first reads anywhere in the table, others below what was read since; below all live "
-    "bytes if offloaded",
+    "price": "rows at sqrt(depth): first reads anywhere in the table, others below what was read since; offloaded, "
+    "the former below all live bytes and the latter below what a step reads",
     "energy": "rows x (bits x pJ of the tier + pages x pJ of a page), published ranges",
 }
 
