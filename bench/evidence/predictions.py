@@ -27,6 +27,8 @@ NOT_PREDICTED = {
     "bytedmd_sweeps": "the toy prices every read itself",
     "bytedmd_grid": "the toy prices every read itself",
     "row_definitions": "other definitions of the metric",
+    "lab": "a toy of its own, which prices every read itself",
+    "production_qwen": "its prices hold no live bytes beside what a step reads",
     "row_speed": "how long pricing takes",
     "pricing_speed": "how long pricing takes",
     "hashing_speed": "hashing is no part of a placement",
@@ -162,8 +164,8 @@ def _production(name: str, results: dict[str, Any]) -> Iterator[Line]:
         reads = record["reads"] / record["steps"]
         size = record["table_rows"] * record["row_bytes"]
         far, near = (
-            rows_price(reads, record["row_bytes"], size, first, 1.0, root, buried)
-            for buried in (record["live_bytes"], 0.0)
+            rows_price(reads, record["row_bytes"], size, first, 1.0, root, *above)
+            for above in ((record["read_bytes"], record["live_bytes"]), (0.0, 0.0))
         )
         case = f"{record['table']}, {record['stream']}, {record['tokens_per_step']} tokens a step, over pinned"
         yield Line(name, case, "price", far / near, record["offload_naive"] / record["pinned"], "x")

@@ -156,18 +156,18 @@ def _prices(question: Question, name: str, batch: int) -> dict[str, Any]:
     model, reads, backbone = question.model, question.reads, question.model.backbone
     rows, nbytes = batch * model.config.rows_per_token(), model.config.row_bytes()
 
-    def rows_price(buried: float) -> float:
+    def rows_price(buried: float, unread: float) -> float:
         return price.rows_price(
-            rows, nbytes, model.table_bytes, reads.first, reads.distinct[batch], reads.reuse_root, buried
+            rows, nbytes, model.table_bytes, reads.first, reads.distinct[batch], reads.reuse_root, buried, unread
         )
 
-    pinned = rows_price(0.0)
+    pinned = rows_price(0.0, 0.0)
     found = {"rows": pinned, "over_resident": 1.0, "whole_model": 1.0, "formula": "price"}
     if name in ("device", "memory"):
         return found
     if backbone is None:
         return {**found, "rows": None, "over_resident": None, "whole_model": None}
-    far = rows_price(backbone.live_bytes)
+    far = rows_price(backbone.step_bytes, backbone.live_bytes)
     if name == "hot":  # a read that hits is a read of a table above the weights
         far = reads.hits * pinned + (1 - reads.hits) * far
     weights = price.weights_price(backbone.step_bytes, backbone.blocks)

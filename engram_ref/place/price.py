@@ -1,7 +1,7 @@
 """The ByteDMD price of a step's rows: a byte read at depth d of one big LRU stack costs ceil(sqrt(d)).
 
-    rows_price(..., buried=0)                  # a table that stays above the weights
-    rows_price(..., buried=live_bytes)         # one below everything else that is live
+    rows_price(..., buried=0, unread=0)                       # a table that stays above the weights
+    rows_price(..., buried=step_bytes, unread=live_bytes)     # one below what steps read, and below all that is live
 
 In closed form, from counts of a text: a row that was never read before lies anywhere in the table; one of an earlier
 step below what was read since; one read in the same step below the rows of the step. `bench/production.py` prices every
@@ -21,7 +21,14 @@ def mean_root(above: float, size: float) -> float:
 
 
 def rows_price(
-    reads: float, row_bytes: int, table_bytes: float, first: float, distinct: float, reuse_root: float, buried: float
+    reads: float,
+    row_bytes: int,
+    table_bytes: float,
+    first: float,
+    distinct: float,
+    reuse_root: float,
+    buried: float,
+    unread: float,
 ) -> float:
     """Price of the row reads of one step.
 
@@ -31,10 +38,11 @@ def rows_price(
         distinct: share that is the first of its row in the step.
         reuse_root: mean root of the row reads since the last read of the same row.
         buried: bytes that lie above a row which was last read in another step.
+        unread: bytes that lie above one which was never read; what no step reads is passed by its first read.
     """
     fresh = min(first, distinct)
     roots = (
-        fresh * mean_root(buried, table_bytes)
+        fresh * mean_root(unread, table_bytes)
         + (distinct - fresh) * math.hypot(math.sqrt(buried), reuse_root * math.sqrt(row_bytes))
         + (1 - distinct) * math.sqrt(distinct * reads * row_bytes)
     )

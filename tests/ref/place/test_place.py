@@ -144,10 +144,10 @@ def test_prices_are_the_twins():
     assert price.weights_price(nbytes, blocks) == pytest.approx(exact, rel=1e-3)  # a root against its ceiling
     size, above = 10**6, 10**5
     mean = (cumulative_price(above + size) - cumulative_price(above)) / size
-    assert price.rows_price(7, 16, size, 1.0, 1.0, 0.0, above) == pytest.approx(7 * 16 * mean, rel=1e-3)
-    again = price.rows_price(7, 16, size, 0.0, 1.0, 25.0, 0.0)
+    assert price.rows_price(7, 16, size, 1.0, 1.0, 0.0, 0.0, above) == pytest.approx(7 * 16 * mean, rel=1e-3)
+    again = price.rows_price(7, 16, size, 0.0, 1.0, 25.0, 0.0, above)
     assert again == pytest.approx(7 * 16 * math.sqrt(25 * 25 * 16))
-    assert price.rows_price(7, 16, size, 0.0, 1.0, 25.0, above) > again
+    assert price.rows_price(7, 16, size, 0.0, 1.0, 25.0, above, above) > again
 
 
 # --- counts of a text -------------------------------------------------------------------------------------
