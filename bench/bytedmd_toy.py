@@ -60,7 +60,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.journal import now
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
@@ -294,6 +294,7 @@ def main() -> None:
         write_json(path, results)
         say(f"wrote {path}")
         draw(results, options.out)
+    finish(results, path)
 
 
 def _check_upstream(options: argparse.Namespace) -> None:

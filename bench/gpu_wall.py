@@ -47,7 +47,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
-from bench.instruments.output import require_writable, tell
+from bench.instruments.output import finish, require_writable, tell
+from bench.instruments.reading import read_results
 from bench.ranks import figures as ranks_figures
 from bench.ranks import options as ranks_options
 from bench.ranks import run as ranks_run
@@ -195,20 +196,23 @@ def main() -> None:
         if options.sharded:
             return report_sharded(ranks_run.measure(options, tell), options.out)
         if options.end_to_end:
-            return end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
+            end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
+            return finish(read_results(options.out / "results.json"), options.out / "results.json")
         results = Benchmark(options).run()
-        print(f"\n{wall_table.wall_table(results)}\n\n{options.out / 'results.json'}")
+        print(f"\n{cli.fitted(wall_table.wall_table(results))}\n")
         for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
             print(figure)
+        finish(results, options.out / "results.json")
 
 
 def report_sharded(results: dict[str, Any] | None, out: Path) -> None:
     """Print and draw what ranks measured; nothing on ranks that have no results."""
     if results is None:
         return
-    print(f"{ranks_table.measured_table(results)}\n\n{out / 'results.json'}")
+    print(f"{cli.fitted(ranks_table.measured_table(results))}\n")
     for figure in ranks_figures.draw_all(results, out):
         print(figure)
+    finish(results, out / "results.json")
 
 
 if __name__ == "__main__":

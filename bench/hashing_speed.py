@@ -35,7 +35,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 import numpy as np
 
-from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.output import finish, printed_anyway, require_writable_file
 from bench.instruments.results import results_head, write_json
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
@@ -220,6 +220,7 @@ def main() -> None:
     with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
         if options.out:
             write_json(options.out, results)
+    finish(results, options.out)
 
 
 if __name__ == "__main__":

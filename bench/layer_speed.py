@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
-from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.output import finish, printed_anyway, require_writable_file
 from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import Way, interleave, paired_ratio, prepared_samples
 from bench.rivals import fp8_gather
@@ -295,6 +295,7 @@ def main() -> None:
                 results["cases"] += runs[case]()
                 if options.out:
                     write_json(options.out, results)
+        finish(results, options.out)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from bench.evidence.lookup_table import report
 from bench.instruments.bandwidth import copy_bandwidth
 from bench.instruments.driver import device_head
 from bench.instruments.journal import now
+from bench.instruments.output import finish
 from bench.instruments.results import write_json
 from bench.instruments.timing import rounds
 from bench.schemas.lookup_speed import Case, Head, Skipped
@@ -327,7 +328,9 @@ def main() -> None:
     """The command."""
     options = parse_arguments()
     with cli.one_line_errors(PROG):
-        print(f"{report(measure(options))}\n\n{options.out / 'results.json'}")
+        results = measure(options)
+        print(cli.fitted(report(results)))
+        finish(results, options.out / "results.json")
 
 
 if __name__ == "__main__":

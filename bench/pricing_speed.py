@@ -29,7 +29,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.instruments.output import printed_anyway, require_writable_file
+from bench.instruments.output import finish, printed_anyway, require_writable_file
 from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from engram_ref import cli
@@ -150,6 +150,7 @@ def main() -> None:
     with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
         if options.out:
             write_json(options.out, results)
+    finish(results, options.out)
 
 
 if __name__ == "__main__":

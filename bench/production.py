@@ -44,7 +44,7 @@ if importlib.util.find_spec("numba") is None:
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import results_head, write_unless_same
 from bench.rows.cases import Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
@@ -174,6 +174,7 @@ def main() -> None:
             with printed_anyway(lambda: report(results)):
                 written = write_unless_same(path, results, "records")
                 say(f"wrote {path}" if written else f"{path} says the same already")
+            finish(results, path)
     except KeyboardInterrupt:
         say(f"\n{PROG}: interrupted; finished cases are kept in {journal}, the same command continues")
         sys.exit(130)

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import results_head, write_unless_same
 from bench.rows.definitions import TABLES, definitions_table, records
 from engram_ref import cli
@@ -46,6 +46,7 @@ def main() -> None:
                 write_unless_same(options.out / "results.json", results, "records")  # what is finished is kept
         with printed_anyway(lambda: definitions_table(results)):
             print(f"wrote {options.out / 'results.json'}", file=sys.stderr)
+        finish(results, options.out / "results.json")
 
 
 if __name__ == "__main__":

@@ -8,4 +8,7 @@ layer                    the whole layer
 attach                   the layer in a model of transformers
 checkpoint               published weights, in and out
 plan                     the constants as a file
+place                    where a table should live: predictions for every placement
 """
+
+__version__ = "0.1.0"

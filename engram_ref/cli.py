@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any, NoReturn
 
+from engram_ref import __version__
 from engram_ref.quoting import one_line, quoted
 
 MOST = 100_000  # of samples, rounds, processes: whatever an option counts and says no other limit of
 MOST_SEED = 2**63 - 1
 _LONGEST_ERROR = 2000  # characters
+_LEAST_COLUMNS = 40  # nothing is folded to less
+_RULE = re.compile(r"-+(  -+)+")
 _ABSENT = object()  # what no command line can say
 _MOST_DIGITS = 25  # of a number: more than any limit of ours has, and computed with exactly
 _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?\s*", re.ASCII)
@@ -27,11 +33,29 @@ _BYTES |= {f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """A description as it is laid out, and folded where COLUMNS, or the terminal, has no room for a line of it."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + part for line in text.splitlines() for part in folded(line, width - len(indent)))
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and that takes --table-params for --table_params and back."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
+        super().__init__(formatter_class=_Formatter, **arguments)
+        self.add_argument("--version", action="version", version=f"engram-offload {__version__}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, every option with hyphens and with underscores."""
+        return super().parse_known_args(self._spelt(sys.argv[1:] if args is None else list(args)), namespace)
+
+    def _spelt(self, words: list[str]) -> list[str]:
+        """The words with options spelt as they were added; what stands behind "--" is no option."""
+        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        end = words.index("--") if "--" in words else len(words)
+        return [_respelt(word, known) if word.startswith("--") else word for word in words[:end]] + words[end:]
 
     def error(self, message: str) -> NoReturn:
         """Print the error and leave with code 2."""
@@ -44,6 +68,65 @@ class Parser(argparse.ArgumentParser):
         self.parse_args(argv, namespace)
         given = {name: option for name, option in spelt.items() if getattr(namespace, name) is not _ABSENT}
         return self.parse_args(argv), given
+
+
+def _respelt(word: str, known: Mapping[str, str]) -> str:
+    name, equals, value = word.partition("=")
+    hyphens = name.replace("_", "-")
+    meant = [option for plain, option in known.items() if plain == hyphens] or [
+        option for plain, option in known.items() if plain.startswith(hyphens)
+    ]
+    return meant[0] + equals + value if len(meant) == 1 else word
+
+
+def folded(line: str, width: int) -> list[str]:
+    """A line in parts of at most `width` characters, indented as it is; as it is if it has room."""
+    if len(line) <= max(width, _LEAST_COLUMNS):
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, max(width, _LEAST_COLUMNS), subsequent_indent=indent, drop_whitespace=True) or [line]
+
+
+def fitted(text: str, width: int | None = None) -> str:
+    """Printed text in the width of the reader: long lines folded, wide tables cut into narrower ones.
+
+    Args:
+        width: characters; None for COLUMNS or a terminal's, and no limit where there is neither.
+    """
+    if width is None:
+        if not os.environ.get("COLUMNS", "").isdigit() and not sys.stdout.isatty():
+            return text
+        width = shutil.get_terminal_size().columns
+    width = max(width, _LEAST_COLUMNS)
+    lines, found, at = text.split("\n"), list[str](), 0
+    while at < len(lines):
+        if at + 1 < len(lines) and _RULE.fullmatch(lines[at + 1]) and len(lines[at + 1]) > width:
+            end = next((n for n in range(at + 2, len(lines)) if not lines[n].strip()), len(lines))
+            found += _narrow(lines[at:end], width)
+            at = end
+        else:
+            found += folded(lines[at], width)
+            at += 1
+    return "\n".join(found)
+
+
+def _narrow(table: list[str], width: int) -> list[str]:
+    """A ruled table as several of at most `width` characters, each with its first column."""
+    spans = [match.span() for match in re.finditer("-+", table[1])]
+    first, rest = spans[0], spans[1:]
+    parts: list[list[tuple[int, int]]] = []
+    used = width + 1
+    for span in rest:
+        room = span[1] - span[0] + 2
+        if used + room > width:
+            parts.append([])
+            used = first[1] - first[0]
+        parts[-1].append(span)
+        used += room
+    found: list[str] = []
+    for part in parts:
+        found += ["  ".join(line[a:b].ljust(b - a) for a, b in (first, *part)).rstrip() for line in table] + [""]
+    return found[:-1] if found else table
 
 
 def number(text: str) -> int | float | None:
@@ -142,7 +225,9 @@ def one_line_errors(prog: str) -> Iterator[None]:
     """Around reading input and writing output: what the user can mend becomes one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != "torch":
+            raise
         print(f"{prog}: error: {one_line(error, _LONGEST_ERROR)}", file=sys.stderr)
         sys.exit(2)
 

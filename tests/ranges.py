@@ -2,11 +2,12 @@
 
     make ranges                                    # both ends
     make ranges ENDS=oldest PYTHON=python3.10      # one end, with a Python of your choice
-    make ranges ENDS=newest TORCH=newest           # torch and Triton, too, as new as the index has them
+    make ranges TORCH=end                          # torch and Triton, too, as old and as new as stated
 
-`oldest` installs the floor of every stated range; `newest` what the index has, but torch and Triton as constraints.txt
-pins them, since each torch is some gigabytes where no build for CPUs is at hand. An environment is kept and brought up
-to date the next time. One line is printed for each end; what pip and the tests said lies beside its environment.
+`oldest` installs the floor of every stated range, `newest` what the index has. Torch and Triton are at both ends those
+that constraints.txt pins, unless TORCH=end: each torch is some gigabytes where no build for CPUs is at hand. An
+environment is kept and brought up to date the next time. One line is printed for each end; what pip and the tests said
+lies beside its environment.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ def stated() -> dict[str, str]:
     return ranges
 
 
-def requirements(end: str, newest_torch: bool) -> list[str]:
-    """What pip is asked for at one end."""
-    if end == "oldest":
-        return [f"{name}=={limits[2:]}" for name, limits in stated().items()]
+def requirements(end: str, pinned: bool) -> list[str]:
+    """What pip is asked for at one end; `pinned`: torch and Triton of constraints.txt."""
     ranges = stated()
-    if not newest_torch:
+    if end == "oldest":
+        ranges = {name: f"=={limits[2:]}" for name, limits in ranges.items()}
+    if pinned:
         pins = {
             name: sign + version for name, sign, version in REQUIREMENT.findall((ROOT / "constraints.txt").read_text())
         }
@@ -116,13 +117,13 @@ def run(end: str, wanted: list[str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ends", nargs="*", metavar="END", help="oldest, newest; both by default")
-    parser.add_argument("--torch", choices=("pinned", "newest"), default="pinned", help="of the end `newest`")
+    parser.add_argument("--torch", choices=("pinned", "end"), default="pinned", help="which torch and Triton")
     options = parser.parse_args()
     unknown = set(options.ends) - set(ENDS)
     if unknown:
         parser.error(f"no end {', '.join(sorted(unknown))}: use oldest, newest")
     HOME.mkdir(exist_ok=True)
-    passed = [run(end, requirements(end, options.torch == "newest")) for end in options.ends or ENDS]
+    passed = [run(end, requirements(end, options.torch == "pinned")) for end in options.ends or ENDS]
     sys.exit(0 if all(passed) else 1)
 
 

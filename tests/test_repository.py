@@ -17,10 +17,11 @@ from bench.schemas.generator import json_schema
 from bench.schemas.results_files import RESULTS
 from bench.sweeps.points import SWEEPS
 from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
+from engram_ref.place import command as place_command
 from engram_toy.bytedmd import bytedmd, traced_eval
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("engram_ref", "engram_toy", "bench")
+FOLDERS = ("engram_ref", "engram_toy", "engram_price", "bench")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -140,11 +141,19 @@ def test_the_results_of_v41_say_how_much_of_it_they_hold():
         assert {run["table"]["share"] for run in step["runs"]} == {table["rows"] / table["published_rows"]}
 
 
-def test_the_readme_names_folders_that_exist():
+def test_the_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("## Map") : text.index("Every file")]
-    names = re.findall(r"^\| `(\w+)` \|", table, re.M)
-    assert len(names) == 6 and all((ROOT / name).is_dir() for name in names)
+    assert len(text.splitlines()) <= 90
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert len(links) >= 10 and all((ROOT / link).is_file() for link in links)
+
+
+def test_the_readme_places_a_table(capsys):
+    """The command as it stands there, without its console script."""
+    line = re.search(r"^engram-place (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert line
+    place_command.main(line[1].split())
+    assert "take " in capsys.readouterr().out
 
 
 EXAMPLES = ["README.md", "docs/how-it-works.md", "docs/how-bytedmd-works.md", "docs/run-it-yourself.md"]
@@ -158,10 +167,10 @@ def test_the_examples_of_the_documents_run(document, monkeypatch, cache_home):
     for block in blocks:
         names: dict = {}
         exec(block, names)
-        if "rows" in names:
-            assert names["rows"].shape == (1, 3, 24)
         if "hidden" in names:
             assert names["hidden"].shape == (1, 8, 64) and names["hidden"].isfinite().all()
+        if "tokens" in names:
+            assert names["tokens"].shape == (1, 11)
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/how-bytedmd-works.md", "docs/run-it-yourself.md"])

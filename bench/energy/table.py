@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from bench.energy.tiers import PAGE, Range, Tier, crossings, pages_per_row, rows_energy, weights_energy
+from bench.energy.tiers import Tier, crossings, rows_energy, weights_energy
 from bench.instruments.words import aligned
 from bench.rows.whole_model import AROUND, MODELS, shown
+from engram_ref.place.energy import PAGE, Range, pages_per_row
 
 # Models, and whose experts a step reads.
 SHOWN = (("dense-4b", ""), ("dense-8b", ""), ("v41-flash", "one"), ("v41-flash", "expected"), ("v41-flash", "all"))

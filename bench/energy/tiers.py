@@ -17,11 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.instruments.claim import WALL_TIME_CLAIM
+from engram_ref.place.energy import Range, pages_per_row
 
-PAGE = 4096  # bytes: the least that an SSD, or a page cache before it, moves
 _PICO = 1e-12
-
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,6 @@ class Tier:
         pages = pages_per_row(row_bytes)
         low, high = (8 * row_bytes * bit + pages * page for bit, page in zip(self.per_bit, self.per_page))
         return low * _PICO, high * _PICO
-
-
-def pages_per_row(row_bytes: int) -> float:
-    """Pages that a row lies on, on average over the rows of a table that begins at a page.
-
-    Rows start at all multiples of their greatest common divisor with a page, equally often.
-    """
-    divisor = math.gcd(row_bytes, PAGE)
-    starts = range(0, PAGE, divisor)
-    return sum((start + row_bytes - 1) // PAGE + 1 for start in starts) / len(starts)
 
 
 def tiers(published: Callable[[str], Range]) -> list[Tier]:

@@ -35,6 +35,11 @@ NOT_PREDICTED = {
     "layer_speed_first_run": "the same as layer_speed, an earlier run",
     "sharded_cpu": "tables that ranks share are no placement of this command",
     "stress": "faults, not times",
+    "energy_by_tier": "counts of rows, not energies",
+    "lab": "the toy, as the lab asked for it",
+    "lookup_range": "the toy prices every read itself",
+    "other_texts": "prices of single reads, of other texts",
+    "verdict_map": "prices of single reads",
 }
 
 

@@ -2,12 +2,14 @@
 
     python bench/fill_docs.py           fills docs/findings/engram-offload-wall-time.md with these blocks
 
-Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`; a CPU's is never shown in their place.
+Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`; a CPU's is never shown in their place:
+it is folded away, since it says nothing about a GPU.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +49,38 @@ def committed(folder: Path, device: str) -> list[tuple[str, Json]]:
     return sorted((name, results) for name, results in found if results["device"] == device)
 
 
+def folded(summary: str, text: str) -> str:
+    """A part of a page that opens when it is asked for."""
+    return f"<details markdown>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def of_both(folder: Path, what: str, shown: Callable[[list[tuple[str, Json]]], str]) -> str:
+    """Something of the runs on CUDA machines, or that there is none; that of a CPU's runs folded away below."""
+    runs, others = committed(folder, "cuda"), committed(folder, "cpu")
+    parts = [shown(runs) if runs else NO_RUN]
+    return "\n\n".join(
+        [*parts, folded(f"{what}, on a CPU: nothing about a GPU follows", shown(others))] if others else parts
+    )
+
+
 def wall_time_runs(folder: Path, device: str) -> str:
-    """Everything that the runs on a kind of device say, or that there is none."""
+    """Everything that the runs on a kind of device say, or that there is none; a CPU's folded away."""
     runs = committed(folder, device)
     if not runs:
         return NO_RUN
-    return "\n\n".join(f"`bench/results/{name}`:\n\n```text\n{report(results)}\n```" for name, results in runs)
+    text = "\n\n".join(f"`bench/results/{name}`:\n\n```text\n{report(results)}\n```" for name, results in runs)
+    return text if device == "cuda" else folded("All tables of the runs on a CPU", text)
 
 
 def wall_time_story(folder: Path) -> str:
-    """The one comparison: the overhead in its parts, a line per case, of CUDA machines first."""
+    """The one comparison: the overhead in its parts, a line per case."""
+    return of_both(folder, "The same comparison", _story)
+
+
+def _story(runs: list[tuple[str, Json]]) -> str:
     head = ["measured on", "model, batch, stream", *PARTS, "all of it", "of `resident`"]
     lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
-    runs = committed(folder, "cuda")
-    for _, results in [*runs, *committed(folder, "cpu")]:
-        lines += [_line(results, case) for case in results["cases"]]
-    note = [] if runs else ["", f"{NO_RUN} The lines above are a CPU's, and say nothing about a GPU."]
-    return "\n".join([*lines, *note])
+    return "\n".join([*lines, *(_line(results, case) for _, results in runs for case in results["cases"])])
 
 
 def _line(results: Json, case: Json) -> str:
@@ -89,13 +106,18 @@ def wall_time_class(folder: Path) -> str:
 
 
 def wall_time_sensitivity(folder: Path) -> str:
-    """Per case, how late a step's rows may come, expected and measured on slowed buses; then from published numbers."""
-    rows: list[tuple[str, ...]] = [_LATEST]
-    for _, results in [*committed(folder, "cuda"), *committed(folder, "cpu")]:
-        rows += [_sensitivity(results, case) for case in results["cases"]]
-    rows += [_published(batch) for batch in _PUBLISHED_BATCHES]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"| --- | --- |{' ---: |' * (len(rows[0]) - 2)}", *lines[1:]])
+    """How late a step's rows may come: by published numbers, then, per case, expected and measured on slowed buses."""
+    published = _latest([_published(batch) for batch in _PUBLISHED_BATCHES])
+    return f"{published}\n\n{of_both(folder, 'Slowed buses', _slowed)}"
+
+
+def _slowed(runs: list[tuple[str, Json]]) -> str:
+    return _latest([_sensitivity(results, case) for _, results in runs for case in results["cases"]])
+
+
+def _latest(rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (_LATEST, *rows)]
+    return "\n".join([lines[0], f"| --- | --- |{' ---: |' * (len(_LATEST) - 2)}", *lines[1:]])
 
 
 def _sensitivity(results: Json, case: Json) -> tuple[str, ...]:
@@ -132,14 +154,20 @@ def _us(seconds: float) -> str:
 
 def wall_time_reading(folder: Path) -> str:
     """A sceptic's questions to every committed run."""
-    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    return of_both(folder, "The same questions", _questions)
+
+
+def _questions(runs: list[tuple[str, Json]]) -> str:
     read = [f"{name}, {device_label(results)}\n{reading(results)}" for name, results in runs]
     return "```text\n{}\n```".format("\n\n".join(read))
 
 
 def wall_time_setup(folder: Path) -> str:
     """Configuration of every case, and the machines."""
-    runs = [*committed(folder, "cuda"), *committed(folder, "cpu")]
+    return of_both(folder, "Configuration", _setups)
+
+
+def _setups(runs: list[tuple[str, Json]]) -> str:
     rows: list[tuple[str, ...]] = [("machine", "model", "served", "table", "code")]
     rows += [_setup(results, case) for _, results in runs for case in results["cases"]]
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.instruments.quantities import last_line
+from engram_ref import cli
 from engram_ref.files.small_files import read_small
 
 _ORIGIN = re.compile(r"results sha256 [0-9a-f]{64}")
@@ -59,7 +61,14 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     finally:
-        print(report(), flush=True)
+        print(cli.fitted(report()), flush=True)
+
+
+def finish(results: Mapping[str, Any], path: Path | None) -> None:
+    """End a benchmark's stdout: where its results lie, and, as the last line, its result as one JSON object."""
+    if path is not None:
+        print(f"\n{path}")
+    print(last_line(results, path), flush=True)
 
 
 def source(results: Mapping[str, Any]) -> str:

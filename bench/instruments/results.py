@@ -52,7 +52,7 @@ def git_commit() -> Git:
     Outside a git checkout, such as in a copy, the commit is what ENGRAM_GIT_COMMIT says, or null; changes are unknown.
     """
     commit = _git("rev-parse", "HEAD") or os.environ.get("ENGRAM_GIT_COMMIT")
-    status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "bench", ":!bench/results")
+    status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "engram_price", "bench", ":!bench/results")
     return {"commit": commit or None, "dirty": None if status is None else bool(status)}
 
 

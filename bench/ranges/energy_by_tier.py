@@ -18,7 +18,7 @@ from bench.energy.step_reads import count_steps
 from bench.energy.table import crossing_table, reuse_table, step_table
 from bench.evidence.published import energy_tiers
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows.cases import LEAST_STEPS, source
 from bench.rows.whole_model import AROUND, MODELS
@@ -73,3 +73,4 @@ def main(argv: list[str]) -> None:
         with printed_anyway(lambda: "\n\n".join(table() for table in tables)):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
+        finish(results, path)

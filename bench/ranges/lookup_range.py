@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Source, Stream, text_source
@@ -77,3 +77,4 @@ def main(argv: list[str]) -> None:
         with printed_anyway(lambda: f"{endings_table(results, {})}\n\n{depth_table(results)}"):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
+        finish(results, path)

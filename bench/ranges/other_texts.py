@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows.other_texts import TOKENS, WEIGHED, measure_batch, measure_ids, seen_before, shuffled
 from bench.rows.other_texts_table import texts_table
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
         with printed_anyway(lambda: texts_table(results)):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
+        finish(results, path)
 
 
 def measure(name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import printed_anyway, require_writable
+from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import environment, git_commit, write_unless_same
 from bench.rows.cases import read_rows, source
 from bench.rows.verdict_map import map_records, map_table, points_table
@@ -53,3 +53,4 @@ def main(argv: list[str]) -> None:
         with printed_anyway(lambda: f"{map_table(results)}\n\n{points_table(results)}"):
             written = write_unless_same(path, results, "records")
             print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
+        finish(results, path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
 import random
 from array import array
 from bisect import bisect
@@ -13,11 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from bench.setup.encoding import encode_texts
-from engram_ref.files.small_files import open_regular
+from engram_ref.files.texts import read_text
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
-TEXT_CHARACTERS = 2 << 20  # of a text that a laptop traces some hundred tokens of
-_BYTES_PER_CHARACTER = 4  # at most, in UTF-8
 CALIBRATION_TOKENS = 16_384
 RANDOM_TOKENS = 4 * CALIBRATION_TOKENS
 
@@ -71,31 +67,6 @@ class Stream:
     start: int
     measured: list[int]
     calibration: list[int]
-
-
-def read_text(path: str | Path | None, most: int = TEXT_CHARACTERS) -> tuple[str, str]:
-    """Name and content of a text: a UTF-8 file, or (None) Python's own help topics, English prose about Python.
-
-    Args:
-        most: characters; of a longer file no more are read, and its name says so.
-
-    Raises:
-        ValueError: not a regular file, or not UTF-8.
-        OSError: it cannot be read.
-    """
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "pydoc_data.topics", "\n\n".join(topics[name] for name in sorted(topics))
-    name = Path(path).name
-    with open_regular(path, "name a text file") as file:
-        content = file.read(_BYTES_PER_CHARACTER * most + 1)
-    ends = len(content) <= _BYTES_PER_CHARACTER * most
-    try:
-        text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True).decode(content, ends)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    return (name, text) if ends and len(text) <= most else (f"{name}, first {most:,} characters", text[:most])
 
 
 def text_source(path: str | Path | None, tokenizer: str | Path | None, vocab: CompressedVocab) -> Source:

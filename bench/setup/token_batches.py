@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.setup.encoding import encode_texts
-from bench.setup.streams import read_text
 from engram_ref.config import require_int
+from engram_ref.files.texts import read_text
 from engram_ref.hashing import HashPlan, TokenHistory
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SHOWN = ("engram_ref", "engram_toy", "bench", "tests", "examples")
+_SHOWN = ("engram_ref", "engram_toy", "engram_price", "bench", "tests", "examples")
 
 
 def file_tree(root: Path = _ROOT) -> str:

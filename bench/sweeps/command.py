@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import printed_anyway
+from bench.instruments.output import finish, printed_anyway
 from bench.instruments.reading import read_results
 from bench.instruments.results import write_unless_same
 from bench.price.models import MODELS_OF
@@ -53,10 +53,13 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
         with printed_anyway(lambda: report_all(found)):
             _write(path, content, "points", say)
             _draw(read_results(path), options.out, say)  # an older run's, if it found the same
+        finish(found, path)
     if grid:
         asked = {**about, "models": ["engram"], **asdict(base)}
         prices = grid_content(asked, base, axes, records, texts.window(base))
         _write(options.out / "grid.json", prices, "", say)
+        as_read: Any = prices
+        finish(as_read, options.out / "grid.json")
 
 
 def chosen(options: Namespace) -> list[str]:

@@ -64,13 +64,10 @@ def table_params(text: str) -> float | str:
     """An argument type: parameters of a table, such as 1e9, or `max`."""
     if text == "max":
         return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1e5 <= value <= 1e12:
+    value = cli.number(text)
+    if value is None or not 1e5 <= value <= 1e12:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be max or a number of parameters from 1e5 to 1e12")
-    return value
+    return float(value)
 
 
 def row_layout(preset: str, wanted: str | None) -> str:

@@ -2,7 +2,7 @@
 //
 //   EngramChart.draw(element, { series, lines, ticks, xTitle, yTitle, current, label, format, tick })
 //
-// series  [{ name, style: 1|2|3|4, points: [{ at: 0..1, value }] }]     at: the place on the x axis
+// series  [{ name, style: 1..5, points: [{ at: 0..1, value }] }]     at: the place on the x axis
 // lines   [{ value, label }]                                        horizontal, dashed
 // ticks   [{ at: 0..1, label }]                                     of the x axis
 // current 0..1 or null                                              a vertical line at the point that is shown
@@ -43,6 +43,7 @@
     2: (x, y) => node("rect", { x: x - 4, y: y - 4, width: 8, height: 8 }),
     3: (x, y) => node("path", { d: `M${x} ${y - 5.5}l5 9h-10z` }),
     4: (x, y) => node("path", { d: `M${x} ${y - 6}l6 6l-6 6l-6-6z` }),
+    5: (x, y) => node("path", { d: `M${x} ${y + 5.5}l5-9h-10z` }),
   };
 
   function draw(element, chart) {

@@ -54,7 +54,7 @@
       ticks.push({ at: at(10 ** power), label: count(10 ** power) });
     window.EngramChart.draw(chart, {
       series: curves.map((curve, number) => ({
-        name: `${curve.model}, ${curve.table}`, style: 1 + (number % 4),
+        name: `${curve.model}, ${curve.table}`, style: 1 + (number % 5),
         points: curve.tokens.map((tokens, place) => ({ at: at(tokens), value: curve.share[place] })),
       })),
       lines: [{ value: data.claim, label: `${percent(data.claim)} claimed` }],

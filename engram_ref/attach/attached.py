@@ -45,7 +45,7 @@ from engram_ref.attach.history import (
 from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
 from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
-from engram_ref.attach.packing import Packing, borders_of, require_continued
+from engram_ref.attach.packing import Packing, borders_of, refuse_numbered, require_continued
 from engram_ref.attach.padding import chosen, padding_of
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
@@ -309,6 +309,8 @@ class Attached:
                 f"gradient checkpointing with a cache of {past} positions, which it does not read: leave the cache out"
             )
         cached = use_cache or given.cache is not None
+        if given.ids.shape[1] > 1 and given.mask is not None:
+            refuse_numbered(given.mask)
         borders = borders_of(given, past, cached, decoder.config)
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)

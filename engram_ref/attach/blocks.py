@@ -127,7 +127,8 @@ class Given(NamedTuple):
 
 CACHES = ("cache", "past_key_values", "cache_params")  # by release and kind of model, the name of a decoder's cache
 _PASTS = ("state", "mems", "layer_past", "past_key_value")  # a past in another form than a cache
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+LENGTHS = "cu_seq"  # how the names of running lengths begin: cu_seq_lens_q, cu_seqlens, ...
+_NUMBERS = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")  # which sequence of its row a position is of
 
 
 def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Given]:
@@ -145,9 +146,15 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
                 "inputs_embeds without input_ids: Engram looks rows up by token ids; give the model input_ids, or "
                 "detach Engram first"
             )
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"input_ids is a {type(ids).__name__}: give a tensor of token ids, [B, T]")
         if ids.ndim != 2:
             raise ValueError(f"token ids of shape {tuple(ids.shape)}: give a batch of sequences, [B, T]")
-        packed = {name: given[name] for name in _PACKED if given.get(name) is not None}
+        packed = {
+            name: said
+            for name, said in given.items()
+            if said is not None and (name in _NUMBERS or name.startswith(LENGTHS))
+        }
         mask, position, use_cache = (given.get(name) for name in ("attention_mask", "cache_position", "use_cache"))
         return Given(ids, cache_among(given), mask, position, use_cache, given.get("position_ids"), packed)
 

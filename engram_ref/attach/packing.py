@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_ref.attach.blocks import Given
+from engram_ref.attach.blocks import LENGTHS, Given
 from engram_ref.attach.padding import chosen, visible
 from engram_ref.ids import DEAD
 
@@ -86,7 +86,7 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
     if length == 1:
         return None
     mask = chosen(given.mask)
-    if mask is None:
+    if mask is None or (_is_flash(config) and _hides_nothing(mask)):
         found = _in_positions(given, use_cache, config)
     else:
         found = _in_mask(mask, length, past) if isinstance(mask, Tensor) and mask.ndim == 4 else None
@@ -97,6 +97,29 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
     if found is not None and past:
         raise ValueError(f"several sequences in one row behind a cache of {past} positions: {_MEND}")
     return found
+
+
+def _is_flash(config: Any) -> bool:
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
+
+
+def _hides_nothing(mask: Any) -> bool:
+    """Whether transformers leaves a mask [B, positions] out before flash attention, which then looks at positions."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())
+
+
+def refuse_numbered(mask: Any) -> None:
+    """Refuse a mask [B, positions] that numbers the sequences of a row, 1, 2, 3, ...: transformers takes it for ones.
+
+    Raises:
+        ValueError: a number above 1.
+    """
+    mask = chosen(mask)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype != torch.bool and bool((mask > 1).any()):
+        raise ValueError(
+            "an attention mask with numbers above 1, as of several sequences in one row, which transformers attends "
+            f"across: give position_ids that begin anew with each sequence and no mask, or {_MEND}"
+        )
 
 
 def require_continued(mask: Any, recent: Tensor, pad: int, past: int, length: int) -> None:
@@ -159,7 +182,7 @@ def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
 
 def _keeps_apart(positions: Tensor, borders: Tensor, batch: int, config: Any) -> bool:
     """Whether transformers attends within these borders."""
-    if "flash" in str(getattr(config, "_attn_implementation", "")):  # it sees only one row, by its smallest position
+    if _is_flash(config):  # it sees only one row, by its smallest position
         starts = positions == positions.min()
         return batch == 1 and bool(starts[:, 0].all()) and torch.equal(starts[:, 1:], borders[:, 1:])
     return hasattr(sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices")
@@ -190,9 +213,9 @@ def _compare(name: str, said: Any, found: Tensor | None, batch: int, length: int
     """Refuse what speaks of other borders than those that are followed."""
     said = torch.as_tensor(said)
     borders = torch.zeros(batch, length, dtype=torch.bool, device=said.device)
-    if name == "seq_idx":
+    if not name.startswith(LENGTHS):
         if said.shape != borders.shape:
-            raise ValueError(f"seq_idx of shape {tuple(said.shape)} for token ids of {(batch, length)}")
+            raise ValueError(f"{name} of shape {tuple(said.shape)} for token ids of {(batch, length)}")
         borders[:, 1:] = said.diff(dim=1) != 0
     else:
         starts = said[(said > 0) & (said < batch * length)]

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from engram_ref import cli
 from engram_ref.config import PRESETS
+from engram_ref.files.texts import read_text
 from engram_ref.place.answer import Question, answer
 from engram_ref.place.engines import engine_flags
 from engram_ref.place.machine import Machine, Rate, this_machine
 from engram_ref.place.model import Model
-from engram_ref.place.reads import count_reads, read_text
+from engram_ref.place.reads import count_reads
 from engram_ref.place.table import report
 
 PROG = "engram-place"
@@ -57,7 +58,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=cli.at_least(1, _MOST_BATCH), nargs="+", default=[1, 64, 512], metavar="TOKENS",
         help="tokens of a decode step (default: 1 64 512)")  # fmt: skip
     add("--hot-share", type=cli.share, default=0.1, help="of all rows, that the hot tier holds (default: 0.1)")
-    add("--text", type=Path, help="a UTF-8 text whose tokens are looked up (default: Python's help topics)")
+    add(
+        "--text", type=Path, help="a UTF-8 text whose tokens are looked up, - for stdin (default: Python's help topics)"
+    )
     add("--tokenizer", metavar="PATH", help="a tokenizer.json for the text (default: DeepSeek-V4's)")
     add("--json", action="store_true", help="everything as JSON on stdout")
     add("--engram-config", action="store_true", help="only the flag that vLLM and SGLang take")
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.engram_config:
             print("\n".join(engine_flags(found["recommendation"]["placement"])), flush=True)
         else:
-            print(json.dumps(found, indent=1) if options.json else report(found), flush=True)
+            print(json.dumps(found, indent=1) if options.json else cli.fitted(report(found)), flush=True)
 
 
 def run() -> None:

@@ -12,28 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from engram_ref.files.small_files import read_small
 from engram_ref.hashing.ngram import NgramHasher
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.place.model import Model
 from engram_ref.vocab import load_tokenizer, vocab_for
 
 MOST_TOKENS = 1 << 16  # of a text: enough to count with, and few enough for a second
-_MOST_BYTES = 1 << 20
 _LEAST_TOKENS = 64
 _STEPS = 64  # of a batch size that are looked at
-
-
-class Text(NamedTuple):
-    """A text and what it is called."""
-
-    name: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -57,22 +46,13 @@ class Reads:
     hits: float
 
 
-def read_text(path: Path | None) -> Text:
-    """A UTF-8 file, the beginning of a long one; without a path, the help topics that come with Python."""
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return Text("pydoc_data.topics", "\n".join(topics[name] for name in sorted(topics)))
-    found = read_small(path, 1 << 30, "name a text file")
-    return Text(path.name, found[:_MOST_BYTES].decode("utf-8", errors="ignore"))
-
-
 def count_reads(
-    model: Model, text: Text, batches: Sequence[int], hot_share: float = 0.0, tokenizer: str | None = None
+    model: Model, text: tuple[str, str], batches: Sequence[int], hot_share: float = 0.0, tokenizer: str | None = None
 ) -> Reads:
     """Hash a text and count.
 
     Args:
+        text: its name and its content.
         batches: tokens a step.
         hot_share: of all rows, that the hot tier holds: those that the first half of the text reads most.
         tokenizer: as for `load_tokenizer`.
@@ -83,11 +63,12 @@ def count_reads(
     rows = _rows(model, text, tokenizer)  # [T, rows a token]
     flat = rows.reshape(-1)
     half = len(rows) // 2 * rows.shape[1]
+    name, _ = text
     _, first_at, number = np.unique(flat, return_index=True, return_inverse=True)
     counted = len(flat) - half
     is_first = first_at[number[half:]] == np.arange(half, len(flat))
     return Reads(
-        text.name,
+        name,
         len(rows),
         {batch: _distinct(number.reshape(rows.shape), batch) for batch in batches},
         float(is_first.mean()),
@@ -96,11 +77,12 @@ def count_reads(
     )
 
 
-def _rows(model: Model, text: Text, tokenizer: str | None) -> np.ndarray:
+def _rows(model: Model, text: tuple[str, str], tokenizer: str | None) -> np.ndarray:
     """Row numbers of all layers, each row once over all of them, int64 [T, rows a token]."""
-    ids = load_tokenizer(tokenizer).encode(text.content[: 8 * MOST_TOKENS], add_special_tokens=False).ids[:MOST_TOKENS]
+    name, content = text
+    ids = load_tokenizer(tokenizer).encode(content[: 8 * MOST_TOKENS], add_special_tokens=False).ids[:MOST_TOKENS]
     if len(ids) < _LEAST_TOKENS:
-        raise ValueError(f"{text.name} has {len(ids)} tokens: give a text of at least {_LEAST_TOKENS}")
+        raise ValueError(f"{name} has {len(ids)} tokens: give a text of at least {_LEAST_TOKENS}")
     config = model.config
     if config.form != "qwen":
         config = config.replace(compressed_size=None)  # another tokenizer's is as good to count with

@@ -20,9 +20,10 @@ from bench.price.job import Job, check_against_upstream, price_job
 from bench.price.table import groups, is_valid, verdict_table
 from bench.schemas.generator import json_schema
 from bench.schemas.toy import Results
-from bench.setup.streams import read_text, text_stream
+from bench.setup.streams import text_stream
 from engram_ref import cli
 from engram_ref.config import EngramConfig
+from engram_ref.files.texts import read_text
 from engram_toy import bytedmd as own
 from engram_toy.models.programs import BOUNDARIES, MODELS
 from tests import commands
@@ -74,7 +75,9 @@ def test_every_comparison_is_valid(finished):
 
 def test_stdout_is_the_table_and_stderr_the_progress(finished):
     done, out, results = finished
-    assert done.stdout.rstrip("\n") == verdict_table(results)
+    assert done.stdout.startswith(f"{verdict_table(results)}\n")
+    *_, where, last = done.stdout.splitlines()
+    assert json.loads(last)["results"] == where and Path(where).name == "results.json"
     assert "price 24/24" in done.stderr and str(out / "results.json") in done.stderr
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import engram_toy.hashing as toy
-from bench.setup.streams import read_text
+from engram_ref.files.texts import read_text
 from engram_ref.hashing import DEAD, HashPlan
 from engram_ref.hashing import ngram as ref
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab

@@ -75,6 +75,10 @@ def expected(values, ids, layer_id, history=None):
     return values[layer_id][torch.from_numpy(rows).long().reshape(-1)]
 
 
+def numbers(ids, layer_id):
+    return torch.from_numpy(NgramHasher(PLAN)(ids, layer_id).reshape(-1))
+
+
 def random_ids(seed, shape=(2, 9)):
     return np.random.default_rng(seed).integers(0, PLAN.compressed_size, shape)
 
@@ -92,6 +96,7 @@ def test_the_rows_of_every_layer_arrive(values, background, shape):
         assert list(fetch) == [1, 3] and len(fetch) == 2
         for layer_id in (3, 1):  # joined in any order
             assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
+            assert torch.equal(fetch[layer_id].row_numbers, numbers(ids, layer_id))
 
 
 def test_a_wrong_hash_would_be_noticed(values):
@@ -626,6 +631,7 @@ def test_a_side_stream_waits_for_the_ids_and_is_waited_for(values, did):
         for place, layer_id in ((5, 1), (7, 3)):
             did[:] = did[:7]
             assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
+            assert torch.equal(fetch[layer_id].row_numbers, numbers(ids, layer_id))
             assert did[7:] == [f"caller waits for event {place}", "caller keeps memory"]
         fetch.release()
         rows = torch.ones(3).as_subclass(OnStream)
@@ -652,6 +658,7 @@ def test_without_a_side_stream_all_is_done_by_the_callers(values, did, on_gpu):
         with prefetcher.start(torch.from_numpy(ids)) as fetch:
             for layer_id in fetch:
                 assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
+                assert torch.equal(fetch[layer_id].row_numbers, numbers(ids, layer_id))
         assert did == ["hash on caller", *["gather on caller"] * (2 * on_gpu)]
         fetch, other = prefetcher.start_lookup(lambda: ({1: torch.ones(2)}, torch.zeros(2)))
         assert (fetch[1].wait() == 1).all() and (other.wait() == 0).all()

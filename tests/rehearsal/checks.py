@@ -143,24 +143,23 @@ def a_kernel_reads_no_pageable_memory() -> None:
 
 def decoding_from_graphs_is_decoding() -> None:
     """Choices, keys, values and pasts equal to the bit, across a change of span; and other rows give others."""
-    models, work, variants, resident, values = _served_on_two()
+    models, work, variants, rows = _served_on_two()
     graphs, eager = (model for model, _ in models)
     for variant in variants:
         chosen = []
         for _, server in models:
-            on_hand = server.fetch(work, resident) if variant.table is None else None
-            chosen.append(server.serve(work, variant, on_hand).tokens_sha256)
+            chosen.append(server.serve(work, variant).tokens_sha256)
         assert chosen[0] == chosen[1], variant.label
         for a, b in zip(graphs._stored, eager._stored):
             assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu()), variant.label
         assert torch.equal(graphs._convolutions[1].values.cpu(), eager._convolutions[1].values.cpu()), variant.label
-    values.neg_()
-    models[0][1].serve(work, variants[0])
+    rows.neg_()
+    models[0][1].serve(work, variants[1])
     assert not torch.equal(graphs._stored[1][0].cpu(), eager._stored[1][0].cpu()), "the comparison would not notice"
 
 
-def _served_on_two() -> tuple[Any, Any, Any, Any, Any]:
-    """A model that decodes from graphs, one that does not; a round of two spans, variants, a table, and its rows."""
+def _served_on_two() -> tuple[Any, Any, Any, Any]:
+    """A model that decodes from graphs, one that does not; a round of two spans, variants, and their rows."""
     import numpy as np
 
     from bench.served import model as served
@@ -190,23 +189,21 @@ def _served_on_two() -> tuple[Any, Any, Any, Any, Any]:
     plan = HashPlan.for_vocab(config, vocab)
     fusion = make_fusion(config, GPU, torch.float32).eval()
     rows = torch.randn(plan.layers[0].rows, config.row_width)
-    values = rows.to(GPU)
-    there, here = DeviceTable(values), HostTable(rows, GPU)
+    there, here = DeviceTable(rows.to(GPU)), HostTable(rows, GPU)
     on_device = Prefetcher(DeviceHasher(plan, GPU), {1: there}, background=False)
-    variants = [Variant("resident", IN_GRAPH, table=there, prefetcher=on_device), Variant("own_compute", "none")]
+    variants = [Variant("resident", IN_GRAPH, table=there, prefetcher=on_device)]
     for schedule in ("prefetched", "synchronous"):
         fetches = Prefetcher(NgramHasher(plan), {1: here}, background=schedule == "prefetched")
         variants.append(Variant("offload", schedule, table=here, prefetcher=fetches))
-    variants.append(Variant("no_engram", "none"))
     models = []
     for used in (True, False):
         model = ServedModel(decoder, head, fusion, plan, vocab, 2, 10, used)
-        model.prepare(6, there, variants[0])
+        model.prepare(7, there, variants[0])
         models.append((model, Server(model, vocab, plan)))
     assert models[0][0].graphs["used"], models[0][0].graphs["why"]
-    work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (6, 6), (3, 4)), most_tokens=100)
+    work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (7, 7), (3, 3)), most_tokens=100)
     assert len({step.span for step in work.steps if hasattr(step, "span")}) == 2
-    return models, work, variants, there, values
+    return models, work, variants, rows
 
 
 CHECKS = [

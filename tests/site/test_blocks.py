@@ -38,6 +38,22 @@ def test_scripts_hold_the_results(results):
     assert content(data.whole_model_script(results))["whole_model"] == data.curves(synthetic.production())
 
 
+def test_explore_opens_on_the_numbers_of_the_start_page():
+    """Where the sliders stand at first, the committed grid has the committed toy's prices, and so the same class."""
+    start = re.search(r"const START = \{(.*?)\};", (ROOT / "docs/javascripts/explore.js").read_text(encoding="utf-8"))
+    assert start
+    point = {axis: float(value) for axis, value in re.findall(r"(\w+): ([\de.]+)", start[1])}
+    grid, evidence = content(data.grid_script(ROOT / "bench" / "results")), Evidence()
+    for name in ("offload_prefetch", "offload_naive"):
+        found = [grid["prices"][variant] for variant in (name, "resident")]
+        for axis in data.GRID_AXES:
+            found = [level[grid["axes"][axis].index(point[axis])] for level in found]
+        assert found[0] / found[1] == evidence.ratio("engram", "lookup", name)
+    assert (
+        grid["stream"] == evidence.toy["stream"]["name"] and grid["tokens"] == evidence.toy["configuration"]["seq_len"]
+    )
+
+
 def test_curves_are_the_records_by_tokens_per_step():
     found = data.curves(synthetic.production())
     assert len(found) == 16
@@ -197,7 +213,7 @@ def test_colours_can_be_read(scheme, page):
     for label in ("win", "inconclusive", "loss"):
         assert contrast(colour[label], colour[f"{label}-back"]) >= 4.5
     assert min(contrast(colour["quiet"], colour["soft"]), contrast(colour["quiet"], page)) >= 4.5
-    assert all(contrast(colour[f"style-{number}"], page) >= 3 for number in (1, 2, 3, 4))
+    assert all(contrast(colour[f"style-{number}"], page) >= 3 for number in (1, 2, 3, 4, 5))
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench.energy import step_reads
 from bench.energy.table import crossing, crossing_table, reuse_table, shares, step_table, weight_bytes
-from bench.energy.tiers import Tier, crossings, pages_per_row, rows_energy, tiers, weights_energy
+from bench.energy.tiers import Tier, crossings, rows_energy, tiers, weights_energy
 from bench.evidence.committed import Evidence
 from bench.evidence.published import energy_tiers
 from bench.rows import cases
@@ -18,6 +18,7 @@ from bench.schemas import ranges
 from bench.schemas.generator import json_schema
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.place.energy import pages_per_row
 
 ROOT = Path(step_reads.__file__).resolve().parents[2]
 NEAR, FAR, PAGED = Tier("near", (1.0, 2.0)), Tier("far", (10.0, 40.0)), Tier("paged", (0.0, 0.0), (1e6, 3e6))

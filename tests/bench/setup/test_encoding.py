@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from bench.setup import encoding, streams
 from bench.setup.encoding import encode_texts
-from bench.setup.streams import read_text, text_source
+from bench.setup.streams import text_source
+from engram_ref.files.texts import read_text
 from engram_ref.vocab import load_tokenizer
 
 PIECE = 700  # characters: a short text has many cuts

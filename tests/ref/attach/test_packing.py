@@ -147,6 +147,11 @@ REFUSED = {
         dict(position_ids=PLACES, cu_seq_lens_q=CU[[0, 1, 3, 4, 5, 6]], use_cache=False),
         r"\(cu_seq_lens_q\), and other borders",
     ),
+    "lengths by another name": (dict(cu_seqlens=CU, use_cache=False), r"packed into one row \(cu_seqlens\)"),
+    "numbers by another name": (dict(document_ids=NUMBERS[None], use_cache=False), r"\(document_ids\), and other"),
+    "numbers of another shape": (dict(segment_ids=NUMBERS, use_cache=False), r"segment_ids of shape \(18,\)"),
+    "a mask that numbers": (dict(attention_mask=NUMBERS[None] + 1), "an attention mask with numbers above 1"),
+    "a list": (dict(input_ids=[[1, 2]]), "input_ids is a list: give a tensor of token ids"),
     "beside a mask": (dict(attention_mask=torch.ones_like(PACKED), cu_seq_lens_q=CU), "cu_seq_lens_q"),
     "a tree": (dict(attention_mask=BLOCKS | (torch.arange(18) == 0)), "neither causal nor block-diagonal"),
     "integers": (dict(attention_mask=BLOCKS.long()), "give booleans"),
@@ -158,7 +163,7 @@ REFUSED = {
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_other_packings_are_refused(arguments, message, model, layers):
     with torch.no_grad(), attach(model, layers.engrams, layers.plan), pytest.raises(ValueError, match=message):
-        model(PACKED, **arguments)
+        model(**dict(input_ids=PACKED) | arguments)
 
 
 def test_staged_steps_hold_one_sequence_a_row(model, layers):
@@ -245,10 +250,13 @@ def test_flash_attention_sees_only_what_it_sees():
     class Config:
         _attn_implementation = "flash_attention_2"
 
-    def borders(ids, places):
-        return borders_of(Given(ids, None, None, None, None, places), 0, False, Config)
+    def borders(ids, places, mask=None):
+        return borders_of(Given(ids, None, mask, None, None, places), 0, False, Config)
 
+    ones = torch.ones_like(PACKED)
     assert borders(PACKED, PLACES).sum() == len(LENGTHS) - 1
+    assert torch.equal(borders(PACKED, PLACES, ones), borders(PACKED, PLACES))  # a mask that hides nothing is left out
+    assert borders(PACKED, PLACES, ones * (torch.arange(18) > 0)) is None  # any other is all that is looked at
     for ids, places in ((PACKED.expand(2, -1), PLACES), (PACKED, PLACES + torch.arange(18) // 9)):
         with pytest.raises(ValueError, match="this attention, would attend across"):
             borders(ids, places)

@@ -11,10 +11,10 @@ import tracemalloc
 import pytest
 
 from bench.instruments.journal import Journal, earlier
-from bench.setup.streams import read_text
 from engram_ref.checkpoint.config_json import read_config
 from engram_ref.files.header import read_json
 from engram_ref.files.small_files import MOST_JSON, read_small
+from engram_ref.files.texts import read_text
 from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer
 
 

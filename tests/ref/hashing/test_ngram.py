@@ -390,6 +390,36 @@ def test_table_beyond_int32_primes_is_refused():
         HashPlan.build(config, 100, 2)
 
 
+def test_the_largest_prime_is_the_largest_int32():
+    layer = LayerPlan(0, (3, 5), (2**31 - 1,), (0,))
+    plan = HashPlan(10, 2, 2, 1, (layer,))
+    with pytest.raises(ValueError, match=r"prime 2147483648 exceeds 2\^31 - 1"):
+        dataclasses.replace(plan, layers=(dataclasses.replace(layer, primes=(2**31,)),))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (0, "compressed_size=0: must be an integer of at least 1"),
+        (-1, "compressed_size=-1: must be an integer of at least 1"),
+        ("9", "compressed_size='9': must be an integer"),
+        (2**63, r"compressed_size=9223372036854775808 exceeds 2\^63 - 1: ids are 64-bit integers"),
+    ],
+)
+def test_sizes_that_no_ids_have_are_refused(size, message):
+    with pytest.raises(ValueError, match=message):
+        HashPlan.build(EngramConfig.preset("tiny"), size, 0)
+
+
+def test_plans_are_values():
+    plan = HashPlan.build(EngramConfig.preset("tiny"), 100, 2)
+    same = HashPlan.from_json(plan.to_json())
+    assert plan == same and hash(plan) == hash(same) and hash(plan.layers[0]) == hash(same.layers[0])
+    for value, name in ((plan, "heads"), (plan.layers[0], "primes")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, ())
+
+
 CONTRADICTIONS = {
     "offsets not the running sum": (dict(offsets=(0, 8)), "offsets are not the running sum of the primes"),
     "offsets start elsewhere": (dict(offsets=(1, 8)), "offsets are not the running sum of the primes"),

@@ -17,13 +17,14 @@ import pytest
 
 from engram_ref.checkpoint.config_json import config_fields, table_rows
 from engram_ref.config import PRESETS, EngramConfig
+from engram_ref.files.texts import read_text
 from engram_ref.place import command, energy, price, reads
 from engram_ref.place.answer import Question, answer
 from engram_ref.place.engines import engine_flags
 from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, seconds
 from engram_ref.place.machine import ASSUMED, Machine, Rate
 from engram_ref.place.model import BACKBONES, Model
-from engram_ref.place.reads import Reads, Text, count_reads, read_text
+from engram_ref.place.reads import Reads, count_reads
 from engram_ref.place.table import report
 from engram_toy.tracer.stack import cumulative_price
 
@@ -155,7 +156,7 @@ def test_prices_are_the_twins():
 
 def test_counts_against_sets():
     model = Model.of("demo")
-    text = Text("some", " ".join(f"word{n % 97} and {n % 13}" for n in range(600)))
+    text = ("some", " ".join(f"word{n % 97} and {n % 13}" for n in range(600)))
     tier = 500
     found = count_reads(model, text, (1, 8), tier / sum(model.rows))
     rows = reads._rows(model, text, None)
@@ -179,7 +180,7 @@ def test_counts_against_sets():
 
 def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="has 2 tokens: give a text of at least 64"):
-        count_reads(Model.of("tiny"), Text("short.txt", "two words"), (1,))
+        count_reads(Model.of("tiny"), ("short.txt", "two words"), (1,))
 
 
 def test_more_tokens_a_step_than_the_text_has_count_as_all_distinct():

@@ -102,9 +102,9 @@ def test_the_share_of_huge_pages_counts_what_was_touched(monkeypatch):
             f"{low:x}-{low + 4 * MIB:x} rw-p 0 00:00 0 \nRss:    4096 kB\nAnonHugePages:  2048 kB\n"
             f"{low + 4 * MIB:x}-{low + 8 * MIB:x} rw-p 0 00:00 0 \nRss:    4096 kB\nAnonHugePages:  4096 kB\n"
         )
-        monkeypatch.setattr(free_memory, "text_of", lambda path: smaps)
+        monkeypatch.setattr(module, "text_of", lambda path: smaps)
         assert memory.huge_page_share() == 0.75
-        monkeypatch.setattr(free_memory, "text_of", lambda path: "")
+        monkeypatch.setattr(module, "text_of", lambda path: "")
         assert memory.huge_page_share() == 0.0
 
 

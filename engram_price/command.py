@@ -1,0 +1,139 @@
+"""What do the lookups of a text cost? Each row read of a small Engram priced: ceil(sqrt(d)) at depth d of an LRU stack.
+
+    engram-price                                   128 tokens of Python's help topics, in seconds
+    engram-price --text FILE --tokens 64           of a text of your own; --text - reads standard input
+    engram-price --padding 0 10^4 10^6             how far away the table lies
+    engram-price --json
+
+The text goes through a tokenizer and Engram's hash; the rows that it names are read in plain Python, and traced. One
+layer in the form of a preset, its table small enough to lay out value by value. Only row reads are priced: with the
+layer and the block around them the ratios come close to 1: `make toy` in the repository prices those, too.
+
+  resident          the table above the padding: the baseline
+  offload_naive     the table below the padding
+  offload_prefetch  the same, the next position's rows copied up before they are needed
+  offload_hot       the same, but the rows most frequent in the text before start above
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from engram_ref import cli
+from engram_ref.config import EngramConfig
+from engram_ref.files.texts import read_text
+from engram_ref.hashing.plan import HashPlan
+from engram_ref.vocab import load_tokenizer, vocab_for
+from engram_toy.bytedmd import trace
+from engram_toy.fusion.demo import EngramWeights
+from engram_toy.hashing import NgramHasher
+from engram_toy.models.attention import AttentionWeights
+from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
+from engram_toy.models.programs import Workload, build
+from engram_toy.tracer.stack import read_price
+
+PROG = "engram-price"
+MOST_TOKENS = 1 << 12
+_CALIBRATION = 1 << 14  # tokens before the priced ones, that hot rows are chosen by
+_CHARACTERS = 1 << 18
+_NO_LAYER = EngramWeights(*([] for _ in EngramWeights._fields))  # nothing but rows is read
+_NO_ATTENTION = AttentionWeights(*([] for _ in AttentionWeights._fields))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line options; see `--help`."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="a UTF-8 text, - for standard input (default: Python's help topics)")
+    add("--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hub name (default: DeepSeek-V4's)")
+    add("--tokens", type=cli.at_least(2, MOST_TOKENS), default=128, help="of the end of the text (default: 128)")
+    add("--padding", type=cli.at_least(0, 10**7), nargs="+", default=[10**6], metavar="VALUES",
+        help="that bury the table (default: 10^6)")  # fmt: skip
+    add("--hot-share", type=cli.share, default=0.1, help="of all rows, that offload_hot keeps above (default: 0.1)")
+    add("--json", action="store_true", help="the prices as JSON")
+    return parser.parse_args(argv)
+
+
+def read_ids(path: str | None, tokenizer: str | None, tokens: int) -> tuple[str, list[int], list[int]]:
+    """A text's name, its last compressed ids, and those before them.
+
+    Raises:
+        ValueError: it has too few tokens, or it is no text.
+    """
+    name, text = read_text(path, _CHARACTERS)
+    ids = load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
+    if len(ids) < 2 * tokens:
+        raise ValueError(f"{name} has {len(ids)} tokens: {tokens} to price need a text of at least {2 * tokens}")
+    compressed = vocab_for(EngramConfig.preset("tiny"), tokenizer)([ids])[0].tolist()
+    return name, compressed[-tokens:], compressed[-tokens - _CALIBRATION : -tokens]
+
+
+def prices(
+    plan: HashPlan, width: int, ids: Sequence[int], before: Sequence[int], padding: int, hot_share: float
+) -> dict[str, int]:
+    """ByteDMD price of the row reads of `ids` in each layout, one byte a value.
+
+    Args:
+        plan: of one layer.
+        width: values of a row.
+        before: ids that the hot rows are counted on.
+        padding: values between the table's two parts.
+    """
+    layer, constants = plan.layers[0], json.loads(plan.to_json())
+    hot = most_frequent(NgramHasher(constants)(before, layer.layer_id), int(hot_share * layer.rows))
+    table = [[0.0] * width for _ in range(layer.rows)]
+    workload = Workload("engram", constants, layer.layer_id, ids, table, [], _NO_LAYER, _NO_ATTENTION)
+    found = {}
+    for variant in VARIANTS:
+        program = build(workload, "lookup", Layout.variant(variant, layer.rows, hot), padding)
+        depths = trace(program.function, program.arguments, program.kinds).depths
+        found[variant] = sum(read_price(depth, 1) for depth in depths)
+    return found
+
+
+def price_text(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask, as JSON takes it."""
+    config = EngramConfig.preset("tiny")
+    name, ids, before = read_ids(options.text, options.tokenizer, options.tokens)
+    plan = HashPlan.for_vocab(config, vocab_for(config, options.tokenizer))
+    return {
+        "text": name,
+        "tokens": len(ids),
+        "rows_read": len(ids) * config.columns,
+        "values_per_row": config.row_width,
+        "table_rows": plan.layers[0].rows,
+        "prices": [
+            {"padding": padding, **prices(plan, config.row_width, ids, before, padding, options.hot_share)}
+            for padding in options.padding
+        ],
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The prices for a terminal."""
+    lines = [
+        f"{found['text']}, last {found['tokens']:,} tokens: {found['rows_read']:,} rows of "
+        f"{found['values_per_row']} values read, from a table of {found['table_rows']:,}"
+    ]
+    for entry in found["prices"]:
+        lines += ["", f"padding {entry['padding']:,}"]
+        for variant in VARIANTS:
+            ratio = entry[variant] / entry["resident"]
+            lines.append(f"  {variant:<16} {entry[variant]:>16,}  {ratio:8.3f} x resident")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; see `--help`."""
+    options = parse(argv)
+    with cli.one_line_errors(PROG):
+        found = price_text(options)
+        print(json.dumps(found, indent=1) if options.json else cli.fitted(report(found)), flush=True)
+
+
+def run() -> None:
+    """The console script."""
+    cli.run(main, PROG)
