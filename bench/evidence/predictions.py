@@ -27,7 +27,6 @@ NOT_PREDICTED = {
     "bytedmd_sweeps": "the toy prices every read itself",
     "bytedmd_grid": "the toy prices every read itself",
     "row_definitions": "other definitions of the metric",
-    "lab": "a toy of its own, which prices every read itself",
     "production_qwen": "its prices hold no live bytes beside what a step reads",
     "row_speed": "how long pricing takes",
     "pricing_speed": "how long pricing takes",
