@@ -168,7 +168,8 @@ def replace(path, rows, which, key, factor):
     """The same results with one number of some of their rows multiplied."""
     content = json.loads(path.read_text(encoding="utf-8"))
     for row in content[rows]:
-        row[key] *= factor if which(row) and key in row else 1
+        if which(row):
+            row[key] *= factor
     path.unlink()
     path.write_text(json.dumps(content), encoding="utf-8")
 
