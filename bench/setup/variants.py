@@ -79,11 +79,6 @@ class Variant:
         return " ".join(part for part in parts if part)
 
     @property
-    def has_engram(self) -> bool:
-        """Whether the model has the layer."""
-        return self.name != CONTROL
-
-    @property
     def hashing_device(self) -> torch.device | None:
         """Where ids are hashed, if that is a device's business."""
         hasher = self.prefetcher.hasher if self.prefetcher is not None else None

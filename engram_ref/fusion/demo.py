@@ -154,9 +154,8 @@ class DemoFusion(Fusion):
         if dead is not None:
             raise ValueError("dead positions: the demo's form knows none; leave dead out, or use form v41")
         one_pass = self.one_pass()
-        if one_pass is None:
-            return hidden + self(e, hidden, history, padding)
-        return self._update(e, hidden, history, padding, one_pass, adds=True)
+        update = self._update(e, hidden, history, padding, one_pass, adds=True)
+        return hidden + update if one_pass is None else update
 
     def _update(
         self,

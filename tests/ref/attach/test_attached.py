@@ -31,18 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
 def layers():
     return make_layers()
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return make_ids()
 
 
 # --- equal to what is written by hand ---------------------------------------------------------------

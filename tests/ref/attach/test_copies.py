@@ -29,16 +29,6 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ids():
-    return make_ids()
-
-
-@pytest.fixture(scope="module", params=["demo", "v41"])
-def layers(request):
-    return make_layers(form=request.param)
-
-
 # --- the model -------------------------------------------------------------------------------------
 
 

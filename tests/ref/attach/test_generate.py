@@ -20,21 +20,6 @@ EXACT = dict(rtol=0, atol=1e-12)  # float64, logits of about 1; other shapes of 
 MORE = dict(max_new_tokens=6, do_sample=False)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module", params=["demo", "v41"])
-def layers(request):
-    return make_layers(form=request.param)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return make_ids()
-
-
 @pytest.fixture
 def attached(model, layers):
     with torch.no_grad(), attach(model, layers.engrams, layers.plan) as made:

@@ -28,11 +28,6 @@ def layers():
     return make_layers((1,))
 
 
-@pytest.fixture(scope="module")
-def ids():
-    return make_ids()
-
-
 def static(model):
     return StaticCache(config=model.config, max_cache_len=16)
 

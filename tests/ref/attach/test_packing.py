@@ -25,16 +25,6 @@ BLOCKS = (NUMBERS[:, None] == NUMBERS[None, :]).tril()[None, None]  # [1, 1, T, 
 ADDED = torch.zeros(BLOCKS.shape, dtype=torch.float64).masked_fill(~BLOCKS, -1e9)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module", params=["demo", "v41"])
-def layers(request):
-    return make_layers(form=request.param)
-
-
 def alone(model, sequences, start=0):
     """The logits of each, one after the other."""
     found = []

@@ -17,16 +17,6 @@ from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module", params=["demo", "v41"])
-def layers(request):
-    return make_layers(form=request.param)
-
-
 SEQUENCES = [row[:length] for row, length in zip(make_ids(3, 9), (9, 5, 1))]
 
 

@@ -35,16 +35,6 @@ def logits(model, ids):
         return model(ids).logits
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module", params=["demo", "v41"])
-def layers(request):
-    return make_layers(form=request.param)
-
-
 @pytest.mark.parametrize("length", [9, 70], ids=["inline", "worker"])
 @pytest.mark.parametrize("background", [True, False])
 def test_each_thread_gets_its_own_rows(length, background, model, layers):
