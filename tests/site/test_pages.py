@@ -242,10 +242,11 @@ PARTS = dict.fromkeys(PAGES, "html") | {
     "log.html": "header",
     "developing.html": "header",
     "reference/results.html": ".md-typeset__scrollwrap",
+    "reference/offload-prices.html": ".ruled",
     "reference/api.html": ".doc-class",
     "reference/api-price.html": ".doc-class",
     "findings/engram-offload-bytedmd.html": ".ruled",
-    "findings/engram-offload-wall-time.html": ".ruled",
+    "findings/engram-offload-wall-time.html": "details",
 }
 
 
@@ -269,9 +270,10 @@ def test_what_cannot_be_read_would_be_noticed(tmp_path, browser):
 
 def test_dark_is_dark(address, site, browser):
     lightness = []
-    for scheme in ("light", "dark"):
+    for scheme, name in (("light", "default"), ("dark", "slate")):
         browser.screen(1280, scheme=scheme)
         browser.open(f"{address}/index.html")
+        browser.wait_for(f"document.body.dataset.mdColorScheme === '{name}'")  # the theme looks after the load
         colour = browser.run("getComputedStyle(document.body).backgroundColor")
         lightness.append(sum(map(int, re.findall(r"\d+", colour)[:3])))
     assert lightness[0] > 700 and lightness[1] < 150

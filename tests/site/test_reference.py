@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from tests.site.conftest import ROOT
 
 # Modules at the root of a package that are there for its other modules.
-PLUMBING = {"cli", "compiled", "devices", "gpu", "loops", "needs_torch", "quoting"}
-COMMANDS = {"main", "parse"}  # of modules that are commands: `--help` is their reference
+PLUMBING = {"cli", "compiled", "devices", "free_memory", "gpu", "loops", "needs_torch", "quoting"}
+COMMANDS = {"main", "parse", "run"}  # of modules that are commands: `--help` is their reference
 
 
 def public(text: str) -> Iterator[str]:
