@@ -194,7 +194,7 @@ def test_the_traffic_of_an_end_to_end_row_is_counted_with_its_rows(nvml, monkeyp
     on_clock(nvml, monkeypatch)
     rounds = object.__new__(end_to_end_rounds.Rounds)
     rounds._options = SimpleNamespace(energy=False)
-    rounds._model = SimpleNamespace(positions=SimpleNamespace(device=torch.device("cuda")))
+    rounds._model = SimpleNamespace(device=torch.device("cuda"))
     rounds._server = SimpleNamespace(serve=lambda *given: nvml.one_pass())
     content = {"table": {"row_bytes": 264}, "rounds": [{"round": 0, "rows_requested": 100_000}]}
     rounds._case = SimpleNamespace(content=content)
