@@ -91,14 +91,14 @@ class CacheHistory:
     @property
     def recent(self) -> Tensor:
         """See the attributes."""
-        return self._recent.wait()
+        return self._recent if isinstance(self._recent, Tensor) else self._recent.wait()
 
     @recent.setter
     def recent(self, ids: Tensor) -> None:
-        self._recent: Pending = Ready(ids)
+        self._recent: Tensor | Pending = ids
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recent": Ready(self.recent)}  # a copy has the ids, not an event of a stream
+        return {**self.__dict__, "_recent": self.recent}  # a copy has the ids, not an event of a stream
 
     def followed_by(self, ids: Tensor) -> Tensor:
         """What `recent` is after some more positions [B, T]."""
