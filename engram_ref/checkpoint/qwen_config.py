@@ -68,6 +68,26 @@ def read_qwen_config(folder: str | os.PathLike[str]) -> EngramConfig:
         raise ValueError(f"{path}: {error}; {_MEND}") from error
 
 
+def text_fields(config: EngramConfig, depth: int) -> dict[str, Any]:
+    """What `text_config` says of such a geometry, in a model of so many decoder blocks; `read_qwen_config` reads it."""
+    return {
+        "vocab_size": config.compressed_size,
+        "hidden_size": config.hidden,
+        "hc_count": config.hc_mult,
+        "num_hidden_layers": depth,
+        "ple_conv_kernel_size": config.kernel_size,
+        "ngram_size": config.max_ngram,
+        "heads_per_ngram": config.heads,
+        "ngram_vocab_size_base": config.table_size_per_order[0],
+        "make_ngram_vocab_size_divisible_by": config.rows_multiple,
+        "seed": config.seed,
+        _LAYERS: [layer + 1 for layer in config.layer_ids],
+        _WIDTH: config.embedding_width,
+        _EOS: config.pad_id,
+        _EPS: config.norm_eps,
+    }
+
+
 def read_model_type(folder: str | os.PathLike[str]) -> object:
     """What a checkpoint's `config.json` calls its model; None without such a file."""
     path = Path(folder) / CONFIG_FILE

@@ -1,14 +1,16 @@
-"""A small checkpoint in the layout of DeepSeek-V4.1-Flash: to try what opens one, without its 189 GiB of tables.
+"""A small checkpoint in the layout of a published model: to try what opens one, without its 100 or 200 GB of tables.
 
     python -m engram_ref.checkpoint.sample out/sample                           two tables of some 25,000 rows
     python -m engram_ref.checkpoint.sample out/sample --first-prime 100000      larger ones
+    python -m engram_ref.checkpoint.sample out/qwen --preset qwen38-flash-next
     python -m engram_ref.plan --check out/sample
 
-Names, dtypes, files and index are the published model's, the tokenizer is the packaged one; tables and projection are
-smaller, and the numbers in them are random, the same for the same seed. Codes are any but NaN; scales lie between 2^-16
-and 2^-9, so that rows, keys and values are of the size that a gate can work with. One more file has a tensor that is
-none of Engram's. Beside each table, in the metadata of its file, stands what its rows are hashed with: constants, pad
-and digest of the vocabulary.
+Names, dtypes, files and index are the published model's; tables and projection are smaller, and the numbers in them are
+random, the same for the same seed. One more file has a tensor that is none of Engram's.
+
+That of DeepSeek-V4.1-Flash has the packaged tokenizer. Its codes are any but NaN; scales lie between 2^-16 and 2^-9, so
+that rows, keys and values are of the size that a gate can work with. Beside each table, in the metadata of its file,
+stands what its rows are hashed with: constants, pad and digest of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import numpy as np
 from engram_ref import cli
 from engram_ref.checkpoint.config_json import CONFIG_FILE, config_fields
 from engram_ref.checkpoint.folder import INDEX_FILE, LAYER_PLAN, TOKENIZER_FILE, expected_tensors, tensor_name
+from engram_ref.checkpoint.qwen_config import MODEL_TYPES, text_fields
+from engram_ref.checkpoint.qwen_folder import fusion_shapes
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.files.conventions import DTYPES
 from engram_ref.files.replacing import replacing
@@ -35,6 +39,8 @@ from engram_ref.rows.fp8 import NAN_CODE
 from engram_ref.vocab import CompressedVocab, tokenizer_json
 
 PROG = "sample_checkpoint"
+PRESETS = ("v41-flash", "qwen38-flash-next")
+QWEN_SHARDS = 13  # of a table; the published one has 128
 LEFT = "files that were finished stay"
 DEPTH = 40  # decoder layers of the model
 FIRST_SCALE, LAST_SCALE = 111, 118  # bytes: 2^-16 .. 2^-9
@@ -42,15 +48,20 @@ _PIECE = 1 << 22  # bytes that are drawn together
 _Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors calls it, and shape, by name
 
 
-def sample_config(first_prime: int = 1000, hidden: int = 64) -> EngramConfig:
-    """The preset v41-flash with smaller tables and a narrower stream.
+def sample_config(first_prime: int = 1000, hidden: int = 64, preset: str = "v41-flash") -> EngramConfig:
+    """A published preset with smaller tables and a narrower stream.
+
+    Args:
+        first_prime: primes of the tables, from here up.
+        hidden: width.
+        preset: of `PRESETS`.
 
     Raises:
-        ValueError: a width that makes no whole blocks of the projection.
+        ValueError: a width that makes no whole blocks of the projection, where that is stored in blocks.
     """
-    config = EngramConfig.preset("v41-flash")
+    config = EngramConfig.preset(preset)
     sizes = (first_prime,) * len(config.orders)
-    if hidden % SCALE_BLOCK:
+    if config.form == "v41" and hidden % SCALE_BLOCK:
         raise ValueError(f"hidden={hidden}: must be a multiple of {SCALE_BLOCK}, as the projection is made of blocks")
     return config.replace(table_size_per_order=sizes, hidden=hidden)
 
@@ -70,6 +81,8 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder")
+    if config.form == "qwen":
+        return _write_qwen(folder, config, seed)
     vocab = CompressedVocab.from_tokenizer()
     plan = HashPlan.for_vocab(config, vocab)
     groups: list[_Tensors] = [{"norm.weight": ("BF16", (config.hidden,))}]
@@ -78,6 +91,30 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
         tensors = expected_tensors(config, layer)
         groups.append({tensor_name(layer.layer_id, part): tensor for part, tensor in tensors.items()})
         metadata.append({tensor_name(layer.layer_id, LAYER_PLAN): layer.to_json()})
+    _write_files(folder, groups, metadata, seed)
+    _write(folder / TOKENIZER_FILE, tokenizer_json())
+    rows = tuple(layer.rows for layer in plan.layers)
+    _write_json(folder / CONFIG_FILE, config_fields(config, rows, len(vocab.ids), DEPTH))
+
+
+def _write_qwen(folder: Path, config: EngramConfig, seed: int) -> None:
+    """Shards of each table apart from the weights beside them, as published; token ids are hashed as they are."""
+    assert config.compressed_size is not None
+    plan = HashPlan.build(config, config.compressed_size, config.pad_id)
+    groups: list[_Tensors] = [{"model.norm.weight": ("BF16", (config.hidden,))}]
+    for layer in plan.layers:
+        beside = f"model.layers.{layer.layer_id}.ple."
+        groups.append({f"{beside}{part}": ("BF16", shape) for part, shape in fusion_shapes(config).items()})
+        least, more = divmod(layer.rows, QWEN_SHARDS)
+        table = f"{beside}ple_embedding.ngram_embedding."
+        shapes = [(least + (k < more), config.row_width) for k in range(QWEN_SHARDS)]
+        groups.append({f"{table}shard_{k}.weight": ("BF16", shape) for k, shape in enumerate(shapes)})
+    _write_files(folder, groups, [{}] * len(groups), seed)
+    _write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPES[0], "text_config": text_fields(config, DEPTH)})
+
+
+def _write_files(folder: Path, groups: list[_Tensors], metadata: list[dict[str, str]], seed: int) -> None:
+    """A file for each group of tensors, and the index of all."""
     files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     total = sum(_nbytes(*tensor) for tensors in groups for tensor in tensors.values())
     if total > (free := shutil.disk_usage(folder).free):
@@ -85,10 +122,7 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
     for file, tensors, texts in zip(files, groups, metadata):
         _write_tensors(folder / file, tensors, texts, seed)
     weight_map = {name: file for file, tensors in zip(files, groups) for name in tensors}
-    _write(folder / TOKENIZER_FILE, tokenizer_json())
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    rows = tuple(layer.rows for layer in plan.layers)
-    _write_json(folder / CONFIG_FILE, config_fields(config, rows, len(vocab.ids), DEPTH))
 
 
 def sample_bytes(name: str, dtype: str, shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
@@ -148,6 +182,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="H",
         help="width, 32 times any (default: 64)",
     )
+    add("--preset", choices=PRESETS, default=PRESETS[0], help="whose layout (default: %(default)s)")
     add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="of all numbers (default: 0)")
     return parser.parse_args(argv)
 
@@ -156,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command; see `--help`."""
     options = parse(argv)
     with cli.one_line_errors(PROG):
-        config = sample_config(options.first_prime, options.hidden)
+        config = sample_config(options.first_prime, options.hidden, options.preset)
         write_sample(options.folder, config, options.seed)
         print(f"{options.folder} is written; check it with python -m engram_ref.plan --check {options.folder}")
 

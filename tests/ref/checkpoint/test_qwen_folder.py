@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engram_ref.attach import offload_table, without_table
+from engram_ref.checkpoint import sample
 from engram_ref.checkpoint.qwen import load_layer_qwen
 from engram_ref.checkpoint.qwen_config import read_qwen_config
 from engram_ref.checkpoint.qwen_folder import QwenFolder
@@ -179,6 +180,21 @@ def test_another_model_is_refused(tmp_path):
         read(tmp_path, {**published(), "text_config": 3})
     with pytest.raises(ValueError, match=r"no config\.json in"):
         read_qwen_config(tmp_path / "elsewhere")
+
+
+def test_a_sample_is_read_as_what_transformers_saves(tmp_path, capsys):
+    sample.main([str(tmp_path / "sample"), "--preset", "qwen38-flash-next", "--first-prime", "100"])
+    folder = QwenFolder.open(tmp_path / "sample")
+    preset = EngramConfig.preset("qwen38-flash-next")
+    assert folder.config == preset.replace(table_size_per_order=(100, 100), hidden=64)
+    assert [len(shards) for shards in folder.shards.values()] == [sample.QWEN_SHARDS] * len(preset.layer_ids)
+    layer = preset.layer_ids[0]
+    ids = torch.tensor([[5, 7, 11]])
+    engram = load_layer_qwen(folder, layer, dtype=torch.float32)
+    rows = NgramHasher(folder.plan)(ids.numpy(), layer_id=layer)
+    whole = torch.cat([load_file(x.path)[x.name] for x in folder.shards[layer]])
+    assert torch.equal(engram.table.start(torch.from_numpy(rows).reshape(-1)).wait(), whole[rows.reshape(-1)])
+    assert check(tmp_path / "sample") and "check it with" in capsys.readouterr().out
 
 
 # --- damaged checkpoints --------------------------------------------------------------------------
