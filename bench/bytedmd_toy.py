@@ -142,6 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help=f"vary one setting at a time from those given here, prices only: {', '.join(NAMES)}, or all",
     )
+    cli.add_fresh(parser)
     add("--quick", action="store_true", help=f"small defaults: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     first, _ = parser.parse_known_args(argv)
     if len(MODELS_OF[first.preset]) == 1:
@@ -152,6 +153,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.sweep:
         with cli.one_line_errors(PROG):
             cli.refuse_idle(given, ("repeats",), "with --sweep, which measures no wall time: leave it out")
+    else:
+        with cli.one_line_errors(PROG):
+            cli.refuse_idle(given, ("fresh",), "without --sweep: a single run begins anew each time, leave it out")
     return options
 
 
@@ -232,7 +236,7 @@ def price_all(jobs: list[Job], processes: int) -> list[Priced]:
         records[order[place]] = record
         name = f"{record['model']} {record['boundary']} {record['variant']}"
         elapsed = time.perf_counter() - began
-        say(f"price {done:2d}/{len(jobs)}  {name:<34}{record['cost']:>15,}  {elapsed:6.1f} s")
+        say(f"price {done:2d}/{len(jobs)}  {name:<34}{record['cost']:>15,}  {cli.time_left(elapsed, done, len(jobs))}")
     return records
 
 

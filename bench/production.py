@@ -117,6 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--preset", choices=list(OTHERS), help="another maker's table instead of DeepSeek's four")
     add("--out", type=Path, default=Path("out/production"), metavar="DIR", help="results.json goes here")
+    cli.add_fresh(parser)
     add("--quick", action="store_true", help=f"{QUICK_TOKENS:,} tokens of everything")
     return parser.parse_args(argv)
 
@@ -149,7 +150,8 @@ def price_all(cases: list[Case], journal: Path, processes: int) -> list[Record]:
             case = missing[place]
             done.add({keys[case]: {"records": records}})
             what = f"{case.part} {case.table} {case.stream} {case.mode} {case.tokens_per_step}"
-            say(f"case {count:3d}/{len(missing)}  {what:<55} {time.monotonic() - began:6.0f} s")
+            took = cli.time_left(time.monotonic() - began, count, len(missing))
+            say(f"case {count:3d}/{len(missing)}  {what:<55} {took}")
         return [record for case in cases for record in done.found[keys[case]]["records"]]
 
 
@@ -160,6 +162,8 @@ def main() -> None:
     try:
         with cli.one_line_errors(PROG):
             require_writable(options.out)
+            if options.fresh:
+                journal.unlink(missing_ok=True)
             parts = [part for part in PARTS if part in options.part]
             content: Results = {
                 "schema_version": SCHEMA_VERSION,

@@ -205,6 +205,22 @@ def share(text: str) -> float:
     return float(value)
 
 
+def add_fresh(parser: argparse.ArgumentParser) -> None:
+    """The one way to resume: the same command goes on where it stopped, unless it is told to begin anew."""
+    parser.add_argument("--fresh", action="store_true", help="begin anew; without it the same command continues")
+
+
+def time_left(elapsed: float, done: float, of: float) -> str:
+    """For a line of progress: how long it has taken, and, if the rest goes on like this, how long it will.
+
+    Args:
+        elapsed: seconds.
+        done, of: work, in whatever unit tells best how long it takes.
+    """
+    left = "" if done <= 0 else f", about {elapsed * max(0.0, of - done) / done:.0f} s left"
+    return f"{elapsed:6.0f} s{left}"
+
+
 def refuse_idle(given: Mapping[str, str], idle: Iterable[str], why: str) -> None:
     """Refuse what would do nothing: whoever asks for something and gets a run without it is misled.
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.pop("COLUMNS", None)  # readline, which pytest imports, exports a terminal's, and tables would be cut to it
+os.unsetenv("COLUMNS")  # it does so behind os.environ's back
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

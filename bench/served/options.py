@@ -77,7 +77,7 @@ results are on disk after every pass; the same command again continues a run tha
     add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help="slowed buses, one variant each: bandwidth, and "
         "time to the first byte; inf:56 is only the latter")  # fmt: skip
     add("--eager", action="store_true", help="no CUDA graphs: the host launches every kernel of every token")
-    add("--fresh", action="store_true", help="begin anew, whatever OUT holds")
+    cli.add_fresh(parser)
 
 
 def fill_defaults(options: argparse.Namespace, on_gpu: bool) -> None:

@@ -35,6 +35,8 @@ def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> Non
 
 def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     names = chosen(options)
+    if options.fresh:
+        journal.unlink(missing_ok=True)
     base, models = base_of(options), MODELS_OF[options.preset] if options.model == "both" else (options.model,)
     texts = Texts(options.text, options.tokenizer)
     points = [point for name in names if name != GRID for point in points_of(name, base, models, options.quick)]

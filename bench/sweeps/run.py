@@ -28,6 +28,7 @@ from bench.setup.streams import Source, Stream, random_source, text_source
 from bench.setup.token_batches import standard_library
 from bench.sweeps.points import Case, Settings
 from bench.sweeps.pricing import Job, price_cases
+from engram_ref.cli import time_left
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab
@@ -175,5 +176,5 @@ class _Progress:
         self._said, elapsed = now, now - self._began
         case = job.cases[0]
         what = f"{case.model} {case.boundary}, {case.settings.seq_len} tokens, width {case.settings.d_model}"
-        eta = elapsed * self._left / (self._all - self._left)
-        self._say(f"price {self._done:3d}/{self._count}  {what:<42} {elapsed:6.0f} s, about {eta:.0f} s left")
+        took = time_left(elapsed, self._all - self._left, self._all)
+        self._say(f"price {self._done:3d}/{self._count}  {what:<42} {took}")

@@ -13,7 +13,7 @@ import pytest
 from bench import bytedmd_toy, gpu_wall, production
 from bench.served import options as end_to_end_options
 from bench.wall import options as wall_options
-from engram_ref import cli
+from engram_ref import __version__, cli
 from engram_ref.checkpoint import sample
 
 HUGE = ("99999999999999", "1" + "0" * 30, "9" * 5000)
@@ -150,3 +150,76 @@ def test_a_sample_that_no_disk_holds_is_refused_before_it_is_written(tmp_path, m
     with pytest.raises(ValueError, match=r"\d+ bytes do not fit onto the disk of .*: take smaller tables"):
         sample.write_sample(tmp_path, sample.sample_config(first_prime=2_000_000_000))
     assert list(tmp_path.iterdir()) == []
+
+
+# --- habits of every command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parser():
+    found = cli.Parser(prog="x", description="a line\n    indented " + "word " * 30)
+    found.add_argument("--table_params", type=cli.at_least(1, 10**9))
+    found.add_argument("--hot-share")
+    found.add_argument("--table_rows", action="store_true")
+    found.add_argument("rest", nargs="*")
+    return found
+
+
+@pytest.mark.parametrize("argv", [["--table_params", "10^6"], ["--table-params=1e6"], ["--table-p", "1000000"]])
+def test_hyphens_and_underscores_are_both_taken(parser, argv):
+    assert parser.parse_args(argv).table_params == 10**6
+    options, given = parser.parse_given([*argv, "--hot_share", "a_b"])
+    assert options.hot_share == "a_b" and set(given) == {"table_params", "hot_share"}
+
+
+def test_what_is_no_option_is_left_as_it_is(parser, capsys):
+    assert parser.parse_args(["--", "--table-rows"]).rest == ["--table-rows"]
+    for argv, said in ((["--table", "1"], "ambiguous"), (["--table-size"], "unrecognized")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(argv)
+        assert said in capsys.readouterr().err
+
+
+def test_every_command_says_its_version(parser, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--version"])
+    assert ended.value.code == 0 and __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [50, 80, 200])
+def test_help_has_the_width_of_the_reader(parser, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    said = parser.format_help()
+    assert max(map(len, said.splitlines())) <= columns and said.count("word") == 30
+
+
+TABLE = """a title
+variant       schedule   median  overhead  exposed
+------------  --------  -------  --------  -------
+resident      in place     1.23      base        -
+offload_disk  later        4.56      +3 %     1 us
+
+a note"""
+
+
+def test_a_wide_table_is_cut_into_narrower_ones(monkeypatch):
+    assert cli.fitted(TABLE, 60) == TABLE
+    cut = cli.fitted(TABLE, 40)
+    assert max(map(len, cut.splitlines())) <= 40 and cut.count("offload_disk") == 2
+    assert {word for line in TABLE.splitlines() for word in line.split()} <= set(cut.split())
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.fitted(TABLE) == cut
+    monkeypatch.delenv("COLUMNS")
+    assert cli.fitted(TABLE) == TABLE  # no terminal: whoever reads it has room
+
+
+def test_time_left():
+    assert cli.time_left(30, 1, 4).strip() == "30 s, about 90 s left"
+    assert cli.time_left(30, 4, 4).strip() == "30 s, about 0 s left" and "left" not in cli.time_left(3, 0, 4)
+
+
+def test_fresh_that_would_do_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        bytedmd_toy.parse(["--fresh"])
+    assert ended.value.code == 2 and "--fresh does nothing without --sweep" in capsys.readouterr().err
+    assert bytedmd_toy.parse(["--fresh", "--sweep", "padding"]).fresh and production.parse(["--fresh"]).fresh
