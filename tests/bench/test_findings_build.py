@@ -91,6 +91,6 @@ def test_a_failed_step_is_not_finished(program, tmp_path):
 
 def test_every_step_names_a_program_and_its_files():
     names = [name for step in findings.STEPS for name in step.results.values()]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 10
     for step in findings.STEPS:
         assert (findings.BENCH / step.command[0]).exists()

@@ -39,7 +39,8 @@ def test_a_cpu_is_timed_by_the_hosts_clock_and_says_so(results):
     found, text, out = results
     jsonschema.validate(found, SCHEMA)
     assert text.startswith("Measured on the CPU ") and "no GPU figure follows" in text.splitlines()[0]
-    assert text.strip().splitlines()[-1] == str(out / "results.json")
+    *_, written, last = text.splitlines()
+    assert written == json.loads(last)["results"] == str(out / "results.json")
     assert found["clock"] == "host clock" and found["environment"]["accelerator"] is None
     assert [case["tokens"] for case in found["cases"]] == [1, 5]
     for case in found["cases"]:
