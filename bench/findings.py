@@ -1,7 +1,7 @@
 """Rebuild every result, figure and document of the findings, from nothing.
 
-    make findings                     about twenty minutes on two cores
-    make findings QUICK=1             small versions of every step, in under two minutes; committed files untouched
+    make findings                     an hour or so on two cores, an estimate: not timed with its newest steps
+    make findings QUICK=1             small versions of every step, some three minutes; committed files untouched
     python bench/findings.py --help
 
 Steps: the toy in both forms, all sweeps, production scale, rows under every definition, the lookup's range, row reads

@@ -224,7 +224,7 @@ class Places(CacheHistory):
         named = slots.tolist()
         if len(set(named)) < len(named) or not all(0 <= slot < self.batch_size for slot in named):
             raise ValueError(f"places {named} of {self.batch_size}: name different ones, 0 .. {self.batch_size - 1}")
-        if lengths.shape != slots.shape or lengths.min() < 1:
+        if not named or lengths.shape != slots.shape or lengths.min() < 1:
             raise ValueError(f"prompts of {lengths.tolist()} tokens for places {named}: give one at least for each")
         self._admitted = Prompts(self, slots, lengths)
 

@@ -59,7 +59,7 @@ def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
 
 def _joules(least: float, most: float) -> str:
     unit, name = next(((u, n) for u, n in ((1.0, "J"), (1e-3, "mJ")) if most >= u), (1e-6, "uJ"))
-    low, high = f"{least / unit:.2g}", f"{most / unit:.2g}"
+    low, high = (f"{float(f'{joules / unit:.2g}'):g}" for joules in (least, most))  # two digits, and no exponent
     return f"{low} {name}" if low == high else f"{low}-{high} {name}"
 
 

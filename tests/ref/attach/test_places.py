@@ -131,6 +131,7 @@ def test_pasts_stay_where_they_are_and_other_attachments_go_on_with_them(sequenc
     [
         ([0, 0], [3, 3], r"places \[0, 0\] of 2: name different ones, 0 .. 1"),
         ([2], [3], r"places \[2\] of 2"),
+        ([], [], r"prompts of \[\] tokens for places \[\]: give one at least"),
         ([0], [0], r"prompts of \[0\] tokens for places \[0\]: give one at least"),
         ([0, 1], [3], r"prompts of \[3\] tokens"),
         ([0, 1], [3, 10], "a prompt of 10 tokens was admitted; the token ids have 9 positions"),

@@ -18,7 +18,7 @@ import pytest
 from engram_ref.checkpoint.config_json import config_fields, table_rows
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.files.texts import read_text
-from engram_ref.place import command, energy, price, reads
+from engram_ref.place import command, energy, price, reads, table
 from engram_ref.place.answer import Question, answer
 from engram_ref.place.engines import engine_flags
 from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, seconds
@@ -118,6 +118,12 @@ def test_exposed_time_against_a_step_that_is_played():
                 now = max(now, arrived)
             now += block
         assert now - 12 * block == pytest.approx(exposed_seconds(took, layers, block), abs=1e-12)
+
+
+def test_energies_have_two_digits_and_no_exponent():
+    assert [table._joules(*pair) for pair in ((5.1e-4, 5.1e-4), (1.84e-4, 2.2e-4), (4.5e-4, 1.9e-3))] == [
+        "510 uJ", "180-220 uJ", "0.45-1.9 mJ"
+    ]  # fmt: skip
 
 
 def test_energy_by_hand():
