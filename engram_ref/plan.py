@@ -39,7 +39,7 @@ from engram_ref.hashing.plan import HashPlan, checksum
 from engram_ref.quoting import one_line, quoted
 from engram_ref.vocab import CompressedVocab, configured_pad, load_tokenizer, tokenizer_json, vocab_for
 
-PROG = "plan"
+PROG = "engram-plan"
 CHECKSUM_METHOD = (
     "sha256 of this object without its field checksum, as JSON with sorted keys, separators ',' and ':', ASCII only"
 )

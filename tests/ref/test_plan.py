@@ -59,7 +59,7 @@ def fails(capsys, *argv):
         plan.main(list(argv))
     said = capsys.readouterr()
     assert (
-        ended.value.code == 2 and said.out == "" and said.err.startswith("plan: error: ") and said.err.count("\n") == 1
+        ended.value.code == 2 and said.out == "" and said.err.startswith("engram-plan: error: ") and said.err.count("\n") == 1
     )
     return said.err
 
