@@ -59,7 +59,10 @@ def fails(capsys, *argv):
         plan.main(list(argv))
     said = capsys.readouterr()
     assert (
-        ended.value.code == 2 and said.out == "" and said.err.startswith("engram-plan: error: ") and said.err.count("\n") == 1
+        ended.value.code == 2
+        and said.out == ""
+        and said.err.startswith("engram-plan: error: ")
+        and said.err.count("\n") == 1
     )
     return said.err
 
@@ -213,7 +216,7 @@ def test_an_interruption_ends_in_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: plan.main(["--preset", "demo"]), plan.PROG)
     assert ended.value.code == 130
-    assert capsys.readouterr().err.strip() == "plan: interrupted; nothing was written"
+    assert capsys.readouterr().err.strip() == "engram-plan: interrupted; nothing was written"
 
 
 ALONE = """
