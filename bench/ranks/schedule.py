@@ -50,22 +50,21 @@ def simulate(
     rng = np.random.default_rng(seed)
     lengths = np.maximum(0.0, 1 + jitter * rng.standard_normal((steps, ranks)))  # [S, P]
     lengths[:, 0] *= 1 + slower
+    windows, rests = window_s * lengths, rest_s * lengths
+    begun, needed, waits = np.empty_like(lengths), np.empty_like(lengths), np.empty_like(lengths)
     now = np.zeros(ranks)
-    waited = waited_for = 0.0
-    for length in lengths:
-        needed = now + window_s * length
-        arrived = now.max() + exchange_s
-        wait = np.maximum(0.0, arrived - needed)
-        waited += wait.mean()
-        waited_for += (wait - np.maximum(0.0, now + exchange_s - needed)).mean()  # more than one's own exchange takes
-        now = needed + wait + rest_s * length
+    for step in range(steps):
+        begun[step], needed[step] = now, now + windows[step]
+        waits[step] = np.maximum(0.0, now.max() + exchange_s - needed[step])
+        now = needed[step] + waits[step] + rests[step]
+    own = np.maximum(0.0, begun + exchange_s - needed)  # what one's own exchange takes, were all ranks in step
     alone = (window_s + rest_s) * lengths.sum(axis=0)
     return {
         "step_s": float(now.max() / steps),
         "alone_s": float(alone.mean() / steps),
         "slowest_s": float(alone.max() / steps),
-        "waited_s": float(waited / steps),
-        "waited_for_s": float(waited_for / steps),
+        "waited_s": float(waits.mean()),
+        "waited_for_s": float((waits - own).mean()),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.schemas import definitions, lab, lookup_speed, production, ranges, served, sweeps, toy, wall
+from bench.schemas import definitions, lab, lookup_speed, production, ranges, ranks, served, sweeps, toy, wall
 
 RESULTS: dict[str, Any] = {  # by the file that describes it
     "bench/schemas/sweeps.py": sweeps.Results,
@@ -15,5 +15,6 @@ RESULTS: dict[str, Any] = {  # by the file that describes it
     "bench/schemas/production.py": production.Results,
     "bench/schemas/definitions.py": definitions.Results,
     "bench/schemas/lab.py": lab.Results,
+    "bench/schemas/ranks.py": ranks.Results,
     "bench/schemas/ranges.py": ranges.Results,
 }

@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-_SERVER = multiprocessing.get_context("forkserver")
+_SERVER = multiprocessing.get_context("fork")
 _TESTS = [
     "tests.bench.ranks.test_ranks", "tests.ref.attach.test_sharded", "tests.ref.tables.test_sharded",
     "tests.ref.tables.test_shared",
 ]  # fmt: skip
-_SERVER.set_forkserver_preload(["tests.ref.ranks", "engram_ref.checkpoint.v41", *_TESTS])
 LIMIT_S = 90  # of a whole test: a hang fails it, and leaves nobody behind
 
 

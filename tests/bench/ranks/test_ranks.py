@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -13,6 +15,8 @@ from bench.ranks import run
 from bench.ranks.model import DECODE_WINDOW_S, LINKS, RANKS, exchange_seconds, model_table, step_bytes
 from bench.ranks.schedule import simulate
 from bench.ranks.table import bytes_table, formula_holds, measured_table, most_hidden
+from bench.schemas import ranks
+from bench.schemas.generator import json_schema
 from bench.wall.step import Shape
 from engram_ref.config import EngramConfig
 from tests.ref.ranks import run_ranks
@@ -47,6 +51,7 @@ def test_the_run_counts_what_the_plan_says_and_keeps_other_numbers_of_ranks(tmp_
         for case in entry["cases"]:
             assert formula_holds(case) and len(case["by_rank"]) == entry["ranks"]
             assert (case["by_rank"][0]["formula"] is None) == (case["way"] == "unique")
+    jsonschema.validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), json_schema(ranks.Results))
     assert "these times mean nothing elsewhere" in measured_table(results) and "DIFFERS" not in measured_table(results)
 
 
