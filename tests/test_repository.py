@@ -100,6 +100,7 @@ def test_the_figures_name_their_results():
         ("gpu_wall_cpu", "wall"),
         ("gpu_wall_cpu_v41", "wall"),
         ("end_to_end_cpu", "served"),
+        ("sharded_cpu", "ranks"),
     ],
 )
 def test_committed_results_fit_the_schema(results, schema):
