@@ -94,6 +94,13 @@ def test_tables_name_the_size_of_rows_that_come_in_several(other):
     assert {len({r["row_bytes"] for r in line}) for line in row_table.lines(other)} == {1}
 
 
+def test_figures_of_another_makers_table_are_refused(other, tmp_path):
+    with pytest.raises(
+        ValueError, match="no records of demo, paper-27b, paper-40b, v41-flash: draw a run of all parts"
+    ):
+        figures.draw_all(other, tmp_path)
+
+
 def rows_of(reads) -> list[int]:
     """The row of every read, from links."""
     rows: list[int] = []
