@@ -5,6 +5,9 @@
     python bench/production.py --part hot      one part only: scale, hot, place, whole_model
     python bench/production.py --preset qwen38-flash-next --out out/qwen    Qwen3.8-Flash-Next's table and model instead
 
+The last is priced twice: with rows of 320 B, bfloat16 as in its files, and of 160 B, a byte a value, as engines keep
+them in fp8.
+
 A toy of 10^6 values is not a table of 196 B parameters. Here the standard library's sources go through DeepSeek's
 tokenizer and the hash of each published table, and every row that they name is priced on one LRU stack of rows.
 
@@ -48,7 +51,7 @@ from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import results_head, write_unless_same
 from bench.rows.cases import Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
-from bench.rows.whole_model import AROUND, OTHERS
+from bench.rows.whole_model import AROUND, OTHERS, ROW_SIZES
 from bench.schemas.production import Record, Results
 from bench.setup.parallel import in_parallel
 from engram_ref import cli
@@ -69,7 +72,10 @@ PRICING_CODE = ("bench.rows.cases", "bench.rows.whole_model", "bench.setup.strea
 
 
 def cases_of(parts: tuple[str, ...] | list[str], quick: bool, preset: str | None = None) -> list[Case]:
-    """Every case of these parts, in the order of the results; of DeepSeek's tables, or of another maker's preset."""
+    """Every case of these parts, in the order of the results; of DeepSeek's tables, or of another maker's preset.
+
+    The latter comes in every size of its rows, one after the other.
+    """
     tables, around = (TABLES, tuple(AROUND)) if preset is None else ((preset,), (preset,))
     million = 10**6
     cases = [Case("scale", table, tokens=tokens) for table in tables for tokens in (10**5, million, None)]
@@ -88,7 +94,8 @@ def cases_of(parts: tuple[str, ...] | list[str], quick: bool, preset: str | None
     if quick:
         small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)
         cases = list(dict.fromkeys(case for case in small if case.tokens_per_step in QUICK_STEPS))
-    return [case for case in cases if case.part in parts]
+    sizes: tuple[int | None, ...] = (None,) if preset is None else ROW_SIZES[preset]
+    return [replace(case, row_bytes=size) for case in cases if case.part in parts for size in sizes]
 
 
 def with_steps_enough(cases: list[Case]) -> list[Case]:
@@ -149,7 +156,7 @@ def price_all(cases: list[Case], journal: Path, processes: int) -> list[Record]:
         for count, (place, records) in enumerate(in_parallel(price_case, missing, processes), start=1):
             case = missing[place]
             done.add({keys[case]: {"records": records}})
-            what = f"{case.part} {case.table} {case.stream} {case.mode} {case.tokens_per_step}"
+            what = f"{case.part} {case.table} {case.row_bytes or ''} {case.stream} {case.mode} {case.tokens_per_step}"
             took = cli.time_left(time.monotonic() - began, count, len(missing))
             say(f"case {count:3d}/{len(missing)}  {what:<55} {took}")
         return [record for case in cases for record in done.found[keys[case]]["records"]]

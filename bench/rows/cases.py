@@ -46,6 +46,7 @@ class Case:
         tokens_per_step: of those steps.
         values: what the part varies: shares of hot rows, or bytes above the table.
         prefetch: whether "place" and "whole_model" price copies, too.
+        row_bytes: of a stored row; None for those of the table's own format.
     """
 
     part: str
@@ -56,6 +57,11 @@ class Case:
     tokens_per_step: int = 1
     values: tuple[float, ...] = ()
     prefetch: bool = False
+    row_bytes: int | None = None
+
+    def row_size(self, config: EngramConfig) -> int:
+        """Bytes of a stored row of the table."""
+        return config.row_bytes() if self.row_bytes is None else self.row_bytes
 
 
 class Ids(NamedTuple):
@@ -141,7 +147,7 @@ def _scale(case: Case) -> list[Record]:
     about = _about(case, stream, config, reads)
     about["first_reads_by_order"] = _first_by_order(reads, config)
     return [
-        {**about, "layout": name, **_priced(price_rows(reads, start(reads, held), config.row_bytes()))}
+        {**about, "layout": name, **_priced(price_rows(reads, start(reads, held), case.row_size(config)))}
         for name, held in LAYOUTS.items()
     ]
 
@@ -177,7 +183,7 @@ def _hot(case: Case) -> list[Record]:
         }
         for name, held in LAYOUTS.items():
             if (name, len(hot)) not in priced:
-                priced[name, len(hot)] = _priced(price_rows(reads, start(reads, held, hot), config.row_bytes()))
+                priced[name, len(hot)] = _priced(price_rows(reads, start(reads, held, hot), case.row_size(config)))
             records.append({**about, **facts, "layout": name, **priced[name, len(hot)]})
     return records
 
@@ -198,8 +204,8 @@ def _place(case: Case) -> list[Record]:
         for schedule, events in _schedules(reads, held, case.prefetch):
             one_step = replace(events, begins=events.begins[[0, -1]])
             above = [[nbytes] for nbytes in places]
-            priced[schedule] = price_steps(one_step, begin, config.row_bytes(), above).prices.sum(axis=1).tolist()
-        live = (reads.table_rows if held else len(reads.rows)) * config.row_bytes()
+            priced[schedule] = price_steps(one_step, begin, case.row_size(config), above).prices.sum(axis=1).tolist()
+        live = (reads.table_rows if held else len(reads.rows)) * case.row_size(config)
         for at, padding in enumerate(places):
             sizes = {"padding_bytes": padding, "live_bytes": live, "resident": priced["offload_naive"][0]}
             records.append({**about, "layout": name, **sizes, **{key: prices[at] for key, prices in priced.items()}})
@@ -225,6 +231,7 @@ def _whole_model(case: Case) -> list[Record]:
         for around in ALL_MODELS[name].surroundings(case.mode, step)
     ]
     config = ALL_MODELS[places[0][0]].table
+    row_bytes = case.row_size(config)
     reads = read_rows(stream.ids, config, case.mode, case.tokens_per_step)
     about = _about(case, stream, config, reads)
     above = [[0], *(ALL_MODELS[name].above(around, step) for name, around in places)]  # 0: pinned
@@ -232,15 +239,15 @@ def _whole_model(case: Case) -> list[Record]:
     for layout, held in LAYOUTS.items():
         begin = start(reads, held)
         priced = {
-            schedule: price_steps(events, begin, config.row_bytes(), above)
+            schedule: price_steps(events, begin, row_bytes, above)
             for schedule, events in _schedules(reads, held, case.prefetch)
         }
-        touched = -(-int(priced["offload_naive"].fresh.sum()) * config.row_bytes() // _steps(reads))
+        touched = -(-int(priced["offload_naive"].fresh.sum()) * row_bytes // _steps(reads))
         for at, (name, around) in enumerate(places, start=1):
             prices = {schedule: found.prices[at] for schedule, found in priced.items()}
             prices["pinned"] = priced["offload_naive"].prices[0]
             facts = {"table": name, "experts": around.experts, "context": around.context, "layout": layout}
-            copies = case.tokens_per_step * config.bytes_per_token() if case.prefetch else 0
+            copies = case.tokens_per_step * config.rows_per_token() * row_bytes if case.prefetch else 0
             weights = _weights(ALL_MODELS[name], around, touched + copies)
             records.append({**about, **facts, **_steady(prices), **weights})
     return records
@@ -299,7 +306,7 @@ def _about(case: Case, stream: Ids, config: EngramConfig, reads: RowReads) -> Re
         "tokens_per_step": case.tokens_per_step,
         "prefetch": case.prefetch,
         "table_rows": reads.table_rows,
-        "row_bytes": config.row_bytes(),
+        "row_bytes": case.row_size(config),
         "reads": len(reads.links),
         "distinct_rows": len(reads.rows),
         "row_reads_sha256": links.hexdigest(),

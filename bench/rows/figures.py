@@ -32,7 +32,14 @@ LAYOUT_LINES = {"held live": "-", "compacted": "--"}
 
 
 def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
-    """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
+    """Draw every figure into a folder; each file is complete or absent. Returns the paths.
+
+    Raises:
+        ValueError: the results are not of DeepSeek's tables, which the figures show.
+    """
+    absent = [table for table in TABLE_COLOURS if not select(results, part="scale", table=table)]
+    if absent:
+        raise ValueError(f"no records of {', '.join(absent)}: draw a run of all parts and without --preset")
     return save_all(
         {"row_depths": _depths, "place": _place, "hot_tier": _hot, "whole_model": _whole_model}, results, out
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.instruments.words import aligned
-from bench.rows.whole_model import shown
+from bench.rows.whole_model import ROW_SIZES, shown
 
 TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
 LAYOUTS = ("held live", "compacted")
@@ -68,13 +68,19 @@ def scale_table(results: dict[str, Any], tokens: int | None = None, streams: Seq
         first = sum(r["price_by_depth"]["first"].values())
         rows.append(
             [
-                *(r["table"], r["stream"], f"{r['tokens']:,}", f"{r['reads']:,}", percent(reuse(r)), r["layout"]),
+                *(named(r), r["stream"], f"{r['tokens']:,}", f"{r['reads']:,}", percent(reuse(r)), r["layout"]),
                 f"{r['price'] / r['tokens']:,.0f}",
                 f"{per_byte(r):,.0f}",
                 percent(first / r["price"]),
             ]
         )
     return aligned(rows, left={0, 1, 5})
+
+
+def named(record: Record) -> str:
+    """The table of a record, or the model around it; with the size of its rows where it was priced at several."""
+    name = shown(record["table"], record["experts"]) if record["part"] == "whole_model" else record["table"]
+    return f"{name}, {record['row_bytes']} B a row" if record["table"] in ROW_SIZES else name
 
 
 def reuse(record: Record) -> float:
@@ -91,11 +97,12 @@ def hot_table(results: dict[str, Any]) -> str:
     """What a tier of the rows most frequent before saves, a line per table, layout and size."""
     rows = [["table", "layout", "tier", "rows", "filled", "of the reads", "price", "saved"]]
     for r in select(results, part="hot"):
-        base = one(results, part="hot", table=r["table"], layout=r["layout"], hot_share=0.0)
+        same = {name: r[name] for name in ("table", "row_bytes", "layout")}
+        base = one(results, part="hot", hot_share=0.0, **same)
         filled = r["tier_rows_filled"] / r["tier_rows"] if r["tier_rows"] else 0.0
         rows.append(
             [
-                *(r["table"], r["layout"], f"{100 * r['hot_share']:g} %", f"{r['tier_rows']:,}", percent(filled)),
+                *(named(r), r["layout"], f"{100 * r['hot_share']:g} %", f"{r['tier_rows']:,}", percent(filled)),
                 *(
                     percent(r["reads_of_tier"] / r["reads"]),
                     f"{r['price']:.3g}",
@@ -112,13 +119,15 @@ def place_table(results: dict[str, Any]) -> str:
     paddings = list(dict.fromkeys(r["padding_bytes"] for r in found if r["padding_bytes"]))
     head = ["table", "layout", "live bytes", *(f"{padding:.0e} B".replace("e+", "e") for padding in paddings)]
     rows = [[*head, *(f"{level:g}x at" for level in LEVELS)]]
-    for table, layout in dict.fromkeys((r["table"], r["layout"]) for r in found):
-        line = select(results, part="place", prefetch=False, table=table, layout=layout)
+    for table, row_bytes, layout in dict.fromkeys((r["table"], r["row_bytes"], r["layout"]) for r in found):
+        line = [r for r in found if (r["table"], r["row_bytes"], r["layout"]) == (table, row_bytes, layout)]
         curve = {r["padding_bytes"]: placed(r) for r in line if r["padding_bytes"]}
         cells = [f"{ratio:.3g} {_MARKS[classify(ratio, None).label]}" for ratio in curve.values()]
         live = line[0]["live_bytes"]
         at = [crossing_of(list(curve), list(curve.values()), level) for level in LEVELS]
-        rows.append([table, layout, f"{live:.2g}", *cells, *(f"{x / live:.2g}" if x else "not reached" for x in at)])
+        rows.append(
+            [named(line[0]), layout, f"{live:.2g}", *cells, *(f"{x / live:.2g}" if x else "not reached" for x in at)]
+        )
     note = (
         "price of the lookups below so many bytes that nobody reads / above them; W win (to 5x), i inconclusive, L loss"
     )
@@ -140,20 +149,19 @@ def copies_table(results: dict[str, Any]) -> str:
             changes = [f"{100 * (price / r['offload_naive'] - 1):+.2f} %" for price in list(prices.values())[1:]]
             padding = f"{r['padding_bytes']:.0e}".replace("e+", "e") if r["padding_bytes"] else "0"
             price = f"{r['offload_naive'] / r['tokens']:,.0f}"
-            rows.append([r["table"], r["layout"], padding, price, *changes, min(prices, key=lambda name: prices[name])])
+            rows.append([named(r), r["layout"], padding, price, *changes, min(prices, key=lambda name: prices[name])])
     note = "without: price a token; the others: what a copy of each row, one token ahead, changes of it"
     return f"{aligned(rows, left={0, 1, 6})}\n\n{note}"
 
 
 def lines(results: dict[str, Any]) -> list[list[Record]]:
-    """Whole models by rising step size: a line per model, experts, kind of step, stream, its length and layout."""
-    names = ("table", "experts", "mode", "stream", "tokens", "layout")
+    """Whole models by rising step size: a line per model, experts, row size, mode, stream, its length and layout."""
+    # A step size that does not divide the stream leaves some tokens out: such streams count as one, as they were asked.
+    names = ("table", "experts", "row_bytes", "mode", "stream", "asked_tokens", "layout")
     found = select(results, part="whole_model", context=0)
     kept: dict[tuple[Any, ...], list[Record]] = {}
     for r in found:
-        # A step size that does not divide the stream leaves some tokens out: such streams count as one.
-        key = (*(r[name] for name in names[:4]), r["asked_tokens"], r["layout"])
-        kept.setdefault(key, []).append(r)
+        kept.setdefault(tuple(r[name] for name in names), []).append(r)
     return list(kept.values())
 
 
@@ -166,7 +174,7 @@ def whole_model_table(results: dict[str, Any]) -> str:
         first, shares = line[0], {r["tokens_per_step"]: row_share(r) for r in line}
         cells = [f"{100 * shares[tokens]:.2g} %" if tokens in shares else "-" for tokens in steps]
         stream = first["stream"] + (", all" if first["asked_tokens"] is None else "")
-        names = [shown(first["table"], first["experts"]), first["mode"], stream, first["layout"]]
+        names = [named(first), first["mode"], stream, first["layout"]]
         rows.append([*names, *cells, reached(line)])
     return aligned(rows, left={0, 1, 2, 3})
 
@@ -186,7 +194,7 @@ def steady_table(results: dict[str, Any], step: int) -> str:
     for r in select(results, part="whole_model", context=0, stream=TEXT):
         if r["experts"] in ("", "expected") and r["tokens_per_step"] in (step, 16_384, 98_304):
             whole, half = row_share(r), row_share({**r, **r["second_half"]})
-            names = [shown(r["table"], r["experts"]), r["mode"], r["layout"], f"{r['tokens']:,}"]
+            names = [named(r), r["mode"], r["layout"], f"{r['tokens']:,}"]
             shares = [f"{100 * whole:.2g} %", f"{100 * half:.2g} %", f"{half / whole:.2f}"]
             rows.append([*names, f"{r['tokens_per_step']:,}", f"{r['steps']:,}", *shares])
     return aligned(rows, left={0, 1, 2})
@@ -202,7 +210,7 @@ def complete_table(results: dict[str, Any], step: int) -> str:
         ]
         context = f"{r['context']:,}" if r["context"] else "left out"
         under = "yes" if parts["in all"] < WALL_TIME_CLAIM else "no"
-        rows.append([shown(r["table"], r["experts"]), context, r["layout"], *cells, under])
+        rows.append([named(r), context, r["layout"], *cells, under])
     note = (
         "pinned: rows of a table that stays above the weights; below: of an offloaded one; copied: with the dearer\n"
         "kind of copy one step ahead; own weights: Engram's projections; buried: what both add to the depth of the\n"
@@ -229,7 +237,7 @@ def baseline_table(results: dict[str, Any], step: int) -> str:
         classes = [classify(ratio, None).label for ratio in (lookup, model)]
         more = additions(r)["in all"]
         numbers = [f"{lookup:.3g}", classes[0], f"{model:.5f}", classes[1], f"{100 * more:.2g} %"]
-        rows.append([shown(r["table"], r["experts"]), r["layout"], *numbers, "yes" if more < WALL_TIME_CLAIM else "no"])
+        rows.append([named(r), r["layout"], *numbers, "yes" if more < WALL_TIME_CLAIM else "no"])
     note = "copied a step ahead from an offloaded table / read from one that stays above the weights at every step"
     return f"{aligned(rows, left={0, 1, 3, 5, 7})}\n\n{note}"
 

@@ -182,6 +182,8 @@ _QWEN_BYTES = 6 * 10**9 * _BFLOAT16
 OTHERS = {
     "qwen38-flash-next": WholeModel("Qwen3.8-Flash-Next", 48, _QWEN_BYTES, _QWEN_BYTES, _QWEN_BYTES, _QWEN),
 }
+# Bytes of a row that these are priced at: bfloat16, as in the files, and a byte a value, as engines keep them in fp8.
+ROW_SIZES = {name: (model.table.row_bytes(), model.table.row_width) for name, model in OTHERS.items()}
 ALL_MODELS = {**MODELS, **OTHERS}
 EXPERTS = {"": "", "one": ", one token's experts", "expected": ", expected experts", "all": ", every expert"}
 

@@ -38,7 +38,7 @@ class About(TypedDict):
     tokens_per_step: Count
     prefetch: Annotated[bool, "place, whole_model: copies were priced, too"]
     table_rows: Annotated[Count, "of all layers"]
-    row_bytes: Count
+    row_bytes: Annotated[Count, "of a stored row; the table of another maker's preset is priced at several sizes"]
     reads: Count
     distinct_rows: Count
     row_reads_sha256: Annotated[

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import jsonschema
 import numpy as np
@@ -52,6 +56,49 @@ def results():
         "git": git_commit(),
         "records": [record for case in cases for record in price_case(case)],
     }
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Another maker's table, every part, on a few hundred tokens."""
+    cases = production.cases_of(production.PARTS, quick=True, preset="qwen38-flash-next")
+    small = [replace(case, tokens=8 * TOKENS if case.part == "whole_model" else TOKENS) for case in cases]
+    small = [case for case in small if case.stream == TEXT and case.mode != "prefill"]
+    parts = list(production.PARTS)
+    records = [record for case in dict.fromkeys(small) for record in price_case(case)]
+    return {"configuration": {"parts": parts}, "records": records}
+
+
+def test_another_makers_rows_are_priced_at_both_sizes(other):
+    """16 rows a token, of two bytes a value and of one: the same reads. Half the bytes at half the depth each."""
+    for part in production.PARTS:
+        large, small = ([r for r in other["records"] if r["part"] == part and r["row_bytes"] == n] for n in (320, 160))
+        assert len(large) == len(small) > 0
+        for two, one in zip(large, small):
+            same = ("layout", "tokens", "reads", "row_reads_sha256", "hot_share", "padding_bytes")
+            assert [two.get(name) for name in same] == [one.get(name) for name in same]
+            assert two["reads"] == 16 * two["tokens"] and two["table_rows"] == 320_001_536
+            if part in ("scale", "hot"):
+                assert two["price"] / one["price"] == pytest.approx(2**1.5, rel=0.01)
+            elif part == "whole_model":  # weights lie above, whose bytes do not halve
+                assert 2 < two["offload_naive"] / one["offload_naive"] < 2**1.5
+
+
+def test_tables_name_the_size_of_rows_that_come_in_several(other):
+    tables = [row_table.scale_table, row_table.hot_table, row_table.place_table, row_table.copies_table]
+    tables += [row_table.whole_model_table]
+    tables += [partial(table, step=128) for table in (row_table.complete_table, row_table.baseline_table)]
+    for table in tables:
+        named = Counter(re.findall("8-[Ff]lash-[Nn]ext, ([0-9]+) B a row ", table(other)))
+        assert set(named) == {"320", "160"} and named["320"] == named["160"]
+    assert {len({r["row_bytes"] for r in line}) for line in row_table.lines(other)} == {1}
+
+
+def test_figures_of_another_makers_table_are_refused(other, tmp_path):
+    with pytest.raises(
+        ValueError, match="no records of demo, paper-27b, paper-40b, v41-flash: draw a run of all parts"
+    ):
+        figures.draw_all(other, tmp_path)
 
 
 def rows_of(reads) -> list[int]:

@@ -43,7 +43,7 @@ def production() -> dict[str, Any]:
     """The records of `bench/production.py` that the second panel draws: the more tokens, the dearer the rows."""
     records = [
         {
-            "part": "whole_model", "table": table, "experts": "", "context": 0, "asked_tokens": 9,
+            "part": "whole_model", "table": table, "experts": "", "context": 0, "asked_tokens": 9, "row_bytes": 160,
             "mode": mode, "stream": stream, "layout": layout,
             "tokens_per_step": tokens, "steps": 4, "table_rows": rows, "weights_step_price": 10**12,
             "offload_naive": 4 * tokens * cost // (2 if layout == "compacted" else 1),

@@ -245,6 +245,34 @@ def test_place(prefetch):
                 assert record[kind] == sum(by_hand.copied_prices(held, 0, for_one_use, record["padding_bytes"]))
 
 
+@pytest.mark.parametrize("part", ["scale", "hot", "place", "whole_model"])
+def test_rows_of_another_size(monkeypatch, part):
+    """As an engine may keep them: the same reads, five bytes each instead of the table's own twelve."""
+    monkeypatch.setitem(globals(), "ROW_BYTES", 5)  # of what is found by hand
+    small_model(monkeypatch, kv_bytes=None)
+    table, mode = ("small-table", "decode") if part == "whole_model" else ("small", "token")
+    values = (0.0,) if part == "hot" else (100.0,)
+    case = Case(part, table, tokens=TOKENS, mode=mode, values=values, prefetch=True, row_bytes=5)
+    ids = source(TEXT, TOKENS).ids.tolist()
+    by_hand = ByHand(ids[TOKENS // 2 :] if part == "hot" else ids, mode)
+    for record in price_case(case):
+        held = record["layout"] == "held live"
+        check_facts(record, by_hand, replace(case, table="small-model") if part == "whole_model" else case)
+        if part in ("scale", "hot"):
+            check_prices(record, by_hand.depths(held))
+        elif part == "place":
+            assert record["live_bytes"] == 5 * (by_hand.rows if held else len(set(by_hand.flat())))
+            by_hand.steps = [by_hand.flat()]
+            assert record["offload_naive"] == by_hand.price(held, between=record["padding_bytes"])
+        else:
+            above = above_by_hand(record, 1000, 1)
+            assert record["offload_naive"] == by_hand.price(held, between=above)
+            assert record["prefetch_stands"] == sum(by_hand.copied_prices(held, above, for_one_use=False))
+            touched = -(-5 * sum(len(set(step)) for step in by_hand.steps) // TOKENS) + 5 * 2 * TABLE.columns
+            own = [TABLE.projection_macs() * 2] * 2
+            assert record["buried_step_price"] == cycle_price(1000, 7, own, touched)[0] - cycle_price(1000, 7)
+
+
 def small_model(monkeypatch, **facts):
     model = WholeModel("Small", 7, 1000, 600, 1500, TABLE, **facts)
     monkeypatch.setitem(cases.ALL_MODELS, "small-model", model)
