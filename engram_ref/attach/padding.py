@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HIDDEN = -1e4  # what is added to the score of what is not to be seen, or less; a bias by distance is more
+# What is added to the score of what is not to be seen, or less: exp(-50) is lost beside 1 even in float64. People add
+# -1e3 and -1e9 as well as the least of the dtype; biases by distance are small where they matter here, at a distance of
+# 0 or 1.
+_HIDDEN = -50.0
 _MEND = "give the two-dimensional mask, [B, positions], or none"
 
 

@@ -22,7 +22,11 @@ PACKED = torch.cat(SEQUENCES)[None]
 PLACES = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 NUMBERS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
 BLOCKS = (NUMBERS[:, None] == NUMBERS[None, :]).tril()[None, None]  # [1, 1, T, T]
-ADDED = torch.zeros(BLOCKS.shape, dtype=torch.float64).masked_fill(~BLOCKS, -1e9)
+
+
+def added(mask, hidden):
+    """As a mask is added to scores; exp(-200) is below all that float64 tells apart from 0 beside 1."""
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)
 
 
 def alone(model, sequences, start=0):
@@ -48,7 +52,8 @@ WAYS = {
     "seq_idx": lambda: collated(return_seq_idx=True),
     "both": lambda: collated(return_flash_attn_kwargs=True, return_seq_idx=True),
     "booleans": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask=BLOCKS),
-    "added": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask=ADDED),
+    "added": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask=added(BLOCKS, -1e9)),
+    "less of it": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask=added(BLOCKS, -200)),
     "by kind": lambda: dict(input_ids=PACKED, position_ids=PLACES, attention_mask={"full_attention": BLOCKS}),
 }
 
@@ -176,8 +181,8 @@ def test_behind_a_cache_they_are_refused(model, layers):
 
 
 @pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("added", [False, True])
-def test_a_sequence_that_begins_exactly_behind_a_cache_is_refused(length, added, model, layers):
+@pytest.mark.parametrize("hidden", [None, -1e9, -1e3])
+def test_a_sequence_that_begins_exactly_behind_a_cache_is_refused(length, hidden, model, layers):
     """The chunk is one sequence, so there is no border in it: only what it sees of the cache tells."""
     ids = make_ids(2, 5 + length, seed=8)
     causal = torch.ones(5 + length, 5 + length, dtype=torch.bool).tril()[None, None, 5:].repeat(2, 1, 1, 1)
@@ -189,8 +194,8 @@ def test_a_sequence_that_begins_exactly_behind_a_cache_is_refused(length, added,
     def go_on(mask):
         cache = DynamicCache()
         model(ids[:, :5], past_key_values=cache)
-        if added:
-            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+        if hidden:
+            mask = added(mask, hidden)
         return model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
 
     with torch.no_grad(), attach(model, layers.engrams, layers.plan):
@@ -220,7 +225,7 @@ def test_what_is_one_sequence_stays_one(model, layers):
     length = PACKED.shape[1]
     causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
-    biased = (distance * 0.5).double().masked_fill(~causal, -1e9)  # as ALiBi
+    biased = distance.double().masked_fill(~causal, -1e9)  # as ALiBi
     window = causal & (distance > -3)
     for arguments in (
         dict(position_ids=torch.arange(length)[None] + 5),

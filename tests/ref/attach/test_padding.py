@@ -140,9 +140,10 @@ def test_two_dimensions():
     assert padding_of(None, 2, 5, 0) is None
 
 
-def test_four_dimensions():
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -torch.inf, -1e4, -1e3, -60])
+def test_four_dimensions(hidden):
     longer = torch.nn.functional.pad(CAUSAL, (0, 3))  # a static cache has columns to come
-    added = torch.zeros(longer.shape).masked_fill(~longer, torch.finfo(torch.float32).min)
+    added = torch.zeros(longer.shape).masked_fill(~longer, hidden)
     for mask in (CAUSAL, longer, added, {"full_attention": longer}, {"sliding_attention": added}):
         assert torch.equal(padding_of(mask, 2, 5, 0), LEFT == 0)
     assert torch.equal(padding_of(added[:, :, 1:], 2, 4, 1), LEFT[:, 1:] == 0)
