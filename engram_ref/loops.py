@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from typing import Any
 from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
+
+# `from a.b import c, d`, over several lines or one, and `import a.b`: much sooner than a parser, at every import.
+_IMPORTS = re.compile(r"^\s*(?:from|import)\s+([\w.]+)(?:\s+import\s+(\([^)]*\)|[^\n]*))?", re.M)
 
 
 @intrinsic
@@ -47,13 +51,14 @@ def compiled(function: Callable[..., Any], signatures: list[Any], **options: boo
 class _Cache(FunctionCache):
     """A cache that knows no machine code of other sources, and stores nothing where it cannot.
 
-    numba's own looks at the time and the size of the one file that a function is in; a loop holds the code of others
-    that it calls, too, and files of two releases may have the same time. So all files of the package count, by content.
+    numba's own looks at the time and the size of the one file that a function is in; a loop holds the code and the
+    constants of others, too, and files of two releases may have the same time. So its file and all of the package that
+    it imports count, by content.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self._cache_file._source_stamp = (self._cache_file._source_stamp, _sources())
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _sources(function.__module__))
 
     def save_overload(self, *overload: Any) -> None:
         try:
@@ -69,9 +74,30 @@ class _Cache(FunctionCache):
 
 
 @functools.cache
-def _sources() -> str:
-    """Digest of the package's files."""
-    found = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
+def _sources(module: str) -> str:
+    """Digest of the files of a module and of what it imports from this package, by whatever way."""
+    found, waiting = set[Path](), [_file(module)]
+    while waiting:
+        path = waiting.pop()
+        if path is not None and path not in found:
+            found.add(path)
+            waiting += [_file(name) for name in _imported(path)]
+    digest = hashlib.sha256()
+    for path in sorted(found):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Every name of a module that a file may import; some are names in a module instead, some stand in a docstring."""
+    for module, names in _IMPORTS.findall(path.read_text(encoding="utf-8")):
+        yield from (module, *(f"{module}.{name}" for name in re.findall(r"\w+", names)))
+
+
+def _file(module: str) -> Path | None:
+    """Of a module of this package; None of any other."""
+    package, *names = module.split(".")
+    if package != __package__:
+        return None
+    place = Path(__file__).parent.joinpath(*names)
+    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)

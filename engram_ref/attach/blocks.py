@@ -205,8 +205,14 @@ def looks_like_cache(value: Any) -> bool:
         return any(looks_like_cache(part) for part in value.values())
     if isinstance(value, (tuple, list)):
         return any(looks_like_cache(part) for part in value)
+    return _is_cache(value) or any(_is_cache(part) for part in getattr(value, "__dict__", {}).values())
+
+
+def _is_cache(value: Any) -> bool:
     if hasattr(value, "get_seq_length") or any(kind.__name__.endswith("Cache") for kind in type(value).__mro__):
         return True
+    if isinstance(value, (Tensor, Mapping, set)):
+        return False
     return hasattr(value, "update") and not hasattr(value, "to_dict")  # a configuration has both
 
 

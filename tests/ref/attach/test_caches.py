@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from argparse import Namespace
 from collections import UserDict
 
 import pytest
@@ -81,7 +82,12 @@ def test_a_cache_is_followed_by_each_of_its_names(name, layers):
 def test_a_cache_by_another_name_is_refused(name, layers):
     decoder, ids = counting_decoder(name), make_ids()
     with torch.no_grad(), attach(decoder, layers.engrams, layers.plan):
-        for value in (DynamicCache(), (DynamicCache(), None), {"self": [DynamicCache()]}):
+        for value in (
+            DynamicCache(),
+            (DynamicCache(), None),
+            {"self": [DynamicCache()]},
+            Namespace(kept=DynamicCache()),
+        ):
             with pytest.raises(ValueError, match=f"{name} is a .* that Engram does not follow.*use_cache=False"):
                 decoder(ids, **{name: value})
         decoder(ids)
@@ -103,9 +109,21 @@ def test_what_looks_like_a_cache():
     class Recurrent:
         def update(self, states): ...
 
-    for value in (DynamicCache(), Recurrent(), type("PagedCache", (), {})(), UserDict(a=DynamicCache())):
+    inside = (UserDict(a=DynamicCache()), Namespace(step=1, inner=Recurrent()))
+    for value in (DynamicCache(), Recurrent(), type("PagedCache", (), {})(), *inside):
         assert looks_like_cache(value) and looks_like_cache([None, (value,)])
-    for value in (None, True, 3, "cache", torch.zeros(2), {"a": 1}, {1, 2}, (torch.zeros(1),), LlamaConfig()):
+    for value in (
+        None,
+        True,
+        3,
+        "cache",
+        torch.zeros(2),
+        {"a": 1},
+        {1, 2},
+        (torch.zeros(1),),
+        LlamaConfig(),
+        Namespace(a={}),
+    ):
         assert not looks_like_cache(value)
 
 
