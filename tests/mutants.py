@@ -203,7 +203,7 @@ class Copies:
             check=True,
         ).stdout
         names = [name for name in listed.decode().split("\0") if name and not name.startswith("docs/figures")]
-        # Machine code of loops that no changed file is compiled into: numba knows it by content and time of its sources.
+        # Machine code of loops that no changed file is compiled into: numba knows it by its sources.
         names += [str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*.nb[ic]")]
         self._free = []
         for number in range(count):
