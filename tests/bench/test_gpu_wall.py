@@ -17,6 +17,7 @@ from bench.schemas.generator import json_schema
 from bench.schemas.wall import Results
 from bench.setup import sizes
 from bench.setup.variants import TableSet
+from bench.wall import figures as wall_figures
 from bench.wall import options as wall_options
 from bench.wall import run as wall_run
 from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
@@ -42,9 +43,11 @@ def text(tmp_path_factory):
     return path
 
 
-def run_main(monkeypatch, *arguments):
+def run_main(monkeypatch, *arguments, figures=False):
     monkeypatch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments)])
     monkeypatch.setattr(wall_run, "COPY_BYTES", 1 << 20)
+    if not figures:
+        monkeypatch.setattr(wall_figures, "draw_all", lambda results, out: [])
     gpu_wall.main()
 
 
@@ -57,7 +60,7 @@ def results(text, tmp_path_factory, cache_home):
         patch.setattr(wall_run, "FIO_SECONDS", 0.2)
         shapes = ["--steps", "prefill:2x40", "decode:3", "--rounds", 4, "--warmup", 1, "--text", text]
         parts = ["--batch_size", 1, "--seq_len", 16, "--iterations", 2]
-        run_main(patch, *SMALL, *shapes, *parts, "--out", out, "--profile", out / "trace.json")
+        run_main(patch, *SMALL, *shapes, *parts, "--out", out, "--profile", out / "trace.json", figures=True)
     return out, json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
