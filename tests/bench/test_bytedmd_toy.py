@@ -44,7 +44,10 @@ def _own_cache(cache_home):
 
 
 def command(*options):
-    return commands.run(bytedmd_toy, *options)
+    """In this process, without figures: `finished` and `cut_down` have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bytedmd_toy, "draw", lambda results, out: None)
+        return commands.run(bytedmd_toy, *options)
 
 
 def prices(results):
