@@ -37,8 +37,9 @@ def options_for(out):
 
 def measured(rank, out):
     """What a rank does after torchrun has started it: the group is made already, here."""
-    options = options_for(out)
-    found = run._measure(options, run.pick_device("cpu"), lambda text: None)
+    options, said = options_for(out), list[str]()
+    found = run._measure(options, run.pick_device("cpu"), said.append)
+    assert [" s left" in line for line in said] == [False] + 5 * [True], said
     return run._written(options, run.pick_device("cpu"), found) if rank == 0 else None
 
 
