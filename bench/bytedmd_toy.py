@@ -64,7 +64,7 @@ from bench.instruments.output import finish, printed_anyway, require_writable
 from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
-from bench.price.models import CUTS, MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
+from bench.price.models import MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
 from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
 from bench.setup.parallel import in_parallel
@@ -77,6 +77,7 @@ from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab, vocab_for
 from engram_toy.definitions import DEFINITIONS
 from engram_toy.hashing import NgramHasher
+from engram_toy.models.cuts import CUTS
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, MODELS
 from engram_toy.tracer.stack import check_definition

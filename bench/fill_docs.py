@@ -123,8 +123,9 @@ SCRIPTS: dict[str, Callable[[], str]] = {
     "whole_model.js": lambda: data.whole_model_script(RESULTS),
     "stack_stories.js": data.stories_script,
 }
-# Which results each committed figure shows, and what draws them.
-DRAWN = {
+# Which results each committed figure shows, and what draws them; those that start page and findings show are drawn for
+# a phone, too, and `bench.site.pictures` looks for that.
+DRAWN: dict[str, Callable[..., list[Path]]] = {
     "bytedmd_toy": figures.draw_all,
     "bytedmd_sweeps": sweep_figures.draw_all,
     "production": row_figures.draw_all,
@@ -133,6 +134,8 @@ DRAWN = {
     "end_to_end_cpu": end_to_end_figures.draw_all,
     "sharded_cpu": ranks_figures.draw_all,
 }
+
+NARROW = ("bytedmd_toy", "production", "verdict_map", "end_to_end_cpu")
 
 
 def filled(text: str) -> str:
@@ -211,6 +214,8 @@ def fill() -> None:
         _write(ASSETS / name, script())
     for name, draw_all in DRAWN.items():
         draw_all(load(name), FIGURES)
+    for name in NARROW:
+        DRAWN[name](load(name), FIGURES, narrow=True)
 
 
 def _write(path: Path, text: str) -> None:

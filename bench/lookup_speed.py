@@ -36,7 +36,7 @@ from bench.evidence.lookup_table import report
 from bench.instruments.bandwidth import copy_bandwidth
 from bench.instruments.driver import device_head
 from bench.instruments.journal import now
-from bench.instruments.output import finish
+from bench.instruments.output import finish, tell
 from bench.instruments.results import write_json
 from bench.instruments.timing import rounds
 from bench.schemas.lookup_speed import Case, Head, Skipped
@@ -238,7 +238,9 @@ class Lookups:
         ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
         samples: dict[str, list[float]] = {label: [] for label in labels}
         late = dict.fromkeys(labels, 0)
-        for number, turn in rounds(labels, range(count)):
+        for number, turn in rounds(
+            labels, range(count), lambda n, took: tell(f"{tokens} tokens: round {n + 1}  {took}")
+        ):
             for label in turn:
                 before, way = clock.late, ways[label]
                 seconds = clock.time(functools.partial(way.run, number), way.queued)
@@ -318,7 +320,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lookups = Lookups(options, stack)
         results: Any = lookups.head()  # as whoever reads the file takes it
         for tokens in dict.fromkeys(options.tokens):
-            print(f"{tokens} tokens", file=sys.stderr, flush=True)
+            tell(f"{tokens} tokens")
             results["cases"].append(lookups.measure(tokens))
             write_json(options.out / "results.json", {**results, "finished": now()})
     return results

@@ -3,11 +3,13 @@
     engram-price                                   128 tokens of Python's help topics, in seconds
     engram-price --text FILE --tokens 64           of a text of your own; --text - reads standard input
     engram-price --padding 0 10^4 10^6             how far away the table lies
+    engram-price --preset v41-flash                4-grams and fp8 rows, a number for each stored byte
     engram-price --json
 
 The text goes through a tokenizer and Engram's hash; the rows that it names are read in plain Python, and traced. One
-layer in the form of a preset, its table small enough to lay out value by value. Only row reads are priced: with the
-layer and the block around them the ratios come close to 1: `make toy` in the repository prices those, too.
+layer in the form of a preset, its table small enough to lay out value by value; what it was cut to is said. Only row
+reads are priced: with the layer and the block around them the ratios come close to 1: `make toy` in the repository
+prices those, too.
 
   resident          the table above the padding: the baseline
   offload_naive     the table below the padding
@@ -23,14 +25,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from engram_ref import cli
-from engram_ref.config import EngramConfig
+from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.files.texts import read_text
 from engram_ref.hashing.plan import HashPlan
-from engram_ref.vocab import load_tokenizer, vocab_for
+from engram_ref.vocab import CompressedVocab, load_tokenizer, vocab_for
 from engram_toy.bytedmd import trace
 from engram_toy.fusion.demo import EngramWeights
+from engram_toy.fusion.v41 import V41Weights
 from engram_toy.hashing import NgramHasher
 from engram_toy.models.attention import AttentionWeights
+from engram_toy.models.cuts import ROWS
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import Workload, build
 from engram_toy.tracer.stack import read_price
@@ -40,6 +44,7 @@ MOST_TOKENS = 1 << 12
 _CALIBRATION = 1 << 14  # tokens before the priced ones, that hot rows are chosen by
 _CHARACTERS = 1 << 18
 _NO_LAYER = EngramWeights(*([] for _ in EngramWeights._fields))  # nothing but rows is read
+_NO_V41_LAYER = V41Weights(*([] for _ in V41Weights._fields))
 _NO_ATTENTION = AttentionWeights(*([] for _ in AttentionWeights._fields))
 
 
@@ -47,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
+    add("--preset", choices=sorted(ROWS), default="tiny", help="form of Engram, its table cut to fit (default: tiny)")
     add("--text", metavar="FILE", help="a UTF-8 text, - for standard input (default: Python's help topics)")
     add("--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hub name (default: DeepSeek-V4's)")
     add("--tokens", type=cli.at_least(2, MOST_TOKENS), default=128, help="of the end of the text (default: 128)")
@@ -57,7 +63,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_ids(path: str | None, tokenizer: str | None, tokens: int) -> tuple[str, list[int], list[int]]:
+def toy_of(preset: str) -> EngramConfig:
+    """A preset's geometry with a table that can be laid out value by value; any tokenizer serves its form."""
+    config = EngramConfig.preset(preset).replace(**ROWS[preset])
+    return config if config.form == "qwen" else config.replace(compressed_size=None)
+
+
+def read_ids(
+    path: str | None, tokenizer: str | None, tokens: int, vocab: CompressedVocab
+) -> tuple[str, list[int], list[int]]:
     """A text's name, its last compressed ids, and those before them.
 
     Raises:
@@ -67,25 +81,26 @@ def read_ids(path: str | None, tokenizer: str | None, tokens: int) -> tuple[str,
     ids = load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
     if len(ids) < 2 * tokens:
         raise ValueError(f"{name} has {len(ids)} tokens: {tokens} to price need a text of at least {2 * tokens}")
-    compressed = vocab_for(EngramConfig.preset("tiny"), tokenizer)([ids])[0].tolist()
+    compressed = vocab([ids])[0].tolist()
     return name, compressed[-tokens:], compressed[-tokens - _CALIBRATION : -tokens]
 
 
 def prices(
-    plan: HashPlan, width: int, ids: Sequence[int], before: Sequence[int], padding: int, hot_share: float
+    plan: HashPlan, config: EngramConfig, ids: Sequence[int], before: Sequence[int], padding: int, hot_share: float
 ) -> dict[str, int]:
     """ByteDMD price of the row reads of `ids` in each layout, one byte a value.
 
     Args:
-        plan: of one layer.
-        width: values of a row.
+        plan: of the geometry; its first layer is looked up.
+        config: geometry.
         before: ids that the hot rows are counted on.
         padding: values between the table's two parts.
     """
     layer, constants = plan.layers[0], json.loads(plan.to_json())
     hot = most_frequent(NgramHasher(constants)(before, layer.layer_id), int(hot_share * layer.rows))
-    table = [[0.0] * width for _ in range(layer.rows)]
-    workload = Workload("engram", constants, layer.layer_id, ids, table, [], _NO_LAYER, _NO_ATTENTION)
+    table = [[0.0] * stored_values(config) for _ in range(layer.rows)]
+    form = _NO_V41_LAYER if config.form == "v41" else _NO_LAYER  # which way rows are read
+    workload = Workload("engram", constants, layer.layer_id, ids, table, [], form, _NO_ATTENTION)
     found = {}
     for variant in VARIANTS:
         program = build(workload, "lookup", Layout.variant(variant, layer.rows, hot), padding)
@@ -94,19 +109,29 @@ def prices(
     return found
 
 
+def stored_values(config: EngramConfig) -> int:
+    """Numbers of a stored row: its values, or its codes and a scale for each 32 of them."""
+    scaled = config.row_dtype == "float8_e4m3fn"
+    return config.row_width + scaled * config.row_width // SCALE_BLOCK
+
+
 def price_text(options: argparse.Namespace) -> dict[str, Any]:
     """What the options ask, as JSON takes it."""
-    config = EngramConfig.preset("tiny")
-    name, ids, before = read_ids(options.text, options.tokenizer, options.tokens)
-    plan = HashPlan.for_vocab(config, vocab_for(config, options.tokenizer))
+    config, published = toy_of(options.preset), EngramConfig.preset(options.preset)
+    vocab = vocab_for(config, options.tokenizer)
+    name, ids, before = read_ids(options.text, options.tokenizer, options.tokens, vocab)
+    plan = HashPlan.for_vocab(config, vocab)
     return {
+        "preset": options.preset,
         "text": name,
         "tokens": len(ids),
         "rows_read": len(ids) * config.columns,
-        "values_per_row": config.row_width,
+        "values_per_row": stored_values(config),
+        "values_per_row_published": stored_values(published),
         "table_rows": plan.layers[0].rows,
+        "table_rows_published": HashPlan.for_vocab(published.replace(compressed_size=len(vocab)), vocab).layers[0].rows,
         "prices": [
-            {"padding": padding, **prices(plan, config.row_width, ids, before, padding, options.hot_share)}
+            {"padding": padding, **prices(plan, config, ids, before, padding, options.hot_share)}
             for padding in options.padding
         ],
     }
@@ -116,7 +141,9 @@ def report(found: dict[str, Any]) -> str:
     """The prices for a terminal."""
     lines = [
         f"{found['text']}, last {found['tokens']:,} tokens: {found['rows_read']:,} rows of "
-        f"{found['values_per_row']} values read, from a table of {found['table_rows']:,}"
+        f"{found['values_per_row']} values read, from a table of {found['table_rows']:,}",
+        f"{found['preset']}, one layer; published: {found['values_per_row_published']} values, "
+        f"{found['table_rows_published']:,} rows",
     ]
     for entry in found["prices"]:
         lines += ["", f"padding {entry['padding']:,}"]

@@ -15,6 +15,7 @@ from bench.instruments.output import source
 from bench.instruments.timing import paired_ratio
 from bench.schemas.generator import json_schema
 from bench.schemas.results_files import RESULTS
+from bench.site.pictures import narrow_of
 from bench.sweeps.points import SWEEPS
 from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_ref.place import command as place_command
@@ -82,10 +83,22 @@ FIGURES = {
 def test_the_figures_name_their_results():
     folder = ROOT / "docs/figures"
     named = sorted(figure for figures in FIGURES.values() for figure in figures)
-    assert sorted(path.name for path in folder.glob("*.svg")) == named
+    for_phones = [Path(figure).stem + ".narrow.svg" for name in fill_docs.NARROW for figure in FIGURES[name]]
+    assert sorted(path.name for path in folder.glob("*.svg")) == sorted(named + for_phones)
     for name, figures in FIGURES.items():
         origin = source(fill_docs.load(name))
         assert all(origin in (folder / figure).read_text(encoding="utf-8") for figure in figures)
+
+
+@pytest.mark.parametrize(
+    "page", ["index.md", *sorted(f"findings/{p.name}" for p in (ROOT / "docs/findings").glob("*.md"))]
+)
+def test_every_figure_of_start_page_and_findings_is_drawn_for_a_phone(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert all(narrow_of(figure) == figure.replace(".svg", ".narrow.svg") for figure in shown)
+    assert shown or "paper" in page
+    assert narrow_of("figures/timeline.svg") is None and narrow_of("ratios.png") is None
 
 
 @pytest.mark.parametrize(

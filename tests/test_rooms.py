@@ -43,7 +43,7 @@ ROOMS = {
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
     "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion lookup prefetch layer",
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
-    "engram_ref.place": "config cli free_memory files vocab hashing checkpoint tables rows",
+    "engram_ref.place": "config cli free_memory files vocab hashing checkpoint tables rows sharding",
     # engram_toy
     "engram_toy": "",
     "engram_toy.fp8": "",

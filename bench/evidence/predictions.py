@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 from bench.instruments.reading import read_results
 from bench.instruments.words import short, signed
+from bench.setup.decoder_sizes import SIZES, BlockShape
+from engram_ref.config import EngramConfig
 from engram_ref.place.energy import PAGE, pages_per_row
-from engram_ref.place.formulas import FORMULAS, exposed_seconds, seconds
+from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, prompt_block_seconds, seconds
+from engram_ref.place.group import Group
 from engram_ref.place.machine import Machine, Rate
 from engram_ref.place.price import rows_price
 
@@ -32,7 +35,6 @@ NOT_PREDICTED = {
     "pricing_speed": "how long pricing takes",
     "hashing_speed": "hashing is no part of a placement",
     "layer_speed_first_run": "the same as layer_speed, an earlier run",
-    "sharded_cpu": "tables that ranks share are no placement of this command",
     "stress": "faults, not times",
     "energy_by_tier": "counts of rows, not energies",
     "lab": "the toy, as the lab asked for it",
@@ -93,7 +95,8 @@ def _machine(**rates: float) -> Machine:
 
 
 def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
-    """Bytes of a step, and the waits of the synchronous variants."""
+    """Bytes of a step, the waits of the synchronous variants, and a prompt without Engram."""
+    products = next((part for part in results["components"] if part["case"] == "compute"), None)
     machine = _machine(memory=results["limits"]["copy"]["bytes_per_s"], reads=results["limits"]["disk"]["reads_per_s"])
     for step in results["steps"]:
         shape, said = step["shape"], step["prediction"]
@@ -102,6 +105,15 @@ def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
         yield Line(name, f"{step_name}, bytes asked for", "rows", rows * row_bytes, said["bytes_requested"], "B")
         pages = distinct * pages_per_row(row_bytes) * PAGE
         yield Line(name, f"{step_name}, bytes of pages", "time.file", pages, said["bytes_paged"], "B")
+        if products and shape["phase"] == "prefill":
+            values = step["blocks"] * BlockShape.of(SIZES[step["backbone"]]).parameters()
+            least = prompt_block_seconds(
+                values, shape["batch"] * shape["tokens"], products["flops"] / products["limit_s"]
+            )
+            took = statistics.median(next(run["step_s"] for run in step["runs"] if run["variant"] == "no_engram"))
+            yield Line(
+                name, f"{step_name}, {step['blocks']} blocks compute, at least", "window.prompt", least, took, "s"
+            )
         for run in step["runs"]:
             if run["repeat"] or run["variant"] == "no_engram" or run["schedule"] == "prefetched":
                 continue
@@ -134,7 +146,8 @@ def _gather(name: str, case: str, rows: float, row_bytes: int, took: float) -> L
 
 
 def _end_to_end(name: str, results: dict[str, Any]) -> Iterator[Line]:
-    """What a decode step loses behind a slowed bus: the delay less the window before the layer."""
+    """What a hot tier holds, and what a decode step loses behind a slowed bus: the delay less the window."""
+    yield from _hot_tiers(name, results)
     for case in results["cases"]:
         rows = {row["label"]: _decode(row) for row in case["rows"]}
         block = rows["no_engram"] / case["blocks"]
@@ -149,6 +162,33 @@ def _end_to_end(name: str, results: dict[str, Any]) -> Iterator[Line]:
                 lost = rows[row["label"]] - rows["resident"]
                 case_name = f"batch {case['batch']}, {case['stream']['name']}, {row['label']}, lost per step"
                 yield Line(name, case_name, "exposed", predicted, lost, "s")
+
+
+def _hot_tiers(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """Hot rows in memory in front of a file, and an entry for each row of the table; buffers left out."""
+    case = results["cases"][0]
+    config = EngramConfig.preset(case["table"]["preset"]).replace(row_dtype=case["table"]["row_dtype"])
+    for row in case["rows"]:
+        if row["variant"] == "offload_hot":
+            hot = round(row["hot_share"] * case["table"]["rows"])
+            held = held_bytes(config, [case["table"]["rows"]], 0, hot)["hot file"]
+            label = f"{row['label']} in front of a file"
+            tier = held["gpu"] + held["host"]
+            yield Line(name, f"{label}, bytes held", "held", tier, row["held"]["device"] + row["held"]["host"], "B")
+            yield Line(name, f"{label}, bytes of the file", "held", held["disk"], row["held"]["disk"], "B")
+
+
+def _sharded(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """Bytes that the rank with most received in one fetch of both layers."""
+    for run in results["runs"]:
+        layers, columns = len(run["rows"]), EngramConfig.preset(run["preset"]).columns
+        for case in run["cases"]:
+            if case["way"] == "owners":
+                rows, group = case["tokens"] * columns, Group(run["ranks"])
+                told = layers * moved_bytes("sharded", rows, rows, run["row_bytes"], 0.0, group)["link"]
+                most = max(rank["ids"] + rank["rows"] + rank["control"] for rank in case["by_rank"])
+                what = f"{run['ranks']} ranks, {case['tokens']:,} tokens, bytes from other ranks"
+                yield Line(name, what, "exchange.bytes", told, most, "B")
 
 
 def _decode(row: dict[str, Any]) -> float:
@@ -181,4 +221,5 @@ _READERS = {
     "end_to_end_cpu": _end_to_end,
     "layer_speed": _layer,
     "production": _production,
+    "sharded_cpu": _sharded,
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.gridspec import GridSpec
+from matplotlib.ticker import FixedLocator
 
 from bench.instruments.output import source
 from bench.instruments.reading import as_this_version, read_results
 from engram_ref import cli
 from engram_ref.files.replacing import replacing_path
 
+NARROW = 3.1  # inches: what a phone of 360 CSS pixels has room for, beside the page's margins
 # Okabe and Ito's palette: told apart by everyone, and on paper.
 COLOURS = {
     "no_engram": "#999999",
@@ -26,8 +30,14 @@ COLOURS = {
 }
 
 
-def save_all(drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: dict[str, Any], out: Path) -> list[Path]:
-    """Draw each figure of these results and save it as `out`/NAME.svg; the same results give the same bytes."""
+def save_all(
+    drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: dict[str, Any], out: Path, narrow: bool = False
+) -> list[Path]:
+    """Draw each figure of these results and save it as `out`/NAME.svg; the same results give the same bytes.
+
+    Args:
+        narrow: as `out`/NAME.narrow.svg, laid out for a phone.
+    """
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in drawings.items():
@@ -36,7 +46,9 @@ def save_all(drawings: Mapping[str, Callable[[dict[str, Any]], Any]], results: d
             {"svg.hashsalt": name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
         ):
             figure = draw(results)
-            path = out / f"{name}.svg"
+            if narrow:
+                stack(figure)
+            path = out / f"{name}{'.narrow' * narrow}.svg"
             with replacing_path(path) as part:
                 figure.savefig(part, bbox_inches="tight", metadata={"Date": None, "Description": source(results)})
             plt.close(figure)
@@ -48,6 +60,61 @@ def legend_below(figure: Any, axis: Any) -> None:
     """The legend of one panel, for all, in a row at the foot of the figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=len(labels))
+
+
+def stack(figure: Any, width: float = NARROW) -> None:
+    """Lay a figure out anew in one column: its panels, legend and titles, with letters as large as they are.
+
+    A panel that took its label from another one in its row or column gets it for itself. A scale of colours is laid
+    below the panels.
+    """
+    panels = [axis for axis in figure.axes if axis.get_subplotspec() is not None]
+    scales = [axis for axis in figure.axes if axis not in panels]
+    shown = [axis for axis in panels if axis.axison]
+    _label_each(shown)
+    heights = [max(2.2, min(3.0, axis.get_position().height * figure.get_figheight())) for axis in shown]
+    figure.set_size_inches(width, sum(heights) + 0.8 * len(shown) + 1.2)
+    for axis, height, cell in zip(shown, heights, GridSpec(len(shown), 1, figure=figure, height_ratios=heights)):
+        axis.set_subplotspec(cell)
+        axis.tick_params(labelbottom=True, labelleft=True)
+        axis.set_title(_wrapped(axis.get_title(), width), fontsize=9)
+        axis.set_xlabel(_wrapped(axis.get_xlabel(), 0.8 * width))
+        axis.set_ylabel(_wrapped(axis.get_ylabel(), height))
+        if isinstance(axis.xaxis.get_major_locator(), FixedLocator):
+            names = [name.get_text().replace(" ", "\n") for name in axis.get_xticklabels()]
+            axis.set_xticks(axis.get_xticks(), names)
+    coloured = [(scale._colorbar.mappable, scale.get_ylabel()) for scale in scales]
+    for axis in [*scales, *(axis for axis in panels if not axis.axison)]:
+        axis.remove()
+    figure.set_layout_engine("constrained")
+    for colours, label in coloured:  # made anew: it lies, where it stood
+        figure.colorbar(colours, ax=shown, location="bottom", label=label, aspect=30, pad=0.01)
+    for legend in list(figure.legends):
+        handles, labels = legend.legend_handles, [_wrapped(text.get_text(), 0.8 * width) for text in legend.get_texts()]
+        legend.remove()
+        columns = max(1, int(_letters(width) / (max(map(len, labels)) + 7)))
+        figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
+    figure.suptitle(_wrapped(figure.get_suptitle(), width), fontsize=9)
+
+
+def _label_each(panels: list[Any]) -> None:
+    """Labels of axes that stand once for a row or a column of panels, at each of them."""
+    cells = {axis: axis.get_subplotspec() for axis in panels}
+    for axis, cell in cells.items():
+        below = [other.get_xlabel() for other in panels if cells[other].colspan == cell.colspan]
+        left = [other.get_ylabel() for other in panels if cells[other].rowspan == cell.rowspan]
+        axis.set_xlabel(axis.get_xlabel() or next(filter(None, reversed(below)), ""))
+        axis.set_ylabel(axis.get_ylabel() or next(filter(None, left), ""))
+
+
+def _letters(width: float) -> float:
+    """How many letters of a title have room in so many inches."""
+    return 15 * width
+
+
+def _wrapped(text: str, width: float) -> str:
+    lines = [textwrap.wrap(line, int(_letters(width))) or [""] for line in text.splitlines()]
+    return "\n".join(part for line in lines for part in line)
 
 
 def redraw(draw: Callable[[dict[str, Any], Path], list[Path]], module: str) -> None:

@@ -11,12 +11,14 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+from engram_ref.cli import time_left
 
 LEAST_SAMPLES = 3  # fewer have no spread to speak of
 _RESAMPLES = 2000
@@ -25,7 +27,7 @@ _Thing = TypeVar("_Thing")
 
 
 def rounds(
-    things: Sequence[_Thing], numbers: Iterable[int], say: Callable[[int], object] = lambda number: None
+    things: Sequence[_Thing], numbers: Sequence[int], say: Callable[[int, str], object] = lambda number, took: None
 ) -> Iterator[tuple[int, list[_Thing]]]:
     """Each round's number and all things in its order: A B C, B C A, ...; nothing is collected inside of a round.
 
@@ -33,17 +35,17 @@ def rounds(
     transformers has loaded takes half a second, and cools every cache.
 
     Args:
-        say: progress, told the number of a round that begins, every few seconds.
+        say: progress, told the number of a round that begins and how long the others will take, every few seconds.
     """
     collecting = gc.isenabled()
     gc.disable()
     gc.freeze()
-    said = time.perf_counter()
+    began = said = time.perf_counter()
     try:
-        for number in numbers:
-            if time.perf_counter() - said > _SAY_SECONDS:
-                say(number)
-                said = time.perf_counter()
+        for done, number in enumerate(numbers):
+            if (at := time.perf_counter()) - said > _SAY_SECONDS:
+                say(number, time_left(at - began, done, len(numbers)))
+                said = at
             first = number % len(things)
             yield number, [*things[first:], *things[:first]]
             gc.collect()

@@ -29,9 +29,9 @@ _BINS = 25  # powers of two of depth; deeper reads share the last
 KIND_ORDER = ["row", "staged row", "weight", "activation", "token", "hash constant", "row index", "pad"]
 
 
-def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
+def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[Path]:
     """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
-    return save_all({"depths": _depths, "ratios": _ratios, "cost_by_kind": _cost_by_kind}, results, out)
+    return save_all({"depths": _depths, "ratios": _ratios, "cost_by_kind": _cost_by_kind}, results, out, narrow)
 
 
 def _models(results: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def _ratios(results: dict[str, Any]) -> Any:
             heights = [_ratio(results, model, boundary, variant) for boundary in boundaries]
             places = [b + (i - 1) * 0.26 for b in range(len(boundaries))]
             bars = axis.bar(places, heights, 0.24, color=COLOURS[variant], label=variant)
-            axis.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=7, padding=2)
+            axis.bar_label(bars, [f"{h:.2f}" if h < 10 else f"{h:.1f}" for h in heights], fontsize=7, padding=2)
         for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
             axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--")
             axis.text(len(boundaries) - 0.55, level * 1.03, text, ha="right", fontsize=8, color="0.35")

@@ -12,7 +12,6 @@ import json
 import random
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,15 +23,10 @@ from engram_toy.fusion.demo import EngramWeights
 from engram_toy.fusion.qwen import QwenWeights
 from engram_toy.fusion.v41 import V41Weights
 from engram_toy.models.attention import AttentionWeights
+from engram_toy.models.cuts import CUTS
 from engram_toy.models.kv_bank import BankWeights
 from engram_toy.models.programs import MODELS, Workload
 
-# What each preset is cut to; the orders, the heads and the form stay.
-CUTS: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "v41-flash": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": (1000, 1000, 1000)},
-    "qwen38-flash-next": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": (1000, 1000)},
-}
 MODELS_OF = {"tiny": MODELS, "v41-flash": ("engram",), "qwen38-flash-next": ("engram",)}  # these have no bank
 
 

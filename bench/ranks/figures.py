@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from bench.instruments.drawing import redraw, save_all
-from bench.ranks.model import LINKS
+from engram_ref.sharding.on_paper import LINKS
 
 Results = dict[str, Any]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -39,7 +39,7 @@ def sharded(results: Results) -> Any:
 def _model(axis: Any, results: Results, phase: str) -> None:
     entries = [entry for entry in results["model"] if entry["phase"] == phase]
     counts = sorted({entry["tokens"] for entry in entries})
-    for colour, link in zip(_COLOURS, LINKS):
+    for colour, link in zip(_COLOURS, LINKS.values()):
         for style, tokens in zip(_STYLES, counts):
             line = [entry for entry in entries if (entry["link"], entry["tokens"]) == (link.name, tokens)]
             label = link.name if tokens == counts[0] else None

@@ -29,6 +29,7 @@ from bench.ranks.model import model_table
 from bench.ranks.schedule import schedule_table
 from bench.setup.sizes import pick_device
 from bench.setup.table_content import expected_rows, expected_values
+from engram_ref.cli import time_left
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.prefetch import FetchError, Prefetcher
@@ -71,11 +72,12 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
 def _measure(options: argparse.Namespace, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
     config = _sized(EngramConfig.preset(options.preset), options.table_params[0], options.dtype)
     plan = HashPlan.build(config, COMPRESSED, PAD)
-    ranks, cases = dist.get_world_size(), []
+    ranks, cases, began = dist.get_world_size(), list[dict[str, Any]](), time.monotonic()
     for way, choices in WAYS.items():
         tables = _tables(plan, config, device, options.seed, choices)
         for shape in options.steps:
-            tell(f"{way}, {shape}")
+            took = time_left(time.monotonic() - began, len(cases), len(WAYS) * len(options.steps))
+            tell(f"{way}, {shape}  {took}")
             cases.append({"way": way, **_case(options, plan, tables, shape.batch, shape.tokens, way)})
         for table in tables.values():
             table.close()

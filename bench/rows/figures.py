@@ -31,7 +31,7 @@ MODEL_COLOURS = {
 LAYOUT_LINES = {"held live": "-", "compacted": "--"}
 
 
-def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
+def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[Path]:
     """Draw every figure into a folder; each file is complete or absent. Returns the paths.
 
     Raises:
@@ -40,9 +40,8 @@ def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
     absent = [table for table in TABLE_COLOURS if not select(results, part="scale", table=table)]
     if absent:
         raise ValueError(f"no records of {', '.join(absent)}: draw a run of all parts and without --preset")
-    return save_all(
-        {"row_depths": _depths, "place": _place, "hot_tier": _hot, "whole_model": _whole_model}, results, out
-    )
+    drawings = {"row_depths": _depths, "place": _place, "hot_tier": _hot, "whole_model": _whole_model}
+    return save_all(drawings, results, out, narrow)
 
 
 def _depths(results: dict[str, Any]) -> Any:

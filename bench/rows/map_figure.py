@@ -16,14 +16,14 @@ from bench.rows.verdict_map import POINTS, boundary, point
 from bench.rows.whole_model import AROUND, shown
 
 _FOOT = 1e-2  # what stands for no compute at all on the logarithmic axis
-_TOP = 1e7
+_TOP = 1e8
 _COLOURS = {"LOSS": "#D55E00", "INCONCLUSIVE": "#F0E442", "WIN": "#009E73"}
 _STEPS = {1: "o", 512: "s", 32_768: "^"}
 
 
-def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
+def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[Path]:
     """Draw the figure into a folder; the file is complete or absent. Returns its path."""
-    return save_all({"verdict_map": _map}, results, out)
+    return save_all({"verdict_map": _map}, results, out, narrow)
 
 
 def _map(results: dict[str, Any]) -> Any:
@@ -37,8 +37,9 @@ def _map(results: dict[str, Any]) -> Any:
                     marker = {"marker": _STEPS[tokens], "color": "black" if experts != "one" else "#999999"}
                     axis.plot(*point(model, experts, tokens), markersize=5, linestyle="", **marker)
                     if tokens == 1:
-                        axis.annotate(shown(model, experts), point(model, experts, 1), (4, 4), fontsize=7,
-                                      textcoords="offset points")  # fmt: skip
+                        up = 5 if axis.texts else -5  # the two models of a panel stand close to each other
+                        axis.annotate(shown(model, experts), point(model, experts, 1), (-6, up), fontsize=7,
+                                      textcoords="offset points", ha="right", va="center")  # fmt: skip
             axis.set(xscale="log", yscale="log", ylim=(_FOOT, _TOP), title=f"{table}, {layout}")
     for axis in axes[-1]:
         axis.set_xlabel("bytes above / bytes of the table")

@@ -53,9 +53,9 @@ class Exchange(TypedDict):
     phase: Annotated[str, one_of("decode", "prefill")]
     tokens: Annotated[Natural, "of each rank"]
     ranks: Natural
-    ids_bytes: Annotated[Amount, "that a rank receives, as the formula says"]
+    ids_bytes: Annotated[Amount, "that a rank receives in a step, as the formula says"]
     rows_bytes: Amount
-    seconds: Amount
+    seconds: Annotated[Amount, "until the rows of the first layer are there"]
     window_s: Annotated[Positive, "in which it would hide"]
 
 

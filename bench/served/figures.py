@@ -31,12 +31,12 @@ _COLUMNS = 2
 _CLAIM = 100 * WALL_TIME_CLAIM
 
 
-def draw_all(results: Json, out: Path) -> list[Path]:
+def draw_all(results: Json, out: Path, narrow: bool = False) -> list[Path]:
     """Draw every figure into a folder; each file is complete or absent. Returns the paths."""
     drawings = {"baselines": baselines, "overhead_parts": overhead_parts}
     if any(row["bus"] for case in results["cases"] for row in case["rows"]):
         drawings["slower_bus"] = slower_bus
-    return save_all(drawings, results, out)
+    return save_all(drawings, results, out, narrow)
 
 
 def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:

@@ -83,8 +83,9 @@ class Rounds:
         )
         return self._server.prepare(round_, options.prefill_tokens)
 
-    def _say(self, number: int) -> None:
-        self._tell(f"{self._name}: " + (f"round {number + 1} of {self._options.rounds}" if number >= 0 else "warm-up"))
+    def _say(self, number: int, took: str) -> None:
+        where = f"round {number + 1} of {self._options.rounds}" if number >= 0 else "warm-up"
+        self._tell(f"{self._name}: {where}  {took}")
 
     def _measure_round(self, number: int, turn: list[Variant]) -> None:
         work, keep = self._work(number), number >= 0

@@ -195,9 +195,11 @@ def measure(
     """Raw samples of every part, interleaved, after one round of warm-up."""
     parts = {name: run for case in cases for name, run in components.parts(case).items()}
     samples: dict[str, list[float]] = {name: [] for name in parts}
-    for number, turn in rounds(
-        list(parts.items()), range(-1, iterations), lambda n: tell(f"components: iteration {n + 1} of {iterations}")
-    ):
+
+    def say(number: int, took: str) -> None:
+        tell(f"components: iteration {number + 1} of {iterations}  {took}")
+
+    for number, turn in rounds(list(parts.items()), range(-1, iterations), say):
         for name, part in turn:
             elapsed = components.run(part)
             if number >= 0:

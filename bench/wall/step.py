@@ -216,8 +216,9 @@ def measure(
     """Samples of every variant, by label: `count` rounds, warm-up rounds run and not kept."""
     samples = {variant.label: Samples() for variant in variants}
 
-    def say(number: int) -> None:
-        tell(f"{stepper.shape}: round {number + 1} of {count}" if number >= 0 else f"{stepper.shape}: warm-up")
+    def say(number: int, took: str) -> None:
+        where = f"round {number + 1} of {count}" if number >= 0 else "warm-up"
+        tell(f"{stepper.shape}: {where}  {took}")
 
     for number, turn in rounds(variants, range(-warmup, count), say):
         for variant in turn:

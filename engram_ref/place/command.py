@@ -3,12 +3,13 @@
     engram-place --preset v41-flash                          on this machine, in seconds, with assumed rates
     engram-place --preset v41-flash --gpu 80GB --host 512GB --disk 2TB --block-time 56us
     engram-place /models/DeepSeek-V4.1-Flash --measure       a checkpoint (or its config.json); rates measured here
+    engram-place --preset v41-flash --gpu 80GB --ranks 8     eight GPUs of a machine that may share the rows among them
     engram-place --preset v41-flash --json | jq .recommendation
     engram-place --preset v41-flash --gpu 80GB --host 512GB --engram-config      the flag for vLLM and SGLang
 
---gpu, --host and --disk are what is free for the table, beside weights and caches. Rates that were neither measured nor
-given are assumed, and said so. --json has every number with the name of its formula. Torch is not needed, except to
---measure a GPU.
+--gpu, --host and --disk are what is free for the table, beside weights and caches: the GPU of each rank, host memory
+and disk of each machine. Rates that were neither measured nor given are assumed, and said so. --json has every number
+with the name of its formula. Torch is not needed, except to --measure a GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from engram_ref.config import PRESETS
 from engram_ref.files.texts import read_text
 from engram_ref.place.answer import Question, answer
 from engram_ref.place.engines import engine_flags
+from engram_ref.place.group import Group
 from engram_ref.place.machine import Machine, Rate, this_machine
 from engram_ref.place.model import Model
 from engram_ref.place.reads import count_reads
 from engram_ref.place.table import report
+from engram_ref.sharding.on_paper import LINKS
 
 PROG = "engram-place"
 _MOST_BATCH = 1 << 20
@@ -35,6 +38,8 @@ _RATES = {
     "bus": (cli.bytes_per_second, "from host memory to it, such as 50GB/s"),
     "memory": (cli.bytes_per_second, "bandwidth of host memory, one thread"),
     "gather": (cli.positive, "rows a second that the CPU gathers, such as 2e7"),
+    "compute": (cli.positive, "operations a second of the accelerator on a prompt, such as 5e14"),
+    "processor": (cli.positive, "the same of the CPU, where there is no GPU"),
     "reads": (cli.positive, "random reads a second of the disk, such as 5e5"),
 }
 
@@ -57,6 +62,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--blocks", type=cli.at_least(1, 10_000), help="decoder blocks of the model (default: the preset's)")
     add("--batch", type=cli.at_least(1, _MOST_BATCH), nargs="+", default=[1, 64, 512], metavar="TOKENS",
         help="tokens of a decode step (default: 1 64 512)")  # fmt: skip
+    add("--prompt", type=cli.at_least(1, _MOST_BATCH), nargs="*", default=[4096], metavar="TOKENS",
+        help="tokens of a prompt; none: no prompts (default: 4096)")  # fmt: skip
+    add("--ranks", type=cli.at_least(1, 1 << 10), default=1, help="processes, a GPU and tokens each (default: 1)")
+    add("--machines", type=cli.at_least(1, 1 << 10), help="that the ranks run on (default: 1)")
+    add(
+        "--link", choices=sorted(LINKS), help="between ranks (default: nvlink; ethernet of several machines, or no GPU)"
+    )
+    add("--link-rate", type=cli.bytes_per_second, metavar="RATE", help="of the link, one way, such as 50GB/s")
     add("--hot-share", type=cli.share, default=0.1, help="of all rows, that the hot tier holds (default: 0.1)")
     add(
         "--text", type=Path, help="a UTF-8 text whose tokens are looked up, - for stdin (default: Python's help topics)"
@@ -74,6 +87,9 @@ def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
         parser.error("name a --preset or a checkpoint, and one of them only")
     if options.blocks is not None and options.model_time is None:
         parser.error("--blocks does nothing without --model-time")
+    of_ranks = [name for name in ("machines", "link", "link_rate") if getattr(options, name) is not None]
+    if options.ranks == 1 and of_ranks:
+        parser.error(f"--{of_ranks[0].replace('_', '-')} does nothing without --ranks")
     if options.json and options.engram_config:
         parser.error("--json has everything: leave --engram-config away, or --json")
     if options.measure and (given := [n for n in _RATES if getattr(options, f"{n}_rate") is not None]):
@@ -88,11 +104,21 @@ def question(options: argparse.Namespace) -> Question:
         OSError: one cannot be read.
     """
     model = Model.of(options.preset, options.checkpoint)
-    batches = tuple(sorted(set(options.batch)))
-    reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer)
+    batches, prompts = (tuple(sorted(set(tokens))) for tokens in (options.batch, options.prompt))
+    machine = _machine(options, model.config.row_bytes())
+    group = _group(options, machine.gpu is not None)
+    reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer, prompts)
     return Question(
-        model, _machine(options, model.config.row_bytes()), reads, batches, _block(options, model), options.hot_share
+        model, machine, reads, batches, _block(options, model), options.hot_share, prompts=prompts, group=group
     )
+
+
+def _group(options: argparse.Namespace, has_gpu: bool) -> Group:
+    machines = options.machines or 1
+    link = LINKS[options.link or ("nvlink" if has_gpu and machines == 1 else "ethernet")]
+    if options.link_rate is not None:
+        link = replace(link, bytes_per_s=options.link_rate, source="given")
+    return Group(options.ranks, machines, link)
 
 
 def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:

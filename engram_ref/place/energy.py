@@ -46,6 +46,7 @@ TIERS = {
     "memory": Tier(FIGURES["host"]),  # read by the CPU that computes: no link
     "host": Tier(_plus(FIGURES["host"], FIGURES["pcie_elsewhere"])),
     "file": Tier(FIGURES["pcie_elsewhere"], FIGURES["nvme_random_io"]),
+    "link": Tier(FIGURES["pcie_elsewhere"]),  # as much as a link within a machine, at least
 }
 
 

@@ -38,6 +38,8 @@ ASSUMED = {
     "bus": Rate(5e10, "assumed: PCIe 5.0 x16 in practice, bytes/s"),
     "gather": Rate(2e7, "assumed: one thread, rows on huge pages, rows/s"),
     "memory": Rate(1.5e10, "assumed: one thread that copies, bytes/s"),
+    "compute": Rate(4.9e14, "assumed: half of an H100's dense bfloat16 peak, operations/s"),
+    "processor": Rate(1e11, "assumed: a few cores, float32, operations/s"),
     "reads": Rate(5e5, "assumed: one NVMe drive, random reads of 4 KiB, 64 in flight, reads/s"),
     "start_device": Rate(4e-6, "assumed: a kernel's launch, s"),
     "start_host": Rate(2e-5, "assumed: another thread wakes, s"),

@@ -31,6 +31,7 @@ _TABLE = 1 << 29  # bytes
 _COPY = 1 << 27  # bytes
 _MANY = 1 << 14  # rows of a fetch in memory
 _SOME = 1 << 11  # rows of a fetch from a file
+_FACTOR, _FACTOR_GPU = 1 << 10, 1 << 12  # rows and columns of matrices that are multiplied
 _REPEATS = 7
 _SOURCE = "measured"
 
@@ -64,7 +65,13 @@ def _in_memory(values: Tensor) -> dict[str, Rate]:
         "start_host": Rate(start, _SOURCE),
         "gather": Rate(rate, _SOURCE),
         "memory": Rate(_COPY / copy, _SOURCE),
+        "processor": Rate(_operations_per_second(torch.randn(_FACTOR, _FACTOR)), f"{_SOURCE}: float32"),
     }
+
+
+def _operations_per_second(factor: Tensor) -> float:
+    """Of a product of square matrices, a multiplication and an addition for each element of both."""
+    return 2 * len(factor) ** 3 / _median(_ended(lambda: factor @ factor))
 
 
 def _on_disk(values: Tensor, folder: Path) -> dict[str, Rate]:
@@ -96,20 +103,23 @@ def _on_gpu() -> dict[str, Rate]:
         small = _median(_ended(lambda: target[:1].copy_(host.bytes[:1], non_blocking=True)))
     within = _median(_ended(lambda: other.copy_(target)))
     launch = _median(_ended(lambda: other[:1].copy_(target[:1])))
+    factor = torch.randn(_FACTOR_GPU, _FACTOR_GPU, dtype=torch.bfloat16, device="cuda")
     return {
         "bus": Rate(_COPY / bus, _SOURCE),
         "start_bus": Rate(small, _SOURCE),
         "device": Rate(2 * _COPY / within, f"{_SOURCE}: bytes read and written"),
         "start_device": Rate(launch, _SOURCE),
+        "compute": Rate(_operations_per_second(factor), f"{_SOURCE}: bfloat16"),
     }
 
 
 def _ended(work: Callable[[], object]) -> Callable[[], None]:
-    """Work of the GPU that is waited for."""
+    """Work that is waited for, if it is a GPU's."""
 
     def run() -> None:
         work()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     return run
 

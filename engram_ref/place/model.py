@@ -22,24 +22,32 @@ class Backbone:
 
     Attributes:
         blocks: decoder blocks.
+        active_values: weights that a token is multiplied with.
         step_bytes: weights that a step of one token reads, at least.
         live_bytes: all weights, read or not.
         source: where the figures are from.
     """
 
     blocks: int
+    active_values: int
     step_bytes: int
     live_bytes: int
     source: str
 
 
-_PAPER = Backbone(30, 2 * 3_800_000_000, 2 * 26_700_000_000, "the paper: 30 blocks, 3.8 B of 26.7 B values active")
+_PAPER = Backbone(
+    30, 3_800_000_000, 2 * 3_800_000_000, 2 * 26_700_000_000, "the paper: 30 blocks, 3.8 B of 26.7 B values active"
+)
 # By preset. Of the shipped models by audits of their files; the narrowest format in V4.1-Flash is half a byte.
 BACKBONES = {
     "paper-27b": _PAPER,
     "paper-40b": _PAPER,
-    "v41-flash": Backbone(40, 8_000_000_000, 307_000_000_000, "audits of its files: 16 B values active, fp4 at least"),
-    "qwen38-flash-next": Backbone(48, 12_000_000_000, 12_000_000_000, "6 B values active, bfloat16; others left out"),
+    "v41-flash": Backbone(
+        40, 16_000_000_000, 8_000_000_000, 307_000_000_000, "audits of its files: 16 B values active, fp4 at least"
+    ),
+    "qwen38-flash-next": Backbone(
+        48, 6_000_000_000, 12_000_000_000, 12_000_000_000, "6 B values active, bfloat16; others left out"
+    ),
 }
 
 

@@ -11,7 +11,7 @@ tokenizer stands in for another where a checkpoint's own is not at hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Reads:
         text: its name.
         tokens: of it that were counted.
         distinct: tokens a step -> reads that are the first of their row in the step.
+        prompt_distinct: tokens of a prompt -> the same, of as many tokens in a row.
         first: reads of rows that were never read before.
         reuse_root: of the other reads, the mean root of the row reads since the last read of the same row.
         hits: reads of rows that the hot tier holds.
@@ -44,10 +45,16 @@ class Reads:
     first: float
     reuse_root: float
     hits: float
+    prompt_distinct: dict[int, float] = field(default_factory=dict)
 
 
 def count_reads(
-    model: Model, text: tuple[str, str], batches: Sequence[int], hot_share: float = 0.0, tokenizer: str | None = None
+    model: Model,
+    text: tuple[str, str],
+    batches: Sequence[int],
+    hot_share: float = 0.0,
+    tokenizer: str | None = None,
+    prompts: Sequence[int] = (),
 ) -> Reads:
     """Hash a text and count.
 
@@ -56,6 +63,7 @@ def count_reads(
         batches: tokens a step.
         hot_share: of all rows, that the hot tier holds: those that the first half of the text reads most.
         tokenizer: as for `load_tokenizer`.
+        prompts: tokens of each.
 
     Raises:
         ValueError: a text of too few tokens, or no such tokenizer.
@@ -74,6 +82,7 @@ def count_reads(
         float(is_first.mean()),
         _reuse_root(number, half),
         _hits(number, half, round(hot_share * sum(model.rows))) / counted,
+        {prompt: _distinct_in_a_row(number.reshape(rows.shape), prompt) for prompt in prompts},
     )
 
 
@@ -100,9 +109,19 @@ def _distinct(number: np.ndarray, batch: int) -> float:
     steps = len(number) // batch
     if steps == 0:
         return 1.0
-    dealt = number[: steps * batch].reshape(batch, steps, -1)
-    looked_at = np.unique(np.linspace(0, steps - 1, min(steps, _STEPS)).astype(int))
-    return float(np.mean([len(np.unique(dealt[:, step])) / dealt[:, step].size for step in looked_at]))
+    return _mean_distinct(number[: steps * batch].reshape(batch, steps, -1).swapaxes(0, 1))
+
+
+def _distinct_in_a_row(number: np.ndarray, tokens: int) -> float:
+    """The same of a prompt; 1, the most, where the text is shorter."""
+    prompts = len(number) // tokens
+    return _mean_distinct(number[: prompts * tokens].reshape(prompts, tokens, -1)) if prompts else 1.0
+
+
+def _mean_distinct(parts: np.ndarray) -> float:
+    """Mean share of distinct numbers in parts, [P, T, rows a token]; of some, where there are many."""
+    looked_at = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), _STEPS)).astype(int))
+    return float(np.mean([len(np.unique(parts[at])) / parts[at].size for at in looked_at]))
 
 
 def _reuse_root(number: np.ndarray, half: int) -> float:

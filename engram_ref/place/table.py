@@ -6,7 +6,8 @@ from typing import Any
 
 from engram_ref.place.answer import size, time
 
-_OF_GPUS = ("device", "bus", "start_device", "start_bus")
+_OF_GPUS = ("device", "bus", "compute", "start_device", "start_bus")
+_OF_CPUS = ("processor",)  # where it computes
 _HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "price", "model", "energy"]
 
 
@@ -18,23 +19,34 @@ def report(answer: dict[str, Any]) -> str:
         f"{model['name']}: table of {size(model['table_bytes'])}, "
         f"{sum(model['rows']):,} rows of {model['row_bytes']} B, {model['rows_per_token']} of them a token",
         f"free for it: {gpu}, host {size(machine['host'])}, disk {size(machine['disk'])}",
+        *_of_group(answer),
         f"block: {time(answer['block']['seconds'])}, {answer['block']['source']}",
         f"text: {reads['text']}, {reads['tokens']:,} tokens, {100 * reads['first']:.0f} % of row reads are first ones",
     ]
-    for number, batch in enumerate(answer["batches"]):
-        lines += ["", _heading(answer, number, batch), aligned(_rows(answer, number))]
+    for number in range(len(answer["batches"] + answer["prompts"])):
+        lines += ["", _heading(answer, number), aligned(_rows(answer, number))]
     lines += ["", f"take {answer['recommendation']['reason']}" if answer["recommendation"]["placement"] else
               answer["recommendation"]["reason"], "", *_notes(answer)]  # fmt: skip
     return "\n".join(lines)
 
 
-def _heading(answer: dict[str, Any], number: int, batch: int) -> str:
+def _of_group(answer: dict[str, Any]) -> list[str]:
+    """A line on the ranks, if there are several."""
+    group = answer["group"]
+    if group["ranks"] == 1:
+        return []
+    each = f"{group['ranks']} on {group['machines']} machine{'s' * (group['machines'] > 1)}"
+    link = group["link"]
+    return [f"ranks: {each}, {link['name']}, {size(link['bytes_per_s'])}/s ({link['source']})"]
+
+
+def _heading(answer: dict[str, Any], number: int) -> str:
     step = answer["placements"][0]["steps"][number]
     asked = step["rows"] * answer["model"]["row_bytes"]
-    return (
-        f"== {batch:,} tokens a step: {step['rows']:,} rows, {step['distinct_rows']:,.0f} of them distinct, "
-        f"{size(asked)} a step"
-    )
+    rows = f"{step['rows']:,} rows, {step['distinct_rows']:,.0f} of them distinct, {size(asked)}"
+    if step["phase"] == "prefill":
+        return f"== a prompt of {step['tokens']:,} tokens: {rows}; a block takes {time(step['block_s'])} at least"
+    return f"== {step['tokens']:,} tokens a step: {rows} a step"
 
 
 def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
@@ -66,7 +78,8 @@ def _joules(least: float, most: float) -> str:
 def _notes(answer: dict[str, Any]) -> list[str]:
     """What the columns mean, and where every rate is from."""
     no_gpu = answer["machine"]["gpu"] is None
-    rates = [(n, rate) for n, rate in answer["machine"]["rates"].items() if not (no_gpu and n in _OF_GPUS)]
+    idle = _OF_GPUS if no_gpu else _OF_CPUS
+    rates = [(name, rate) for name, rate in answer["machine"]["rates"].items() if name not in idle]
     lines = [
         "fetch, exposed: seconds of a step's fetches, and what of them the blocks before the layers do not hide",
         "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",

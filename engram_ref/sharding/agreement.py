@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engram_ref.quoting import one_line
+from engram_ref.sharding.plan import NOTICE_BYTES
 
-NOTICE_BYTES = 256
 _KINDS: list[type[Exception]] = [ValueError, OSError, RuntimeError]  # 1, 2, 3 in the first byte of a notice
 _TEXT, _SHOWN = 64, 16  # characters that are compared, and that are shown
 

@@ -28,11 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engram_ref.sharding.agreement import NOTICE_BYTES, gather, group_device, notice, raise_first, watched
-from engram_ref.sharding.plan import ShardPlan, Traffic
+from engram_ref.sharding.agreement import gather, group_device, notice, raise_first, watched
+from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES, ShardPlan, Traffic
 from engram_ref.sharding.routing import Route
-
-COUNT_BYTES = 16  # a count, and whether the rank is idle; both int64
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MOST_RANKS = 1 << 16
+COUNT_BYTES = 16  # a count, and whether the rank is idle; both int64
+NOTICE_BYTES = 256  # what a rank says of its part: nothing, or an error in so many bytes that everybody knows how many
 _INT32_MAX = 2**31 - 1
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from bench.price.job import Job, price_job
 from bench.price.models import make_workload, toy_config
-from engram_price.command import main, prices
+from engram_price.command import main, prices, stored_values, toy_of
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_toy.hashing import NgramHasher
+from engram_toy.models.cuts import ROWS
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 
 IDS = [n * n % 97 for n in range(24)]
@@ -28,16 +29,17 @@ def _cache(monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
 
 
-@pytest.fixture(scope="module")
-def plan():
-    return HashPlan.build(EngramConfig.preset("tiny"), 97, 2)
-
-
-def test_the_price_is_that_of_the_benchmarks_program(plan):
+@pytest.mark.parametrize("preset", ["tiny", "v41-flash", "qwen38-flash-next"])
+def test_the_price_is_that_of_the_benchmarks_program(preset, monkeypatch):
     """With its weights and its values: a lookup's price depends on neither."""
-    workload = make_workload("engram", toy_config("engram", 8), plan, IDS, seed=3)
-    found = prices(plan, 4, IDS, BEFORE, 1000, 0.1)
+    orders = len(EngramConfig.preset(preset).orders)
+    monkeypatch.setitem(ROWS[preset], "table_size_per_order", (60,) * orders)
+    config = toy_of(preset).replace(compressed_size=97, rows_multiple=1)
+    plan = HashPlan.build(config, 97, 2)
+    workload = make_workload("engram", toy_config("engram", 8, preset), plan, IDS, seed=3)
+    found = prices(plan, config, IDS, BEFORE, 1000, 0.1)
     layer = plan.layers[0]
+    assert len(workload.table[0]) == stored_values(config)
     hot = most_frequent(NgramHasher(json.loads(plan.to_json()))(BEFORE, layer.layer_id), int(0.1 * layer.rows))
     for variant in VARIANTS:
         job = Job(workload, "lookup", Layout.variant(variant, layer.rows, hot), 1000)
@@ -48,6 +50,20 @@ def test_the_price_is_that_of_the_benchmarks_program(plan):
 def run(capsys, *argv):
     main([*argv])
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", sorted(ROWS))
+def test_every_preset_reads_as_many_rows_as_published_and_says_what_was_cut(preset, capsys, monkeypatch):
+    """Orders, heads and form stay; widths of the paper's rows, too."""
+    config, published = toy_of(preset), EngramConfig.preset(preset)
+    assert (config.columns, config.form, config.row_dtype) == (published.columns, published.form, published.row_dtype)
+    assert (config.row_width == published.row_width) == (preset not in ("v41-flash", "qwen38-flash-next"))
+    monkeypatch.setitem(ROWS, preset, {**ROWS[preset], "table_size_per_order": (60,) * len(config.orders)})
+    found = json.loads(run(capsys, "--preset", preset, "--tokens", "2", "--padding", "0", "--json"))
+    assert found["rows_read"] == 2 * published.columns and found["values_per_row_published"] == (
+        264 if preset == "v41-flash" else published.row_width
+    )
+    assert found["table_rows"] <= found["table_rows_published"] and found["preset"] == preset
 
 
 def test_a_text_from_standard_input(capsys, monkeypatch, tmp_path):

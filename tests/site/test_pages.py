@@ -302,14 +302,34 @@ def test_the_verdict_fits_a_screen_and_keeps_its_names_on_a_phone(width, address
         assert found[0]["scrolled"] > 100 and abs(found[0]["moved"]) <= 1
 
 
-def test_letters_of_figures_are_large_enough_on_a_phone(address, site, browser):
-    """The smallest are 7 points of a drawing 70 rem wide; below 6 CSS pixels nobody reads them."""
+PICTURES = """[...document.querySelectorAll('.md-typeset img')].map((image) => {
+    image.closest('details')?.setAttribute('open', '');
+    return image.decode().then(() => ({ share: image.width / image.naturalWidth, alt: image.alt,
+        shown: image.currentSrc, hidden: image.closest('p').scrollWidth - image.closest('p').clientWidth }));
+})"""
+FINDINGS = ["index.html", *(page for page in PAGES if page.startswith("findings/"))]
+
+
+@pytest.mark.parametrize("page", FINDINGS)
+def test_figures_fit_a_phone_with_letters_that_can_be_read(page, address, site, browser):
+    """Of a drawing for phones the smallest are 7 points; it is shown whole, and nothing scrolls."""
     browser.screen(360)
-    browser.open(f"{address}/index.html")
-    shares = browser.run(
-        "[...document.querySelectorAll('.md-typeset img')].map((i) => [i.width / i.naturalWidth, i.alt])"
-    )
-    assert len(shares) >= 3 and all(7 * 4 / 3 * share >= 6 and alt for share, alt in shares)
+    browser.open(f"{address}/{page}")
+    found = browser.run(f"Promise.all({PICTURES})")
+    assert all(figure["shown"].endswith(".narrow.svg") and figure["alt"] for figure in found)
+    assert all(7 * 4 / 3 * figure["share"] >= 8 and figure["hidden"] <= 0 for figure in found)
+    browser.screen(1280)
+    browser.open(f"{address}/{page}")
+    wide = browser.run(f"Promise.all({PICTURES})")
+    assert len(wide) == len(found) and not any(figure["shown"].endswith(".narrow.svg") for figure in wide)
+    assert len(wide) >= (0 if "paper" in page else 1)
+
+
+def test_wide_figures_of_other_pages_keep_their_letters_and_scroll(address, site, browser):
+    browser.screen(360)
+    browser.open(f"{address}/hardware.html")
+    found = browser.run(f"Promise.all({PICTURES})")
+    assert found and all(7 * 4 / 3 * figure["share"] >= 6 and figure["hidden"] > 100 for figure in found)
 
 
 def test_code_is_highlighted(site):
@@ -319,7 +339,7 @@ def test_code_is_highlighted(site):
 
 def local_links(page: Path, text: str):
     """Files and anchors that a built page leads to, this site's only."""
-    for link in re.findall(r"""(?:href|src)=["']?([^"'\s>]+)""", text):
+    for link in re.findall(r"""(?:href|src|srcset)=["']?([^"'\s>]+)""", text):
         target, _, anchor = link.partition("#")
         if not re.match(r"[a-z]+:|//", link):
             yield (page.parent / target).resolve() if target else page, anchor

@@ -34,7 +34,8 @@ def kind(found, formula, *words):
 
 
 def test_bytes_are_exact_and_pages_nearly(found):
-    assert set(kind(found, "rows")) == {1.0}
+    assert set(kind(found, "rows")) == set(kind(found, "exchange.bytes")) == {1.0}
+    assert all(abs(ratio - 1) < 1e-6 for ratio in kind(found, "held"))
     assert all(0.95 < ratio < 1.05 for ratio in kind(found, "time.file", "bytes of pages"))
 
 
@@ -49,6 +50,10 @@ def test_a_slow_bus_costs_what_the_window_does_not_hide(found):
     assert len(wide) >= 8 and all(0.8 < line.ratio < 1.45 for line in wide)
     small = [line for line in found if line.formula == "exposed" and line.predicted <= 5e-4]
     assert all(line.measured < 5e-4 for line in small)
+
+
+def test_a_prompt_takes_no_less_than_its_operations(found):
+    assert all(0.4 < ratio < 1 for ratio in kind(found, "window.prompt"))
 
 
 def test_prices(found):

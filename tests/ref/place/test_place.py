@@ -19,13 +19,15 @@ from engram_ref.checkpoint.config_json import config_fields, table_rows
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.files.texts import read_text
 from engram_ref.place import command, energy, price, reads, table
-from engram_ref.place.answer import Question, answer
+from engram_ref.place.answer import Question, answer, recommend
 from engram_ref.place.engines import engine_flags
-from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, seconds
+from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, seconds, tier_shares
+from engram_ref.place.group import Group
 from engram_ref.place.machine import ASSUMED, Machine, Rate
 from engram_ref.place.model import BACKBONES, Model
 from engram_ref.place.reads import Reads, count_reads
 from engram_ref.place.table import report
+from engram_ref.sharding.on_paper import LINKS, exchange_bytes, exchange_seconds
 from engram_toy.tracer.stack import cumulative_price
 
 ROOT = Path(__file__).parents[3]
@@ -51,8 +53,12 @@ def flash():
     return Model.of("v41-flash")
 
 
+EIGHT = Group(8, 2, LINKS["ethernet"])  # on two machines
+
+
 def counted(distinct=1.0, first=0.5, root=10.0, hits=0.25):
-    return Reads("a text", 1000, {1: distinct, 64: distinct, 512: distinct}, first, root, hits)
+    steps = {1: distinct, 64: distinct, 512: distinct}
+    return Reads("a text", 1000, steps, first, root, hits, {256: distinct, 4096: distinct})
 
 
 def ask(model, machine=ROUND, **how):
@@ -84,7 +90,35 @@ def test_times_by_hand():
     assert seconds(ROUND, "hot", 1000, 800, 100, 0.0) == took["host"]  # nothing hits, nothing is launched for it
 
 
+def test_times_of_tables_that_are_made_of_others():
+    """A tier in front of a file, and rows that ranks own: the sum of their parts, whatever the parts are."""
+
+    def took(name, rows=1000, distinct=800, hits=0.0, group=EIGHT):
+        return seconds(ROUND, name, rows, distinct, 100, hits, group)
+
+    assert took("hot file", hits=0.25) == took("device", 250, 200) + took("file", 750, 600)
+    assert took("hot file, no GPU", hits=0.25) == took("memory", 250, 200) + took("file, no GPU", 750, 600)
+    wire = exchange_seconds(EIGHT.link, 8, exchange_bytes(1000, 8, 100))
+    for name, own in (("sharded", "device"), ("sharded host", "host"), ("sharded, no GPU", "memory")):
+        assert took(name) == took(own) + wire > wire
+    assert took("hot sharded", hits=1.0) == took("device")  # a hit asks nobody
+    pages = 0.08 * (1 + 24 / 1024)
+    alone = seconds(ROUND, "file", 1000, 800, 100, 0)
+    assert took("file") == pytest.approx(alone + 3 * pages)  # the four ranks of a machine share its drive
+
+
+def test_shares_of_tiers():
+    assert tier_shares("uva", 0.0) == {"host": 1.0} and tier_shares("file, no GPU", 0.0) == {"file": 1.0}
+    assert tier_shares("hot", 0.25) == {"device": 0.25, "host": 0.75}
+    assert tier_shares("hot sharded", 0.25, EIGHT) == {"device": 1.0, "link": 0.75 * 7 / 8}
+    assert tier_shares("sharded host", 0.0, EIGHT) == {"host": 1.0, "link": 7 / 8}
+
+
 def test_moved_bytes_by_hand():
+    wire = 1000 * 7 / 8 * (4 + 100) + 7 * 272
+    assert moved_bytes("sharded host", 1000, 800, 100, 0, EIGHT) == {"host": 1e5, "bus": 1e5, "link": wire}
+    hot_file = moved_bytes("hot file", 1000, 800, 128, 0.25)
+    assert hot_file == {"device": 32_000, "disk": 600 * 4096, "bus": 96_000}
     assert moved_bytes("hot", 1000, 800, 100, 0.25) == {"device": 25_000, "host": 75_000, "bus": 75_000}
     assert moved_bytes("uva", 1000, 800, 100, 0)["bus"] == 128_000
     assert moved_bytes("file", 1000, 800, 128, 0) == {"disk": 800 * 4096, "bus": 128_000}
@@ -197,14 +231,14 @@ def test_more_tokens_a_step_than_the_text_has_count_as_all_distinct():
 
 
 def test_every_prediction_names_its_formula(flash):
-    found = ask(flash)
+    found = ask(flash, group=EIGHT, prompts=(4096,))
     names = {found["block"]["formula"]}
     for place in found["placements"]:
         names.add(place["formula"])
         for step in place["steps"]:
-            names |= {step["formula"], step["price"]["formula"], step["joules"]["formula"]}
+            names |= {step["formula"], step["window_formula"], step["price"]["formula"], step["joules"]["formula"]}
     assert names <= FORMULAS.keys()
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(ask(flash)))
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(ask(flash, group=EIGHT, prompts=(4096,))))
 
 
 def test_bytes_of_v41_flash(flash):
@@ -232,9 +266,72 @@ def test_what_fits_is_recommended_and_why(flash):
     assert none["placement"] is None and "GiB" in none["reason"]
 
 
+def test_ranks_that_share_a_table(flash):
+    """Each holds its part; a machine's host memory holds one copy for all its ranks; a wire costs time and no price."""
+    found = ask(flash, group=EIGHT, prompts=(4096,))
+    table = flash.table_bytes
+    sharded, behind, hot, uva, host = (
+        placement(found, name) for name in ("sharded", "sharded host", "hot sharded", "uva", "host")
+    )
+    passing = 4096 * 48 * (2 * 256 + 2 * 264)  # decoded values, rows that arrive, rows that are sent
+    assert sharded["held"] == {"gpu": -(-table // 8) + passing, "host": 0, "disk": 0} and sharded["fits"]
+    assert behind["held"]["host"] == 4 * -(-table // 8) + 4 * 2 * 4096 * 24 * 264 and behind["held"]["gpu"] == passing
+    assert uva["held"]["host"] == table and host["held"]["host"] == table + 4 * 2 * 4096 * 24 * 264
+    assert hot["held"]["host"] == 4 * 4 * sum(flash.rows) and hot["held"]["gpu"] > sharded["held"]["gpu"]
+    step = sharded["steps"][1]
+    assert step["bytes"]["link"] == 64 * 48 * 7 / 8 * 268 + 2 * 7 * 272  # two layers, two exchanges
+    assert step["price"]["over_resident"] == 1.0 < behind["steps"][1]["price"]["over_resident"]
+    alone = placement(ask(flash), "device")["steps"][1]
+    assert step["seconds"] > alone["seconds"] and step["joules"]["least"] > alone["joules"]["least"]
+    assert "ranks: 8 on 2 machines, 400 Gb/s Ethernet" in report(found)
+    assert "sharded" not in {p["placement"] for p in ask(flash)["placements"]}
+
+
+@pytest.mark.parametrize(("ranks", "machines", "link", "said"), [
+    (8, 3, "ethernet", "8 ranks on 3 machines: give equally many"),
+    (16, 2, "nvlink", "16 ranks: NVLink 4 connects 8, use another link"),
+])  # fmt: skip
+def test_ranks_that_cannot_be(ranks, machines, link, said):
+    with pytest.raises(ValueError, match=said):
+        Group(ranks, machines, LINKS[link])
+
+
+def test_a_prompt_hides_behind_blocks_that_compute(flash):
+    """A block on 4,096 tokens takes what its operations take, or as long as in a decode step, if that is longer."""
+    fast = ROUND.with_rates(ASSUMED)
+    found = ask(flash, fast, prompts=(256, 4096), block_s=1e-3)
+    steps = placement(found, "uva")["steps"]
+    assert [(step["phase"], step["tokens"]) for step in steps[3:]] == [("prefill", 256), ("prefill", 4096)]
+    assert [step["block_s"] for step in steps[2:]] == [1e-3, 1e-3, pytest.approx(2 * 16e9 / 40 * 4096 / 4.9e14)]
+    assert steps[4]["exposed_s"] == 0.0 and steps[4]["window_formula"] == "window.prompt"
+    assert "in a prompt of 4,096, hide" in found["recommendation"]["reason"]
+    assert "== a prompt of 4,096 tokens: 196,608 rows" in report(found)
+    slow = replace(fast, host=GB).with_rates({"reads": Rate(1e3, "given")})  # from a file: nothing hides
+    assert "s in a prompt of 4,096" in ask(flash, slow, prompts=(4096,), block_s=1.0)["recommendation"]["reason"]
+
+
+def test_a_decode_step_alone_does_not_decide():
+    """What hides in a decode step and not in a prompt is not as good as what hides in both; decoding counts first."""
+
+    def offered(name, freed, decode, prefill):
+        steps = [
+            {"phase": phase, "tokens": 64, "seconds": 1.0, "exposed_s": exposed, "block_s": 1.0}
+            for phase, exposed in (("decode", 9.0), ("decode", decode), ("prefill", prefill))
+        ]
+        return {"placement": name, "fits": True, "held": {"gpu": 100}, "freed": freed, "steps": steps}
+
+    def taken(*placements):
+        return recommend(list(placements), 1.0)["placement"]
+
+    assert taken(offered("device", 0, 0.0, 0.0), offered("file", 100, 0.0, 5.0)) == "device"
+    assert taken(offered("device", 0, 0.0, 0.02), offered("file", 100, 0.02, 0.02)) == "file"
+    assert taken(offered("host", 0, 2.0, 9.0), offered("file", 100, 3.0, 0.0)) == "host"
+    assert taken(offered("host", 0, 2.0, 9.0), offered("file", 100, 2.0, 8.0)) == "file"
+
+
 def test_without_a_gpu_the_cpu_computes(flash):
     found = ask(flash, replace(ROUND, gpu=None))
-    assert [p["placement"] for p in found["placements"]] == ["memory", "file"]
+    assert [p["placement"] for p in found["placements"]] == ["memory", "hot file", "file"]
     assert placement(found, "file")["freed"] == flash.table_bytes - placement(found, "file")["held"]["host"]
     assert all(p["held"]["gpu"] == 0 for p in found["placements"])
 
@@ -307,6 +404,17 @@ def test_model_time_is_divided_by_the_blocks(capsys, quick):
     assert found["block"]["seconds"] == pytest.approx(1e-3)
 
 
+def test_ranks_links_and_prompts_of_the_command(capsys, quick):
+    argv = ["--preset", "demo", *SIZES, "--prompt", "256", "--ranks", "4"]
+    found = json.loads(run(capsys, *argv, "--json"))
+    assert found["group"]["link"]["name"] == "NVLink 4" and found["prompts"] == [256]
+    assert [p["placement"] for p in found["placements"]][-3:] == ["sharded", "hot sharded", "sharded host"]
+    apart = json.loads(run(capsys, *argv, "--machines", "2", "--link-rate", "10GB/s", "--json"))
+    assert apart["group"]["link"] | {"bytes_per_s": 1e10, "source": "given"} == apart["group"]["link"]
+    assert apart["group"]["link"]["name"] == "400 Gb/s Ethernet"
+    assert json.loads(run(capsys, "--preset", "demo", *SIZES, "--prompt", "--json"))["prompts"] == []
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -318,6 +426,11 @@ def test_model_time_is_divided_by_the_blocks(capsys, quick):
         (["--preset", "demo", "--model-time", "4ms"], "say how many with --blocks"),
         (["--preset", "demo", "--blocks", "4"], "--blocks does nothing without --model-time"),
         (["--preset", "demo", "--json", "--engram-config"], "leave --engram-config away"),
+        (["--preset", "demo", "--link", "pcie"], "--link does nothing without --ranks"),
+        (["--preset", "demo", "--link-rate", "1GB/s"], "--link-rate does nothing without --ranks"),
+        (["--preset", "demo", "--ranks", "1", "--machines", "1"], "--machines does nothing without --ranks"),
+        (["--preset", "demo", "--ranks", "9", "--gpu", "1GB"], "NVLink 4 connects 8, use another link"),
+        (["--preset", "demo", "--ranks", "4", "--machines", "3"], "give equally many to each"),
         (["--preset", "demo", "--measure", "--bus-rate", "1GB/s"], "--bus-rate says what --measure would find"),
         (["--preset", "demo", "--bus-rate", "0"], "--bus-rate"),
         (["--preset", "demo", "--text", "/nowhere.txt"], "/nowhere.txt"),

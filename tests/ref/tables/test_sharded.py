@@ -25,9 +25,8 @@ from engram_ref.hashing import DEAD, HashPlan, NgramHasher
 from engram_ref.prefetch import FetchError, Prefetcher
 from engram_ref.rows.rows import Rows
 from engram_ref.sharding import exchange as exchange_module
-from engram_ref.sharding.agreement import NOTICE_BYTES, RankLost
-from engram_ref.sharding.exchange import COUNT_BYTES
-from engram_ref.sharding.plan import ShardPlan
+from engram_ref.sharding.agreement import RankLost
+from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES, ShardPlan
 from engram_ref.tables import make_table
 from engram_ref.tables import sharded as sharded_module
 from engram_ref.tables.sharded import serve_others

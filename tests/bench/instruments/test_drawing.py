@@ -1,0 +1,71 @@
+"""Figures for a phone: the same panels in one column, each with its own labels, and nothing beside them."""
+
+from __future__ import annotations
+
+import itertools
+
+import matplotlib
+
+matplotlib.use("svg")
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from bench.instruments.drawing import NARROW, save_all, stack
+from bench.instruments.output import source
+
+
+def drawn(results=None):
+    """Three panels of four, a legend below, labels of rows and columns once, and a scale of colours at the side."""
+    figure, grid = plt.subplots(2, 2, figsize=(11, 5), sharex=True, sharey=True)
+    for number, axis in enumerate(grid.flat[:3]):
+        axis.plot([1, 2], [number, 2], label="a line with a long name, so that two have no room side by side")
+        axis.plot([1, 2], [2, number], label="another")
+        axis.set_title(f"panel {number}: with a title that is longer than a phone is wide, by some words")
+        axis.set_xticks([1, 2], ["first place", "second"])
+    grid[1][1].axis("off")
+    grid[1][0].set_xlabel("across")
+    grid[0][0].set_ylabel("up")
+    grid[1][0].set_ylabel("up, too")
+    figure.suptitle("A title over all of them that is wider than a phone\nand a second line")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncols=2)
+    shades = grid[0][1].imshow([[1, 2], [3, 4]])
+    figure.tight_layout(rect=(0, 0.1, 0.9, 1))
+    figure.colorbar(shades, cax=figure.add_axes((0.94, 0.2, 0.01, 0.5)), label="shades")
+    return figure
+
+
+@pytest.fixture
+def narrow():
+    figure = drawn()
+    stack(figure)
+    figure.canvas.draw()
+    yield figure
+    plt.close(figure)
+
+
+def test_panels_stand_one_below_the_other_and_each_has_its_labels(narrow):
+    *panels, scale = narrow.axes
+    places = [axis.get_position() for axis in panels]
+    assert len(panels) == 3 and narrow.get_figwidth() == NARROW
+    assert all(upper.y0 > lower.y1 for upper, lower in itertools.pairwise(places))
+    assert [axis.get_xlabel() for axis in panels] == ["across", "", "across"]  # the second stood above an empty place
+    assert [axis.get_ylabel() for axis in panels] == ["up", "up", "up, too"]
+    assert all(label.get_text() == "first\nplace" for axis in panels for label in axis.get_xticklabels()[:1])
+    assert scale.get_position().y1 < places[-1].y0 and scale.get_xlabel() == "shades"
+
+
+def test_nothing_is_wider_than_the_figure(narrow):
+    renderer = FigureCanvasAgg(narrow).get_renderer()
+    width = narrow.bbox.width
+    for part in (*narrow.axes, *narrow.legends, narrow._suptitle):
+        box = part.get_tightbbox(renderer) if part in narrow.axes else part.get_window_extent(renderer)
+        assert box.x0 >= -1 and box.x1 <= 1.05 * width, part
+    assert narrow.legends[0]._ncols == 1 and narrow._suptitle.get_text().count("\n") == 2
+
+
+def test_both_drawings_name_their_results(tmp_path):
+    for wanted in (False, True):
+        save_all({"some": drawn}, {"a": 1}, tmp_path, wanted)
+    assert {path.name for path in tmp_path.iterdir()} == {"some.svg", "some.narrow.svg"}
+    assert all(source({"a": 1}) in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
