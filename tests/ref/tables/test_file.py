@@ -47,7 +47,8 @@ from tests.ref.files.stored_cases import (
 )
 
 CPU = torch.device("cpu")
-WAYS = ["compiled", "plain", "several threads", "plain, several threads", "never at once", "waiting threads", "direct"]
+WAYS = ["compiled", "plain", "several threads", "plain, several threads", "never at once", "waiting threads"]
+WAYS += ["direct", "direct, threads"]
 linux = pytest.mark.skipif(
     not (hasattr(os, "posix_fadvise") and Path("/proc/self/io").exists()),
     reason="the page cache can be watched and emptied on Linux only",
@@ -59,8 +60,11 @@ def way(request, monkeypatch):
     """Every way to read; returns the options of a table that goes it. Few reads make threads and waits happen."""
     monkeypatch.setattr(row_reader, "AHEAD", 5)
     if request.param == "direct":
-        monkeypatch.setattr(row_reader, "_WAITING", (3, 1))
+        monkeypatch.setattr(row_reader, "AT_ONCE", 20)
         return {"direct": True}
+    if request.param == "direct, threads":
+        monkeypatch.setattr(row_reader, "_WAITING", (3, 1))
+        return {"direct": True, "threads": 3}
     if request.param == "waiting threads":
         monkeypatch.setattr(row_reader, "_CAN_ASK_AHEAD", False)
         return {"threads": 3}
@@ -556,7 +560,9 @@ def test_the_disk_is_asked_for_both_parts_before_either_is_waited_for(make, monk
     assert calls == asked + [("wait", codes)] * 3 + [("wait", scales)] * 3
 
 
-@pytest.mark.parametrize("way", ["plain", "plain, several threads", "waiting threads", "direct"], indirect=True)
+@pytest.mark.parametrize(
+    "way", ["plain", "plain, several threads", "waiting threads", "direct, threads"], indirect=True
+)
 @pytest.mark.parametrize("part", [0, 1])
 def test_what_the_disk_says_is_raised_by_the_fetch(part, way, make, monkeypatch):
     content = random_content("split")
