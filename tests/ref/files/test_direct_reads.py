@@ -122,16 +122,16 @@ def test_a_signal_during_the_wait_changes_nothing(table, case, ended, monkeypatc
 
 
 def test_a_full_system_is_waited_for_if_reads_are_under_way_and_raised_if_not(table, case, monkeypatch):
-    """It takes two reads at a time here, and one is waited for; before anything is under way, nothing would end."""
+    """It takes two reads here, and no more before both have ended. Where none is under way, nothing would ever end."""
     call, room, under_way, refused = direct_reads._call, 2, 0, 0
 
     def narrow(which, context, count=0, *more):
         nonlocal under_way, refused
-        if which == 3 and under_way >= room:
+        if which == 3 and (under_way or not room):
             refused += 1
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if which == 3:
-            taken = call(which, context, min(count, 1 if under_way else room), *more)
+            taken = call(which, context, min(count, room), *more)
             under_way += taken
             return taken
         got = call(which, context, 1, 1, *more[1:])
