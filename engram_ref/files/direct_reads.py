@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -82,29 +82,43 @@ class Queues:
         """In a forked process: queues belong to the process that made them."""
         self._free = []
 
-    def read(self, fds: Sequence[int], plans: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
-        """Do all reads of some plans at a time, and put the rows where they belong.
+    def ask(self, fds: Sequence[int], plans: Sequence[Reads]) -> Callable[[Sequence[np.ndarray]], int]:
+        """Ask for all reads of some plans, at most AT_ONCE, and wait for nothing.
 
         Args:
             fds: descriptor of each plan's file, opened directly.
             plans: what is read of each.
-            found: uint8 [U, row_bytes] for the rows of each plan, of which those of its reads are written.
 
         Returns:
-            How many bytes the reads had to return.
+            What waits and puts the rows where they belong, to be called once: it takes, for each plan, uint8
+            [U, row_bytes], of which the rows that are read are written, and gives how many bytes were read. If nobody
+            calls it, the queue ends with it.
+
+        Raises:
+            OSError: the disk failed, or the system has no queue left.
+        """
+        queue = self._free.pop() if self._free else _Queue()
+        queue.ask(np.repeat(fds, [len(plan) for plan in plans]), *_flat(plans))
+
+        def take(found: Sequence[np.ndarray]) -> int:
+            memory, places = queue.take()
+            at = 0
+            for plan, rows in zip(plans, found):
+                _take_rows(plan, memory, places[at : at + len(plan)], rows)
+                at += len(plan)
+            self._free.append(queue)  # not after an error: then it goes, and its end waits for what is under way
+            return sum(int(plan.lengths.sum()) for plan in plans)
+
+        return take
+
+    def read(self, fds: Sequence[int], plans: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
+        """Ask and take at once.
 
         Raises:
             OSError: the disk failed, or the system has no queue left.
             ValueError: a file is shorter than it was.
         """
-        queue = self._free.pop() if self._free else _Queue()
-        memory, places = queue.read(np.repeat(fds, [len(plan) for plan in plans]), *_flat(plans))
-        at = 0
-        for plan, rows in zip(plans, found):
-            _take_rows(plan, memory, places[at : at + len(plan)], rows)
-            at += len(plan)
-        self._free.append(queue)  # not after an error: then it goes, and its end waits for what is under way
-        return sum(int(plan.lengths.sum()) for plan in plans)
+        return self.ask(fds, plans)(found)
 
     def close(self) -> None:
         """Give back the queues that nobody uses."""
@@ -141,37 +155,45 @@ class _Queue:
         self._memory = [mmap.mmap(-1, 16 * BLOCK)]  # of whoever destroys it: the disk writes to it until then
         self._destroy = weakref.finalize(self, _destroy, self._context, os.getpid(), self._memory)
 
-    def read(self, fds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read from files; the memory, uint8, and where in it each read begins."""
+    def ask(self, fds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        """Begin to read from files; nothing else may be under way."""
         blocks = round_up(lengths)
         ends = np.cumsum(blocks)
         if ends[-1] > len(self._memory[0]):
             self._memory[0] = mmap.mmap(-1, int(ends[-1]))
-        memory = np.frombuffer(self._memory[0], np.uint8)
-        places = ends - blocks
+        self._bytes = np.frombuffer(self._memory[0], np.uint8)
         commands = np.zeros(len(fds), _COMMAND)
         commands["place"], commands["file"], commands["offset"] = np.arange(len(fds)), fds, offsets
-        commands["target"], commands["nbytes"] = memory.ctypes.data + places, blocks
-        results = self._do(commands)
+        commands["target"], commands["nbytes"] = self._bytes.ctypes.data + ends - blocks, blocks
+        self._commands, self._wanted = commands, lengths
+        self._pointers = commands.ctypes.data + _COMMAND.itemsize * np.arange(len(commands), dtype=np.uint64)
+        self._asked = self._ask(self._pointers[:AT_ONCE], under_way=False)
+
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for what was asked for: the memory, uint8, and where in it each read begins."""
+        commands, lengths = self._commands, self._wanted
+        results = self._results()
+        places = (commands["target"] - np.uint64(self._bytes.ctypes.data)).astype(np.int64)
         for at in np.flatnonzero(results < lengths).tolist():
             if results[at] < 0:
                 raise OSError(-int(results[at]), os.strerror(-int(results[at])))
-            target = memoryview(self._memory[0])[places[at] : ends[at]]
-            read_direct(int(fds[at]), target, int(offsets[at]), int(lengths[at]))
-        return memory, places
+            _, _, _, _, _, fd, _, nbytes, offset, *_ = commands[at].tolist()
+            read_direct(fd, memoryview(self._memory[0])[places[at] : places[at] + nbytes], offset, int(lengths[at]))
+        return self._bytes, places
 
-    def _do(self, commands: np.ndarray) -> np.ndarray:
-        """Have commands done; what each of them gave, bytes or an error's negative number."""
-        pointers = commands.ctypes.data + _COMMAND.itemsize * np.arange(len(commands), dtype=np.uint64)
-        events = np.empty(min(AT_ONCE, len(commands)), _EVENT)
-        results = np.empty(len(commands), np.int64)
-        asked = ended = 0
-        while ended < len(commands):
-            asked += self._ask(pointers[asked : ended + AT_ONCE], under_way=asked > ended)
-            got = self._wait(asked - ended, events)
+    def _results(self) -> np.ndarray:
+        """What each command gave once all have ended, bytes or an error's negative number."""
+        count = len(self._pointers)
+        events = np.empty(min(AT_ONCE, count), _EVENT)
+        results = np.empty(count, np.int64)
+        ended = 0
+        while True:
+            got = self._wait(self._asked - ended, events)
             results[events["place"][:got]] = events["result"][:got]
             ended += got
-        return results
+            if ended == count:
+                return results
+            self._asked += self._ask(self._pointers[self._asked : ended + AT_ONCE], under_way=self._asked > ended)
 
     def _ask(self, pointers: np.ndarray, under_way: bool) -> int:
         """Ask for reads; how many the system took."""

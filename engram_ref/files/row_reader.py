@@ -24,6 +24,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,6 +51,9 @@ class RowReader:
         parts: of the rows: one, or codes and scales; of rows in several tensors, those of one after the other.
         threads: that read at most; None takes what is fastest here, which with `direct` is none but the caller's.
         direct: read whole blocks, past the page cache.
+
+    Attributes:
+        can_ask: whether the disk can be asked for rows without waiting for them.
 
     Raises:
         ValueError: no threads, a file that was changed, or one that cannot be read past the page cache.
@@ -82,6 +86,7 @@ class RowReader:
         self._threads = threads or most
         self._pool = Pool(self._threads, "rows")
         self._queues = Queues.where_possible() if direct and threads is None else None
+        self.can_ask = self._ahead or self._queues is not None
         if hasattr(os, "posix_fadvise"):
             for fd in self._files.values():
                 _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -100,9 +105,36 @@ class RowReader:
         """
         self._require_same_size()
         read = self._read(ordered, places, raw)
-        for fd, part in self._one_of_each:  # afterwards, so that it holds for what was written meanwhile
-            part.require_same(fd)
+        self._require_unchanged()  # afterwards, so that it holds for what was written meanwhile
         return read
+
+    def ask(self, ordered: np.ndarray) -> Callable[[np.ndarray, np.ndarray], tuple[int, int]]:
+        """Ask the disk for rows and wait for nothing; only where `can_ask`, and for AT_ONCE rows at most.
+
+        Args:
+            ordered: as for `read`.
+
+        Returns:
+            What waits for them, to be called once: the rest of `read`, of its other two arguments.
+
+        Raises:
+            ValueError, OSError: as `read`.
+        """
+        self._require_same_size()
+        planned = self._plan(ordered)
+        if self._queues is None:
+            for fd, reads in zip(self._fds, planned.reads):
+                for offset, length in zip(reads.offsets.tolist(), reads.lengths.tolist()):
+                    _advise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+            return functools.partial(self.read, ordered)
+        take = self._queues.ask(self._fds, planned.reads)
+
+        def wait(places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+            total = take(planned.found)
+            self._require_unchanged()
+            return planned.put(places, raw), total
+
+        return wait
 
     def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         if not len(ordered):
@@ -131,17 +163,19 @@ class RowReader:
 
     def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
+        planned = self._plan(ordered)
+        shares = self._shares(sum(map(len, planned.reads)))
+        split = zip(*(reads.split(shares) for reads in planned.reads))
+        total = sum(self._run([functools.partial(self._read_share, reads, planned.found) for reads in split]))
+        return planned.put(places, raw), total
+
+    def _plan(self, ordered: np.ndarray) -> _Planned:
         unique, index = np.unique(ordered, return_inverse=True)
         whole = {p.columns: np.empty((len(unique), p.row_bytes), dtype=np.uint8) for p in self._parts if not p.first}
         inside = [rows_in(unique, part) for part in self._parts]
-        plans = [plan_reads(unique[rows], part, self._direct) for rows, part in zip(inside, self._parts)]
+        reads = [plan_reads(unique[rows], part, self._direct) for rows, part in zip(inside, self._parts)]
         found = [whole[part.columns][rows] for rows, part in zip(inside, self._parts)]
-        shares = self._shares(sum(map(len, plans)))
-        split = zip(*(plan.split(shares) for plan in plans))
-        total = sum(self._run([functools.partial(self._read_share, reads, found) for reads in split]))
-        for columns, rows in whole.items():
-            raw[places, slice(*columns)] = rows[index]
-        return len(unique), total
+        return _Planned(len(unique), index, whole, found, reads)
 
     def _read_share(self, reads: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
         """Do some of the reads of each part; how many bytes they returned."""
@@ -173,6 +207,10 @@ class RowReader:
                     f"{part.path} has {size} bytes now and had {part.file_bytes} when it was opened: open it anew"
                 )
 
+    def _require_unchanged(self) -> None:
+        for fd, part in self._one_of_each:
+            part.require_same(fd)
+
     def require_open(self) -> list[int]:
         """The descriptors, one for each file.
 
@@ -189,6 +227,30 @@ class RowReader:
         if self._queues is not None:
             self._queues.close()
         self._close_files()
+
+
+class _Planned(NamedTuple):
+    """The reads of a fetch, and where their rows go.
+
+    Attributes:
+        unique: how many different rows there are.
+        index: of each row that is wanted, its place among the different ones.
+        whole: by columns of a part, the different rows.
+        found: of each part, the rows in `whole` that its reads bring.
+        reads: of each part.
+    """
+
+    unique: int
+    index: np.ndarray
+    whole: dict[tuple[int, int], np.ndarray]
+    found: list[np.ndarray]
+    reads: list[Reads]
+
+    def put(self, places: np.ndarray, raw: np.ndarray) -> int:
+        """Copy the rows to wherever they are wanted; how many different ones there are."""
+        for columns, rows in self.whole.items():
+            raw[places, slice(*columns)] = rows[self.index]
+        return self.unique
 
 
 def _advise(fd: int, offset: int, nbytes: int, advice: int) -> None:

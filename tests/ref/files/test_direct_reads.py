@@ -61,23 +61,23 @@ def test_a_fetch_is_two_calls_of_the_system_and_no_thread(table, monkeypatch):
 
 def test_reads_that_return_less_are_done_again(table, case, monkeypatch):
     """As at a signal, or on a file system over a network."""
-    do = direct_reads._Queue._do
+    found = direct_reads._Queue._results
 
-    def some_less(queue, commands):
-        results = do(queue, commands)
+    def some_less(queue):
+        results, targets = found(queue), queue._commands["target"]
         for at in range(0, len(results), 2):
-            place = commands["target"][at] - commands["target"].min()
+            place = targets[at] - targets.min()
             np.frombuffer(queue._memory[0], np.uint8)[place + 512 : place + 4096] = 0xAA  # what was not returned
             results[at] = 512
         return results
 
-    monkeypatch.setattr(direct_reads._Queue, "_do", some_less)
+    monkeypatch.setattr(direct_reads._Queue, "_results", some_less)
     assert_same_bits(fetch(table, scattered(60)), random_content(case).values(), scattered(60))
 
 
 def test_what_the_disk_says_is_raised_and_the_next_fetch_is_right(table, case, monkeypatch):
-    do = direct_reads._Queue._do
-    monkeypatch.setattr(direct_reads._Queue, "_do", lambda queue, commands: np.minimum(do(queue, commands), -errno.EIO))
+    found = direct_reads._Queue._results
+    monkeypatch.setattr(direct_reads._Queue, "_results", lambda queue: np.minimum(found(queue), -errno.EIO))
     with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
         fetch(table, scattered(60))
     monkeypatch.undo()
