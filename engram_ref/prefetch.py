@@ -6,7 +6,8 @@
             hidden = engram_1(hidden, fetch[1])                      # the layer joins: fetch[1].wait()
 
 Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
-reads by itself by a side stream, with hashing on the device. Waiting at once (`background=False`) is the
+reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch: what
+a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile. Waiting at once (`background=False`) is the
 synchronous schedule: the same code, nothing overlapped. At most `buffers` fetches are in flight, two at least:
 one is being used while the next is filled. An error in the background is raised at the join.
 

@@ -40,7 +40,9 @@ _WAITING = 32, 4  # the same for threads that wait for each read
 _CAN_ASK_AHEAD = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
 
 _fused: Callable[..., int] | None = None
+_ask_fused: Callable[..., None] | None = None
 if _CAN_ASK_AHEAD and numba_works():
+    from engram_ref.files.row_reader_fused import ask_rows as _ask_fused
     from engram_ref.files.row_reader_fused import read_rows as _fused
 
 
@@ -121,12 +123,10 @@ class RowReader:
             ValueError, OSError: as `read`.
         """
         self._require_same_size()
-        planned = self._plan(ordered)
         if self._queues is None:
-            for fd, reads in zip(self._fds, planned.reads):
-                for offset, length in zip(reads.offsets.tolist(), reads.lengths.tolist()):
-                    _advise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+            self._ask_ahead(ordered)
             return functools.partial(self.read, ordered)
+        planned = self._plan(ordered)
         take = self._queues.ask(self._fds, planned.reads)
 
         def wait(places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
@@ -135,6 +135,14 @@ class RowReader:
             return planned.put(places, raw), total
 
         return wait
+
+    def _ask_ahead(self, ordered: np.ndarray) -> None:
+        """Let the system bring rows into the page cache."""
+        if _ask_fused is not None:
+            return _ask_fused(self._places, self._bounds, ordered)
+        for fd, reads in zip(self._fds, self._plan(ordered).reads):
+            for offset, length in zip(reads.offsets.tolist(), reads.lengths.tolist()):
+                _advise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         if not len(ordered):

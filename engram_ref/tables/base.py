@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # The dtypes that row numbers may have: the unsigned one of the same bits, and how -2**31 or -2**63 reads in it.
 _UNSIGNED = {torch.int32: (np.uint32, 2**31), torch.int64: (np.uint64, 2**63)}
 _CPU = torch.device("cpu")
-# Handing a fetch to a thread costs some 50 us and more, where threads take turns at the interpreter lock; rows in
-# memory of up to this many bytes are gathered in less.
+# Handing a fetch to a thread costs some 50 us, and stretches what the caller computes meanwhile by all that the thread
+# does in Python. Rows in memory of up to this many bytes are gathered in less.
 INLINE_BYTES = 64 * 1024
 
 
