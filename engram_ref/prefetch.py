@@ -7,9 +7,10 @@
 
 Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
 reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch: what
-a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile. Waiting at once (`background=False`) is the
-synchronous schedule: the same code, nothing overlapped. At most `buffers` fetches are in flight, two at least:
-one is being used while the next is filled. An error in the background is raised at the join.
+a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile.
+Waiting at once (`background=False`) is the synchronous schedule: the same code, nothing overlapped. At most `buffers`
+fetches are in flight, two at least: one is being used while the next is filled. An error in the background is raised at
+the join.
 
 Whose buffers are whose: a fetch has a lease on a slot, and the slot is lent again when that lease is over: released, or
 in nobody's hands any more (an exception, Ctrl-C, a fetch that was forgotten). What still writes for an old lease is

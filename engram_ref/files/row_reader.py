@@ -24,7 +24,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -237,7 +237,8 @@ class RowReader:
         self._close_files()
 
 
-class _Planned(NamedTuple):
+@dataclass(frozen=True)
+class _Planned:
     """The reads of a fetch, and where their rows go.
 
     Attributes:
