@@ -8,11 +8,11 @@ device    the same in torch operations, where the ids are; needs torch
 kernels   the same as a Triton kernel, from token ids on; needs torch and Triton
 """
 
-from engram_ref.hashing.ngram import NgramHasher, TokenHistory, hash_columns
+from engram_ref.hashing.ngram import Hashed, NgramHasher, TokenHistory, hash_columns
 from engram_ref.hashing.plan import INT32_MAX, INT64_MAX, HashPlan, LayerPlan, checksum
 from engram_ref.ids import DEAD, check_ids
 
 __all__ = [
-    "DEAD", "INT32_MAX", "INT64_MAX", "HashPlan", "LayerPlan", "NgramHasher", "TokenHistory", "check_ids", "checksum",
+    "DEAD", "INT32_MAX", "INT64_MAX", "HashPlan", "Hashed", "LayerPlan", "NgramHasher", "TokenHistory", "check_ids", "checksum",
     "hash_columns",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ chunked prefill and token-by-token decoding give the indices of one shot.
 
     plan = HashPlan.for_vocab(config, vocab)
     rows = NgramHasher(plan)(vocab(token_ids), layer_id=1)        # [B, T, C]
+    rows, compressed = NgramHasher(plan).from_tokens(token_ids, vocab)      # of all layers in one pass: [L, B, T, C]
 
 The hash of position p, with c_s the compressed id at p - s:
 
@@ -20,7 +21,7 @@ imported here.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,23 @@ from engram_ref.compiled import numba_works
 from engram_ref.hashing.plan import INT32_MAX, HashPlan, LayerPlan
 from engram_ref.ids import DEAD, check_ids
 
+if TYPE_CHECKING:
+    from engram_ref.vocab import CompressedVocab
+
 _INT64 = np.dtype(np.int64)
+
+
+class Hashed(NamedTuple):
+    """What `NgramHasher.from_tokens` found.
+
+    Attributes:
+        rows: row indices [L, B, T, C], layers in the plan's order; int32 where every layer's table has at most
+            2^31 - 1 rows, else int64.
+        compressed: compressed ids, int64 [B, T].
+    """
+
+    rows: np.ndarray
+    compressed: np.ndarray
 
 
 class TokenHistory:
@@ -85,6 +102,7 @@ class NgramHasher:
         self.backend = backend
         self._by_row: dict[int, tuple[Any, ...]] = {}  # what the compiled loop needs, per layer_id
         self._by_column: dict[int, tuple[Any, ...]] = {}  # the same without offsets
+        self._hash_tokens: Any = None  # the compiled pass over all layers, and its addresses
         if backend == "numba":
             self._prepare()
 
@@ -103,6 +121,11 @@ class NgramHasher:
                 self._constants.append(constants)
                 ready = *step.step(dtype), constants.ctypes.data, len(layer.primes), dtype
                 table.setdefault(layer.layer_id, ready)
+
+        if len(self._by_row) == len(self.plan.layers) and len({len(layer.primes) for layer in self.plan.layers}) == 1:
+            together = np.stack([fused.pack(self.plan, layer, True) for layer in self.plan.layers])
+            self._constants.append(together)
+            self._hash_tokens = fused.hash_tokens, together.ctypes.data, together.strides[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NgramHasher, (self.plan, self.backend)  # a copy, or another process, needs addresses of its own
@@ -145,6 +168,67 @@ class NgramHasher:
         except (AttributeError, KeyError, TypeError, ValueError):
             pass
         return self._hash_carefully(compressed_ids, layer_id, offsets, history)
+
+    def from_tokens(
+        self,
+        token_ids: np.ndarray,
+        vocab: CompressedVocab,
+        history: TokenHistory | None = None,
+        dead: np.ndarray | None = None,
+        out: Hashed | None = None,
+    ) -> Hashed:
+        """Compress token ids [B, T], check them and hash them for all layers: one pass of the compiled loop.
+
+        Args:
+            token_ids, dead: as for a call of the vocabulary.
+            vocab: of the plan's size.
+            history: what came before this chunk; it is read, not advanced: `history.advance(hashed.compressed)`.
+            out: what an earlier call for as many ids has given, to be written over; new memory otherwise, which for
+                a long prompt costs as much as the hash.
+
+        Raises:
+            ValueError: as a call, and as the vocabulary; a vocabulary of another size, or an `out` that does not fit.
+        """
+        # As in a call, what the compiled loop is not made for is told by the careful way.
+        if self._hash_tokens is not None and dead is None and vocab.size == self.plan.compressed_size:
+            try:
+                hash_tokens, constants, stride = self._hash_tokens
+                found = out or self._room(token_ids.shape)
+                before = self._no_history if history is None else history.ids
+                if hash_tokens(token_ids, vocab.ids, before, constants, stride, *found):
+                    return found
+            except (AttributeError, TypeError, ValueError):
+                pass
+        return self._from_tokens_carefully(token_ids, vocab, history, dead, out)
+
+    def _room(self, shape: tuple[int, ...]) -> Hashed:
+        """Unwritten memory for ids of this shape."""
+        layers = self.plan.layers
+        dtype = np.int32 if all(_row_dtype(layer) is np.int32 for layer in layers) else np.int64
+        rows = np.empty((len(layers), *shape, len(layers[0].primes)), dtype)
+        return Hashed(rows, np.empty(shape, np.int64))
+
+    def _from_tokens_carefully(
+        self, token_ids: Any, vocab: CompressedVocab, history: TokenHistory | None, dead: Any, out: Hashed | None
+    ) -> Hashed:
+        if vocab.size != self.plan.compressed_size:
+            raise ValueError(
+                f"a vocabulary of {vocab.size} compressed ids; the plan was made for {self.plan.compressed_size}: "
+                "build it from this vocabulary"
+            )
+        compressed = vocab(token_ids, dead)
+        room = self._room(compressed.shape)
+        found = room if out is None else out
+        for name, given, wanted in zip(Hashed._fields, found, room):
+            if given.shape != wanted.shape or given.dtype != wanted.dtype or not given.flags.carray:
+                raise ValueError(
+                    f"out has {name} of {given.dtype} {given.shape}; these token ids need {wanted.dtype} "
+                    f"{wanted.shape}, contiguous: leave it out"
+                )
+        for layer, rows in zip(self.plan.layers, found.rows):
+            rows[:] = self(compressed, layer.layer_id, history=history)
+        found.compressed[:] = compressed
+        return found
 
     def _hash_carefully(
         self, compressed_ids: Any, layer_id: int, offsets: bool, history: TokenHistory | None
