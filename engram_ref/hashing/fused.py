@@ -3,8 +3,7 @@
 NumPy makes a 64-bit array for every shift, product and remainder; here a token's hash stays in a register
 and each index is written once. What costs is the remainder: a 64-bit division per index. It is replaced
 by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), on eight heads at a time.
-`hashing_step` is the same loop for a few tokens; no other module of the package imports numba. Compiling takes
-a few seconds once; numba then keeps the machine code on disk.
+Compiling takes a few seconds once; numba then keeps the machine code on disk.
 
     python -m pytest tests/ref/hashing/test_fused.py
     python bench/hashing_speed.py

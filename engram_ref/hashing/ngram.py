@@ -103,14 +103,12 @@ class NgramHasher:
         self._by_row: dict[int, tuple[Any, ...]] = {}  # what the compiled loop needs, per layer_id
         self._by_column: dict[int, tuple[Any, ...]] = {}  # the same without offsets
         self._hash_tokens: Any = None  # the compiled pass over all layers, and its addresses
+        self._rows_dtype = np.dtype(np.int32 if all(layer.rows <= INT32_MAX for layer in plan.layers) else np.int64)
         if backend == "numba":
             self._prepare()
 
     def _prepare(self) -> None:
-        from engram_ref.hashing import (
-            fused,  # compile, or load what was compiled before
-            step,
-        )
+        from engram_ref.hashing import fused  # compile, or load what was compiled before
 
         self._hash_rows, self._no_history = fused.hash_rows, fused.NO_HISTORY
         self._constants = []  # the compiled loop is given addresses, so these must live as long as the hasher
@@ -119,8 +117,7 @@ class NgramHasher:
             for offsets, table in ((True, self._by_row), (False, self._by_column)):
                 constants = fused.pack(self.plan, layer, offsets)
                 self._constants.append(constants)
-                ready = *step.step(dtype), constants.ctypes.data, len(layer.primes), dtype
-                table.setdefault(layer.layer_id, ready)
+                table.setdefault(layer.layer_id, (constants.ctypes.data, len(layer.primes), dtype))
 
         if len(self._by_row) == len(self.plan.layers) and len({len(layer.primes) for layer in self.plan.layers}) == 1:
             together = np.stack([fused.pack(self.plan, layer, True) for layer in self.plan.layers])
@@ -151,18 +148,13 @@ class NgramHasher:
         Raises:
             ValueError: wrong dtype or shape, an empty batch, an id outside the vocabulary.
         """
-        # A call for one token takes half a microsecond, so nothing is looked at twice: what the compiled loop is
-        # not made for raises or is refused here, and the careful way hashes it or says what is wrong.
+        # A call for one token takes a microsecond, so nothing is looked at twice: what the compiled loop is not made
+        # for raises or is refused here, and the careful way hashes it or says what is wrong.
         try:
-            packed = (self._by_row if offsets else self._by_column)[layer_id]
-            hash_step, host, constants, columns, dtype = packed
-            before = None if history is None else history.ids
-            rows = hash_step(compressed_ids, before, constants, host)
-            if rows is not None:
-                return rows
+            constants, columns, dtype = (self._by_row if offsets else self._by_column)[layer_id]
             if type(compressed_ids) is np.ndarray and compressed_ids.dtype == _INT64:
                 rows = np.empty((*compressed_ids.shape, columns), dtype)
-                before = self._no_history if before is None else before
+                before = self._no_history if history is None else history.ids
                 if self._hash_rows(compressed_ids, before, constants, rows):
                     return rows
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -195,7 +187,8 @@ class NgramHasher:
                 hash_tokens, constants, stride = self._hash_tokens
                 found = out or self._room(token_ids.shape)
                 before = self._no_history if history is None else history.ids
-                if hash_tokens(token_ids, vocab.ids, before, constants, stride, *found):
+                fits = out is None or out.rows.dtype == self._rows_dtype  # the loop writes others, too
+                if fits and hash_tokens(token_ids, vocab.ids, before, constants, stride, *found):
                     return found
             except (AttributeError, TypeError, ValueError):
                 pass
@@ -204,8 +197,7 @@ class NgramHasher:
     def _room(self, shape: tuple[int, ...]) -> Hashed:
         """Unwritten memory for ids of this shape."""
         layers = self.plan.layers
-        dtype = np.int32 if all(_row_dtype(layer) is np.int32 for layer in layers) else np.int64
-        rows = np.empty((len(layers), *shape, len(layers[0].primes)), dtype)
+        rows = np.empty((len(layers), *shape, len(layers[0].primes)), self._rows_dtype)
         return Hashed(rows, np.empty(shape, np.int64))
 
     def _from_tokens_carefully(

@@ -67,14 +67,15 @@ class DeviceTable(Table):
             check_shape(rows, self.index_device)
         else:
             rows = check_rows(rows, self.rows)
+        passes_back = self._trained is not None and torch.is_grad_enabled()
+        if self._delivery is not None and not passes_back:
+            return self._delivery.take(table, rows, out)  # which looks at `out`
         if out is not None:
             check_out(out, len(rows), self.format, self.device)
-        if self._trained is not None and torch.is_grad_enabled():
+        if passes_back:
             if out is not None:
                 raise ValueError("out= given for rows that pass gradients back: leave it out, or use torch.no_grad()")
             return Ready(F.embedding(rows, self._trained))
-        if self._delivery is not None:
-            return self._delivery.take(table, rows, out)
         if self._in_place is not None:
             self._in_place.admit(rows)
             return self._in_place.checked(Ready(self._in_place.read(rows, out)))
