@@ -224,16 +224,21 @@ def _hash_tokens(tokens, vocab, before, address, stride, rows, compressed):
         return False
     if tokens.shape != (batch, length) or compressed.shape != (batch, length):
         return False
+    if rows.size == 0 or (before.shape[1] != 0 and before.shape[0] != batch):
+        return False
     known = uint64(len(vocab))
     valid = True
-    for b in range(batch):
+    for b in range(batch):  # what was mapped is hashed while it is in the cache
         for t in range(length):
             token = uint64(tokens[b, t])
             valid &= token < known
             compressed[b, t] = vocab[token if token < known else uint64(0)]
-    for layer in range(layers):
-        valid = valid and hash_rows(compressed, before, address + layer * stride, rows[layer])
-    return valid
+        past = before[b : b + 1] if before.shape[1] else before
+        for layer in range(layers):
+            valid &= hash_rows(compressed[b : b + 1], past, address + layer * stride, rows[layer, b : b + 1])
+        if not valid:
+            return False
+    return True
 
 
 _ids, _map = types.int64[:, :], types.Array(types.int64, 1, "C", readonly=True)
