@@ -1,20 +1,29 @@
 """How fast token ids become row indices: the plain way, the NumPy definition and the compiled loop, one thread.
 
-The baseline hashes one layer as the public demo does, in NumPy: a padded copy per shift, a product per order,
-one remainder per head, then one stack, all int64. All three run in one process, interleaved, on fresh random
-ids, through the public call `hasher(ids, layer_id)`, after a check that their indices are equal. Ratios are
-medians of paired samples.
+Of the hash alone, from compressed ids on, and of the whole path from token ids:
 
-Two limits are measured beside them: `bare`, an object that is called in the same way and only makes the array
-of indices with `np.empty`, which is nearly all of a call for one token; and the bytes of the indices over what
-`np.copyto` moves into memory of the same size.
+  baseline    one layer hashed as the public demo does, in NumPy: a padded copy per shift, a product per order, one
+              remainder per head, then one stack, all int64
+  numpy       the definition, `NgramHasher(plan, "numpy")(ids, layer_id)`
+  numba       the compiled loop, called in the same way
+  demo path   token ids looked up in the vocabulary's map as the demo does, then hashed as `baseline`
+  steps       `hasher(vocab(token_ids), layer_id)`
+  one pass    `hasher.from_tokens(token_ids, vocab, out=before)`: mapped, checked and hashed by one compiled loop, into
+              the memory of the call before
+
+All run in one process, interleaved, on fresh random ids, after a check that their indices are equal. Ratios are medians
+of paired samples, against the first of each group.
+
+Limits are measured beside them: `bare`, an object that is called in the same way and only makes the array of indices
+with `np.empty`; the bytes of the indices over what `np.copyto` moves into memory of the same size; and `in cache`, the
+compiled loop into memory that it has just written, 4,096 tokens at a time, where writing costs nothing: what is left is
+its arithmetic.
 
     python bench/hashing_speed.py
     python bench/hashing_speed.py --repeats 50 --out FILE.json
 
-One token is the case of decoding: there calling Python and making an array cost more than the hash. 64 x 4096
-is the case of prefill: there writing the indices takes a good part. Close other programs: a busy machine
-changes all times, and the ratios less.
+One token is the case of decoding: there calling Python and making an array cost more than the hash. 64 x 4096 is the
+case of prefill. Close other programs: a busy machine changes all times, and the ratios less.
 """
 
 from __future__ import annotations
@@ -26,6 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +50,21 @@ from bench.instruments.results import results_head, write_json
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan, NgramHasher
+from engram_ref.vocab import CompressedVocab
 
 PROG = "hashing_speed"
 COMPRESSED_SIZE, PAD_COMPRESSED = 98_627, 2  # DeepSeek-V3's vocabulary, the demo's tokenizer
-SIZES = ((1, 1), (1, 4096), (64, 4096))
+TOKENS = 129_280  # token ids of that tokenizer
+SIZES = ((1, 1), (1, 4096), (16, 4096), (64, 4096))
 POOL_TOKENS = 1 << 20  # ids made before the clock starts
 SAMPLE_SECONDS = 0.002  # a sample repeats the call at least this long, so that the clock's steps do not count
-NAMES = ("baseline", "numpy", "numba", "bare")
-HASHES = NAMES[1:3]
+HASHES = ("baseline", "numpy", "numba", "bare")
+PATHS = ("demo path", "steps", "one pass")
+NAMES = (*HASHES, *PATHS)
+IN_CACHE = 4096  # tokens whose indices, 256 KB, stay in the second-level cache
 FEW_BYTES = 1 << 16  # below this, copyto is timed as a call, not as a copy
 Hash = Callable[[np.ndarray, int], np.ndarray]
+Pools = dict[str, list[np.ndarray]]  # ids by way
 
 
 def demo_way(plan: HashPlan, ids: np.ndarray, layer_id: int) -> np.ndarray:
@@ -83,13 +98,45 @@ class BareCall:
         return np.empty((batch, length, self.columns), np.int32)
 
 
-def contenders(plan: HashPlan) -> dict[str, Hash]:
-    """The three ways to hash and the bare call, each called as `way(ids, layer_id)`, with nothing around it."""
+def demo_path(plan: HashPlan, vocab: CompressedVocab, token_ids: np.ndarray, layer_id: int) -> np.ndarray:
+    """The same from token ids on: those that are not negative are looked up in the map, as the demo does."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    known = ids >= 0
+    compressed = ids.copy()
+    compressed[known] = vocab.ids[ids[known]]
+    return demo_way(plan, compressed, layer_id)
+
+
+class OnePass:
+    """Token ids to indices, [L, B, T, C], into memory that is kept for each shape."""
+
+    def __init__(self, hasher: NgramHasher, vocab: CompressedVocab) -> None:
+        self._look_up, self._vocab = hasher.from_tokens, vocab
+        self._kept: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, token_ids: np.ndarray, layer_id: int) -> np.ndarray:
+        """Indices of the plan's only layer."""
+        self._kept[token_ids.shape] = found = self._look_up(token_ids, self._vocab, out=self._kept.get(token_ids.shape))
+        return found.rows[0]
+
+
+def sample_vocab(size: int) -> CompressedVocab:
+    """A map of as many token ids as DeepSeek-V3 has, random behind the first of every compressed id."""
+    more = np.random.default_rng(1).integers(0, size, max(0, TOKENS - size))
+    return CompressedVocab.from_map(np.concatenate([np.arange(size), more]))
+
+
+def contenders(plan: HashPlan, vocab: CompressedVocab) -> dict[str, Hash]:
+    """The ways, each called as `way(ids, layer_id)`, with nothing around it; of PATHS with token ids."""
+    numba = NgramHasher(plan, "numba")
     return {
         "baseline": functools.partial(demo_way, plan),
         "numpy": NgramHasher(plan, "numpy"),
-        "numba": NgramHasher(plan, "numba"),
+        "numba": numba,
         "bare": BareCall(len(plan.layers[0].primes)),
+        "demo path": functools.partial(demo_path, plan, vocab),
+        "steps": lambda token_ids, layer_id: numba(vocab(token_ids), layer_id),
+        "one pass": OnePass(numba, vocab),
     }
 
 
@@ -100,13 +147,14 @@ def make_pool(shape: tuple[int, int], size: int) -> list[np.ndarray]:
     return [rng.integers(0, size, shape) for _ in range(count)]
 
 
-def check_equal(ways: dict[str, Hash], layer: LayerPlan, pool: list[np.ndarray]) -> None:
-    """Stop unless all three give the same indices (the baseline has no offsets: they are added here)."""
-    for ids in pool[:16]:
-        expected = ways["baseline"](ids, layer.layer_id) + np.array(layer.offsets)
-        for name in HASHES:
-            if not np.array_equal(ways[name](ids, layer.layer_id), expected):
-                raise SystemExit(f"{name} differs from the baseline on ids of shape {ids.shape}: no times given")
+def check_equal(ways: dict[str, Hash], layer: LayerPlan, pools: Pools) -> None:
+    """Stop unless all of a group give the same indices (the demo's have no offsets: they are added here)."""
+    for names in (HASHES[:3], PATHS):
+        for ids in pools[names[0]][:16]:
+            expected = ways[names[0]](ids, layer.layer_id) + np.array(layer.offsets)
+            for name in names[1:]:
+                if not np.array_equal(ways[name](ids, layer.layer_id), expected):
+                    raise SystemExit(f"{name} differs from {names[0]} on ids of shape {ids.shape}: no times given")
 
 
 def sample(way: Hash, layer_id: int, pool: list[np.ndarray], calls: int) -> float:
@@ -125,14 +173,43 @@ def calls_per_sample(way: Hash, layer_id: int, pool: list[np.ndarray]) -> int:
     return max(1, round(SAMPLE_SECONDS / once))
 
 
-def measure(ways: dict[str, Hash], layer_id: int, pool: list[np.ndarray], repeats: int) -> dict[str, list[float]]:
+def measure(ways: dict[str, Hash], layer_id: int, pools: Pools, repeats: int) -> dict[str, list[float]]:
     """Seconds per call of every way, `repeats` samples each, the ways taking turns."""
-    calls = {name: calls_per_sample(ways[name], layer_id, pool) for name in NAMES}
+    calls = {name: calls_per_sample(ways[name], layer_id, pools[name]) for name in NAMES}
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     for _ in range(repeats):
         for name in NAMES:
-            times[name].append(sample(ways[name], layer_id, pool, calls[name]))
+            times[name].append(sample(ways[name], layer_id, pools[name], calls[name]))
     return times
+
+
+def loop_in_cache(way: Hash, layer_id: int, size: int, repeats: int) -> float:
+    """Seconds that the compiled loop takes for a token, median, where its output is in the cache."""
+    pool = make_pool((1, IN_CACHE), size)
+    calls = calls_per_sample(way, layer_id, pool)
+    return statistics.median(sample(way, layer_id, pool, calls) for _ in range(repeats)) / IN_CACHE
+
+
+def measure_size(
+    ways: dict[str, Hash],
+    layer: LayerPlan,
+    vocab: CompressedVocab,
+    shape: tuple[int, int],
+    repeats: int,
+    in_cache: float,
+) -> dict[str, Any]:
+    """Samples of one size, and its limits."""
+    compressed, tokens = make_pool(shape, len(vocab)), make_pool(shape, len(vocab.ids))
+    pools = {name: tokens if name in PATHS else compressed for name in NAMES}
+    check_equal(ways, layer, pools)
+    written = ways["numba"](compressed[0], layer.layer_id).nbytes
+    return {
+        "shape": shape,
+        "bytes_written": written,
+        "copyto_bytes_per_second": copy_bandwidth(written, repeats),
+        "in_cache_s_per_token": in_cache,
+        "samples_s": measure(ways, layer.layer_id, pools, repeats),
+    }
 
 
 def copy_bandwidth(size: int, repeats: int) -> float:
@@ -164,19 +241,35 @@ def _size_lines(size: dict[str, Any]) -> list[str]:
     (batch, length), times, written = size["shape"], size["samples_s"], size["bytes_written"]
     few = written < FEW_BYTES
     lines = [f"{batch} x {length} tokens"]
-    for name in NAMES if few else NAMES[:-1]:
-        median = statistics.median(times[name])
-        line = f"  {name:9s} {median * 1e6:12.2f} us {median / (batch * length) * 1e9:9.1f} ns/token"
-        if name != "baseline":
-            r = spread([slow / fast for slow, fast in zip(times["baseline"], times[name])])
-            line += f"   x{r['p50']:.1f} (p20 x{r['p20']:.1f}, p80 x{r['p80']:.1f})"
-        lines.append(line)
-    fastest, bandwidth = statistics.median(times["numba"]), size["copyto_bytes_per_second"]
-    limit = written / bandwidth
+    for first, *names in (HASHES if few else HASHES[:-1], PATHS):
+        if first not in times:  # a file of before it was measured
+            continue
+        for name in (first, *names):
+            median = statistics.median(times[name])
+            line = f"  {name:9s} {median * 1e6:12.2f} us {median / (batch * length) * 1e9:9.1f} ns/token"
+            if name != first:
+                r = spread([slow / fast for slow, fast in zip(times[first], times[name])])
+                line += f"   x{r['p50']:.1f} (p20 x{r['p20']:.1f}, p80 x{r['p80']:.1f})"
+            lines.append(line)
+    return [*lines, *_limits(size, few)]
+
+
+def _limits(size: dict[str, Any], few: bool) -> list[str]:
+    times, written, bandwidth = size["samples_s"], size["bytes_written"], size["copyto_bytes_per_second"]
+    fastest, limit = statistics.median(times["numba"]), written / bandwidth
     share = f"copyto writes {bandwidth / 1e9:.1f} GB/s, {limit * 1e6:.1f} us: {100 * limit / fastest:.0f} %"
     if few:
         share = f"the bare call takes {100 * statistics.median(times['bare']) / fastest:.0f} %"
-    return [*lines, f"  {written} bytes of indices; {share} of numba's time"]
+    lines = [f"  {written} bytes of indices; {share} of numba's time"]
+    if not few and "in_cache_s_per_token" in size:
+        tokens = size["shape"][0] * size["shape"][1]
+        alone, whole = size["in_cache_s_per_token"] * tokens, statistics.median(times["one pass"])
+        at_most = statistics.median(slow / alone for slow in times["demo path"])
+        lines.append(
+            f"  in cache the loop takes {alone * 1e6:.0f} us for as many tokens, {100 * alone / whole:.0f} % of one "
+            f"pass: with writing for nothing it would be x{at_most:.1f}"
+        )
+    return lines
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -196,20 +289,14 @@ def main() -> None:
     start = time.perf_counter()
     config = EngramConfig.preset(options.preset)
     size = config.compressed_size or COMPRESSED_SIZE
+    vocab = sample_vocab(size)
     plan = HashPlan.build(config, size, PAD_COMPRESSED)
-    ways, layer = contenders(plan), plan.layers[0]
+    plan = replace(plan, layers=plan.layers[:1])
+    ways, layer = contenders(plan, vocab), plan.layers[0]
     ready = time.perf_counter() - start
     print(f"plan and compiled loop ready after {ready:.1f} s (less once numba has cached the loop)", file=sys.stderr)
-    sizes = []
-    for shape in SIZES:
-        pool = make_pool(shape, size)
-        check_equal(ways, layer, pool)
-        written = ways["numba"](pool[0], layer.layer_id).nbytes
-        times = measure(ways, layer.layer_id, pool, options.repeats)
-        bandwidth = copy_bandwidth(written, options.repeats)
-        sizes.append(
-            {"shape": shape, "bytes_written": written, "copyto_bytes_per_second": bandwidth, "samples_s": times}
-        )
+    in_cache = loop_in_cache(ways["one pass"], layer.layer_id, len(vocab.ids), options.repeats)
+    sizes = [measure_size(ways, layer, vocab, shape, options.repeats, in_cache) for shape in SIZES]
     results = {
         **results_head(PROG),
         "preset": options.preset,

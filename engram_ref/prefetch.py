@@ -6,9 +6,11 @@
             hidden = engram_1(hidden, fetch[1])                      # the layer joins: fetch[1].wait()
 
 Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
-reads by itself by a side stream, with hashing on the device. Waiting at once (`background=False`) is the
-synchronous schedule: the same code, nothing overlapped. At most `buffers` fetches are in flight, two at least:
-one is being used while the next is filled. An error in the background is raised at the join.
+reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch: what
+a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile.
+Waiting at once (`background=False`) is the synchronous schedule: the same code, nothing overlapped. At most `buffers`
+fetches are in flight, two at least: one is being used while the next is filled. An error in the background is raised at
+the join.
 
 Whose buffers are whose: a fetch has a lease on a slot, and the slot is lent again when that lease is over: released, or
 in nobody's hands any more (an exception, Ctrl-C, a fetch that was forgotten). What still writes for an old lease is
@@ -23,6 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -45,8 +48,6 @@ from engram_ref.threads.users import Users
 _Outcome = Errand[Pending] | Done[Pending]  # of one layer
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
 LEAST_BUFFERS = 2
-# Handing a fetch to the thread costs some 50 us; rows in memory of up to this many bytes are gathered in less.
-INLINE_BYTES = 64 * 1024
 
 
 class FetchError(RuntimeError):
@@ -102,11 +103,13 @@ class Prefetcher:
         return isinstance(self.hasher, DeviceHasher)
 
     def _most_inline_tokens(self) -> int:
-        """Whoever starts a fetch of so many tokens gathers their rows himself; none where that means to wait."""
-        if any(table.waits for table in self.tables.values()):
-            return 0
-        layers = ((self.hasher.plan.layer(layer_id), table) for layer_id, table in self.tables.items())
-        return INLINE_BYTES // sum(len(layer.primes) * table.format.row_bytes for layer, table in layers)
+        """Whoever starts a fetch of so many tokens asks for their rows himself; none where that means to wait."""
+        shares = []
+        for layer_id, table in self.tables.items():
+            if not table.inline_rows:
+                return 0
+            shares.append(Fraction(len(self.hasher.plan.layer(layer_id).primes), table.inline_rows))
+        return int(1 / sum(shares))
 
     def _side_stream(self) -> Any:
         device = next(iter(self.tables.values())).device
@@ -192,13 +195,15 @@ class Prefetcher:
         return written
 
     def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> Mapping[int, _Outcome]:
-        if self._worker is None or self._is_small(ids):
-            fetch, buffers = self._fetch, lease.buffers
-            return {i: Done(partial(fetch, i, table, ids, history, buffers)) for i, table in self.tables.items()}
+        fetch, buffers = self._fetch, lease.buffers
+        if self._worker is None:
+            return {i: Done(partial(fetch, i, t, t.start, ids, history, buffers)) for i, t in self.tables.items()}
+        if self._is_small(ids):
+            return {i: Done(partial(fetch, i, t, t.ask, ids, history, buffers)) for i, t in self.tables.items()}
         ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
         errands: dict[int, Errand[Pending]] = {}
         for layer_id, table in self.tables.items():
-            errands[layer_id] = errand = Errand(partial(self._fetch, layer_id, table, ids, history, lease.buffers))
+            errands[layer_id] = errand = Errand(partial(fetch, layer_id, table, table.start, ids, history, buffers))
             lease.errands.append(errand)
             self._worker.give(partial(self._beside, errand))
         return errands
@@ -211,7 +216,13 @@ class Prefetcher:
         return np.size(ids) <= self._inline_tokens
 
     def _fetch(
-        self, layer_id: int, table: Table, ids: np.ndarray, history: TokenHistory | None, buffers: _Buffers
+        self,
+        layer_id: int,
+        table: Table,
+        start: Callable[..., Pending],
+        ids: np.ndarray,
+        history: TokenHistory | None,
+        buffers: _Buffers,
     ) -> Pending:
         assert isinstance(self.hasher, NgramHasher)
         begin = time.perf_counter()
@@ -222,7 +233,7 @@ class Prefetcher:
             raise
         hashed = time.perf_counter()
         buffers.numbers[layer_id] = numbers = torch.from_numpy(rows)
-        pending = table.start(numbers, buffers.room(layer_id, table, rows.size))
+        pending = start(numbers, buffers.room(layer_id, table, rows.size))
         if self._observer:
             self._observer("hash", layer_id, begin, hashed)
             self._observer("gather", layer_id, hashed, time.perf_counter())
@@ -371,7 +382,11 @@ class _Join:
         if self._lease.over:
             raise RuntimeError(f"the rows of layer {self._layer_id} were released: wait for them before release()")
         self.tell()
-        values = self._errand.result().wait()
+        pending = self._errand.result()
+        try:
+            values = pending.wait()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
         if self._observer:
             self._observer("wait", self._layer_id, begin, time.perf_counter())
         return values
@@ -394,7 +409,10 @@ class _Join:
         self.told = True
         error = self._errand.error
         if error is not None:
-            raise FetchError(f"fetching the rows of layer {self._layer_id} failed: {error}") from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: BaseException) -> FetchError:
+        return FetchError(f"fetching the rows of layer {self._layer_id} failed: {error}")
 
 
 class _Lease:

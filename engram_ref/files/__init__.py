@@ -6,6 +6,7 @@ conventions   names, marks and dtypes
 stored_rows   the rows of a table in one file or two
 read_plan     which bytes to read for some rows
 row_reader    batched, sorted reads of them; row_reader_fused: compiled
+direct_reads  whole blocks past the page cache, many at a time
 writing       rows to a file
 pagecache     what of a file is in memory
 replacing     a file that is there whole or not at all; without torch

@@ -6,9 +6,10 @@ if it is in the page cache. For one that is not, posix_fadvise(WILLNEED) starts 
 when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from reading what nobody asked for. Rows
 in two parts, codes and scales, are asked for in both before either is waited for.
 
-With numba this is compiled (`reading_fused`). Where the system cannot be asked ahead (macOS), and with `direct`,
-which bypasses the page cache, threads that wait read instead. All of this only makes reading faster: where a sandbox
-refuses a hint, or a file system returns less than was asked for, the rows are read without it.
+With numba this is compiled (`row_reader_fused`). With `direct`, which bypasses the page cache, the system is given a
+queue of reads (`direct_reads`). Where neither can be (macOS), threads that wait read instead. All of this only makes
+reading faster: where a sandbox refuses a hint, or a file system returns less than was asked for, the rows are read
+without it.
 
     python -m pytest tests/ref/tables/test_file.py
 """
@@ -18,19 +19,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import mmap
 import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 
 from engram_ref.compiled import numba_works
-from engram_ref.files.conventions import BLOCK, round_up
+from engram_ref.files.direct_reads import AT_ONCE, Queues, open_direct, read_blocks
 from engram_ref.files.read_plan import Reads, plan_reads, rows_in
-from engram_ref.files.validated import Stamp, StoredPart, ended_early, read_whole
+from engram_ref.files.validated import Stamp, StoredPart, read_whole
 from engram_ref.threads.errands import Pool
 
 AHEAD = 1024  # pieces that the disk is asked for before the first is waited for
@@ -39,7 +40,9 @@ _WAITING = 32, 4  # the same for threads that wait for each read
 _CAN_ASK_AHEAD = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
 
 _fused: Callable[..., int] | None = None
+_ask_fused: Callable[..., None] | None = None
 if _CAN_ASK_AHEAD and numba_works():
+    from engram_ref.files.row_reader_fused import ask_rows as _ask_fused
     from engram_ref.files.row_reader_fused import read_rows as _fused
 
 
@@ -48,8 +51,11 @@ class RowReader:
 
     Args:
         parts: of the rows: one, or codes and scales; of rows in several tensors, those of one after the other.
-        threads: that read at most; None takes what is fastest here.
+        threads: that read at most; None takes what is fastest here, which with `direct` is none but the caller's.
         direct: read whole blocks, past the page cache.
+
+    Attributes:
+        can_ask: whether the disk can be asked for rows without waiting for them.
 
     Raises:
         ValueError: no threads, a file that was changed, or one that cannot be read past the page cache.
@@ -65,7 +71,7 @@ class RowReader:
         with ExitStack() as undo:
             for part in parts:
                 if part.stamp not in self._files:
-                    self._files[part.stamp] = _open_direct(part) if direct else part.open()
+                    self._files[part.stamp] = open_direct(part) if direct else part.open()
                     undo.callback(os.close, self._files[part.stamp])
             self._close_files = weakref.finalize(self, undo.pop_all().close)
         self._fds = [self._files[part.stamp] for part in parts]
@@ -81,6 +87,8 @@ class RowReader:
         most, self._fewest = _ASKING if self._ahead else _WAITING
         self._threads = threads or most
         self._pool = Pool(self._threads, "rows")
+        self._queues = Queues.where_possible() if direct and threads is None else None
+        self.can_ask = self._ahead or self._queues is not None
         if hasattr(os, "posix_fadvise"):
             for fd in self._files.values():
                 _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -99,9 +107,42 @@ class RowReader:
         """
         self._require_same_size()
         read = self._read(ordered, places, raw)
-        for fd, part in self._one_of_each:  # afterwards, so that it holds for what was written meanwhile
-            part.require_same(fd)
+        self._require_unchanged()  # afterwards, so that it holds for what was written meanwhile
         return read
+
+    def ask(self, ordered: np.ndarray) -> Callable[[np.ndarray, np.ndarray], tuple[int, int]]:
+        """Ask the disk for rows and wait for nothing; only where `can_ask`, and for AT_ONCE rows at most.
+
+        Args:
+            ordered: as for `read`.
+
+        Returns:
+            What waits for them, to be called once: the rest of `read`, of its other two arguments.
+
+        Raises:
+            ValueError, OSError: as `read`.
+        """
+        self._require_same_size()
+        if self._queues is None:
+            self._ask_ahead(ordered)
+            return functools.partial(self.read, ordered)
+        planned = self._plan(ordered)
+        take = self._queues.ask(self._fds, planned.reads)
+
+        def wait(places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+            total = take(planned.found)
+            self._require_unchanged()
+            return planned.put(places, raw), total
+
+        return wait
+
+    def _ask_ahead(self, ordered: np.ndarray) -> None:
+        """Let the system bring rows into the page cache."""
+        if _ask_fused is not None:
+            return _ask_fused(self._places, self._bounds, ordered)
+        for fd, reads in zip(self._fds, self._plan(ordered).reads):
+            for offset, length in zip(reads.offsets.tolist(), reads.lengths.tolist()):
+                _advise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         if not len(ordered):
@@ -130,35 +171,39 @@ class RowReader:
 
     def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
+        planned = self._plan(ordered)
+        shares = self._shares(sum(map(len, planned.reads)))
+        split = zip(*(reads.split(shares) for reads in planned.reads))
+        total = sum(self._run([functools.partial(self._read_share, reads, planned.found) for reads in split]))
+        return planned.put(places, raw), total
+
+    def _plan(self, ordered: np.ndarray) -> _Planned:
         unique, index = np.unique(ordered, return_inverse=True)
         whole = {p.columns: np.empty((len(unique), p.row_bytes), dtype=np.uint8) for p in self._parts if not p.first}
         inside = [rows_in(unique, part) for part in self._parts]
-        plans = [plan_reads(unique[rows], part, self._direct) for rows, part in zip(inside, self._parts)]
+        reads = [plan_reads(unique[rows], part, self._direct) for rows, part in zip(inside, self._parts)]
         found = [whole[part.columns][rows] for rows, part in zip(inside, self._parts)]
-        shares = self._shares(sum(map(len, plans)))
-        split = zip(*(plan.split(shares) for plan in plans))
-        total = sum(self._run([functools.partial(self._read_share, reads, found) for reads in split]))
-        for columns, rows in whole.items():
-            raw[places, slice(*columns)] = rows[index]
-        return len(unique), total
+        return _Planned(len(unique), index, whole, found, reads)
 
     def _read_share(self, reads: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
         """Do some of the reads of each part; how many bytes they returned."""
         if self._direct:
-            return sum(map(_read_blocks, self._fds, reads, found))
+            return (read_blocks if self._queues is None else self._queues.read)(self._fds, reads, found)
         pieces = itertools.chain.from_iterable(map(_pieces, self._fds, reads, found))
         if self._ahead:
             return _read_ahead(pieces, self._now)
         return sum(read_whole(fd, piece, offset) for fd, offset, piece in pieces)
 
     def _shares(self, count: int) -> int:
-        """Into how many shares so many reads are split, one for each thread."""
+        """Into how many shares so many reads are split, one for each thread, or for each filling of a queue."""
+        if self._queues is not None:
+            return -(-count // AT_ONCE)
         return min(self._threads, -(-count // self._fewest))
 
     def _run(self, tasks: Sequence[Callable[[], int]]) -> list[int]:
-        """What the tasks return; a single one is done in this thread."""
-        if len(tasks) == 1:
-            return [tasks[0]()]
+        """What the tasks return; a single one, and what a queue does, is done in this thread."""
+        if len(tasks) == 1 or self._queues is not None:
+            return [task() for task in tasks]
         return self._pool.do_all(tasks)  # none of them writes to memory that an error has handed back
 
     def _require_same_size(self) -> None:
@@ -169,6 +214,10 @@ class RowReader:
                 raise ValueError(
                     f"{part.path} has {size} bytes now and had {part.file_bytes} when it was opened: open it anew"
                 )
+
+    def _require_unchanged(self) -> None:
+        for fd, part in self._one_of_each:
+            part.require_same(fd)
 
     def require_open(self) -> list[int]:
         """The descriptors, one for each file.
@@ -183,24 +232,34 @@ class RowReader:
     def close(self) -> None:
         """End the threads and close the files; a second time does nothing."""
         self._pool.close()
+        if self._queues is not None:
+            self._queues.close()
         self._close_files()
 
 
-def _open_direct(part: StoredPart) -> int:
-    refused = f"{part.path}: its file system cannot be read past the page cache: use direct=False"
-    if not hasattr(os, "O_DIRECT"):
-        raise ValueError(refused)
-    os.close(part.open())  # what fails here fails whichever way it is read
-    try:
-        fd = part.open(os.O_DIRECT)
-        try:
-            os.preadv(fd, [mmap.mmap(-1, BLOCK)], 0)  # some file systems refuse only here
-        except OSError:
-            os.close(fd)
-            raise
-    except OSError as error:
-        raise ValueError(refused) from error
-    return fd
+@dataclass(frozen=True)
+class _Planned:
+    """The reads of a fetch, and where their rows go.
+
+    Attributes:
+        unique: how many different rows there are.
+        index: of each row that is wanted, its place among the different ones.
+        whole: by columns of a part, the different rows.
+        found: of each part, the rows in `whole` that its reads bring.
+        reads: of each part.
+    """
+
+    unique: int
+    index: np.ndarray
+    whole: dict[tuple[int, int], np.ndarray]
+    found: list[np.ndarray]
+    reads: list[Reads]
+
+    def put(self, places: np.ndarray, raw: np.ndarray) -> int:
+        """Copy the rows to wherever they are wanted; how many different ones there are."""
+        for columns, rows in self.whole.items():
+            raw[places, slice(*columns)] = rows[self.index]
+        return self.unique
 
 
 def _advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
@@ -251,30 +310,3 @@ def _read_now(fd: int, piece: memoryview, offset: int) -> int:
         return os.preadv(fd, [piece], offset, os.RWF_NOWAIT)
     except OSError:  # it would have to wait, or this kind of read is refused; the ordinary one says what is wrong
         return 0
-
-
-def _read_blocks(fd: int, reads: Reads, found: np.ndarray) -> int:
-    """Read blocks into aligned memory and copy the rows from there; how many bytes were read."""
-    if not len(reads):
-        return 0
-    total = 0
-    target, row_bytes = found.data.cast("B"), found.shape[1]
-    aligned = memoryview(mmap.mmap(-1, int(round_up(reads.lengths.max()))))
-    for offset, length, low, high in zip(reads.offsets.tolist(), reads.lengths.tolist(), reads.first, reads.first[1:]):
-        _read_direct(fd, aligned[: round_up(length)], offset, length)
-        total += length
-        for row, start in enumerate(reads.starts[low:high].tolist(), int(low)):
-            target[row * row_bytes : (row + 1) * row_bytes] = aligned[start - offset : start - offset + row_bytes]
-    return total
-
-
-def _read_direct(fd: int, blocks: memoryview, offset: int, length: int) -> None:
-    """Fill whole blocks, `length` bytes of which are in the file; after a short read, from its last whole block on."""
-    done = 0
-    while True:
-        got = done + os.preadv(fd, [blocks[done:]], offset + done)
-        if got >= length:
-            return
-        if got == done:
-            raise ended_early(offset + got)
-        done = got // BLOCK * BLOCK if got - done >= BLOCK else got

@@ -89,6 +89,23 @@ def _part(parts, row):
     return parts[row, 0], parts[row, 1], parts[row, 2], parts[row, 3]
 
 
+@njit(inline="always")
+def _ask_run(part, ordered, first, last):
+    """Ask the disk for this part of a run's rows."""
+    fd, start, _, width = part
+    rows = ordered[last - 1] - ordered[first] + 1
+    _fadvise(fd, start + ordered[first] * width, rows * width, _WILLNEED)
+
+
+def _ask_rows(parts, bounds, ordered):
+    firsts = np.empty(len(ordered) + 1, dtype=np.int64)
+    shards = np.empty(len(ordered), dtype=np.int64)
+    per_row = len(parts) // (len(bounds) - 1)
+    for at in range(_find_runs(ordered, bounds, firsts, shards)):
+        for index in range(per_row):
+            _ask_run(_part(parts, shards[at] * per_row + index), ordered, firsts[at], firsts[at + 1])
+
+
 def _read_rows(parts, bounds, ordered, places, raw, ahead, now):
     firsts = np.empty(len(ordered) + 1, dtype=np.int64)
     shards = np.empty(len(ordered), dtype=np.int64)
@@ -105,9 +122,7 @@ def _read_rows(parts, bounds, ordered, places, raw, ahead, now):
                 if now:
                     done[at, index] = _read_run(part, ordered, places, first, last, raw, vector, _NOW)
                 if not done[at, index]:
-                    width = part[3]
-                    rows = ordered[last - 1] - ordered[first] + 1
-                    _fadvise(part[0], part[1] + ordered[first] * width, rows * width, _WILLNEED)
+                    _ask_run(part, ordered, first, last)
             if late < 0 or done[late, index]:
                 continue
             part = _part(parts, shards[late] * per_row + index)
@@ -122,3 +137,6 @@ def _read_rows(parts, bounds, ordered, places, raw, ahead, now):
 # read, or -1 if one could not be read whole; the plain way will say why.
 _ARGUMENTS: list[Any] = ["int64(int64[:, ::1], int64[::1], int64[::1], int64[::1], uint8[:, ::1], int64, boolean)"]
 read_rows = compiled(_read_rows, _ARGUMENTS, nogil=True) if can_compile() else None
+
+# ask_rows(the first three of these): asks the disk for the rows, and waits for none.
+ask_rows = compiled(_ask_rows, ["void(int64[:, ::1], int64[::1], int64[::1])"], nogil=True) if can_compile() else None

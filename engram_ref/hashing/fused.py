@@ -3,8 +3,7 @@
 NumPy makes a 64-bit array for every shift, product and remainder; here a token's hash stays in a register
 and each index is written once. What costs is the remainder: a 64-bit division per index. It is replaced
 by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), on eight heads at a time.
-`hashing_step` is the same loop for a few tokens; no other module of the package imports numba. Compiling takes
-a few seconds once; numba then keeps the machine code on disk.
+Compiling takes a few seconds once; numba then keeps the machine code on disk.
 
     python -m pytest tests/ref/hashing/test_fused.py
     python bench/hashing_speed.py
@@ -37,7 +36,8 @@ from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
 from engram_ref.loops import compiled, pointer
 
 _LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
-_HEADER = 5  # constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end
+# Constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end.
+_SEGMENT_END, _HEADER = 4, 5
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
 _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
@@ -148,21 +148,9 @@ _write_lanes = _index_writer(_LANES)
 _write_one = _index_writer(1)
 
 
-def _hash_rows(ids, before, address, rows):
-    constants = pointer(address, uint64(0))
-    max_ngram = types.intp(constants[2])
-    if rows.size == 0:
-        return False
-    past = before.shape[1]
-    if past != 0 and (past != max_ngram - 1 or before.shape[0] != rows.shape[0]):
-        return False
-    if constants[4] == _DEAD:  # known while this is compiled, it costs the other forms nothing
-        return _hash_all(ids, before, constants, rows, _DEAD)
-    return _hash_all(ids, before, constants, rows, constants[4])
-
-
 @njit(inline="always")
-def _hash_all(ids, before, constants, rows, segment_end):
+def _hash_all(ids, before, address, rows, segment_end):
+    constants = pointer(address, uint64(0))
     size, pad = constants[0], constants[1]
     max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
     batch, length, columns = rows.shape
@@ -198,7 +186,70 @@ def _hash_all(ids, before, constants, rows, segment_end):
     return valid
 
 
+def _hash_unsegmented(ids, before, address, rows):
+    return _hash_all(ids, before, address, rows, _DEAD)
+
+
+def _hash_segmented(ids, before, address, rows):
+    return _hash_all(ids, before, address, rows, pointer(address, uint64(0))[_SEGMENT_END])
+
+
+# Apart, because the end of a segment inside the one loop, or both loops in one function, made the first slower.
+_unsegmented = compiled(_hash_unsegmented, _SIGNATURES, nogil=True)
+_segmented = compiled(_hash_segmented, _SIGNATURES, nogil=True)
+
+
+def _hash_rows(ids, before, address, rows):
+    constants = pointer(address, uint64(0))
+    if rows.size == 0:
+        return False
+    past = before.shape[1]
+    if past != 0 and (past != types.intp(constants[2]) - 1 or before.shape[0] != rows.shape[0]):
+        return False
+    if constants[_SEGMENT_END] == _DEAD:
+        return _unsegmented(ids, before, address, rows)
+    return _segmented(ids, before, address, rows)
+
+
 # hash_rows(ids int64 [B, T], history int64 [B, N-1] or NO_HISTORY, address of the packed constants, rows int32
 # or int64 [B, T, C]) -> whether rows now holds the indices. It does not where an id is outside the vocabulary,
 # the batch is empty or the history is not of these sequences. Other types of argument are a TypeError.
 hash_rows = compiled(_hash_rows, _SIGNATURES, nogil=True)
+
+
+def _hash_tokens(tokens, vocab, before, address, stride, rows, compressed):
+    layers, batch, length, columns = rows.shape
+    constants = pointer(address, uint64(0))
+    if columns != types.intp((constants[2] - uint64(1)) * constants[3]):
+        return False
+    if tokens.shape != (batch, length) or compressed.shape != (batch, length):
+        return False
+    if rows.size == 0 or (before.shape[1] != 0 and before.shape[0] != batch):
+        return False
+    known = uint64(len(vocab))
+    valid = True
+    for b in range(batch):  # what was mapped is hashed while it is in the cache
+        for t in range(length):
+            token = uint64(tokens[b, t])
+            valid &= token < known
+            compressed[b, t] = vocab[token if token < known else uint64(0)]
+        past = before[b : b + 1] if before.shape[1] else before
+        for layer in range(layers):
+            valid &= hash_rows(compressed[b : b + 1], past, address + layer * stride, rows[layer, b : b + 1])
+        if not valid:
+            return False
+    return True
+
+
+_ids, _map = types.int64[:, :], types.Array(types.int64, 1, "C", readonly=True)
+# hash_tokens(token ids int64 [B, T], the vocabulary's map int64 [tokens], history as above, address of the packed
+# constants of the first layer, bytes from one layer's to the next, rows int32 or int64 [L, B, T, C], compressed ids
+# int64 [B, T]) -> whether the last two now hold rows and compressed ids of all layers; as above.
+hash_tokens = compiled(
+    _hash_tokens,
+    [
+        types.boolean(_ids, _map, _ids, types.int64, types.int64, row[:, :, :, ::1], types.int64[:, ::1])
+        for row in (types.int32, types.int64)
+    ],
+    nogil=True,
+)

@@ -5,6 +5,7 @@ chunked prefill and token-by-token decoding give the indices of one shot.
 
     plan = HashPlan.for_vocab(config, vocab)
     rows = NgramHasher(plan)(vocab(token_ids), layer_id=1)        # [B, T, C]
+    rows, compressed = NgramHasher(plan).from_tokens(token_ids, vocab)      # of all layers in one pass: [L, B, T, C]
 
 The hash of position p, with c_s the compressed id at p - s:
 
@@ -20,7 +21,7 @@ imported here.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,23 @@ from engram_ref.compiled import numba_works
 from engram_ref.hashing.plan import INT32_MAX, HashPlan, LayerPlan
 from engram_ref.ids import DEAD, check_ids
 
+if TYPE_CHECKING:
+    from engram_ref.vocab import CompressedVocab
+
 _INT64 = np.dtype(np.int64)
+
+
+class Hashed(NamedTuple):
+    """What `NgramHasher.from_tokens` found.
+
+    Attributes:
+        rows: row indices [L, B, T, C], layers in the plan's order; int32 where every layer's table has at most
+            2^31 - 1 rows, else int64.
+        compressed: compressed ids, int64 [B, T].
+    """
+
+    rows: np.ndarray
+    compressed: np.ndarray
 
 
 class TokenHistory:
@@ -85,14 +102,13 @@ class NgramHasher:
         self.backend = backend
         self._by_row: dict[int, tuple[Any, ...]] = {}  # what the compiled loop needs, per layer_id
         self._by_column: dict[int, tuple[Any, ...]] = {}  # the same without offsets
+        self._hash_tokens: Any = None  # the compiled pass over all layers, and its addresses
+        self._rows_dtype = np.dtype(np.int32 if all(layer.rows <= INT32_MAX for layer in plan.layers) else np.int64)
         if backend == "numba":
             self._prepare()
 
     def _prepare(self) -> None:
-        from engram_ref.hashing import (
-            fused,  # compile, or load what was compiled before
-            step,
-        )
+        from engram_ref.hashing import fused  # compile, or load what was compiled before
 
         self._hash_rows, self._no_history = fused.hash_rows, fused.NO_HISTORY
         self._constants = []  # the compiled loop is given addresses, so these must live as long as the hasher
@@ -101,8 +117,12 @@ class NgramHasher:
             for offsets, table in ((True, self._by_row), (False, self._by_column)):
                 constants = fused.pack(self.plan, layer, offsets)
                 self._constants.append(constants)
-                ready = *step.step(dtype), constants.ctypes.data, len(layer.primes), dtype
-                table.setdefault(layer.layer_id, ready)
+                table.setdefault(layer.layer_id, (constants.ctypes.data, len(layer.primes), dtype))
+
+        if len(self._by_row) == len(self.plan.layers) and len({len(layer.primes) for layer in self.plan.layers}) == 1:
+            together = np.stack([fused.pack(self.plan, layer, True) for layer in self.plan.layers])
+            self._constants.append(together)
+            self._hash_tokens = fused.hash_tokens, together.ctypes.data, together.strides[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NgramHasher, (self.plan, self.backend)  # a copy, or another process, needs addresses of its own
@@ -128,23 +148,79 @@ class NgramHasher:
         Raises:
             ValueError: wrong dtype or shape, an empty batch, an id outside the vocabulary.
         """
-        # A call for one token takes half a microsecond, so nothing is looked at twice: what the compiled loop is
-        # not made for raises or is refused here, and the careful way hashes it or says what is wrong.
+        # A call for one token takes a microsecond, so nothing is looked at twice: what the compiled loop is not made
+        # for raises or is refused here, and the careful way hashes it or says what is wrong.
         try:
-            packed = (self._by_row if offsets else self._by_column)[layer_id]
-            hash_step, host, constants, columns, dtype = packed
-            before = None if history is None else history.ids
-            rows = hash_step(compressed_ids, before, constants, host)
-            if rows is not None:
-                return rows
+            constants, columns, dtype = (self._by_row if offsets else self._by_column)[layer_id]
             if type(compressed_ids) is np.ndarray and compressed_ids.dtype == _INT64:
                 rows = np.empty((*compressed_ids.shape, columns), dtype)
-                before = self._no_history if before is None else before
+                before = self._no_history if history is None else history.ids
                 if self._hash_rows(compressed_ids, before, constants, rows):
                     return rows
         except (AttributeError, KeyError, TypeError, ValueError):
             pass
         return self._hash_carefully(compressed_ids, layer_id, offsets, history)
+
+    def from_tokens(
+        self,
+        token_ids: np.ndarray,
+        vocab: CompressedVocab,
+        history: TokenHistory | None = None,
+        dead: np.ndarray | None = None,
+        out: Hashed | None = None,
+    ) -> Hashed:
+        """Compress token ids [B, T], check them and hash them for all layers: one pass of the compiled loop.
+
+        Args:
+            token_ids, dead: as for a call of the vocabulary.
+            vocab: of the plan's size.
+            history: what came before this chunk; it is read, not advanced: `history.advance(hashed.compressed)`.
+            out: what an earlier call for as many ids has given, to be written over; new memory otherwise, which for
+                a long prompt costs as much as the hash.
+
+        Raises:
+            ValueError: as a call, and as the vocabulary; a vocabulary of another size, or an `out` that does not fit.
+        """
+        # As in a call, what the compiled loop is not made for is told by the careful way.
+        if self._hash_tokens is not None and dead is None and vocab.size == self.plan.compressed_size:
+            try:
+                hash_tokens, constants, stride = self._hash_tokens
+                found = out or self._room(token_ids.shape)
+                before = self._no_history if history is None else history.ids
+                fits = out is None or out.rows.dtype == self._rows_dtype  # the loop writes others, too
+                if fits and hash_tokens(token_ids, vocab.ids, before, constants, stride, *found):
+                    return found
+            except (AttributeError, TypeError, ValueError):
+                pass
+        return self._from_tokens_carefully(token_ids, vocab, history, dead, out)
+
+    def _room(self, shape: tuple[int, ...]) -> Hashed:
+        """Unwritten memory for ids of this shape."""
+        layers = self.plan.layers
+        rows = np.empty((len(layers), *shape, len(layers[0].primes)), self._rows_dtype)
+        return Hashed(rows, np.empty(shape, np.int64))
+
+    def _from_tokens_carefully(
+        self, token_ids: Any, vocab: CompressedVocab, history: TokenHistory | None, dead: Any, out: Hashed | None
+    ) -> Hashed:
+        if vocab.size != self.plan.compressed_size:
+            raise ValueError(
+                f"a vocabulary of {vocab.size} compressed ids; the plan was made for {self.plan.compressed_size}: "
+                "build it from this vocabulary"
+            )
+        compressed = vocab(token_ids, dead)
+        room = self._room(compressed.shape)
+        found = room if out is None else out
+        for name, given, wanted in zip(Hashed._fields, found, room):
+            if given.shape != wanted.shape or given.dtype != wanted.dtype or not given.flags.carray:
+                raise ValueError(
+                    f"out has {name} of {given.dtype} {given.shape}; these token ids need {wanted.dtype} "
+                    f"{wanted.shape}, contiguous: leave it out"
+                )
+        for layer, rows in zip(self.plan.layers, found.rows):
+            rows[:] = self(compressed, layer.layer_id, history=history)
+        found.compressed[:] = compressed
+        return found
 
     def _hash_carefully(
         self, compressed_ids: Any, layer_id: int, offsets: bool, history: TokenHistory | None

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # The dtypes that row numbers may have: the unsigned one of the same bits, and how -2**31 or -2**63 reads in it.
 _UNSIGNED = {torch.int32: (np.uint32, 2**31), torch.int64: (np.uint64, 2**63)}
 _CPU = torch.device("cpu")
+# Handing a fetch to a thread costs some 50 us, and stretches what the caller computes meanwhile by all that the thread
+# does in Python. Rows in memory of up to this many bytes are gathered in less.
+INLINE_BYTES = 64 * 1024
 
 
 class Pending(Protocol):
@@ -61,7 +64,7 @@ class Table(ABC):
         format: what a row's bytes mean.
         device: where fetched rows arrive.
         index_device: where `start` wants the row numbers.
-        waits: whether a fetch is mostly waiting (for a disk), so that even a small one is worth a thread.
+        waits: whether `start` mostly waits (for a disk), so that even a small one is worth a thread.
         trained: whether fetched rows pass gradients back, so that they cannot be put into a given buffer.
     """
 
@@ -89,6 +92,18 @@ class Table(ABC):
         Raises:
             ValueError: a row number outside 0 .. rows - 1, the wrong dtype, shape or device, or a closed table.
         """
+
+    def ask(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """As `start`, but of what would have to be waited for as much as can be is left to `wait`: for small fetches.
+
+        Args and errors: as for `start`; what goes wrong later, `wait` raises.
+        """
+        return self.start(rows, out)
+
+    @property
+    def inline_rows(self) -> int:
+        """Rows that whoever wants them asks for by himself, as it takes less time than to give them to a thread."""
+        return 0 if self.waits else INLINE_BYTES // self.format.row_bytes
 
     @abstractmethod
     def stored(self, rows: Tensor) -> Tensor:

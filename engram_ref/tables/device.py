@@ -67,14 +67,15 @@ class DeviceTable(Table):
             check_shape(rows, self.index_device)
         else:
             rows = check_rows(rows, self.rows)
+        trained = self._trained if torch.is_grad_enabled() else None
+        if self._delivery is not None and trained is None:
+            return self._delivery.take(table, rows, out)  # which looks at `out`
         if out is not None:
             check_out(out, len(rows), self.format, self.device)
-        if self._trained is not None and torch.is_grad_enabled():
+        if trained is not None:
             if out is not None:
                 raise ValueError("out= given for rows that pass gradients back: leave it out, or use torch.no_grad()")
-            return Ready(F.embedding(rows, self._trained))
-        if self._delivery is not None:
-            return self._delivery.take(table, rows, out)
+            return Ready(F.embedding(rows, trained))
         if self._in_place is not None:
             self._in_place.admit(rows)
             return self._in_place.checked(Ready(self._in_place.read(rows, out)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +30,13 @@ from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.validated import StoredPart
 from engram_ref.files.writing import save_pieces, save_rows
 from engram_ref.rows.nan_check import refuse_nan
-from engram_ref.tables.base import Pending, Table, check_rows, check_shape, counted
+from engram_ref.tables.base import Pending, Table, check_out, check_rows, check_shape, counted
 from engram_ref.tables.staging import Delivery
+from engram_ref.threads.errands import Later
+
+# Rows that a disk is asked for by whoever wants them: some 5 us each, and 10 us past no page cache.
+ASKED_ROWS = 64
+Take = Callable[[np.ndarray, np.ndarray], tuple[int, int]]  # of `RowReader.ask`
 
 __all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
 
@@ -154,15 +159,49 @@ class FileTable(Table):
             ValueError: row numbers that do not exist, a changed file, or a closed table.
             OSError: the disk failed.
         """
-        check_shape(rows, self.index_device)
+        with self._users.here():
+            ordered, places = self._sorted(rows)
+            return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
+
+    def ask(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Ask the disk for the rows now; they are read by whoever waits for them.
+
+        A thread could not hide more: it is the disk that works meanwhile, and what is left are a few calls. For an
+        accelerator, which is to wait for nothing but a copy, this is `start`.
+
+        Raises:
+            As `start`; what the disk says later, and of a table that was closed or changed meanwhile, `wait` does.
+        """
+        if not 0 < len(rows) <= self.inline_rows:
+            return self.start(rows, out)
+        if out is not None:
+            check_out(out, len(rows), self.format, self.device)
+        with self._users.here():
+            ordered, places = self._sorted(rows)
+            take = self._reader.ask(ordered)
+        return Later(functools.partial(self._take, ordered, places, take, out))
+
+    def _take(self, ordered: np.ndarray, places: np.ndarray, take: Take, out: Tensor | None) -> Tensor:
         with self._users.here():
             self._require_open()
-            numbers = rows.numpy()
-            places = np.argsort(numbers)
-            ordered = numbers[places].astype(np.int64, copy=False)
-            if len(ordered) and (ordered[0] < 0 or ordered[-1] >= self.rows):
-                check_rows(rows, self.rows)  # says which row
-            return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
+            fill = functools.partial(self._fill, ordered, places, take=take)
+            return self._delivery.send(len(ordered), fill, out).wait()
+
+    @property
+    def inline_rows(self) -> int:
+        """Rows that are asked for without a thread."""
+        return ASKED_ROWS if self.device.type == "cpu" and self._reader.can_ask else 0
+
+    def _sorted(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers in order, int64, checked, and where each of them is wanted."""
+        check_shape(rows, self.index_device)
+        self._require_open()
+        numbers = rows.numpy()
+        places = np.argsort(numbers)
+        ordered = numbers[places].astype(np.int64, copy=False)
+        if len(ordered) and (ordered[0] < 0 or ordered[-1] >= self.rows):
+            check_rows(rows, self.rows)  # says which row
+        return ordered, places
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; counted like any fetch."""
@@ -174,9 +213,10 @@ class FileTable(Table):
             self._fill(numbers[places].astype(np.int64, copy=False), places, raw)
         return raw
 
-    def _fill(self, ordered: np.ndarray, places: np.ndarray, staged: Tensor) -> None:
+    def _fill(self, ordered: np.ndarray, places: np.ndarray, staged: Tensor, take: Take | None = None) -> None:
+        """Read rows, or `take` those that were asked for."""
         raw = staged.numpy()
-        unique, bytes_read = self._reader.read(ordered, places, raw)
+        unique, bytes_read = take(places, raw) if take else self._reader.read(ordered, places, raw)
         if self.format.scaled:
             first = self.source.first
             refuse_nan(self.source.path, raw, self.format.width, lambda at: first + int(ordered[places == at][0]))

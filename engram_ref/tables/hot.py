@@ -13,6 +13,7 @@ rows on the device, misses arrive from the table behind, and both are put togeth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,18 @@ class HotTable(Table):
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Tell hits from misses, and start the fetch of the misses."""
+        return self._begin(rows, out, self._behind.start)
+
+    def ask(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Tell hits from misses, and ask for the misses."""
+        return self._begin(rows, out, self._behind.ask)
+
+    @property
+    def inline_rows(self) -> int:
+        """As of the table behind."""
+        return self._behind.inline_rows
+
+    def _begin(self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending]) -> Pending:
         with self._users.here():
             self._require_open()
             try:
@@ -104,13 +117,13 @@ class HotTable(Table):
             except ValueError as error:
                 self._behind.excuse(error)
                 raise
-            return self._start(rows, out)
+            return self._start(rows, out, behind)
 
     def excuse(self, error: BaseException) -> None:
         """Tell those who share the table behind."""
         self._behind.excuse(error)
 
-    def _start(self, rows: Tensor, out: Tensor | None) -> Pending:
+    def _start(self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending]) -> Pending:
         assert self._hot is not None
         slots = self._slots.index_select(0, rows)  # [N]
         missed = (slots < 0).nonzero().view(-1)  # [M], places in this fetch
@@ -120,7 +133,7 @@ class HotTable(Table):
             self._hits += len(rows) - len(misses)
         self._hot_seen[slots] = True
         self._slots[misses] = _SEEN
-        return _Mixed(self._hot, len(rows), self._send(slots, missed), self._behind.start(misses), out)
+        return _Mixed(self._hot, len(rows), self._send(slots, missed), behind(misses), out)
 
     def _send(self, slots: Tensor, missed: Tensor) -> Pending:
         """Bring both to the device, one after the other. [N + M, 1]"""

@@ -133,6 +133,32 @@ class Done(Generic[T]):
         return self._result
 
 
+class Later(Generic[T]):
+    """Work that is left to whoever waits for it first; how a fetch looks that the disk has only been asked for."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._lock = threading.Lock()
+        self._work: Callable[[], T] = work
+        self._done: Done[T] | None = None
+
+    def wait(self) -> T:
+        """Do it, unless it has been done; what it gives.
+
+        Raises:
+            Exception: what it raised, each time.
+            RuntimeError: somebody was interrupted while he did it.
+        """
+        with self._lock:
+            if self._done is None:
+                work, self._work = self._work, _interrupted
+                self._done = Done(work)
+        return self._done.result()
+
+
+def _interrupted() -> Any:
+    raise RuntimeError("waiting for the rows of this fetch was interrupted: start it anew")
+
+
 def call_off(errands: Sequence[Errand[Any]]) -> None:
     """Return when nobody does any of them, even if this is interrupted; then raise the interruption."""
     try:

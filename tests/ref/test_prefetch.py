@@ -19,6 +19,8 @@ from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Fetch, FetchError, Prefetcher
 from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables.base import Ready, check_rows
+from engram_ref.tables.file import StoredRows, save_rows
+from engram_ref.tables.hot import HotTable
 
 CPU = torch.device("cpu")
 CONFIG = EngramConfig.preset("tiny").replace(layer_ids=(1, 3))
@@ -719,3 +721,30 @@ def test_up_to_64_kib_of_rows_are_gathered_here(layers):
         assert given == []
         prefetcher.start(np.ones((1, most + 1), np.int64)).release()
         assert len(given) == layers
+
+
+@pytest.mark.parametrize("hot", [False, True])
+def test_up_to_64_rows_of_a_file_are_asked_for_here(hot, tmp_path):
+    """Sixteen rows a token: four tokens, and not one more. What the disk says is raised at the join, as ever."""
+    config = EngramConfig.preset("tiny").replace(layer_ids=(1,))
+    plan = HashPlan.build(config, 1000, 2)
+    content = torch.arange(plan.layers[0].rows, dtype=torch.float32)[:, None]
+    save_rows(tmp_path / "table.safetensors", content)
+    table = make_table("file", StoredRows.find(tmp_path / "table.safetensors"))
+    if not table.inline_rows:
+        pytest.skip("this system cannot be asked to read ahead")
+    if hot:
+        table = HotTable(table, torch.arange(100))
+    with table, Prefetcher(NgramHasher(plan), {1: table}) as prefetcher:
+        given, real = [], prefetcher._worker.give
+        prefetcher._worker.give = lambda errand: (given.append(errand), real(errand))[1]
+        for shape, threads in (((4, 1), 0), ((1, 4), 0), ((5, 1), 1)):
+            ids = random_ids(3, shape)
+            with prefetcher.start(ids) as fetch:
+                assert torch.equal(fetch[1].wait()[:, 0], torch.from_numpy(NgramHasher(plan)(ids, 1)).view(-1).float())
+            assert len(given) == threads
+        fetch = prefetcher.start(random_ids(4, (4, 1)))
+        (tmp_path / "table.safetensors").write_bytes(b"other")
+        with pytest.raises(FetchError, match=r"fetching the rows of layer 1 failed: .* was changed|bytes now and had"):
+            fetch[1].wait()
+        fetch.release()

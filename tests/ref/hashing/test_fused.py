@@ -14,6 +14,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory, fused, step
+from engram_ref.hashing import DEAD, INT64_MAX, Hashed, HashPlan, LayerPlan, NgramHasher, TokenHistory
+from engram_ref.vocab import CompressedVocab
 
 ROOT = Path(__file__).parents[3]
 PRIMES = (3, 5, 7, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
-# Eight columns whose rows are int32, on which a few tokens go their own way, and eight whose rows are int64.
+# Eight columns whose rows are int32, and eight whose rows are int64.
 EIGHT = {"int32 rows": PRIMES[:8], "int64 rows": PRIMES[2:]}
 either_rows = pytest.mark.parametrize("primes", EIGHT.values(), ids=EIGHT)
 
@@ -251,45 +253,89 @@ def test_result_is_fresh_and_input_untouched(primes, length):
     assert (ids == before).all()
 
 
-def test_a_few_tokens_skip_the_arrays_of_numba():
-    """The way for a few tokens is there on this interpreter, and off it the indices are the same."""
-    plan = plan_of(EIGHT["int32 rows"], 4)
-    ids = random_ids(np.random.default_rng(0), 1000, (2, 5))
-    hash_step, host = step.step(np.dtype(np.int32))
-    constants = fused.pack(plan, plan.layers[0], True)
-    got = hash_step(ids, None, constants.ctypes.data, host)
-    assert_same(got, NgramHasher(plan, "numpy")(ids, 4))
-    refused = [ids[:, ::2], ids.astype(np.int32), ids[0], np.zeros((13, 5), np.int64), ids + 1000, None, 3, "ab"]
-    for other in (*refused, ids.view(type("Sub", (np.ndarray,), {}))):
-        assert hash_step(other, None, constants.ctypes.data, host) is None
-    for past in (ids, ids[:1, :2], np.zeros((2, 2)), (1, 2), 0.5):  # N - 1 = 2 ids of 2 sequences are needed
-        assert hash_step(ids, past, constants.ctypes.data, host) is None
+def vocab_of(size: int, tokens: int) -> CompressedVocab:
+    """All compressed ids, then random ones of them, so that token ids and compressed ids differ."""
+    more = np.random.default_rng(1).integers(0, size, tokens - size)
+    return CompressedVocab.from_map(np.concatenate([np.arange(size), more]))
 
 
-def test_without_the_way_for_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(step, "_HOST", None)
-    plan = plan_of(EIGHT["int32 rows"], 4)
-    history = TokenHistory(plan, 2)
-    history.advance(np.array([[1, 2, 3], [4, 5, 6]]))
-    ids = random_ids(np.random.default_rng(0), 1000, (2, 5))
-    assert_backends_agree(plan, ids)
-    assert_backends_agree(plan, ids, history=history)
+def layers_of(*primes: tuple[int, ...]) -> HashPlan:
+    """A plan of several layers, 0, 1, ..., with multipliers of their own."""
+    one = [plan_of(p, 4, multipliers=(3 + i, 5 + i, 7 + i)) for i, p in enumerate(primes)]
+    return replace(one[0], layers=tuple(replace(p.layers[0], layer_id=i) for i, p in enumerate(one)))
 
 
-def test_no_reference_is_lost_or_kept():
-    hasher = NgramHasher(plan_of(EIGHT["int32 rows"], 4), "numba")
-    history = TokenHistory(hasher.plan, 1)
-    good, bad = np.array([[5]]), np.array([[1000]])
-    counted = (good, bad, history.ids, np.dtype(np.int32))
-    hasher(good, 4)
-    before = [sys.getrefcount(x) for x in counted]
-    fresh = sys.getrefcount(np.empty(1))
-    for _ in range(1000):
-        counts = [sys.getrefcount(hasher(good, 4)), sys.getrefcount(hasher(good, 4, history=history))]
-        assert counts == [fresh, fresh]
-        with pytest.raises(ValueError):
-            hasher(bad, 4)
-    assert [sys.getrefcount(x) for x in counted] == before
+def in_steps(
+    plan: HashPlan, ids: object, vocab: CompressedVocab, history: TokenHistory | None = None, dead: object = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """By the definition: the vocabulary first, then NumPy, layer by layer."""
+    compressed = vocab(ids, dead)
+    hasher = NgramHasher(plan, "numpy")
+    return np.stack([hasher(compressed, layer.layer_id, history=history) for layer in plan.layers]), compressed
+
+
+SEVERAL = {
+    "int32 rows": layers_of(EIGHT["int32 rows"], EIGHT["int32 rows"][::-1]),
+    "int64 rows": layers_of(EIGHT["int64 rows"], EIGHT["int64 rows"][::-1]),
+    "both, and an even modulus": layers_of(EIGHT["int32 rows"], (4, *EIGHT["int64 rows"][1:])),
+    "segments": replace(layers_of(EIGHT["int32 rows"], EIGHT["int32 rows"][::-1]), segment_end=3),
+}
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("plan", SEVERAL.values(), ids=SEVERAL)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 70), (4, 33)])
+def test_from_token_ids_to_rows_of_all_layers_at_once(plan, shape, backend):
+    vocab, rng, hasher = vocab_of(1000, 1300), np.random.default_rng(7), NgramHasher(plan, backend)
+    history, out = TokenHistory(plan, shape[0]), None
+    for again in range(4):
+        ids, past = rng.integers(0, 1300, shape), history if again else None
+        dead = rng.random(shape) < 0.3 if again == 3 else None
+        expected = in_steps(plan, ids, vocab, past, dead)
+        hashed = hasher.from_tokens(ids, vocab, past, dead, out)
+        for got, wanted in zip(hashed, expected):
+            assert_same(got, wanted)
+        out = hashed if out is None else out
+        assert all(got is kept for got, kept in zip(hashed, out))  # written over from the second time on
+        history.advance(hashed.compressed)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_other_token_ids_at_once(kind):
+    plan, vocab = SEVERAL["int32 rows"], vocab_of(1000, 1300)
+    ids = INPUTS[kind](np.random.default_rng(0).integers(0, 1300, (4, 6)))
+    for got, wanted in zip(NgramHasher(plan, "numba").from_tokens(ids, vocab), in_steps(plan, ids, vocab)):
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("case", [name for name in BAD if "layer" not in name])
+def test_bad_token_ids_have_the_messages_of_the_vocabulary(case):
+    plan, vocab = SEVERAL["int32 rows"], vocab_of(1000, 1000)
+    with pytest.raises(ValueError) as said:
+        vocab(BAD[case][0])
+    for backend in ("numba", "numpy"):
+        with pytest.raises(ValueError) as caught:
+            NgramHasher(plan, backend).from_tokens(BAD[case][0], vocab)
+        assert str(caught.value) == str(said.value)
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_what_does_not_fit_a_pass_from_token_ids(backend):
+    plan, ids = SEVERAL["int32 rows"], np.ones((2, 3), np.int64)
+    hasher, vocab = NgramHasher(plan, backend), vocab_of(1000, 1300)
+    with pytest.raises(ValueError, match="a vocabulary of 999 compressed ids; the plan was made for 1000"):
+        hasher.from_tokens(ids, vocab_of(999, 1300))
+    for history in (TokenHistory(plan, 1), TokenHistory(plan_of(EIGHT["int32 rows"], 2), 2)):
+        with pytest.raises(ValueError, match="make one with TokenHistory"):
+            hasher.from_tokens(ids, vocab, history)
+    with pytest.raises(ValueError, match=r"dead is bool \(1, 3\): give booleans of shape \(2, 3\)"):
+        hasher.from_tokens(ids, vocab, dead=np.ones((1, 3), bool))
+    good = hasher.from_tokens(ids, vocab)
+    other = Hashed(good.rows[:, :1], good.compressed), Hashed(good.rows.astype(np.int64), good.compressed)
+    other += Hashed(good.rows, good.compressed[:, :2]), Hashed(good.rows.transpose(0, 1, 3, 2), good.compressed)
+    for out in other:
+        with pytest.raises(ValueError, match=r"out has (rows|compressed) of .*these token ids need"):
+            hasher.from_tokens(ids, vocab, out=out)
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -343,7 +389,7 @@ def test_machine_code_of_other_sources_is_not_used(tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     before = run()
-    assert run() == before and list(package.rglob("step*.nbi"))
+    assert run() == before and list(package.rglob("fused*.nbi"))
     path = package / "hashing" / "fused.py"
     was, text = path.stat(), path.read_text()
     assert text.count("h ^= (") == 1

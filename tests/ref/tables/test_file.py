@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 import torch
 
-from engram_ref.files import pagecache, read_plan, row_reader
+from engram_ref.files import direct_reads, pagecache, read_plan, row_reader
 from engram_ref.files.conventions import BLOCK
 from engram_ref.files.read_plan import plan_reads
 from engram_ref.files.writing import make_header
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.rows import Rows
-from engram_ref.tables import make_table
+from engram_ref.tables import file, make_table
 from engram_ref.tables.file import FileTable, Prediction, StoredRows, Traffic, predict
 from tests.ref.files.stored_cases import (
     CASES,
@@ -47,7 +47,8 @@ from tests.ref.files.stored_cases import (
 )
 
 CPU = torch.device("cpu")
-WAYS = ["compiled", "plain", "several threads", "plain, several threads", "never at once", "waiting threads", "direct"]
+WAYS = ["compiled", "plain", "several threads", "plain, several threads", "never at once", "waiting threads"]
+WAYS += ["direct", "direct, threads"]
 linux = pytest.mark.skipif(
     not (hasattr(os, "posix_fadvise") and Path("/proc/self/io").exists()),
     reason="the page cache can be watched and emptied on Linux only",
@@ -59,8 +60,11 @@ def way(request, monkeypatch):
     """Every way to read; returns the options of a table that goes it. Few reads make threads and waits happen."""
     monkeypatch.setattr(row_reader, "AHEAD", 5)
     if request.param == "direct":
-        monkeypatch.setattr(row_reader, "_WAITING", (3, 1))
+        monkeypatch.setattr(row_reader, "AT_ONCE", 20)
         return {"direct": True}
+    if request.param == "direct, threads":
+        monkeypatch.setattr(row_reader, "_WAITING", (3, 1))
+        return {"direct": True, "threads": 3}
     if request.param == "waiting threads":
         monkeypatch.setattr(row_reader, "_CAN_ASK_AHEAD", False)
         return {"threads": 3}
@@ -68,6 +72,7 @@ def way(request, monkeypatch):
         pytest.skip("this system cannot be asked to read ahead")
     if "plain" in request.param:
         monkeypatch.setattr(row_reader, "_fused", None)
+        monkeypatch.setattr(row_reader, "_ask_fused", None)
     elif row_reader._fused is None:
         pytest.skip("the compiled loop needs numba (pip install 'engram-offload[ref]')")
     if "several" in request.param:
@@ -152,6 +157,68 @@ def test_all_kinds_of_row_numbers(case, way, make):
     table = make(case, **way)
     for rows in ROWS.values():
         assert_same_bits(fetch(cold(table), rows), content.values(), rows)
+
+
+@pytest.mark.parametrize("case", ["264 B", *FP8])
+def test_rows_that_are_asked_for_now_and_taken_later(case, way, make):
+    """Few of them are only asked for, many are fetched as ever; either way all is counted as predicted."""
+    values, table, asked = random_content(case).values(), make(case, **way), Traffic()
+    for rows in (random_rows(file.ASKED_ROWS), random_rows(500), *ROWS.values()):
+        pending = cold(table).ask(rows)
+        if 0 < len(rows) <= table.inline_rows:
+            assert table.report() == asked
+        assert_same_bits(pending.wait(), values, rows)
+        assert pending.wait().data_ptr() == pending.wait().data_ptr()
+        asked += predict(rows, table.source, table.direct).traffic
+        assert table.report() == asked
+        out = torch.empty(len(rows), table.format.width, dtype=table.format.dtype)
+        assert table.ask(rows, out).wait().data_ptr() == out.data_ptr()
+        assert_same_bits(out, values, rows)
+        asked += predict(rows, table.source, table.direct).traffic
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_asking_waits_for_no_row(direct, make, monkeypatch):
+    table = make("split", direct=direct)
+    if not table.inline_rows:
+        pytest.skip("this system cannot be asked to read ahead")
+
+    def never(*arguments):
+        raise AssertionError("somebody waits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_reader.RowReader, "_read", never)
+        patch.setattr(direct_reads._Queue, "take", never)
+        pending = table.ask(random_rows(60))
+    assert_same_bits(pending.wait(), random_content("split").values(), random_rows(60))
+
+
+def test_what_is_wrong_is_said_by_asking_or_by_waiting(way, make):
+    table = make(random_content("split"), "split", **way)
+    with pytest.raises(ValueError, match="row 701 does not exist"):
+        table.ask(torch.tensor([0, R]))
+    with pytest.raises(ValueError, match="2 rows need a contiguous"):
+        table.ask(torch.tensor([0, 1]), torch.empty(3, table.format.width))
+    if not table.inline_rows:
+        return
+    changed, closed = table.ask(torch.tensor([0, 1])), table.ask(torch.tensor([0, 1]))
+    path = table.source.path
+    time.sleep(0.02)  # until the clock that dates files has ticked
+    path.write_bytes(bytes(path.stat().st_size))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="was changed after it was validated"):
+            changed.wait()
+    table.close()
+    with pytest.raises(ValueError, match="was closed: make a new one"):
+        closed.wait()
+
+
+def test_nobody_need_wait_for_what_was_asked_for(way, make):
+    table = make("split", **way)
+    for _ in range(5):
+        table.ask(random_rows(60))
+    gc.collect()
+    assert_same_bits(table.ask(random_rows(60)).wait(), random_content("split").values(), random_rows(60))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -556,7 +623,9 @@ def test_the_disk_is_asked_for_both_parts_before_either_is_waited_for(make, monk
     assert calls == asked + [("wait", codes)] * 3 + [("wait", scales)] * 3
 
 
-@pytest.mark.parametrize("way", ["plain", "plain, several threads", "waiting threads", "direct"], indirect=True)
+@pytest.mark.parametrize(
+    "way", ["plain", "plain, several threads", "waiting threads", "direct, threads"], indirect=True
+)
 @pytest.mark.parametrize("part", [0, 1])
 def test_what_the_disk_says_is_raised_by_the_fetch(part, way, make, monkeypatch):
     content = random_content("split")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from engram_ref.threads.errands import Done, Errand, Pool, call_off
+from engram_ref.threads.errands import Done, Errand, Later, Pool, call_off
 
 
 @pytest.fixture
@@ -61,6 +61,36 @@ def test_what_was_done_at_once_looks_like_an_errand_that_has_ended():
 
     with pytest.raises(KeyboardInterrupt):
         Done(interrupted)
+
+
+def test_what_is_left_for_later_is_done_once_by_whoever_waits():
+    calls = []
+    later = Later(lambda: calls.append("done") or object())
+    assert calls == []
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(later.wait())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == ["done"] and len(found) == 4 and len(set(map(id, found))) == 1
+
+
+@pytest.mark.parametrize("error, again", [(OSError("gone"), OSError), (KeyboardInterrupt(), RuntimeError)])
+def test_what_went_wrong_later_is_raised_each_time_and_not_tried_again(error, again):
+    calls = []
+
+    def fail():
+        calls.append("done")
+        raise error
+
+    later = Later(fail)
+    with pytest.raises(type(error)):
+        later.wait()
+    for _ in range(2):
+        with pytest.raises(again):
+            later.wait()
+    assert calls == ["done"]
 
 
 def test_one_that_was_called_off_never_begins_and_nobody_waits_for_it(pool):
