@@ -74,8 +74,9 @@ def stack(figure: Any, width: float = NARROW) -> None:
     _label_each(shown)
     heights = [max(2.2, min(3.0, axis.get_position().height * figure.get_figheight())) for axis in shown]
     figure.set_size_inches(width, sum(heights) + 0.8 * len(shown) + 1.2)
-    for axis, height, cell in zip(shown, heights, GridSpec(len(shown), 1, figure=figure, height_ratios=heights)):
-        axis.set_subplotspec(cell)
+    grid = GridSpec(len(shown), 1, figure=figure, height_ratios=heights)
+    for place, (axis, height) in enumerate(zip(shown, heights)):
+        axis.set_subplotspec(grid[place])
         axis.tick_params(labelbottom=True, labelleft=True)
         axis.set_title(_wrapped(axis.get_title(), width), fontsize=9)
         axis.set_xlabel(_wrapped(axis.get_xlabel(), 0.8 * width))
