@@ -153,9 +153,61 @@ def decoding_from_graphs_is_decoding() -> None:
         for a, b in zip(graphs._stored, eager._stored):
             assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu()), variant.label
         assert torch.equal(graphs._convolutions[1].values.cpu(), eager._convolutions[1].values.cpu()), variant.label
+    kept = eager._stored[1][0].cpu()
     rows.neg_()
-    models[0][1].serve(work, variants[1])
-    assert not torch.equal(graphs._stored[1][0].cpu(), eager._stored[1][0].cpu()), "the comparison would not notice"
+    for variant in variants[1:]:
+        models[0][1].serve(work, variant)
+        assert not torch.equal(graphs._stored[1][0].cpu(), kept), f"the comparison would not notice: {variant.label}"
+
+
+def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
+    """It forks before the first block and joins behind it; a step is one replay, and nothing of the lookup is eager."""
+    from bench.setup.variants import BESIDE, IN_GRAPH
+    from engram_ref.attach.lookup import Source
+
+    log = _note_streams()
+    models, work, variants, _ = _served_on_two()
+    model, server = models[0]
+    for (span, schedule), (captured, _) in model._pieces._captured.items():
+        if schedule == IN_GRAPH:  # the way before: the lookup comes first, and the model behind it
+            assert len(captured) == 2 and {stream for graph in captured for _, stream in log[graph]} == {0}
+        if schedule != BESIDE:
+            continue
+        (graph,) = captured
+        told = log[graph]
+        lookup = [i for i, (what, stream) in enumerate(told) if what == "runs" and stream > 0]
+        join = next(i for i, entry in enumerate(told) if entry == ("waits", 0))
+        block = [i for i in range(lookup[-1], join) if told[i] == ("runs", 0)]
+        assert lookup and len(block) > 20, f"span {span}: {len(block)} operations between lookup and join"
+    steps = sum(hasattr(step, "span") for step in work.steps)
+    replays = sum(graph.replays for graph in log)
+    starts, start = [], Source.start
+    Source.start = lambda *args: starts.append(1) or start(*args)  # type: ignore[method-assign, func-returns-value]
+    server.serve(work, variants[1])
+    Source.start = start  # type: ignore[method-assign]
+    assert variants[1].schedule == BESIDE and len(starts) == len(work.steps) - steps, "only prompts are looked up here"
+    assert sum(graph.replays for graph in log) - replays == steps
+
+
+def _note_streams() -> dict[Any, list[tuple[str, int]]]:
+    """By graph, what its capture met: which of its streams runs something, or waits."""
+    from tests.rehearsal.graphs import CUDAGraph
+    from tests.rehearsal.streams import current
+
+    log: dict[Any, list[tuple[str, int]]] = {}
+    tape, wait = CUDAGraph.tape, CUDAGraph.wait
+
+    def noted_tape(graph: Any, *operation: Any) -> None:
+        tape(graph, *operation)
+        log.setdefault(graph, []).append(("runs", graph.streams.index(current())))
+
+    def noted_wait(graph: Any, waiting: Any, event: Any) -> None:
+        wait(graph, waiting, event)
+        if event.stream is not waiting:
+            log.setdefault(graph, []).append(("waits", graph.streams.index(waiting)))
+
+    CUDAGraph.tape, CUDAGraph.wait = noted_tape, noted_wait  # type: ignore[method-assign]
+    return log
 
 
 def _served_on_two() -> tuple[Any, Any, Any, Any]:
@@ -167,16 +219,19 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     from bench.served.one_pass import Server
     from bench.served.requests import TokenSource
     from bench.setup.backbones import build_backbone
-    from bench.setup.variants import IN_GRAPH, Variant
+    from bench.setup.variants import BESIDE, IN_GRAPH, Variant
     from engram_ref.config import EngramConfig
     from engram_ref.fusion.factory import make_fusion
     from engram_ref.hashing import HashPlan, NgramHasher
     from engram_ref.hashing.device import DeviceHasher
     from engram_ref.prefetch import Prefetcher
     from engram_ref.tables.device import DeviceTable
+    from engram_ref.rows.rows import Rows
     from engram_ref.tables.host import HostTable
+    from engram_ref.tables import uva
     from engram_ref.vocab import CompressedVocab, map_digest
 
+    uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
     served.SPAN = 8  # positions, so that short sequences cross its border
     register_attention()
     decoder = build_backbone("tiny", 2, GPU, torch.float32, 0, vocabulary=300, attention=ATTENTION)
@@ -188,17 +243,20 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     )
     plan = HashPlan.for_vocab(config, vocab)
     fusion = make_fusion(config, GPU, torch.float32).eval()
-    rows = torch.randn(plan.layers[0].rows, config.row_width)
+    rows = torch.randn(plan.layers[0].rows, config.row_width).pin_memory()
     there, here = DeviceTable(rows.to(GPU)), HostTable(rows, GPU)
     on_device = Prefetcher(DeviceHasher(plan, GPU), {1: there}, background=False)
     variants = [Variant("resident", IN_GRAPH, table=there, prefetcher=on_device)]
+    pinned = uva.UvaTable(Rows.of(rows), GPU)
+    by_itself = Prefetcher(DeviceHasher(plan, GPU), {1: pinned})
+    variants += [Variant("uva", schedule, table=pinned, prefetcher=by_itself) for schedule in (BESIDE, "prefetched")]
     for schedule in ("prefetched", "synchronous"):
         fetches = Prefetcher(NgramHasher(plan), {1: here}, background=schedule == "prefetched")
         variants.append(Variant("offload", schedule, table=here, prefetcher=fetches))
     models = []
     for used in (True, False):
         model = ServedModel(decoder, head, fusion, plan, vocab, 2, 10, used)
-        model.prepare(7, there, variants[0])
+        model.prepare(7, there, variants[:2])
         models.append((model, Server(model, vocab, plan)))
     assert models[0][0].graphs["used"], models[0][0].graphs["why"]
     work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (7, 7), (3, 3)), most_tokens=100)
@@ -209,7 +267,7 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
 CHECKS = [
     devices_are_not_mixed, the_host_does_not_wait_in_a_capture, captures_are_begun_and_ended_as_cuda_wants,
     synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges, a_kernel_reads_no_pageable_memory,
-    decoding_from_graphs_is_decoding,
+    decoding_from_graphs_is_decoding, a_lookup_in_a_graph_is_a_branch_of_it,
 ]  # fmt: skip
 
 if __name__ == "__main__":
