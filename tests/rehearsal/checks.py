@@ -5,6 +5,7 @@ python -m tests.rehearsal.checks            {name: null, or what went wrong}
 
 from __future__ import annotations
 
+import functools
 import json
 import traceback
 from collections.abc import Callable
@@ -16,8 +17,11 @@ install.install()
 
 import torch  # noqa: E402 - the stand-in comes first
 
+from tests.rehearsal.graphs import CUDAGraph  # noqa: E402
 from tests.rehearsal.host_memory import RUNTIME  # noqa: E402
+from tests.rehearsal.streams import current  # noqa: E402
 
+LOG: dict[Any, list[tuple[str, int]]] = {}
 GPU = torch.device("cuda")
 
 
@@ -165,51 +169,43 @@ def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
     from bench.setup.variants import BESIDE, IN_GRAPH
     from engram_ref.attach.lookup import Source
 
-    log = _note_streams()
     models, work, variants, _ = _served_on_two()
     model, server = models[0]
     for (span, schedule), (captured, _) in model._pieces._captured.items():
         if schedule == IN_GRAPH:  # the way before: the lookup comes first, and the model behind it
-            assert len(captured) == 2 and {stream for graph in captured for _, stream in log[graph]} == {0}
+            assert len(captured) == 2 and {stream for graph in captured for _, stream in LOG[graph]} == {0}
         if schedule != BESIDE:
             continue
         (graph,) = captured
-        told = log[graph]
+        told = LOG[graph]
         lookup = [i for i, (what, stream) in enumerate(told) if what == "runs" and stream > 0]
         join = next(i for i, entry in enumerate(told) if entry == ("waits", 0))
         block = [i for i in range(lookup[-1], join) if told[i] == ("runs", 0)]
         assert lookup and len(block) > 20, f"span {span}: {len(block)} operations between lookup and join"
     steps = sum(hasattr(step, "span") for step in work.steps)
-    replays = sum(graph.replays for graph in log)
+    replays = sum(graph.replays for graph in LOG)
     starts, start = [], Source.start
     Source.start = lambda *args: starts.append(1) or start(*args)  # type: ignore[method-assign, func-returns-value]
     server.serve(work, variants[1])
     Source.start = start  # type: ignore[method-assign]
     assert variants[1].schedule == BESIDE and len(starts) == len(work.steps) - steps, "only prompts are looked up here"
-    assert sum(graph.replays for graph in log) - replays == steps
+    assert sum(graph.replays for graph in LOG) - replays == steps
 
 
-def _note_streams() -> dict[Any, list[tuple[str, int]]]:
-    """By graph, what its capture met: which of its streams runs something, or waits."""
-    from tests.rehearsal.graphs import CUDAGraph
-    from tests.rehearsal.streams import current
+class Noted(CUDAGraph):
+    """A graph that says in LOG what its capture met: which of its streams runs something, or waits for another."""
 
-    log: dict[Any, list[tuple[str, int]]] = {}
-    tape, wait = CUDAGraph.tape, CUDAGraph.wait
+    def tape(self, *operation: Any) -> None:
+        super().tape(*operation)
+        LOG.setdefault(self, []).append(("runs", self.streams.index(current())))
 
-    def noted_tape(graph: Any, *operation: Any) -> None:
-        tape(graph, *operation)
-        log.setdefault(graph, []).append(("runs", graph.streams.index(current())))
-
-    def noted_wait(graph: Any, waiting: Any, event: Any) -> None:
-        wait(graph, waiting, event)
+    def wait(self, waiting: Any, event: Any) -> None:
+        super().wait(waiting, event)
         if event.stream is not waiting:
-            log.setdefault(graph, []).append(("waits", graph.streams.index(waiting)))
-
-    CUDAGraph.tape, CUDAGraph.wait = noted_tape, noted_wait  # type: ignore[method-assign]
-    return log
+            LOG.setdefault(self, []).append(("waits", self.streams.index(waiting)))
 
 
+@functools.cache
 def _served_on_two() -> tuple[Any, Any, Any, Any]:
     """A model that decodes from graphs, one that does not; a round of two spans, variants, and their rows."""
     import numpy as np
@@ -225,10 +221,10 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     from engram_ref.hashing import HashPlan, NgramHasher
     from engram_ref.hashing.device import DeviceHasher
     from engram_ref.prefetch import Prefetcher
-    from engram_ref.tables.device import DeviceTable
     from engram_ref.rows.rows import Rows
-    from engram_ref.tables.host import HostTable
     from engram_ref.tables import uva
+    from engram_ref.tables.device import DeviceTable
+    from engram_ref.tables.host import HostTable
     from engram_ref.vocab import CompressedVocab, map_digest
 
     uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
@@ -271,6 +267,7 @@ CHECKS = [
 ]  # fmt: skip
 
 if __name__ == "__main__":
+    torch.cuda.CUDAGraph = Noted  # type: ignore[misc, assignment]
     found: dict[str, str | None] = {}
     for check in CHECKS:
         try:
@@ -278,4 +275,5 @@ if __name__ == "__main__":
             found[check.__name__] = None
         except Exception:
             found[check.__name__] = traceback.format_exc()
+    _served_on_two.cache_clear()
     print(json.dumps(found))
