@@ -258,10 +258,13 @@ class ServedModel:
 
         capture(BARE, self._decode_once)
         for one in in_graph:  # first, so that rows are written where all graphs read them, and not copied there
-            with self.serving(one.table, one.prefetcher, "prefetched" if one.schedule == BESIDE else "none") as now:
-                with self._looking_up(pieces, now, one.schedule) as attached:
-                    self._look_up.append(attached)
-                    capture(one.schedule, functools.partial(self._looked_up, attached))
+            schedule = "prefetched" if one.schedule == BESIDE else "none"
+            with (
+                self.serving(one.table, one.prefetcher, schedule) as now,
+                self._looking_up(pieces, now, one.schedule) as attached,
+            ):
+                self._look_up.append(attached)
+                capture(one.schedule, functools.partial(self._looked_up, attached))
         if table is not None:
             on_hand = OnHand({LAYER: Engram(self._fusion, table)})
             with self.serving(table, on_hand) as now, self._cut(pieces, now) as attached:

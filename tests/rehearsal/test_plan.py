@@ -111,7 +111,7 @@ def test_cuts_at_any_moment_lose_nothing_that_was_finished_and_both_calls_bring_
 
     (work / "steps.txt").unlink()
     assert call("first", ONLY=FIRST).wait(timeout=300) == 0, told.read_text()[-3000:]
-    assert json.loads(record.read_text())["sessions"][-1]["kept"] == 8, "the batch that was whole"
+    assert json.loads(record.read_text())["sessions"][-1]["kept"] == 9, "the batch that was whole"
     assert_first_call_is_whole(out, work)
     assert told.read_text().endswith((out / "summary.txt").read_text())
 
