@@ -29,7 +29,7 @@ from bench.schemas.served import Graphs
 from bench.served.graphs import Pieces
 from bench.setup.backbones import Backbone
 from bench.setup.sizes import LAYER
-from bench.setup.variants import IN_GRAPH, Variant
+from bench.setup.variants import BESIDE, IN_GRAPH, Variant
 from engram_ref.attach import Attached, Places, Staged, attach
 from engram_ref.attach.exposed import Waits
 from engram_ref.attach.on_hand import OnHand
@@ -42,7 +42,7 @@ from engram_ref.vocab import CompressedVocab
 
 SPAN = 256  # positions
 ATTENTION = "engram_served"  # under which transformers knows `served_attention`
-BARE, STAGED = "no layer", "staged"  # beside IN_GRAPH, what a decode step's graphs are captured with
+BARE, STAGED = "no layer", "staged"  # beside IN_GRAPH and BESIDE, what a decode step's graphs are captured with
 _CHOSEN_AT_ONCE = 64  # sequences whose logits are there at the same time
 
 
@@ -137,7 +137,8 @@ class ServedModel:
         self._places: dict[str, Places] = {}  # by the kind of device that hashes
         self._staged = Staged(self.device)
         self._pieces = Pieces(self.device) if graphs else None
-        self._looks_up: Attached | None = None  # what the graphs of IN_GRAPH hold
+        self._beside = Staged(self.device, overlap=True) if graphs else None
+        self._look_up: list[Attached] = []  # what the graphs of IN_GRAPH and BESIDE hold
         self._serving = Serving()
 
     @property
@@ -162,7 +163,7 @@ class ServedModel:
         if table is None:
             yield self._serving
             return
-        engrams, background = {LAYER: Engram(self._fusion, table)}, schedule == "prefetched"
+        engrams, background = {LAYER: Engram(self._fusion, table)}, schedule in ("prefetched", BESIDE)
         with attach(
             self._decoder.model, engrams, self._plan, self._vocab,
             background=background, exposed=exposed, prefetcher=prefetcher,
@@ -229,8 +230,8 @@ class ServedModel:
                     attached.lay_down()
 
         begun = schedule in ("prefetched", "none")
-        if schedule == IN_GRAPH:
-            return pieces.replay((span, IN_GRAPH), join)
+        if schedule in (IN_GRAPH, BESIDE):
+            return pieces.replay((span, schedule), join)
         with attached.staging(staged=self._staged):
             if begun:
                 attached.begin(self._tokens, self._cache)
@@ -239,13 +240,13 @@ class ServedModel:
                     attached.stage(self._tokens, self._cache)
             return pieces.replay((span, STAGED), join)
 
-    def prepare(self, shortest: int, table: Table | None, in_graph: Variant | None = None) -> None:
+    def prepare(self, shortest: int, table: Table | None, in_graph: Sequence[Variant] = ()) -> None:
         """Capture all decode steps that will be met, where there are graphs.
 
         Args:
             shortest: tokens of the shortest prompt.
             table: any of those that are served, if Engram is.
-            in_graph: a variant that is looked up inside the first graph, in steps of its own.
+            in_graph: variants that are looked up inside of graphs, in steps of their own.
         """
         pieces = self._pieces
         if pieces is None:
@@ -256,10 +257,14 @@ class ServedModel:
                 pieces.prepare((span, kind), functools.partial(step, span))
 
         capture(BARE, self._decode_once)
-        if in_graph is not None:  # first, so that rows are written where all graphs read them, and not copied there
-            with self.serving(in_graph.table, in_graph.prefetcher) as now, self._cut(pieces, now) as attached:
-                self._looks_up = attached
-                capture(IN_GRAPH, functools.partial(self._looked_up, attached))
+        for one in in_graph:  # first, so that rows are written where all graphs read them, and not copied there
+            schedule = "prefetched" if one.schedule == BESIDE else "none"
+            with (
+                self.serving(one.table, one.prefetcher, schedule) as now,
+                self._looking_up(pieces, now, one.schedule) as attached,
+            ):
+                self._look_up.append(attached)
+                capture(one.schedule, functools.partial(self._looked_up, attached))
         if table is not None:
             on_hand = OnHand({LAYER: Engram(self._fusion, table)})
             with self.serving(table, on_hand) as now, self._cut(pieces, now) as attached:
@@ -270,6 +275,13 @@ class ServedModel:
         """Forwards that read staged rows, and are cut there when they are captured."""
         assert now.attached is not None
         return now.attached.staging(between=pieces.cut, staged=self._staged)
+
+    def _looking_up(self, pieces: Pieces, now: Serving, schedule: str) -> AbstractContextManager[Attached]:
+        """Forwards that are captured with their lookup: cut behind it, or in one piece, with the lookup beside."""
+        if schedule == IN_GRAPH:
+            return self._cut(pieces, now)
+        assert now.attached is not None
+        return now.attached.staging(staged=self._beside)
 
     def _looked_up(self, attached: Attached, span: int) -> Tensor:
         attached.stage(self._tokens, self._cache)  # captured with the rest, it reads ids and places where they lie

@@ -6,6 +6,7 @@
 What `gpu_wall` measures around a step is here, too (`bench.setup.variants`); added are the model without an Engram
 layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On CUDA the resident
 table is looked up by two kernels from token ids to rows, which a graph can hold: the best control that we can build.
+`offload_uva` is there twice: looked up before a step's graphs are replayed, and `in graph`, on a branch of the one.
 A file is read past the page cache where the file system allows it; on a CPU, hot rows lie in front of it.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import CONTROL, IN_GRAPH, TableSet, Variant
+from bench.setup.variants import BESIDE, CONTROL, IN_GRAPH, TableSet, Variant
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -103,15 +104,17 @@ class Contenders(TableSet):
         }
 
     @property
-    def in_graph(self) -> Variant | None:
-        """The one that is looked up inside of graphs, if any is."""
-        return next((one for one in self.variants if one.schedule == IN_GRAPH), None)
+    def in_graph(self) -> list[Variant]:
+        """Those that are looked up inside of graphs, one of each schedule."""
+        each = {one.schedule: one for one in reversed(self.variants) if one.schedule in (IN_GRAPH, BESIDE)}
+        return [each[schedule] for schedule in (IN_GRAPH, BESIDE) if schedule in each]
 
     def check_tokens(self, token_ids: np.ndarray) -> str:
         """As `check`, of token ids [B, T], the kernels' lookup included."""
         digest = self.check(self._vocab(token_ids))
-        if self.in_graph is not None and self.in_graph.table is not None:
-            lookup = DeviceLookup(self.plan, {self.layer_id: self.in_graph.table}, self._vocab)
+        for variant in self.in_graph:
+            assert variant.table is not None
+            lookup = DeviceLookup(self.plan, {self.layer_id: variant.table}, self._vocab)
             found = lookup(torch.from_numpy(token_ids).to(self.device)).values[self.layer_id]
             self.require("the kernels' lookup", found, self._vocab(token_ids))
             lookup.check()
@@ -120,6 +123,10 @@ class Contenders(TableSet):
     def _resident(self) -> list[Variant]:
         found = super()._resident()
         return [replace(one, schedule=IN_GRAPH) for one in found] if self._choice.graphs else found
+
+    def _uva(self) -> list[Variant]:
+        found = super()._uva()
+        return [*found, *(replace(one, schedule=BESIDE) for one in found if self._choice.graphs)]
 
     def _file(self) -> tuple[FileTable, str]:
         """The table as a file, and whether its reads pass the page cache."""

@@ -36,6 +36,7 @@ from engram_ref.tables.hot import HotTable, most_frequent
 VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
 IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
+BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins where rows are needed
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 _CHECKED_ROWS = 4096
@@ -49,7 +50,7 @@ class Variant:
 
     Attributes:
         name: of VARIANTS, or a control's.
-        schedule: synchronous, prefetched, in place, in graph, or none where nothing is looked up.
+        schedule: synchronous, prefetched, in place, IN_GRAPH, BESIDE, or none where nothing is looked up.
         page_cache: of a file: cold, warm, used or passed by.
         repeat: 1 for the second measurement of `resident`, the noise floor.
         hot_share: of the rows that are on the device, where several shares are measured.
@@ -74,6 +75,7 @@ class Variant:
             "" if self.hot_share is None else f"{100 * self.hot_share:g} %",
             str(self.bus or ""),
             self.schedule if self.name == "offload_disk" else "",
+            "in graph" if self.schedule == BESIDE else "",
             self.page_cache if self.page_cache in PREPARED else "",
         ]
         return " ".join(part for part in parts if part)

@@ -4,6 +4,11 @@ By default the stream of the model waits for the rows, and then the graph runs. 
 side stream, and every block that needs some waits for an external event there: the wait is captured as a node of the
 graph, so the blocks before it compute while rows are still on their way. What the CPU gathers it has gathered before
 the replay begins; only copies, and reads by the accelerator itself, overlap.
+
+Where the accelerator looks rows up by itself, `stage` may be captured together with the forward that reads them: then
+the lookup is a branch of the graph, which forks before the first block and joins at the one that needs its rows, and
+the host does nothing in a step but replay. What is captured is of places (`engram_ref.attach.Places`), which stay where
+they are; a history that a cache carries does not.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ class Staged:
         self._padded: dict[torch.Size, bool] = {}
         self._device = device
         self._stream: Any = None
-        self._laid_down: dict[int, Any] = {}  # events, by layer
+        self._external: dict[int, Any] = {}  # events, by layer
+        self._laid_down: dict[int, Any] = {}  # those of the step that is staged
         if overlap:
             if device.type != "cuda":
                 raise ValueError(f"overlap=True on {device}: only a CUDA device copies by itself; leave overlap out")
@@ -74,7 +80,8 @@ class Staged:
                 rows = self._lay(("rows", layer_id, *shape), step.fetch[layer_id].wait().to(engram.fusion.dtype))
                 self._current[layer_id] = ForBlock(rows, step.past(layer_id), padding)
                 if self._stream is not None:
-                    self._event(layer_id).record(self._stream)
+                    self._laid_down[layer_id] = event = self._event(layer_id)
+                    event.record(self._stream)
         self.shape = shape
 
     def room(self, shape: torch.Size, layer_ids: Iterable[int], new_rows: Callable[[], Tensor]) -> Tensor | None:
@@ -101,14 +108,17 @@ class Staged:
         return buffer.copy_(values)
 
     def _event(self, layer_id: int) -> Any:
-        if layer_id not in self._laid_down:
+        """An event between graphs, always the same; of one that is being captured with the lookup, an edge in it."""
+        if torch.cuda.is_current_stream_capturing():
+            return torch.cuda.Event()
+        if layer_id not in self._external:
             try:
-                self._laid_down[layer_id] = torch.cuda.Event(external=True)
+                self._external[layer_id] = torch.cuda.Event(external=True)
             except TypeError as error:
                 raise ValueError(
                     f"overlap=True needs external CUDA events, which torch {torch.__version__} lacks: leave it out"
                 ) from error
-        return self._laid_down[layer_id]
+        return self._external[layer_id]
 
     def at(self, layer_id: int) -> ForBlock:
         """What block `layer_id` reads.

@@ -151,7 +151,12 @@ class Source:
 
         fetch, recent = self.prefetcher.start_lookup(on_stream)
         self._let_wait(fetch)
-        return fetch, None if history is None else recent
+        if history is None:
+            return fetch, None
+        # Of a staged step, the model's stream waits at the blocks that read its rows, and for nothing before them:
+        # ids that were advanced where they lie have been advanced by then.
+        stays = room is not None and history.room_after(ids.shape[1]) is history.recent
+        return fetch, Ready(history.recent) if stays else recent
 
     def _let_wait(self, fetch: Any) -> None:
         if not self._wait_at_once:

@@ -5,6 +5,7 @@ python -m tests.rehearsal.checks            {name: null, or what went wrong}
 
 from __future__ import annotations
 
+import functools
 import json
 import traceback
 from collections.abc import Callable
@@ -16,8 +17,11 @@ install.install()
 
 import torch  # noqa: E402 - the stand-in comes first
 
+from tests.rehearsal.graphs import CUDAGraph  # noqa: E402
 from tests.rehearsal.host_memory import RUNTIME  # noqa: E402
+from tests.rehearsal.streams import current  # noqa: E402
 
+LOG: dict[Any, list[tuple[str, int]]] = {}
 GPU = torch.device("cuda")
 
 
@@ -153,11 +157,55 @@ def decoding_from_graphs_is_decoding() -> None:
         for a, b in zip(graphs._stored, eager._stored):
             assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu()), variant.label
         assert torch.equal(graphs._convolutions[1].values.cpu(), eager._convolutions[1].values.cpu()), variant.label
+    kept = eager._stored[1][0].cpu()
     rows.neg_()
-    models[0][1].serve(work, variants[1])
-    assert not torch.equal(graphs._stored[1][0].cpu(), eager._stored[1][0].cpu()), "the comparison would not notice"
+    for variant in variants[1:]:
+        models[0][1].serve(work, variant)
+        assert not torch.equal(graphs._stored[1][0].cpu(), kept), f"the comparison would not notice: {variant.label}"
 
 
+def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
+    """It forks before the first block and joins behind it; a step is one replay, and nothing of the lookup is eager."""
+    from bench.setup.variants import BESIDE, IN_GRAPH
+    from engram_ref.attach.lookup import Source
+
+    models, work, variants, _ = _served_on_two()
+    model, server = models[0]
+    for (span, schedule), (captured, _) in model._pieces._captured.items():
+        if schedule == IN_GRAPH:  # the way before: the lookup comes first, and the model behind it
+            assert len(captured) == 2 and {stream for graph in captured for _, stream in LOG[graph]} == {0}
+        if schedule != BESIDE:
+            continue
+        (graph,) = captured
+        told = LOG[graph]
+        lookup = [i for i, (what, stream) in enumerate(told) if what == "runs" and stream > 0]
+        join = next(i for i, entry in enumerate(told) if entry == ("waits", 0))
+        block = [i for i in range(lookup[-1], join) if told[i] == ("runs", 0)]
+        assert lookup and len(block) > 20, f"span {span}: {len(block)} operations between lookup and join"
+    steps = sum(hasattr(step, "span") for step in work.steps)
+    replays = sum(graph.replays for graph in LOG)
+    starts, start = [], Source.start
+    Source.start = lambda *args: starts.append(1) or start(*args)  # type: ignore[method-assign, func-returns-value]
+    server.serve(work, variants[1])
+    Source.start = start  # type: ignore[method-assign]
+    assert variants[1].schedule == BESIDE and len(starts) == len(work.steps) - steps, "only prompts are looked up here"
+    assert sum(graph.replays for graph in LOG) - replays == steps
+
+
+class Noted(CUDAGraph):
+    """A graph that says in LOG what its capture met: which of its streams runs something, or waits for another."""
+
+    def tape(self, *operation: Any) -> None:
+        super().tape(*operation)
+        LOG.setdefault(self, []).append(("runs", self.streams.index(current())))
+
+    def wait(self, waiting: Any, event: Any) -> None:
+        super().wait(waiting, event)
+        if event.stream is not waiting:
+            LOG.setdefault(self, []).append(("waits", self.streams.index(waiting)))
+
+
+@functools.cache
 def _served_on_two() -> tuple[Any, Any, Any, Any]:
     """A model that decodes from graphs, one that does not; a round of two spans, variants, and their rows."""
     import numpy as np
@@ -167,16 +215,19 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     from bench.served.one_pass import Server
     from bench.served.requests import TokenSource
     from bench.setup.backbones import build_backbone
-    from bench.setup.variants import IN_GRAPH, Variant
+    from bench.setup.variants import BESIDE, IN_GRAPH, Variant
     from engram_ref.config import EngramConfig
     from engram_ref.fusion.factory import make_fusion
     from engram_ref.hashing import HashPlan, NgramHasher
     from engram_ref.hashing.device import DeviceHasher
     from engram_ref.prefetch import Prefetcher
+    from engram_ref.rows.rows import Rows
+    from engram_ref.tables import uva
     from engram_ref.tables.device import DeviceTable
     from engram_ref.tables.host import HostTable
     from engram_ref.vocab import CompressedVocab, map_digest
 
+    uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
     served.SPAN = 8  # positions, so that short sequences cross its border
     register_attention()
     decoder = build_backbone("tiny", 2, GPU, torch.float32, 0, vocabulary=300, attention=ATTENTION)
@@ -188,17 +239,20 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     )
     plan = HashPlan.for_vocab(config, vocab)
     fusion = make_fusion(config, GPU, torch.float32).eval()
-    rows = torch.randn(plan.layers[0].rows, config.row_width)
+    rows = torch.randn(plan.layers[0].rows, config.row_width).pin_memory()
     there, here = DeviceTable(rows.to(GPU)), HostTable(rows, GPU)
     on_device = Prefetcher(DeviceHasher(plan, GPU), {1: there}, background=False)
     variants = [Variant("resident", IN_GRAPH, table=there, prefetcher=on_device)]
+    pinned = uva.UvaTable(Rows.of(rows), GPU)
+    by_itself = Prefetcher(DeviceHasher(plan, GPU), {1: pinned})
+    variants += [Variant("uva", schedule, table=pinned, prefetcher=by_itself) for schedule in (BESIDE, "prefetched")]
     for schedule in ("prefetched", "synchronous"):
         fetches = Prefetcher(NgramHasher(plan), {1: here}, background=schedule == "prefetched")
         variants.append(Variant("offload", schedule, table=here, prefetcher=fetches))
     models = []
     for used in (True, False):
         model = ServedModel(decoder, head, fusion, plan, vocab, 2, 10, used)
-        model.prepare(7, there, variants[0])
+        model.prepare(7, there, variants[:2])
         models.append((model, Server(model, vocab, plan)))
     assert models[0][0].graphs["used"], models[0][0].graphs["why"]
     work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (7, 7), (3, 3)), most_tokens=100)
@@ -209,10 +263,11 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
 CHECKS = [
     devices_are_not_mixed, the_host_does_not_wait_in_a_capture, captures_are_begun_and_ended_as_cuda_wants,
     synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges, a_kernel_reads_no_pageable_memory,
-    decoding_from_graphs_is_decoding,
+    decoding_from_graphs_is_decoding, a_lookup_in_a_graph_is_a_branch_of_it,
 ]  # fmt: skip
 
 if __name__ == "__main__":
+    torch.cuda.CUDAGraph = Noted  # type: ignore[misc, assignment]
     found: dict[str, str | None] = {}
     for check in CHECKS:
         try:
@@ -220,4 +275,5 @@ if __name__ == "__main__":
             found[check.__name__] = None
         except Exception:
             found[check.__name__] = traceback.format_exc()
+    _served_on_two.cache_clear()
     print(json.dumps(found))

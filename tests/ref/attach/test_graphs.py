@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -228,6 +230,7 @@ def test_overlapping_waits_in_the_graph(layers, ids, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", Entered)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     staged = Staged(torch.device("cuda"), overlap=True)
     for _ in range(2):
         step = Step({1: Pending(torch.ones(18 * 16, 4))}, ids.shape, ids, None, None)
@@ -245,3 +248,30 @@ def test_overlapping_waits_in_the_graph(layers, ids, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: None)
     with pytest.raises(ValueError, match="needs external CUDA events"):
         Staged(torch.device("cuda"), overlap=True).fill(step, layers.engrams)
+
+
+def test_in_a_capture_the_wait_is_an_edge_of_the_graph(layers, ids, monkeypatch):
+    """An ordinary event each time, as one from outside is no edge; and outside the one that graphs have always met."""
+    made = []
+
+    class Event:
+        def __init__(self, external=False):
+            made.append(external)
+            self.number = len(made)
+
+        def record(self, stream):
+            pass
+
+    current, side = FakeStream("model", []), FakeStream("side", [])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    staged = Staged(torch.device("cuda"), overlap=True)
+    step = Step({1: Ready(torch.ones(18 * 16, 4))}, ids.shape, ids, None, None)
+    for capturing in (False, True, True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        staged.fill(step, layers.engrams)
+        staged.at(1)
+    assert made == [True, False, False]
+    assert current.happened == [("model", "waits for event", number) for number in (1, 2, 3, 1)]
