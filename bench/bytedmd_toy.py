@@ -69,8 +69,8 @@ from bench.price.table import verdict_table
 from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Stream, text_stream
-from bench.sweeps.command import run_sweeps
-from bench.sweeps.points import NAMES
+from bench.sweeps.command import chosen, run_sweeps
+from bench.sweeps.points import NAMES, varied
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
@@ -154,6 +154,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.sweep:
         with cli.one_line_errors(PROG):
             cli.refuse_idle(given, ("repeats",), "with --sweep, which measures no wall time: leave it out")
+            cli.refuse_idle(given, varied(chosen(options)), "where every sweep varies it: leave it out")
     else:
         with cli.one_line_errors(PROG):
             cli.refuse_idle(given, ("fresh",), "without --sweep: a single run begins anew each time, leave it out")

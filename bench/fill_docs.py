@@ -226,4 +226,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "fill_docs")

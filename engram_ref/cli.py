@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -242,20 +243,46 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _leave_unread()
         if isinstance(error, ModuleNotFoundError) and error.name != "torch":
             raise
         print(f"{prog}: error: {one_line(error, _LONGEST_ERROR)}", file=sys.stderr)
         sys.exit(2)
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left; another pipe may have broken as well."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(what & select.POLLERR for _, what in poll.poll(0))
+    except (OSError, ValueError):  # stdout is no file, or closed
+        return False
+
+
+def _leave_unread() -> NoReturn:
+    """End as other programs do whose reader leaves, by the code of SIGPIPE; what is left to print is dropped."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
+
+
 def run(main: Callable[[], None], prog: str, left: str = "nothing was written") -> NoReturn:
     """Run a command; Ctrl-C ends it in one line, which says what is `left` of the run.
 
-    SIGTERM ends it with code 143 as an exception would: what must be given back or removed, is.
+    SIGTERM ends it with code 143 as an exception would: what must be given back or removed, is. Where nobody reads on
+    (`... | head`), it ends in silence, with code 141.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # what is written last has no reader, perhaps
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        _leave_unread()
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; {left}", file=sys.stderr)
         sys.exit(130)

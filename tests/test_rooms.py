@@ -55,7 +55,7 @@ ROOMS = {
     "engram_toy.fusion": "fp8 functional",
     "engram_toy.fast": "tracer definitions floor",
     "engram_toy.bytedmd": "tracer definitions floor fast",  # `fast` when it is asked for
-    "engram_toy.models": "hashing functional fusion bytedmd",
+    "engram_toy.models": "fp8 hashing functional fusion bytedmd",
 }
 # Where the twins meet; nothing imports it but its own command.
 MEETING = {"engram_price": "", "engram_price.command": "", "engram_price.__main__": "command"}

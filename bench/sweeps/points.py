@@ -114,6 +114,15 @@ SWEEPS = {
     "preset": Sweep("preset", ("tiny", "v41-flash"), ("tiny",), "form of Engram"),
 }
 NAMES = (*SWEEPS, GRID)
+_OPTIONS = {"hot": "hot_share", "seed": ""}  # of settings whose option has another name; a seed is added to
+
+
+def varied(names: Sequence[str]) -> set[str]:
+    """The options that none of these sweeps looks at, since each of them varies their setting itself."""
+    of_grid = {"padding", "hot_share", "d_model"}
+    settings = {name: sweep.setting for name, sweep in SWEEPS.items()}
+    found = [of_grid if name == GRID else {_OPTIONS.get(settings[name], settings[name])} for name in names]
+    return set.intersection(*found)
 
 
 def points_of(name: str, base: Settings, models: Sequence[str], quick: bool = False) -> Iterator[Point]:

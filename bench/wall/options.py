@@ -132,6 +132,12 @@ def refuse_idle_options(
     _refuse_idle_of_variants(options, given, {"offload_hot": ("hot_share",), "offload_disk": ("page_cache",)})
     if options.steps and all(shape.phase == "prefill" for shape in options.steps):
         cli.refuse_idle(given, ("context",), "without a decode step: leave it out")
+    if options.backbone == "none":
+        cli.refuse_idle(given, ("blocks",), "with --backbone none: leave it out")
+    if options.no_trace:
+        cli.refuse_idle(given, ("profile",), "with --no_trace: leave one of them out")
+    if options.stream == "uniform" and (not on_gpu or "offload_hot" not in (options.variants or ["offload_hot"])):
+        cli.refuse_idle(given, ("text",), "with --stream uniform, where no hot rows are chosen: leave it out")
 
 
 def _refuse_idle_of_variants(

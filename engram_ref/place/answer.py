@@ -261,7 +261,7 @@ def _reason(best: dict[str, Any], placements: list[dict[str, Any]], hidden: bool
         prompts = "".join(f", and {time(p['seconds'])} in a prompt of {p['tokens']:,}," for p in prompt)
         wait = f"{time(step['seconds'])} of fetching {at}{prompts} hide behind the blocks before it"
     else:
-        prompts = "".join(f", {time(p['exposed_s'])} in a prompt of {p['tokens']:,}" for p in prompt)
+        prompts = "".join(f", and {time(p['exposed_s'])} in a prompt of {p['tokens']:,}" for p in prompt)
         waits = f"{time(step['exposed_s'])}{prompts}"
         wait = f"nothing that fits hides its fetches {at}, and it waits the shortest, {waits}"
     frees = f", and it leaves {size(best['freed'])} of memory to others" if best["freed"] > 0 else ""

@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=sorted(PRESETS), help="a published geometry, instead of a checkpoint")
     for name in ("gpu", "host", "disk"):
         add(f"--{name}", type=cli.nbytes, metavar="SIZE", help=f"free for the table, 0 for no {name}")
-    add("--folder", type=Path, default=Path(), help="on the disk in question (default: here)")
+    add("--folder", type=Path, help="on the disk in question (default: here)")
     add("--measure", action="store_true", help="measure this machine's rates first, under a minute")
     for name, (kind, text) in _RATES.items():
         add(f"--{name}-rate", type=kind, metavar="RATE", help=text)
@@ -106,11 +106,32 @@ def question(options: argparse.Namespace) -> Question:
     model = Model.of(options.preset, options.checkpoint)
     batches, prompts = (tuple(sorted(set(tokens))) for tokens in (options.batch, options.prompt))
     machine = _machine(options, model.config.row_bytes())
+    _refuse_idle(options, machine.gpu is not None, model.backbone is not None)
     group = _group(options, machine.gpu is not None)
     reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer, prompts)
     return Question(
         model, machine, reads, batches, _block(options, model), options.hot_share, prompts=prompts, group=group
     )
+
+
+def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> None:
+    """Refuse rates that no formula of this question asks for, and a folder that nothing looks at.
+
+    Args:
+        is_known: whether something is known of the blocks around the tables.
+    """
+    given = {name: f"--{name}-rate" for name in _RATES if getattr(options, f"{name}_rate") is not None}
+    block_given = options.block_time is not None or options.model_time is not None
+    if has_gpu:
+        cli.refuse_idle(given, ("memory", "processor"), "where a GPU computes: leave it out")
+    else:
+        cli.refuse_idle(given, ("device", "bus", "compute"), "where there is no GPU: give --gpu, or leave it out")
+    if block_given or not is_known:
+        cli.refuse_idle(given, ("memory",), "where no block is estimated: leave it out")
+    if not options.prompt or not is_known:
+        cli.refuse_idle(given, ("compute", "processor"), "where no prompt's block is estimated: leave it out")
+    if options.folder is not None and options.disk is not None and not options.measure:
+        raise ValueError("--folder does nothing with --disk, without --measure: leave it out")
 
 
 def _group(options: argparse.Namespace, has_gpu: bool) -> Group:
@@ -122,7 +143,8 @@ def _group(options: argparse.Namespace, has_gpu: bool) -> Group:
 
 
 def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
-    machine = this_machine(options.folder)
+    folder = options.folder or Path()
+    machine = this_machine(folder)
     sizes = {name: getattr(options, name) for name in ("gpu", "host", "disk")}
     given = {name: value for name, value in sizes.items() if value is not None}
     machine = replace(machine, **given)
@@ -133,7 +155,7 @@ def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
     if options.measure:
         from engram_ref.place.measure import measured  # numpy's and torch's time only where it is asked for
 
-        machine = machine.with_rates(measured(options.folder, row_bytes))
+        machine = machine.with_rates(measured(folder, row_bytes))
     return machine
 
 

@@ -293,3 +293,21 @@ def test_every_definition_is_offered_and_a_sweep_says_which_it_takes(tmp_path):
     assert done.returncode == 0, done.stderr
     done = command("--quick", "--definition", "live", "--sweep", "padding", "--out", str(tmp_path / "two"))
     assert done.returncode != 0 and "unknown definition 'live': use one of lru, two-stack" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sweep", "padding", "--padding", "5"], "--padding does nothing where every sweep varies it"),
+        (["--sweep", "hot", "grid", "--hot-share", "0.5"], "--hot_share does nothing where every sweep varies it"),
+        (["--sweep", "padding", "share", "--padding", "5"], ""),  # the other one starts from it
+        (["--sweep", "seed", "--seed", "3"], ""),  # is added to the seeds
+    ],
+)
+def test_a_setting_that_every_sweep_varies_is_refused(options, said, capsys):
+    if not said:
+        assert bytedmd_toy.parse(options).sweep == options[1:-2]
+        return
+    with pytest.raises(SystemExit) as ended:
+        bytedmd_toy.parse(options)
+    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -373,6 +373,9 @@ def test_a_table_with_too_many_rows_is_refused_in_terms_of_the_option():
         (["--variants", "none", "--rounds", "3"], "--rounds does nothing with --variants none"),
         (["--variants", "resident", "--page_cache", "cold"], "--page_cache does nothing without offload_disk"),
         (["--steps", "prefill:1x8", "--context", "3"], "--context does nothing without a decode step"),
+        (["--backbone", "none", "--blocks", "4"], "--blocks does nothing with --backbone none"),
+        (["--no_trace", "--profile", "a.json"], "--profile does nothing with --no_trace"),
+        (["--stream", "uniform", "--text", "a.txt"], "--text does nothing with --stream uniform"),
     ],
 )
 def test_what_would_do_nothing_is_refused(tmp_path, monkeypatch, capsys, options, said):

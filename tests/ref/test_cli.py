@@ -6,6 +6,8 @@ python -m pytest tests/ref/test_cli.py
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 
 import pytest
@@ -223,3 +225,36 @@ def test_fresh_that_would_do_nothing_is_refused(capsys):
         bytedmd_toy.parse(["--fresh"])
     assert ended.value.code == 2 and "--fresh does nothing without --sweep" in capsys.readouterr().err
     assert bytedmd_toy.parse(["--fresh", "--sweep", "padding"]).fresh and production.parse(["--fresh"]).fresh
+
+
+# What a command prints before its reader has left, and after: much, little, its help; and another pipe that breaks.
+LEFT_ALONE = {
+    "much": "print('line\\n' * 100_000)",
+    "little": "print('one line')",
+    "flushed": "print('one line', flush=True)",
+    "help": "cli.Parser(prog='some').parse_args(['--help'])",
+}
+
+
+@pytest.mark.parametrize("caught", [True, False])
+@pytest.mark.parametrize("kind", LEFT_ALONE)
+def test_a_command_whose_reader_leaves_ends_in_silence(kind, caught):
+    """As `... | head` makes it, whether its errors are told in one line or not."""
+    body = f"with cli.one_line_errors('some'):\n        {LEFT_ALONE[kind]}" if caught else LEFT_ALONE[kind]
+    code = (
+        f"import sys\nfrom engram_ref import cli\ndef main():\n    sys.stdin.read()\n    {body}\ncli.run(main, 'some')"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # Buffered: argparse itself drops help that it cannot write at once.
+    with subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONUNBUFFERED": ""}) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_another_pipe_that_breaks_is_told(capsys):
+    with pytest.raises(SystemExit) as ended, cli.one_line_errors("some"):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert ended.value.code == 2 and "Broken pipe" in capsys.readouterr().err

@@ -466,7 +466,7 @@ BAD_INPUT = {
     "a sweep of engram alone": (["--sweep", "preset"], "leave out --model kv-bank"),
     "the original tracer": (["--sweep", "bytes", "--tracer", "upstream"], "leave out --sweep"),
     "out is a file": (["--sweep", "bytes", "--out", "short.txt"], "name a folder"),
-    "short text": (["--sweep", "tokens", "--text", "short.txt"], "at least"),
+    "short text": (["--sweep", "bytes", "--text", "short.txt"], "at least"),
     "no such text": (["--sweep", "bytes", "--text", "none.txt"], "No such file"),
 }
 
