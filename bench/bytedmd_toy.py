@@ -49,7 +49,6 @@ INCONCLUSIVE. It depends on the boundary, that is, on what stands in the denomin
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -60,14 +59,14 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.journal import now
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import results_head, write_json
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
 from bench.price.models import MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
 from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
-from bench.setup.parallel import in_parallel
+from bench.setup.parallel import add_jobs, in_parallel
 from bench.setup.streams import Stream, text_stream
 from bench.sweeps.command import run_sweeps
 from bench.sweeps.points import NAMES
@@ -128,13 +127,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--definition", choices=DEFINITIONS, default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
     add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
-    add(
-        "--jobs",
-        type=cli.at_least(1, 1 << 10),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: all cores)",
-    )
+    add_jobs(parser)
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add(
         "--sweep",
@@ -294,12 +287,9 @@ def main() -> None:
         require_writable(options.out)  # after bad input was refused, which leaves nothing behind
     say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")
     results: Any = measure(options, stream, jobs, models)  # as whoever reads the file takes them
-    with cli.one_line_errors(PROG), printed_anyway(lambda: verdict_table(results)):
-        path = options.out / "results.json"
-        write_json(path, results)
-        say(f"wrote {path}")
+    with cli.one_line_errors(PROG):
+        conclude(results, options.out / "results.json", verdict_table)
         draw(results, options.out)
-    finish(results, path)
 
 
 def _check_upstream(options: argparse.Namespace) -> None:

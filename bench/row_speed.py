@@ -22,8 +22,8 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.instruments.output import finish, printed_anyway, require_writable_file
-from bench.instruments.results import results_head, write_json
+from bench.instruments.output import require_writable_file
+from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from engram_ref import cli
@@ -114,10 +114,8 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
     results = {**results_head(PROG), "table": TABLE, "samples": measure(options.rounds)}
-    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
-        if options.out:
-            write_json(options.out, results)
-    finish(results, options.out)
+    with cli.one_line_errors(PROG):
+        conclude(results, options.out, report)
 
 
 if __name__ == "__main__":
