@@ -31,6 +31,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 from bench.instruments.quantities import Quantity, quantities
 from bench.instruments.reading import read_results
 from bench.instruments.timing import LEAST_SAMPLES, paired_ratio, quantile
+from bench.instruments.words import markdown
 from engram_ref import cli
 
 PROG = "compare"
@@ -178,18 +179,14 @@ def report(lines: list[Line], sides: list[tuple[str, str, str]], shape: str) -> 
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([_FIELDS, *lines])
         return out.getvalue().rstrip("\n")
-    head = ["| | A | B |", "| --- | --- | --- |", *(f"| {name} | {a} | {b} |" for name, a, b in sides), ""]
-    head += [
-        "| quantity | A | B | B / A | 95 % interval | how | verdict |",
-        "| --- | ---: | ---: | ---: | --- | --- | --- |",
-    ]
-    return "\n".join([*head, *map(_row, lines), "", _counted(lines)])
+    about, head = markdown(["", "A", "B"], sides), ["quantity", "A", "B", "B / A", "95 % interval", "how", "verdict"]
+    return "\n".join([about, "", markdown(head, map(_row, lines), right={1, 2, 3}), "", _counted(lines)])
 
 
-def _row(line: Line) -> str:
+def _row(line: Line) -> list[str]:
     interval = "-" if line.low is None or line.how == "exact" else f"[{line.low:.3f}, {line.high:.3f}]"
-    cells = [_figure(line.a), _figure(line.b), "-" if line.ratio is None else f"{line.ratio:.3f}", interval]
-    return f"| {line.quantity} | {' | '.join(cells)} | {line.how or '-'} | {line.verdict} |"
+    ratio = "-" if line.ratio is None else f"{line.ratio:.3f}"
+    return [line.quantity, _figure(line.a), _figure(line.b), ratio, interval, line.how or "-", line.verdict]
 
 
 def _figure(value: float | None) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.energy.tiers import Tier, tiers
+from bench.instruments.words import markdown
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "findings" / "published.json"
 KINDS = ("primary", "secondary", "inferred")
@@ -129,31 +130,30 @@ def energy_against_hbm(label: str) -> tuple[float, float]:
 
 def energy_table() -> str:
     """Published energy per bit of every level, with the multiple of HBM2 and the source, as a table."""
-    lines = ["| level or path | pJ/bit | times HBM2 | source |", "| --- | ---: | ---: | --- |"]
-    for label, (low, high, source) in energy_per_bit().items():
-        lines.append(f"| {label} | {_span(low, high)} | {_times_hbm(label)} | {source} |")
-    return "\n".join(lines)
+    levels = energy_per_bit().items()
+    rows = [(label, _span(low, high), _times_hbm(label), source) for label, (low, high, source) in levels]
+    return markdown(["level or path", "pJ/bit", "times HBM2", "source"], rows, right={1, 2})
 
 
 def overhead_table() -> str:
     """The paper's throughput with and without the offloaded table; the two last columns are our arithmetic."""
-    head = "| backbone | without Engram, tok/s | with the table in host memory, tok/s | loss | more time per token |"
-    lines = [head, "| --- | ---: | ---: | ---: | ---: |"]
+    head = ["backbone", "without Engram, tok/s", "with the table in host memory, tok/s", "loss", "more time per token"]
+    rows = []
     for key in ("4b", "8b"):
-        without, with_table = (figures()[f"tokens_s.{key}.{name}"]["text"] for name in ("baseline", "engram"))
+        rates = [figures()[f"tokens_s.{key}.{name}"]["text"] for name in ("baseline", "engram")]
         loss, extra = f"{100 * throughput_loss(key):.2f} %", f"{1e6 * extra_time(key):.2f} µs"
-        lines.append(f"| Dense-{key.upper()} | {without} | {with_table} | {loss} | {extra} |")
-    return "\n".join(lines)
+        rows.append([f"Dense-{key.upper()}", *rates, loss, extra])
+    return markdown(head, rows, right={1, 2, 3, 4})
 
 
 def sources_table() -> str:
     """What was read, how much of it, and when."""
-    lines = ["| short name | source | what was read of it |", "| --- | --- | --- |"]
+    rows = []
     for name, entry in sources().items():
         title = f"[{entry['title']}]({entry['url']})" if entry["url"] else entry["title"]
         accessed = f", {entry['accessed']}" if entry["accessed"] else ""
-        lines.append(f"| {name} | {title} | {entry['read']}{accessed} |")
-    return "\n".join(lines)
+        rows.append([name, title, f"{entry['read']}{accessed}"])
+    return markdown(["short name", "source", "what was read of it"], rows)
 
 
 def _span(low: float, high: float, digits: int = 3) -> str:

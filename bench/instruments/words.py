@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -15,6 +16,12 @@ def aligned(rows: list[list[str]], left: set[int], headers: int = 1) -> str:
         if number == headers - 1:
             lines.append("  ".join("-" * w for w in widths))
     return "\n".join(lines)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Rows of cells as a table of Markdown; the columns of `right` are flush right."""
+    rule = ["---:" if column in right else "---" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def measured_on(results: dict[str, Any]) -> str:

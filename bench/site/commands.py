@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bench.instruments.reading import read_results
+from bench.instruments.words import markdown
 
 # Command, what it does, what it needs beside Python, and the results file whose run it was.
 _COMMANDS = [
@@ -64,11 +65,11 @@ _COMMANDS = [
 
 def command_table(results: Path) -> str:
     """All commands, as a table; a duration is that of the committed run, on the machine that its results name."""
-    lines = ["| command | what it does | needs | took |", "| --- | --- | --- | ---: |"]
+    rows = []
     for command, what, needs, name in _COMMANDS:
         took = duration(results / f"{name}.json") if name else None
-        lines.append(f"| `{command}` | {what} | {needs or 'nothing else'} | {took or ''} |")
-    return "\n".join(lines)
+        rows.append([f"`{command}`", what, needs or "nothing else", took or ""])
+    return markdown(["command", "what it does", "needs", "took"], rows, right={3})
 
 
 def duration(path: Path) -> str | None:

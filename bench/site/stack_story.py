@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.instruments.words import markdown
 from engram_toy.functional import copy
 from engram_toy.tracer import stack
 from engram_toy.tracer.recorder import Recorder
@@ -205,14 +206,14 @@ def story_tables() -> str:
 
 
 def _table(told: Telling) -> str:
-    lines = [f"**{told.story.title}**: price {told.price}", "", "| step | reads | depths | price | then on the stack |"]
-    lines += ["| --- | --- | --- | ---: | --- |", f"| start | | | | {_stack_text(told, told.start)} |"]
+    rows = [["start", "", "", "", _stack_text(told, told.start)]]
     for step in told.steps:
         reads = ", ".join(told.names[read.value] for read in step.reads)
         depths = ", ".join(str(read.depth) for read in step.reads)
-        price = sum(read.price for read in step.reads)
-        lines.append(f"| {told.names[step.result]} | {reads} | {depths} | {price} | {_stack_text(told, step.stack)} |")
-    return "\n".join([*lines, "", told.story.moral])
+        price = str(sum(read.price for read in step.reads))
+        rows.append([told.names[step.result], reads, depths, price, _stack_text(told, step.stack)])
+    table = markdown(["step", "reads", "depths", "price", "then on the stack"], rows, right={3})
+    return f"**{told.story.title}**: price {told.price}\n\n{table}\n\n{told.story.moral}"
 
 
 def _stack_text(told: Telling, lying: Sequence[int]) -> str:
