@@ -90,43 +90,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add("--preset", choices=CUTS, default="tiny", help="form of Engram (default: tiny)")
-    add(
-        "--model",
-        choices=[*MODELS, "both"],
-        default="both",
-        help="default: both; with other presets than tiny engram alone",
-    )
+    add("--preset", choices=CUTS, default="tiny", help="form of Engram")
+    add("--model", choices=[*MODELS, "both"], default="both", help="default: both; with other presets than tiny engram")
     add("--text", metavar="FILE", help="a UTF-8 text file (default: Python's help topics, pydoc_data.topics)")
     add(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
     )
-    add("--seq_len", type=cli.at_least(2, 1 << 13), default=128, metavar="T", help="tokens to read (default: 128)")
-    add("--d_model", type=cli.at_least(1, 1 << 10), default=64, metavar="H", help="width of the model (default: 64)")
-    add(
-        "--padding",
-        type=cli.at_least(0, 10**7),
-        default=10**6,
-        metavar="M",
-        help="values that bury the table (default: 10^6)",
-    )
-    add("--hot_share", type=cli.share, default=0.1, metavar="S", help="rows offload_hot keeps above (default: 0.1)")
-    add(
-        "--bytes_per_element",
-        type=cli.at_least(1, 1 << 10),
-        default=1,
-        metavar="B",
-        help="bytes per value (default: 1)",
-    )
-    add(
-        "--seed",
-        type=cli.at_least(0, cli.MOST_SEED),
-        default=0,
-        help="which window of the text, which weights (default: 0)",
-    )
+    add("--seq_len", type=cli.at_least(2, 1 << 13), default=128, metavar="T", help="tokens to read")
+    add("--d_model", type=cli.at_least(1, 1 << 10), default=64, metavar="H", help="width of the model")
+    add("--padding", type=cli.at_least(0, 10**7), default=10**6, metavar="M", help="values that bury the table")
+    add("--hot_share", type=cli.share, default=0.1, metavar="S", help="rows offload_hot keeps above")
+    add("--bytes_per_element", type=cli.at_least(1, 1 << 10), default=1, metavar="B", help="bytes per value")
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="which window of the text, which weights")
     add("--definition", choices=DEFINITIONS, default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
-    add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
+    add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case")
     add_jobs(parser)
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add(
@@ -144,12 +122,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if first.quick:
         parser.set_defaults(**QUICK)
     options, given = parser.parse_given(argv)
+    idle, why = ("fresh",), "without --sweep: a single run begins anew each time, leave it out"
     if options.sweep:
-        with cli.one_line_errors(PROG):
-            cli.refuse_idle(given, ("repeats",), "with --sweep, which measures no wall time: leave it out")
-    else:
-        with cli.one_line_errors(PROG):
-            cli.refuse_idle(given, ("fresh",), "without --sweep: a single run begins anew each time, leave it out")
+        idle, why = ("repeats",), "with --sweep, which measures no wall time: leave it out"
+    with cli.one_line_errors(PROG):
+        cli.refuse_idle(given, idle, why)
     return options
 
 

@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("b", type=Path, metavar="B.json", help="what is held against it")
     add("--format", choices=["md", "csv", "json"], default="md", help="default: md")
     add("--only", metavar="TEXT", help="quantities whose name has this in it")
-    add("--tolerance", type=cli.share, default=0.0, help="share by which B may be larger and no worse (default: 0)")
+    add("--tolerance", type=cli.share, default=0.0, help="share by which B may be larger and no worse")
     return parser.parse_args(argv)
 
 

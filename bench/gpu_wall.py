@@ -83,59 +83,28 @@ def parse_arguments() -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path("out/gpu_wall"),
-        metavar="DIR",
-        help="results, figures and the table's file (default: out/gpu_wall)",
-    )
+    add("--out", type=Path, default=Path("out/gpu_wall"), metavar="DIR", help="results, figures and the table's file")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the model, and of the table where the preset has no fp8 rows (default: bfloat16)",
-    )
-    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0)
+    add("--dtype", choices=DTYPES, help="of the model, and of rows that the preset has not in fp8 (default: bfloat16)")
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="of ids and weights")
 
     steps_group = parser.add_argument_group("steps of a model with an Engram layer")
     add = steps_group.add_argument
     add("--variants", nargs="+", metavar="NAME", help="default: all that this machine can serve; none for no steps")
-    add(
-        "--table_params",
-        nargs="+",
-        type=table_params,
-        metavar="N",
-        help="values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)",
-    )
+    sizes = "values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)"
+    add("--table_params", nargs="+", type=table_params, metavar="N", help=sizes)
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
     add("--preset", choices=list(PRESETS), help="geometry (default: paper-27b)")
-    add(
-        "--rows",
-        choices=LAYOUTS,
-        help="v41-flash only: scales of a row beside its codes, or apart from them (default: packed)",
-    )
-    add(
-        "--backbone",
-        default="qwen3-4b",
-        metavar="NAME",
-        help=f"{', '.join(BACKBONES)} or a config.json (default: qwen3-4b)",
-    )
+    add("--rows", choices=LAYOUTS, help="v41-flash only: scales beside the codes of a row, or apart (default: packed)")
+    add("--backbone", default="qwen3-4b", metavar="NAME", help=f"{', '.join(BACKBONES)} or a config.json")
     add("--blocks", type=cli.at_least(2, 1 << 10), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
-    add(
-        "--steps",
-        nargs="+",
-        type=step_shape,
-        metavar="SHAPE",
-        help="prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)",
-    )
-    add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step (default: 512)")
+    shapes = "prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)"
+    add("--steps", nargs="+", type=step_shape, metavar="SHAPE", help=shapes)
+    add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text for the stream (default: the standard library's sources)")
     add("--page_cache", nargs="+", choices=("cold", "warm"), default=["cold", "warm"], help="for offload_disk")
-    add(
-        "--hot_share", type=cli.share, default=0.1, help="of the rows, kept on the device by offload_hot (default: 0.1)"
-    )
+    add("--hot_share", type=cli.share, default=0.1, help="of the rows, kept on the device by offload_hot")
     add("--rounds", type=cli.at_least(1), help="samples per variant and shape (default: 20)")
     add("--warmup", type=cli.at_least(1), help="rounds that are not kept (default: 2)")
     add("--energy", action="store_true", help="board energy, 30 s per variant and shape (CUDA); try --backbone none")
@@ -144,10 +113,10 @@ def parse_arguments() -> argparse.Namespace:
 
     parts_group = parser.add_argument_group("component cases")
     add = parts_group.add_argument
-    add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="default: all")
-    add("--iterations", type=cli.at_least(1), default=50, help="samples per case (default: 50)")
+    add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="parts of the lookup")
+    add("--iterations", type=cli.at_least(1), default=50, help="samples per case")
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
-    add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="default: 4096")
+    add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="tokens of a sequence")
     end_to_end_options.add_arguments(parser)
     parser.add_argument("--sharded", action="store_true", help="only the fetch from tables that ranks share (torchrun)")
     return complete(*parser.parse_given())

@@ -262,7 +262,7 @@ def parse_arguments() -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES[:-1]), help="default: all but cold")
-    parser.add_argument("--repeats", type=cli.at_least(1), default=9, help="samples per way (default: 9)")
+    parser.add_argument("--repeats", type=cli.at_least(1), default=9, help="samples per way")
     parser.add_argument("--store", type=Path, metavar="DIR", help="folder in which engramdb-python is installed")
     parser.add_argument("--folder", type=Path, default=Path("out/cold"), metavar="DIR", help="for the files of `cold`")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every sample and the environment here")

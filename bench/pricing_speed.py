@@ -133,8 +133,8 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--repeats", type=cli.at_least(1), default=5, help="samples of each (default: 5)")
-    parser.add_argument("--scale", type=cli.share, default=1.0, help="share of the logs' sizes, 0 .. 1 (default: 1)")
+    parser.add_argument("--repeats", type=cli.at_least(1), default=5, help="samples of each")
+    parser.add_argument("--scale", type=cli.share, default=1.0, help="share of the logs' sizes, 0 .. 1")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write raw samples and environment here")
     options = parser.parse_args()
     if options.scale < 0.001:

@@ -108,7 +108,7 @@ def median(samples: list[dict[str, Any]], key: str) -> float:
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="samples of each size (default: 3)")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="samples of each size")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write raw samples and environment here")
     options = parser.parse_args()
     with cli.one_line_errors(PROG):

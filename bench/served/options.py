@@ -51,12 +51,8 @@ results are on disk after every pass; the same command again continues a run tha
     )
     add = group.add_argument
     add("--end-to-end", action="store_true", help="measure this instead of single steps")
-    add(
-        "--backbones",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(SIZES)} or a config.json (default: qwen3-4b qwen3-8b; tiny on a CPU)",
-    )
+    models = f"{', '.join(SIZES)} or a config.json (default: qwen3-4b qwen3-8b; tiny on a CPU)"
+    add("--backbones", nargs="+", metavar="NAME", help=models)
     add("--batches", nargs="+", type=_batch, metavar="N", help="sequences at a time, or fit: as many as memory holds "
         "(default: fit; 1 8 on a CPU)")  # fmt: skip
     add("--sequences", type=_sequences, metavar="N", help="of a round, or batch: as many as are served at a time "
@@ -64,18 +60,12 @@ results are on disk after every pass; the same command again continues a run tha
     for phase in ("prompt", "output"):
         add(f"--{phase}_tokens", nargs=2, type=cli.at_least(1, 1 << 20), metavar=("LOW", "HIGH"), help="default: "
             f"100 1024; {'16 32' if phase == 'prompt' else '12 16'} on a CPU")  # fmt: skip
-    add("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), help="token ids: real text, or random "
-        "(default: both)")  # fmt: skip
-    add(
-        "--prefill_tokens",
-        type=cli.at_least(1, MOST_TOKENS),
-        default=16384,
-        help="of prompts processed together (default: 16384)",
-    )
-    add("--hot_shares", nargs="+", type=cli.share, default=[0.001, 0.01, 0.1], metavar="SHARE", help="of the rows kept "
-        "on the device by offload_hot, one variant each (default: 0.001 0.01 0.1)")  # fmt: skip
-    add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help="slowed buses, one variant each: bandwidth, and "
-        "time to the first byte; inf:56 is only the latter")  # fmt: skip
+    add("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), help="token ids: real text, or random")
+    add("--prefill_tokens", type=cli.at_least(1, MOST_TOKENS), default=16384, help="of prompts processed together")
+    kept = "of the rows kept on the device by offload_hot, one variant each"
+    add("--hot_shares", nargs="+", type=cli.share, default=[0.001, 0.01, 0.1], metavar="SHARE", help=kept)
+    slow = "slowed buses, one variant each: bandwidth, and time to the first byte; inf:56 is only the latter"
+    add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help=slow)
     add("--eager", action="store_true", help="no CUDA graphs: the host launches every kernel of every token")
     cli.add_fresh(parser)
 
