@@ -101,6 +101,11 @@ def prepared_samples(
     return samples
 
 
+def median_and_spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the values that a fifth and four fifths of the samples lie below."""
+    return statistics.median(samples), quantile(samples, 0.2), quantile(samples, 0.8)
+
+
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     ordered = sorted(samples)
@@ -141,6 +146,11 @@ class Overhead(NamedTuple):
     low: float
     high: float
     resolved: bool
+
+    @property
+    def in_percent(self) -> tuple[float, float, float]:
+        """Median, low and high."""
+        return 100 * self.median, 100 * self.low, 100 * self.high
 
 
 def overhead(ratio: Mapping[str, float], noise: Callable[[], Mapping[str, float]], samples: int) -> Overhead:

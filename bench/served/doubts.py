@@ -14,6 +14,7 @@ from bench.instruments.timing import NotMeasured
 from bench.instruments.words import percent, short
 from bench.served.numbers import (
     Json,
+    case_name,
     class_of,
     difference,
     exposed_in_round,
@@ -35,7 +36,7 @@ def reading(results: Json) -> str:
     """The answers, by case."""
     lines = []
     for case in results["cases"]:
-        lines.append(f"{case['backbone']}, batch {case['batch']}, {case['stream']['name']}")
+        lines.append(case_name(case))
         for question, answer in QUESTIONS.items():
             try:
                 lines.append(f"  {question}: {answer(results, case)}")

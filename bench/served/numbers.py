@@ -35,6 +35,11 @@ LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 
 
+def case_name(case: Json) -> str:
+    """Model, batch and stream, for a reader."""
+    return f"{case['backbone']}, batch {case['batch']}, {case['stream']['name']}"
+
+
 def row_of(case: Json, label: str) -> Json:
     """The row of a label.
 

@@ -20,7 +20,7 @@ from bench.schemas.common import Held
 from bench.schemas.served import Bus as BusRecord
 from bench.schemas.served import Contender as ContenderRecord
 from bench.served.model import ServedModel
-from bench.served.numbers import freed, weight_reading
+from bench.served.numbers import case_name, freed, weight_reading
 from bench.served.one_pass import FetchedBefore, Server, Work
 from bench.served.record import Case
 from bench.served.requests import Round, TokenSource
@@ -62,8 +62,7 @@ class Rounds:
         self._board = BoardWatch(open_driver(model.device))
         self._source, self._contenders = source, contenders
         self._flush = CacheFlush(model.device)
-        content = case.content
-        self._name = f"{content['backbone']}, batch {content['batch']}, {content['stream']['name']}"
+        self._name = case_name(case.content)
 
     def measure(self) -> None:
         """Warm up, then measure the rounds that are missing, then what is counted beside the clock."""
