@@ -1,18 +1,17 @@
 """Figures and quotations that others published: one data file, and what follows from it by arithmetic.
 
-    from bench.evidence.published import figure, VALUES
+    from bench.evidence.published import figure, values
 
     figure("tokens_s.4b.baseline")    # 9031.62
-    VALUES["loss.4b"]()               # '1.92'
+    values()["loss.4b"]               # '1.92'
 
-The documents never hold such a figure as typed text: an inline mark names one of VALUES, and `bench/fill_docs.py`
+The documents never hold such a figure as typed text: an inline mark names one of the values, and `bench/fill_docs.py`
 writes it. The data file says of each where it stands, and whether it was read there, reported by others or inferred.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -168,39 +167,36 @@ def _times_hbm(label: str) -> str:
     return _span(*energy_against_hbm(label), digits=2)
 
 
-def _as_written(name: str) -> Callable[[], str]:
-    return lambda: figures()[name]["text"]
-
-
 def _table_gb(dtype: str) -> str:
     return f"{figure('table_parameters') * figure(f'bytes_{dtype}'):.0f}"
 
 
-_DERIVED: dict[str, Callable[[], str]] = {
-    "loss.4b": lambda: f"{100 * throughput_loss('4b'):.2f}",
-    "loss.8b": lambda: f"{100 * throughput_loss('8b'):.2f}",
-    "extra_us.4b": lambda: f"{1e6 * extra_time('4b'):.2f}",
-    "extra_us.8b": lambda: f"{1e6 * extra_time('8b'):.2f}",
-    "table_gb.bf16": lambda: _table_gb("bf16"),
-    "table_gb.fp8": lambda: _table_gb("fp8"),
-    "table_gib.fp8": lambda: f"{figure('table_parameters') * 1e9 * figure('bytes_fp8') / 2**30:.0f}",
-    "m_to_M.4b": lambda: f"1:{figure('table_parameters') / figure('backbone.4b'):g}",
-    "m_to_M.8b": lambda: f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
-    "rows_per_token": lambda: f"{rows_per_token()}",
-    "bytes_per_token.bf16": lambda: f"{bytes_per_token('bf16'):,.0f}",
-    "bytes_per_token.fp32": lambda: f"{bytes_per_token('fp32'):,.0f}",
-    "traffic_mb_s.bf16": lambda: f"{row_traffic('bf16') / 1e6:.0f}",
-    "traffic_mb_s.fp32": lambda: f"{row_traffic('fp32') / 1e6:.0f}",
-    "traffic_of_pcie.fp32": lambda: f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
-    "pcie_gb_s": lambda: f"{pcie_bandwidth() / 1e9:.0f}",
-    "backbone_gb.4b": lambda: f"{figure('backbone.4b') * figure('bytes_bf16'):.0f}",
-    "cxl.loss": lambda: f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
-    "mlx.loss_prefetched": lambda: f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
-    "mlx.loss_synchronous": lambda: f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",
-    "energy.host_lpddr5": lambda: _times_hbm("host memory over PCIe, LPDDR5"),
-    "energy.host_ddr": lambda: _times_hbm("host memory over PCIe, DDR"),
-    "energy.ssd_sequential": lambda: _times_hbm("NVMe SSD, sequential"),
-    "energy.ssd_random": lambda: _times_hbm("NVMe SSD, random rows, per useful bit"),
-    "layer.loss_gain": lambda: f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
-}
-VALUES: dict[str, Callable[[], str]] = {**{name: _as_written(name) for name in figures()}, **_DERIVED}
+def values() -> dict[str, str]:
+    """Every figure and quotation as it is written, and what follows from them, by name."""
+    return {name: entry["text"] for name, entry in figures().items()} | {
+        "loss.4b": f"{100 * throughput_loss('4b'):.2f}",
+        "loss.8b": f"{100 * throughput_loss('8b'):.2f}",
+        "extra_us.4b": f"{1e6 * extra_time('4b'):.2f}",
+        "extra_us.8b": f"{1e6 * extra_time('8b'):.2f}",
+        "table_gb.bf16": _table_gb("bf16"),
+        "table_gb.fp8": _table_gb("fp8"),
+        "table_gib.fp8": f"{figure('table_parameters') * 1e9 * figure('bytes_fp8') / 2**30:.0f}",
+        "m_to_M.4b": f"1:{figure('table_parameters') / figure('backbone.4b'):g}",
+        "m_to_M.8b": f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
+        "rows_per_token": f"{rows_per_token()}",
+        "bytes_per_token.bf16": f"{bytes_per_token('bf16'):,.0f}",
+        "bytes_per_token.fp32": f"{bytes_per_token('fp32'):,.0f}",
+        "traffic_mb_s.bf16": f"{row_traffic('bf16') / 1e6:.0f}",
+        "traffic_mb_s.fp32": f"{row_traffic('fp32') / 1e6:.0f}",
+        "traffic_of_pcie.fp32": f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
+        "pcie_gb_s": f"{pcie_bandwidth() / 1e9:.0f}",
+        "backbone_gb.4b": f"{figure('backbone.4b') * figure('bytes_bf16'):.0f}",
+        "cxl.loss": f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
+        "mlx.loss_prefetched": f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
+        "mlx.loss_synchronous": f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",
+        "energy.host_lpddr5": _times_hbm("host memory over PCIe, LPDDR5"),
+        "energy.host_ddr": _times_hbm("host memory over PCIe, DDR"),
+        "energy.ssd_sequential": _times_hbm("NVMe SSD, sequential"),
+        "energy.ssd_random": _times_hbm("NVMe SSD, random rows, per useful bit"),
+        "layer.loss_gain": f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
+    }

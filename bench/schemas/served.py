@@ -70,11 +70,9 @@ class Board(TypedDict):
     why: str | None
 
 
-class Sample(TypedDict):
-    """One pass: a round served by one variant."""
+class PassSamples(TypedDict):
+    """What one pass took, a value per step."""
 
-    round: Count
-    session: Count
     prefill_s: Amounts
     decode_s: Amounts
     first_token_s: Annotated[Amounts, "of each sequence: its group's prefill"]
@@ -82,6 +80,13 @@ class Sample(TypedDict):
     prefill_exposed_s: Amounts
     decode_exposed_s: Amounts
     tokens_sha256: Annotated[Digest, "of the tokens that the model chose"]
+
+
+class Sample(PassSamples):
+    """One pass: a round served by one variant."""
+
+    round: Count
+    session: Count
     copied: Annotated[Count, "bytes of explicit copies to an accelerator, or read from a file"]
     lookups: Count
     hits: Annotated[Count, "rows found on the device, of hot rows"]

@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 WHOLE = "overhead"
 # What an offloaded table is compared with, and whose baseline that is.
 BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
+NO_LOOKUP = ("no_engram", "own_compute")
 LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 
@@ -169,20 +170,20 @@ def token_times(row: Json) -> dict[str, float]:
     return {"median": statistics.median(times), "p99": quantile(times, 0.99)}
 
 
-def freed(case: Json, variant: str, held: dict[str, int]) -> Freed:
+def freed(case: Json, variant: str, on_device: int) -> Freed:
     """Device memory that a table leaves free against a resident one, which holds all of its bytes there; and why not.
 
     Args:
-        held: bytes of the variant's table by place.
+        on_device: bytes of the variant's table.
     """
-    if variant in ("no_engram", "own_compute"):
+    if variant in NO_LOOKUP:
         return {"value": None, "why": "no table is looked up"}
-    return {"value": case["table"]["bytes"] - held["device"], "why": None}
+    return {"value": case["table"]["bytes"] - on_device, "why": None}
 
 
 def freed_bytes(case: Json, row: Json) -> int | None:
     """Device memory that a row's table leaves free against a resident one; None where nothing is looked up."""
-    return freed(case, row["variant"], row["held"])["value"]
+    return freed(case, row["variant"], row["held"]["device"])["value"]
 
 
 def weight_reading(limits: Json, case: Json, row: Json) -> Weights:

@@ -9,13 +9,17 @@ into the noise floor; the interval is shown all the same.
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import aligned, gib, measured_on, percent, short, signed
 from bench.served.numbers import (
+    BASELINES,
     LAUNCH_BOUND,
+    NO_LOOKUP,
     PARTS,
     PHASES,
     WHOLE,
@@ -49,25 +53,6 @@ from bench.served.numbers import (
 PUBLISHED_WINDOW_S = 56e-6
 PUBLISHED_STEP_S = 3.6e-3
 _PHASE_NAMES = {"token": "median token"}
-_COLUMNS = [
-    ("variant", ""),
-    ("on", ""),
-    ("output", "tokens/s"),
-    ("per token", "ms"),
-    ("p99", "ms"),
-    ("first token", "ms"),
-    ("overhead", "% of no_engram"),
-    ("overhead", "% of resident"),
-    ("exposed", "us/token"),
-    ("freed", "GiB"),
-    ("hits", "%"),
-    ("copied", "MB/round"),
-    ("PCIe", "MB/round"),
-    ("less no_engram", "MB/round"),
-    ("energy", "J/token"),
-    ("board", "J/round"),
-    ("weights", "GB/s"),
-]
 
 
 def report(results: Json) -> str:
@@ -121,8 +106,9 @@ def _header(results: Json, case: Json) -> str:
 
 def rows_table(results: Json, case: Json) -> str:
     """A line per variant."""
-    head = [[name for name, _ in _COLUMNS], [unit for _, unit in _COLUMNS]]
-    lines = [_row(case, row) for row in case["rows"] if row["rounds"]]
+    columns = _columns(case)
+    head = [[name for name, _, _ in columns], [unit for _, unit, _ in columns]]
+    lines = [[cell(row) for _, _, cell in columns] for row in case["rows"] if row["rounds"]]
     notes = [
         _floor_note(results, case),
         _noise_note(case),
@@ -134,27 +120,38 @@ def rows_table(results: Json, case: Json) -> str:
     return "\n".join([aligned(head + lines, left={0, 1}, headers=2), *notes])
 
 
-def _row(case: Json, row: Json) -> list[str]:
-    times = token_times(row)
-    hits = hit_rate(row)
-    looked_up = row["variant"] not in ("no_engram", "own_compute")
+def _columns(case: Json) -> list[tuple[str, str, Callable[[Json], str]]]:
+    """Name, unit and text of each column."""
+
+    def of_steps(name: str, scale: float) -> Callable[[Json], str]:
+        return lambda row: short(scale * statistics.median(per_step(row, name)))
+
+    def if_looked_up(cell: Callable[[Json], str]) -> Callable[[Json], str]:
+        return lambda row: "" if row["variant"] in NO_LOOKUP else cell(row)
+
+    copied = if_looked_up(lambda row: short(statistics.median(one["copied"] for one in row["rounds"]) / 1e6))
+    control = "no_engram"
     return [
-        row["label"],
-        row["device"],
-        short(statistics.median(tokens_per_second(case, row))),
-        short(1e3 * times["median"]),
-        short(1e3 * times["p99"]),
-        short(1e3 * statistics.median(per_step(row, "first_token_s"))),
-        *(_overhead(case, row, baseline) for baseline in ("no_engram", "resident")),
-        short(1e6 * statistics.median(per_step(row, "decode_exposed_s"))) if looked_up else "",
-        _scaled(freed_bytes(case, row), 2**30, ""),
-        "" if hits is None else f"{100 * hits:.1f}",
-        short(statistics.median(sample["copied"] for sample in row["rounds"]) / 1e6) if looked_up else "",
-        _scaled(row["pcie"] and row["pcie"]["value"], 1e6),
-        _scaled(over_control(case, row), 1e6) if row["variant"] != "no_engram" else "",
-        _scaled(joules_per_token(row), 1),
-        _scaled(pass_joules(row), 1),
-        _weights(row),
+        ("variant", "", lambda row: row["label"]),
+        ("on", "", lambda row: row["device"]),
+        ("output", "tokens/s", lambda row: short(statistics.median(tokens_per_second(case, row)))),
+        ("per token", "ms", of_steps("decode_s", 1e3)),
+        ("p99", "ms", lambda row: short(1e3 * token_times(row)["p99"])),
+        ("first token", "ms", of_steps("first_token_s", 1e3)),
+        *(("overhead", f"% of {name}", functools.partial(_overhead, case, name)) for name in BASELINES),
+        ("exposed", "us/token", if_looked_up(of_steps("decode_exposed_s", 1e6))),
+        ("freed", "GiB", lambda row: _scaled(freed_bytes(case, row), 2**30, "")),
+        ("hits", "%", lambda row: "" if (hits := hit_rate(row)) is None else f"{100 * hits:.1f}"),
+        ("copied", "MB/round", copied),
+        ("PCIe", "MB/round", lambda row: _scaled(row["pcie"] and row["pcie"]["value"], 1e6)),
+        (
+            "less no_engram",
+            "MB/round",
+            lambda r: "" if r["variant"] == control else _scaled(over_control(case, r), 1e6),
+        ),
+        ("energy", "J/token", lambda row: _scaled(joules_per_token(row), 1)),
+        ("board", "J/round", lambda row: _scaled(pass_joules(row), 1)),
+        ("weights", "GB/s", _weights),
     ]
 
 
@@ -172,7 +169,7 @@ def _weights(row: Json) -> str:
     return f"{'launch-bound ' if found['launch_bound'] else ''}{short(found['bytes_per_s'] / 1e9)}"
 
 
-def _overhead(case: Json, row: Json, baseline: str) -> str:
+def _overhead(case: Json, baseline: str, row: Json) -> str:
     if row["label"] == baseline:
         return "baseline"
     try:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.schemas.common import Held
 from bench.setup import table_content
 from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
@@ -77,6 +78,10 @@ class Variant:
             self.page_cache if self.page_cache in PREPARED else "",
         ]
         return " ".join(part for part in parts if part)
+
+    def bytes_held(self) -> Held:
+        """Bytes of its table by place."""
+        return cast(Held, self.table.bytes_held() if self.table else {"device": 0, "host": 0, "disk": 0})
 
     @property
     def hashing_device(self) -> torch.device | None:
