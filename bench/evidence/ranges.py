@@ -32,7 +32,7 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "energy_short": lambda: energy_table.crossing_table(
             e["energy_by_tier"], energy_tiers(), ("each read", "once a step")
         ),
-        "energy_step": lambda: energy_table.step_table(e["energy_by_tier"], energy_tiers(), STEP),
+        "energy_step": lambda: energy_table.step_table(energy_tiers(), STEP),
         "energy_reuse": lambda: energy_table.reuse_table(e["energy_by_tier"]),
         "map_table": lambda: verdict_map.map_table(e["verdict_map"]),
         "map_points": lambda: verdict_map.points_table(e["verdict_map"]),

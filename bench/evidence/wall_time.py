@@ -16,7 +16,7 @@ from typing import Any
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
-from bench.instruments.words import device_label, markdown, short
+from bench.instruments.words import commit_of, device_label, markdown, short
 from bench.served.doubts import reading
 from bench.served.numbers import (
     BASELINES,
@@ -31,7 +31,7 @@ from bench.served.numbers import (
     slowed,
     step_bytes,
 )
-from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, part_text, report
+from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, report
 from engram_ref.config import EngramConfig
 
 NO_RUN = "No run on a CUDA machine is committed yet."
@@ -91,7 +91,7 @@ def _line(results: Json, case: Json) -> list[str]:
     try:
         parts = decomposition(case, _PHASE)
         ours = against(case, offloaded(case), "resident", _PHASE)
-        cells = [part_text(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
+        cells = [str(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
     except NotMeasured as why:
         cells = [str(why), *[""] * (len(PARTS) + 1)]
     return [device_label(results), what, *cells]
@@ -171,7 +171,7 @@ def _setups(runs: list[tuple[str, Json]]) -> str:
 
 
 def _setup(results: Json, case: Json) -> list[str]:
-    table, git = case["table"], results["git"]
+    table = case["table"]
     (low, high), (least, most) = case["prompt_tokens"], case["output_tokens"]
     decoding = "CUDA graphs" if case["rows"][0]["graphs"]["used"] else "no CUDA graphs"
     return [
@@ -181,7 +181,7 @@ def _setup(results: Json, case: Json) -> list[str]:
         f"outputs {least} to {most} tokens; {case['stream']['name']}",
         f"{table['preset']}, {table['parameters'] / 1e9:.3g}e9 values, {table['columns']} rows of "
         f"{table['row_bytes']} B a token",
-        f"`{(git['commit'] or 'unknown')[:12]}`{' with changes' if git['dirty'] else ''}",
+        "`{}`{}{}".format(*commit_of(results).partition(" ")),
     ]
 
 

@@ -42,8 +42,8 @@ def require_writable(folder: Path, option: str = "--out") -> None:
         raise ValueError(f"{option} {folder} cannot be written ({error.strerror}): name another folder") from None
 
 
-def require_writable_file(path: Path | None, option: str = "--out") -> None:
-    """The same for the file that an option names, if it names one.
+def require_writable_file(path: Path | None) -> None:
+    """The same for the file that --out names, if it names one.
 
     Raises:
         ValueError: the file cannot be written.
@@ -51,8 +51,8 @@ def require_writable_file(path: Path | None, option: str = "--out") -> None:
     if path is None:
         return
     if os.path.isdir(path):
-        raise ValueError(f"{option} {path} is a folder: name a file in it")
-    require_writable(path.parent, option)
+        raise ValueError(f"--out {path} is a folder: name a file in it")
+    require_writable(path.parent)
 
 
 @contextmanager

@@ -42,6 +42,12 @@ def device_label(results: dict[str, Any]) -> str:
     return f"{'CPU' if results['device'] == 'cpu' else 'GPU'} {results['device_name']}"
 
 
+def commit_of(results: dict[str, Any]) -> str:
+    """The code that ran: its commit, and whether it had changes."""
+    git = results["git"]
+    return (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
+
+
 def gib(nbytes: float | None) -> str:
     """Bytes in GiB, three digits."""
     return "unknown" if nbytes is None else f"{nbytes / 2**30:.3g} GiB"

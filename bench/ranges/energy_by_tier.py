@@ -64,5 +64,5 @@ def main(argv: list[str]) -> None:
 def report(results: dict[str, Any]) -> str:
     """The three tables of the counts, with published energies multiplied in."""
     places = energy_tiers()
-    tables = crossing_table(results, places), step_table(results, places, PAPER_STEP), reuse_table(results)
+    tables = crossing_table(results, places), step_table(places, PAPER_STEP), reuse_table(results)
     return "\n\n".join(tables)

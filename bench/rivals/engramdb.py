@@ -166,7 +166,7 @@ class ColdRace:
         }
         return prepared_samples(ways, lambda: self.fresh(count), rounds)
 
-    def against_limit(self, count: int, rounds: int, seconds: float = 1.0) -> dict[str, list[float]]:
+    def against_limit(self, count: int, rounds: int) -> dict[str, list[float]]:
         """Seconds of cold fetches, and what the disk needs for as many random reads, by turns of three rounds.
 
         Raises:
@@ -176,7 +176,7 @@ class ColdRace:
         for first in range(0, rounds, _TURN):
             for name, values in self.samples(count, min(_TURN, rounds - first)).items():
                 samples[name] += values
-            disk = fio_random_read(self.path, seconds)
+            disk = fio_random_read(self.path, seconds=1.0)
             if disk["reads_per_s"] is None:
                 raise ValueError(f"the disk's limit is not known: {disk['why']}")
             samples[DISK].append(count / disk["reads_per_s"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import Environment, Git
+from bench.schemas.common import Provenance
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Count, Digest, Natural, Share, Text
 
@@ -19,12 +19,10 @@ class Stream(TypedDict):
     sha256: Annotated[Digest, "of the text, UTF-8"]
 
 
-class Run(TypedDict):
+class Run(Provenance):
     """What all four have at their head."""
 
     schema_version: Literal[1]
-    environment: Environment
-    git: Git
     code_sha256: Digest
 
 

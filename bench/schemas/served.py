@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import PLACEMENTS, VALUE_OR_WHY, Device, DeviceEnvironment, Git, Held, Limits, Table, Traffic
+from bench.schemas.common import PLACEMENTS, VALUE_OR_WHY, Device, DeviceProvenance, Held, Limits, Table, Traffic
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Share, Text
 
@@ -200,17 +200,11 @@ class Case(TypedDict):
     rows: list[Row]
 
 
-class Head(TypedDict):
+class Head(DeviceProvenance):
     """What a file begins with, and a run continues only if it has the same."""
 
     schema_version: Literal[1]
     benchmark: Literal["end_to_end"]
-    device: Device
-    device_name: Text
-    configuration: Annotated[dict[str, Any], "Every option that a time depends on, defaults included."]
-    code_sha256: Annotated[Digest, "of the sources: a run continues only with the same"]
-    environment: DeviceEnvironment
-    git: Git
     limits: Limits
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.clocks import Clock, Lap, device_clock
+from bench.instruments.clocks import Lap, device_clock
 from bench.schemas.served import PassSamples
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
@@ -86,12 +86,11 @@ class Server:
         model: with all places free.
         vocab: token id -> compressed id.
         plan: of the table.
-        clock: of a device; None for the model's.
     """
 
-    def __init__(self, model: ServedModel, vocab: CompressedVocab, plan: HashPlan, clock: Clock | None = None) -> None:
+    def __init__(self, model: ServedModel, vocab: CompressedVocab, plan: HashPlan) -> None:
         self._model, self._vocab, self._plan = model, vocab, plan
-        self._clock = clock or device_clock(model.device)
+        self._clock = device_clock(model.device)
 
     def prepare(self, round_: Round, most_tokens: int) -> Work:
         """Put a round's ids onto the device."""

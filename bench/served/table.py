@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.instruments.timing import NotMeasured, Overhead
-from bench.instruments.words import aligned, gib, measured_on, percent, short, signed
+from bench.instruments.timing import NotMeasured, noise_interval
+from bench.instruments.words import aligned, commit_of, gib, measured_on, short, signed
 from bench.served.numbers import (
     BASELINES,
     LAUNCH_BOUND,
@@ -62,11 +62,10 @@ def report(results: Json) -> str:
 
 
 def _machine(results: Json) -> str:
-    e, git, copied = results["environment"], results["git"], results["limits"]["copy"]
-    commit = (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
+    e, copied = results["environment"], results["limits"]["copy"]
     return (
         f"Host {e['cpu']}, {e['cpu_count']} cores, {gib(e['memory_bytes'])}; torch {e['packages']['torch']}, "
-        f"transformers {e['packages']['transformers']}; commit {commit}\n"
+        f"transformers {e['packages']['transformers']}; commit {commit_of(results)}\n"
         f"Limit measured in this run: copy {short(copied['bytes_per_s'] / 1e9)} GB/s ({copied['what']})"
     )
 
@@ -173,15 +172,9 @@ def _overhead(case: Json, baseline: str, row: Json) -> str:
     if row["label"] == baseline:
         return "baseline"
     try:
-        return part_text(against(case, row, baseline, "together"))
+        return str(against(case, row, baseline, "together"))
     except NotMeasured:
         return "-"
-
-
-def part_text(part: Overhead) -> str:
-    """Median and interval, or that it is not resolved."""
-    interval = f"[{percent(part.low)}, {percent(part.high)}]"
-    return f"{percent(part.median) if part.resolved else 'not resolved'} {interval}"
 
 
 def _floor_note(results: Json, case: Json) -> str:
@@ -203,11 +196,9 @@ def _floor_note(results: Json, case: Json) -> str:
 
 def _noise_note(case: Json) -> str:
     try:
-        floor = noise_floor(case, "together")
+        return f"   {noise_interval(noise_floor(case, 'together'))} of no_engram"
     except NotMeasured as why:
         return f"   noise floor: unknown, so that nothing is resolved: {why}"
-    low, high = (percent(floor[end] - 1) for end in ("low", "high"))
-    return f"   noise floor: resident against itself [{low}, {high}] % of no_engram"
 
 
 def _weight_notes(case: Json) -> list[str]:
@@ -291,7 +282,7 @@ def decomposition_table(case: Json) -> str:
     }
     for part in (*PARTS, WHOLE):
         label = f"{part}: {names[part]}" if part in names else "all of it, measured by itself"
-        rows.append([label, *(part_text(found[phase][part]) for phase in PHASES)])
+        rows.append([label, *(str(found[phase][part]) for phase in PHASES)])
     return aligned(rows, left={0})
 
 
@@ -328,8 +319,8 @@ def _bus_row(one: Slowed) -> list[str]:
     return [
         one.label.removeprefix("throttled "),
         *(short(1e6 * value) for value in (one.delay_s, one.window_s, one.exposed_s)),
-        part_text(one.extra),
-        part_text(one.whole),
+        str(one.extra),
+        str(one.whole),
         verdict,
     ]
 

@@ -258,7 +258,7 @@ def _draw_rates(axis: Any, panel: _Rates) -> None:
         interval(axis, place, median_and_spread(rates), COLOURS[run["variant"]])
         texts.append(_rate_text(run, statistics.median(rates), panel))
         seen += rates
-    _rows(axis, [_fetch_label(step, run) for step, run in panel.fetches], texts)
+    _rows(axis, [f"{step_label(s)}: {r['variant']} {r['page_cache'] or ''}".rstrip() for s, r in panel.fetches], texts)
     axis.set_xscale("log")
     axis.set_xlim(*_decades(seen))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -278,10 +278,6 @@ def _rate_text(run: Run, rate: float, panel: _Rates) -> str:
     if panel.limit is None or run["page_cache"]:
         return text
     return f"{text} = {100 * rate / panel.limit:.3g} % of the limit"
-
-
-def _fetch_label(step: Step, run: Run) -> str:
-    return f"{step_label(step)}: {run['variant']}{' ' + run['page_cache'] if run['page_cache'] else ''}"
 
 
 def _empty(results: Results, why: str) -> Any:

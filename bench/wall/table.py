@@ -15,8 +15,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from bench.instruments.timing import NotMeasured, quantile
-from bench.instruments.words import aligned, fraction, gib, measured_on, percent, short, signed
+from bench.instruments.timing import NotMeasured, noise_interval, quantile
+from bench.instruments.words import aligned, commit_of, fraction, gib, measured_on, short, signed
 from bench.wall.numbers import (
     ALONE,
     Run,
@@ -76,21 +76,17 @@ def _schedule(run: Run) -> str:
 
 
 def _machine(results: dict[str, Any]) -> list[str]:
-    e, git, stream = results["environment"], results["git"], results["stream"]
+    e, stream = results["environment"], results["stream"]
     limits = results["limits"]
     rates = [f"{name} {_rate(limits[name])}" for name in ("copy", "gather") if limits[name]]
     huge = "unknown" if e["huge_pages"] is None else f"{100 * e['huge_pages']:.1f} %"
-    commit = (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
+    tokens = "endless" if stream["tokens"] is None else f"{stream['tokens']:,} tokens"
     facts = (
         f"Host {e['cpu']}, {e['cpu_count']} cores, {gib(e['memory_bytes'])}; host memory "
         f"{'pinned' if e['pinned'] else 'not pinned'}, huge pages {huge}, page {e['page_size']} B; "
-        f"stream {stream['name']}, {_tokens(stream['tokens'])}; commit {commit}"
+        f"stream {stream['name']}, {tokens}; commit {commit_of(results)}"
     )
     return [*_wrapped(facts), *_wrapped(f"Limits measured in this run: {'; '.join([*rates, _disk(limits['disk'])])}")]
-
-
-def _tokens(count: int | None) -> str:
-    return "endless" if count is None else f"{count:,} tokens"
 
 
 def _rate(limit: dict[str, Any]) -> str:
@@ -153,13 +149,14 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     seconds, time_unit = _unit(max(statistics.median(run["step_s"]) for run in step["runs"]), _SECONDS)
     nbytes, byte_unit = _unit(step["prediction"]["bytes_unique"], _BYTES)
     sizes: list[tuple[str, str, Callable[[Run], str]]] = [
-        (name, byte_unit, functools.partial(_bytes_of, source=source, unit=nbytes))
-        for name, source in (("from ids", "from_ids"), ("copied", "copied"), ("counter", "counter"))
+        ("from ids", byte_unit, lambda run: short(median_bytes(run, "from_ids") / nbytes)),
+        ("copied", byte_unit, lambda run: short(median_bytes(run, "copied") / nbytes)),
+        ("counter", byte_unit, lambda run: short(median_bytes(run, "counter") / nbytes)),
     ]
     if any(run["variant"] == CONTROL and run["bytes"]["counter"] for run in step["runs"]):
-        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step=step, unit=nbytes)))
+        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step, nbytes)))
     if any("freed" in run for run in step["runs"]):  # older results say nothing of it
-        sizes.append(("freed", "GiB", _freed))
+        sizes.append(("freed", "GiB", lambda run: "" if run["freed"] is None else signed(run["freed"] / 2**30)))
     preset = step["table"].get("preset")  # older results say nothing of it
     scale = [("table", f"of {preset}", lambda run: fraction(run["table"]["share"]))] if preset else []
     return [
@@ -179,15 +176,7 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     ]
 
 
-def _bytes_of(run: Run, source: str, unit: float) -> str:
-    return short(median_bytes(run, source) / unit)
-
-
-def _freed(run: Run) -> str:
-    return "" if run["freed"] is None else signed(run["freed"] / 2**30)
-
-
-def _over_control(run: Run, step: Step, unit: float) -> str:
+def _over_control(step: Step, unit: float, run: Run) -> str:
     return "" if run["variant"] == CONTROL else signed(over_control(step, run) / unit)
 
 
@@ -217,21 +206,15 @@ def _overhead(step: Step, run: Run) -> str:
     if run["variant"] == "resident" and run["repeat"] == 0:
         return "baseline"
     found = overhead(step, run)
-    interval = f"[{percent(found.low)}, {percent(found.high)}]"
-    if run["variant"] == "resident":
-        return f"noise floor {interval}"
-    return f"{percent(found.median) if found.resolved else 'not resolved'} {interval}"
+    return f"noise floor {found.interval}" if run["variant"] == "resident" else str(found)
 
 
 def _floor_line(step: Step) -> str:
     try:
-        ratio = noise_floor(step)
+        found = noise_interval(noise_floor(step))
     except NotMeasured as why:
         return f"   noise floor: unknown, so that no overhead is resolved: {why}"
-    return (
-        f"   noise floor: resident against itself [{percent(ratio['low'] - 1)}, {percent(ratio['high'] - 1)}] %; "
-        f"an overhead whose interval reaches into it, or holds 0, is not resolved"
-    )
+    return f"   {found}; an overhead whose interval reaches into it, or holds 0, is not resolved"
 
 
 def _notes(step: Step) -> list[str]:
