@@ -59,7 +59,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.journal import now
-from bench.instruments.output import require_writable
+from bench.instruments.output import draw_where_possible, require_writable
 from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
@@ -236,17 +236,6 @@ def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models
     }
 
 
-def draw(results: dict[str, Any], out: Path) -> None:
-    """Figures beside the results, where matplotlib is installed."""
-    try:
-        from bench.price.figures import draw_all
-    except ImportError:
-        say("no figures: pip install matplotlib draws them")
-        return
-    for path in draw_all(results, out):
-        say(f"wrote {path}")
-
-
 def main() -> None:
     """The command."""
     options = parse()
@@ -266,7 +255,7 @@ def main() -> None:
     results: Any = measure(options, stream, jobs, models)  # as whoever reads the file takes them
     with cli.one_line_errors(PROG):
         conclude(results, options.out / "results.json", verdict_table)
-        draw(results, options.out)
+        draw_where_possible("bench.price.figures", results, options.out)
 
 
 def _check_upstream(options: argparse.Namespace) -> None:

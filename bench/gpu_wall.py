@@ -60,18 +60,9 @@ from bench.setup.backbones import BACKBONES
 from bench.setup.sizes import largest, pick_device
 from bench.wall import components
 from bench.wall import figures as wall_figures
+from bench.wall import options as wall_options
 from bench.wall import table as wall_table
-from bench.wall.options import (
-    LAYOUTS,
-    STEPS_CPU,
-    STEPS_GPU,
-    refuse_idle_options,
-    require_steps,
-    row_layout,
-    step_shape,
-    table_params,
-    wanted_variants,
-)
+from bench.wall.options import LAYOUTS, STEPS_CPU, STEPS_GPU
 from bench.wall.run import COPIES, COPY_BYTES, PROG, Benchmark
 from engram_ref import cli
 from engram_ref.config import PRESETS
@@ -92,14 +83,14 @@ def parse_arguments() -> argparse.Namespace:
     add = steps_group.add_argument
     add("--variants", nargs="+", metavar="NAME", help="default: all that this machine can serve; none for no steps")
     sizes = "values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)"
-    add("--table_params", nargs="+", type=table_params, metavar="N", help=sizes)
+    add("--table_params", nargs="+", type=wall_options.table_params, metavar="N", help=sizes)
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
     add("--preset", choices=list(PRESETS), help="geometry (default: paper-27b)")
     add("--rows", choices=LAYOUTS, help="v41-flash only: scales beside the codes of a row, or apart (default: packed)")
     add("--backbone", default="qwen3-4b", metavar="NAME", help=f"{', '.join(BACKBONES)} or a config.json")
     add("--blocks", type=cli.at_least(2, 1 << 10), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
     shapes = "prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)"
-    add("--steps", nargs="+", type=step_shape, metavar="SHAPE", help=shapes)
+    add("--steps", nargs="+", type=wall_options.step_shape, metavar="SHAPE", help=shapes)
     add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text for the stream (default: the standard library's sources)")
@@ -131,22 +122,24 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
     if options.sharded:
         with cli.one_line_errors(PROG):
             ranks_options.fill(options, given)
-        options.steps = options.steps or [step_shape(text) for text in ranks_options.STEPS]
+        options.steps = options.steps or [wall_options.step_shape(text) for text in ranks_options.STEPS]
         return options
     with cli.one_line_errors(PROG):
         device = pick_device(options.device)
         on_gpu = device.type == "cuda"
-        (chosen_names if options.end_to_end else wanted_variants)(options.variants, device)  # refuses unknown ones
-        refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
+        (chosen_names if options.end_to_end else wall_options.wanted_variants)(
+            options.variants, device
+        )  # refuses unknown ones
+        wall_options.refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
         end_to_end_options.fill_defaults(options, on_gpu)
-        options.rows = row_layout(options.preset, options.rows)
+        options.rows = wall_options.row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
-        require_steps(options.steps or [], on_gpu and not options.end_to_end)
+        wall_options.require_steps(options.steps or [], on_gpu and not options.end_to_end)
         options.table_params = [
             largest(preset, dtype) if n == "max" and not options.end_to_end else n for n in options.table_params
         ]
     if options.steps is None:
-        options.steps = [step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
+        options.steps = [wall_options.step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
     options.steps = [replace(s, context=options.context) if s.phase == "decode" else s for s in options.steps]
     if options.blocks is None and not on_gpu and not options.end_to_end:
         options.blocks = 2

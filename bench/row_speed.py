@@ -87,16 +87,8 @@ def report(results: dict[str, Any]) -> str:
         peak = median(samples, "peak_bytes")
         stages = [f"{summary([s['seconds'][stage] for s in samples])['median']:.2f}" for stage in STAGES]
         growth = [f"{total / work / first:.2f}", f"{peak / reads:.0f}"]
-        rows.append(
-            [
-                f"{samples[0]['tokens']:,}",
-                f"{reads:,}",
-                *stages,
-                f"{total:.1f}",
-                f"{peak / 2**30:.2f}",
-                *growth,
-            ]
-        )
+        sizes = [f"{samples[0]['tokens']:,}", f"{reads:,}"]
+        rows.append([*sizes, *stages, f"{total:.1f}", f"{peak / 2**30:.2f}", *growth])
     return aligned(rows, left=set()) + "\n\ntime / n log n: of the whole run, against the smallest size"
 
 

@@ -17,20 +17,9 @@ from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
 from bench.instruments.words import commit_of, device_label, markdown, short
+from bench.served import numbers
 from bench.served.doubts import reading
-from bench.served.numbers import (
-    BASELINES,
-    PARTS,
-    WHOLE,
-    Json,
-    against,
-    breaking_bus,
-    classify,
-    decomposition,
-    offloaded,
-    slowed,
-    step_bytes,
-)
+from bench.served.numbers import BASELINES, PARTS, WHOLE, Json
 from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, report
 from engram_ref.config import EngramConfig
 
@@ -89,8 +78,8 @@ def _of_cases(runs: list[tuple[str, Json]], line: Callable[[Json, Json], list[st
 def _line(results: Json, case: Json) -> list[str]:
     what = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
     try:
-        parts = decomposition(case, _PHASE)
-        ours = against(case, offloaded(case), "resident", _PHASE)
+        parts = numbers.decomposition(case, _PHASE)
+        ours = numbers.against(case, numbers.offloaded(case), "resident", _PHASE)
         cells = [str(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
     except NotMeasured as why:
         cells = [str(why), *[""] * (len(PARTS) + 1)]
@@ -103,7 +92,7 @@ def wall_time_class(folder: Path) -> str:
     lines = []
     for baseline, whose in BASELINES.items():
         none = "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:].removesuffix('.')}"
-        label, reason = classify(cases, baseline) if cases else none
+        label, reason = numbers.classify(cases, baseline) if cases else none
         lines.append(f"- Against {whose}: **{label}**, {reason}.")
     return "\n".join(lines)
 
@@ -121,12 +110,12 @@ def wall_time_sensitivity(folder: Path) -> str:
 def _sensitivity(results: Json, case: Json) -> list[str]:
     name = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
     try:
-        found, buses = breaking_bus(case), slowed(case)
+        found, buses = numbers.breaking_bus(case), numbers.slowed(case)
     except NotMeasured as why:
-        return [device_label(results), name, _kilobytes(step_bytes(case)), str(why), "", "", "", ""]
+        return [device_label(results), name, _kilobytes(numbers.step_bytes(case)), str(why), "", "", "", ""]
     window = statistics.median(one.window_s for one in buses)
     measured = ["not resolved" if at is None else _us(at) for at in (found.holds_s, found.breaks_s)]
-    return [device_label(results), name, *_expected(step_bytes(case), window, found.predicted_s), *measured]
+    return [device_label(results), name, *_expected(numbers.step_bytes(case), window, found.predicted_s), *measured]
 
 
 def _published(batch: int) -> list[str]:

@@ -8,6 +8,7 @@ forget_figures(path, results)                                   before a results
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -62,6 +63,17 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         print(cli.fitted(report()), flush=True)
+
+
+def draw_where_possible(module: str, results: Mapping[str, Any], out: Path) -> None:
+    """Draw the figures of a module, where matplotlib is installed."""
+    try:
+        drawn = importlib.import_module(module).draw_all(results, out)
+    except ImportError:
+        drawn = []
+        print("no figures: pip install matplotlib draws them", file=sys.stderr, flush=True)
+    for path in drawn:
+        print(f"wrote {path}", file=sys.stderr, flush=True)
 
 
 def finish(results: Mapping[str, Any], path: Path | None) -> None:

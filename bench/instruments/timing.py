@@ -106,11 +106,7 @@ def median_and_spread(samples: Sequence[float]) -> tuple[float, float, float]:
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "q25": quantile(ordered, 0.25),
-        "q75": quantile(ordered, 0.75),
-    }
+    return {"median": statistics.median(ordered), "q25": quantile(ordered, 0.25), "q75": quantile(ordered, 0.75)}
 
 
 def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:

@@ -16,18 +16,8 @@ from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.drawing import COLOURS, interval, legend_below, panels, redraw, save_all
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import device_label
-from bench.served.numbers import (
-    BASELINES,
-    PARTS,
-    PHASES,
-    WHOLE,
-    Json,
-    Slowed,
-    against,
-    case_name,
-    decomposition,
-    slowed,
-)
+from bench.served import numbers
+from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Slowed
 from bench.served.table import PUBLISHED_WINDOW_S
 
 PART_COLOURS = {
@@ -50,7 +40,7 @@ def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
     cases = [case for case in results["cases"] if case["rows"]]
     figure, axes = panels([3.3] * len(cases), width=6, margin=1, title=title)
     for axis, case in zip(axes, cases):
-        axis.set_title(f"{case_name(case)}\n{device_label(results)}", fontsize=9)
+        axis.set_title(f"{numbers.case_name(case)}\n{device_label(results)}", fontsize=9)
     return figure, list(zip(axes, cases))
 
 
@@ -76,7 +66,7 @@ def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
         if row["label"] == baseline:
             continue
         try:
-            part = against(case, row, baseline, "together")
+            part = numbers.against(case, row, baseline, "together")
         except NotMeasured:
             continue
         height, label = place + 0.3 * number - 0.15, f"against {baseline}" if place == 0 else None
@@ -92,7 +82,7 @@ def overhead_parts(results: Json) -> Any:
         axis.set_ylabel("% of the model without Engram")
         try:
             for place, phase in enumerate(PHASES):
-                _stack(axis, place, decomposition(case, phase))
+                _stack(axis, place, numbers.decomposition(case, phase))
         except NotMeasured as why:
             axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
         axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
@@ -119,7 +109,7 @@ def slower_bus(results: Json) -> Any:
     figure, cases = _panels(results, title)
     for axis, case in cases:
         try:
-            _draw_buses(axis, slowed(case))
+            _draw_buses(axis, numbers.slowed(case))
         except NotMeasured as why:
             axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
     return legend_below(figure, cases[0][0])

@@ -344,10 +344,8 @@ class Break(NamedTuple):
 
     def bandwidths(self, nbytes: int) -> tuple[float | None, float | None]:
         """Bytes per second at which `nbytes` take these delays: that breaks, that holds."""
-        return (
-            nbytes / self.breaks_s if self.breaks_s else None,
-            nbytes / self.holds_s if self.holds_s else None,
-        )
+        at_break, at_hold = (nbytes / delay if delay else None for delay in (self.breaks_s, self.holds_s))
+        return at_break, at_hold
 
 
 def breaking_bus(case: Json) -> Break:

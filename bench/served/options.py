@@ -20,14 +20,15 @@ SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
     "dtype": ("bfloat16", "bfloat16", "float32"),
     "table_params": ([1e9], [1e9], [2e7]),
 }
-# Of the options below: on CUDA, on a CPU.
-_OWN_DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "backbones": (["qwen3-4b", "qwen3-8b"], ["tiny"]),
-    "batches": ([FIT], [1, 8]),
-    "sequences": (64, "batch"),
-    "prompt_tokens": ([100, 1024], [16, 32]),
-    "output_tokens": ([100, 1024], [12, 16]),
+# Of the options below, likewise.
+_OWN_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
+    "backbones": (None, ["qwen3-4b", "qwen3-8b"], ["tiny"]),
+    "batches": (None, [FIT], [1, 8]),
+    "sequences": (None, 64, "batch"),
+    "prompt_tokens": (None, [100, 1024], [16, 32]),
+    "output_tokens": (None, [100, 1024], [12, 16]),
     "buses": (
+        None,
         ["64", "16", "4", "1", "0.25", "0.0625", "inf:20", "inf:56", "inf:200"],
         ["0.1", "0.003", "0.0005", "inf:56", "inf:1000", "inf:3000", "inf:10000"],
     ),
@@ -73,12 +74,9 @@ results are on disk after every pass; the same command again continues a run tha
 def fill_defaults(options: argparse.Namespace, on_gpu: bool) -> None:
     """Set what the command line left open."""
     column = (1 if on_gpu else 2) if options.end_to_end else 0
-    for name, defaults in SHARED_DEFAULTS.items():
+    for name, defaults in {**SHARED_DEFAULTS, **_OWN_DEFAULTS}.items():
         if getattr(options, name) is None:
             setattr(options, name, defaults[column])
-    for name, pair in _OWN_DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, pair[0 if on_gpu else 1])
 
 
 def check(options: argparse.Namespace) -> None:

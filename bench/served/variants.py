@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import CONTROL, IN_GRAPH, TableSet, Variant
+from bench.setup.variants import CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -30,17 +30,7 @@ from engram_ref.vocab import CompressedVocab
 
 OWN_COMPUTE = "own_compute"
 THROTTLED = "throttled"
-ON_CUDA = (
-    CONTROL,
-    OWN_COMPUTE,
-    "resident",
-    "offload_naive",
-    "offload_prefetch",
-    "offload_uva",
-    "offload_hot",
-    "offload_disk",
-    THROTTLED,
-)
+ON_CUDA = (CONTROL, OWN_COMPUTE, *VARIANTS, THROTTLED)
 ON_CPU = (CONTROL, OWN_COMPUTE, "resident", "offload_disk", "offload_hot", THROTTLED)
 
 
