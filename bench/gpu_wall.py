@@ -37,7 +37,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 from bench.instruments.output import finish, require_writable, tell
-from bench.instruments.reading import read_results
 from bench.ranks import figures as ranks_figures
 from bench.ranks import options as ranks_options
 from bench.ranks import run as ranks_run
@@ -127,9 +126,8 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
     with cli.one_line_errors(PROG):
         device = pick_device(options.device)
         on_gpu = device.type == "cuda"
-        (chosen_names if options.end_to_end else wall_options.wanted_variants)(
-            options.variants, device
-        )  # refuses unknown ones
+        known = chosen_names if options.end_to_end else wall_options.wanted_variants
+        known(options.variants, device)  # refuses others
         wall_options.refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
         end_to_end_options.fill_defaults(options, on_gpu)
         options.rows = wall_options.row_layout(options.preset, options.rows)
@@ -156,23 +154,21 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         if options.sharded:
-            return report_sharded(ranks_run.measure(options, tell), options.out)
+            if (found := ranks_run.measure(options, tell)) is not None:  # on rank 0
+                show(found, ranks_table.measured_table, ranks_figures.draw_all, options.out)
+            return
         if options.end_to_end:
-            end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
-            return finish(read_results(options.out / "results.json"), options.out / "results.json")
+            served = end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
+            return show(served, end_to_end.report, end_to_end.draw_all, options.out)
         results = Benchmark(options).run()
-        print(f"\n{cli.fitted(wall_table.wall_table(results))}\n")
-        for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
-            print(figure)
-        finish(results, options.out / "results.json")
+        drawn = wall_figures.draw_all if results["steps"] else lambda results, out: []
+        show(results, wall_table.wall_table, drawn, options.out)
 
 
-def report_sharded(results: dict[str, Any] | None, out: Path) -> None:
-    """Print and draw what ranks measured; nothing on ranks that have no results."""
-    if results is None:
-        return
-    print(f"{cli.fitted(ranks_table.measured_table(results))}\n")
-    for figure in ranks_figures.draw_all(results, out):
+def show(results: dict[str, Any], table: Callable[[dict[str, Any]], str], draw: Any, out: Path) -> None:
+    """Print the table, draw the figures, and end."""
+    print(f"\n{cli.fitted(table(results))}\n")
+    for figure in draw(results, out):
         print(figure)
     finish(results, out / "results.json")
 

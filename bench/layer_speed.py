@@ -188,13 +188,9 @@ def construction_case(repeats: int) -> dict[str, Any]:
             memory.bytes.fill_(1)
 
     ways = {"ours": ours, "nn.Embedding": default, "first touch of the memory": first_touch}
-    prepared = {name: _after(fresh_memory, run) for name, run in ways.items()}
+    prepared = {name: Way(fresh_memory, lambda _, run=run: run()) for name, run in ways.items()}  # type: ignore[misc]
     samples = prepared_samples(prepared, lambda: None, repeats)
     return record("construction", samples, "nn.Embedding", {"table_bytes": nbytes})
-
-
-def _after(prepare: Callable[[np.ndarray], None], run: Callable[[], None]) -> Way:
-    return Way(prepare, lambda _: run())
 
 
 def cold_cases(folder: Path, store: Path, repeats: int) -> list[dict[str, Any]]:

@@ -108,9 +108,7 @@ def energy_per_bit() -> dict[str, tuple[float, float, str]]:
     """Per level or path: least and largest pJ/bit, and where it comes from. Paths are sums of ours."""
     found = {}
     for label, name in _LEVELS.items():
-        entry = figures()[f"energy.{name}"]
-        low, high = entry["value"] if isinstance(entry["value"], list) else [entry["value"]] * 2
-        found[label] = (low, high, entry["source"])
+        found[label] = (*bounds(f"energy.{name}"), figures()[f"energy.{name}"]["source"])
     (lp, _, _), (ddr_low, ddr_high, _), (link, _, _) = found["LPDDR5"], found["DDR, whole access"], found["PCIe link"]
     sequential = 1e12 / (figure("energy.nvme_rate_per_watt") * 1e6) / 8
     random = figure("energy.nvme_random_io") * 1e6 / figure("energy.row_bytes") / 8

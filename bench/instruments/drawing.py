@@ -162,11 +162,18 @@ def _wrapped(text: str, width: float) -> str:
     return "\n".join(part for line in lines for part in line)
 
 
-def redraw(draw: Callable[[dict[str, Any], Path], list[Path]], module: str) -> None:
-    """Draw the figures of the results file that the command line names, beside it."""
+def redraw(
+    draw: Callable[[dict[str, Any], Path], list[Path]],
+    module: str,
+    report: Callable[[dict[str, Any]], str] = lambda results: "",
+    benchmark: str | None = None,
+) -> None:
+    """Draw the figures of the results file that the command line names, beside it; before, print what it says."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {module} RESULTS.json")
     path = Path(sys.argv[1])
     with cli.one_line_errors(module), as_this_version(path):
-        for figure in draw(read_results(path), path.parent):
+        results = read_results(path, benchmark)
+        print(report(results), end="\n\n" if benchmark else "")
+        for figure in draw(results, path.parent):
             print(figure)

@@ -26,13 +26,18 @@ class Run(Provenance):
     code_sha256: Digest
 
 
-class LookupConfiguration(TypedDict):
+class Configuration(TypedDict):
     """What was asked for."""
 
     tokens: Natural
+    quick: bool
+
+
+class LookupConfiguration(Configuration):
+    """What was asked for."""
+
     hidden: Natural
     seed: Count
-    quick: bool
 
 
 class LookupStream(Stream):
@@ -80,13 +85,6 @@ class LookupRange(Run):
     records: Annotated[list[Ended], Must(minItems=1)]
 
 
-class EnergyConfiguration(TypedDict):
-    """What was asked for."""
-
-    tokens: Natural
-    quick: bool
-
-
 class StepReads(TypedDict):
     """Row reads of the decode steps of one size."""
 
@@ -105,17 +103,15 @@ class EnergyByTier(Run):
     made."""
 
     benchmark: Literal["energy_by_tier"]
-    configuration: EnergyConfiguration
+    configuration: Configuration
     stream: Stream
     records: Annotated[list[StepReads], Must(minItems=1)]
 
 
-class MapConfiguration(TypedDict):
+class MapConfiguration(Configuration):
     """What was asked for."""
 
-    tokens: Natural
     tokens_per_step: Natural
-    quick: bool
 
 
 class MapRecord(TypedDict):

@@ -47,10 +47,7 @@ def row_of(case: Json, label: str) -> Json:
     Raises:
         NotMeasured: there is none, or it has no samples.
     """
-    for row in case["rows"]:
-        if row["label"] == label and row["rounds"]:
-            return row
-    raise NotMeasured(f"{label} was not measured")
+    return first_of(case, (label,))
 
 
 def first_of(case: Json, labels: tuple[str, ...]) -> Json:
@@ -148,15 +145,10 @@ def decomposition(case: Json, phase: str) -> dict[str, Overhead]:
 # --- what a user sees ---------------------------------------------------------------------------------
 
 
-def tokens_per_second(case: Json, row: Json, phase: str = "together") -> list[float]:
-    """Output tokens per second of each round; the first token of a sequence is the prefill's."""
+def tokens_per_second(case: Json, row: Json) -> list[float]:
+    """Output tokens per second of each round, prefill included."""
     made = {entry["round"]: entry["output_tokens"] for entry in case["rounds"]}
-    firsts = case["sequences"]
-    found = []
-    for sample in row["rounds"]:
-        tokens = {"prefill": firsts, "decode": made[sample["round"]] - firsts, "together": made[sample["round"]]}[phase]
-        found.append(tokens / seconds(sample, phase))
-    return found
+    return [made[sample["round"]] / seconds(sample, "together") for sample in row["rounds"]]
 
 
 def per_step(row: Json, name: str) -> list[float]:

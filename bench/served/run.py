@@ -8,18 +8,16 @@ is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.drawing import redraw
 from bench.instruments.driver import device_head
-from bench.instruments.reading import as_this_version, read_results
 from bench.instruments.words import device_label, measured_on
 from bench.schemas.served import Head
 from bench.served.figures import draw_all
@@ -37,7 +35,6 @@ from bench.setup.backbones import Backbone, build_backbone, measure_backbone, pa
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
 from bench.setup.token_batches import Corpus, halves
-from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -252,24 +249,13 @@ class EndToEnd:
         return self.record.case(description, [one.label for one in contenders.variants])
 
 
-def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> None:
-    """The command."""
+def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> Json:
+    """The command's results."""
     run = EndToEnd(options, tell, copy)
     print(measured_on(run.record.results), flush=True)
-    show(run.run(), run.record.path)
-
-
-def show(results: Json, path: Path) -> None:
-    """Print the tables, and draw the figures beside the file."""
-    print(f"\n{report(results)}\n\n{path}")
-    for figure in draw_all(results, path.parent):
-        print(figure)
+    return run.run()
 
 
 def main() -> None:
     """Show a file that the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.served.run RESULTS.json")
-    path = Path(sys.argv[1])
-    with cli.one_line_errors(PROG), as_this_version(path):
-        show(read_results(path, PROG), path)
+    redraw(draw_all, "bench.served.run", report, PROG)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant
+from bench.setup.variants import CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant, chosen
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -146,8 +146,4 @@ def chosen_names(wanted: Sequence[str] | None, device: torch.device) -> tuple[st
     Raises:
         ValueError: one that this machine cannot serve.
     """
-    possible = ON_CUDA if device.type == "cuda" else ON_CPU
-    for name in wanted or ():
-        if name not in possible:
-            raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)} end to end")
-    return tuple(name for name in possible if wanted is None or name in wanted)
+    return tuple(chosen(wanted, ON_CUDA if device.type == "cuda" else ON_CPU, " end to end"))

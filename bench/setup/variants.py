@@ -90,6 +90,18 @@ class Variant:
         return hasher.device if isinstance(hasher, DeviceHasher) else None
 
 
+def chosen(wanted: Sequence[str] | None, possible: Sequence[str], besides: str) -> list[str]:
+    """Of the variants that a machine can serve, those that are wanted; None for all. `besides` ends the refusal.
+
+    Raises:
+        ValueError: one that it cannot serve.
+    """
+    for name in wanted or ():
+        if name not in possible:
+            raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}{besides}")
+    return [name for name in possible if wanted is None or name in wanted]
+
+
 class TableSet:
     """One table content in every placement that the chosen variants need; a context manager that gives all back.
 
