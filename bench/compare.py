@@ -21,6 +21,7 @@ import json
 import random
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,18 +170,17 @@ def _word(value: Any) -> str:
 
 def report(lines: list[Line], sides: list[tuple[str, str, str]], shape: str) -> str:
     """The comparison in a format."""
+    counts = Counter(line.verdict for line in lines)
     if shape == "json":
-        counts = {
-            verdict: sum(line.verdict == verdict for line in lines) for verdict in {line.verdict for line in lines}
-        }
         body = {"machines": sides, "counts": counts, "quantities": [line._asdict() for line in lines]}
         return json.dumps(body, indent=1)
     if shape == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([_FIELDS, *lines])
         return out.getvalue().rstrip("\n")
+    said = ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
     about, head = markdown(["", "A", "B"], sides), ["quantity", "A", "B", "B / A", "95 % interval", "how", "verdict"]
-    return "\n".join([about, "", markdown(head, map(_row, lines), right={1, 2, 3}), "", _counted(lines)])
+    return "\n".join([about, "", markdown(head, map(_row, lines), right={1, 2, 3}), "", said])
 
 
 def _row(line: Line) -> list[str]:
@@ -191,11 +191,6 @@ def _row(line: Line) -> list[str]:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
-
-
-def _counted(lines: list[Line]) -> str:
-    names = dict.fromkeys(line.verdict for line in lines)
-    return ", ".join(f"{sum(line.verdict == name for line in lines):,} {name}" for name in names)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _content(rows: int, row_bytes: int) -> Iterator[torch.Tensor]:
         yield piece
 
 
-class ColdRace:
+class ColdRace(AbstractContextManager["ColdRace"]):
     """Our table and the store with the same rows in two files, measured in turn.
 
     Args:
@@ -143,13 +143,11 @@ class ColdRace:
             self._close = undo.pop_all()
 
     def _require_equal(self) -> None:
-        rows = self.fresh(_CHECKED_ROWS)
-        row_format = _row_format(self.row_bytes)
-        expected = table_content.expected_rows(torch.from_numpy(rows), row_format, _SEED).numpy().tobytes()
-        ours = self.table.start(torch.from_numpy(rows)).wait().view(torch.uint8).numpy().tobytes()
-        for name, found in ((OURS, ours), (STORE, self.store.fetch(rows.tolist()))):
-            if found != expected:
-                raise ValueError(f"{name} returned other rows than were written: nothing was measured")
+        rows, row_format = self.fresh(_CHECKED_ROWS), _row_format(self.row_bytes)
+        numbers = torch.from_numpy(rows)
+        stored = torch.frombuffer(bytearray(self.store.fetch(rows.tolist())), dtype=torch.uint8)
+        for name, found in ((OURS, self.table.start(numbers).wait()), (STORE, stored.view(-1, self.row_bytes))):
+            table_content.require_written(name, found, numbers, row_format, _SEED)
 
     def fresh(self, count: int) -> np.ndarray:
         """Random row numbers [count]."""
@@ -181,9 +179,6 @@ class ColdRace:
                 raise ValueError(f"the disk's limit is not known: {disk['why']}")
             samples[DISK].append(count / disk["reads_per_s"])
         return samples
-
-    def __enter__(self) -> ColdRace:
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Remove both files."""

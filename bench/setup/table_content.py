@@ -134,6 +134,23 @@ def expected_values(numbers: Tensor, row_format: RowFormat, seed: int) -> Tensor
     return fp8.dequantise(codes.view(fp8.CODE_DTYPE), scales.view(fp8.SCALE_DTYPE))
 
 
+def require_written(who: str, found: Tensor, numbers: Tensor, row_format: RowFormat, seed: int) -> None:
+    """Refuse rows that are not those which were written.
+
+    Args:
+        who: found them.
+        found: values [N, D], or stored bytes, uint8 [N, row_bytes]; on any device.
+        numbers: of the rows, [N].
+
+    Raises:
+        ValueError: nothing may be timed.
+    """
+    expected = expected_rows if found.dtype == torch.uint8 else expected_values
+    written = expected(numbers, row_format, seed).view(torch.uint8)
+    if not torch.equal(found.cpu().contiguous().view(torch.uint8), written):
+        raise ValueError(f"{who} returned other rows than were written: nothing was measured")
+
+
 class _Words:
     """The words of rows of one format.
 

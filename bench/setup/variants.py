@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 _CHECKED_ROWS = 4096
-_Set = TypeVar("_Set", bound="TableSet")
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
 
 
@@ -102,7 +101,7 @@ def chosen(wanted: Sequence[str] | None, possible: Sequence[str], besides: str) 
     return [name for name in possible if wanted is None or name in wanted]
 
 
-class TableSet:
+class TableSet(AbstractContextManager[Any]):
     """One table content in every placement that the chosen variants need; a context manager that gives all back.
 
     Args:
@@ -257,7 +256,8 @@ class TableSet:
                 given = ids if device is None else torch.from_numpy(ids).to(device)
                 with variant.prefetcher.start(given) as fetch:
                     self.require(variant.label, fetch[self.layer_id].wait(), ids)
-        return _digest(self._written(ids))
+        written = table_content.expected_values(self._numbers(ids), self.format, self._seed)
+        return hashlib.sha256(written.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def require(self, who: str, values: Tensor, ids: np.ndarray) -> None:
         """Refuse values [N, D] of compressed ids that are not those which were written.
@@ -265,24 +265,15 @@ class TableSet:
         Raises:
             ValueError: names who found them.
         """
-        written = self._written(ids)
-        if _digest(values[: len(written)].contiguous().cpu()) != _digest(written):
-            raise ValueError(f"{who} returned other rows than were written: nothing was measured")
+        numbers = self._numbers(ids)
+        table_content.require_written(who, values[: len(numbers)], numbers, self.format, self._seed)
 
-    def _written(self, ids: np.ndarray) -> Tensor:
-        """What the content's formula gives for the first rows of compressed ids."""
-        numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
-        return table_content.expected_values(torch.from_numpy(numbers), self.format, self._seed)
-
-    def __enter__(self: _Set) -> _Set:
-        return self
+    def _numbers(self, ids: np.ndarray) -> Tensor:
+        """The first rows that compressed ids ask for."""
+        return torch.from_numpy(NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS])
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _to_device(memory: Tensor, device: torch.device) -> Tensor:
