@@ -1,8 +1,10 @@
 """A whole model with Engram in it, served under every variant: what `gpu_wall.py --end-to-end` runs.
 
 What is to be measured is settled, checked against memory and written down first; then table, models and caches are
-built, one case after the other: a backbone, a batch, a stream. `end_to_end_rounds` measures a case; what samples mean
-is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_end_figures`.
+built, one case after the other: a backbone, a batch, a stream. `rounds` measures a case; what samples mean is computed
+in `numbers` and shown by `table` and `figures`.
+
+    python -m bench.served.run RESULTS.json             the tables and figures of a file again
 """
 
 from __future__ import annotations
@@ -259,3 +261,7 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tupl
 def main() -> None:
     """Show a file that the command line names."""
     redraw(draw_all, "bench.served.run", report, PROG)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -382,3 +383,13 @@ def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatc
         run.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of 'gpu_wall'" in error
+
+
+def test_a_file_is_shown_again_as_a_module(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(example()), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["bench.served.run", str(path)])
+    monkeypatch.delitem(sys.modules, "bench.served.run")
+    runpy.run_module("bench.served.run", run_name="__main__")
+    said = capsys.readouterr().out
+    assert "== qwen3-8b, 36 blocks" in said and said.endswith(f"{tmp_path / 'slower_bus.svg'}\n")
