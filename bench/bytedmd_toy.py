@@ -49,7 +49,6 @@ INCONCLUSIVE. It depends on the boundary, that is, on what stands in the denomin
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -60,14 +59,14 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.instruments.journal import now
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import results_head, write_json
+from bench.instruments.output import draw_where_possible, require_writable
+from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
 from bench.price.models import MODELS_OF, digest, make_workload, row_stream, scale_of, toy_config
 from bench.price.table import verdict_table
 from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
-from bench.setup.parallel import in_parallel
+from bench.setup.parallel import add_jobs, in_parallel
 from bench.setup.streams import Stream, text_stream
 from bench.sweeps.command import chosen, run_sweeps
 from bench.sweeps.points import NAMES, varied
@@ -91,50 +90,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add("--preset", choices=CUTS, default="tiny", help="form of Engram (default: tiny)")
-    add(
-        "--model",
-        choices=[*MODELS, "both"],
-        default="both",
-        help="default: both; with other presets than tiny engram alone",
-    )
+    add("--preset", choices=CUTS, default="tiny", help="form of Engram")
+    add("--model", choices=[*MODELS, "both"], default="both", help="default: both; with other presets than tiny engram")
     add("--text", metavar="FILE", help="a UTF-8 text file (default: Python's help topics, pydoc_data.topics)")
     add(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hugging Face name (default: DeepSeek-V4)"
     )
-    add("--seq_len", type=cli.at_least(2, 1 << 13), default=128, metavar="T", help="tokens to read (default: 128)")
-    add("--d_model", type=cli.at_least(1, 1 << 10), default=64, metavar="H", help="width of the model (default: 64)")
-    add(
-        "--padding",
-        type=cli.at_least(0, 10**7),
-        default=10**6,
-        metavar="M",
-        help="values that bury the table (default: 10^6)",
-    )
-    add("--hot_share", type=cli.share, default=0.1, metavar="S", help="rows offload_hot keeps above (default: 0.1)")
-    add(
-        "--bytes_per_element",
-        type=cli.at_least(1, 1 << 10),
-        default=1,
-        metavar="B",
-        help="bytes per value (default: 1)",
-    )
-    add(
-        "--seed",
-        type=cli.at_least(0, cli.MOST_SEED),
-        default=0,
-        help="which window of the text, which weights (default: 0)",
-    )
+    add("--seq_len", type=cli.at_least(2, 1 << 13), default=128, metavar="T", help="tokens to read")
+    add("--d_model", type=cli.at_least(1, 1 << 10), default=64, metavar="H", help="width of the model")
+    add("--padding", type=cli.at_least(0, 10**7), default=10**6, metavar="M", help="values that bury the table")
+    add("--hot_share", type=cli.share, default=0.1, metavar="S", help="rows offload_hot keeps above")
+    add("--bytes_per_element", type=cli.at_least(1, 1 << 10), default=1, metavar="B", help="bytes per value")
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="which window of the text, which weights")
     add("--definition", choices=DEFINITIONS, default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
-    add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case (default: 5)")
-    add(
-        "--jobs",
-        type=cli.at_least(1, 1 << 10),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: all cores)",
-    )
+    add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case")
+    add_jobs(parser)
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add(
         "--sweep",
@@ -151,13 +122,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if first.quick:
         parser.set_defaults(**QUICK)
     options, given = parser.parse_given(argv)
+    idle, why = ("fresh",), "without --sweep: a single run begins anew each time, leave it out"
     if options.sweep:
-        with cli.one_line_errors(PROG):
-            cli.refuse_idle(given, ("repeats",), "with --sweep, which measures no wall time: leave it out")
+        idle, why = ("repeats",), "with --sweep, which measures no wall time: leave it out"
+    with cli.one_line_errors(PROG):
+        cli.refuse_idle(given, idle, why)
+        if options.sweep:
             cli.refuse_idle(given, varied(chosen(options)), "where every sweep varies it: leave it out")
-    else:
-        with cli.one_line_errors(PROG):
-            cli.refuse_idle(given, ("fresh",), "without --sweep: a single run begins anew each time, leave it out")
     return options
 
 
@@ -267,17 +238,6 @@ def measure(options: argparse.Namespace, stream: Stream, jobs: list[Job], models
     }
 
 
-def draw(results: dict[str, Any], out: Path) -> None:
-    """Figures beside the results, where matplotlib is installed."""
-    try:
-        from bench.price.figures import draw_all
-    except ImportError:
-        say("no figures: pip install matplotlib draws them")
-        return
-    for path in draw_all(results, out):
-        say(f"wrote {path}")
-
-
 def main() -> None:
     """The command."""
     options = parse()
@@ -295,12 +255,9 @@ def main() -> None:
         require_writable(options.out)  # after bad input was refused, which leaves nothing behind
     say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")
     results: Any = measure(options, stream, jobs, models)  # as whoever reads the file takes them
-    with cli.one_line_errors(PROG), printed_anyway(lambda: verdict_table(results)):
-        path = options.out / "results.json"
-        write_json(path, results)
-        say(f"wrote {path}")
-        draw(results, options.out)
-    finish(results, path)
+    with cli.one_line_errors(PROG):
+        conclude(results, options.out / "results.json", verdict_table)
+        draw_where_possible("bench.price.figures", results, options.out)
 
 
 def _check_upstream(options: argparse.Namespace) -> None:

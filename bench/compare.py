@@ -21,6 +21,7 @@ import json
 import random
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 from bench.instruments.quantities import Quantity, quantities
 from bench.instruments.reading import read_results
 from bench.instruments.timing import LEAST_SAMPLES, paired_ratio, quantile
+from bench.instruments.words import markdown
 from engram_ref import cli
 
 PROG = "compare"
@@ -68,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("b", type=Path, metavar="B.json", help="what is held against it")
     add("--format", choices=["md", "csv", "json"], default="md", help="default: md")
     add("--only", metavar="TEXT", help="quantities whose name has this in it")
-    add("--tolerance", type=cli.share, default=0.0, help="share by which B may be larger and no worse (default: 0)")
+    add("--tolerance", type=cli.share, default=0.0, help="share by which B may be larger and no worse")
     return parser.parse_args(argv)
 
 
@@ -168,37 +170,27 @@ def _word(value: Any) -> str:
 
 def report(lines: list[Line], sides: list[tuple[str, str, str]], shape: str) -> str:
     """The comparison in a format."""
+    counts = Counter(line.verdict for line in lines)
     if shape == "json":
-        counts = {
-            verdict: sum(line.verdict == verdict for line in lines) for verdict in {line.verdict for line in lines}
-        }
         body = {"machines": sides, "counts": counts, "quantities": [line._asdict() for line in lines]}
         return json.dumps(body, indent=1)
     if shape == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([_FIELDS, *lines])
         return out.getvalue().rstrip("\n")
-    head = ["| | A | B |", "| --- | --- | --- |", *(f"| {name} | {a} | {b} |" for name, a, b in sides), ""]
-    head += [
-        "| quantity | A | B | B / A | 95 % interval | how | verdict |",
-        "| --- | ---: | ---: | ---: | --- | --- | --- |",
-    ]
-    return "\n".join([*head, *map(_row, lines), "", _counted(lines)])
+    said = ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
+    about, head = markdown(["", "A", "B"], sides), ["quantity", "A", "B", "B / A", "95 % interval", "how", "verdict"]
+    return "\n".join([about, "", markdown(head, map(_row, lines), right={1, 2, 3}), "", said])
 
 
-def _row(line: Line) -> str:
+def _row(line: Line) -> list[str]:
     interval = "-" if line.low is None or line.how == "exact" else f"[{line.low:.3f}, {line.high:.3f}]"
-    cells = [_figure(line.a), _figure(line.b), "-" if line.ratio is None else f"{line.ratio:.3f}", interval]
-    return f"| {line.quantity} | {' | '.join(cells)} | {line.how or '-'} | {line.verdict} |"
+    ratio = "-" if line.ratio is None else f"{line.ratio:.3f}"
+    return [line.quantity, _figure(line.a), _figure(line.b), ratio, interval, line.how or "-", line.verdict]
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
-
-
-def _counted(lines: list[Line]) -> str:
-    names = dict.fromkeys(line.verdict for line in lines)
-    return ", ".join(f"{sum(line.verdict == name for line in lines):,} {name}" for name in names)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,13 +4,14 @@
     python bench/fill_docs.py --check     say what would change, and fail if anything would
 
 A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is one of BLOCKS. A single value in a
-sentence stands between `<!-- v: NAME -->` and `<!-- /v -->`; NAME is one of VALUES. Neither mark shows when rendered.
-The data that the site's scripts draw from are written as scripts, too (SCRIPTS): a page opened as a file may load no
-other kind. In `docs/findings/` and on the start page no number may be typed (`bench.evidence.typed_numbers`).
+sentence stands between `<!-- v: NAME -->` and `<!-- /v -->`; NAME is one of `values()`. Neither mark shows when
+rendered. The data that the site's scripts draw from are written as scripts, too (SCRIPTS): a page opened as a file may
+load no other kind. In `docs/findings/` and on the start page no number may be typed (`bench.evidence.typed_numbers`).
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -74,6 +75,15 @@ def as_text(results: dict[str, Any], body: str) -> str:
     return f"```text\n{body}\n```\n\nMeasured on: {machine(results)}."
 
 
+def fenced(tables: dict[str, Callable[[], str]]) -> dict[str, Callable[[], str]]:
+    """Tables as blocks of printed text."""
+    return {name: functools.partial(_fenced, table) for name, table in tables.items()}
+
+
+def _fenced(table: Callable[[], str]) -> str:
+    return f"```text\n{table()}\n```"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: as_text(load("bytedmd_toy"), verdict_table(load("bytedmd_toy"))),
     "verdict_v41": lambda: as_text(load("bytedmd_toy_v41"), verdict_table(load("bytedmd_toy_v41"))),
@@ -81,8 +91,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "row_speed": lambda: as_text(load("row_speed"), row_speed.report(load("row_speed"))),
     "hashing": lambda: as_text(load("hashing_speed"), hashing_speed.report(load("hashing_speed"))),
     "layer": lambda: as_text(load("layer_speed"), layer_speed.report(load("layer_speed"))),
-    "wall_cpu": lambda: f"```text\n{wall_table(load('gpu_wall_cpu'))}\n```",
-    "wall_cpu_v41": lambda: f"```text\n{wall_table(load('gpu_wall_cpu_v41'))}\n```",
+    **fenced(
+        {
+            **price.blocks(Evidence(RESULTS)),
+            **ranges.blocks(Evidence(RESULTS)),
+            "wall_cpu": lambda: wall_table(load("gpu_wall_cpu")),
+            "wall_cpu_v41": lambda: wall_table(load("gpu_wall_cpu_v41")),
+            "same_rows": lambda: "\n".join(report_on_sample()),
+        }
+    ),
     **wall_time.blocks(RESULTS),
     "place_formulas": predictions.formulas,
     "place_errors": lambda: predictions.table(RESULTS),
@@ -99,24 +116,28 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
     "file_tree": file_tree,
-    **price.blocks(Evidence(RESULTS)),
-    **ranges.blocks(Evidence(RESULTS)),
     "sharded_bytes": lambda: ranks_table.bytes_table(load("sharded_cpu")),
     "sharded_hidden": lambda: ranks_table.most_hidden(load("sharded_cpu")),
     "sharded_stragglers": lambda: ranks_table.stragglers_table(load("sharded_cpu")),
     "stress": lambda: as_text(load("stress"), stress.report(load("stress"))),
-    "same_rows": lambda: "```text\n{}\n```".format("\n".join(report_on_sample())),
 }
-# Single values in sentences.
-VALUES: dict[str, Callable[[], str]] = {
-    **published.VALUES,
-    **price.values(Evidence(RESULTS)),
-    **ranges.values(Evidence(RESULTS)),
-    "threshold.strong": lambda: f"{STRONG_BELOW:g}",
-    "threshold.win": lambda: f"{WIN_UP_TO:g}",
-    "threshold.loss": lambda: f"{LOSS_ABOVE:g}",
-    "threshold.wall_time": lambda: f"{100 * WALL_TIME_CLAIM:g}",
-}
+
+
+@functools.cache
+def values() -> dict[str, str]:
+    """Single values in sentences, by name."""
+    evidence = Evidence(RESULTS)
+    return {
+        **published.values(),
+        **price.values(evidence),
+        **ranges.values(evidence),
+        "threshold.strong": f"{STRONG_BELOW:g}",
+        "threshold.win": f"{WIN_UP_TO:g}",
+        "threshold.loss": f"{LOSS_ABOVE:g}",
+        "threshold.wall_time": f"{100 * WALL_TIME_CLAIM:g}",
+    }
+
+
 # Scripts that carry data to the pages, below docs/assets.
 SCRIPTS: dict[str, Callable[[], str]] = {
     "grid.js": lambda: data.grid_script(RESULTS),
@@ -143,19 +164,19 @@ def filled(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- begin: {name} -->\n{_named(BLOCKS, name, 'block')}\n<!-- end: {name} -->"
+        return f"<!-- begin: {name} -->\n{_named(BLOCKS, name, 'block')()}\n<!-- end: {name} -->"
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- v: {name} -->{_named(VALUES, name, 'value')}<!-- /v -->"
+        return f"<!-- v: {name} -->{_named(values(), name, 'value')}<!-- /v -->"
 
     return marks_inside_lines(MARK.sub(value, BLOCK.sub(block, text)))
 
 
-def _named(functions: dict[str, Callable[[], str]], name: str, what: str) -> str:
-    if name not in functions:
+def _named(known: dict[str, Any], name: str, what: str) -> Any:
+    if name not in known:
         raise ValueError(f"no {what} is called {name!r}: see bench/fill_docs.py for those there are")
-    return functions[name]()
+    return known[name]
 
 
 def stale() -> list[str]:

@@ -48,47 +48,31 @@ class Step:
         name: of its folder below --out.
         command: program and options, without --out and --quick.
         results: file that it writes -> name under bench/results.
-        remembers: whether it finds by itself what it has finished.
-        code: module that a step which does not is finished by, with all that it imports.
+        code: module that finished it, with all that it imports; None where it finds by itself what it has finished.
     """
 
     name: str
     command: tuple[str, ...]
     results: dict[str, str]
-    remembers: bool = True
-    code: str = TOY_CODE
+    code: str | None = None
 
 
 def _single(name: str) -> Step:
     """A run of `bench/how_far.py`."""
     command = ("how_far.py", name)
-    return Step(name, command, {"results.json": name}, remembers=False, code=f"bench.ranges.{name}")
+    return Step(name, command, {"results.json": name}, f"bench.ranges.{name}")
 
 
+_QWEN = ("--preset", "qwen38-flash-next", "--part", "scale", "whole_model")
+_ROWS = Step("row_definitions", ("row_definitions.py",), {"results.json": "row_definitions"}, "bench.rows.definitions")
 STEPS = (
-    Step("toy", ("bytedmd_toy.py",), {"results.json": "bytedmd_toy"}, remembers=False),
-    Step("toy_v41", ("bytedmd_toy.py", "--preset", "v41-flash"), {"results.json": "bytedmd_toy_v41"}, remembers=False),
-    Step(
-        "sweeps",
-        ("bytedmd_toy.py", "--sweep", "all"),
-        {"sweeps.json": "bytedmd_sweeps", "grid.json": "bytedmd_grid"},
-    ),
+    Step("toy", ("bytedmd_toy.py",), {"results.json": "bytedmd_toy"}, TOY_CODE),
+    Step("toy_v41", ("bytedmd_toy.py", "--preset", "v41-flash"), {"results.json": "bytedmd_toy_v41"}, TOY_CODE),
+    Step("sweeps", ("bytedmd_toy.py", "--sweep", "all"), {f"{n}.json": f"bytedmd_{n}" for n in ("sweeps", "grid")}),
     Step("production", ("production.py",), {"results.json": "production"}),
-    Step(
-        "production_qwen",
-        ("production.py", "--preset", "qwen38-flash-next", "--part", "scale", "whole_model"),
-        {"results.json": "production_qwen"},
-    ),
-    Step(
-        "row_definitions",
-        ("row_definitions.py",),
-        {"results.json": "row_definitions"},
-        remembers=False,
-        code="bench.rows.definitions",
-    ),
-    _single("lookup_range"),
-    _single("energy_by_tier"),
-    _single("verdict_map"),
+    Step("production_qwen", ("production.py", *_QWEN), {"results.json": "production_qwen"}),
+    _ROWS,
+    *map(_single, ("lookup_range", "energy_by_tier", "verdict_map")),
 )
 
 
@@ -99,8 +83,9 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
         ValueError: it failed.
     """
     folder = out / step.name
-    stamp, state = folder / "finished-by", f"{code_sha256(step.code)} {sys.version} quick={quick}\n"
-    if not step.remembers and stamp.exists() and stamp.read_text() == state:
+    stamp, by = folder / "finished-by", step.code and code_sha256(step.code)
+    state = f"{by} {sys.version} quick={quick}\n"
+    if by and stamp.exists() and stamp.read_text() == state:
         say(f"{step.name}: finished before")
         return
     say(f"{step.name}: {' '.join(step.command)}")
@@ -109,7 +94,7 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
     ended = subprocess.run(command, stdout=subprocess.DEVNULL)
     if ended.returncode:
         raise ValueError(f"step {step.name} ended with {ended.returncode}: what it says stands above")
-    if not step.remembers:
+    if by:
         with replacing(stamp) as file:
             file.write(state.encode())
 

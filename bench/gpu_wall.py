@@ -37,7 +37,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 from bench.instruments.output import finish, require_writable, tell
-from bench.instruments.reading import read_results
 from bench.ranks import figures as ranks_figures
 from bench.ranks import options as ranks_options
 from bench.ranks import run as ranks_run
@@ -60,18 +59,9 @@ from bench.setup.backbones import BACKBONES
 from bench.setup.sizes import largest, pick_device
 from bench.wall import components
 from bench.wall import figures as wall_figures
+from bench.wall import options as wall_options
 from bench.wall import table as wall_table
-from bench.wall.options import (
-    LAYOUTS,
-    STEPS_CPU,
-    STEPS_GPU,
-    refuse_idle_options,
-    require_steps,
-    row_layout,
-    step_shape,
-    table_params,
-    wanted_variants,
-)
+from bench.wall.options import LAYOUTS, STEPS_CPU, STEPS_GPU
 from bench.wall.run import COPIES, COPY_BYTES, PROG, Benchmark
 from engram_ref import cli
 from engram_ref.config import PRESETS
@@ -83,59 +73,28 @@ def parse_arguments() -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path("out/gpu_wall"),
-        metavar="DIR",
-        help="results, figures and the table's file (default: out/gpu_wall)",
-    )
+    add("--out", type=Path, default=Path("out/gpu_wall"), metavar="DIR", help="results, figures and the table's file")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the model, and of the table where the preset has no fp8 rows (default: bfloat16)",
-    )
-    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0)
+    add("--dtype", choices=DTYPES, help="of the model, and of rows that the preset has not in fp8 (default: bfloat16)")
+    add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="of ids and weights")
 
     steps_group = parser.add_argument_group("steps of a model with an Engram layer")
     add = steps_group.add_argument
     add("--variants", nargs="+", metavar="NAME", help="default: all that this machine can serve; none for no steps")
-    add(
-        "--table_params",
-        nargs="+",
-        type=table_params,
-        metavar="N",
-        help="values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)",
-    )
+    sizes = "values in the rows: 1e9 ... 1e11, or max, what memory holds as stored (default: 1e9)"
+    add("--table_params", nargs="+", type=wall_options.table_params, metavar="N", help=sizes)
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
     add("--preset", choices=list(PRESETS), help="geometry (default: paper-27b)")
-    add(
-        "--rows",
-        choices=LAYOUTS,
-        help="v41-flash only: scales of a row beside its codes, or apart from them (default: packed)",
-    )
-    add(
-        "--backbone",
-        default="qwen3-4b",
-        metavar="NAME",
-        help=f"{', '.join(BACKBONES)} or a config.json (default: qwen3-4b)",
-    )
+    add("--rows", choices=LAYOUTS, help="v41-flash only: scales beside the codes of a row, or apart (default: packed)")
+    add("--backbone", default="qwen3-4b", metavar="NAME", help=f"{', '.join(BACKBONES)} or a config.json")
     add("--blocks", type=cli.at_least(2, 1 << 10), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
-    add(
-        "--steps",
-        nargs="+",
-        type=step_shape,
-        metavar="SHAPE",
-        help="prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)",
-    )
-    add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step (default: 512)")
+    shapes = "prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)"
+    add("--steps", nargs="+", type=wall_options.step_shape, metavar="SHAPE", help=shapes)
+    add("--context", type=cli.at_least(0, 1 << 20), default=512, help="tokens before a decode step")
     add("--stream", choices=("text", "uniform"), default="text", help="token ids: the standard library, or random")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text for the stream (default: the standard library's sources)")
     add("--page_cache", nargs="+", choices=("cold", "warm"), default=["cold", "warm"], help="for offload_disk")
-    add(
-        "--hot_share", type=cli.share, default=0.1, help="of the rows, kept on the device by offload_hot (default: 0.1)"
-    )
+    add("--hot_share", type=cli.share, default=0.1, help="of the rows, kept on the device by offload_hot")
     add("--rounds", type=cli.at_least(1), help="samples per variant and shape (default: 20)")
     add("--warmup", type=cli.at_least(1), help="rounds that are not kept (default: 2)")
     add("--energy", action="store_true", help="board energy, 30 s per variant and shape (CUDA); try --backbone none")
@@ -144,10 +103,10 @@ def parse_arguments() -> argparse.Namespace:
 
     parts_group = parser.add_argument_group("component cases")
     add = parts_group.add_argument
-    add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="default: all")
-    add("--iterations", type=cli.at_least(1), default=50, help="samples per case (default: 50)")
+    add("--cases", nargs="+", choices=(*components.CASES, "all", "none"), default=["all"], help="parts of the lookup")
+    add("--iterations", type=cli.at_least(1), default=50, help="samples per case")
     add("--batch_size", type=cli.at_least(1), help="default: 64; 1 on a CPU")
-    add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="default: 4096")
+    add("--seq_len", type=cli.at_least(1, 1 << 20), default=4096, help="tokens of a sequence")
     end_to_end_options.add_arguments(parser)
     parser.add_argument("--sharded", action="store_true", help="only the fetch from tables that ranks share (torchrun)")
     return complete(*parser.parse_given())
@@ -162,22 +121,23 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
     if options.sharded:
         with cli.one_line_errors(PROG):
             ranks_options.fill(options, given)
-        options.steps = options.steps or [step_shape(text) for text in ranks_options.STEPS]
+        options.steps = options.steps or [wall_options.step_shape(text) for text in ranks_options.STEPS]
         return options
     with cli.one_line_errors(PROG):
         device = pick_device(options.device)
         on_gpu = device.type == "cuda"
-        (chosen_names if options.end_to_end else wanted_variants)(options.variants, device)  # refuses unknown ones
-        refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
+        known = chosen_names if options.end_to_end else wall_options.wanted_variants
+        known(options.variants, device)  # refuses others
+        wall_options.refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
         end_to_end_options.fill_defaults(options, on_gpu)
-        options.rows = row_layout(options.preset, options.rows)
+        options.rows = wall_options.row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
-        require_steps(options.steps or [], on_gpu and not options.end_to_end)
+        wall_options.require_steps(options.steps or [], on_gpu and not options.end_to_end)
         options.table_params = [
             largest(preset, dtype) if n == "max" and not options.end_to_end else n for n in options.table_params
         ]
     if options.steps is None:
-        options.steps = [step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
+        options.steps = [wall_options.step_shape(text) for text in (STEPS_GPU if on_gpu else STEPS_CPU)]
     options.steps = [replace(s, context=options.context) if s.phase == "decode" else s for s in options.steps]
     if options.blocks is None and not on_gpu and not options.end_to_end:
         options.blocks = 2
@@ -194,23 +154,21 @@ def main() -> None:
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         if options.sharded:
-            return report_sharded(ranks_run.measure(options, tell), options.out)
+            if (found := ranks_run.measure(options, tell)) is not None:  # on rank 0
+                show(found, ranks_table.measured_table, ranks_figures.draw_all, options.out)
+            return
         if options.end_to_end:
-            end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
-            return finish(read_results(options.out / "results.json"), options.out / "results.json")
+            served = end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
+            return show(served, end_to_end.report, end_to_end.draw_all, options.out)
         results = Benchmark(options).run()
-        print(f"\n{cli.fitted(wall_table.wall_table(results))}\n")
-        for figure in wall_figures.draw_all(results, options.out) if results["steps"] else []:
-            print(figure)
-        finish(results, options.out / "results.json")
+        drawn = wall_figures.draw_all if results["steps"] else lambda results, out: []
+        show(results, wall_table.wall_table, drawn, options.out)
 
 
-def report_sharded(results: dict[str, Any] | None, out: Path) -> None:
-    """Print and draw what ranks measured; nothing on ranks that have no results."""
-    if results is None:
-        return
-    print(f"{cli.fitted(ranks_table.measured_table(results))}\n")
-    for figure in ranks_figures.draw_all(results, out):
+def show(results: dict[str, Any], table: Callable[[dict[str, Any]], str], draw: Any, out: Path) -> None:
+    """Print the table, draw the figures, and end."""
+    print(f"\n{cli.fitted(table(results))}\n")
+    for figure in draw(results, out):
         print(figure)
     finish(results, out / "results.json")
 

@@ -45,8 +45,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 import numpy as np
 
-from bench.instruments.output import finish, printed_anyway, require_writable_file
-from bench.instruments.results import results_head, write_json
+from bench.instruments.output import require_writable_file
+from bench.instruments.results import conclude, results_head
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan, NgramHasher
@@ -297,17 +297,9 @@ def main() -> None:
     print(f"plan and compiled loop ready after {ready:.1f} s (less once numba has cached the loop)", file=sys.stderr)
     in_cache = loop_in_cache(ways["one pass"], layer.layer_id, len(vocab.ids), options.repeats)
     sizes = [measure_size(ways, layer, vocab, shape, options.repeats, in_cache) for shape in SIZES]
-    results = {
-        **results_head(PROG),
-        "preset": options.preset,
-        "repeats": options.repeats,
-        "ready_seconds": ready,
-        "sizes": sizes,
-    }
-    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
-        if options.out:
-            write_json(options.out, results)
-    finish(results, options.out)
+    about = {"preset": options.preset, "repeats": options.repeats, "ready_seconds": ready}
+    with cli.one_line_errors(PROG):
+        conclude({**results_head(PROG), **about, "sizes": sizes}, options.out, report)
 
 
 if __name__ == "__main__":

@@ -188,13 +188,9 @@ def construction_case(repeats: int) -> dict[str, Any]:
             memory.bytes.fill_(1)
 
     ways = {"ours": ours, "nn.Embedding": default, "first touch of the memory": first_touch}
-    prepared = {name: _after(fresh_memory, run) for name, run in ways.items()}
+    prepared = {name: Way(fresh_memory, lambda _, run=run: run()) for name, run in ways.items()}  # type: ignore[misc]
     samples = prepared_samples(prepared, lambda: None, repeats)
     return record("construction", samples, "nn.Embedding", {"table_bytes": nbytes})
-
-
-def _after(prepare: Callable[[np.ndarray], None], run: Callable[[], None]) -> Way:
-    return Way(prepare, lambda _: run())
 
 
 def cold_cases(folder: Path, store: Path, repeats: int) -> list[dict[str, Any]]:
@@ -262,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES[:-1]), help="default: all but cold")
-    parser.add_argument("--repeats", type=cli.at_least(1), default=9, help="samples per way (default: 9)")
+    parser.add_argument("--repeats", type=cli.at_least(1), default=9, help="samples per way")
     parser.add_argument("--store", type=Path, metavar="DIR", help="folder in which engramdb-python is installed")
     parser.add_argument("--folder", type=Path, default=Path("out/cold"), metavar="DIR", help="for the files of `cold`")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every sample and the environment here")

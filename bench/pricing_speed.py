@@ -29,8 +29,8 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.instruments.output import finish, printed_anyway, require_writable_file
-from bench.instruments.results import results_head, write_json
+from bench.instruments.output import require_writable_file
+from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import interleave, paired_ratio, summary
 from engram_ref import cli
 from engram_toy.bytedmd import traced_eval
@@ -133,8 +133,8 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--repeats", type=cli.at_least(1), default=5, help="samples of each (default: 5)")
-    parser.add_argument("--scale", type=cli.share, default=1.0, help="share of the logs' sizes, 0 .. 1 (default: 1)")
+    parser.add_argument("--repeats", type=cli.at_least(1), default=5, help="samples of each")
+    parser.add_argument("--scale", type=cli.share, default=1.0, help="share of the logs' sizes, 0 .. 1")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write raw samples and environment here")
     options = parser.parse_args()
     if options.scale < 0.001:
@@ -147,10 +147,8 @@ def main() -> None:
         "tracing": trace_operations(options.repeats),
         "pricing": price_logs(options.scale, options.repeats),
     }
-    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
-        if options.out:
-            write_json(options.out, results)
-    finish(results, options.out)
+    with cli.one_line_errors(PROG):
+        conclude(results, options.out, report)
 
 
 if __name__ == "__main__":

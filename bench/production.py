@@ -32,13 +32,12 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import platform
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,13 +46,13 @@ if importlib.util.find_spec("numba") is None:
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import results_head, write_unless_same
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, results_head
 from bench.rows.cases import Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
 from bench.rows.whole_model import AROUND, OTHERS, ROW_SIZES
 from bench.schemas.production import Record, Results
-from bench.setup.parallel import in_parallel
+from bench.setup.parallel import add_jobs, in_parallel
 from engram_ref import cli
 
 PROG: Final = "production"
@@ -115,13 +114,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=f"{', '.join(PARTS)} (default: all)")
-    add(
-        "--jobs",
-        type=cli.at_least(1, 1 << 10),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: all cores)",
-    )
+    add_jobs(parser)
     add("--preset", choices=list(OTHERS), help="another maker's table instead of DeepSeek's four")
     add("--out", type=Path, default=Path("out/production"), metavar="DIR", help="results.json goes here")
     cli.add_fresh(parser)
@@ -172,20 +165,14 @@ def main() -> None:
             if options.fresh:
                 journal.unlink(missing_ok=True)
             parts = [part for part in PARTS if part in options.part]
+            cases = cases_of(parts, options.quick, options.preset)
             content: Results = {
                 "schema_version": SCHEMA_VERSION,
                 **results_head(PROG),
                 "configuration": {"parts": parts, "quick": options.quick},
-                "records": price_all(
-                    with_steps_enough(cases_of(parts, options.quick, options.preset)), journal, options.jobs
-                ),
+                "records": price_all(with_steps_enough(cases), journal, options.jobs),
             }
-            results: Any = content  # as whoever reads the file takes it
-            path = options.out / "results.json"
-            with printed_anyway(lambda: report(results)):
-                written = write_unless_same(path, results, "records")
-                say(f"wrote {path}" if written else f"{path} says the same already")
-            finish(results, path)
+            conclude(content, options.out / "results.json", report, rows="records")
     except KeyboardInterrupt:
         say(f"\n{PROG}: interrupted; finished cases are kept in {journal}, the same command continues")
         sys.exit(130)

@@ -17,9 +17,8 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import results_head, write_unless_same
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, priced_head, write_unless_same
 from bench.rows.definitions import TABLES, definitions_table, records
 from engram_ref import cli
 
@@ -37,16 +36,13 @@ def main() -> None:
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
-        head = {"schema_version": 1, **results_head(PROG), "code_sha256": code_sha256("bench.rows.definitions")}
-        results: dict[str, Any] = {**head, "records": []}
+        results: dict[str, Any] = {**priced_head(PROG, "bench.rows.definitions"), "records": []}
         for tokens in [1000] if options.quick else options.tokens:
             for table in options.tables:
                 print(f"{table}, {tokens:,} tokens", file=sys.stderr, flush=True)
                 results["records"] += records(table, tokens)
                 write_unless_same(options.out / "results.json", results, "records")  # what is finished is kept
-        with printed_anyway(lambda: definitions_table(results)):
-            print(f"wrote {options.out / 'results.json'}", file=sys.stderr)
-        finish(results, options.out / "results.json")
+        conclude(results, options.out / "results.json", definitions_table, rows="records")
 
 
 if __name__ == "__main__":

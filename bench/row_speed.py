@@ -22,8 +22,8 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.instruments.output import finish, printed_anyway, require_writable_file
-from bench.instruments.results import results_head, write_json
+from bench.instruments.output import require_writable_file
+from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from engram_ref import cli
@@ -87,16 +87,8 @@ def report(results: dict[str, Any]) -> str:
         peak = median(samples, "peak_bytes")
         stages = [f"{summary([s['seconds'][stage] for s in samples])['median']:.2f}" for stage in STAGES]
         growth = [f"{total / work / first:.2f}", f"{peak / reads:.0f}"]
-        rows.append(
-            [
-                f"{samples[0]['tokens']:,}",
-                f"{reads:,}",
-                *stages,
-                f"{total:.1f}",
-                f"{peak / 2**30:.2f}",
-                *growth,
-            ]
-        )
+        sizes = [f"{samples[0]['tokens']:,}", f"{reads:,}"]
+        rows.append([*sizes, *stages, f"{total:.1f}", f"{peak / 2**30:.2f}", *growth])
     return aligned(rows, left=set()) + "\n\ntime / n log n: of the whole run, against the smallest size"
 
 
@@ -108,16 +100,14 @@ def median(samples: list[dict[str, Any]], key: str) -> float:
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="samples of each size (default: 3)")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="samples of each size")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write raw samples and environment here")
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable_file(options.out)
     results = {**results_head(PROG), "table": TABLE, "samples": measure(options.rounds)}
-    with cli.one_line_errors(PROG), printed_anyway(lambda: report(results)):
-        if options.out:
-            write_json(options.out, results)
-    finish(results, options.out)
+    with cli.one_line_errors(PROG):
+        conclude(results, options.out, report)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,15 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """A description as it is laid out, and folded where COLUMNS, or the terminal, has no room for a line of it."""
+    """A description as it is laid out, folded where COLUMNS, or the terminal, has no room; and every default, once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if "default" in said or isinstance(default, bool) or default in (None, argparse.SUPPRESS):
+            return said
+        words = default if isinstance(default, (list, tuple)) else [default]
+        shown = " ".join(f"{word:g}" if isinstance(word, float) else str(word) for word in words)
+        return f"{said} (default: {shown})".replace("%", "%%") if "%" in shown else f"{said} (default: {shown})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + part for line in text.splitlines() for part in folded(line, width - len(indent)))

@@ -57,7 +57,7 @@ def crossing(
     return crossings(tier, tiers[0], weights, shape.row_bytes(), shape.rows_per_token(), fetched)
 
 
-def step_table(results: Record, tiers: list[Tier], tokens: int) -> str:
+def step_table(tiers: list[Tier], tokens: int) -> str:
     """Energy of the rows of one step as a share of its weights', and the bytes that move, every read fetched."""
     head = ["model", "weights", "rows asked for", "as 4 KiB pages", "moved per byte", *(tier.name for tier in tiers)]
     rows = [head]

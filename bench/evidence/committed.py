@@ -15,18 +15,8 @@ from typing import Any
 
 from bench.instruments.reading import read_results
 from bench.price.table import find_run
-from bench.rows.table import (
-    LAYOUTS,
-    TEXT,
-    additions,
-    against_pinned,
-    crossing_of,
-    lines,
-    one,
-    placed,
-    row_share,
-    select,
-)
+from bench.rows import table as rows
+from bench.rows.table import LAYOUTS, TEXT
 from bench.sweeps.table import ratios
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -91,17 +81,17 @@ class Evidence:
 
     def longest(self, table: str, layout: str = "held live") -> dict[str, Any]:
         """The record of a table on all of the text."""
-        found = select(self.production, part="scale", table=table, stream=TEXT, layout=layout)
+        found = rows.select(self.production, part="scale", table=table, stream=TEXT, layout=layout)
         return max(found, key=lambda record: record["tokens"])
 
     def compared(self, table: str, stream: str = TEXT, layout: str = "held live") -> dict[str, Any]:
         """The record of a table on as much of a stream as there is of every stream."""
         wanted = dict(part="scale", table=table, stream=stream, layout=layout)
-        return one(self.production, tokens=COMPARED_TOKENS, **wanted)
+        return rows.one(self.production, tokens=COMPARED_TOKENS, **wanted)
 
     def step(self, model: str, experts: str = "", stream: str = TEXT, layout: str = "held live") -> float:
         """Price of a table's rows in a decode step of STEP tokens, as a share of the weights' price."""
-        return row_share(self.model_step(model, experts, stream, layout))
+        return rows.row_share(self.model_step(model, experts, stream, layout))
 
     def crossing(self, model: str, experts: str = "", stream: str = TEXT, mode: str = "decode") -> str:
         """Tokens per step at which the rows, held live, reach 3 % of the weights, as text.
@@ -110,10 +100,10 @@ class Evidence:
         """
         wanted = {"table": model, "experts": experts, "stream": stream, "mode": mode, "layout": "held live"}
         most = 0
-        for line in lines(self.production):
+        for line in rows.lines(self.production):
             if wanted.items() <= line[0].items():
                 tokens = [record["tokens_per_step"] for record in line]
-                at = crossing_of(tokens, [row_share(record) for record in line])
+                at = rows.crossing_of(tokens, [rows.row_share(record) for record in line])
                 if at is not None:
                     return f"about {float(f'{at:.2g}'):,.0f}"
                 most = max(most, tokens[-1])
@@ -121,12 +111,12 @@ class Evidence:
 
     def least_steps(self) -> int:
         """Steps of the whole model's record that has the fewest."""
-        return min(record["steps"] for record in select(self.production, part="whole_model"))
+        return min(record["steps"] for record in rows.select(self.production, part="whole_model"))
 
     def placed(self, table: str, layout: str, padding: int) -> float:
         """Price of the lookups below so many bytes, over that above them."""
         wanted = dict(part="place", prefetch=False, table=table, layout=layout)
-        return placed(one(self.production, padding_bytes=padding, **wanted))
+        return rows.placed(rows.one(self.production, padding_bytes=padding, **wanted))
 
     def saved(self, table: str, share: float, layout: str = "held live") -> float:
         """Share of the price that a hot tier saves."""
@@ -135,18 +125,18 @@ class Evidence:
 
     def tier(self, table: str, share: float, layout: str = "held live") -> dict[str, Any]:
         """The record of a hot tier."""
-        return one(self.production, part="hot", table=table, layout=layout, hot_share=share)
+        return rows.one(self.production, part="hot", table=table, layout=layout, hot_share=share)
 
     def model_step(
         self, model: str, experts: str = "", stream: str = TEXT, layout: str = "held live", context: int = 0
     ) -> Results:
         """The record of a whole model at STEP tokens a decode step."""
         wanted = dict(part="whole_model", table=model, experts=experts, stream=stream, layout=layout, mode="decode")
-        return one(self.production, tokens_per_step=STEP, context=context, **wanted)
+        return rows.one(self.production, tokens_per_step=STEP, context=context, **wanted)
 
     def added(self, model: str, part: str = "in all", experts: str = "", layout: str = "held live") -> float:
         """What Engram adds to a step of STEP tokens, as a share of the same step without Engram; see `additions`."""
-        return additions(self.model_step(model, experts, layout=layout))[part]
+        return rows.additions(self.model_step(model, experts, layout=layout))[part]
 
     def prefetched_share(self, model: str, experts: str = "") -> float:
         """Offloaded and copied rows as a share of the weights: what offloading adds if resident rows are free."""
@@ -154,11 +144,11 @@ class Evidence:
 
     def pinned(self, model: str, experts: str = "", layout: str = "held live") -> tuple[float, float]:
         """Offloaded and copied rows over a table pinned above the weights: of the rows alone, and of the whole step."""
-        return against_pinned(self.model_step(model, experts, layout=layout))
+        return rows.against_pinned(self.model_step(model, experts, layout=layout))
 
     def copies(self, kind: str) -> list[float]:
         """Change of the lookups' price by copies one token ahead, over tables, layouts and bytes above them."""
-        found = select(self.production, part="place", prefetch=True)
+        found = rows.select(self.production, part="place", prefetch=True)
         return [record[kind] / record["offload_naive"] - 1 for record in found]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from bench.instruments.words import aligned
+from bench.instruments.words import aligned, markdown
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.place.formulas import held_bytes
@@ -37,10 +37,8 @@ def worked_example() -> str:
 def what_fits() -> str:
     """Bytes on GPU, in host memory and on disk, per preset and placement."""
     head = ["preset", "parameters", "table", "read per token", "placement", "GPU", "host", "disk"]
-    lines = [head, ["---", *["---:"] * 3, "---", *["---:"] * 3]]
-    for name in (name for name in PRESETS if name != "tiny"):
-        lines += _preset_lines(name, EngramConfig.preset(name))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [line for name in PRESETS if name != "tiny" for line in _preset_lines(name, EngramConfig.preset(name))]
+    return markdown(head, lines, right={1, 2, 3, 5, 6, 7})
 
 
 def _preset_lines(name: str, config: EngramConfig) -> list[list[str]]:
@@ -70,10 +68,8 @@ def _rows_per_layer(config: EngramConfig) -> list[int]:
 def published_forms() -> str:
     """The presets side by side, a line per fact, all computed from their configurations."""
     configs = {name: EngramConfig.preset(name) for name in PRESETS if name != "tiny"}
-    lines = [["", *configs], ["---", *["---:"] * len(configs)]]
-    for label, fact in _FACTS.items():
-        lines.append([label, *(fact(config) for config in configs.values())])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[label, *map(fact, configs.values())] for label, fact in _FACTS.items()]
+    return markdown(["", *configs], lines, right=range(1, len(configs) + 1))
 
 
 def _numbers(values: Iterable[int]) -> str:

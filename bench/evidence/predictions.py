@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.instruments.reading import read_results
-from bench.instruments.words import short, signed
+from bench.instruments.words import markdown, short, signed
 from bench.setup.decoder_sizes import SIZES, BlockShape
 from engram_ref.config import EngramConfig
 from engram_ref.place.energy import PAGE, pages_per_row
@@ -70,18 +70,18 @@ def lines(folder: Path) -> list[Line]:
 
 def table(folder: Path) -> str:
     """The comparisons as a table in Markdown."""
-    rows = ["| measured in | case | formula | predicted | measured | predicted / measured |"]
-    rows.append("| --- | --- | --- | ---: | ---: | ---: |")
+    rows = []
     for line in lines(folder):
         ratio = f"{line.ratio:.2f}" if line.measured > 0 else "not resolved"
-        figures = f"{_figure(line.predicted, line.unit)} | {_figure(line.measured, line.unit)} | {ratio}"
-        rows.append(f"| `{line.file}` | {line.case} | {line.formula} | {figures} |")
-    return "\n".join(rows)
+        both = (_figure(value, line.unit) for value in (line.predicted, line.measured))
+        rows.append([f"`{line.file}`", line.case, line.formula, *both, ratio])
+    head = ["measured in", "case", "formula", "predicted", "measured", "predicted / measured"]
+    return markdown(head, rows, right={3, 4, 5})
 
 
 def formulas() -> str:
     """The formulas by their names, as a table in Markdown."""
-    return "\n".join(["| name | formula |", "| --- | --- |", *(f"| {n} | {text} |" for n, text in FORMULAS.items())])
+    return markdown(["name", "formula"], FORMULAS.items())
 
 
 def _figure(value: float, unit: str) -> str:

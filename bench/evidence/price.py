@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import product
-from typing import Any
 
 from bench.evidence import published
 from bench.evidence.committed import COMPARED_TOKENS, STEP, Evidence, rounded_up
@@ -101,49 +99,35 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
         "rows_steady": lambda: row_table.steady_table(evidence.production, STEP),
     }
     for name in SWEEPS:
-        found[f"sweep_{name}"] = partial(_sweep_report, evidence, name)
-    return {name: partial(_fenced, table) for name, table in found.items()}
-
-
-def _sweep_report(evidence: Evidence, name: str) -> str:
-    return sweep_table.report(evidence.sweeps, name)
-
-
-def _fenced(table: Callable[[], str]) -> str:
-    return f"```text\n{table()}\n```"
-
-
-def values(evidence: Evidence) -> dict[str, Callable[[], str]]:
-    """Single values of the finding's sentences, by name."""
-    found = _toy_values(evidence) | _sweep_values(evidence) | _row_values(evidence) | _model_values(evidence)
-    deep, shallow = (published.figure(f"question.depth_{tier}") for tier in ("offloaded", "resident"))
-    found["bytedmd.tiers"] = partial(_say, "{:.1f}", lambda: (deep / shallow) ** 0.5)
-    found["step"] = partial(_say, "{}", lambda: STEP)
+        found[f"sweep_{name}"] = lambda name=name: sweep_table.report(evidence.sweeps, name)  # type: ignore[misc]
     return found
 
 
-def _say(pattern: str, function: Callable[..., Any], *arguments: Any) -> str:
-    return pattern.format(function(*arguments))
+def values(evidence: Evidence) -> dict[str, str]:
+    """Single values of the finding's sentences, by name."""
+    deep, shallow = (published.figure(f"question.depth_{tier}") for tier in ("offloaded", "resident"))
+    known = {"bytedmd.tiers": f"{(deep / shallow) ** 0.5:.1f}", "step": f"{STEP}"}
+    return known | _toy_values(evidence) | _sweep_values(evidence) | _row_values(evidence) | _model_values(evidence)
 
 
-def _toy_values(e: Evidence) -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {}
+def _toy_values(e: Evidence) -> dict[str, str]:
+    asked = e.toy["configuration"]
+    found = {
+        **{f"toy.{name}": f"{asked[name]:,}" for name in ("seq_len", "d_model", "padding", "repeats")},
+        "toy.machine": "{0[cpu]}, {0[cpu_count]} cores".format(e.toy["environment"]),
+        "toy.hot_share": f"{100 * asked['hot_share']:g}",
+    }
     for model, boundary, variant in product(TOYS, BOUNDARIES, VARIANTS[1:]):
         key = f"toy.{model}.{boundary}.{variant.removeprefix('offload_')}"
-        found[key] = partial(_say, "{:.3g}", e.ratio, model, boundary, variant)
+        found[key] = f"{e.ratio(model, boundary, variant):.3g}"
     for boundary in BOUNDARIES:
-        arguments = ("engram", boundary, "offload_prefetch", "bytedmd_toy_v41")
-        found[f"toy_v41.{boundary}"] = partial(_say, "{:.3g}", e.ratio, *arguments)
-    for name in ("seq_len", "d_model", "padding", "repeats"):
-        found[f"toy.{name}"] = partial(_say, "{:,}", lambda name: e.toy["configuration"][name], name)
-    found["toy.machine"] = partial(_say, "{0[cpu]}, {0[cpu_count]} cores", lambda: e.toy["environment"])
-    found["toy.hot_share"] = partial(_say, "{:g}", lambda: 100 * e.toy["configuration"]["hot_share"])
+        found[f"toy_v41.{boundary}"] = f"{e.ratio('engram', boundary, 'offload_prefetch', 'bytedmd_toy_v41'):.3g}"
     for model, count in product(TOYS, ("lookups", "distinct_rows")):
-        found[f"toy.{model}.{count}"] = partial(_say, "{:,}", lambda m, c: e.toy["models"][m][c], model, count)
+        found[f"toy.{model}.{count}"] = f"{e.toy['models'][model][count]:,}"
     return found
 
 
-def _sweep_values(e: Evidence) -> dict[str, Callable[[], str]]:
+def _sweep_values(e: Evidence) -> dict[str, str]:
     points = {
         "padding.none": ("padding", 0), "padding.most": ("padding", 10**7),
         "tokens.least": ("tokens", 16), "tokens.most": ("tokens", 256),
@@ -154,21 +138,18 @@ def _sweep_values(e: Evidence) -> dict[str, Callable[[], str]]:
         "seed.1": ("seed", 1), "seed.2": ("seed", 2),
         "share.least": ("share", 0.01), "share.tenth": ("share", 0.1),
     }  # fmt: skip
-    found: dict[str, Callable[[], str]] = {}
-    for key, (sweep, value) in points.items():
-        arguments = (sweep, value, "engram", "lookup", "offload_prefetch")
-        found[f"sweep.{key}"] = partial(_say, "{:.3g}", e.swept, *arguments)
-    two_stack = partial(e.swept, "definition", "two-stack", "engram", "lookup", "offload_prefetch")
-    found["class.definition.two-stack"] = lambda: classify(two_stack(), None).label
+    prefetched = {key: e.swept(*point, "engram", "lookup", "offload_prefetch") for key, point in points.items()}
+    found = {f"sweep.{key}": f"{ratio:.3g}" for key, ratio in prefetched.items()}
+    found["class.definition.two-stack"] = classify(prefetched["definition.two-stack"], None).label
     for key, share in (("all", 1.0), ("tenth", 0.1)):
-        found[f"sweep.hot.{key}"] = partial(_say, "{:.3g}", e.swept, "hot", share, "engram", "lookup", "offload_hot")
+        found[f"sweep.hot.{key}"] = f"{e.swept('hot', share, 'engram', 'lookup', 'offload_hot'):.3g}"
     for boundary in ("layer", "block"):
-        arguments = ("padding", 10**7, "engram", boundary, "offload_prefetch")
-        found[f"sweep.padding.{boundary}.most"] = partial(_say, "{:.3g}", e.swept, *arguments)
-    found["sweep.points"] = partial(_say, "{:,}", lambda: len(e.sweeps["points"]))
-    found["sweep.cheaper_copies"] = partial(_say, "{}", e.cheaper_copies)
+        ratio = e.swept("padding", 10**7, "engram", boundary, "offload_prefetch")
+        found[f"sweep.padding.{boundary}.most"] = f"{ratio:.3g}"
+    found["sweep.points"] = f"{len(e.sweeps['points']):,}"
+    found["sweep.cheaper_copies"] = f"{e.cheaper_copies()}"
     for level in sweep_table.LEVELS:
-        found[f"cross.padding.{level:g}"] = partial(_say, "{:,.0f}", _crossing, e, "padding", level)
+        found[f"cross.padding.{level:g}"] = f"{_crossing(e, 'padding', level):,.0f}"
     return found
 
 
@@ -181,97 +162,60 @@ def _crossing(e: Evidence, sweep: str, level: float) -> float:
     return float(f"{found[0].at:.2g}")
 
 
-def _row_values(e: Evidence) -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {
-        "rows.tokens": partial(_say, "{:,}", lambda: e.longest("v41-flash")["tokens"]),
-        "rows.reads": partial(_say, "{:,.0f}", lambda: e.longest("v41-flash")["reads"] / 1e6),
-        "rows.tier_filled": lambda: percent(_filled(e.tier("v41-flash", 0.1))),
-        "rows.tier_reads": lambda: percent(_served(e.tier("v41-flash", 0.1))),
-        "rows.small_tier_reads": lambda: percent(_served(e.tier("v41-flash", 0.01))),
-        "rows.compared": partial(_say, "{:,}", lambda: COMPARED_TOKENS),
-        "rows.by_value": partial(_say, "{:.4f}", lambda: 100 * _by_value(e.longest("v41-flash", "compacted"))),
+def _row_values(e: Evidence) -> dict[str, str]:
+    longest, tier, small_tier = e.longest("v41-flash"), e.tier("v41-flash", 0.1), e.tier("v41-flash", 0.01)
+    by_value = e.longest("v41-flash", "compacted")  # reading value by value is dearer than reading rows
+    found = {
+        "rows.tokens": f"{longest['tokens']:,}",
+        "rows.reads": f"{longest['reads'] / 1e6:,.0f}",
+        "rows.tier_filled": percent(tier["tier_rows_filled"] / tier["tier_rows"]),
+        "rows.tier_reads": percent(tier["reads_of_tier"] / tier["reads"]),
+        "rows.small_tier_reads": percent(small_tier["reads_of_tier"] / small_tier["reads"]),
+        "rows.compared": f"{COMPARED_TOKENS:,}",
+        "rows.by_value": f"{100 * (by_value['price_by_value'] / by_value['price'] - 1):.4f}",
     }
     for table in TABLES:
         for stream, key in ((TEXT, "reuse"), ("uniform", "reuse.uniform"), ("zipf", "reuse.zipf")):
-            found[f"rows.{table}.{key}"] = partial(_percent, lambda *a: reuse(e.compared(*a)), table, stream)
+            found[f"rows.{table}.{key}"] = percent(reuse(e.compared(table, stream)))
     for table, layout in product(TABLES, LAYOUTS):
         key = f"rows.{table}.{layout.split()[0]}"
         for stream, end in ((TEXT, ""), ("uniform", ".uniform")):
-            byte = partial(_say, "{:,.0f}", lambda *a: per_byte(e.compared(*a)), table, stream, layout)
-            found[f"{key}.byte{end}"] = byte
-        found[f"{key}.first"] = partial(_percent, lambda *a: _first(e.longest(*a)), table, layout)
+            found[f"{key}.byte{end}"] = f"{per_byte(e.compared(table, stream, layout)):,.0f}"
+        whole = e.longest(table, layout)
+        found[f"{key}.first"] = percent(sum(whole["price_by_depth"]["first"].values()) / whole["price"])
         for share in (0.001, 0.01, 0.1):
-            found[f"{key}.saved.{share:g}"] = partial(_percent, e.saved, table, share, layout)
+            found[f"{key}.saved.{share:g}"] = percent(e.saved(table, share, layout))
         for exponent in (6, 9, 10, 11, 12):
-            found[f"{key}.below.1e{exponent}"] = partial(_say, "{:.3g}", e.placed, table, layout, 10**exponent)
+            found[f"{key}.below.1e{exponent}"] = f"{e.placed(table, layout, 10**exponent):.3g}"
     return found
 
 
-def _percent(function: Callable[..., float], *arguments: Any) -> str:
-    return percent(function(*arguments))
-
-
-def _model_values(e: Evidence) -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {}
+def _model_values(e: Evidence) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, (model, experts) in ANSWERED.items():
         key = f"model.{name}"
         for stream, end in ((TEXT, ""), ("uniform", ".random")):
-            found[f"{key}{end}"] = partial(_hundredths, e.step, model, experts, stream)
+            found[f"{key}{end}"] = _hundredths(e.step(model, experts, stream))
             for mode in ("decode", "prefill"):
-                found[f"{key}.{mode}.crossing{end}"] = partial(e.crossing, model, experts, stream, mode)
+                found[f"{key}.{mode}.crossing{end}"] = e.crossing(model, experts, stream, mode)
         for part in ("copied", "own weights", "buried", "in all"):
-            found[f"{key}.{part.replace(' ', '_')}"] = partial(_hundredths, e.added, model, part, experts)
-        found[f"{key}.more"] = partial(_more, e, model, experts)
+            found[f"{key}.{part.replace(' ', '_')}"] = _hundredths(e.added(model, part, experts))
+        found[f"{key}.more"] = rounded_up(100 * e.prefetched_share(model, experts))
         for layout in LAYOUTS:
-            for place, (what, digits) in enumerate((("lookup", "{:.3g}"), ("model", "{:.5f}"))):
-                arguments = (e, model, experts, layout, place)
-                found[f"{key}.{what}.{layout.split()[0]}"] = partial(_say, digits, _against_pinned, *arguments)
-                found[f"{key}.{what}.{layout.split()[0]}.class"] = partial(_class_against_pinned, *arguments)
-    for model, context in product(("dense-4b", "dense-8b"), CONTEXTS[1:]):
-        found[f"model.{model}.context.{context}"] = partial(_cached, e, model, context)
-    found["least_steps"] = partial(_say, "{}", e.least_steps)
-    found["context.short"] = partial(_say, "{:,}", lambda: CONTEXTS[1])
+            for ratio, what, digits in zip(e.pinned(model, experts, layout), ("lookup", "model"), (".3g", ".5f")):
+                found[f"{key}.{what}.{layout.split()[0]}"] = f"{ratio:{digits}}"
+                found[f"{key}.{what}.{layout.split()[0]}.class"] = classify(ratio, None).label
+    for model, context in product(("dense-4b", "dense-8b"), CONTEXTS[1:]):  # a step reads keys and values of as many
+        additions = row_table.additions(e.model_step(model, context=context))
+        found[f"model.{model}.context.{context}"] = _hundredths(additions["in all"])
+    found["least_steps"] = f"{e.least_steps()}"
+    found["context.short"] = f"{CONTEXTS[1]:,}"
     for kind in ("prefetch_stands", "prefetch_one_use"):
-        found[f"copies.{kind}.least"] = partial(_say, "{:+.1f}", lambda k: 100 * min(e.copies(k)), kind)
-        found[f"copies.{kind}.most"] = partial(_say, "{:+.1f}", lambda k: 100 * max(e.copies(k)), kind)
+        for end, of in (("least", min), ("most", max)):
+            found[f"copies.{kind}.{end}"] = f"{100 * of(e.copies(kind)):+.1f}"
     return found
 
 
-def _hundredths(function: Callable[..., float], *arguments: Any) -> str:
+def _hundredths(share: float) -> str:
     """A share in per cent to two digits, without the sign."""
-    return f"{100 * function(*arguments):.2g}"
-
-
-def _against_pinned(e: Evidence, model: str, experts: str, layout: str, place: int) -> float:
-    return e.pinned(model, experts, layout)[place]
-
-
-def _class_against_pinned(*arguments: Any) -> str:
-    return classify(_against_pinned(*arguments), None).label
-
-
-def _cached(e: Evidence, model: str, context: int) -> str:
-    """What Engram adds to a step that reads keys and values of so many tokens for each sequence, in per cent."""
-    return f"{100 * row_table.additions(e.model_step(model, context=context))['in all']:.2g}"
-
-
-def _first(record: dict[str, Any]) -> float:
-    """Share of the price that first reads of rows make."""
-    return sum(record["price_by_depth"]["first"].values()) / record["price"]
-
-
-def _by_value(record: dict[str, Any]) -> float:
-    """By how much reading value by value is dearer than reading rows, as a share."""
-    return record["price_by_value"] / record["price"] - 1
-
-
-def _filled(record: dict[str, Any]) -> float:
-    return record["tier_rows_filled"] / record["tier_rows"]
-
-
-def _served(record: dict[str, Any]) -> float:
-    return record["reads_of_tier"] / record["reads"]
-
-
-def _more(e: Evidence, model: str, experts: str) -> str:
-    return rounded_up(100 * e.prefetched_share(model, experts))
+    return f"{100 * share:.2g}"

@@ -1,23 +1,23 @@
 """Figures and quotations that others published: one data file, and what follows from it by arithmetic.
 
-    from bench.evidence.published import figure, VALUES
+    from bench.evidence.published import figure, values
 
     figure("tokens_s.4b.baseline")    # 9031.62
-    VALUES["loss.4b"]()               # '1.92'
+    values()["loss.4b"]               # '1.92'
 
-The documents never hold such a figure as typed text: an inline mark names one of VALUES, and `bench/fill_docs.py`
+The documents never hold such a figure as typed text: an inline mark names one of the values, and `bench/fill_docs.py`
 writes it. The data file says of each where it stands, and whether it was read there, reported by others or inferred.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench.energy.tiers import Tier, tiers
+from bench.instruments.words import markdown
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "findings" / "published.json"
 KINDS = ("primary", "secondary", "inferred")
@@ -108,9 +108,7 @@ def energy_per_bit() -> dict[str, tuple[float, float, str]]:
     """Per level or path: least and largest pJ/bit, and where it comes from. Paths are sums of ours."""
     found = {}
     for label, name in _LEVELS.items():
-        entry = figures()[f"energy.{name}"]
-        low, high = entry["value"] if isinstance(entry["value"], list) else [entry["value"]] * 2
-        found[label] = (low, high, entry["source"])
+        found[label] = (*bounds(f"energy.{name}"), figures()[f"energy.{name}"]["source"])
     (lp, _, _), (ddr_low, ddr_high, _), (link, _, _) = found["LPDDR5"], found["DDR, whole access"], found["PCIe link"]
     sequential = 1e12 / (figure("energy.nvme_rate_per_watt") * 1e6) / 8
     random = figure("energy.nvme_random_io") * 1e6 / figure("energy.row_bytes") / 8
@@ -129,31 +127,30 @@ def energy_against_hbm(label: str) -> tuple[float, float]:
 
 def energy_table() -> str:
     """Published energy per bit of every level, with the multiple of HBM2 and the source, as a table."""
-    lines = ["| level or path | pJ/bit | times HBM2 | source |", "| --- | ---: | ---: | --- |"]
-    for label, (low, high, source) in energy_per_bit().items():
-        lines.append(f"| {label} | {_span(low, high)} | {_times_hbm(label)} | {source} |")
-    return "\n".join(lines)
+    levels = energy_per_bit().items()
+    rows = [(label, _span(low, high), _times_hbm(label), source) for label, (low, high, source) in levels]
+    return markdown(["level or path", "pJ/bit", "times HBM2", "source"], rows, right={1, 2})
 
 
 def overhead_table() -> str:
     """The paper's throughput with and without the offloaded table; the two last columns are our arithmetic."""
-    head = "| backbone | without Engram, tok/s | with the table in host memory, tok/s | loss | more time per token |"
-    lines = [head, "| --- | ---: | ---: | ---: | ---: |"]
+    head = ["backbone", "without Engram, tok/s", "with the table in host memory, tok/s", "loss", "more time per token"]
+    rows = []
     for key in ("4b", "8b"):
-        without, with_table = (figures()[f"tokens_s.{key}.{name}"]["text"] for name in ("baseline", "engram"))
+        rates = [figures()[f"tokens_s.{key}.{name}"]["text"] for name in ("baseline", "engram")]
         loss, extra = f"{100 * throughput_loss(key):.2f} %", f"{1e6 * extra_time(key):.2f} µs"
-        lines.append(f"| Dense-{key.upper()} | {without} | {with_table} | {loss} | {extra} |")
-    return "\n".join(lines)
+        rows.append([f"Dense-{key.upper()}", *rates, loss, extra])
+    return markdown(head, rows, right={1, 2, 3, 4})
 
 
 def sources_table() -> str:
     """What was read, how much of it, and when."""
-    lines = ["| short name | source | what was read of it |", "| --- | --- | --- |"]
+    rows = []
     for name, entry in sources().items():
         title = f"[{entry['title']}]({entry['url']})" if entry["url"] else entry["title"]
         accessed = f", {entry['accessed']}" if entry["accessed"] else ""
-        lines.append(f"| {name} | {title} | {entry['read']}{accessed} |")
-    return "\n".join(lines)
+        rows.append([name, title, f"{entry['read']}{accessed}"])
+    return markdown(["short name", "source", "what was read of it"], rows)
 
 
 def _span(low: float, high: float, digits: int = 3) -> str:
@@ -168,39 +165,36 @@ def _times_hbm(label: str) -> str:
     return _span(*energy_against_hbm(label), digits=2)
 
 
-def _as_written(name: str) -> Callable[[], str]:
-    return lambda: figures()[name]["text"]
-
-
 def _table_gb(dtype: str) -> str:
     return f"{figure('table_parameters') * figure(f'bytes_{dtype}'):.0f}"
 
 
-_DERIVED: dict[str, Callable[[], str]] = {
-    "loss.4b": lambda: f"{100 * throughput_loss('4b'):.2f}",
-    "loss.8b": lambda: f"{100 * throughput_loss('8b'):.2f}",
-    "extra_us.4b": lambda: f"{1e6 * extra_time('4b'):.2f}",
-    "extra_us.8b": lambda: f"{1e6 * extra_time('8b'):.2f}",
-    "table_gb.bf16": lambda: _table_gb("bf16"),
-    "table_gb.fp8": lambda: _table_gb("fp8"),
-    "table_gib.fp8": lambda: f"{figure('table_parameters') * 1e9 * figure('bytes_fp8') / 2**30:.0f}",
-    "m_to_M.4b": lambda: f"1:{figure('table_parameters') / figure('backbone.4b'):g}",
-    "m_to_M.8b": lambda: f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
-    "rows_per_token": lambda: f"{rows_per_token()}",
-    "bytes_per_token.bf16": lambda: f"{bytes_per_token('bf16'):,.0f}",
-    "bytes_per_token.fp32": lambda: f"{bytes_per_token('fp32'):,.0f}",
-    "traffic_mb_s.bf16": lambda: f"{row_traffic('bf16') / 1e6:.0f}",
-    "traffic_mb_s.fp32": lambda: f"{row_traffic('fp32') / 1e6:.0f}",
-    "traffic_of_pcie.fp32": lambda: f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
-    "pcie_gb_s": lambda: f"{pcie_bandwidth() / 1e9:.0f}",
-    "backbone_gb.4b": lambda: f"{figure('backbone.4b') * figure('bytes_bf16'):.0f}",
-    "cxl.loss": lambda: f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
-    "mlx.loss_prefetched": lambda: f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
-    "mlx.loss_synchronous": lambda: f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",
-    "energy.host_lpddr5": lambda: _times_hbm("host memory over PCIe, LPDDR5"),
-    "energy.host_ddr": lambda: _times_hbm("host memory over PCIe, DDR"),
-    "energy.ssd_sequential": lambda: _times_hbm("NVMe SSD, sequential"),
-    "energy.ssd_random": lambda: _times_hbm("NVMe SSD, random rows, per useful bit"),
-    "layer.loss_gain": lambda: f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
-}
-VALUES: dict[str, Callable[[], str]] = {**{name: _as_written(name) for name in figures()}, **_DERIVED}
+def values() -> dict[str, str]:
+    """Every figure and quotation as it is written, and what follows from them, by name."""
+    return {name: entry["text"] for name, entry in figures().items()} | {
+        "loss.4b": f"{100 * throughput_loss('4b'):.2f}",
+        "loss.8b": f"{100 * throughput_loss('8b'):.2f}",
+        "extra_us.4b": f"{1e6 * extra_time('4b'):.2f}",
+        "extra_us.8b": f"{1e6 * extra_time('8b'):.2f}",
+        "table_gb.bf16": _table_gb("bf16"),
+        "table_gb.fp8": _table_gb("fp8"),
+        "table_gib.fp8": f"{figure('table_parameters') * 1e9 * figure('bytes_fp8') / 2**30:.0f}",
+        "m_to_M.4b": f"1:{figure('table_parameters') / figure('backbone.4b'):g}",
+        "m_to_M.8b": f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
+        "rows_per_token": f"{rows_per_token()}",
+        "bytes_per_token.bf16": f"{bytes_per_token('bf16'):,.0f}",
+        "bytes_per_token.fp32": f"{bytes_per_token('fp32'):,.0f}",
+        "traffic_mb_s.bf16": f"{row_traffic('bf16') / 1e6:.0f}",
+        "traffic_mb_s.fp32": f"{row_traffic('fp32') / 1e6:.0f}",
+        "traffic_of_pcie.fp32": f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
+        "pcie_gb_s": f"{pcie_bandwidth() / 1e9:.0f}",
+        "backbone_gb.4b": f"{figure('backbone.4b') * figure('bytes_bf16'):.0f}",
+        "cxl.loss": f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
+        "mlx.loss_prefetched": f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
+        "mlx.loss_synchronous": f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",
+        "energy.host_lpddr5": _times_hbm("host memory over PCIe, LPDDR5"),
+        "energy.host_ddr": _times_hbm("host memory over PCIe, DDR"),
+        "energy.ssd_sequential": _times_hbm("NVMe SSD, sequential"),
+        "energy.ssd_random": _times_hbm("NVMe SSD, random rows, per useful bit"),
+        "layer.loss_gain": f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
+    }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from bench.energy import table as energy_table
@@ -24,7 +24,7 @@ _TABLE, _TOKENS = "v41-flash", 10**5  # of which row definitions are quoted
 
 def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
     """The marked blocks, by name."""
-    found: dict[str, Callable[[], str]] = {
+    return {
         "lookup_endings": lambda: lookup_range.endings_table(e["lookup_range"], walls(e)),
         "lookup_depths": lambda: lookup_range.depth_table(e["lookup_range"]),
         "denominators": lambda: denominator_table(e.toy),
@@ -32,7 +32,7 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "energy_short": lambda: energy_table.crossing_table(
             e["energy_by_tier"], energy_tiers(), ("each read", "once a step")
         ),
-        "energy_step": lambda: energy_table.step_table(e["energy_by_tier"], energy_tiers(), STEP),
+        "energy_step": lambda: energy_table.step_table(energy_tiers(), STEP),
         "energy_reuse": lambda: energy_table.reuse_table(e["energy_by_tier"]),
         "map_table": lambda: verdict_map.map_table(e["verdict_map"]),
         "map_points": lambda: verdict_map.points_table(e["verdict_map"]),
@@ -40,11 +40,6 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "row_definitions": lambda: definitions.definitions_table(e["row_definitions"]),
         "text_batches": lambda: texts.batch_table(e["other_texts"]),
     }
-    return {name: partial(_fenced, table) for name, table in found.items()}
-
-
-def _fenced(table: Callable[[], str]) -> str:
-    return f"```text\n{table()}\n```"
 
 
 def walls(e: Evidence) -> dict[str, float | None]:
@@ -56,22 +51,22 @@ def walls(e: Evidence) -> dict[str, float | None]:
     return found
 
 
-def values(e: Evidence) -> dict[str, Callable[[], str]]:
+def values(e: Evidence) -> dict[str, str]:
     """Single values of sentences, by name."""
     return _lookup_values(e) | _definition_values(e) | _map_values(e) | _text_values(e)
 
 
-def _lookup_values(e: Evidence) -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {}
+def _lookup_values(e: Evidence) -> dict[str, str]:
+    found, priced = {}, e["lookup_range"]
     for key, toy in (_TOYS | _SMALL).items():
         for name, ending in (("returned", ENDINGS[0]), ("dropped", "dropped"), ("nearest", NEAREST)):
-            found[f"ending.{key}.{name}"] = lambda t=toy, n=ending: f"{_at(e, t, n):.1f}"  # type: ignore[misc]
-        for end, place in (("least", 0), ("most", 1)):
-            found[f"range.{key}.{end}"] = lambda t=toy, i=place: f"{lookup_range.span(e['lookup_range'], t)[i]:.2g}"  # type: ignore[misc]
-        found[f"range.{key}.class"] = lambda t=toy: lookup_range.named_class(e["lookup_range"], t)  # type: ignore[misc]
-    for model in ("engram", "kv-bank"):
-        for boundary in ("layer", "block"):
-            found[f"most.{model}.{boundary}"] = lambda m=model, b=boundary: f"{most_ratio(e.toy, m, b):.2f}"  # type: ignore[misc]
+            ratio = lookup_range.ratio(priced, toy, ending, lookup_range.BASE_PADDING)
+            found[f"ending.{key}.{name}"] = f"{ratio:.1f}"
+        for end, bound in zip(("least", "most"), lookup_range.span(priced, toy)):
+            found[f"range.{key}.{end}"] = f"{bound:.2g}"
+        found[f"range.{key}.class"] = lookup_range.named_class(priced, toy)
+    for model, boundary in itertools.product(("engram", "kv-bank"), ("layer", "block")):
+        found[f"most.{model}.{boundary}"] = f"{most_ratio(e.toy, model, boundary):.2f}"
     return found
 
 
@@ -105,19 +100,22 @@ def energy_span(e: Evidence, tier: str) -> str:
     return f"{float(f'{first:.2g}'):,.0f} to {float(f'{last:.2g}'):,.0f}"
 
 
-def _definition_values(e: Evidence) -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {
-        "defs.lookup": partial(_by_definition, e),
-        "defs.lookup.floor": lambda: _with_class(_defined(e, "lookup")[FLOOR]),
-        "rowdefs.tokens": lambda: f"{_TOKENS:,}",
-        "defs.cheaper": lambda: ", ".join(_cheaper(e)) or "none",
+def _definition_values(e: Evidence) -> dict[str, str]:
+    lookup, naive = _defined(e, "lookup"), _defined(e, "lookup", "offload_naive")
+    cheaper = [f"`{name}`" for name in naive if lookup[name] < naive[name]]  # the toy's copies save something
+    found = {
+        "defs.lookup": ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in lookup.items() if name != FLOOR),
+        "defs.lookup.floor": _with_class(lookup[FLOOR]),
+        "rowdefs.tokens": f"{_TOKENS:,}",
+        "defs.cheaper": ", ".join(cheaper) or "none",
+        "defs.layer.classes": layer_classes(e),
     }
-    found["defs.layer.classes"] = partial(layer_classes, e)
     for layout, key in (("held live", "held"), ("compacted", "compacted")):
-        at = (_TABLE, _TOKENS, layout, max(definitions.PADDINGS))
-        found[f"rowdefs.{key}"] = partial(_row_spread, e, *at)
+        priced, at = e["row_definitions"], (_TABLE, _TOKENS, layout, max(definitions.PADDINGS))
+        low, high = definitions.spread(priced, *at)
+        found[f"rowdefs.{key}"] = f"{low:.3g} to {high:.3g}"
         for name, definition in (("floor", FLOOR), ("kept", definitions.KEPT)):
-            found[f"rowdefs.{key}.{name}"] = partial(_row_ratio, e, definition, *at)
+            found[f"rowdefs.{key}.{name}"] = f"{definitions.ratio(priced, definition, *at):.3g}"
     return found
 
 
@@ -131,41 +129,15 @@ def _with_class(ratio: float) -> str:
     return f"{ratio:.3g} ({by_seed(ratio)})"
 
 
-def _by_definition(e: Evidence) -> str:
-    found = _defined(e, "lookup")
-    return ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in found.items() if name != FLOOR)
+def _map_values(e: Evidence) -> dict[str, str]:
+    levels = {"win": WIN_UP_TO, "loss": LOSS_ABOVE}
+    records = e["verdict_map"]["records"]
+    highest = {f"map.{name}": max(verdict_map.boundary(r, level) for r in records) for name, level in levels.items()}
+    lowest = min(verdict_map.point(*point)[1] for point in verdict_map.POINTS)
+    return {name: f"{value:.2g}" for name, value in {**highest, "map.models": lowest}.items()}
 
 
-def _cheaper(e: Evidence) -> list[str]:
-    """Definitions under which the copies of the toy's lookup save something."""
-    naive, copied = (_defined(e, "lookup", f"offload_{name}") for name in ("naive", "prefetch"))
-    return [f"`{name}`" for name in naive if copied[name] < naive[name]]
-
-
-def _row_spread(e: Evidence, *at: Any) -> str:
-    low, high = definitions.spread(e["row_definitions"], *at)
-    return f"{low:.3g} to {high:.3g}"
-
-
-def _row_ratio(e: Evidence, definition: str, *at: Any) -> str:
-    return f"{definitions.ratio(e['row_definitions'], definition, *at):.3g}"
-
-
-def _at(e: Evidence, toy: str, ending: str) -> float:
-    return lookup_range.ratio(e["lookup_range"], toy, ending, lookup_range.BASE_PADDING)
-
-
-def _map_values(e: Evidence) -> dict[str, Callable[[], str]]:
-    def highest(level: float) -> str:
-        return f"{max(verdict_map.boundary(r, level) for r in e['verdict_map']['records']):.2g}"
-
-    def lowest() -> str:
-        return f"{min(verdict_map.point(*point)[1] for point in verdict_map.POINTS):.2g}"
-
-    return {"map.win": lambda: highest(WIN_UP_TO), "map.loss": lambda: highest(LOSS_ABOVE), "map.models": lowest}
-
-
-def _text_values(e: Evidence) -> dict[str, Callable[[], str]]:
+def _text_values(e: Evidence) -> dict[str, str]:
     numbers: dict[str, Callable[[dict[str, Any]], float]] = {
         "rows_seen": lambda r: 100 * texts.rows_seen(r, _TABLE),
         "tier_reads": lambda r: 100 * texts.tier_reads(r, _TABLE),
@@ -177,7 +149,7 @@ def _text_values(e: Evidence) -> dict[str, Callable[[], str]]:
         "shuffled.2": lambda r: 100 * r["shuffled_seen_before"]["2"],
         "shuffled.4": lambda r: 100 * r["shuffled_seen_before"]["4"],
     }
-    return {f"texts.{key}": partial(_spread, e, of) for key, of in numbers.items()}
+    return {f"texts.{key}": _spread(e, of) for key, of in numbers.items()}
 
 
 def _spread(e: Evidence, of: Callable[[dict[str, Any]], float]) -> str:

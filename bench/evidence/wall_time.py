@@ -16,22 +16,11 @@ from typing import Any
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
-from bench.instruments.words import device_label, short
+from bench.instruments.words import commit_of, device_label, markdown, short
+from bench.served import numbers
 from bench.served.doubts import reading
-from bench.served.numbers import (
-    BASELINES,
-    PARTS,
-    WHOLE,
-    Json,
-    against,
-    breaking_bus,
-    classify,
-    decomposition,
-    offloaded,
-    slowed,
-    step_bytes,
-)
-from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, part_text, report
+from bench.served.numbers import BASELINES, PARTS, WHOLE, Json
+from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, report
 from engram_ref.config import EngramConfig
 
 NO_RUN = "No run on a CUDA machine is committed yet."
@@ -79,19 +68,22 @@ def wall_time_story(folder: Path) -> str:
 
 def _story(runs: list[tuple[str, Json]]) -> str:
     head = ["measured on", "model, batch, stream", *PARTS, "all of it", "of `resident`"]
-    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
-    return "\n".join([*lines, *(_line(results, case) for _, results in runs for case in results["cases"])])
+    return markdown(head, _of_cases(runs, _line), right=range(2, len(head)))
 
 
-def _line(results: Json, case: Json) -> str:
+def _of_cases(runs: list[tuple[str, Json]], line: Callable[[Json, Json], list[str]]) -> list[list[str]]:
+    return [line(results, case) for _, results in runs for case in results["cases"]]
+
+
+def _line(results: Json, case: Json) -> list[str]:
     what = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
     try:
-        parts = decomposition(case, _PHASE)
-        ours = against(case, offloaded(case), "resident", _PHASE)
-        cells = [part_text(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
+        parts = numbers.decomposition(case, _PHASE)
+        ours = numbers.against(case, numbers.offloaded(case), "resident", _PHASE)
+        cells = [str(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
     except NotMeasured as why:
         cells = [str(why), *[""] * (len(PARTS) + 1)]
-    return f"| {' | '.join([device_label(results), what, *cells])} |"
+    return [device_label(results), what, *cells]
 
 
 def wall_time_class(folder: Path) -> str:
@@ -100,48 +92,43 @@ def wall_time_class(folder: Path) -> str:
     lines = []
     for baseline, whose in BASELINES.items():
         none = "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:].removesuffix('.')}"
-        label, reason = classify(cases, baseline) if cases else none
+        label, reason = numbers.classify(cases, baseline) if cases else none
         lines.append(f"- Against {whose}: **{label}**, {reason}.")
     return "\n".join(lines)
 
 
 def wall_time_sensitivity(folder: Path) -> str:
     """How late a step's rows may come: by published numbers, then, per case, expected and measured on slowed buses."""
-    published = _latest([_published(batch) for batch in _PUBLISHED_BATCHES])
-    return f"{published}\n\n{of_both(folder, 'Slowed buses', _slowed)}"
+
+    def table(rows: list[list[str]]) -> str:
+        return markdown(_LATEST, rows, right=range(2, len(_LATEST)))
+
+    published = table([_published(batch) for batch in _PUBLISHED_BATCHES])
+    return f"{published}\n\n{of_both(folder, 'Slowed buses', lambda runs: table(_of_cases(runs, _sensitivity)))}"
 
 
-def _slowed(runs: list[tuple[str, Json]]) -> str:
-    return _latest([_sensitivity(results, case) for _, results in runs for case in results["cases"]])
-
-
-def _latest(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (_LATEST, *rows)]
-    return "\n".join([lines[0], f"| --- | --- |{' ---: |' * (len(_LATEST) - 2)}", *lines[1:]])
-
-
-def _sensitivity(results: Json, case: Json) -> tuple[str, ...]:
+def _sensitivity(results: Json, case: Json) -> list[str]:
     name = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
     try:
-        found, buses = breaking_bus(case), slowed(case)
+        found, buses = numbers.breaking_bus(case), numbers.slowed(case)
     except NotMeasured as why:
-        return (device_label(results), name, _kilobytes(step_bytes(case)), str(why), "", "", "", "")
+        return [device_label(results), name, _kilobytes(numbers.step_bytes(case)), str(why), "", "", "", ""]
     window = statistics.median(one.window_s for one in buses)
     measured = ["not resolved" if at is None else _us(at) for at in (found.holds_s, found.breaks_s)]
-    return (device_label(results), name, *_expected(step_bytes(case), window, found.predicted_s), *measured)
+    return [device_label(results), name, *_expected(numbers.step_bytes(case), window, found.predicted_s), *measured]
 
 
-def _published(batch: int) -> tuple[str, ...]:
+def _published(batch: int) -> list[str]:
     """By arithmetic: one layer of v41-flash in a model whose window and step others have computed."""
     config = EngramConfig.preset("v41-flash")
     nbytes = batch * config.columns * config.row_bytes()
     latest = PUBLISHED_WINDOW_S + WALL_TIME_CLAIM * PUBLISHED_STEP_S
     expected = _expected(nbytes, PUBLISHED_WINDOW_S, latest)
-    return ("arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, "", "")
+    return ["arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, "", ""]
 
 
-def _expected(nbytes: int, window: float, latest: float) -> tuple[str, ...]:
-    return (_kilobytes(nbytes), _us(window), _us(latest), f"{short(nbytes / latest / 1e9, digits=3)} GB/s")
+def _expected(nbytes: int, window: float, latest: float) -> list[str]:
+    return [_kilobytes(nbytes), _us(window), _us(latest), f"{short(nbytes / latest / 1e9, digits=3)} GB/s"]
 
 
 def _kilobytes(nbytes: int) -> str:
@@ -168,25 +155,23 @@ def wall_time_setup(folder: Path) -> str:
 
 
 def _setups(runs: list[tuple[str, Json]]) -> str:
-    rows: list[tuple[str, ...]] = [("machine", "model", "served", "table", "code")]
-    rows += [_setup(results, case) for _, results in runs for case in results["cases"]]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "| --- | --- | --- | --- | --- |", *dict.fromkeys(lines[1:])])
+    rows = dict.fromkeys(map(tuple, _of_cases(runs, _setup)))  # streams share one
+    return markdown(["machine", "model", "served", "table", "code"], rows)
 
 
-def _setup(results: Json, case: Json) -> tuple[str, ...]:
-    table, git = case["table"], results["git"]
+def _setup(results: Json, case: Json) -> list[str]:
+    table = case["table"]
     (low, high), (least, most) = case["prompt_tokens"], case["output_tokens"]
     decoding = "CUDA graphs" if case["rows"][0]["graphs"]["used"] else "no CUDA graphs"
-    return (
+    return [
         f"{device_label(results)}, {results['environment']['cpu_count']} cores",
         f"{case['backbone']}, {case['blocks']} blocks, random {case['dtype']} weights, {decoding}",
         f"{len(case['rounds'])} rounds of {case['sequences']}, {case['batch']} at a time; prompts {low} to {high}, "
         f"outputs {least} to {most} tokens; {case['stream']['name']}",
         f"{table['preset']}, {table['parameters'] / 1e9:.3g}e9 values, {table['columns']} rows of "
         f"{table['row_bytes']} B a token",
-        f"`{(git['commit'] or 'unknown')[:12]}`{' with changes' if git['dirty'] else ''}",
-    )
+        "`{}`{}{}".format(*commit_of(results).partition(" ")),
+    ]
 
 
 def blocks(folder: Path) -> dict[str, Any]:

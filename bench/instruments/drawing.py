@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,54 @@ def save_all(
     return paths
 
 
-def legend_below(figure: Any, axis: Any) -> None:
-    """The legend of one panel, for all, in a row at the foot of the figure."""
+def panels(
+    heights: Sequence[float], width: float, margin: float, title: str, columns: int = 2, **layout: Any
+) -> tuple[Any, list[Any]]:
+    """A figure with a panel for each height, in rows as high as their highest; panels that are left over are blank.
+
+    Args:
+        heights, width: of panels, in inches.
+        margin: added to the figure's height.
+        layout: of `pyplot.subplots`.
+    """
+    columns = min(columns, len(heights))
+    rows = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
+    size = (width * columns, sum(rows) + margin)
+    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False, height_ratios=rows, **layout)
+    for left_over in grid.flat[len(heights) :]:
+        left_over.axis("off")
+    figure.suptitle(title)
+    return figure, list(grid.flat[: len(heights)])
+
+
+def interval(
+    axis: Any,
+    place: float,
+    found: tuple[float, float, float],
+    colour: str,
+    filled: bool = True,
+    upright: bool = False,
+    label: str | None = None,
+) -> None:
+    """A median on the line from its low to its high; hollow where it says nothing.
+
+    Args:
+        place: on the other axis.
+        found: median, low and high.
+        upright: the line stands, and `place` lies on the horizontal axis.
+    """
+    line, point = ([*found[1:]], [place, place]), ([found[0]], [place])
+    axis.plot(*(line[::-1] if upright else line), color="black", linewidth=1.2, solid_capstyle="butt", zorder=2)
+    style = {"color": colour, "markeredgecolor": "black", "markerfacecolor": colour if filled else "white"}
+    axis.plot(*(point[::-1] if upright else point), "o", markersize=7, zorder=3, label=label, **style)
+
+
+def legend_below(figure: Any, axis: Any, foot: float = 0.07, columns: int | None = None) -> Any:
+    """The figure with the legend of one panel, for all, at its foot: a share of its height."""
+    figure.tight_layout(rect=(0, foot, 1, 1))
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=len(labels))
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=columns or len(labels))
+    return figure
 
 
 def stack(figure: Any, width: float = NARROW) -> None:
@@ -118,11 +162,18 @@ def _wrapped(text: str, width: float) -> str:
     return "\n".join(part for line in lines for part in line)
 
 
-def redraw(draw: Callable[[dict[str, Any], Path], list[Path]], module: str) -> None:
-    """Draw the figures of the results file that the command line names, beside it."""
+def redraw(
+    draw: Callable[[dict[str, Any], Path], list[Path]],
+    module: str,
+    report: Callable[[dict[str, Any]], str] = lambda results: "",
+    benchmark: str | None = None,
+) -> None:
+    """Draw the figures of the results file that the command line names, beside it; before, print what it says."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {module} RESULTS.json")
     path = Path(sys.argv[1])
     with cli.one_line_errors(module), as_this_version(path):
-        for figure in draw(read_results(path), path.parent):
+        results = read_results(path, benchmark)
+        print(report(results), end="\n\n" if benchmark else "")
+        for figure in draw(results, path.parent):
             print(figure)

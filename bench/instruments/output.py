@@ -8,6 +8,7 @@ forget_figures(path, results)                                   before a results
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -42,8 +43,8 @@ def require_writable(folder: Path, option: str = "--out") -> None:
         raise ValueError(f"{option} {folder} cannot be written ({error.strerror}): name another folder") from None
 
 
-def require_writable_file(path: Path | None, option: str = "--out") -> None:
-    """The same for the file that an option names, if it names one.
+def require_writable_file(path: Path | None) -> None:
+    """The same for the file that --out names, if it names one.
 
     Raises:
         ValueError: the file cannot be written.
@@ -51,8 +52,8 @@ def require_writable_file(path: Path | None, option: str = "--out") -> None:
     if path is None:
         return
     if os.path.isdir(path):
-        raise ValueError(f"{option} {path} is a folder: name a file in it")
-    require_writable(path.parent, option)
+        raise ValueError(f"--out {path} is a folder: name a file in it")
+    require_writable(path.parent)
 
 
 @contextmanager
@@ -62,6 +63,17 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         print(cli.fitted(report()), flush=True)
+
+
+def draw_where_possible(module: str, results: Mapping[str, Any], out: Path) -> None:
+    """Draw the figures of a module, where matplotlib is installed."""
+    try:
+        drawn = importlib.import_module(module).draw_all(results, out)
+    except ImportError:
+        drawn = []
+        print("no figures: pip install matplotlib draws them", file=sys.stderr, flush=True)
+    for path in drawn:
+        print(f"wrote {path}", file=sys.stderr, flush=True)
 
 
 def finish(results: Mapping[str, Any], path: Path | None) -> None:

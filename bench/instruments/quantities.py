@@ -25,29 +25,14 @@ _WHICH = (
     *("padding_bytes", "prefetch", "jitter", "slower", "row_bytes", "rows", "repeat", "bus"),
 )
 _EXACT = (
-    "cost",
-    "price",
-    "offload_naive",
-    "offload_prefetch",
-    "resident",
-    "pinned",
-    "reads",
-    "distinct_rows",
-    "faults",
+    *("cost", "price", "offload_naive", "offload_prefetch", "resident", "pinned"),
+    *("reads", "distinct_rows", "faults"),
 )
 _ONE_TIME = ("seconds", "total_s", "exchange_s", "step_s")
 # Not what was measured, but on what and by whom.
 _ABOUT = (
-    "environment",
-    "git",
-    "configuration",
-    "limits",
-    "sessions",
-    "needs",
-    "held",
-    "spans",
-    "depth_histogram",
-    "config",
+    *("environment", "git", "configuration", "limits", "sessions", "needs", "held"),
+    *("spans", "depth_histogram", "config"),
 )
 
 

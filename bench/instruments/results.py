@@ -12,11 +12,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.output import forget_figures
+from bench.instruments.code_digest import code_sha256
+from bench.instruments.output import finish, forget_figures, printed_anyway
 from bench.instruments.reading import read_results, set_aside
 from bench.schemas.common import Environment, Git, Origin
 from engram_ref.files.replacing import replacing
@@ -31,6 +32,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 def results_head(benchmark: str) -> Origin:
     """How every results file begins: whose it is, and where it was found by which commit."""
     return {"benchmark": benchmark, "environment": environment(), "git": git_commit()}
+
+
+def priced_head(benchmark: str, *modules: str) -> dict[str, Any]:
+    """How results begin that are the same on every machine: `results_head`, and the digest of the code behind them."""
+    return {"schema_version": 1, **results_head(benchmark), "code_sha256": code_sha256(*modules)}
 
 
 def environment() -> Environment:
@@ -84,6 +90,23 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def conclude(results: Any, path: Path | None, report: Callable[[Any], str], rows: str | None = None) -> None:
+    """End a run: results are written, their table is printed even if they cannot be, and the last line is their JSON.
+
+    Args:
+        path: of the file; None for none.
+        report: makes the table.
+        rows: of numbers that every run finds again, the key of the long list; see `write_unless_same`.
+    """
+    with printed_anyway(lambda: report(results)):
+        if path is not None:
+            same = rows is not None and not write_unless_same(path, results, rows)
+            if rows is None:
+                write_json(path, results)
+            print(f"{path} says the same already" if same else f"wrote {path}", file=sys.stderr)
+    finish(results, path)
 
 
 def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool:

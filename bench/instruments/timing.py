@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from bench.instruments.words import percent
 from engram_ref.cli import time_left
 
 LEAST_SAMPLES = 3  # fewer have no spread to speak of
@@ -62,12 +63,8 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every case, `repeats` samples each, in rounds; warm-up rounds are run and not kept."""
-    ways = {name: Way(lambda _: None, functools.partial(_call, run)) for name, run in cases.items()}
+    ways = {name: Way(lambda _, run=run: run, lambda run: run()) for name, run in cases.items()}  # type: ignore[misc]
     return prepared_samples(ways, lambda: None, repeats, warmup, clock)
-
-
-def _call(run: Callable[[], object], _: None) -> object:
-    return run()
 
 
 @dataclass(frozen=True)
@@ -101,31 +98,32 @@ def prepared_samples(
     return samples
 
 
+def median_and_spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the values that a fifth and four fifths of the samples lie below."""
+    return statistics.median(samples), quantile(samples, 0.2), quantile(samples, 0.8)
+
+
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "q25": quantile(ordered, 0.25),
-        "q75": quantile(ordered, 0.75),
-    }
+    return {"median": statistics.median(ordered), "q25": quantile(ordered, 0.25), "q75": quantile(ordered, 0.75)}
 
 
-def paired_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 0) -> dict[str, float]:
+def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
     """Median of sample / baseline round by round, with a 95 % bootstrap interval of that median.
 
     The ratio is resolved only where the interval leaves out 1.
     """
     if len(samples) != len(baseline) or not samples:
         raise ValueError(f"{len(samples)} samples against {len(baseline)}: a paired ratio needs equally many, and one")
-    low, high = _interval(tuple(a / b for a, b in zip(samples, baseline)), seed)
+    low, high = _interval(tuple(a / b for a, b in zip(samples, baseline)))
     return {"median": statistics.median(a / b for a, b in zip(samples, baseline)), "low": low, "high": high}
 
 
 @functools.lru_cache(maxsize=4096)
-def _interval(ratios: tuple[float, ...], seed: int) -> tuple[float, float]:
+def _interval(ratios: tuple[float, ...]) -> tuple[float, float]:
     """The 95 % bootstrap interval of their median; reports ask for the same one again and again."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
     return quantile(medians, 0.025), quantile(medians, 0.975)
 
@@ -141,6 +139,20 @@ class Overhead(NamedTuple):
     low: float
     high: float
     resolved: bool
+
+    @property
+    def interval(self) -> str:
+        """Its ends, in signed per cent."""
+        return f"[{percent(self.low)}, {percent(self.high)}]"
+
+    def __str__(self) -> str:
+        """Median and interval, or that it is not resolved."""
+        return f"{percent(self.median) if self.resolved else 'not resolved'} {self.interval}"
+
+    @property
+    def in_percent(self) -> tuple[float, float, float]:
+        """Median, low and high."""
+        return 100 * self.median, 100 * self.low, 100 * self.high
 
 
 def overhead(ratio: Mapping[str, float], noise: Callable[[], Mapping[str, float]], samples: int) -> Overhead:
@@ -161,6 +173,11 @@ def overhead(ratio: Mapping[str, float], noise: Callable[[], Mapping[str, float]
         apart = ratio["low"] > max(1.0, floor["high"]) or ratio["high"] < min(1.0, floor["low"])
         resolved = apart and samples >= LEAST_SAMPLES
     return Overhead(ratio["median"] - 1, ratio["low"] - 1, ratio["high"] - 1, resolved)
+
+
+def noise_interval(floor: Mapping[str, float]) -> str:
+    """A noise floor in words, in per cent."""
+    return f"noise floor: resident against itself [{percent(floor['low'] - 1)}, {percent(floor['high'] - 1)}] %"
 
 
 def quantile(samples: Sequence[float], share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -15,6 +16,12 @@ def aligned(rows: list[list[str]], left: set[int], headers: int = 1) -> str:
         if number == headers - 1:
             lines.append("  ".join("-" * w for w in widths))
     return "\n".join(lines)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Rows of cells as a table of Markdown; the columns of `right` are flush right."""
+    rule = ["---:" if column in right else "---" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def measured_on(results: dict[str, Any]) -> str:
@@ -33,6 +40,12 @@ def measured_on(results: dict[str, Any]) -> str:
 def device_label(results: dict[str, Any]) -> str:
     """What every figure and table calls its device: CPU or GPU, and its name."""
     return f"{'CPU' if results['device'] == 'cpu' else 'GPU'} {results['device_name']}"
+
+
+def commit_of(results: dict[str, Any]) -> str:
+    """The code that ran: its commit, and whether it had changes."""
+    git = results["git"]
+    return (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
 
 
 def gib(nbytes: float | None) -> str:

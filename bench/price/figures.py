@@ -89,7 +89,8 @@ def _ratios(results: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4), sharey=True, squeeze=False)
     for axis, model in zip(axes[0], models):
         for i, variant in enumerate(offloads):
-            heights = [_ratio(results, model, boundary, variant) for boundary in boundaries]
+            costs = [[find_run(results, model, b, v)["cost"] for b in boundaries] for v in (variant, "resident")]
+            heights = [ours / resident for ours, resident in zip(*costs)]
             places = [b + (i - 1) * 0.26 for b in range(len(boundaries))]
             bars = axis.bar(places, heights, 0.24, color=COLOURS[variant], label=variant)
             axis.bar_label(bars, [f"{h:.2f}" if h < 10 else f"{h:.1f}" for h in heights], fontsize=7, padding=2)
@@ -103,13 +104,7 @@ def _ratios(results: dict[str, Any]) -> Any:
         axis.set_title(model)
     axes[0][0].set_ylabel("ByteDMD price / price of resident")
     figure.suptitle(f"What offloading costs depends on what it is divided by\n{_caption(results)}")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    legend_below(figure, axes[0][0])
-    return figure
-
-
-def _ratio(results: dict[str, Any], model: str, boundary: str, variant: str) -> float:
-    return find_run(results, model, boundary, variant)["cost"] / find_run(results, model, boundary, "resident")["cost"]
+    return legend_below(figure, axes[0][0])
 
 
 def _cost_by_kind(results: dict[str, Any]) -> Any:
@@ -130,9 +125,7 @@ def _cost_by_kind(results: dict[str, Any]) -> Any:
             axis.set_title(f"{model}, {boundary}")
         panels[0].set_ylabel("price in millions")
     figure.suptitle(f"What the price is made of\n{_caption(results)}")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    legend_below(figure, axes[0][0])
-    return figure
+    return legend_below(figure, axes[0][0], foot=0.06)
 
 
 if __name__ == "__main__":

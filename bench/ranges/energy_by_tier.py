@@ -17,15 +17,13 @@ from typing import Any
 from bench.energy.step_reads import count_steps
 from bench.energy.table import crossing_table, reuse_table, step_table
 from bench.evidence.published import energy_tiers
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, priced_head
 from bench.rows.cases import LEAST_STEPS, source
 from bench.rows.whole_model import AROUND, MODELS
 from engram_ref import cli
 
 PROG = "energy_by_tier"
-SCHEMA_VERSION = 1
 STEPS = (1, 8, 64, 512, 4096, 32_768)
 PAPER_STEP = 512
 FULL, QUICK = 1 << 20, 1 << 16  # tokens
@@ -55,22 +53,16 @@ def main(argv: list[str]) -> None:
         require_writable(options.out)
         sha256, found = records(tokens)
         results = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": PROG,
+            **priced_head(PROG, "bench.energy.step_reads"),
             "configuration": {"tokens": tokens, "quick": options.quick},
-            "environment": environment(),
-            "git": git_commit(),
-            "code_sha256": code_sha256("bench.energy.step_reads"),
             "stream": {"name": "python-stdlib", "sha256": sha256},
             "records": found,
         }
-        path, places = options.out / "results.json", energy_tiers()
-        tables = (
-            lambda: crossing_table(results, places),
-            lambda: step_table(results, places, PAPER_STEP),
-            lambda: reuse_table(results),
-        )
-        with printed_anyway(lambda: "\n\n".join(table() for table in tables)):
-            written = write_unless_same(path, results, "records")
-            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-        finish(results, path)
+        conclude(results, options.out / "results.json", report, rows="records")
+
+
+def report(results: dict[str, Any]) -> str:
+    """The three tables of the counts, with published energies multiplied in."""
+    places = energy_tiers()
+    tables = crossing_table(results, places), step_table(places, PAPER_STEP), reuse_table(results)
+    return "\n\n".join(tables)

@@ -9,16 +9,13 @@ Prices are exact, and the same on every machine.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_unless_same
-from bench.setup.parallel import in_parallel
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, priced_head
+from bench.setup.parallel import add_jobs, in_parallel
 from bench.setup.streams import Source, Stream, text_source
 from bench.sweeps.lookup_range import Toy, depth_table, endings_table, price_toy, toys
 from engram_ref import cli
@@ -26,7 +23,6 @@ from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab
 
 PROG = "lookup_range"
-SCHEMA_VERSION = 1
 SEED = 0  # which window of the text, which weights: those of `bench/bytedmd_toy.py`
 FULL, QUICK = {"tokens": 128, "hidden": 64}, {"tokens": 8, "hidden": 4}
 
@@ -51,8 +47,7 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/lookup_range"), metavar="DIR", help="results.json goes here")
-    cores = os.cpu_count() or 1
-    add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
+    add_jobs(parser)
     add("--quick", action="store_true", help=f"small: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     options = parser.parse_args(argv)
     sizes = QUICK if options.quick else FULL
@@ -63,18 +58,15 @@ def main(argv: list[str]) -> None:
         jobs = works(source, vocab, **sizes)
         found = dict(in_parallel(price, jobs, options.jobs))
         results = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": PROG,
+            **priced_head(PROG, "bench.sweeps.lookup_range"),
             "configuration": {**sizes, "seed": SEED, "quick": options.quick},
-            "environment": environment(),
-            "git": git_commit(),
-            "code_sha256": code_sha256("bench.sweeps.lookup_range"),
             "stream": {"name": source.name, "sha256": source.sha256, "tokens": len(source.ids)},
             "toys": [{**found[i][0], "config": asdict(jobs[i][0].config)} for i in range(len(jobs))],
             "records": [record for i in range(len(jobs)) for record in found[i][1]],
         }
-        path = options.out / "results.json"
-        with printed_anyway(lambda: f"{endings_table(results, {})}\n\n{depth_table(results)}"):
-            written = write_unless_same(path, results, "records")
-            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-        finish(results, path)
+        conclude(results, options.out / "results.json", report, rows="records")
+
+
+def report(results: dict[str, Any]) -> str:
+    """Ratios by ending, and depths."""
+    return f"{endings_table(results, {})}\n\n{depth_table(results)}"

@@ -10,22 +10,20 @@ Packages come from PyPI, npm and Debian by their ordinary clients, into a folder
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, priced_head
 from bench.rows.other_texts import TOKENS, WEIGHED, measure_batch, measure_ids, seen_before, shuffled
 from bench.rows.other_texts_table import texts_table
 from bench.rows.whole_model import MODELS
 from bench.setup.corpora import CORPORA, fetched, first_characters
 from bench.setup.encoding import encode_texts
-from bench.setup.parallel import in_parallel
+from bench.setup.parallel import add_jobs, in_parallel
 from bench.setup.streams import random_source
 from bench.setup.token_batches import standard_library
 from engram_ref import cli
@@ -33,7 +31,6 @@ from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
 PROG = "other_texts"
-SCHEMA_VERSION = 1
 OWN = "python-stdlib"  # the text of all other results
 BATCHES = {"speeches": 1000, "dialogue": 16}  # independent parts -> tokens that are read of each
 
@@ -44,27 +41,18 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/other_texts"), metavar="DIR", help="results.json goes here")
     add("--only", nargs="+", choices=[OWN, *CORPORA], default=[OWN, *CORPORA], metavar="NAME", help="some of the texts")
-    cores = os.cpu_count() or 1
-    add("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help="processes (default: all cores)")
+    add_jobs(parser)
     options = parser.parse_args(argv)
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         found = dict(in_parallel(measure, options.only, options.jobs))
         records = [record for place in sorted(found) for record in found[place]]
         results = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": PROG,
+            **priced_head(PROG, "bench.rows.other_texts", "bench.setup.corpora"),
             "configuration": {"tokens": TOKENS, "texts": options.only},
-            "environment": environment(),
-            "git": git_commit(),
-            "code_sha256": code_sha256("bench.rows.other_texts", "bench.setup.corpora"),
             "records": records,
         }
-        path = options.out / "results.json"
-        with printed_anyway(lambda: texts_table(results)):
-            written = write_unless_same(path, results, "records")
-            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-        finish(results, path)
+        conclude(results, options.out / "results.json", texts_table, rows="records")
 
 
 def measure(name: str) -> list[dict[str, Any]]:

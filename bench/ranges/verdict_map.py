@@ -8,19 +8,17 @@ Decode steps of 512 tokens of real text on the paper's table and on V4.1-Flash's
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
-from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import finish, printed_anyway, require_writable
-from bench.instruments.results import environment, git_commit, write_unless_same
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude, priced_head
 from bench.rows.cases import read_rows, source
 from bench.rows.verdict_map import map_records, map_table, points_table
 from bench.rows.whole_model import AROUND, MODELS
 from engram_ref import cli
 
 PROG = "verdict_map"
-SCHEMA_VERSION = 1
 STEP = 512  # tokens
 FULL, QUICK = 1 << 18, 1 << 14  # tokens
 
@@ -40,17 +38,14 @@ def main(argv: list[str]) -> None:
             config = MODELS[models[0]].table
             records += map_records(read_rows(text.ids, config, "decode", STEP), config, table)
         results = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": PROG,
+            **priced_head(PROG, "bench.rows.verdict_map", "bench.rows.cases"),
             "configuration": {"tokens": tokens, "tokens_per_step": STEP, "quick": options.quick},
-            "environment": environment(),
-            "git": git_commit(),
-            "code_sha256": code_sha256("bench.rows.verdict_map", "bench.rows.cases"),
             "stream": {"name": "python-stdlib", "sha256": text.sha256},
             "records": records,
         }
-        path = options.out / "results.json"
-        with printed_anyway(lambda: f"{map_table(results)}\n\n{points_table(results)}"):
-            written = write_unless_same(path, results, "records")
-            print(f"wrote {path}" if written else f"{path} says the same already", file=sys.stderr)
-        finish(results, path)
+        conclude(results, options.out / "results.json", report, rows="records")
+
+
+def report(results: dict[str, Any]) -> str:
+    """The map, and the points on it."""
+    return f"{map_table(results)}\n\n{points_table(results)}"

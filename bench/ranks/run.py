@@ -28,14 +28,14 @@ from bench.instruments.results import environment, git_commit, write_json
 from bench.ranks.model import model_table
 from bench.ranks.schedule import schedule_table
 from bench.setup.sizes import pick_device
-from bench.setup.table_content import expected_rows, expected_values
+from bench.setup.table_content import expected_rows, require_written
 from engram_ref.cli import time_left
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.prefetch import FetchError, Prefetcher
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.rows import Rows
-from engram_ref.sharding.plan import ShardPlan, Traffic
+from engram_ref.sharding.plan import ShardPlan
 from engram_ref.tables import make_table
 from engram_ref.tables.sharded import ShardedTable
 
@@ -133,22 +133,20 @@ def _case(
                 if number == 0:
                     _require_right(hasher, tables, ids, values, options.seed)
             moved = [table.report() for table in tables.values()]
-    counted = [_less(after, first) for after, first in zip(moved, before)]  # of the last round
+
+    def counted(name: str) -> int:
+        """Bytes of the last round."""
+        return sum(getattr(after, name) - getattr(first, name) for after, first in zip(moved, before))
+
     mine = {
         "samples_s": samples[WARMUP:],
-        **{name: sum(getattr(traffic, name) for traffic in counted) for name in ("ids", "rows", "control")},
+        **{name: counted(name) for name in ("ids", "rows", "control")},
         "formula": _formula(tables, [batch * tokens] * dist.get_world_size(), way),
     }
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     _require_formula(found, way)
     return {"tokens": batch * tokens, "by_rank": found}
-
-
-def _less(after: Traffic, before: Traffic) -> Traffic:
-    return Traffic(
-        after.fetches - before.fetches, after.ids - before.ids, after.rows - before.rows, after.control - before.control
-    )
 
 
 def _formula(tables: dict[int, ShardedTable], tokens: list[int], way: str) -> dict[str, int] | None:
@@ -170,9 +168,8 @@ def _require_formula(found: list[dict[str, Any]], way: str) -> None:
 def _require_right(hasher: NgramHasher, tables: Any, ids: np.ndarray, values: Any, seed: int) -> None:
     for layer_id, table in tables.items():
         numbers = torch.from_numpy(hasher(ids, layer_id).reshape(-1)).long()
-        expected = expected_values(numbers, table.format, seed + layer_id)
-        if not torch.equal(values[layer_id].cpu().view(torch.uint8), expected.view(torch.uint8)):
-            raise ValueError(f"rank {dist.get_rank()}: rows of layer {layer_id} are not those that were asked for")
+        who = f"rank {dist.get_rank()}, layer {layer_id},"
+        require_written(who, values[layer_id], numbers, table.format, seed + layer_id)
 
 
 def _written(options: argparse.Namespace, device: torch.device, run: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bench.instruments.words import device_label
+from bench.instruments.words import device_label, markdown
 
 Results = dict[str, Any]
 _NO_TIMES = "gloo on a CPU: what is counted holds anywhere; these times mean nothing elsewhere"
@@ -42,28 +42,24 @@ def formula_holds(case: dict[str, Any]) -> bool:
 
 def bytes_table(results: Results) -> str:
     """Counted bytes of every run against the formula, for a page; no times."""
-    lines = [
-        "| ranks | way | tokens a rank | row numbers | rows | control | formula |",
-        "|---:|---|---:|---:|---:|---:|---|",
-    ]
+    rows = []
     for run in results["runs"]:
         for case in run["cases"]:
             most = max(case["by_rank"], key=lambda rank: rank["ids"] + rank["rows"])
             equal = (
                 "depends on the tokens" if most["formula"] is None else "equal" if formula_holds(case) else "differs"
             )
-            lines.append(
-                f"| {run['ranks']} | {case['way']} | {case['tokens']:,} | {most['ids']:,} B | {most['rows']:,} B | "
-                f"{most['control']:,} B | {equal} |"
-            )
-    return "\n".join(lines)
+            counted = [f"{most[name]:,} B" for name in ("ids", "rows", "control")]
+            rows.append([str(run["ranks"]), case["way"], f"{case['tokens']:,}", *counted, equal])
+    head = ["ranks", "way", "tokens a rank", "row numbers", "rows", "control", "formula"]
+    return markdown(head, rows, right={0, 2, 3, 4, 5})
 
 
 def most_hidden(results: Results) -> str:
     """The largest number of ranks whose exchange is no longer than the window, by link and tokens; for a page."""
     keys = {(entry["phase"], entry["tokens"]) for entry in results["model"]}
     links = list(dict.fromkeys(entry["link"] for entry in results["model"]))
-    lines = [f"| tokens a rank | window | {' | '.join(links)} |", f"|---|---:|{'---:|' * len(links)}"]
+    rows = []
     for phase, tokens in sorted(keys):
         cells = []
         for link in links:
@@ -74,22 +70,21 @@ def most_hidden(results: Results) -> str:
                 f"{largest} of {line[-1]['ranks']:,} ({1e6 * line[0]['seconds']:,.0f} us at {line[0]['ranks']})"
             )
         window = line[0]["window_s"]
-        lines.append(f"| {phase}, {tokens:,} | {1e6 * window:,.0f} us | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"{phase}, {tokens:,}", f"{1e6 * window:,.0f} us", *cells])
+    return markdown(["tokens a rank", "window", *links], rows, right=range(1, len(links) + 2))
 
 
 def stragglers_table(results: Results) -> str:
     """What waiting for each other costs a decode step, over the mean rank by itself; for a page."""
-    lines = ["| ranks | exchange | noise | one rank slower | step against the mean rank alone | of it waited |"]
-    lines.append("|---:|---:|---:|---:|---:|---:|")
+    rows = []
     for entry in results["schedule"]:
         if entry["ranks"] in (2, 8, 64, 1024):
-            lines.append(
-                f"| {entry['ranks']:,} | {1e6 * entry['exchange_s']:,.0f} us | {100 * entry['jitter']:g} % | "
-                f"{100 * entry['slower']:g} % | +{100 * (entry['step_s'] / entry['alone_s'] - 1):.1f} % | "
-                f"{1e6 * entry['waited_s']:,.0f} us |"
-            )
-    return "\n".join(lines)
+            shares = entry["jitter"], entry["slower"], entry["step_s"] / entry["alone_s"] - 1
+            noise, slower, more = (100 * share for share in shares)
+            exchange, waited = (f"{1e6 * entry[name]:,.0f} us" for name in ("exchange_s", "waited_s"))
+            rows.append([f"{entry['ranks']:,}", exchange, f"{noise:g} %", f"{slower:g} %", f"+{more:.1f} %", waited])
+    head = ["ranks", "exchange", "noise", "one rank slower", "step against the mean rank alone", "of it waited"]
+    return markdown(head, rows, right=range(len(head)))
 
 
 def where(results: Results) -> str:

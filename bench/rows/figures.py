@@ -62,9 +62,7 @@ def _depths(results: dict[str, Any]) -> Any:
     for axis in axes[-1]:
         axis.set_xlabel("depth in bytes")
     figure.suptitle("How deep a row lies when it is read: all of the standard library's sources, token by token")
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    legend_below(figure, axes[0][0])
-    return figure
+    return legend_below(figure, axes[0][0], foot=0.05)
 
 
 def _place(results: dict[str, Any]) -> Any:
@@ -83,10 +81,7 @@ def _place(results: dict[str, Any]) -> Any:
     axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     axis.minorticks_off()
     figure.suptitle("The lookups alone: a verdict on what lies above, against the size of the table")
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
-    return figure
+    return legend_below(figure, axis, foot=0.13, columns=4)
 
 
 def _hot(results: dict[str, Any]) -> Any:
@@ -107,10 +102,7 @@ def _hot(results: dict[str, Any]) -> Any:
         axis.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
         axis.minorticks_off()
     figure.suptitle("A hot tier, chosen on one half of the text and charged on the other")
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
-    return figure
+    return legend_below(figure, axes[0], foot=0.13, columns=4)
 
 
 def _whole_model(results: dict[str, Any]) -> Any:
@@ -131,10 +123,7 @@ def _whole_model(results: dict[str, Any]) -> Any:
         _level(axis, 100 * WALL_TIME_CLAIM, "3 %: the claim")
     axes[0].set_ylabel("price of the rows, % of the weights' price")
     figure.suptitle("The whole model: what reading the table adds to a step (dotted: random ids)")
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=4)
-    return figure
+    return legend_below(figure, axes[0], foot=0.13, columns=4)
 
 
 def _level(axis: Any, level: float, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypedDict
 
 from bench.schemas.generator import NotRequired, one_of, rules
-from bench.schemas.values import Amount, Amounts, Count, Counts, Natural, Positive, Samples, Share, Text
+from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Samples, Share, Text
 
 PLACEMENTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 Device = Annotated[str, one_of("cpu", "cuda")]
@@ -46,14 +46,14 @@ class Accelerator(TypedDict):
     name: Text
     driver: str | None
     cuda: str | None
-    torch: NotRequired[Annotated[str, "absent in older results"]]
+    torch: str
     memory_bytes: Count
     pcie_generation: int | None
     pcie_width: int | None
     clocks_mhz: Counts | None
     power_limit_w: float | None
     numa_node: int | None
-    unknown: NotRequired[Annotated[dict[str, Text], "why an entry is null; absent in older results"]]
+    unknown: Annotated[dict[str, Text], "why an entry is null"]
 
 
 class DeviceEnvironment(Environment):
@@ -63,24 +63,34 @@ class DeviceEnvironment(Environment):
     page_size: Natural
 
 
-class Origin(TypedDict):
-    """How every results file begins: whose it is, and where it was found."""
+class Provenance(TypedDict):
+    """Where it was found, and by which code."""
 
-    benchmark: Any
     environment: Environment
     git: Git
 
 
-class DeviceOrigin(TypedDict):
-    """How results of a device begin, which a later run may go on with."""
+class Origin(Provenance):
+    """How every results file begins: whose it is, and where it was found."""
 
     benchmark: Any
+
+
+class DeviceProvenance(TypedDict):
+    """What a run of a device must share with an earlier one, to go on with it; and where it was found."""
+
     device: Device
-    device_name: Text
-    configuration: dict[str, Any]
-    code_sha256: str
+    device_name: Annotated[Text, "the model, as the driver or the kernel calls it"]
+    configuration: Annotated[dict[str, Any], "Every option that a time depends on, defaults included."]
+    code_sha256: Annotated[Digest, "of the sources"]
     environment: DeviceEnvironment
     git: Git
+
+
+class DeviceOrigin(DeviceProvenance):
+    """How results of a device begin."""
+
+    benchmark: Any
 
 
 class Bandwidth(TypedDict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import Environment, Git
+from bench.schemas.common import Provenance
 from bench.schemas.generator import Must, one_of, rules
 from bench.schemas.values import Amount, Count, Digest, Natural
 
@@ -29,12 +29,10 @@ class Record(TypedDict):
 
 
 @rules(title="Results of bench/row_definitions.py")
-class Results(TypedDict):
+class Results(Provenance):
     """Prices of row reads under every definition; the same on every machine, but for the seconds. No conclusions."""
 
     schema_version: Literal[1]
     benchmark: Literal["row_definitions"]
-    environment: Environment
-    git: Git
     code_sha256: Digest
     records: Annotated[list[Record], Must(minItems=1)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import Device, DeviceEnvironment, Git, Layout, Limits, Table
+from bench.schemas.common import DeviceProvenance, Layout, Limits, Table
 from bench.schemas.generator import Must, one_of, rules
-from bench.schemas.values import Amounts, Count, Counts, Digest, Natural, Text
+from bench.schemas.values import Amounts, Count, Counts, Natural, Text
 
 
 class LaidTable(Table):
@@ -36,18 +36,12 @@ class Case(TypedDict):
     launched_late: Annotated[Counts, "samples of a way that the device began before all was launched"]
 
 
-class Head(TypedDict):
+class Head(DeviceProvenance):
     """All that is known when the file is not yet written."""
 
     schema_version: Literal[1]
     benchmark: Literal["lookup_speed"]
     started: Annotated[Text, "UTC, ISO 8601"]
-    device: Device
-    device_name: Text
-    configuration: Annotated[dict[str, Any], "Every option that a time depends on, defaults included."]
-    code_sha256: Annotated[Digest, "of the sources"]
-    environment: DeviceEnvironment
-    git: Git
     limits: Limits
     clock: Annotated[str, one_of("device events", "host clock")]
     stream: Annotated[Literal["uniform"], "random token ids, other ones in every sample of every way"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import Environment, Git
+from bench.schemas.common import Provenance
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Count, Counts, Digest, Share
 
@@ -117,13 +117,11 @@ class Record(About):
 
 
 @rules(title="Results of bench/production.py")
-class Results(TypedDict):
+class Results(Provenance):
     """Exact prices of row reads at the published table sizes; integers, the same on every machine for the same text
     and Python's standard library. No times and no conclusions."""
 
     schema_version: Literal[2]
     benchmark: Literal["production"]
     configuration: Configuration
-    environment: Environment
-    git: Git
     records: Annotated[list[Record], Must(minItems=1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import Environment, Git
+from bench.schemas.common import Provenance
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Count, Digest, Natural, Share, Text
 
@@ -19,22 +19,25 @@ class Stream(TypedDict):
     sha256: Annotated[Digest, "of the text, UTF-8"]
 
 
-class Run(TypedDict):
+class Run(Provenance):
     """What all four have at their head."""
 
     schema_version: Literal[1]
-    environment: Environment
-    git: Git
     code_sha256: Digest
 
 
-class LookupConfiguration(TypedDict):
+class Configuration(TypedDict):
     """What was asked for."""
 
     tokens: Natural
+    quick: bool
+
+
+class LookupConfiguration(Configuration):
+    """What was asked for."""
+
     hidden: Natural
     seed: Count
-    quick: bool
 
 
 class LookupStream(Stream):
@@ -82,13 +85,6 @@ class LookupRange(Run):
     records: Annotated[list[Ended], Must(minItems=1)]
 
 
-class EnergyConfiguration(TypedDict):
-    """What was asked for."""
-
-    tokens: Natural
-    quick: bool
-
-
 class StepReads(TypedDict):
     """Row reads of the decode steps of one size."""
 
@@ -107,17 +103,15 @@ class EnergyByTier(Run):
     made."""
 
     benchmark: Literal["energy_by_tier"]
-    configuration: EnergyConfiguration
+    configuration: Configuration
     stream: Stream
     records: Annotated[list[StepReads], Must(minItems=1)]
 
 
-class MapConfiguration(TypedDict):
+class MapConfiguration(Configuration):
     """What was asked for."""
 
-    tokens: Natural
     tokens_per_step: Natural
-    quick: bool
 
 
 class MapRecord(TypedDict):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import PLACEMENTS, VALUE_OR_WHY, Device, DeviceEnvironment, Git, Held, Limits, Table, Traffic
+from bench.schemas.common import PLACEMENTS, VALUE_OR_WHY, Device, DeviceProvenance, Held, Limits, Table, Traffic
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Share, Text
 
@@ -70,11 +70,9 @@ class Board(TypedDict):
     why: str | None
 
 
-class Sample(TypedDict):
-    """One pass: a round served by one variant."""
+class PassSamples(TypedDict):
+    """What one pass took, a value per step."""
 
-    round: Count
-    session: Count
     prefill_s: Amounts
     decode_s: Amounts
     first_token_s: Annotated[Amounts, "of each sequence: its group's prefill"]
@@ -82,6 +80,13 @@ class Sample(TypedDict):
     prefill_exposed_s: Amounts
     decode_exposed_s: Amounts
     tokens_sha256: Annotated[Digest, "of the tokens that the model chose"]
+
+
+class Sample(PassSamples):
+    """One pass: a round served by one variant."""
+
+    round: Count
+    session: Count
     copied: Annotated[Count, "bytes of explicit copies to an accelerator, or read from a file"]
     lookups: Count
     hits: Annotated[Count, "rows found on the device, of hot rows"]
@@ -195,17 +200,11 @@ class Case(TypedDict):
     rows: list[Row]
 
 
-class Head(TypedDict):
+class Head(DeviceProvenance):
     """What a file begins with, and a run continues only if it has the same."""
 
     schema_version: Literal[1]
     benchmark: Literal["end_to_end"]
-    device: Device
-    device_name: Text
-    configuration: Annotated[dict[str, Any], "Every option that a time depends on, defaults included."]
-    code_sha256: Annotated[Digest, "of the sources: a run continues only with the same"]
-    environment: DeviceEnvironment
-    git: Git
     limits: Limits
 
 

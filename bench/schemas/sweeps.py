@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import Environment, Git
+from bench.schemas.common import Provenance
 from bench.schemas.generator import Must, one_of, rules
 from bench.schemas.toy import Boundary, Model, Stream, Variant
 from bench.schemas.values import Amount, Counts, Digest, Natural, Share
@@ -77,17 +77,15 @@ class Point(Priced):
     stream: Annotated[str, "which of the streams was read"]
 
 
-class Provenance(TypedDict):
+class Asked(Provenance):
     """What was asked for, where it ran, and the digest of the code that found the prices."""
 
     configuration: Configuration
-    environment: Environment
-    git: Git
     code_sha256: Annotated[Digest, "of the sources that decide a price"]
 
 
 @rules(title="sweeps")
-class Sweeps(Provenance):
+class Sweeps(Asked):
     """One setting varied at a time."""
 
     schema_version: Literal[1]
@@ -115,7 +113,7 @@ class GridPrices(TypedDict):
 
 
 @rules(title="grid")
-class Grid(Provenance):
+class Grid(Asked):
     """Four settings varied at once."""
 
     schema_version: Literal[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import Environment, Git
+from bench.schemas.common import Provenance
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Counts, Digest, Natural, Samples
 
@@ -96,7 +96,7 @@ class Run(Priced, Timed):
 
 
 @rules(title="Results of bench/bytedmd_toy.py")
-class Results(TypedDict):
+class Results(Provenance):
     """Raw numbers and their provenance; no conclusions. Prices, reads and digests are the same on every machine for
     the same configuration and text; wall times are not."""
 
@@ -110,8 +110,6 @@ class Results(TypedDict):
         "Every option of the command line, defaults included; `preset` is missing from results that are older than it, "
         "and means tiny.",
     ]
-    environment: Environment
-    git: Git
     stream: Stream
     models: dict[str, ModelRead]
     noise_floor: list[NoiseFloor]

@@ -33,7 +33,6 @@ class Stream(TypedDict):
     name: Annotated[Text, "python-stdlib, uniform or a file"]
     sha256: Annotated[Digest, "of the text or of the token ids"]
     tokens: Annotated[Count | None, "null: random ids, which do not end"]
-    start: NotRequired[Annotated[Count, "first token that was read"]]
 
 
 class Disk(TypedDict):
@@ -220,10 +219,7 @@ class Results(TypedDict):
     """Raw samples and their provenance; no conclusions. Times are seconds, sizes bytes, rates per second. Index i of
     the samples of all runs of one step was measured in the same round."""
 
-    schema_version: NotRequired[Literal[1]]
     benchmark: Literal["gpu_wall"]
-    started: NotRequired[Annotated[str, "UTC, ISO 8601"]]
-    finished: NotRequired[Annotated[str, "UTC, ISO 8601"]]
     device: Device
     device_name: Annotated[Text, "the model, as the driver or the kernel calls it"]
     configuration: Annotated[dict[str, Any], "Every option of the command line, defaults included."]

@@ -12,18 +12,8 @@ from collections.abc import Callable
 
 from bench.instruments.timing import NotMeasured
 from bench.instruments.words import percent, short
-from bench.served.numbers import (
-    Json,
-    class_of,
-    difference,
-    exposed_in_round,
-    fetch_floor,
-    hit_rate,
-    noise_floor,
-    row_of,
-    same_tokens,
-    slowed,
-)
+from bench.served import numbers
+from bench.served.numbers import Json
 
 # Each adds work to the one before; prefetched fetches are missing, for what they add may be hidden.
 ORDER = ("no_engram", "own_compute", "resident", "offload_naive", "offload_disk synchronous")
@@ -35,7 +25,7 @@ def reading(results: Json) -> str:
     """The answers, by case."""
     lines = []
     for case in results["cases"]:
-        lines.append(f"{case['backbone']}, batch {case['batch']}, {case['stream']['name']}")
+        lines.append(numbers.case_name(case))
         for question, answer in QUESTIONS.items():
             try:
                 lines.append(f"  {question}: {answer(results, case)}")
@@ -45,9 +35,11 @@ def reading(results: Json) -> str:
 
 
 def _floor(results: Json, case: Json) -> str:
-    floor = fetch_floor(results, case)
+    floor = numbers.fetch_floor(results, case)
     waited = {
-        row["label"]: exposed_in_round(row) for row in case["rows"] if row["schedule"] in ("synchronous", "in place")
+        row["label"]: numbers.exposed_in_round(row)
+        for row in case["rows"]
+        if row["schedule"] in ("synchronous", "in place")
     }
     below = [label for label, seconds in waited.items() if seconds < floor]
     if below:
@@ -56,7 +48,7 @@ def _floor(results: Json, case: Json) -> str:
 
 
 def _itself(results: Json, case: Json) -> str:
-    found = noise_floor(case, _PHASE)
+    found = numbers.noise_floor(case, _PHASE)
     interval = f"[{percent(found['low'] - 1)}, {percent(found['high'] - 1)}] %"
     return f"{'yes' if found['low'] <= 1 <= found['high'] else 'NO'}, {interval}"
 
@@ -66,7 +58,7 @@ def _order(results: Json, case: Json) -> str:
     wrong = []
     for number, less in enumerate(labels):
         for more in labels[number + 1 :]:
-            part = difference(case, row_of(case, more), row_of(case, less), _PHASE)
+            part = numbers.difference(case, numbers.row_of(case, more), numbers.row_of(case, less), _PHASE)
             if part.resolved and part.high < 0:
                 wrong.append(f"{more} is faster than {less}")
     return f"NO, {'; '.join(wrong)}" if wrong else f"nothing resolved is against it ({' < '.join(labels)})"
@@ -74,7 +66,7 @@ def _order(results: Json, case: Json) -> str:
 
 def _bus(results: Json, case: Json) -> str:
     """Where the delay is twice the window and more, so that noise is small beside it."""
-    slow = [one for one in slowed(case) if one.delay_s > 2 * one.window_s]
+    slow = [one for one in numbers.slowed(case) if one.delay_s > 2 * one.window_s]
     if not slow:
         return "no bus was slow enough to tell"
     ratios = [one.exposed_s / (one.delay_s - one.window_s) for one in slow]
@@ -83,7 +75,7 @@ def _bus(results: Json, case: Json) -> str:
 
 def _hits(results: Json, case: Json) -> str:
     rows = [row for row in case["rows"] if row["hot_share"] is not None]
-    rates = [(row["hot_share"], hit_rate(row)) for row in rows]
+    rates = [(row["hot_share"], numbers.hit_rate(row)) for row in rows]
     found = [(share, rate) for share, rate in rates if rate is not None]
     if not found:
         return "no hot rows were measured"
@@ -93,7 +85,7 @@ def _hits(results: Json, case: Json) -> str:
 
 def _tokens(results: Json, case: Json) -> str:
     passes = statistics.median(len(row["rounds"]) for row in case["rows"])
-    return f"{'yes' if same_tokens(case) else 'NO'}, in {passes:g} rounds"
+    return f"{'yes' if numbers.same_tokens(case) else 'NO'}, in {passes:g} rounds"
 
 
 def _launches(results: Json, case: Json) -> str:
@@ -117,7 +109,7 @@ def _board(results: Json, case: Json) -> str:
 
 
 def _class(baseline: str) -> Callable[[Json, Json], str]:
-    return lambda results, case: class_of(case, baseline)
+    return lambda results, case: numbers.class_of(case, baseline)
 
 
 QUESTIONS: dict[str, Callable[[Json, Json], str]] = {

@@ -9,17 +9,15 @@ slower_bus.svg       what a slowed bus costs, by the delay of a decode step's ro
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
+from bench.instruments.drawing import COLOURS, interval, legend_below, panels, redraw, save_all
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import device_label
-from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Slowed, against, decomposition, slowed
+from bench.served import numbers
+from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Slowed
 from bench.served.table import PUBLISHED_WINDOW_S
 
 PART_COLOURS = {
@@ -27,7 +25,6 @@ PART_COLOURS = {
     "lookup": COLOURS["resident"],
     "not hidden": COLOURS["offload_prefetch"],
 }
-_COLUMNS = 2
 _CLAIM = 100 * WALL_TIME_CLAIM
 
 
@@ -41,25 +38,17 @@ def draw_all(results: Json, out: Path, narrow: bool = False) -> list[Path]:
 
 def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
     cases = [case for case in results["cases"] if case["rows"]]
-    columns = min(_COLUMNS, len(cases))
-    lines = math.ceil(len(cases) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 3.3 * lines + 1), squeeze=False)
-    panels = list(grid.flat)
-    for left_over in panels[len(cases) :]:
-        left_over.axis("off")
-    for axis, case in zip(panels, cases):
-        name = f"{case['backbone']}, batch {case['batch']}, {case['stream']['name']}"
-        axis.set_title(f"{name}\n{device_label(results)}", fontsize=9)
-    figure.suptitle(title)
-    return figure, list(zip(panels, cases))
+    figure, axes = panels([3.3] * len(cases), width=6, margin=1, title=title)
+    for axis, case in zip(axes, cases):
+        axis.set_title(f"{numbers.case_name(case)}\n{device_label(results)}", fontsize=9)
+    return figure, list(zip(axes, cases))
 
 
 def baselines(results: Json) -> Any:
     """A line per variant, with a point against each baseline; what is not resolved is hollow."""
-    figure, panels = _panels(
-        results, "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved"
-    )
-    for axis, case in panels:
+    title = "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved"
+    figure, cases = _panels(results, title)
+    for axis, case in cases:
         rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.axvline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
@@ -69,9 +58,7 @@ def baselines(results: Json) -> Any:
         axis.invert_yaxis()
         axis.set_xscale("symlog", linthresh=10)
         axis.set_xlabel("% of the baseline")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    legend_below(figure, panels[0][0])
-    return figure
+    return legend_below(figure, cases[0][0])
 
 
 def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
@@ -79,35 +66,28 @@ def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
         if row["label"] == baseline:
             continue
         try:
-            part = against(case, row, baseline, "together")
+            part = numbers.against(case, row, baseline, "together")
         except NotMeasured:
             continue
-        height, colour = place + 0.3 * number - 0.15, COLOURS[baseline]
-        axis.plot([100 * part.low, 100 * part.high], [height] * 2, color="black", linewidth=1.2)
-        axis.plot(
-            100 * part.median, height, "o", markersize=6, color=colour, markeredgecolor="black",
-            markerfacecolor=colour if part.resolved else "white", label=f"against {baseline}" if place == 0 else None,
-        )  # fmt: skip
+        height, label = place + 0.3 * number - 0.15, f"against {baseline}" if place == 0 else None
+        interval(axis, height, part.in_percent, COLOURS[baseline], part.resolved, label=label)
 
 
 def overhead_parts(results: Json) -> Any:
     """Stacked parts, one bar per phase; what is not resolved is hollow, the whole as measured is a line."""
-    figure, panels = _panels(
-        results, "Overhead of a prefetched table, taken apart\nmedians; hollow: not resolved; line: the whole, 95 %"
-    )
-    for axis, case in panels:
+    title = "Overhead of a prefetched table, taken apart\nmedians; hollow: not resolved; line: the whole, 95 %"
+    figure, cases = _panels(results, title)
+    for axis, case in cases:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylabel("% of the model without Engram")
         try:
             for place, phase in enumerate(PHASES):
-                _stack(axis, place, decomposition(case, phase))
+                _stack(axis, place, numbers.decomposition(case, phase))
         except NotMeasured as why:
             axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
         axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
         axis.set_xticks(range(len(PHASES)), [phase.replace("token", "median token") for phase in PHASES])
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    legend_below(figure, panels[0][0])
-    return figure
+    return legend_below(figure, cases[0][0])
 
 
 def _stack(axis: Any, place: int, parts: dict[str, Overhead]) -> None:
@@ -120,43 +100,30 @@ def _stack(axis: Any, place: int, parts: dict[str, Overhead]) -> None:
         style = {"facecolor": fill, "edgecolor": colour, "hatch": "" if part.resolved else "////"}
         axis.bar(place, height, 0.5, bottom=foot[up], label=name if place == 0 else None, **style)
         foot[up] += height
-    whole = parts[WHOLE]
-    axis.plot([place + 0.33] * 2, [100 * whole.low, 100 * whole.high], color="black", linewidth=1.4)
-    axis.plot(place + 0.33, 100 * whole.median, "o", color="black", markersize=5)
+    interval(axis, place + 0.33, parts[WHOLE].in_percent, "black", upright=True)
 
 
 def slower_bus(results: Json) -> Any:
     """Overhead above `resident` against the delay of a step's rows."""
-    figure, panels = _panels(
-        results, "What a slower bus costs a decode step, above the resident table\nhollow: not resolved"
-    )
-    for axis, case in panels:
+    title = "What a slower bus costs a decode step, above the resident table\nhollow: not resolved"
+    figure, cases = _panels(results, title)
+    for axis, case in cases:
         try:
-            buses = slowed(case)
+            _draw_buses(axis, numbers.slowed(case))
         except NotMeasured as why:
             axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
-            continue
-        _draw_buses(axis, buses)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    legend_below(figure, panels[0][0])
-    return figure
+    return legend_below(figure, cases[0][0])
 
 
 def _draw_buses(axis: Any, buses: list[Slowed]) -> None:
     for number, one in enumerate(buses):
-        delay, part = 1e6 * one.delay_s, one.extra
-        axis.plot([delay] * 2, [100 * part.low, 100 * part.high], color="black", linewidth=1.2)
-        colour = COLOURS["offload_prefetch"]
-        axis.plot(
-            delay, 100 * part.median, "o", markersize=7, color=colour, markeredgecolor="black",
-            markerfacecolor=colour if part.resolved else "white", label="median, 95 %" if number == 0 else None,
-        )  # fmt: skip
+        label, colour = None if number else "median, 95 %", COLOURS["offload_prefetch"]
+        interval(axis, 1e6 * one.delay_s, one.extra.in_percent, colour, one.extra.resolved, True, label)
     axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
     if buses:
         axis.axvline(1e6 * buses[0].window_s, color=COLOURS["resident"], linewidth=1.2, label="window here")
-    axis.axvline(
-        1e6 * PUBLISHED_WINDOW_S, color=COLOURS["offload_naive"], linestyle=":", label="56 us, computed by others"
-    )
+    window, told = 1e6 * PUBLISHED_WINDOW_S, "56 us, computed by others"
+    axis.axvline(window, color=COLOURS["offload_naive"], linestyle=":", label=told)
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=10)
     axis.margins(y=0.12)

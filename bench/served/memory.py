@@ -112,8 +112,9 @@ def estimate(plan: Plan, device: torch.device) -> Needs:
     values = row_format.width * row_format.dtype.itemsize
     staged = sum(name in names for name in _STAGED) * 2 * fetched * row_format.row_bytes
     on_hand = sum(_tokens(plan)) * plan.config.columns * values if OWN_COMPUTE in names else 0
+    fusion = 2 * plan.config.hidden * plan.config.embedding_width * plan.itemsize
     of_model = {
-        "weights": (plan.parameters + plan.head) * plan.itemsize + _fusion_bytes(plan),
+        "weights": (plan.parameters + plan.head) * plan.itemsize + fusion,
         "keys and values": served_bytes(plan.shape, plan.blocks, plan.slots, plan.prompt + plan.output, plan.itemsize),
         "rows on hand": on_hand,
         "rows arriving": 2 * fetched * (values + row_format.row_bytes) + fetched * 8,
@@ -141,10 +142,6 @@ def _tokens(plan: Plan) -> tuple[int, int]:
     """
     steps = -(-plan.sequences * plan.output // plan.slots) + plan.output
     return plan.sequences * plan.prompt, plan.slots * steps
-
-
-def _fusion_bytes(plan: Plan) -> int:
-    return 2 * plan.config.hidden * plan.config.embedding_width * plan.itemsize
 
 
 def _working_bytes(plan: Plan) -> int:

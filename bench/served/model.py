@@ -124,13 +124,11 @@ class ServedModel:
         self._all = torch.arange(slots, device=self.device)
         self._length = rounded_span(positions - 1)
         size = (slots, decoder.shape.kv_heads, self._length, decoder.shape.head_dim)
-        self._stored = [
-            (
-                torch.zeros(size, dtype=head.dtype, device=self.device),
-                torch.zeros(size, dtype=head.dtype, device=self.device),
-            )
-            for _ in range(decoder.blocks)
-        ]
+
+        def zeros() -> Tensor:
+            return torch.zeros(size, dtype=head.dtype, device=self.device)
+
+        self._stored = [(zeros(), zeros()) for _ in range(decoder.blocks)]
         self._cache = _slot_cache()
         # What graphs read belongs to the model, to which Engram is attached anew for every pass.
         self._convolutions = {LAYER: ShortConvHistory(fusion, slots)} if fusion.reach else {}
@@ -292,12 +290,8 @@ class ServedModel:
         seen = torch.arange(span, device=self.device) <= self._positions[:, None]  # [slots, span]
         mask = torch.zeros(seen.shape, dtype=self._head.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         with torch.inference_mode():
-            hidden = self._decoder.step(
-                self._tokens,
-                self._cache,
-                position_ids=self._positions[:, None],
-                attention_mask=mask[:, None, None],
-            )
+            where = {"position_ids": self._positions[:, None], "attention_mask": mask[:, None, None]}
+            hidden = self._decoder.step(self._tokens, self._cache, **where)
             return self._choose(hidden[:, -1])
 
     def _choose(self, hidden: Tensor) -> Tensor:

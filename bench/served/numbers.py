@@ -31,8 +31,14 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 WHOLE = "overhead"
 # What an offloaded table is compared with, and whose baseline that is.
 BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
+NO_LOOKUP = ("no_engram", "own_compute")
 LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
+
+
+def case_name(case: Json) -> str:
+    """Model, batch and stream, for a reader."""
+    return f"{case['backbone']}, batch {case['batch']}, {case['stream']['name']}"
 
 
 def row_of(case: Json, label: str) -> Json:
@@ -41,10 +47,7 @@ def row_of(case: Json, label: str) -> Json:
     Raises:
         NotMeasured: there is none, or it has no samples.
     """
-    for row in case["rows"]:
-        if row["label"] == label and row["rounds"]:
-            return row
-    raise NotMeasured(f"{label} was not measured")
+    return first_of(case, (label,))
 
 
 def first_of(case: Json, labels: tuple[str, ...]) -> Json:
@@ -142,15 +145,10 @@ def decomposition(case: Json, phase: str) -> dict[str, Overhead]:
 # --- what a user sees ---------------------------------------------------------------------------------
 
 
-def tokens_per_second(case: Json, row: Json, phase: str = "together") -> list[float]:
-    """Output tokens per second of each round; the first token of a sequence is the prefill's."""
+def tokens_per_second(case: Json, row: Json) -> list[float]:
+    """Output tokens per second of each round, prefill included."""
     made = {entry["round"]: entry["output_tokens"] for entry in case["rounds"]}
-    firsts = case["sequences"]
-    found = []
-    for sample in row["rounds"]:
-        tokens = {"prefill": firsts, "decode": made[sample["round"]] - firsts, "together": made[sample["round"]]}[phase]
-        found.append(tokens / seconds(sample, phase))
-    return found
+    return [made[sample["round"]] / seconds(sample, "together") for sample in row["rounds"]]
 
 
 def per_step(row: Json, name: str) -> list[float]:
@@ -164,20 +162,20 @@ def token_times(row: Json) -> dict[str, float]:
     return {"median": statistics.median(times), "p99": quantile(times, 0.99)}
 
 
-def freed(case: Json, variant: str, held: dict[str, int]) -> Freed:
+def freed(case: Json, variant: str, on_device: int) -> Freed:
     """Device memory that a table leaves free against a resident one, which holds all of its bytes there; and why not.
 
     Args:
-        held: bytes of the variant's table by place.
+        on_device: bytes of the variant's table.
     """
-    if variant in ("no_engram", "own_compute"):
+    if variant in NO_LOOKUP:
         return {"value": None, "why": "no table is looked up"}
-    return {"value": case["table"]["bytes"] - held["device"], "why": None}
+    return {"value": case["table"]["bytes"] - on_device, "why": None}
 
 
 def freed_bytes(case: Json, row: Json) -> int | None:
     """Device memory that a row's table leaves free against a resident one; None where nothing is looked up."""
-    return freed(case, row["variant"], row["held"])["value"]
+    return freed(case, row["variant"], row["held"]["device"])["value"]
 
 
 def weight_reading(limits: Json, case: Json, row: Json) -> Weights:
@@ -338,10 +336,8 @@ class Break(NamedTuple):
 
     def bandwidths(self, nbytes: int) -> tuple[float | None, float | None]:
         """Bytes per second at which `nbytes` take these delays: that breaks, that holds."""
-        return (
-            nbytes / self.breaks_s if self.breaks_s else None,
-            nbytes / self.holds_s if self.holds_s else None,
-        )
+        at_break, at_hold = (nbytes / delay if delay else None for delay in (self.breaks_s, self.holds_s))
+        return at_break, at_hold
 
 
 def breaking_bus(case: Json) -> Break:

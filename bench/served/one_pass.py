@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.clocks import Clock, Lap, device_clock
+from bench.instruments.clocks import Lap, device_clock
+from bench.schemas.served import PassSamples
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
 from bench.setup.sizes import LAYER
@@ -61,27 +62,6 @@ class Work:
     steps: list[Prompts | Tokens]
 
 
-@dataclass(frozen=True)
-class PassSamples:
-    """What one pass took, in seconds, a value per step.
-
-    Attributes:
-        prefill_s, decode_s: of each step.
-        first_token_s: of each sequence, from when its group's ids are given until its first token is chosen.
-        window_s: of each decode step, from its begin to the join, less what was waited there before.
-        prefill_exposed_s, decode_exposed_s: how long the model waited for rows.
-        tokens_sha256: of the model's choices.
-    """
-
-    prefill_s: list[float]
-    decode_s: list[float]
-    first_token_s: list[float]
-    window_s: list[float]
-    prefill_exposed_s: list[float]
-    decode_exposed_s: list[float]
-    tokens_sha256: str
-
-
 class FetchedBefore(OnHand):
     """The rows of every step of a round, fetched beforehand: what is left is the layer's own compute.
 
@@ -106,12 +86,11 @@ class Server:
         model: with all places free.
         vocab: token id -> compressed id.
         plan: of the table.
-        clock: of a device; None for the model's.
     """
 
-    def __init__(self, model: ServedModel, vocab: CompressedVocab, plan: HashPlan, clock: Clock | None = None) -> None:
+    def __init__(self, model: ServedModel, vocab: CompressedVocab, plan: HashPlan) -> None:
         self._model, self._vocab, self._plan = model, vocab, plan
-        self._clock = clock or device_clock(model.device)
+        self._clock = device_clock(model.device)
 
     def prepare(self, round_: Round, most_tokens: int) -> Work:
         """Put a round's ids onto the device."""
@@ -215,15 +194,15 @@ def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor]) -> PassSamp
     timed = list(zip(work.steps, steps))
     prefill = [(step, times) for step, times in timed if isinstance(step, Prompts)]
     decode = [times for step, times in timed if isinstance(step, Tokens)]
-    return PassSamples(
-        [times["all"] for _, times in prefill],
-        [times["all"] for times in decode],
-        [times["all"] for step, times in prefill for _ in step.lengths],
-        [times["window"] for times in decode],
-        [times["joined"] for _, times in prefill],
-        [times["joined"] for times in decode],
-        _digest(work, chosen),
-    )
+    return {
+        "prefill_s": [times["all"] for _, times in prefill],
+        "decode_s": [times["all"] for times in decode],
+        "first_token_s": [times["all"] for step, times in prefill for _ in step.lengths],
+        "window_s": [times["window"] for times in decode],
+        "prefill_exposed_s": [times["joined"] for _, times in prefill],
+        "decode_exposed_s": [times["joined"] for times in decode],
+        "tokens_sha256": _digest(work, chosen),
+    }
 
 
 def _digest(work: Work, chosen: list[Tensor]) -> str:

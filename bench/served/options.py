@@ -20,14 +20,15 @@ SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
     "dtype": ("bfloat16", "bfloat16", "float32"),
     "table_params": ([1e9], [1e9], [2e7]),
 }
-# Of the options below: on CUDA, on a CPU.
-_OWN_DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "backbones": (["qwen3-4b", "qwen3-8b"], ["tiny"]),
-    "batches": ([FIT], [1, 8]),
-    "sequences": (64, "batch"),
-    "prompt_tokens": ([100, 1024], [16, 32]),
-    "output_tokens": ([100, 1024], [12, 16]),
+# Of the options below, likewise.
+_OWN_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
+    "backbones": (None, ["qwen3-4b", "qwen3-8b"], ["tiny"]),
+    "batches": (None, [FIT], [1, 8]),
+    "sequences": (None, 64, "batch"),
+    "prompt_tokens": (None, [100, 1024], [16, 32]),
+    "output_tokens": (None, [100, 1024], [12, 16]),
     "buses": (
+        None,
         ["64", "16", "4", "1", "0.25", "0.0625", "inf:20", "inf:56", "inf:200"],
         ["0.1", "0.003", "0.0005", "inf:56", "inf:1000", "inf:3000", "inf:10000"],
     ),
@@ -51,12 +52,8 @@ results are on disk after every pass; the same command again continues a run tha
     )
     add = group.add_argument
     add("--end-to-end", action="store_true", help="measure this instead of single steps")
-    add(
-        "--backbones",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(SIZES)} or a config.json (default: qwen3-4b qwen3-8b; tiny on a CPU)",
-    )
+    models = f"{', '.join(SIZES)} or a config.json (default: qwen3-4b qwen3-8b; tiny on a CPU)"
+    add("--backbones", nargs="+", metavar="NAME", help=models)
     add("--batches", nargs="+", type=_batch, metavar="N", help="sequences at a time, or fit: as many as memory holds "
         "(default: fit; 1 8 on a CPU)")  # fmt: skip
     add("--sequences", type=_sequences, metavar="N", help="of a round, or batch: as many as are served at a time "
@@ -64,18 +61,12 @@ results are on disk after every pass; the same command again continues a run tha
     for phase in ("prompt", "output"):
         add(f"--{phase}_tokens", nargs=2, type=cli.at_least(1, 1 << 20), metavar=("LOW", "HIGH"), help="default: "
             f"100 1024; {'16 32' if phase == 'prompt' else '12 16'} on a CPU")  # fmt: skip
-    add("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), help="token ids: real text, or random "
-        "(default: both)")  # fmt: skip
-    add(
-        "--prefill_tokens",
-        type=cli.at_least(1, MOST_TOKENS),
-        default=16384,
-        help="of prompts processed together (default: 16384)",
-    )
-    add("--hot_shares", nargs="+", type=cli.share, default=[0.001, 0.01, 0.1], metavar="SHARE", help="of the rows kept "
-        "on the device by offload_hot, one variant each (default: 0.001 0.01 0.1)")  # fmt: skip
-    add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help="slowed buses, one variant each: bandwidth, and "
-        "time to the first byte; inf:56 is only the latter")  # fmt: skip
+    add("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), help="token ids: real text, or random")
+    add("--prefill_tokens", type=cli.at_least(1, MOST_TOKENS), default=16384, help="of prompts processed together")
+    kept = "of the rows kept on the device by offload_hot, one variant each"
+    add("--hot_shares", nargs="+", type=cli.share, default=[0.001, 0.01, 0.1], metavar="SHARE", help=kept)
+    slow = "slowed buses, one variant each: bandwidth, and time to the first byte; inf:56 is only the latter"
+    add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help=slow)
     add("--eager", action="store_true", help="no CUDA graphs: the host launches every kernel of every token")
     cli.add_fresh(parser)
 
@@ -83,12 +74,9 @@ results are on disk after every pass; the same command again continues a run tha
 def fill_defaults(options: argparse.Namespace, on_gpu: bool) -> None:
     """Set what the command line left open."""
     column = (1 if on_gpu else 2) if options.end_to_end else 0
-    for name, defaults in SHARED_DEFAULTS.items():
+    for name, defaults in {**SHARED_DEFAULTS, **_OWN_DEFAULTS}.items():
         if getattr(options, name) is None:
             setattr(options, name, defaults[column])
-    for name, pair in _OWN_DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, pair[0 if on_gpu else 1])
 
 
 def check(options: argparse.Namespace) -> None:

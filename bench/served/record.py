@@ -66,10 +66,8 @@ class Record:
 
     def _keep_whole_rounds(self) -> None:
         for case in self.results["cases"]:
-            rows = case["rows"]
-            done = [{sample["round"] for sample in row["rounds"]} for row in rows]
-            whole = set.intersection(*done) if len(rows) == len(case["labels"]) else set()
-            for row in rows:
+            whole = rounds_done(case)
+            for row in case["rows"]:
                 kept = [sample for sample in row["rounds"] if sample["round"] in whole]
                 self.kept += len(kept)
                 self.dropped += len(row["rounds"]) - len(kept)
@@ -83,7 +81,7 @@ class Record:
             labels: of its rows, in their order.
         """
         for found in self.results["cases"]:
-            if all(found[key] == value for key, value in _identity(description).items()):
+            if all(found[key] == description[key] for key in ("backbone", "batch", "stream")):
                 return Case(self, found)
         case = {**description, "labels": labels, "rows": []}
         self.results["cases"].append(case)
@@ -122,11 +120,6 @@ class Case:
         self._record = record
         self.content = content
 
-    def rounds_done(self) -> set[int]:
-        """Rounds that every row has."""
-        done = [{sample["round"] for sample in row["rounds"]} for row in self.content["rows"]]
-        return set.intersection(*done) if len(done) == len(self.content["labels"]) else set()
-
     def add(self, row: Mapping[str, Any], sample: Json) -> None:
         """Keep one pass of a row, and write the file.
 
@@ -150,5 +143,7 @@ class Case:
         self._record.save()
 
 
-def _identity(description: Json) -> Json:
-    return {key: description[key] for key in ("backbone", "batch", "stream")}
+def rounds_done(case: Json) -> set[int]:
+    """Rounds that every row of a case has."""
+    done = [{sample["round"] for sample in row["rounds"]} for row in case["rows"]]
+    return set.intersection(*done) if len(done) == len(case["labels"]) else set()

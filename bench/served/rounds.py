@@ -10,22 +10,18 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 from bench.instruments.board import BoardWatch, count_beside
 from bench.instruments.driver import open_driver
 from bench.instruments.timing import CacheFlush, rounds
-from bench.schemas.common import Held
-from bench.schemas.served import Bus as BusRecord
 from bench.schemas.served import Contender as ContenderRecord
 from bench.served.model import ServedModel
-from bench.served.numbers import freed, weight_reading
+from bench.served.numbers import case_name, freed, weight_reading
 from bench.served.one_pass import FetchedBefore, Server, Work
-from bench.served.record import Case
+from bench.served.record import Case, rounds_done
 from bench.served.requests import Round, TokenSource
 from bench.served.variants import OWN_COMPUTE, Contenders
-from bench.setup.slow_bus import Bus
 from bench.setup.variants import Variant
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.hot import HotTable
@@ -62,19 +58,22 @@ class Rounds:
         self._board = BoardWatch(open_driver(model.device))
         self._source, self._contenders = source, contenders
         self._flush = CacheFlush(model.device)
-        content = case.content
-        self._name = f"{content['backbone']}, batch {content['batch']}, {content['stream']['name']}"
+        self._name = case_name(case.content)
 
     def measure(self) -> None:
         """Warm up, then measure the rounds that are missing, then what is counted beside the clock."""
-        options, done = self._options, self._case.rounds_done()
+        options, done = self._options, rounds_done(self._case.content)
         missing = [number for number in range(options.rounds) if number not in done]
         if missing:
             numbers = [*range(-options.warmup, 0), *missing]
             for number, turn in rounds(self._contenders.variants, numbers, self._say):
                 self._measure_round(number, turn)
-        self._count_beside()
-        self._read_weights()
+        rows = {row["label"]: row for row in self._case.content["rows"]}
+        for variant in self._contenders.variants:
+            if rows[variant.label]["pcie"] is None:
+                self._case.update(variant.label, **self._counted_beside(self._work(0), variant))
+        for label, row in rows.items():
+            self._case.update(label, weights=weight_reading(self._limits, self._case.content, row))
 
     def _work(self, number: int) -> Work:
         options = self._options
@@ -99,7 +98,8 @@ class Rounds:
             samples = self._server.serve(work, variant, rows if variant.name == OWN_COMPUTE else None, self._board.look)
             board = self._board.end()
             if keep:
-                sample = {key: _rounded(value) for key, value in asdict(samples).items()}
+                # Seconds to a tenth of a microsecond: what a clock says beyond that is noise.
+                sample = {k: [round(s, 7) for s in v] if isinstance(v, list) else v for k, v in samples.items()}
                 counted = {key: now - then for (key, now), then in zip(_counts(variant).items(), before.values())}
                 self._case.add(self._row(variant), {"round": number, **sample, **counted, "board": board})
             gc.collect()  # what a pass leaves is much
@@ -124,34 +124,27 @@ class Rounds:
         )
 
     def _row(self, variant: Variant) -> ContenderRecord:
-        held = variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0}
-        bus = variant.bus
+        held, bus = variant.bytes_held(), variant.bus
         return {
             "label": variant.label,
             "variant": variant.name,
             "schedule": variant.schedule,
             "repeat": variant.repeat,
             "hot_share": variant.hot_share,
-            "bus": None if bus is None else _bus(bus),
+            "bus": None if bus is None else {"bytes_per_s": bus.finite_bytes_per_s, "latency_s": bus.latency_s},
             "page_cache": variant.page_cache,
             "device": self._case.content["device"],
             "device_label": self._device_label,
             "graphs": self._model.graphs,
-            "held": cast(Held, held),
-            "freed": freed(self._case.content, variant.name, held),
+            "held": held,
+            "freed": freed(self._case.content, variant.name, held["device"]),
             "weights": None,
             "pcie": None,
             "energy": None,
         }
 
-    def _count_beside(self) -> None:
-        """Bus counters and energy, over passes that are not timed."""
-        for variant in self._contenders.variants:
-            row = next(row for row in self._case.content["rows"] if row["label"] == variant.label)
-            if row["pcie"] is None:
-                self._case.update(variant.label, **self._counted_beside(self._work(0), variant))
-
     def _counted_beside(self, work: Work, variant: Variant) -> dict[str, Any]:
+        """Bus counters and energy, over passes that are not timed, since reading disturbs."""
         rows = self._rows_on_hand(work) if variant.name == OWN_COMPUTE else None
         content = self._case.content
         asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}
@@ -165,16 +158,6 @@ class Rounds:
         energy = {"value": value, "why": found.energy.why}
         return {"pcie": found.traffic or energy, "energy": energy}
 
-    def _read_weights(self) -> None:
-        """How fast every row's decode steps read the weights, and whether launching is what they wait for."""
-        for row in self._case.content["rows"]:
-            self._case.update(row["label"], weights=weight_reading(self._limits, self._case.content, row))
-
-
-def _bus(bus: Bus) -> BusRecord:
-    endless = bus.bytes_per_s == float("inf")
-    return {"bytes_per_s": None if endless else bus.bytes_per_s, "latency_s": bus.latency_s}
-
 
 def _counts(variant: Variant) -> dict[str, int]:
     """What a table counts of itself: bytes that it copied or read, rows looked up and found on the device."""
@@ -182,8 +165,3 @@ def _counts(variant: Variant) -> dict[str, int]:
     copied = table.report().bytes_read if isinstance(table, FileTable) else table.bytes_copied if table else 0
     hot = table.report() if isinstance(table, HotTable) else None
     return {"copied": copied, "lookups": hot.lookups if hot else 0, "hits": hot.hits if hot else 0}
-
-
-def _rounded(value: Any) -> Any:
-    """Seconds to a tenth of a microsecond: what a clock says beyond that is noise."""
-    return [round(item, 7) for item in value] if isinstance(value, list) else value

@@ -1,25 +1,25 @@
 """A whole model with Engram in it, served under every variant: what `gpu_wall.py --end-to-end` runs.
 
 What is to be measured is settled, checked against memory and written down first; then table, models and caches are
-built, one case after the other: a backbone, a batch, a stream. `end_to_end_rounds` measures a case; what samples mean
-is computed in `end_to_end_numbers` and shown by `end_to_end_table` and `end_to_end_figures`.
+built, one case after the other: a backbone, a batch, a stream. `rounds` measures a case; what samples mean is computed
+in `numbers` and shown by `table` and `figures`.
+
+    python -m bench.served.run RESULTS.json             the tables and figures of a file again
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.drawing import redraw
 from bench.instruments.driver import device_head
-from bench.instruments.reading import as_this_version, read_results
 from bench.instruments.words import device_label, measured_on
 from bench.schemas.served import Head
 from bench.served.figures import draw_all
@@ -36,8 +36,7 @@ from bench.served.variants import Choice, Contenders, chosen_names
 from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
-from bench.setup.token_batches import Corpus, standard_library, text_file
-from engram_ref import cli
+from bench.setup.token_batches import Corpus, halves
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -102,8 +101,7 @@ class EndToEnd:
 
     def _fitting(self) -> list[tuple[str, int, Plan]]:
         """The cases as planned; with `--fit` without the file or the resident table, if that is what does not fit."""
-        if "offload_disk" in self.choice.names:
-            self._or_without("offload_disk", self._require_disk)
+        self._or_without("offload_disk", self._require_disk)
         return self._or_without("resident", self._planned)
 
     def _or_without(self, name: str, attempt: Callable[[], Any]) -> Any:
@@ -139,18 +137,16 @@ class EndToEnd:
         options = self.options
         embedded, chosen = self._vocabulary(backbone)
         shape, blocks, parameters = measure_backbone(backbone, options.blocks, embedded)
+        sequences = batch if options.sequences == "batch" else options.sequences
         return Plan(
             shape, blocks, parameters, chosen * shape.hidden, self.dtype.itemsize, config.replace(hidden=shape.hidden),
             rows, batch, options.prompt_tokens[1], options.output_tokens[1],
-            self._sequences(batch), options.prefill_tokens, self.choice,
+            sequences, options.prefill_tokens, self.choice,
         )  # fmt: skip
 
     def _vocabulary(self, backbone: str) -> tuple[int, int]:
         embedded, chosen = VOCABULARY.get(backbone, (_QWEN3_TOKENS, _QWEN3_TOKENS))
         return max(embedded or 0, len(self.vocab.ids)), chosen
-
-    def _sequences(self, batch: int) -> int:
-        return batch if self.options.sequences == "batch" else self.options.sequences
 
     def _head(self, copy: tuple[int, int]) -> Head:
         """What the results file says of the run as a whole."""
@@ -161,35 +157,25 @@ class EndToEnd:
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet."""
-        record = self.record
+        record, options = self.record, self.options
         if record.kept or record.dropped:
             self.tell(f"continued: {record.kept} passes kept, {record.dropped} of unfinished rounds measured again\n")
-        corpus = self._corpus()
-        half = len(corpus.ids) // 2
-        sample = torch.from_numpy(NgramHasher(self.plan)(corpus.ids[None, :half][:, :_HOT_TOKENS], LAYER))
+        self.tell("tokenizing the text")
+        served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
+        longest = options.prompt_tokens[1] + options.output_tokens[1]
+        calibration, corpus = halves(options.text, self.vocab, 2 * served * longest)
+        sample = torch.from_numpy(NgramHasher(self.plan)(calibration[None, :_HOT_TOKENS], LAYER))
         nbytes = self.plan.layers[0].rows * self.config.row_bytes()
         self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
-        options = self.options
         with Contenders(
             self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
-            batch, length = _CHECKED_TOKENS
-            contenders.check_tokens(
-                corpus.tokens[: batch * length].reshape(batch, length)
-            )  # rows that differ are never timed
+            batch, length = _CHECKED_TOKENS  # rows that differ are never timed
+            contenders.check_tokens(corpus.tokens[: batch * length].reshape(batch, length))
             for backbone in options.backbones:
                 cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
-                self._measure_backbone(backbone, cases, contenders, corpus.since(half))
+                self._measure_backbone(backbone, cases, contenders, corpus)
         return record.results
-
-    def _corpus(self) -> Corpus:
-        self.tell("tokenizing the text")
-        options = self.options
-        if not options.text:
-            return standard_library(self.vocab)
-        served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
-        longest = options.prompt_tokens[1] + options.output_tokens[1]
-        return text_file(options.text, self.vocab, tokens=2 * served * longest)  # half of the text is for calibration
 
     def _measure_backbone(
         self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
@@ -265,24 +251,17 @@ class EndToEnd:
         return self.record.case(description, [one.label for one in contenders.variants])
 
 
-def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> None:
-    """The command."""
+def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> Json:
+    """The command's results."""
     run = EndToEnd(options, tell, copy)
     print(measured_on(run.record.results), flush=True)
-    show(run.run(), run.record.path)
-
-
-def show(results: Json, path: Path) -> None:
-    """Print the tables, and draw the figures beside the file."""
-    print(f"\n{report(results)}\n\n{path}")
-    for figure in draw_all(results, path.parent):
-        print(figure)
+    return run.run()
 
 
 def main() -> None:
     """Show a file that the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.served.run RESULTS.json")
-    path = Path(sys.argv[1])
-    with cli.one_line_errors(PROG), as_this_version(path):
-        show(read_results(path, PROG), path)
+    redraw(draw_all, "bench.served.run", report, PROG)
+
+
+if __name__ == "__main__":
+    main()

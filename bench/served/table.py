@@ -9,65 +9,20 @@ into the noise floor; the interval is shown all the same.
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
-from bench.instruments.timing import NotMeasured, Overhead
-from bench.instruments.words import aligned, gib, measured_on, percent, short, signed
-from bench.served.numbers import (
-    LAUNCH_BOUND,
-    PARTS,
-    PHASES,
-    WHOLE,
-    Json,
-    Slowed,
-    against,
-    breaking_bus,
-    class_lines,
-    copies_agree,
-    decomposition,
-    exposed_in_round,
-    fetch_floor,
-    first_of,
-    freed_bytes,
-    hit_rate,
-    joules_per_token,
-    noise_floor,
-    over_control,
-    pass_joules,
-    per_step,
-    round_bytes,
-    row_of,
-    same_tokens,
-    slowed,
-    step_bytes,
-    token_times,
-    tokens_per_second,
-)
+from bench.instruments.timing import NotMeasured, noise_interval
+from bench.instruments.words import aligned, commit_of, gib, measured_on, short, signed
+from bench.served import numbers
+from bench.served.numbers import BASELINES, LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, WHOLE, Json, Slowed
 
 # Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S = 56e-6
 PUBLISHED_STEP_S = 3.6e-3
 _PHASE_NAMES = {"token": "median token"}
-_COLUMNS = [
-    ("variant", ""),
-    ("on", ""),
-    ("output", "tokens/s"),
-    ("per token", "ms"),
-    ("p99", "ms"),
-    ("first token", "ms"),
-    ("overhead", "% of no_engram"),
-    ("overhead", "% of resident"),
-    ("exposed", "us/token"),
-    ("freed", "GiB"),
-    ("hits", "%"),
-    ("copied", "MB/round"),
-    ("PCIe", "MB/round"),
-    ("less no_engram", "MB/round"),
-    ("energy", "J/token"),
-    ("board", "J/round"),
-    ("weights", "GB/s"),
-]
 
 
 def report(results: Json) -> str:
@@ -77,11 +32,10 @@ def report(results: Json) -> str:
 
 
 def _machine(results: Json) -> str:
-    e, git, copied = results["environment"], results["git"], results["limits"]["copy"]
-    commit = (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
+    e, copied = results["environment"], results["limits"]["copy"]
     return (
         f"Host {e['cpu']}, {e['cpu_count']} cores, {gib(e['memory_bytes'])}; torch {e['packages']['torch']}, "
-        f"transformers {e['packages']['transformers']}; commit {commit}\n"
+        f"transformers {e['packages']['transformers']}; commit {commit_of(results)}\n"
         f"Limit measured in this run: copy {short(copied['bytes_per_s'] / 1e9)} GB/s ({copied['what']})"
     )
 
@@ -95,7 +49,7 @@ def _sessions(results: Json) -> str:
 
 def case_report(results: Json, case: Json) -> str:
     """One backbone, batch and stream."""
-    classes = [f"   {line}" for line in class_lines(case)]
+    classes = [f"   {line}" for line in numbers.class_lines(case)]
     blocks = [_header(results, case), rows_table(results, case), decomposition_table(case), *classes]
     if any(row["bus"] for row in case["rows"]):
         blocks.append(bus_table(case))
@@ -115,14 +69,15 @@ def _header(results: Json, case: Json) -> str:
         f"to {made[1]}; {decoding}\n"
         f"   table {table['preset']}, {table['parameters'] / 1e9:.3g}e9 parameters, {gib(table['bytes'])}, "
         f"{table['columns']} rows of {table['row_bytes']} B a token, {table['row_dtype']}, before block "
-        f"{case['layer_id'] + 1}; {short(step_bytes(case) / 1e3)} kB a decode step"
+        f"{case['layer_id'] + 1}; {short(numbers.step_bytes(case) / 1e3)} kB a decode step"
     )
 
 
 def rows_table(results: Json, case: Json) -> str:
     """A line per variant."""
-    head = [[name for name, _ in _COLUMNS], [unit for _, unit in _COLUMNS]]
-    lines = [_row(case, row) for row in case["rows"] if row["rounds"]]
+    columns = _columns(case)
+    head = [[name for name, _, _ in columns], [unit for _, unit, _ in columns]]
+    lines = [[cell(row) for _, _, cell in columns] for row in case["rows"] if row["rounds"]]
     notes = [
         _floor_note(results, case),
         _noise_note(case),
@@ -134,27 +89,38 @@ def rows_table(results: Json, case: Json) -> str:
     return "\n".join([aligned(head + lines, left={0, 1}, headers=2), *notes])
 
 
-def _row(case: Json, row: Json) -> list[str]:
-    times = token_times(row)
-    hits = hit_rate(row)
-    looked_up = row["variant"] not in ("no_engram", "own_compute")
+def _columns(case: Json) -> list[tuple[str, str, Callable[[Json], str]]]:
+    """Name, unit and text of each column."""
+
+    def of_steps(name: str, scale: float) -> Callable[[Json], str]:
+        return lambda row: short(scale * statistics.median(numbers.per_step(row, name)))
+
+    def if_looked_up(cell: Callable[[Json], str]) -> Callable[[Json], str]:
+        return lambda row: "" if row["variant"] in NO_LOOKUP else cell(row)
+
+    copied = if_looked_up(lambda row: short(statistics.median(one["copied"] for one in row["rounds"]) / 1e6))
+    control = "no_engram"
     return [
-        row["label"],
-        row["device"],
-        short(statistics.median(tokens_per_second(case, row))),
-        short(1e3 * times["median"]),
-        short(1e3 * times["p99"]),
-        short(1e3 * statistics.median(per_step(row, "first_token_s"))),
-        *(_overhead(case, row, baseline) for baseline in ("no_engram", "resident")),
-        short(1e6 * statistics.median(per_step(row, "decode_exposed_s"))) if looked_up else "",
-        _scaled(freed_bytes(case, row), 2**30, ""),
-        "" if hits is None else f"{100 * hits:.1f}",
-        short(statistics.median(sample["copied"] for sample in row["rounds"]) / 1e6) if looked_up else "",
-        _scaled(row["pcie"] and row["pcie"]["value"], 1e6),
-        _scaled(over_control(case, row), 1e6) if row["variant"] != "no_engram" else "",
-        _scaled(joules_per_token(row), 1),
-        _scaled(pass_joules(row), 1),
-        _weights(row),
+        ("variant", "", lambda row: row["label"]),
+        ("on", "", lambda row: row["device"]),
+        ("output", "tokens/s", lambda row: short(statistics.median(numbers.tokens_per_second(case, row)))),
+        ("per token", "ms", of_steps("decode_s", 1e3)),
+        ("p99", "ms", lambda row: short(1e3 * numbers.token_times(row)["p99"])),
+        ("first token", "ms", of_steps("first_token_s", 1e3)),
+        *(("overhead", f"% of {name}", functools.partial(_overhead, case, name)) for name in BASELINES),
+        ("exposed", "us/token", if_looked_up(of_steps("decode_exposed_s", 1e6))),
+        ("freed", "GiB", lambda row: _scaled(numbers.freed_bytes(case, row), 2**30, "")),
+        ("hits", "%", lambda row: "" if (hits := numbers.hit_rate(row)) is None else f"{100 * hits:.1f}"),
+        ("copied", "MB/round", copied),
+        ("PCIe", "MB/round", lambda row: _scaled(row["pcie"] and row["pcie"]["value"], 1e6)),
+        (
+            "less no_engram",
+            "MB/round",
+            lambda r: "" if r["variant"] == control else _scaled(numbers.over_control(case, r), 1e6),
+        ),
+        ("energy", "J/token", lambda row: _scaled(numbers.joules_per_token(row), 1)),
+        ("board", "J/round", lambda row: _scaled(numbers.pass_joules(row), 1)),
+        ("weights", "GB/s", _weights),
     ]
 
 
@@ -172,33 +138,31 @@ def _weights(row: Json) -> str:
     return f"{'launch-bound ' if found['launch_bound'] else ''}{short(found['bytes_per_s'] / 1e9)}"
 
 
-def _overhead(case: Json, row: Json, baseline: str) -> str:
+def _overhead(case: Json, baseline: str, row: Json) -> str:
     if row["label"] == baseline:
         return "baseline"
     try:
-        return part_text(against(case, row, baseline, "together"))
+        return str(numbers.against(case, row, baseline, "together"))
     except NotMeasured:
         return "-"
 
 
-def part_text(part: Overhead) -> str:
-    """Median and interval, or that it is not resolved."""
-    interval = f"[{percent(part.low)}, {percent(part.high)}]"
-    return f"{percent(part.median) if part.resolved else 'not resolved'} {interval}"
-
-
 def _floor_note(results: Json, case: Json) -> str:
     """The floor of the fetches, and how far from it those are that nothing hides."""
-    floor = fetch_floor(results, case)
-    requested, unique = (short(nbytes / 1e6) for nbytes in round_bytes(case))
+    floor = numbers.fetch_floor(results, case)
+    requested, unique = (short(nbytes / 1e6) for nbytes in numbers.round_bytes(case))
     text = (
         f"   rows of a round, from the ids: {requested} MB asked for, {unique} MB if each step asks for a row once; "
         f"floor, these over copy bandwidth: {short(1e6 * floor)} us"
     )
     alone = [row for row in case["rows"] if row["schedule"] == "synchronous" and row["rounds"]]
     waits = [
-        f"{row['label']} waited {short(1e6 * exposed_in_round(row))} us"
-        + (" (a disk has a floor of its own)" if row["held"]["disk"] else f", {short(exposed_in_round(row) / floor)} x")
+        f"{row['label']} waited {short(1e6 * numbers.exposed_in_round(row))} us"
+        + (
+            " (a disk has a floor of its own)"
+            if row["held"]["disk"]
+            else f", {short(numbers.exposed_in_round(row) / floor)} x"
+        )
         for row in alone
     ]
     return "; ".join([text, *waits])
@@ -206,11 +170,9 @@ def _floor_note(results: Json, case: Json) -> str:
 
 def _noise_note(case: Json) -> str:
     try:
-        floor = noise_floor(case, "together")
+        return f"   {noise_interval(numbers.noise_floor(case, 'together'))} of no_engram"
     except NotMeasured as why:
         return f"   noise floor: unknown, so that nothing is resolved: {why}"
-    low, high = (percent(floor[end] - 1) for end in ("low", "high"))
-    return f"   noise floor: resident against itself [{low}, {high}] % of no_engram"
 
 
 def _weight_notes(case: Json) -> list[str]:
@@ -272,9 +234,9 @@ def _reasons(case: Json) -> list[str]:
         if row[name] and row[name]["why"]
     }
     for row in case["rows"]:
-        if not copies_agree(case, row):
+        if not numbers.copies_agree(case, row):
             lines.add(f"warning: {row['label']} did not copy the bytes that the ids ask for")
-    if not same_tokens(case):
+    if not numbers.same_tokens(case):
         lines.add("warning: variants chose different tokens: no time here counts")
     return sorted(lines)
 
@@ -285,23 +247,23 @@ def decomposition_table(case: Json) -> str:
     found = {}
     for phase in PHASES:
         try:
-            found[phase] = decomposition(case, phase)
+            found[phase] = numbers.decomposition(case, phase)
         except NotMeasured as why:
             return f"   the overhead is not taken apart: {why}"
     names = {
-        part: f"{first_of(case, more)['label']} - {first_of(case, less)['label']}"
+        part: f"{numbers.first_of(case, more)['label']} - {numbers.first_of(case, less)['label']}"
         for part, (more, less) in PARTS.items()
     }
     for part in (*PARTS, WHOLE):
         label = f"{part}: {names[part]}" if part in names else "all of it, measured by itself"
-        rows.append([label, *(part_text(found[phase][part]) for phase in PHASES)])
+        rows.append([label, *(str(found[phase][part]) for phase in PHASES)])
     return aligned(rows, left={0})
 
 
 def bus_table(case: Json) -> str:
     """Slowed buses, fastest first, and where they cost 3 %."""
     try:
-        buses, found = slowed(case), breaking_bus(case)
+        buses, found = numbers.slowed(case), numbers.breaking_bus(case)
     except NotMeasured as why:
         return f"   slowed buses: {why}"
     rows = [
@@ -316,7 +278,7 @@ def bus_table(case: Json) -> str:
         ]
     ]
     rows += [_bus_row(one) for one in buses]
-    step = token_times(row_of(case, "no_engram"))["median"]
+    step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
     notes = [
         f"   a step of {short(1e3 * step)} ms loses 3 % to the bus {_between(found)}; expected from window and step: "
         f"{short(1e6 * found.predicted_s)} us{_as_bandwidth(case, found)}",
@@ -331,8 +293,8 @@ def _bus_row(one: Slowed) -> list[str]:
     return [
         one.label.removeprefix("throttled "),
         *(short(1e6 * value) for value in (one.delay_s, one.window_s, one.exposed_s)),
-        part_text(one.extra),
-        part_text(one.whole),
+        str(one.extra),
+        str(one.whole),
         verdict,
     ]
 
@@ -347,7 +309,7 @@ def _between(found: Any) -> str:
 
 
 def _as_bandwidth(case: Json, found: Any) -> str:
-    breaks, holds = found.bandwidths(step_bytes(case))
+    breaks, holds = found.bandwidths(numbers.step_bytes(case))
     if breaks is None or holds is None:
         return ""
     return f"; as bandwidth alone, between {short(breaks / 1e9)} and {short(holds / 1e9)} GB/s"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import BESIDE, CONTROL, IN_GRAPH, TableSet, Variant
+from bench.setup.variants import BESIDE, CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant, chosen
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -31,17 +31,7 @@ from engram_ref.vocab import CompressedVocab
 
 OWN_COMPUTE = "own_compute"
 THROTTLED = "throttled"
-ON_CUDA = (
-    CONTROL,
-    OWN_COMPUTE,
-    "resident",
-    "offload_naive",
-    "offload_prefetch",
-    "offload_uva",
-    "offload_hot",
-    "offload_disk",
-    THROTTLED,
-)
+ON_CUDA = (CONTROL, OWN_COMPUTE, *VARIANTS, THROTTLED)
 ON_CPU = (CONTROL, OWN_COMPUTE, "resident", "offload_disk", "offload_hot", THROTTLED)
 
 
@@ -163,8 +153,4 @@ def chosen_names(wanted: Sequence[str] | None, device: torch.device) -> tuple[st
     Raises:
         ValueError: one that this machine cannot serve.
     """
-    possible = ON_CUDA if device.type == "cuda" else ON_CPU
-    for name in wanted or ():
-        if name not in possible:
-            raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)} end to end")
-    return tuple(name for name in possible if wanted is None or name in wanted)
+    return tuple(chosen(wanted, ON_CUDA if device.type == "cuda" else ON_CPU, " end to end"))

@@ -36,13 +36,8 @@ from engram_ref.rows.memory import require_bytes
 SIZES: dict[str, dict[str, Any]] = {
     **PUBLISHED,
     "tiny": dict(
-        model_type="qwen3",
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        **dict(model_type="qwen3", hidden_size=256, intermediate_size=768),
+        **dict(num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
     ),
 }
 _NO_VOCABULARY = 8  # where embeddings are given and no token is wanted
@@ -229,14 +224,15 @@ def build_backbone(
     model = _empty_model({**fields, "vocab_size": vocabulary}, dtype, attention)
     require_bytes(parameter_bytes(model), device)
     _materialise(model, device)
-    return Backbone(name, model, _shape(model.config))
+    return Backbone(name, model, BlockShape.of(model.config.to_dict()))
 
 
 def measure_backbone(name: str, blocks: int | None, vocabulary: int) -> tuple[BlockShape, int, int]:
     """Sizes of a block, how many blocks, and how many parameters with the embedding: before anything is allocated."""
     fields = _checked(name, _fields(name), blocks)
     model = _empty_model({**fields, "vocab_size": vocabulary}, torch.bfloat16)
-    return _shape(model.config), len(model.layers), sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return BlockShape.of(model.config.to_dict()), len(model.layers), parameters
 
 
 def _fields(name: str) -> dict[str, Any]:
@@ -311,12 +307,6 @@ def _materialise(model: Any, device: torch.device) -> None:
         assert "inv_freq" in module._buffers, name
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, type(module)(config=model.config).to(device))
-
-
-def _shape(config: Any) -> BlockShape:
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return BlockShape(config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads, head_dim)
 
 
 def parameter_bytes(module: nn.Module) -> int:

@@ -6,25 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 # As published in the models' config.json; the theta of the rotary embedding is left out, since it costs no time.
+_QWEN3 = dict(model_type="qwen3", num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
 SIZES: dict[str, dict[str, Any]] = {
-    "qwen3-4b": dict(
-        model_type="qwen3",
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-    "qwen3-8b": dict(
-        model_type="qwen3",
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
+    "qwen3-4b": {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728},
+    "qwen3-8b": {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288},
 }
 QWEN3_VOCABULARY = 151_936
 
@@ -42,13 +27,9 @@ class BlockShape:
     @classmethod
     def of(cls, size: dict[str, Any]) -> BlockShape:
         """From the fields of a model's config.json."""
-        return cls(
-            size["hidden_size"],
-            size["intermediate_size"],
-            size["num_attention_heads"],
-            size["num_key_value_heads"],
-            size["head_dim"],
-        )
+        hidden, heads = size["hidden_size"], size["num_attention_heads"]
+        head_dim = size.get("head_dim") or hidden // heads
+        return cls(hidden, size["intermediate_size"], heads, size["num_key_value_heads"], head_dim)
 
     def parameters(self) -> int:
         """Weights of the block's matrices; norms are left out."""

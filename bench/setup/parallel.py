@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -10,8 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
+from engram_ref import cli
+
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The option that says how many processes."""
+    help, cores = "processes (default: all cores)", os.cpu_count() or 1
+    parser.add_argument("--jobs", type=cli.at_least(1, 1 << 10), default=cores, metavar="N", help=help)
 
 
 def in_parallel(

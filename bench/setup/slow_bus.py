@@ -51,12 +51,17 @@ class Bus:
             raise ValueError(f"{text!r} must be GB/s or GB/s:us, such as 4, 0.5:20 or inf:56, and 1e-6 GB/s at least")
         return bus
 
+    @property
+    def finite_bytes_per_s(self) -> float | None:
+        """The bandwidth; None where there is no limit, which JSON could not say."""
+        return None if self.bytes_per_s == float("inf") else self.bytes_per_s
+
     def seconds(self, nbytes: int) -> float:
         """From the request of so many bytes until all have arrived."""
         return self.latency_s + nbytes / self.bytes_per_s
 
     def __str__(self) -> str:
-        bandwidth = "" if self.bytes_per_s == float("inf") else f"{self.bytes_per_s / 1e9:g} GB/s"
+        bandwidth = f"{self.bytes_per_s / 1e9:g} GB/s" if self.finite_bytes_per_s else ""
         latency = f"{1e6 * self.latency_s:g} us" if self.latency_s else ""
         return " + ".join(part for part in (bandwidth, latency) if part) or "as it is"
 

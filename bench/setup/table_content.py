@@ -94,7 +94,7 @@ def _fill_packed(rows: np.ndarray, words: _Words, seed: int, first_row: int) -> 
     table = rows.reshape(-1)  # a view
     past = first + len(table)
     chunks = np.arange(first // _CHUNK, -(-past // _CHUNK), dtype=_WORD)
-    pattern, factors = _pattern(seed, np.arange(_CHUNK, dtype=_WORD)), _factors(seed, chunks)
+    pattern, factors = _splitmix64(seed, np.arange(_CHUNK, dtype=_WORD)), _factors(seed, chunks)
     cores = _cores()
 
     def work(core: int) -> None:
@@ -120,7 +120,7 @@ def expected_rows(numbers: Tensor, row_format: RowFormat, seed: int) -> Tensor:
     first = numbers.cpu().numpy().astype(_WORD)[:, None] * np.uint64(words.per_row)
     position = first + np.arange(words.per_row, dtype=_WORD)  # [N, words]
     chunk, at = np.divmod(position, np.uint64(_CHUNK))
-    found = _pattern(seed, at) * _factors(seed, chunk)
+    found = _splitmix64(seed, at) * _factors(seed, chunk)
     words.mask(found.reshape(-1), 0)  # a view
     return torch.from_numpy(found.view(np.uint8))
 
@@ -132,6 +132,23 @@ def expected_values(numbers: Tensor, row_format: RowFormat, seed: int) -> Tensor
         return row_format.decode(raw)
     codes, scales = raw.split(list(row_format.split_bytes), dim=1)
     return fp8.dequantise(codes.view(fp8.CODE_DTYPE), scales.view(fp8.SCALE_DTYPE))
+
+
+def require_written(who: str, found: Tensor, numbers: Tensor, row_format: RowFormat, seed: int) -> None:
+    """Refuse rows that are not those which were written.
+
+    Args:
+        who: found them.
+        found: values [N, D], or stored bytes, uint8 [N, row_bytes]; on any device.
+        numbers: of the rows, [N].
+
+    Raises:
+        ValueError: nothing may be timed.
+    """
+    expected = expected_rows if found.dtype == torch.uint8 else expected_values
+    written = expected(numbers, row_format, seed).view(torch.uint8)
+    if not torch.equal(found.cpu().contiguous().view(torch.uint8), written):
+        raise ValueError(f"{who} returned other rows than were written: nothing was measured")
 
 
 class _Words:
@@ -165,11 +182,6 @@ class _Words:
             scales = words[(place - first) % self.per_row :: self.per_row]
             scales &= _every_byte(_SCALE_CLEARED)
             scales |= _every_byte(_SCALE_SET)
-
-
-def _pattern(seed: int, at: np.ndarray) -> np.ndarray:
-    """Words of the pattern."""
-    return _splitmix64(seed, at)
 
 
 def _factors(seed: int, chunks: np.ndarray) -> np.ndarray:

@@ -103,6 +103,17 @@ def text_file(path: str | Path, vocab: CompressedVocab, tokenizer: str | Path | 
     return _encode(name, [text], vocab, tokenizer)
 
 
+def halves(path: Path | None, vocab: CompressedVocab, tokens: int) -> tuple[np.ndarray, Corpus]:
+    """Compressed ids to calibrate on, and the text behind them that is measured; of a file, `tokens` in all, or more.
+
+    Args:
+        path: None for the standard library.
+    """
+    whole = text_file(path, vocab, tokens=tokens) if path else standard_library(vocab)
+    half = len(whole.ids) // 2
+    return whole.ids[:half], whole.since(half)
+
+
 def _encode(name: str, texts: list[str], vocab: CompressedVocab, tokenizer: str | Path | None) -> Corpus:
     tokens = encode_texts(load_tokenizer(tokenizer), texts)
     ids = vocab(tokens[None])[0] if len(tokens) else tokens

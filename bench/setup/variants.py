@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.schemas.common import Held
 from bench.setup import table_content
 from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
@@ -40,7 +41,6 @@ BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins whe
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 _CHECKED_ROWS = 4096
-_Set = TypeVar("_Set", bound="TableSet")
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
 
 
@@ -80,6 +80,10 @@ class Variant:
         ]
         return " ".join(part for part in parts if part)
 
+    def bytes_held(self) -> Held:
+        """Bytes of its table by place."""
+        return cast(Held, self.table.bytes_held() if self.table else {"device": 0, "host": 0, "disk": 0})
+
     @property
     def hashing_device(self) -> torch.device | None:
         """Where ids are hashed, if that is a device's business."""
@@ -87,7 +91,19 @@ class Variant:
         return hasher.device if isinstance(hasher, DeviceHasher) else None
 
 
-class TableSet:
+def chosen(wanted: Sequence[str] | None, possible: Sequence[str], besides: str) -> list[str]:
+    """Of the variants that a machine can serve, those that are wanted; None for all. `besides` ends the refusal.
+
+    Raises:
+        ValueError: one that it cannot serve.
+    """
+    for name in wanted or ():
+        if name not in possible:
+            raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}{besides}")
+    return [name for name in possible if wanted is None or name in wanted]
+
+
+class TableSet(AbstractContextManager[Any]):
     """One table content in every placement that the chosen variants need; a context manager that gives all back.
 
     Args:
@@ -242,7 +258,8 @@ class TableSet:
                 given = ids if device is None else torch.from_numpy(ids).to(device)
                 with variant.prefetcher.start(given) as fetch:
                     self.require(variant.label, fetch[self.layer_id].wait(), ids)
-        return _digest(self._written(ids))
+        written = table_content.expected_values(self._numbers(ids), self.format, self._seed)
+        return hashlib.sha256(written.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def require(self, who: str, values: Tensor, ids: np.ndarray) -> None:
         """Refuse values [N, D] of compressed ids that are not those which were written.
@@ -250,24 +267,15 @@ class TableSet:
         Raises:
             ValueError: names who found them.
         """
-        written = self._written(ids)
-        if _digest(values[: len(written)].contiguous().cpu()) != _digest(written):
-            raise ValueError(f"{who} returned other rows than were written: nothing was measured")
+        numbers = self._numbers(ids)
+        table_content.require_written(who, values[: len(numbers)], numbers, self.format, self._seed)
 
-    def _written(self, ids: np.ndarray) -> Tensor:
-        """What the content's formula gives for the first rows of compressed ids."""
-        numbers = NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS]
-        return table_content.expected_values(torch.from_numpy(numbers), self.format, self._seed)
-
-    def __enter__(self: _Set) -> _Set:
-        return self
+    def _numbers(self, ids: np.ndarray) -> Tensor:
+        """The first rows that compressed ids ask for."""
+        return torch.from_numpy(NgramHasher(self.plan, "numpy")(ids, self.layer_id).reshape(-1)[:_CHECKED_ROWS])
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _to_device(memory: Tensor, device: torch.device) -> Tensor:

@@ -6,69 +6,49 @@ from datetime import datetime
 from pathlib import Path
 
 from bench.instruments.reading import read_results
+from bench.instruments.words import markdown
 
-# Command, what it does, what it needs beside Python, and the results file whose run it was.
-_COMMANDS = [
-    ("make toy", "Real text to a verdict: table, figures and `results.json` in `out/toy/`", "", "bytedmd_toy"),
-    (
-        "python bench/bytedmd_toy.py --preset v41-flash",
-        "The same with DeepSeek-V4.1-Flash's geometry, cut to a laptop",
-        "",
-        "bytedmd_toy_v41",
-    ),
-    ("python bench/bytedmd_toy.py --quick", "The same, small, to see that it works", "", None),
-    (
-        "python bench/bytedmd_toy.py --sweep all",
-        "One setting varied at a time, with figures; resumable",
-        "",
-        None,
-    ),
-    ("python bench/production.py", "Tables of published size, every row read priced; resumable", "", None),
-    ("python bench/verdict.py", "The whole answer on one screen, from the committed results", "", None),
-    (
-        "python bench/verdict.py --export DIR",
-        "The answer as a folder that runs in the asking lab's tree",
-        "",
-        None,
-    ),
-    ("make findings", "Every result, figure and document of the findings, from nothing", "", None),
-    ("make bench-cpu", "Time and bytes of a table in RAM and in a real file", "a disk with space", None),
-    ("python bench/gpu_wall.py", "Time and bus traffic of every placement around a decoder", "a CUDA device", None),
-    ("python bench/lookup_speed.py", "The lookup of a decode step alone, in microseconds, per placement", "", None),
-    (
-        "bench/gpu_checks.sh first OUT",
-        "All that needs a GPU, what tells most first, within 580 s; at most eight files come back in `OUT`",
-        "a CUDA device",
-        None,
-    ),
-    (
-        "bench/gpu_checks.sh second OUT",
-        "100 B parameters beside an 8B model, resident and offloaded, within 185 s",
-        "a CUDA device of 139 GiB",
-        None,
-    ),
-    (
-        "bench/gpu_checks.sh first OUT  # with REHEARSE=1",
-        "The same lines at toy sizes on a stand-in for CUDA: a fault shows before a GPU is at hand",
-        "Triton",
-        None,
-    ),
-    ("make bench-layer", "Gather, convolution, layer, construction, cold reads against what others do", "", None),
-    ("make speed", "Speed of hashing, of pricing, and of pricing at production scale", "", None),
-    ("python bench/fill_docs.py", "Write the figures of these pages from the committed results", "", None),
-    ("make site", "This site as files: open `site/index.html`, no server needed", "", None),
-    ("make test", "The whole suite", "", None),
-    ("make check", "Formatter, linter, types, and this site, strictly", "", None),
-]
+_COMMANDS = {
+    "make toy": "Real text to a verdict: table, figures and `results.json` in `out/toy/`",
+    "python bench/bytedmd_toy.py --preset v41-flash": "The same with DeepSeek-V4.1-Flash's geometry, cut to a laptop",
+    "python bench/bytedmd_toy.py --quick": "The same, small, to see that it works",
+    "python bench/bytedmd_toy.py --sweep all": "One setting varied at a time, with figures; resumable",
+    "python bench/production.py": "Tables of published size, every row read priced; resumable",
+    "python bench/verdict.py": "The whole answer on one screen, from the committed results",
+    "python bench/verdict.py --export DIR": "The answer as a folder that runs in the asking lab's tree",
+    "make findings": "Every result, figure and document of the findings, from nothing",
+    "make bench-cpu": "Time and bytes of a table in RAM and in a real file",
+    "python bench/gpu_wall.py": "Time and bus traffic of every placement around a decoder",
+    "python bench/lookup_speed.py": "The lookup of a decode step alone, in microseconds, per placement",
+    "bench/gpu_checks.sh first OUT": "All that needs a GPU, what tells most first, within 580 s; at most eight files "
+    "come back in `OUT`",
+    "bench/gpu_checks.sh second OUT": "100 B parameters beside an 8B model, resident and offloaded, within 185 s",
+    "bench/gpu_checks.sh first OUT  # with REHEARSE=1": "The same lines at toy sizes on a stand-in for CUDA: a fault "
+    "shows before a GPU is at hand",
+    "make bench-layer": "Gather, convolution, layer, construction, cold reads against what others do",
+    "make speed": "Speed of hashing, of pricing, and of pricing at production scale",
+    "python bench/fill_docs.py": "Write the figures of these pages from the committed results",
+    "make site": "This site as files: open `site/index.html`, no server needed",
+    "make test": "The whole suite",
+    "make check": "Formatter, linter, types, and this site, strictly",
+}
+_NEEDS = {  # beside Python
+    "make bench-cpu": "a disk with space",
+    "python bench/gpu_wall.py": "a CUDA device",
+    "bench/gpu_checks.sh first OUT": "a CUDA device",
+    "bench/gpu_checks.sh second OUT": "a CUDA device of 139 GiB",
+    "bench/gpu_checks.sh first OUT  # with REHEARSE=1": "Triton",
+}
+_TIMED = {"make toy": "bytedmd_toy", "python bench/bytedmd_toy.py --preset v41-flash": "bytedmd_toy_v41"}  # its results
 
 
 def command_table(results: Path) -> str:
     """All commands, as a table; a duration is that of the committed run, on the machine that its results name."""
-    lines = ["| command | what it does | needs | took |", "| --- | --- | --- | ---: |"]
-    for command, what, needs, name in _COMMANDS:
-        took = duration(results / f"{name}.json") if name else None
-        lines.append(f"| `{command}` | {what} | {needs or 'nothing else'} | {took or ''} |")
-    return "\n".join(lines)
+    rows = []
+    for command, what in _COMMANDS.items():
+        took = duration(results / f"{_TIMED[command]}.json") if command in _TIMED else None
+        rows.append([f"`{command}`", what, _NEEDS.get(command, "nothing else"), took or ""])
+    return markdown(["command", "what it does", "needs", "took"], rows, right={3})
 
 
 def duration(path: Path) -> str | None:

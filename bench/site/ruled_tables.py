@@ -14,6 +14,8 @@ from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.preprocessors import Preprocessor
 
+from bench.instruments.words import markdown
+
 _BLOCK = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RULE = re.compile(r"-+(?:  -+)*")
 _BEFORE_FENCES = 30  # Python-Markdown takes code blocks out at 25
@@ -73,9 +75,9 @@ def _text(lines: list[str]) -> str:
 
 def _table(head: str, body: list[str], spans: list[tuple[int, int]]) -> str:
     columns = [[line[start:end] for line in (head, *body)] for start, end in spans]
-    marks = ["---:" if _flush_right(column, end - start) else "---" for column, (start, end) in zip(columns, spans)]
+    right = {at for at, (start, end) in enumerate(spans) if _flush_right(columns[at], end - start)}
     rows = [[_cell(column[number]) for column in columns] for number in range(len(body) + 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], marks, *rows[1:]])
+    return markdown(rows[0], rows[1:], right)
 
 
 def _flush_right(column: list[str], width: int) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from bench.instruments.words import markdown
 from bench.schemas.generator import json_schema
 from bench.schemas.results_files import RESULTS
 
@@ -23,16 +24,16 @@ def schema_table(schema: dict[str, Any], where: str) -> str:
     """
     lines = [f"## {schema['title']}", "", f"`{where}`. {schema.get('description', '')}".strip(), ""]
     for part in schema.get("anyOf", ()):
-        lines += [f"### {part['title']}", "", *_table(part), ""]
-    return "\n".join(lines if "anyOf" in schema else lines + _table(schema)).rstrip()
+        lines += [f"### {part['title']}", "", _table(part), ""]
+    return "\n".join(lines if "anyOf" in schema else [*lines, _table(schema)]).rstrip()
 
 
-def _table(schema: dict[str, Any]) -> list[str]:
-    lines = ["| field | type | required | meaning |", "| --- | --- | --- | --- |"]
-    for name, rules, required in _fields(schema, ""):
-        always = "yes" if required else ""
-        lines.append(f"| `{name}` | {_cell(_type(rules))} | {always} | {_cell(rules.get('description', ''))} |")
-    return lines
+def _table(schema: dict[str, Any]) -> str:
+    rows = [
+        [f"`{name}`", _cell(_type(rules)), "yes" if required else "", _cell(rules.get("description", ""))]
+        for name, rules, required in _fields(schema, "")
+    ]
+    return markdown(["field", "type", "required", "meaning"], rows)
 
 
 def _fields(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], bool]]:

@@ -8,9 +8,10 @@ and prices must be those that the tracer finds, and a test compares them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.instruments.words import markdown
 from engram_toy.functional import copy
 from engram_toy.tracer import stack
 from engram_toy.tracer.recorder import Recorder
@@ -18,6 +19,12 @@ from engram_toy.tracer.tracked import Tracked
 from engram_toy.tracer.wrapping import Wrapper, leaves
 
 PADDING = 12
+_BANK = ("r0", "r1", "r2", "r3")
+_ROWS = (10, 11, 12, 13)
+_PAD = tuple(f"p{number}" for number in range(PADDING))
+_NAMES = (("x",), _PAD, _BANK)
+_SUMS = ("x + r0", "… + r2", "… + r0")
+_BURIED = (1, (0,) * PADDING, _ROWS)
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,9 @@ class Story:
     title: str
     moral: str
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    inputs: tuple[tuple[str, ...], ...]
-    results: tuple[str, ...]
+    arguments: tuple[Any, ...] = _BURIED
+    inputs: tuple[tuple[str, ...], ...] = _NAMES
+    results: tuple[str, ...] = _SUMS
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,6 @@ def _prefetched(x: Any, bank: Sequence[Any]) -> Any:
     return ((x + first) + second) + first
 
 
-_BANK = ("r0", "r1", "r2", "r3")
-_ROWS = (10, 11, 12, 13)
-_PAD = tuple(f"p{number}" for number in range(PADDING))
-_NAMES = (("x",), _PAD, _BANK)
-_SUMS = ("x + r0", "… + r2", "… + r0")
-
-
 def _padded(body: Callable[..., Any], hold: bool = True) -> Callable[..., Any]:
     def function(x: Any, pad: Sequence[Any], bank: Sequence[Any]) -> Any:
         out = (body(x, bank), bank)
@@ -100,7 +100,6 @@ def _above(x: Any, bank: Sequence[Any], pad: Sequence[Any]) -> Any:
     return _lookups(x, bank), bank, pad
 
 
-_BURIED = (1, (0,) * PADDING, _ROWS)
 STORIES = (
     Story(
         "sum",
@@ -118,34 +117,25 @@ STORIES = (
         _above,
         (1, _ROWS, (0,) * PADDING),
         (("x",), _BANK, _PAD),
-        _SUMS,
     ),
     Story(
         "offloaded",
         "Bank below the padding",
         "The first read of a row is deep and dear. The row then lies on top, so reading it again soon is cheap.",
         _padded(_lookups),
-        _BURIED,
-        _NAMES,
-        _SUMS,
     ),
     Story(
         "prefetched",
         "Bank below the padding, copied first",
         "A copy is a read as deep as the one it was to spare, and then has to be read itself: dearer, not cheaper.",
         _padded(_prefetched),
-        _BURIED,
-        _NAMES,
-        ("copy of r0", "copy of r2", "x + copy of r0", "… + copy of r2", "… + copy of r0"),
+        results=("copy of r0", "copy of r2", "x + copy of r0", "… + copy of r2", "… + copy of r0"),
     ),
     Story(
         "unheld",
         "Padding that nobody returns",
         "What is never read and not returned is dead from the start: it takes no room, and buries nothing.",
         _padded(_lookups, hold=False),
-        _BURIED,
-        _NAMES,
-        _SUMS,
     ),
 )
 
@@ -205,14 +195,14 @@ def story_tables() -> str:
 
 
 def _table(told: Telling) -> str:
-    lines = [f"**{told.story.title}**: price {told.price}", "", "| step | reads | depths | price | then on the stack |"]
-    lines += ["| --- | --- | --- | ---: | --- |", f"| start | | | | {_stack_text(told, told.start)} |"]
+    rows = [["start", "", "", "", _stack_text(told, told.start)]]
     for step in told.steps:
         reads = ", ".join(told.names[read.value] for read in step.reads)
         depths = ", ".join(str(read.depth) for read in step.reads)
-        price = sum(read.price for read in step.reads)
-        lines.append(f"| {told.names[step.result]} | {reads} | {depths} | {price} | {_stack_text(told, step.stack)} |")
-    return "\n".join([*lines, "", told.story.moral])
+        price = str(sum(read.price for read in step.reads))
+        rows.append([told.names[step.result], reads, depths, price, _stack_text(told, step.stack)])
+    table = markdown(["step", "reads", "depths", "price", "then on the stack"], rows, right={3})
+    return f"**{told.story.title}**: price {told.price}\n\n{table}\n\n{told.story.moral}"
 
 
 def _stack_text(told: Telling, lying: Sequence[int]) -> str:
@@ -238,14 +228,7 @@ def as_data() -> list[dict[str, Any]]:
             "moral": told.story.moral,
             "values": [{"name": name, "padding": name in _PAD} for name in told.names],
             "start": list(told.start),
-            "steps": [
-                {
-                    "result": step.result,
-                    "reads": [{"value": r.value, "depth": r.depth, "price": r.price} for r in step.reads],
-                    "stack": list(step.stack),
-                }
-                for step in told.steps
-            ],
+            "steps": [asdict(step) for step in told.steps],
             "price": told.price,
         }
         for told in map(tell, STORIES)

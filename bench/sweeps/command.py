@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import finish, printed_anyway
+from bench.instruments.output import draw_where_possible, finish, printed_anyway
 from bench.instruments.reading import read_results
 from bench.instruments.results import write_unless_same
 from bench.price.models import MODELS_OF
@@ -54,7 +54,8 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
         found: Any = content  # as whoever reads the file takes it
         with printed_anyway(lambda: report_all(found)):
             _write(path, content, "points", say)
-            _draw(read_results(path), options.out, say)  # an older run's, if it found the same
+            # an older run's, if it found the same
+            draw_where_possible("bench.sweeps.figures", read_results(path), options.out)
         finish(found, path)
     if grid:
         asked = {**about, "models": ["engram"], **asdict(base)}
@@ -89,13 +90,3 @@ def base_of(options: Namespace) -> Settings:
 def _write(path: Path, content: Mapping[str, Any], rows: str, say: Callable[[str], None]) -> None:
     written = write_unless_same(path, content, rows)
     say(f"wrote {path}" if written else f"{path} says the same already")
-
-
-def _draw(results: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
-    try:
-        from bench.sweeps.figures import draw_all
-    except ImportError:
-        say("no figures: pip install matplotlib draws them")
-        return
-    for path in draw_all(results, out):
-        say(f"wrote {path}")

@@ -43,9 +43,7 @@ def _figure(results: dict[str, Any], sweep: str) -> Any:
         axis.set_xlabel(SWEEPS[sweep].label)
     _limit(axes, results, sweep)
     figure.suptitle(f"{_title(sweep)}\n{_caption(results, sweep)}")
-    figure.tight_layout(rect=(0, 0.2 / size[1], 1, 1))
-    legend_below(figure, axes[0][0])
-    return figure
+    return legend_below(figure, axes[0][0], foot=0.2 / size[1])
 
 
 def _panel(axis: Any, results: dict[str, Any], sweep: str, model: str, boundary: str) -> None:

@@ -41,6 +41,7 @@ WHAT = {
     "full_2": "strategy 2: hash and embed on the CPU, upload embeddings, project and gate on the GPU",
 }
 ON_CPU = ("hash", "compute")
+_SQUARE = 2048  # of the product that tells what the CPU can do
 _Floor = tuple[int | None, int | None, float, str]  # bytes, operations, seconds, and what the seconds derive from
 
 
@@ -59,10 +60,10 @@ class Rates:
     matmul: float
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 9) -> float:
+def matmul_rate(dtype: torch.dtype) -> float:
     """Operations per second of a square product on the CPU, the best of a few: what no part can exceed."""
-    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    return max(2 * size**3 / _clocked(lambda: a @ b) for _ in range(repeats + 1))
+    a, b = (torch.randn(_SQUARE, _SQUARE, dtype=dtype) for _ in range(2))
+    return max(2 * _SQUARE**3 / _clocked(lambda: a @ b) for _ in range(10))
 
 
 def _clocked(run: Callable[[], object]) -> float:
@@ -120,15 +121,12 @@ class Components:
         kv = torch.empty((self.batch, self.tokens, width), dtype=dtype, pin_memory=self._cuda)
         return {"e": e, "kv": kv}
 
-    def _embedded(self) -> Tensor:
-        return self._buffers["e"].view(self.batch, self.tokens, -1)  # [B, T, C*D]
-
     def _hash(self) -> None:
         rows = self._hasher(self._batches.next(), self._layer.layer_id).reshape(-1)
         self._table.start(torch.from_numpy(rows), self._buffers["e"]).wait()
 
     def _compute(self) -> None:
-        self._buffers["kv"].copy_(self._fusion.project(self._embedded()))
+        self._buffers["kv"].copy_(self._fusion.project(self._buffers["e"].view(self.batch, self.tokens, -1)))
 
     def _upload(self, name: str) -> Tensor:
         return self._buffers[name].to(self._device, non_blocking=True)
@@ -159,21 +157,18 @@ class Components:
         """Bytes, operations and the time below which this machine cannot do a part."""
         e, kv = (self._buffers[name].nbytes for name in ("e", "kv"))
         flops = 2 * self.positions * self._config.projection_macs()
+        gathered, computed, upload = e / rates.memcpy, flops / rates.matmul, rates.upload or float("inf")
+        parts, on_both = "sum of its parts' limits", "sum of its parts' limits on the CPU and the bus"
         floors: dict[str, _Floor] = {
-            "hash": (e, None, e / rates.memcpy, "bytes of the embeddings / memcpy rate"),
-            "compute": (None, flops, flops / rates.matmul, "operations / rate of a large matrix product"),
-        }
-        floors |= {} if rates.upload is None else self._floors_of_uploads(e, kv, flops, rates, rates.upload)
-        nbytes, operations, limit, why = floors[part]
-        return {"bytes": nbytes, "flops": operations, "limit_s": limit, "limit_why": why}
-
-    def _floors_of_uploads(self, e: int, kv: int, flops: int, rates: Rates, upload: float) -> dict[str, _Floor]:
-        return {
+            "hash": (e, None, gathered, "bytes of the embeddings / memcpy rate"),
+            "compute": (None, flops, computed, "operations / rate of a large matrix product"),
             "up_embed": (e, None, e / upload, "bytes / measured upload rate"),
             "up_kv": (kv, None, kv / upload, "bytes / measured upload rate"),
-            "full_1": (kv, flops, e / rates.memcpy + flops / rates.matmul + kv / upload, "sum of its parts' limits"),
-            "full_2": (e, flops, e / rates.memcpy + e / upload, "sum of its parts' limits on the CPU and the bus"),
+            "full_1": (kv, flops, gathered + computed + kv / upload, parts),
+            "full_2": (e, flops, gathered + e / upload, on_both),
         }
+        nbytes, operations, limit, why = floors[part]
+        return {"bytes": nbytes, "flops": operations, "limit_s": limit, "limit_why": why}
 
     def run(self, part: Callable[[], object]) -> float:
         """Seconds of one iteration, synchronised before and after."""

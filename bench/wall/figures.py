@@ -19,8 +19,8 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.instruments.drawing import COLOURS, redraw, save_all
-from bench.instruments.timing import NotMeasured, Overhead, quantile
+from bench.instruments.drawing import COLOURS, interval, panels, redraw, save_all
+from bench.instruments.timing import NotMeasured, median_and_spread
 from bench.instruments.words import device_label, percent, short
 from bench.wall.numbers import Run, Step, fetch_rates, noise_floor, overhead
 from bench.wall.table import run_label, step_label
@@ -50,24 +50,9 @@ def draw_all(results: Results, out: Path) -> list[Path]:
     return save_all({"timeline": timeline, "overhead": overheads, "bandwidth": bandwidth}, results, out)
 
 
-def _panels(results: Results, heights: list[float], title: str, columns: int = 2) -> tuple[Any, list[Any]]:
-    """A figure with one panel per step, in rows as high as their highest; the panels that are left over are blank."""
-    columns = min(columns, len(heights))
-    rows = math.ceil(len(heights) / columns)
-    tallest = [max(heights[row * columns : (row + 1) * columns]) for row in range(rows)]
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(8 * columns, sum(tallest) + 1.2),
-        squeeze=False,
-        height_ratios=tallest,
-        layout="constrained",
-    )
-    panels = list(grid.flat)
-    for left_over in panels[len(heights) :]:
-        left_over.axis("off")
-    figure.suptitle(f"{title}\n{results['stream']['name']}")
-    return figure, panels[: len(heights)]
+def _panels(results: Results, heights: list[float], title: str) -> tuple[Any, list[Any]]:
+    """A figure with one panel per step."""
+    return panels(heights, 8, 1.2, f"{title}\n{results['stream']['name']}", layout="constrained")
 
 
 def _name(axis: Any, results: Results, step: Step) -> None:
@@ -78,8 +63,8 @@ def timeline(results: Results) -> Any:
     """One step of every run: a strip per lane, runs one below the other, time from the step's begin."""
     strips = [_lanes(step) for step in results["steps"]]
     heights = [0.24 * len(lanes) + 1.1 for lanes in strips]
-    figure, panels = _panels(results, heights, "One step: what ran when, and where compute waited for rows")
-    for axis, step, lanes in zip(panels, results["steps"], strips):
+    figure, axes = _panels(results, heights, "One step: what ran when, and where compute waited for rows")
+    for axis, step, lanes in zip(axes, results["steps"], strips):
         _name(axis, results, step)
         _draw_lanes(axis, lanes)
     handles = [Patch(edgecolor="black", linewidth=0.5, label=kind, **style) for kind, style in KINDS.items()]
@@ -148,8 +133,8 @@ def overheads(results: Results) -> Any:
     """Overhead of every run, a panel per shape: the point is filled where it is resolved, and the noise is shaded."""
     heights = [0.27 * len(_compared(step)) + 1.1 for step in results["steps"]]
     title = "Step time against resident: median and 95 % interval; hollow: not resolved; shaded: noise floor"
-    figure, panels = _panels(results, heights, title)
-    for axis, step in zip(panels, results["steps"]):
+    figure, axes = _panels(results, heights, title)
+    for axis, step in zip(axes, results["steps"]):
         _name(axis, results, step)
         _draw_overheads(axis, step)
     return figure
@@ -174,13 +159,10 @@ def _draw_overheads(axis: Any, step: Step) -> None:
     except NotMeasured as why:
         axis.text(0.01, 0.02, f"no noise floor: {why}", transform=axis.transAxes, fontsize=7)
     for place, (run, over) in enumerate(zip(runs, found)):
-        _dot(axis, place, 100 * over.median, 100 * over.low, 100 * over.high, COLOURS[run["variant"]], over.resolved)
-    _rows(axis, [run_label(run) for run in runs], [_overhead_text(over) for over in found])
+        interval(axis, place, over.in_percent, COLOURS[run["variant"]], over.resolved)
+    said = [f"{percent(over.median)} %" if over.resolved else "not resolved" for over in found]
+    _rows(axis, [run_label(run) for run in runs], said)
     _per_cent(axis, [100 * bound for over in found for bound in (over.low, over.high)])
-
-
-def _overhead_text(over: Overhead) -> str:
-    return f"{percent(over.median)} %" if over.resolved else "not resolved"
 
 
 def _per_cent(axis: Any, values: list[float]) -> None:
@@ -192,14 +174,6 @@ def _per_cent(axis: Any, values: list[float]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:+.0f}" if tick else "0"))
     axis.minorticks_off()
     axis.set_xlabel("% more than resident (linear between -1 and +1, logarithmic beyond)")
-
-
-def _dot(axis: Any, place: int, middle: float, low: float, high: float, colour: str, filled: bool = True) -> None:
-    axis.plot([low, high], [place, place], color="black", linewidth=1.2, solid_capstyle="butt", zorder=2)
-    axis.plot(
-        [middle], [place], "o", markersize=7, color=colour, markeredgecolor="black", zorder=3,
-        markerfacecolor=colour if filled else "white",
-    )  # fmt: skip
 
 
 def _rows(axis: Any, labels: list[str], values: list[str]) -> None:
@@ -221,17 +195,15 @@ def _beside(axis: Any, place: int, text: str) -> None:
 
 def bandwidth(results: Results) -> Any:
     """Fetches with nothing beside them: bytes per second from memory, rows per second from the disk, and the limits."""
-    panels = [panel for panel in (_memory_panel(results), _disk_panel(results)) if panel.fetches]
-    if not panels:
+    shown = [panel for panel in (_memory_panel(results), _disk_panel(results)) if panel.fetches]
+    if not shown:
         return _empty(results, "no fetch was timed alone, so no bandwidth was measured")
-    heights = [0.27 * len(panel.fetches) + 1.3 for panel in panels]
-    figure, grid = plt.subplots(
-        len(panels), figsize=(12, sum(heights) + 0.8), squeeze=False, height_ratios=heights, layout="constrained"
-    )
-    for axis, panel in zip(grid.flat, panels):
+    heights = [0.27 * len(panel.fetches) + 1.3 for panel in shown]
+    title = f"Fetches that nothing hides: median and p20 to p80\n{results['stream']['name']}"
+    figure, axes = panels(heights, 12, 0.8, title, columns=1, layout="constrained")
+    for axis, panel in zip(axes, shown):
         _draw_rates(axis, panel)
         axis.set_title(f"{device_label(results)}\n{panel.origin}", fontsize=9)
-    figure.suptitle(f"Fetches that nothing hides: median and p20 to p80\n{results['stream']['name']}")
     return figure
 
 
@@ -283,20 +255,16 @@ def _draw_rates(axis: Any, panel: _Rates) -> None:
     texts, seen = [], [panel.limit] if panel.limit else []
     for place, (step, run) in enumerate(panel.fetches):
         rates = [rate / panel.scale(step) for rate in fetch_rates(run)]
-        _dot(axis, place, statistics.median(rates), *_p20_p80(rates), COLOURS[run["variant"]])
+        interval(axis, place, median_and_spread(rates), COLOURS[run["variant"]])
         texts.append(_rate_text(run, statistics.median(rates), panel))
         seen += rates
-    _rows(axis, [_fetch_label(step, run) for step, run in panel.fetches], texts)
+    _rows(axis, [f"{step_label(s)}: {r['variant']} {r['page_cache'] or ''}".rstrip() for s, r in panel.fetches], texts)
     axis.set_xscale("log")
     axis.set_xlim(*_decades(seen))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f"{panel.unit}, each unique row counted once")
     if panel.limit:
         axis.axvline(panel.limit, color="black", linewidth=1.2, linestyle="--", zorder=1)
-
-
-def _p20_p80(values: list[float]) -> tuple[float, float]:
-    return quantile(values, 0.2), quantile(values, 0.8)
 
 
 def _decades(values: list[float]) -> tuple[float, float]:
@@ -310,10 +278,6 @@ def _rate_text(run: Run, rate: float, panel: _Rates) -> str:
     if panel.limit is None or run["page_cache"]:
         return text
     return f"{text} = {100 * rate / panel.limit:.3g} % of the limit"
-
-
-def _fetch_label(step: Step, run: Run) -> str:
-    return f"{step_label(step)}: {run['variant']}{' ' + run['page_cache'] if run['page_cache'] else ''}"
 
 
 def _empty(results: Results, why: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from bench.setup.variants import ON_CPU, VARIANTS
+from bench.setup.variants import ON_CPU, VARIANTS, chosen
 from bench.wall import components
 from bench.wall.step import Shape
 from engram_ref import cli
@@ -92,15 +92,9 @@ def wanted_variants(names: Sequence[str] | None, device: torch.device) -> list[s
     Raises:
         ValueError: a variant that needs an accelerator, on a CPU.
     """
-    possible = VARIANTS if device.type == "cuda" else ON_CPU
-    if names is None:
-        return list(possible)
     if names == ["none"]:
         return []
-    for name in names:
-        if name not in possible:
-            raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}, or none")
-    return [name for name in possible if name in names]
+    return chosen(names, VARIANTS if device.type == "cuda" else ON_CPU, ", or none")
 
 
 def refuse_idle_options(

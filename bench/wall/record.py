@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from bench.instruments.board import Beside
-from bench.schemas.common import Held
-from bench.schemas.wall import Hot, Run, RunTable, StepBytes
+from bench.schemas.wall import Hot, Run, StepBytes
 from bench.setup.variants import CONTROL, Variant
 from bench.wall.step import IO_COUNTER, Samples, file_behind
 from bench.wall.timeline import Span
 from engram_ref.tables.hot import HotTable
 
 NVML_COUNTER = "NVML PCIe receive"
-_HOST = ("offload_naive", "offload_prefetch", "offload_hot")  # whose rows the CPU copies through staging
 
 
 def run_record(
@@ -36,20 +34,25 @@ def run_record(
     """
     rows = variant.name != CONTROL
     limit, why = _limit(variant, step, limits)
-    held = variant.table.bytes_held() if variant.table else {"device": 0, "host": 0, "disk": 0}
+    held, table = variant.bytes_held(), step["table"]
     return {
         "variant": variant.name,
         "schedule": variant.schedule,
         "page_cache": variant.page_cache,
         "repeat": variant.repeat,
-        "table": _table(step["table"]),
+        "table": {
+            "preset": table["preset"],
+            "share": table["rows"] / table["published_rows"],
+            "row_dtype": table["row_dtype"],
+            "layout": table["layout"],
+        },
         "step_s": samples.step_s,
         "exposed_s": samples.exposed_s if rows else [],
         "limit_s": limit,
         "limit_why": why,
-        "bytes": _bytes(variant, samples, beside) if rows else _no_bytes(beside),
+        "bytes": _bytes(variant, samples, beside),
         "pcie": beside.traffic,
-        "held": cast(Held, held),
+        "held": held,
         "freed": step["table"]["bytes"] - held["device"] if rows else None,
         "hot": _hot(variant),
         "energy": beside.energy.value,
@@ -59,32 +62,14 @@ def run_record(
     }
 
 
-def _table(table: dict[str, Any]) -> RunTable:
-    """What every row of the results says of its table: how rows are stored, and how much of the published one it is."""
-    share = table["rows"] / table["published_rows"]
-    return {"preset": table["preset"], "share": share, "row_dtype": table["row_dtype"], "layout": table["layout"]}
-
-
-def _no_bytes(beside: Beside) -> StepBytes:
-    """Of the control: what crosses the bus without any rows, which is to be taken off what the others receive."""
-    counted = beside.received
-    return {
-        "from_ids": [],
-        "copied": [],
-        "counter": counted,
-        "counter_what": NVML_COUNTER if counted else None,
-        "predicted": None,
-        "predicted_counter": None,
-    }
-
-
 def _bytes(variant: Variant, samples: Samples, beside: Beside) -> StepBytes:
+    """From three sides; of the control what crosses the bus without any rows, to be taken off what others receive."""
     counted = samples.counter or beside.received or None
     what = IO_COUNTER if samples.counter else NVML_COUNTER if beside.received else None
-    explicit = variant.name in _HOST or file_behind(variant) is not None  # in place nothing is copied
+    in_place = variant.name in ("resident", "offload_uva")  # nothing is copied
     return {
-        "from_ids": samples.from_ids,
-        "copied": samples.copied if explicit else None,
+        "from_ids": samples.from_ids if variant.table else [],
+        "copied": None if in_place else samples.copied if variant.table else [],
         "counter": counted,
         "counter_what": what,
         "predicted": samples.predicted or None,

@@ -19,14 +19,12 @@ from bench.instruments.output import tell
 from bench.instruments.results import write_json
 from bench.setup.backbones import Backbone, build_backbone
 from bench.setup.sizes import LAYER, pick_device, require_disk, table_config
-from bench.setup.token_batches import TokenBatches, standard_library, text_batches, text_file, uniform_batches
+from bench.setup.token_batches import TokenBatches, halves, text_batches, uniform_batches
 from bench.setup.variants import TableSet, Variant
 from bench.wall import components
 from bench.wall import step as steps
 from bench.wall import table as wall_table
-from bench.wall.options import (
-    wanted_variants,
-)
+from bench.wall.options import wanted_variants
 from bench.wall.record import run_record
 from bench.wall.timeline import SpanLog, trace_step
 from engram_ref.config import EngramConfig
@@ -53,10 +51,7 @@ class Benchmark:
         self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")
         wanted = 4 * max(shape.batch * shape.tokens for shape in options.steps)  # two batches, and as many to calibrate
-        whole = text_file(options.text, self.vocab, tokens=wanted) if options.text else standard_library(self.vocab)
-        half = len(whole.ids) // 2
-        self.calibration = whole.ids[:half]  # the hot rows are chosen on text that is not measured
-        self.corpus = whole.since(half)
+        self.calibration, self.corpus = halves(options.text, self.vocab, wanted)
         self.results = self.begun(options.out / "results.json")
 
     def begun(self, path: Path) -> dict[str, Any]:

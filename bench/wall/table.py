@@ -15,24 +15,10 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from bench.instruments.timing import NotMeasured, quantile
-from bench.instruments.words import aligned, fraction, gib, measured_on, percent, short, signed
-from bench.wall.numbers import (
-    ALONE,
-    Run,
-    Step,
-    bytes_agree,
-    exposed,
-    floor,
-    floor_ratio,
-    hidden_share,
-    median_bytes,
-    noise_floor,
-    over_control,
-    overhead,
-    predicted_floor,
-    rows_agree,
-)
+from bench.instruments.timing import NotMeasured, noise_interval, quantile
+from bench.instruments.words import aligned, commit_of, fraction, gib, measured_on, short, signed
+from bench.wall import numbers
+from bench.wall.numbers import ALONE, Run, Step
 
 _WIDTH = 150
 CONTROL = "no_engram"
@@ -76,21 +62,17 @@ def _schedule(run: Run) -> str:
 
 
 def _machine(results: dict[str, Any]) -> list[str]:
-    e, git, stream = results["environment"], results["git"], results["stream"]
+    e, stream = results["environment"], results["stream"]
     limits = results["limits"]
     rates = [f"{name} {_rate(limits[name])}" for name in ("copy", "gather") if limits[name]]
     huge = "unknown" if e["huge_pages"] is None else f"{100 * e['huge_pages']:.1f} %"
-    commit = (git["commit"] or "unknown")[:12] + (" with changes" if git["dirty"] else "")
+    tokens = "endless" if stream["tokens"] is None else f"{stream['tokens']:,} tokens"
     facts = (
         f"Host {e['cpu']}, {e['cpu_count']} cores, {gib(e['memory_bytes'])}; host memory "
         f"{'pinned' if e['pinned'] else 'not pinned'}, huge pages {huge}, page {e['page_size']} B; "
-        f"stream {stream['name']}, {_tokens(stream['tokens'])}; commit {commit}"
+        f"stream {stream['name']}, {tokens}; commit {commit_of(results)}"
     )
     return [*_wrapped(facts), *_wrapped(f"Limits measured in this run: {'; '.join([*rates, _disk(limits['disk'])])}")]
-
-
-def _tokens(count: int | None) -> str:
-    return "endless" if count is None else f"{count:,} tokens"
 
 
 def _rate(limit: dict[str, Any]) -> str:
@@ -143,7 +125,7 @@ def prediction(results: dict[str, Any], step: Step) -> str:
     text = (
         f"   predicted per step: {p['rows']:,.0f} rows, {p['unique_rows']:,.0f} unique; {_size(p['bytes_requested'])} "
         f"requested, {_size(p['bytes_unique'])} after deduplication{paged}; at {short(copy['bytes_per_s'] / 1e9)} GB/s "
-        f"({copy['what']}) no less than {short(1e6 * predicted_floor(step, copy['bytes_per_s']))} us"
+        f"({copy['what']}) no less than {short(1e6 * numbers.predicted_floor(step, copy['bytes_per_s']))} us"
     )
     return "\n".join(_wrapped(text))
 
@@ -153,13 +135,14 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
     seconds, time_unit = _unit(max(statistics.median(run["step_s"]) for run in step["runs"]), _SECONDS)
     nbytes, byte_unit = _unit(step["prediction"]["bytes_unique"], _BYTES)
     sizes: list[tuple[str, str, Callable[[Run], str]]] = [
-        (name, byte_unit, functools.partial(_bytes_of, source=source, unit=nbytes))
-        for name, source in (("from ids", "from_ids"), ("copied", "copied"), ("counter", "counter"))
+        ("from ids", byte_unit, lambda run: short(numbers.median_bytes(run, "from_ids") / nbytes)),
+        ("copied", byte_unit, lambda run: short(numbers.median_bytes(run, "copied") / nbytes)),
+        ("counter", byte_unit, lambda run: short(numbers.median_bytes(run, "counter") / nbytes)),
     ]
     if any(run["variant"] == CONTROL and run["bytes"]["counter"] for run in step["runs"]):
-        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step=step, unit=nbytes)))
+        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step, nbytes)))
     if any("freed" in run for run in step["runs"]):  # older results say nothing of it
-        sizes.append(("freed", "GiB", _freed))
+        sizes.append(("freed", "GiB", lambda run: "" if run["freed"] is None else signed(run["freed"] / 2**30)))
     preset = step["table"].get("preset")  # older results say nothing of it
     scale = [("table", f"of {preset}", lambda run: fraction(run["table"]["share"]))] if preset else []
     return [
@@ -170,25 +153,21 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         ("median", time_unit, lambda run: short(statistics.median(run["step_s"]) / seconds)),
         ("p20-p80", time_unit, lambda run: _spread(run["step_s"], seconds)),
         ("overhead", "% of resident", lambda run: _overhead(step, run)),
-        ("exposed", "us", lambda run: short(1e6 * exposed(run))),
-        ("hidden", "%", lambda run: f"{100 * hidden_share(step, run):.1f}" if run["schedule"] == "prefetched" else ""),
-        ("floor", "us", lambda run: short(1e6 * floor(run))),
-        ("ratio", "x", lambda run: short(floor_ratio(step, run))),
+        ("exposed", "us", lambda run: short(1e6 * numbers.exposed(run))),
+        (
+            "hidden",
+            "%",
+            lambda run: f"{100 * numbers.hidden_share(step, run):.1f}" if run["schedule"] == "prefetched" else "",
+        ),
+        ("floor", "us", lambda run: short(1e6 * numbers.floor(run))),
+        ("ratio", "x", lambda run: short(numbers.floor_ratio(step, run))),
         *sizes,
         ("hits", "%", lambda run: f"{100 * run['hot']['hit_rate']:.1f}" if run["hot"] else ""),
     ]
 
 
-def _bytes_of(run: Run, source: str, unit: float) -> str:
-    return short(median_bytes(run, source) / unit)
-
-
-def _freed(run: Run) -> str:
-    return "" if run["freed"] is None else signed(run["freed"] / 2**30)
-
-
-def _over_control(run: Run, step: Step, unit: float) -> str:
-    return "" if run["variant"] == CONTROL else signed(over_control(step, run) / unit)
+def _over_control(step: Step, unit: float, run: Run) -> str:
+    return "" if run["variant"] == CONTROL else signed(numbers.over_control(step, run) / unit)
 
 
 class _Gaps:
@@ -216,22 +195,16 @@ class _Gaps:
 def _overhead(step: Step, run: Run) -> str:
     if run["variant"] == "resident" and run["repeat"] == 0:
         return "baseline"
-    found = overhead(step, run)
-    interval = f"[{percent(found.low)}, {percent(found.high)}]"
-    if run["variant"] == "resident":
-        return f"noise floor {interval}"
-    return f"{percent(found.median) if found.resolved else 'not resolved'} {interval}"
+    found = numbers.overhead(step, run)
+    return f"noise floor {found.interval}" if run["variant"] == "resident" else str(found)
 
 
 def _floor_line(step: Step) -> str:
     try:
-        ratio = noise_floor(step)
+        found = noise_interval(numbers.noise_floor(step))
     except NotMeasured as why:
         return f"   noise floor: unknown, so that no overhead is resolved: {why}"
-    return (
-        f"   noise floor: resident against itself [{percent(ratio['low'] - 1)}, {percent(ratio['high'] - 1)}] %; "
-        f"an overhead whose interval reaches into it, or holds 0, is not resolved"
-    )
+    return f"   {found}; an overhead whose interval reaches into it, or holds 0, is not resolved"
 
 
 def _notes(step: Step) -> list[str]:
@@ -286,9 +259,9 @@ def _sampled(run: Run) -> str | None:
 
 
 def _warnings(step: Step) -> list[str]:
-    lines = [] if rows_agree(step) else ["the rows of the fixed batch differ between runs: no time here counts"]
+    lines = [] if numbers.rows_agree(step) else ["the rows of the fixed batch differ between runs: no time here counts"]
     for run in step["runs"]:
-        if bytes_agree(run) is False:
+        if numbers.bytes_agree(run) is False:
             lines.append(f"{run_label(run)} did not copy the bytes that were predicted")
         if run["schedule"] in ALONE and _is_too_fast(step, run):
             lines.append(f"{run_label(run)} fetched faster than its floor allows ({run['limit_why']}): one is wrong")
@@ -297,7 +270,7 @@ def _warnings(step: Step) -> list[str]:
 
 def _is_too_fast(step: Step, run: Run) -> bool:
     try:
-        return floor_ratio(step, run) < 1
+        return numbers.floor_ratio(step, run) < 1
     except NotMeasured:
         return False
 

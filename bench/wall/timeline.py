@@ -44,7 +44,9 @@ def trace_step(stepper: Stepper, variant: Variant, log: SpanLog, chrome: Path | 
         chrome: write the profiler's trace there, for chrome://tracing or Perfetto.
     """
     cuda = stepper.tables.device.type == "cuda"
-    profile = _profiler(cuda) if cuda or chrome is not None else None
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    profile = torch.profiler.profile(activities=activities) if cuda or chrome is not None else None
     log.spans.clear()
     with profile or nullcontext(), torch.profiler.record_function(_STEP):
         entered = time.perf_counter()
@@ -54,11 +56,6 @@ def trace_step(stepper: Stepper, variant: Variant, log: SpanLog, chrome: Path | 
         profile.export_chrome_trace(str(chrome))
     host = [(what, lane, begin - stepper.began, end - stepper.began) for what, lane, begin, end in log.spans]
     return host + (_device_spans(profile, stepper.began - entered) if cuda else _compute_spans(laps))
-
-
-def _profiler(cuda: bool) -> Any:
-    kinds = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])])
 
 
 def _compute_spans(laps: list[Lap]) -> list[Span]:

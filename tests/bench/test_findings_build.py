@@ -60,7 +60,7 @@ def program(tmp_path, monkeypatch):
     )
 
     def step(code=0, remembers=False):
-        return Step("it", ("program.py", str(code)), {}, remembers)
+        return Step("it", ("program.py", str(code)), {}, None if remembers else findings.TOY_CODE)
 
     return step
 

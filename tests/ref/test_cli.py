@@ -47,6 +47,18 @@ def numbers_of(parser_of):
     return found
 
 
+def test_help_says_every_default_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    parser = cli.Parser(prog="x")
+    parser.add_argument("--scale", type=float, default=1.0, help="of logs")
+    parser.add_argument("--caches", nargs="+", default=["cold", "100% warm"], help="of files")
+    parser.add_argument("--rounds", type=int, help="default: 20; 8 on CUDA")
+    parser.add_argument("--fit", action="store_true", help="leave out")
+    said = " ".join(parser.format_help().split())
+    assert "of logs (default: 1) " in said and "of files (default: cold 100% warm) " in said
+    assert said.count("default: ") == 3 and said.endswith("--fit leave out")
+
+
 COMMANDS = {
     "bytedmd_toy": (bytedmd_toy.parse, [], 7),
     "gpu_wall": (parse_wall, [], 13),

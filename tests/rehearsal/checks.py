@@ -152,7 +152,7 @@ def decoding_from_graphs_is_decoding() -> None:
     for variant in variants:
         chosen = []
         for _, server in models:
-            chosen.append(server.serve(work, variant).tokens_sha256)
+            chosen.append(server.serve(work, variant)["tokens_sha256"])
         assert chosen[0] == chosen[1], variant.label
         for a, b in zip(graphs._stored, eager._stored):
             assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu()), variant.label

@@ -70,7 +70,7 @@ def test_the_data_hold_what_was_told():
         told = tell(story)
         assert entry["price"] == sum(read["price"] for step in entry["steps"] for read in step["reads"]) == told.price
         assert entry["start"] == list(told.start)
-        assert [step["stack"] for step in entry["steps"]] == [list(step.stack) for step in told.steps]
+        assert [step["stack"] for step in entry["steps"]] == [step.stack for step in told.steps]
 
 
 def test_the_tables_say_the_prices():

@@ -142,7 +142,7 @@ def test_the_first_sum(results):
 
 def test_tables_name_every_model_and_tier(results):
     places = energy_tiers()
-    for table in (crossing_table(results, places), step_table(results, places, 512)):
+    for table in (crossing_table(results, places), step_table(places, 512)):
         for name in ("Dense-4B", "Dense-8B", "expected experts", *(tier.name for tier in places)):
             assert name in table
     assert reuse_table(results).count("\n") == 1 + len(results["records"])

@@ -17,6 +17,7 @@ from bench.ranks.schedule import simulate
 from bench.ranks.table import bytes_table, formula_holds, measured_table, most_hidden
 from bench.schemas import ranks
 from bench.schemas.generator import json_schema
+from bench.setup import table_content
 from bench.wall.step import Shape
 from engram_ref.config import EngramConfig
 from engram_ref.sharding.on_paper import LINKS
@@ -63,8 +64,8 @@ def wrong_bytes(rank):
         with pytest.raises(ValueError, match=r"owners: rank 0 received .* B, the plan says"):
             run._measure(options_for(None), run.pick_device("cpu"), lambda text: None)
         patch.undo()
-        patch.setattr(run, "expected_values", lambda numbers, row_format, seed: numbers[:, None].float())
-        with pytest.raises(ValueError, match=f"rank {rank}: rows of layer .* are not those that were asked for"):
+        patch.setattr(table_content, "expected_values", lambda numbers, row_format, seed: numbers[:, None].float())
+        with pytest.raises(ValueError, match=f"rank {rank}, layer .*, returned other rows than were written"):
             run._measure(options_for(None), run.pick_device("cpu"), lambda text: None)
     return True
 

@@ -133,22 +133,13 @@ def fake_engramdb(monkeypatch):
 
 
 @linux
-def test_both_ways_are_measured_cold_and_warm_and_nothing_is_left(fake_engramdb, fake_fio, tmp_path):
+def test_both_ways_are_measured_and_nothing_is_left(fake_engramdb, fake_fio, tmp_path):
     fake_fio('echo \'{"jobs": [{"read": {"iops": 1000, "bw_bytes": 1}}]}\'')
     with ColdRace(tmp_path / "race", ROWS, ROW_BYTES) as race:
         samples = race.against_limit(50, rounds=4)
         assert {name: len(values) for name, values in samples.items()} == {OURS: 4, STORE: 4, DISK: 2}
         assert samples[DISK] == [0.05, 0.05]
-        assert list(race.samples(50, 1, cold=False)) == [OURS, STORE]
     assert list((tmp_path / "race").iterdir()) == []
-
-
-def test_the_line_gives_times_per_row_the_ratio_and_the_share_of_the_limit():
-    samples = {OURS: [2e-3] * 3, STORE: [8e-3] * 3, DISK: [1e-3]}
-    line = engramdb._line(samples, 1000, "cold")
-    assert line.startswith(f" 1,000 rows cold: ours 2.0 us/row, {STORE} 8.0 us/row")
-    assert line.endswith("store / ours x4.00 [4.00, 4.00]; 50% of the disk's limit")
-    assert "warning: beyond it" in engramdb._line({**samples, DISK: [2.1e-3]}, 1000, "cold")
 
 
 @linux

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 from bench.served import graphs, memory, run
 from bench.served.memory import Plan, estimate, largest_batch
-from bench.served.record import Record
+from bench.served.record import Record, rounds_done
 from bench.served.requests import Decode, Lengths, Prefill, TokenSource, schedule
 from bench.served.variants import Choice
 from bench.setup.backbones import BlockShape, measure_backbone
@@ -225,7 +226,7 @@ HEAD = {
 WRITER = """
 import sys
 from pathlib import Path
-from bench.served.record import Record
+from bench.served.record import Record, rounds_done
 head, description = eval(sys.argv[2]), eval(sys.argv[3])
 case = Record.open(Path(sys.argv[1]), head, fresh=False).case(description, ["a", "b", "c"])
 number = 0
@@ -257,7 +258,7 @@ def test_a_run_that_is_killed_leaves_whole_rounds_to_continue(tmp_path):
     assert [row["label"] for row in left] == ["a", "b", "c"] and whole
     record = Record.open(path, HEAD, fresh=False)
     case = record.case(DESCRIPTION, ["a", "b", "c"])
-    assert case.rounds_done() == whole and record.kept == 3 * len(whole)
+    assert rounds_done(case.content) == whole and record.kept == 3 * len(whole)
     assert record.kept + record.dropped == sum(len(row["rounds"]) for row in left)
     for row, before in zip(case.content["rows"], left):
         assert row["rounds"] == [sample for sample in before["rounds"] if sample["round"] in whole]
@@ -382,3 +383,13 @@ def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, monkeypatc
         run.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and "holds results of 'gpu_wall'" in error
+
+
+def test_a_file_is_shown_again_as_a_module(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(example()), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["bench.served.run", str(path)])
+    monkeypatch.delitem(sys.modules, "bench.served.run")
+    runpy.run_module("bench.served.run", run_name="__main__")
+    said = capsys.readouterr().out
+    assert "== qwen3-8b, 36 blocks" in said and said.endswith(f"{tmp_path / 'slower_bus.svg'}\n")

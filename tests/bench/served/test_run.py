@@ -114,8 +114,8 @@ def test_what_is_served_is_what_the_attached_model_says(served, schedule, preset
     for on_device in (False, True):
         choices, samples = choices_of(one, round_, schedule, on_device, monkeypatch)
         assert choices == right
-        assert len(samples.first_token_s) == 5 and len(samples.decode_s) == len(samples.window_s)
-        assert all(0 <= exposed <= step for exposed, step in zip(samples.decode_exposed_s, samples.decode_s))
+        assert len(samples["first_token_s"]) == 5 and len(samples["decode_s"]) == len(samples["window_s"])
+        assert all(0 <= exposed <= step for exposed, step in zip(samples["decode_exposed_s"], samples["decode_s"]))
 
 
 def choices_of(one, round_, schedule, on_device, monkeypatch):
@@ -140,11 +140,11 @@ def test_rows_change_what_is_chosen(served):
     one = served(2)
     round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 4, (9, 14), (3, 5))
     work = one.server.prepare(round_, most_tokens=24)
-    right = one.serve(work, "in place").tokens_sha256
-    assert one.serve(work, "prefetched").tokens_sha256 == right
+    right = one.serve(work, "in place")["tokens_sha256"]
+    assert one.serve(work, "prefetched")["tokens_sha256"] == right
     one.table = DeviceTable(torch.randn(one.table.rows, 4))
-    assert one.serve(work, "in place").tokens_sha256 != right
-    assert one.server.serve(work, Variant("no_engram", "none")).tokens_sha256 != right
+    assert one.serve(work, "in place")["tokens_sha256"] != right
+    assert one.server.serve(work, Variant("no_engram", "none"))["tokens_sha256"] != right
 
 
 def test_rows_are_counted_from_the_ids_alone(served):
@@ -162,9 +162,9 @@ def test_rows_fetched_before_are_those_that_a_pass_looks_up(served):
     """Hashed apart from what is served, for prompts that come and go, and fetched pass after pass."""
     one = served(2)
     work = one.server.prepare(TokenSource(None, len(one.vocab.ids), 5).round(0, 5, (9, 14), (1, 5)), most_tokens=24)
-    on_hand, right = one.server.fetch(work, one.table), one.serve(work, "in place").tokens_sha256
+    on_hand, right = one.server.fetch(work, one.table), one.serve(work, "in place")["tokens_sha256"]
     for _ in range(2):
-        assert one.server.serve(work, Variant("own_compute", "none"), on_hand).tokens_sha256 == right
+        assert one.server.serve(work, Variant("own_compute", "none"), on_hand)["tokens_sha256"] == right
 
 
 # --- the whole program ---------------------------------------------------------------------------------

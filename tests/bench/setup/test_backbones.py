@@ -58,7 +58,7 @@ def test_the_sizes_are_the_published_ones(name, parameters):
     model = backbones._empty_model(fields, torch.bfloat16)
     assert len(model.layers) == 36
     assert sum(p.numel() for p in model.layers.parameters()) == pytest.approx(parameters, rel=0.01)
-    shape = backbones._shape(model.config)
+    shape = BlockShape.of(model.config.to_dict())
     assert flops_per_token(shape, 36, 0) == pytest.approx(2 * parameters, rel=0.01)  # a product and a sum each
     assert name in BACKBONES
 

@@ -28,10 +28,7 @@ def example(device: str = "cuda", steps: int = 1) -> dict[str, Any]:
     """A valid results dict of `steps` shapes, measured on `device`."""
     cpu = device == "cpu"
     return {
-        "schema_version": 1,
         "benchmark": "gpu_wall",
-        "started": "2026-01-01T00:00:00+00:00",
-        "finished": "2026-01-01T00:01:00+00:00",
         "device": device,
         "device_name": NAMES[device],
         "configuration": {"seed": 0},
@@ -61,12 +58,14 @@ def environment(cpu: bool) -> dict[str, Any]:
         "name": NAMES["cuda"],
         "driver": "570.1",
         "cuda": "12.8",
+        "torch": "2.13.0",
         "pcie_generation": 5,
         "pcie_width": 16,
         "clocks_mhz": {"sm": 1980, "memory": 2619},
         "power_limit_w": 700.0,
         "memory_bytes": 150_000_000_000,
         "numa_node": 0,
+        "unknown": {},
     }
     return {
         "python": "3.11.7",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,34 +14,13 @@ from safetensors.torch import load_file, save_file
 from bench.rivals.demo_layer import DemoWay
 from engram_ref.checkpoint import load_layer, save_layer
 from engram_ref.checkpoint.demo import OFFSETS, TABLE
-from engram_ref.config import EngramConfig
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.fusion import DemoFusion
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
+from tests.ref.test_layer import CONFIG, GOLDEN, RECORDED
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "layer_demo.safetensors"
-RECORDED = EngramConfig(
-    layer_ids=(0, 3),
-    max_ngram=3,
-    heads=2,
-    row_width=32,
-    table_size_per_order=(3027, 2003),
-    hidden=64,
-    seed=7,
-    row_dtype="float32",
-)
 RECORDED_LAYER = HashPlan.build(RECORDED, 5403, 2).layer(3)
-CONFIG = EngramConfig(
-    layer_ids=(1,),
-    max_ngram=3,
-    heads=2,
-    row_width=4,
-    table_size_per_order=(50, 50),
-    hidden=16,
-    hc_mult=2,
-    row_dtype="float32",
-)
 LAYER = HashPlan.build(CONFIG, 40, 2).layer(1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

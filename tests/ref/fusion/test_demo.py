@@ -78,13 +78,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(fusion_module, "CPU_CONV_VALUES", 1)
 
 
-@pytest.fixture(params=["with autograd", "in blocks"])
-def either_path(request, small_blocks):
-    """Both ways through `forward`."""
-    with torch.set_grad_enabled(request.param == "with autograd"):
-        yield
-
-
 # --- the record -----------------------------------------------------------------------------------
 
 

@@ -99,13 +99,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(projection, "CPU_BLOCK", 64 * 96)
 
 
-@pytest.fixture(params=["with autograd", "in blocks"])
-def either_path(request, small_blocks):
-    """Both ways through `forward`."""
-    with torch.set_grad_enabled(request.param == "with autograd"):
-        yield
-
-
 # --- the record -----------------------------------------------------------------------------------
 
 
