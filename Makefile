@@ -30,7 +30,8 @@ toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto # forked children cannot use threads of OpenMP
+	# Forked children cannot use threads of OpenMP; what a file's tests share is made by one worker.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .

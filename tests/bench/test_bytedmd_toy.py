@@ -46,7 +46,7 @@ def _own_cache(cache_home):
 def command(*options):
     """In this process, without figures: `finished` and `cut_down` have them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bytedmd_toy, "draw", lambda results, out: None)
+        patch.setattr(bytedmd_toy, "draw_where_possible", lambda *_: None)
         return commands.run(bytedmd_toy, *options)
 
 

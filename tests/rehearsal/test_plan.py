@@ -34,7 +34,7 @@ def call(on_stand_in, tmp_path, cache_home):
         environment = {
             **os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "WORK": str(tmp_path / "work"),
             "RUN": " ".join(on_stand_in), "OMP_NUM_THREADS": "1",
-            "XDG_CACHE_HOME": str(cache_home), "PACK_EVERY": "4", **settings,
+            "XDG_CACHE_HOME": str(cache_home), "PACK_EVERY": "10", **settings,
         }  # fmt: skip
         with (tmp_path / "told").open("ab") as told:
             command = ["bash", str(SCRIPT), which, str(tmp_path / "out")]

@@ -58,7 +58,7 @@ def patch(cache_home):
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
         patch.setitem(models.CUTS, "tiny", {"table_size_per_order": (50, 50)})
         patch.setattr(sweep_run, "in_parallel", lambda function, jobs, _: enumerate(map(function, jobs)))
-        patch.setattr(sweep_command, "_draw", lambda *_: None)
+        patch.setattr(sweep_command, "draw_where_possible", lambda *_: None)
         yield patch
 
 
@@ -360,7 +360,7 @@ def test_nothing_is_done_twice_and_nothing_stale_is_used(run, tmp_path, monkeypa
     written, shown = (out / "sweeps.json").stat().st_mtime_ns, []
     with monkeypatch.context() as patch:  # at another commit
         patch.setattr("bench.instruments.results.git_commit", lambda: {"commit": "0" * 40, "dirty": False})
-        patch.setattr(sweep_command, "_draw", lambda results, *_: shown.append(results))
+        patch.setattr(sweep_command, "draw_where_possible", lambda _, results, out: shown.append(results))
         again, _, said = run(*LESS, "--out", out)
     assert again == 0 and "says the same already" in said.err
     assert (out / "sweeps.json").stat().st_mtime_ns == written
