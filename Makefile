@@ -29,8 +29,8 @@ $(VENV)/stamp-%: pyproject.toml constraints.txt
 toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
+# Forked children cannot use threads of OpenMP; what the tests of a file share is made by one worker.
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	# Forked children cannot use threads of OpenMP; what a file's tests share is made by one worker.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
