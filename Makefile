@@ -29,9 +29,8 @@ $(VENV)/stamp-%: pyproject.toml constraints.txt
 toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
-# Forked children cannot use threads of OpenMP; what the tests of a file share is made by one worker.
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto # forked children cannot use threads of OpenMP
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
