@@ -232,6 +232,24 @@ def test_an_error_in_the_background_is_raised_at_the_join(values):
 
 
 @pytest.mark.parametrize("background", [True, False])
+def test_what_keeps_a_fetch_from_beginning_is_told_to_every_table(values, background, monkeypatch):
+    """And raised, where a table has the words for it that all processes use."""
+    told = []
+
+    def excuse(table, error):
+        told.append((table.rows, str(error)))
+        if len(told) > len(values):
+            raise ValueError("the same on all ranks")
+
+    monkeypatch.setattr(SlowTable, "excuse", excuse)
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values), background=background) as prefetcher:
+        prefetcher.excuse(ValueError("a wrong token"))
+        assert told == [(len(v), "a wrong token") for v in values.values()]
+        with pytest.raises(ValueError, match="the same on all ranks"):
+            prefetcher.excuse(ValueError("a wrong token"))
+
+
+@pytest.mark.parametrize("background", [True, False])
 def test_a_wrong_id_is_raised_at_the_join(values, background):
     ids = random_ids(4)
     ids[1, 3] = 500
