@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -56,9 +57,12 @@ def prices(results):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("toy")
-    script = ROOT / "bench/bytedmd_toy.py"  # once as its users call it: a process, and processes that it starts
-    done = subprocess.run([sys.executable, script, *SMALL, "--out", out], cwd=ROOT, capture_output=True, text=True)
+    """Once as its users call it: a process, and processes that it starts, where there is no torch."""
+    out, shadow = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("shadow")
+    (shadow / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    command = [sys.executable, ROOT / "bench/bytedmd_toy.py", *SMALL, "--out", out]
+    environment = {**os.environ, "PYTHONPATH": str(shadow)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done, out, json.loads((out / "results.json").read_text())
 

@@ -46,6 +46,17 @@ assert "bench" not in sys.modules
 """
 
 
+# What a laptop without torch runs: prices, rows at scale, hashing, and whatever shows results.
+COMMANDS_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import importlib
+for name in ("bytedmd_toy", "production", "row_definitions", "row_speed", "pricing_speed", "hashing_speed", "verdict",
+             "compare", "how_far", "findings"):
+    importlib.import_module(f"bench.{name}")
+"""
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
@@ -68,3 +79,8 @@ def test_the_reference_needs_no_torch():
 def test_the_check_can_fail():
     done = run(ALONE + "\nimport numpy\n")
     assert done.returncode != 0 and "numpy must not be imported" in done.stderr
+
+
+def test_commands_that_need_no_torch_load_none():
+    done = run(COMMANDS_WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
