@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -44,6 +44,9 @@ from engram_ref.tables.staging import Arriving
 from engram_ref.threads.errands import Done, Errand, Pool, call_off
 from engram_ref.threads.forks import renew_after_fork
 from engram_ref.threads.users import Users
+
+if TYPE_CHECKING:
+    from engram_ref.vocab import CompressedVocab
 
 _Outcome = Errand[Pending] | Done[Pending]  # of one layer
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
@@ -131,6 +134,32 @@ class Prefetcher:
             return self._lent(lambda lease: self._on_stream(compressed_ids, history, lease.buffers))
         return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
 
+    def start_tokens(
+        self, token_ids: np.ndarray, vocab: CompressedVocab, history: TokenHistory | None = None
+    ) -> tuple[Fetch, np.ndarray]:
+        """As `start`, from token ids [B, T]: one pass in the caller's thread compresses, checks and hashes them.
+
+        Args:
+            token_ids, vocab, history: as `NgramHasher.from_tokens` has them.
+
+        Returns:
+            The fetch, and the compressed ids, int64 [B, T].
+
+        Raises:
+            ValueError: ids or a vocabulary that do not fit: tell the tables, `excuse`.
+            RuntimeError: as `start`.
+        """
+        assert isinstance(self.hasher, NgramHasher), "tables that the device reads look up by `start_lookup`"
+        begin = time.perf_counter()
+        hashed = self.hasher.from_tokens(token_ids, vocab, history)
+        self._tell_hashed(next(iter(self.tables)), begin)  # of all layers
+        rows = {layer.layer_id: found.reshape(-1) for layer, found in zip(self.hasher.plan.layers, hashed.rows)}
+
+        def gather(lease: _Lease) -> Mapping[int, _Outcome]:
+            return self._by_layer(lease, token_ids, partial(self._gather, rows, lease.buffers))
+
+        return self._lent(gather), hashed.compressed
+
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
         """Begin what brings the rows of all layers by itself, `engram_ref.lookup.device`, on the side stream.
 
@@ -195,15 +224,19 @@ class Prefetcher:
         return written
 
     def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> Mapping[int, _Outcome]:
-        fetch, buffers = self._fetch, lease.buffers
+        if self._worker is not None and not self._is_small(ids):
+            ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
+        return self._by_layer(lease, ids, partial(self._fetch, ids, history, lease.buffers))
+
+    def _by_layer(self, lease: _Lease, ids: Any, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
+        """Do `fetch(layer_id, table, how to start)` for all layers: here, or in the worker if it takes long."""
         if self._worker is None:
-            return {i: Done(partial(fetch, i, t, t.start, ids, history, buffers)) for i, t in self.tables.items()}
+            return {i: Done(partial(fetch, i, table, table.start)) for i, table in self.tables.items()}
         if self._is_small(ids):
-            return {i: Done(partial(fetch, i, t, t.ask, ids, history, buffers)) for i, t in self.tables.items()}
-        ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
+            return {i: Done(partial(fetch, i, table, table.ask)) for i, table in self.tables.items()}
         errands: dict[int, Errand[Pending]] = {}
         for layer_id, table in self.tables.items():
-            errands[layer_id] = errand = Errand(partial(fetch, layer_id, table, table.start, ids, history, buffers))
+            errands[layer_id] = errand = Errand(partial(fetch, layer_id, table, table.start))
             lease.errands.append(errand)
             self._worker.give(partial(self._beside, errand))
         return errands
@@ -217,12 +250,12 @@ class Prefetcher:
 
     def _fetch(
         self,
-        layer_id: int,
-        table: Table,
-        start: Callable[..., Pending],
         ids: np.ndarray,
         history: TokenHistory | None,
         buffers: _Buffers,
+        layer_id: int,
+        table: Table,
+        start: Callable[..., Pending],
     ) -> Pending:
         assert isinstance(self.hasher, NgramHasher)
         begin = time.perf_counter()
@@ -231,13 +264,27 @@ class Prefetcher:
         except ValueError as error:
             table.excuse(error)  # other processes may be waiting for this one's part
             raise
-        hashed = time.perf_counter()
-        buffers.numbers[layer_id] = numbers = torch.from_numpy(rows)
-        pending = start(numbers, buffers.room(layer_id, table, rows.size))
+        self._tell_hashed(layer_id, begin)
+        return self._gather({layer_id: rows}, buffers, layer_id, table, start)
+
+    def _gather(
+        self,
+        rows: Mapping[int, np.ndarray],
+        buffers: _Buffers,
+        layer_id: int,
+        table: Table,
+        start: Callable[..., Pending],
+    ) -> Pending:
+        begin = time.perf_counter()
+        buffers.numbers[layer_id] = numbers = torch.from_numpy(rows[layer_id])
+        pending = start(numbers, buffers.room(layer_id, table, len(numbers)))
         if self._observer:
-            self._observer("hash", layer_id, begin, hashed)
-            self._observer("gather", layer_id, hashed, time.perf_counter())
+            self._observer("gather", layer_id, begin, time.perf_counter())
         return pending
+
+    def _tell_hashed(self, layer_id: int, begin: float) -> None:
+        if self._observer:
+            self._observer("hash", layer_id, begin, time.perf_counter())
 
     def _on_stream(self, ids: Any, history: Any, buffers: _Buffers) -> dict[int, _Outcome]:
         """Hash and gather on the device; on a side stream, which first waits for the token ids."""

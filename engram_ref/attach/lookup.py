@@ -68,6 +68,9 @@ class Source:
         self._on_cpu = None if self._on_device else vocab
         self._uploaded = DeviceVocab(vocab, self.device) if vocab is not None and self._on_device else None
         self._lookup = self._make_lookup()
+        # The pass hashes for every layer of the plan, wanted or not.
+        every = {layer.layer_id for layer in self.plan.layers} == getattr(prefetcher, "tables", {}).keys()
+        self._in_one_pass = isinstance(prefetcher, Prefetcher) and self._on_cpu is not None and every
 
     def _make_lookup(self) -> DeviceLookup | None:
         """What does all in a launch or two, where it can."""
@@ -99,15 +102,30 @@ class Source:
         """
         if self._lookup is not None and packing is None:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
+        fetch = None
         try:
-            compressed = self.compress(ids, padding)
+            if self._in_one_pass and packing is None and (padding is None or not padding.any()):
+                fetch, compressed = self._pass_over(ids, history)
+            else:
+                compressed = self.compress(ids, padding)
         except ValueError as error:
             if isinstance(self.prefetcher, Prefetcher):
                 self.prefetcher.excuse(error)
             raise
-        hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
         recent = None if history is None else Ready(history.followed_by(compressed))
-        return self._fetch(hashed, history), recent
+        if fetch is None:
+            hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
+            fetch = self._fetch(hashed, history)
+        else:
+            self._let_wait(fetch)
+        return fetch, recent
+
+    def _pass_over(self, ids: Tensor, history: CacheHistory | None) -> tuple[Any, Tensor]:
+        """Compress and hash for all layers in one pass on the CPU: the fetch, and the compressed ids."""
+        assert self._on_cpu is not None
+        before = None if history is None else self._before(history)
+        fetch, compressed = self.prefetcher.start_tokens(ids.to(self.device).numpy(), self._on_cpu, before)
+        return fetch, torch.from_numpy(compressed)
 
     def send_for(self, ids: Tensor) -> Callable[[], Tensor] | None:
         """Have token ids copied to the CPU, which needs them, without waiting; what is returned waits for them.

@@ -21,6 +21,7 @@ from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables.base import Ready, check_rows
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.hot import HotTable
+from engram_ref.vocab import CompressedVocab
 
 CPU = torch.device("cpu")
 CONFIG = EngramConfig.preset("tiny").replace(layer_ids=(1, 3))
@@ -120,6 +121,26 @@ def test_fetches_run_beside_the_caller_and_hide_their_time(values):
         exposed = time.perf_counter() - begin
     assert started < 0.1 and exposed < 0.1  # of 0.3
     assert all("engram-prefetch" in name for table in tables.values() for name in table.threads)
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 3000)])
+def test_token_ids_are_compressed_and_hashed_for_all_layers_at_once(values, background, shape):
+    vocab = CompressedVocab.from_map(np.arange(900) % PLAN.compressed_size)
+    history, tables = TokenHistory(PLAN, shape[0]), {i: make_table("host", v) for i, v in values.items()}
+    with Prefetcher(NgramHasher(PLAN), tables, background=background) as prefetcher:
+        for seed in range(3):
+            tokens = np.random.default_rng(seed).integers(0, 900, shape)
+            fetch, compressed = prefetcher.start_tokens(tokens, vocab, history)
+            assert np.array_equal(compressed, vocab(tokens)) and list(fetch) == list(values)
+            with fetch:
+                for layer_id in fetch:
+                    assert torch.equal(fetch[layer_id].wait(), expected(values, compressed, layer_id, history))
+            history.advance(compressed)
+        for wrong in (np.array([[900]]), np.array([[0.5]])):
+            with pytest.raises(ValueError, match="token ids"):
+                prefetcher.start_tokens(wrong, vocab)
+        assert all(slot.is_free() for slot in prefetcher._slots)
 
 
 def test_without_a_background_nothing_overlaps(values):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from engram_ref.attach import ExposedTime, attach
 from engram_ref.attach import attached as attached_module
@@ -98,6 +99,33 @@ def test_token_ids_are_compressed(model, layers, ids, make):
     model = make_model(vocab_size=200)
     got = logits_of(model, layers, tokens, make(table))
     assert torch.equal(got, by_hand(model, layers, tokens, compressed=ids))
+
+
+def test_token_ids_are_compressed_and_hashed_in_one_pass(layers, ids):
+    """Of a chunk and of steps behind it; padding, which is hashed otherwise, goes the long way to the same rows."""
+    model, compressed = make_model(vocab_size=200), np.arange(200) * 7 % VOCAB
+    rows, whole = torch.from_numpy(compressed)[ids], torch.ones_like(ids)
+    cut = whole.clone()
+    cut[0, :2] = 0
+
+    def in_chunks(mask, passes):
+        with torch.no_grad(), attach(model, layers.engrams, layers.plan, compressed) as attached:
+            source = attached._source
+            with mock.patch.object(source, "compress", wraps=source.compress) as long_way:
+                cache, found = DynamicCache(), []
+                for low, high in ((0, 5), (5, 6), (6, 9)):
+                    given = dict(attention_mask=mask[:, :high], past_key_values=cache)
+                    found.append(model(ids[:, low:high], **given).logits)
+            assert long_way.call_count == 3 - passes
+            return torch.cat(found, 1)
+
+    got, padded = in_chunks(whole, 3), in_chunks(cut, 2)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan, compressed) as attached:
+        attached._source._in_one_pass = False
+        torch.testing.assert_close(got, model(ids).logits, rtol=1e-10, atol=1e-12)  # attention sums chunks otherwise
+        want = model(ids, attention_mask=cut).logits
+        torch.testing.assert_close(padded[cut.bool()], want[cut.bool()], rtol=1e-10, atol=1e-12)
+    assert not torch.equal(rows, ids)
 
 
 def test_a_hasher_of_the_device(model, layers, ids):

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import ShortConvHistory, base, make_fusion
-from tests.ref.quick_interpreter import make_quick
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS = {
@@ -60,7 +59,7 @@ def take(case, monkeypatch):
     if way == "kernel":
         if not module.can_run_on(torch.device("cpu")):
             pytest.skip("the kernels run on a CPU with TRITON_INTERPRET=1 only: tests/cuda has those that need none")
-        make_quick(monkeypatch)
+        importlib.import_module("tests.interpreter").repeat_nothing()
         monkeypatch.setattr(module, "STEPS_PER_PROGRAM", 1)  # a tile is as long as the convolution looks back
         monkeypatch.setattr(module, "LANES_OF_ONE_STEP", 16)
     monkeypatch.setattr(base, "_one_pass_on", lambda *_: module)
