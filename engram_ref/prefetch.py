@@ -38,7 +38,7 @@ from torch import Tensor
 
 from engram_ref.devices import side_stream
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory
-from engram_ref.hashing.ngram import NgramHasher, TokenHistory
+from engram_ref.hashing.ngram import Hashed, NgramHasher, TokenHistory
 from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.staging import Arriving
 from engram_ref.threads.errands import Done, Errand, Pool, call_off
@@ -134,31 +134,34 @@ class Prefetcher:
             return self._lent(lambda lease: self._on_stream(compressed_ids, history, lease.buffers))
         return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
 
-    def start_tokens(
-        self, token_ids: np.ndarray, vocab: CompressedVocab, history: TokenHistory | None = None
-    ) -> tuple[Fetch, np.ndarray]:
-        """As `start`, from token ids [B, T]: one pass in the caller's thread compresses, checks and hashes them.
+    def is_done_here(self, tokens: int) -> bool:
+        """Whether whoever starts a fetch of so many tokens hashes them by himself, rather than the worker."""
+        return self._worker is None or tokens <= self._inline_tokens
 
-        Args:
-            token_ids, vocab, history: as `NgramHasher.from_tokens` has them.
+    def hash_tokens(self, token_ids: np.ndarray, vocab: CompressedVocab, history: TokenHistory | None = None) -> Hashed:
+        """Compress and hash token ids [B, T] for all layers in one pass, in the caller's thread, for `start_hashed`.
 
-        Returns:
-            The fetch, and the compressed ids, int64 [B, T].
+        For a step of a few tokens. The worker hashes a long prompt beside the caller: see `is_done_here`.
 
         Raises:
-            ValueError: ids or a vocabulary that do not fit: tell the tables, `excuse`.
-            RuntimeError: as `start`.
+            ValueError: as `NgramHasher.from_tokens`; tell the tables, `excuse`.
         """
         assert isinstance(self.hasher, NgramHasher), "tables that the device reads look up by `start_lookup`"
         begin = time.perf_counter()
         hashed = self.hasher.from_tokens(token_ids, vocab, history)
-        self._tell_hashed(next(iter(self.tables)), begin)  # of all layers
+        self._tell_hashed(next(iter(self.tables)), begin)  # for all of them
+        return hashed
+
+    def start_hashed(self, hashed: Hashed) -> Fetch:
+        """As `start`, of what `hash_tokens` found.
+
+        Raises:
+            RuntimeError: as `start`.
+        """
         rows = {layer.layer_id: found.reshape(-1) for layer, found in zip(self.hasher.plan.layers, hashed.rows)}
-
-        def gather(lease: _Lease) -> Mapping[int, _Outcome]:
-            return self._by_layer(lease, token_ids, partial(self._gather, rows, lease.buffers))
-
-        return self._lent(gather), hashed.compressed
+        return self._lent(
+            lambda lease: self._by_layer(lease, hashed.compressed.size, partial(self._gather, rows, lease.buffers))
+        )
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
         """Begin what brings the rows of all layers by itself, `engram_ref.lookup.device`, on the side stream.
@@ -224,15 +227,15 @@ class Prefetcher:
         return written
 
     def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> Mapping[int, _Outcome]:
-        if self._worker is not None and not self._is_small(ids):
+        if not self.is_done_here(np.size(ids)):
             ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
-        return self._by_layer(lease, ids, partial(self._fetch, ids, history, lease.buffers))
+        return self._by_layer(lease, np.size(ids), partial(self._fetch, ids, history, lease.buffers))
 
-    def _by_layer(self, lease: _Lease, ids: Any, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
+    def _by_layer(self, lease: _Lease, tokens: int, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
         """Do `fetch(layer_id, table, how to start)` for all layers: here, or in the worker if it takes long."""
         if self._worker is None:
             return {i: Done(partial(fetch, i, table, table.start)) for i, table in self.tables.items()}
-        if self._is_small(ids):
+        if self.is_done_here(tokens):
             return {i: Done(partial(fetch, i, table, table.ask)) for i, table in self.tables.items()}
         errands: dict[int, Errand[Pending]] = {}
         for layer_id, table in self.tables.items():
@@ -244,9 +247,6 @@ class Prefetcher:
     def _beside(self, errand: Errand[Pending]) -> None:
         with self._users.here():
             errand()
-
-    def _is_small(self, ids: Any) -> bool:
-        return np.size(ids) <= self._inline_tokens
 
     def _fetch(
         self,

@@ -1,8 +1,8 @@
 """Token ids in, a started fetch out: compress, hash with what came before, start to gather.
 
-Ids are hashed where the tables want their row numbers: on the CPU, or on the accelerator, where the CPU waits for
-nothing and one launch does it all, the history included (`engram_ref.lookup.device`; two do, for a long prompt). All
-give the same rows.
+Ids are hashed where the tables want their row numbers: on the CPU, in one pass where it is a few of them, or on the
+accelerator, where the CPU waits for nothing and one launch does it all, the history included
+(`engram_ref.lookup.device`; two do, for a long prompt). All give the same rows.
 """
 
 from __future__ import annotations
@@ -102,10 +102,12 @@ class Source:
         """
         if self._lookup is not None and packing is None:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
-        fetch = None
+        hashed = None
         try:
-            if self._in_one_pass and packing is None and (padding is None or not padding.any()):
-                fetch, compressed = self._pass_over(ids, history)
+            if packing is None and self._goes_in_one_pass(ids) and (padding is None or not padding.any()):
+                before = None if history is None else self._before(history)
+                hashed = self.prefetcher.hash_tokens(ids.to(self.device).numpy(), self._on_cpu, before)
+                compressed = torch.from_numpy(hashed.compressed)
             else:
                 compressed = self.compress(ids, padding)
         except ValueError as error:
@@ -113,19 +115,17 @@ class Source:
                 self.prefetcher.excuse(error)
             raise
         recent = None if history is None else Ready(history.followed_by(compressed))
-        if fetch is None:
-            hashed = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
-            fetch = self._fetch(hashed, history)
-        else:
+        if hashed is not None:
+            fetch = self.prefetcher.start_hashed(hashed)
             self._let_wait(fetch)
+        else:
+            apart = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
+            fetch = self._fetch(apart, history)
         return fetch, recent
 
-    def _pass_over(self, ids: Tensor, history: CacheHistory | None) -> tuple[Any, Tensor]:
-        """Compress and hash for all layers in one pass on the CPU: the fetch, and the compressed ids."""
-        assert self._on_cpu is not None
-        before = None if history is None else self._before(history)
-        fetch, compressed = self.prefetcher.start_tokens(ids.to(self.device).numpy(), self._on_cpu, before)
-        return fetch, torch.from_numpy(compressed)
+    def _goes_in_one_pass(self, ids: Tensor) -> bool:
+        """Not a prompt that the worker hashes while the model computes."""
+        return self._in_one_pass and self.prefetcher.is_done_here(ids.numel())
 
     def send_for(self, ids: Tensor) -> Callable[[], Tensor] | None:
         """Have token ids copied to the CPU, which needs them, without waiting; what is returned waits for them.

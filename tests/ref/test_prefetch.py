@@ -131,15 +131,17 @@ def test_token_ids_are_compressed_and_hashed_for_all_layers_at_once(values, back
     with Prefetcher(NgramHasher(PLAN), tables, background=background) as prefetcher:
         for seed in range(3):
             tokens = np.random.default_rng(seed).integers(0, 900, shape)
-            fetch, compressed = prefetcher.start_tokens(tokens, vocab, history)
-            assert np.array_equal(compressed, vocab(tokens)) and list(fetch) == list(values)
-            with fetch:
+            hashed = prefetcher.hash_tokens(tokens, vocab, history)
+            compressed = hashed.compressed
+            assert np.array_equal(compressed, vocab(tokens))
+            with prefetcher.start_hashed(hashed) as fetch:
+                assert list(fetch) == list(values)
                 for layer_id in fetch:
                     assert torch.equal(fetch[layer_id].wait(), expected(values, compressed, layer_id, history))
             history.advance(compressed)
         for wrong in (np.array([[900]]), np.array([[0.5]])):
             with pytest.raises(ValueError, match="token ids"):
-                prefetcher.start_tokens(wrong, vocab)
+                prefetcher.hash_tokens(wrong, vocab)
         assert all(slot.is_free() for slot in prefetcher._slots)
 
 
