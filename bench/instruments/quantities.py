@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 # Fields that say which entry of a list it is, in the order in which they are named.
 _WHICH = (
-    *("case", "kind", "part", "what", "link", "sweep", "value", "table", "preset", "stream", "shape", "phase", "mode"),
+    *("case", "kind", "part", "what", "sweep", "value", "table", "preset", "stream", "shape", "phase", "mode"),
     *("backbone", "model", "boundary", "label", "variant", "schedule", "page_cache", "way", "layout", "definition"),
     *("experts", "context", "batch", "tokens", "tokens_per_step", "asked_tokens", "ranks", "hot_share", "share"),
-    *("padding_bytes", "prefetch", "jitter", "slower", "row_bytes", "rows", "repeat", "bus"),
+    *("padding_bytes", "prefetch", "row_bytes", "rows", "repeat", "bus"),
 )
 _EXACT = (
     *("cost", "price", "offload_naive", "offload_prefetch", "resident", "pinned"),
     *("reads", "distinct_rows", "faults"),
 )
-_ONE_TIME = ("seconds", "total_s", "exchange_s", "step_s")
-# Not what was measured, but on what and by whom.
+_ONE_TIME = ("seconds", "total_s", "step_s")
+# Not what was measured, but on what and by whom; or what a model on paper says beside it.
 _ABOUT = (
     *("environment", "git", "configuration", "limits", "sessions", "needs", "held"),
-    *("spans", "depth_histogram", "config"),
+    *("spans", "depth_histogram", "config", "model", "schedule"),
 )
 
 

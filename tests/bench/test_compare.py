@@ -62,6 +62,12 @@ def test_two_committed_files_of_one_benchmark(capsys):
     assert [row["verdict"] for row in rows] == [line.verdict for line in lines]
 
 
+def test_what_a_model_says_on_paper_is_not_measured():
+    results = read_results(RESULTS / "sharded_cpu.json")
+    assert results["model"] and results["schedule"]
+    assert {name.partition(" / ")[0] for name in quantities(results)} == {"runs"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_kind_of_file_has_quantities_and_equals_itself(path):
     results = read_results(path)
