@@ -14,12 +14,14 @@ there are no such queues (other systems, sandboxes), such threads read (`read_bl
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import platform
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -95,9 +97,11 @@ class Queues:
             calls it, the queue ends with it.
 
         Raises:
-            OSError: the disk failed, or the system has no queue left.
+            OSError: the disk failed, or the system has no room for a read.
         """
-        queue = self._free.pop() if self._free else _Queue()
+        queue = self._any()
+        if queue is None:
+            return functools.partial(read_blocks, fds, plans)
         queue.ask(np.repeat(fds, [len(plan) for plan in plans]), *_flat(plans))
 
         def take(found: Sequence[np.ndarray]) -> int:
@@ -111,11 +115,20 @@ class Queues:
 
         return take
 
+    def _any(self) -> _Queue | None:
+        """A queue that nobody uses; None where the system has none left: then one read follows the other."""
+        try:
+            return self._free.pop()
+        except IndexError:  # looked at and taken in one, since other threads take some, too
+            with suppress(OSError):
+                return _Queue()
+        return None
+
     def read(self, fds: Sequence[int], plans: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
         """Ask and take at once.
 
         Raises:
-            OSError: the disk failed, or the system has no queue left.
+            OSError: the disk failed, or the system has no room for a read.
             ValueError: a file is shorter than it was.
         """
         return self.ask(fds, plans)(found)

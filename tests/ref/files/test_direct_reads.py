@@ -187,6 +187,22 @@ def test_without_a_queue_threads_read(case, tmp_path, monkeypatch):
         assert_same_bits(fetch(table, scattered(60)), random_content(case).values(), scattered(60))
 
 
+def test_where_the_system_has_no_second_queue_reads_follow_each_other(table, case, monkeypatch):
+    """Two fetches at a time, of which the first has the only queue."""
+    call = direct_reads._call
+
+    def no_more(which, *arguments):
+        if which == 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return call(which, *arguments)
+
+    monkeypatch.setattr(direct_reads, "_call", no_more)
+    first, second = (table.ask(scattered(9, seed)) for seed in range(2))
+    for seed, pending in ((1, second), (0, first)):
+        assert_same_bits(pending.wait(), random_content(case).values(), scattered(9, seed))
+    assert len(table._reader._queues._free) == 1
+
+
 def test_queues_end_with_their_table(table):
     fetch(table, scattered(3))
     (queue,) = table._reader._queues._free
