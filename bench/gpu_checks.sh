@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # What a GPU is needed for, as two calls, each in the order of what it tells; a cut loses nothing that was finished.
 #
-#   bench/gpu_checks.sh check OUT      does it work: canary; negative controls; the CUDA tests and short runs of the
-#                                      benchmarks, all at a time; then the lookup alone, measured. 180 s.
+#   bench/gpu_checks.sh check OUT      does it work: canary; the CUDA tests, negative controls and short runs of the
+#                                      benchmarks, all at a time. 170 s.
 #   bench/gpu_checks.sh measure OUT    what it costs: 100 B parameters in fp8 beside an 8B model, resident and offloaded;
-#                                      the 8B model under every variant; prefill steps; a 4B model. 580 s.
+#                                      the 8B model under every variant; the lookup alone; prefill steps; a 4B model. 580 s.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
@@ -32,7 +32,7 @@ cd "$(dirname "$0")/.."
 CALL=${1:-} OUT=$(realpath -m "${2:-out/gpu_checks}") WORK=$(realpath -m "${WORK:-/tmp/gpu_checks}")
 PYTHON=${PYTHON:-python3}
 STARTED=$(date +%s) PACK_EVERY=${PACK_EVERY:-20}
-case $CALL in check) LIMIT=${LIMIT:-180} ;; measure) LIMIT=${LIMIT:-580} ;; *)
+case $CALL in check) LIMIT=${LIMIT:-170} ;; measure) LIMIT=${LIMIT:-580} ;; *)
   echo "gpu_checks: error: say check or measure, and a folder for the results" >&2
   exit 2
   ;;
@@ -50,7 +50,7 @@ fi
 
 # --- sizes: the real ones, and toy ones ---
 LARGE=qwen3-8b SMALL=qwen3-4b BATCHES="64 1 16 256" ROUNDS=5 LENGTHS="--prompt_tokens 128 256 --output_tokens 64 64"
-PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=1000
+PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=300
 PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS="" SLACK=1
 if [ -n "${REHEARSE:-}" ]; then
   [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
@@ -60,6 +60,15 @@ if [ -n "${REHEARSE:-}" ]; then
 fi
 
 pack() { $PYTHON bench/gpu/evidence.py "$WORK" "$OUT"; }
+
+declare -A said # the last line of each log, as noted
+note() {        # when a log's last line changed, for whoever asks later where the time went
+  local log line
+  for log in "$WORK"/*.log; do
+    line=$(tail -n 1 "$log" | tail -c 150)
+    [ "$line" != "${said[$log]:-}" ] && said[$log]=$line && echo "$(date +%T) $(basename "$log" .log): $line"
+  done >>"$WORK/progress.txt"
+}
 
 left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
@@ -101,10 +110,11 @@ settle() { # wait for all that was begun, note how each ended, pack; the last on
 
 step() { begin "$@" && settle; } # one by itself
 
+BESIDE="env OMP_NUM_THREADS=2" # for a dozen processes at a time
 tests() { # tests SECONDS NAME PYTEST-ARGUMENTS...: begin a process whose tracebacks and XML are there when it is stopped
   local limit=$1 name=$2
   shift 2
-  begin "$limit" "tests_$name" $RUN -m pytest -v -p no:cacheprovider --continue-on-collection-errors \
+  begin "$limit" "tests_$name" $BESIDE $RUN -m pytest -v -p no:cacheprovider --continue-on-collection-errors \
     -o faulthandler_timeout=40 --junitxml "$WORK/tests_$name.xml" $TESTS "$@"
 }
 
@@ -120,7 +130,13 @@ finish() { # whatever ends the script: what runs is told to save, everything is 
   cat "$OUT/summary.txt"
   exit "$failed"
 }
-(while sleep "$PACK_EVERY"; do pack; done) >/dev/null 2>&1 &
+(while true; do
+  for _ in $(seq 1 $((PACK_EVERY / 2))); do
+    sleep 2
+    note
+  done
+  pack
+done) >/dev/null 2>&1 &
 packer=$!
 trap finish EXIT
 trap 'failed=143; exit 143' INT TERM
@@ -153,23 +169,20 @@ prefill() { # prefill SECONDS NAME PARAMETERS SHAPES: steps of one model, their 
 
 ALL="no_engram own_compute resident offload_naive offload_prefetch offload_uva offload_hot --hot_shares 0.01"
 if [ "$CALL" = check ]; then
-  tests 25 controls tests/cuda -k "without_the or without_record or without_staging"
-  settle
-  tests 75 tables tests/cuda/test_tables_cuda.py
-  tests 75 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
-  tests 75 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
-  tests 75 end_to_end tests/cuda/test_end_to_end_cuda.py
-  tests 75 fp8 tests/cuda/test_fp8_cuda.py
-  tests 75 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
-  tests 75 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
-  tests 75 compiled tests/cuda/test_attach_cuda.py -k compiled
-  tests 75 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
+  tests 120 controls tests/cuda -k "without_the or without_record or without_staging"
+  tests 120 tables tests/cuda/test_tables_cuda.py
+  tests 120 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
+  tests 120 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
+  tests 120 end_to_end tests/cuda/test_end_to_end_cuda.py
+  tests 120 fp8 tests/cuda/test_fp8_cuda.py
+  tests 120 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
+  tests 120 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
+  tests 120 compiled tests/cuda/test_attach_cuda.py -k compiled
+  tests 120 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
     tests/ref/hashing/test_device.py
-  served 75 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
-  prefill 75 short_prefill $SHORT "${SHAPES%% *}"
+  served 120 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
+  prefill 120 short_prefill $SHORT "${SHAPES%% *}"
   settle
-  step 30 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
-    --tokens $TOKENS --repeats $REPEATS
   exit
 fi
 
@@ -179,6 +192,8 @@ served 170 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offloa
 settle
 served 210 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
+step 60 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
+  --tokens $TOKENS --repeats $REPEATS
 prefill 75 prefill $PARAMS "$SHAPES"
 settle
 served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva

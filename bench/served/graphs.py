@@ -35,7 +35,7 @@ class Pieces:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._captured: dict[Hashable, tuple[list[Any], Tensor]] = {}
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()  # taken first: a graph tells its own only when it is captured
         self._stream = torch.cuda.Stream(device)
         self._recording: list[Any] = []  # graphs of the step that is being captured, the last one open
         self._why: str | None = None
@@ -77,10 +77,8 @@ class Pieces:
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        pool = {} if self._pool is None else {"pool": self._pool}
-        graph.capture_begin(**pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._recording.append(graph)
-        self._pool = graph.pool()
 
     def _record(self, step: Callable[[], Tensor]) -> tuple[list[Any], Tensor]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

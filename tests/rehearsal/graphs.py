@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+POOL = (0, 1)
 _ACTIVE: list[CUDAGraph] = []
 
 
@@ -108,8 +109,12 @@ class CUDAGraph:
         self.operations.append((func, args, kwargs, out))
 
     def pool(self) -> Any:
-        """Of its memory."""
-        return (0, 1)
+        """Of its memory, once it is captured."""
+        from tests.rehearsal.tensors import CudaError
+
+        if not self._ended:
+            raise CudaError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return POOL
 
     def reset(self) -> None:
         """Let go of the tape."""

@@ -173,12 +173,15 @@ def test_what_is_no_vector_of_row_numbers_is_refused(rows, message, table):
         table.start(rows if rows.is_meta else rows.to(DEVICE))
 
 
-@pytest.mark.parametrize(
-    "out", [torch.zeros(2, 4), torch.zeros(1, 5), torch.zeros(1, 4, dtype=torch.float64), torch.zeros(4, 2).T[:1]]
-)
+def across():
+    """One row of four values that do not lie side by side; made where it is, since moving it would lay them so."""
+    return torch.zeros(4, 2, device=DEVICE).T[:1]
+
+
+@pytest.mark.parametrize("out", [torch.zeros(2, 4), torch.zeros(1, 5), torch.zeros(1, 4, dtype=torch.float64), across])
 def test_a_buffer_that_does_not_fit_is_refused(out, table):
     with pytest.raises(ValueError, match=r"1 rows need a contiguous \[1, 4\], torch.float32"):
-        table.start(there(1), out=out.to(DEVICE))
+        table.start(there(1), out=out() if callable(out) else out.to(DEVICE))
 
 
 def test_rows_that_do_not_lie_one_after_the_other_are_refused():
