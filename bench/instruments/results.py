@@ -55,11 +55,14 @@ def environment() -> Environment:
 def git_commit() -> Git:
     """Commit of the code that ran, and whether the code had changes since.
 
-    Outside a git checkout, such as in a copy, the commit is what ENGRAM_GIT_COMMIT says, or null; changes are unknown.
+    ENGRAM_GIT_COMMIT names it for a copy, where there is no checkout or one of another commit; changes are unknown then.
     """
-    commit = _git("rev-parse", "HEAD") or os.environ.get("ENGRAM_GIT_COMMIT")
+    said = os.environ.get("ENGRAM_GIT_COMMIT")
+    if said:
+        return {"commit": said, "dirty": None}
+    commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "engram_price", "bench", ":!bench/results")
-    return {"commit": commit or None, "dirty": None if status is None else bool(status)}
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
 def _git(*arguments: str) -> str | None:
