@@ -16,8 +16,9 @@ from typing import Any
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
-from bench.instruments.words import commit_of, device_label, markdown, short
+from bench.instruments.words import commit_of, device_label, markdown, percent, short
 from bench.served import numbers
+from bench.served.classes import JUDGED, added_s, classify, offloaded
 from bench.served.doubts import reading
 from bench.served.numbers import BASELINES, PARTS, WHOLE, Json
 from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, report
@@ -87,14 +88,29 @@ def _line(results: Json, case: Json) -> list[str]:
 
 
 def wall_time_class(folder: Path) -> str:
-    """WIN, LOSS, INVALID or INCONCLUSIVE against each baseline, and why, of the runs on CUDA machines."""
+    """A line for every place of the table: its class in decode steps and whole passes, against each baseline."""
     cases = [case for _, results in committed(folder, "cuda") for case in results["cases"]]
-    lines = []
-    for baseline, whose in BASELINES.items():
-        none = "INCONCLUSIVE", f"{NO_RUN[0].lower()}{NO_RUN[1:].removesuffix('.')}"
-        label, reason = numbers.classify(cases, baseline) if cases else none
-        lines.append(f"- Against {whose}: **{label}**, {reason}.")
-    return "\n".join(lines)
+    if not cases:
+        return f"**INCONCLUSIVE**, {NO_RUN[0].lower()}{NO_RUN[1:]}"
+    columns = [(phase, baseline) for baseline in BASELINES for phase in JUDGED]
+    rows = []
+    for label in dict.fromkeys(label for case in cases for label in offloaded(case)):
+        added = [1e6 * added_s(case, label) for case in cases if label in offloaded(case)]
+        cells = [_class_cell(cases, label, baseline, phase) for phase, baseline in columns]
+        rows.append([f"`{label}`", f"{min(added):+.0f} to {max(added):+.0f}", *cells])
+    head = [*("where the rows are", "us added to a decode step"), *(f"{JUDGED[p]}, % of `{b}`" for p, b in columns)]
+    return markdown(head, rows, right={1})
+
+
+def _class_cell(cases: list[Json], label: str, baseline: str, phase: str) -> str:
+    """A class over all cases, and between which medians they lie."""
+    medians = [
+        numbers.against(case, numbers.row_of(case, label), baseline, phase).median
+        for case in cases
+        if label in offloaded(case)
+    ]
+    low, high = percent(min(medians)), percent(max(medians))
+    return f"**{classify(cases, label, baseline, phase)[0]}** {low if low == high else f'{low} to {high}'}"
 
 
 def wall_time_sensitivity(folder: Path) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from bench.instruments.timing import NotMeasured
 from bench.instruments.words import percent, short
 from bench.served import numbers
+from bench.served.classes import JUDGED, NO_CLASS, classify, offloaded
 from bench.served.numbers import Json
 
 # Each adds work to the one before; prefetched fetches are missing, for what they add may be hidden.
@@ -108,8 +109,19 @@ def _board(results: Json, case: Json) -> str:
     return f"YES, {', '.join(slowing)}" if slowing else f"no, in {len(known)} passes"
 
 
-def _class(baseline: str) -> Callable[[Json, Json], str]:
-    return lambda results, case: numbers.class_of(case, baseline)
+def _classes(baseline: str) -> Callable[[Json, Json], str]:
+    """Of every place of the table, in decode steps and in the whole pass."""
+
+    def told(results: Json, case: Json) -> str:
+        if case["device"] == "cpu":
+            return NO_CLASS
+        texts = []
+        for label in offloaded(case):
+            both = [classify([case], label, baseline, phase)[0] for phase in JUDGED]
+            texts.append(f"{label} {' / '.join(both)}")
+        return f"{', '.join(texts)} ({' / '.join(JUDGED.values())})" if texts else "nothing was offloaded"
+
+    return told
 
 
 QUESTIONS: dict[str, Callable[[Json, Json], str]] = {
@@ -121,6 +133,6 @@ QUESTIONS: dict[str, Callable[[Json, Json], str]] = {
     "same tokens": _tokens,
     "launch-bound": _launches,
     "board slowed": _board,
-    "class against no_engram": _class("no_engram"),
-    "class against resident": _class("resident"),
+    "class against no_engram": _classes("no_engram"),
+    "class against resident": _classes("resident"),
 }

@@ -42,7 +42,8 @@ from engram_ref.vocab import CompressedVocab
 
 SPAN = 256  # positions
 ATTENTION = "engram_served"  # under which transformers knows `served_attention`
-BARE, STAGED = "no layer", "staged"  # beside IN_GRAPH and BESIDE, what a decode step's graphs are captured with
+# Beside IN_GRAPH and BESIDE, what a decode step's graphs are captured with: rows laid down before, or where it is cut.
+BARE, STAGED, CUT = "no layer", "staged", "staged, cut"
 _CHOSEN_AT_ONCE = 64  # sequences whose logits are there at the same time
 
 
@@ -227,16 +228,16 @@ class ServedModel:
                 if begun:
                     attached.lay_down()
 
-        begun = schedule in ("prefetched", "none")
+        begun = schedule == "prefetched"
         if schedule in (IN_GRAPH, BESIDE):
             return pieces.replay((span, schedule), join)
         with attached.staging(staged=self._staged):
             if begun:
                 attached.begin(self._tokens, self._cache)
-            else:
-                with around("start"):
-                    attached.stage(self._tokens, self._cache)
-            return pieces.replay((span, STAGED), join)
+                return pieces.replay((span, CUT), join)
+            with around("start"):
+                attached.stage(self._tokens, self._cache)
+            return pieces.replay((span, STAGED), join)  # one graph: nobody pays for a cut that it does not need
 
     def prepare(self, shortest: int, table: Table | None, in_graph: Sequence[Variant] = ()) -> None:
         """Capture all decode steps that will be met, where there are graphs.
@@ -265,19 +266,20 @@ class ServedModel:
                 capture(one.schedule, functools.partial(self._looked_up, attached))
         if table is not None:
             on_hand = OnHand({LAYER: Engram(self._fusion, table)})
-            with self.serving(table, on_hand) as now, self._cut(pieces, now) as attached:
-                attached.stage(self._tokens, self._cache)
-                capture(STAGED, self._decode_once)
+            for kind, between in ((CUT, pieces.cut), (STAGED, None)):
+                with self.serving(table, on_hand) as now, self._staging(now, between) as attached:
+                    attached.stage(self._tokens, self._cache)
+                    capture(kind, self._decode_once)
 
-    def _cut(self, pieces: Pieces, now: Serving) -> AbstractContextManager[Attached]:
-        """Forwards that read staged rows, and are cut there when they are captured."""
+    def _staging(self, now: Serving, between: Callable[[], object] | None) -> AbstractContextManager[Attached]:
+        """Forwards that read staged rows, and are cut there when they are captured, if `between` cuts."""
         assert now.attached is not None
-        return now.attached.staging(between=pieces.cut, staged=self._staged)
+        return now.attached.staging(between=between, staged=self._staged)
 
     def _looking_up(self, pieces: Pieces, now: Serving, schedule: str) -> AbstractContextManager[Attached]:
         """Forwards that are captured with their lookup: cut behind it, or in one piece, with the lookup beside."""
         if schedule == IN_GRAPH:
-            return self._cut(pieces, now)
+            return self._staging(now, pieces.cut)
         assert now.attached is not None
         return now.attached.staging(staged=self._beside)
 

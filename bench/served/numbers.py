@@ -357,38 +357,3 @@ def breaking_bus(case: Json) -> Break:
     holding = [one.delay_s for one in buses if one.breaks is False and (first is None or one.delay_s < first)]
     window = statistics.median(one.window_s for one in buses)
     return Break(max(holding, default=None), first, window + WALL_TIME_CLAIM * step)
-
-
-_PHASE = "together"
-NO_CLASS = "no class, a CPU has no bus between table and compute"
-
-
-def classify(cases: list[Json], baseline: str) -> tuple[str, str]:
-    """The class against a baseline, and why.
-
-    Args:
-        cases: at least one, of CUDA machines.
-        baseline: of BASELINES.
-    """
-    if not all(same_tokens(case) for case in cases):
-        return "INVALID", "variants chose different tokens, so their times are not of the same computation"
-    try:
-        found = [against(case, offloaded(case), baseline, _PHASE) for case in cases]
-        noise = [noise_floor(case, _PHASE, baseline)["high"] - 1 for case in cases]
-    except NotMeasured as why:
-        return "INCONCLUSIVE", str(why)
-    if all(max(part.high, least) < WALL_TIME_CLAIM for part, least in zip(found, noise)):
-        return "WIN", f"in all {len(found)} cases, less than 3 % is lost, to the end of the interval"
-    if any(part.resolved and part.low > WALL_TIME_CLAIM for part in found):
-        return "LOSS", "in at least one case, more than 3 % is lost, from the beginning of the interval"
-    return "INCONCLUSIVE", "the intervals reach across 3 %"
-
-
-def class_of(case: Json, baseline: str) -> str:
-    """Class and reason of one case; a CPU has none, for it has no bus between table and compute."""
-    return NO_CLASS if case["device"] == "cpu" else ", ".join(classify([case], baseline))
-
-
-def class_lines(case: Json) -> list[str]:
-    """A line for each baseline."""
-    return [f"against {whose}: {class_of(case, baseline)}" for baseline, whose in BASELINES.items()]

@@ -134,10 +134,11 @@ def test_only_code_makes_a_checkout_dirty(tmp_path, monkeypatch):
 
     git("init"), git("add", "."), git("commit", "-m", "first")
     head = git("rev-parse", "HEAD").stdout.strip()
-    monkeypatch.setenv("ENGRAM_GIT_COMMIT", "abc")
     (tmp_path / "docs/d").write_text("2"), (tmp_path / "bench/results/c").write_text("2")
     assert git_commit() == {"commit": head, "dirty": False}
     (tmp_path / "bench/b").write_text("2")
     assert git_commit() == {"commit": head, "dirty": True}
+    monkeypatch.setenv("ENGRAM_GIT_COMMIT", "abc")  # files of another commit, laid over this checkout
+    assert git_commit() == {"commit": "abc", "dirty": None}
     monkeypatch.setenv("PATH", "")  # no git at all
     assert git_commit() == {"commit": "abc", "dirty": None}
