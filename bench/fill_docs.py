@@ -22,9 +22,10 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
-from bench.evidence import predictions, price, published, ranges, stress, wall_time
+from bench.evidence import gpu_figures, predictions, price, published, ranges, stress, wall_time
 from bench.evidence.committed import Evidence
 from bench.evidence.from_code import published_forms, what_fits, worked_example
+from bench.evidence.on_gpu import OnGpu
 from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.instruments.output import source
@@ -101,6 +102,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         }
     ),
     **wall_time.blocks(RESULTS),
+    **OnGpu(RESULTS).blocks(),
     "place_formulas": predictions.formulas,
     "place_errors": lambda: predictions.table(RESULTS),
     "example": worked_example,
@@ -131,6 +133,7 @@ def values() -> dict[str, str]:
         **published.values(),
         **price.values(evidence),
         **ranges.values(evidence),
+        **OnGpu(RESULTS).values(),
         "threshold.strong": f"{STRONG_BELOW:g}",
         "threshold.win": f"{WIN_UP_TO:g}",
         "threshold.loss": f"{LOSS_ABOVE:g}",
@@ -153,10 +156,14 @@ DRAWN: dict[str, Callable[..., list[Path]]] = {
     "verdict_map": map_figure.draw_all,
     "gpu_wall_cpu": wall_figures.draw_all,
     "end_to_end_cpu": end_to_end_figures.draw_all,
+    "end_to_end_h200": gpu_figures.draw_decode,
+    "end_to_end_h200_100b": gpu_figures.draw_hundred,
+    "lookup_speed_h200": gpu_figures.draw_lookup,
     "sharded_cpu": ranks_figures.draw_all,
 }
 
-NARROW = ("bytedmd_toy", "production", "verdict_map", "end_to_end_cpu")
+_GPU = ("end_to_end_h200", "end_to_end_h200_100b", "lookup_speed_h200")
+NARROW = ("bytedmd_toy", "production", "verdict_map", "end_to_end_cpu", *_GPU)
 
 
 def filled(text: str) -> str:

@@ -76,6 +76,9 @@ FIGURES = {
     "verdict_map": ["verdict_map.svg"],
     "gpu_wall_cpu": ["bandwidth.svg", "overhead.svg", "timeline.svg"],
     "end_to_end_cpu": ["baselines.svg", "overhead_parts.svg", "slower_bus.svg"],
+    "end_to_end_h200": ["decode_gpu.svg"],
+    "end_to_end_h200_100b": ["decode_gpu_100b.svg"],
+    "lookup_speed_h200": ["lookup_gpu.svg"],
     "sharded_cpu": ["sharded.svg"],
 }
 

@@ -16,7 +16,6 @@ from bench.instruments.timing import overhead, paired_ratio, quantile
 from bench.instruments.words import aligned, gib, measured_on, short
 
 PUBLISHED = (1, 2, 4)  # tokens
-_PUBLISHED_ID = "vllm.lookup.{}"
 _HEAD = [
     ["tokens", "way", "on", "median", "p20-p80", "times resident", "floor", "late", "vLLM"],
     ["", "", "", "us", "us", "", "us", "", "us"],
@@ -35,6 +34,11 @@ def report(results: dict[str, Any]) -> str:
     notes = [f"   {name}: {what}" for name, what in results["ways"].items()]
     notes += [f"   {left_out['way']}: left out, {left_out['why']}" for left_out in results["skipped"]]
     return "\n".join([*lines, aligned(_HEAD + rows, left={1, 2}, headers=2), *notes, *_foot(results)])
+
+
+def published_us(tokens: int) -> float:
+    """What vLLM's lookup takes for one of PUBLISHED."""
+    return figure(f"vllm.lookup.{tokens}")
 
 
 def _foot(results: dict[str, Any]) -> list[str]:
@@ -65,7 +69,7 @@ def _case(results: dict[str, Any], case: dict[str, Any]) -> list[list[str]]:
                 _ratio(case, label),
                 "" if label.startswith("resident") else short(1e6 * floor),
                 f"{case['launched_late'][label]}",
-                f"{figure(_PUBLISHED_ID.format(case['tokens'])):g}" if published else "",
+                f"{published_us(case['tokens']):g}" if published else "",
             ]
         )
     return rows

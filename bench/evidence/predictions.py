@@ -94,17 +94,36 @@ def _machine(**rates: float) -> Machine:
     return Machine(None, 0, 0).with_rates({name: Rate(value, "measured") for name, value in rates.items()})
 
 
+def _of_limits(results: dict[str, Any]) -> Machine:
+    """With the rates that a run measured beside its own figures."""
+    limits, on_gpu = results["limits"], results["device"] == "cuda"
+    rates = {"bus" if on_gpu else "memory": limits["copy"]["bytes_per_s"]}
+    if on_gpu:
+        rates["device"] = limits["gather"]["bytes_per_s"]
+    if limits.get("disk"):
+        rates["reads"] = limits["disk"]["reads_per_s"]
+    return _machine(**rates)
+
+
+def _kind(results: dict[str, Any], run: dict[str, Any]) -> str:
+    """The placement of a variant that is waited for."""
+    if results["device"] == "cuda":
+        return {"resident": "device", "offload_naive": "host"}[run["variant"]]
+    return "file, no GPU" if run["variant"] == "offload_disk" and run["page_cache"] == "cold" else "memory"
+
+
 def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
     """Bytes of a step, the waits of the synchronous variants, and a prompt without Engram."""
     products = next((part for part in results["components"] if part["case"] == "compute"), None)
-    machine = _machine(memory=results["limits"]["copy"]["bytes_per_s"], reads=results["limits"]["disk"]["reads_per_s"])
+    machine = _of_limits(results)
     for step in results["steps"]:
         shape, said = step["shape"], step["prediction"]
         row_bytes, step_name = step["table"]["row_bytes"], f"{shape['phase']} {shape['batch']} x {shape['tokens']}"
         rows, distinct = shape["batch"] * shape["tokens"] * step["table"]["columns"], said["unique_rows"]
         yield Line(name, f"{step_name}, bytes asked for", "rows", rows * row_bytes, said["bytes_requested"], "B")
         pages = distinct * pages_per_row(row_bytes) * PAGE
-        yield Line(name, f"{step_name}, bytes of pages", "time.file", pages, said["bytes_paged"], "B")
+        if said["bytes_paged"]:
+            yield Line(name, f"{step_name}, bytes of pages", "time.file", pages, said["bytes_paged"], "B")
         if products and shape["phase"] == "prefill":
             values = step["blocks"] * BlockShape.of(SIZES[step["backbone"]]).parameters()
             least = prompt_block_seconds(
@@ -117,8 +136,7 @@ def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
         for run in step["runs"]:
             if run["repeat"] or run["variant"] == "no_engram" or run["schedule"] == "prefetched":
                 continue
-            cold = run["variant"] == "offload_disk" and run["page_cache"] == "cold"
-            kind = "file, no GPU" if cold else "memory"
+            kind = _kind(results, run)
             case = ", ".join(filter(None, (step_name, run["variant"], run["page_cache"])))
             predicted = seconds(machine, kind, rows, distinct, row_bytes, 0.0)
             waited = statistics.median(run["exposed_s"])
@@ -162,6 +180,31 @@ def _end_to_end(name: str, results: dict[str, Any]) -> Iterator[Line]:
                 lost = rows[row["label"]] - rows["resident"]
                 case_name = f"batch {case['batch']}, {case['stream']['name']}, {row['label']}, lost per step"
                 yield Line(name, case_name, "exposed", predicted, lost, "s")
+
+
+def _lookup(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """Fetches by themselves, hash included, on a GPU."""
+    machine = _of_limits(results)
+    kinds = {"resident": "device", "uva": "uva", "staged": "host"}
+    for case in results["cases"]:
+        for way, kind in kinds.items():
+            predicted = seconds(machine, kind, case["rows"], case["rows"], results["table"]["row_bytes"], 0.0)
+            took = statistics.median(case["samples_s"][way])
+            yield Line(name, f"{case['tokens']} tokens, {way}", f"time.{kind}", predicted, took, "s")
+
+
+def _served_on_gpu(name: str, results: dict[str, Any]) -> Iterator[Line]:
+    """What a decode step loses to the resident table: the fetch less the block before it."""
+    machine = _of_limits(results)
+    for case in results["cases"]:
+        steps = {row["label"]: _decode(row) for row in case["rows"] if row["rounds"]}
+        block = steps["no_engram"] / case["blocks"]
+        rows, row_bytes = case["batch"] * case["table"]["columns"], case["table"]["row_bytes"]
+        for label, kind in (("offload_prefetch", "host"), ("offload_uva in graph", "uva")):
+            took = seconds(machine, kind, rows, rows, row_bytes, 0.0)
+            predicted = exposed_seconds([took], [case["layer_id"]], block)
+            what = f"{case['table']['parameters']:.3g} parameters, batch {case['batch']}, {label}, lost per step"
+            yield Line(name, what, "exposed", predicted, steps[label] - steps["resident"], "s")
 
 
 def _hot_tiers(name: str, results: dict[str, Any]) -> Iterator[Line]:
@@ -219,6 +262,10 @@ _READERS = {
     "gpu_wall_cpu": _wall,
     "gpu_wall_cpu_v41": _wall,
     "end_to_end_cpu": _end_to_end,
+    "gpu_wall_h200": _wall,
+    "lookup_speed_h200": _lookup,
+    "end_to_end_h200": _served_on_gpu,
+    "end_to_end_h200_100b": _served_on_gpu,
     "layer_speed": _layer,
     "production": _production,
     "sharded_cpu": _sharded,

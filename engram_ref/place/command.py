@@ -36,6 +36,7 @@ _MOST_BATCH = 1 << 20
 _RATES = {
     "device": (cli.bytes_per_second, "bandwidth of the accelerator's memory, such as 3TB/s"),
     "bus": (cli.bytes_per_second, "from host memory to it, such as 50GB/s"),
+    "uva": (cli.positive, "rows a second that the accelerator reads in host memory, such as 3e7"),
     "memory": (cli.bytes_per_second, "bandwidth of host memory, one thread"),
     "gather": (cli.positive, "rows a second that the CPU gathers, such as 2e7"),
     "compute": (cli.positive, "operations a second of the accelerator on a prompt, such as 5e14"),
@@ -125,7 +126,9 @@ def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> 
     if has_gpu:
         cli.refuse_idle(given, ("memory", "processor"), "where a GPU computes: leave it out")
     else:
-        cli.refuse_idle(given, ("device", "bus", "compute"), "where there is no GPU: give --gpu, or leave it out")
+        cli.refuse_idle(
+            given, ("device", "bus", "uva", "compute"), "where there is no GPU: give --gpu, or leave it out"
+        )
     if block_given or not is_known:
         cli.refuse_idle(given, ("memory",), "where no block is estimated: leave it out")
     if not options.prompt or not is_known:

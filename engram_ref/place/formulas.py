@@ -41,8 +41,8 @@ FORMULAS = {
     "exposed": "over layers, the most that the fetches up to one take beyond its window; not below 0",
     "time.device": "start_device + 2 x bytes / device",
     "time.memory": "start_host + rows / gather",
-    "time.uva": "start_device + start_bus + rows x row in sectors of 32 B / bus",
-    "time.host": "start_host + rows / gather + start_bus + bytes / bus",
+    "time.uva": "start_device + start_bus + the longer of rows x row in sectors of 32 B / bus and rows / uva",
+    "time.host": "start_staged + rows / gather + bytes / bus",
     "time.file": "start_disk + distinct rows x pages of a row x ranks of the machine / reads, then as host",
     "time.hot": "hits as device (memory, if no GPU), the others as host",
     "time.hot file": "hits as device (memory, if no GPU), the others as file",
@@ -150,9 +150,10 @@ def seconds(
     if placement == "memory":
         return machine["start_host"] + rows / machine["gather"]
     if placement == "uva":
-        return machine["start_device"] + machine["start_bus"] + rows * in_sectors(row_bytes) / machine["bus"]
+        longer = max(rows * in_sectors(row_bytes) / machine["bus"], rows / machine["uva"])
+        return machine["start_device"] + machine["start_bus"] + longer
     if placement == "host":
-        return machine["start_host"] + rows / machine["gather"] + machine["start_bus"] + nbytes / machine["bus"]
+        return machine["start_staged"] + rows / machine["gather"] + nbytes / machine["bus"]
     behind = "memory" if placement == "file, no GPU" else "host"
     reads = distinct * pages_per_row(row_bytes) * group.per_machine / machine["reads"]
     return machine["start_disk"] + reads + seconds(machine, behind, rows, distinct, row_bytes, hits)

@@ -52,7 +52,7 @@ def measured(folder: Path, row_bytes: int) -> dict[str, Rate]:
     rows = torch.randint(-(2**62), 2**62, (max(1, nbytes // (2 * width)) * width // 4 + 1,))  # every byte its own
     values = rows.view(torch.int16)[: rows.numel() * 4 // width * width].view(-1, width).view(torch.bfloat16)
     found = {**_in_memory(values), **_on_disk(values, folder)}
-    return {**found, **_on_gpu()} if torch.cuda.is_available() else found
+    return {**found, **_on_gpu(values)} if torch.cuda.is_available() else found
 
 
 def _in_memory(values: Tensor) -> dict[str, Rate]:
@@ -88,14 +88,14 @@ def _start_and_rate(table: Table, many: int, reads_per_row: float) -> tuple[floa
     draws = torch.Generator().manual_seed(0)
 
     def fetch(count: int) -> Callable[[], object]:
-        numbers = iter(torch.randint(table.rows, (2 + _REPEATS, count), generator=draws))
-        return lambda: table.start(next(numbers)).wait()
+        numbers = iter(torch.randint(table.rows, (2 + _REPEATS, count), generator=draws).to(table.index_device))
+        return _ended(lambda: table.start(next(numbers)).wait())
 
     start = _median(fetch(1))
     return start, many * reads_per_row / max(_median(fetch(many)) - start, 1e-9)
 
 
-def _on_gpu() -> dict[str, Rate]:
+def _on_gpu(values: Tensor) -> dict[str, Rate]:
     target = torch.empty(_COPY, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(target)
     with HostMemory(_COPY, pinned=True) as host:
@@ -104,8 +104,14 @@ def _on_gpu() -> dict[str, Rate]:
     within = _median(_ended(lambda: other.copy_(target)))
     launch = _median(_ended(lambda: other[:1].copy_(target[:1])))
     factor = torch.randn(_FACTOR_GPU, _FACTOR_GPU, dtype=torch.bfloat16, device="cuda")
+    with make_table("uva", values, "cuda") as table:
+        _, in_place = _start_and_rate(table, _MANY, 1.0)
+    with make_table("host", values, "cuda") as table:
+        staged, _ = _start_and_rate(table, _MANY, 1.0)
     return {
         "bus": Rate(_COPY / bus, _SOURCE),
+        "uva": Rate(in_place, _SOURCE),
+        "start_staged": Rate(staged, f"{_SOURCE}: without the hash"),
         "start_bus": Rate(small, _SOURCE),
         "device": Rate(2 * _COPY / within, f"{_SOURCE}: bytes read and written"),
         "start_device": Rate(launch, _SOURCE),

@@ -6,7 +6,7 @@ from typing import Any
 
 from engram_ref.place.answer import size, time
 
-_OF_GPUS = ("device", "bus", "compute", "start_device", "start_bus")
+_OF_GPUS = ("device", "bus", "uva", "compute", "start_device", "start_bus", "start_staged")
 _OF_CPUS = ("memory", "processor")  # where it computes
 _HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "price", "model", "energy"]
 

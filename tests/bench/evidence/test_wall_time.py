@@ -9,8 +9,8 @@ import re
 import pytest
 
 from bench.evidence import wall_time
-from bench.served.doubts import reading
 from bench.served.classes import classify, offloaded
+from bench.served.doubts import reading
 from bench.served.numbers import row_of
 from bench.served.table import report
 from tests.bench.served.example import WINDOW, case, example
@@ -106,7 +106,7 @@ def test_the_two_baselines_have_classes_of_their_own():
 
 
 def test_phases_and_places_have_classes_of_their_own():
-    """A prompt that hides nothing loses the pass and not the steps; what is not offloaded, or on a slow bus, has none."""
+    """A prompt that hides nothing loses the pass alone; what is not offloaded, or on a slow bus, has no class."""
     one = case()
     for sample in row_of(one, "offload_prefetch")["rounds"]:
         sample["prefill_s"] = [2 * seconds for seconds in sample["prefill_s"]]

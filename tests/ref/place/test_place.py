@@ -38,6 +38,7 @@ ROUND = Machine(80 * GB, 512 * GB, 2000 * GB).with_rates(
         for name, value in {
             **{"device": 1e9, "bus": 1e8, "gather": 1e6, "memory": 1e9, "reads": 1e4},
             **{"start_device": 1e-3, "start_host": 2e-3, "start_bus": 4e-3, "start_disk": 8e-3},
+            **{"uva": 1e6, "start_staged": 7e-3},
         }.items()
     }
 )
@@ -80,10 +81,14 @@ def test_times_by_hand():
             "device": 0.001 + 2 * 1e5 / 1e9,
             "memory": 0.002 + 0.001,
             "uva": 0.001 + 0.004 + 1.28e5 / 1e8,
-            "host": 0.002 + 0.001 + 0.004 + 0.001,
-            "hot": (0.001 + 2 * 2.5e4 / 1e9) + (0.002 + 0.00075 + 0.004 + 0.00075),
+            "host": 0.007 + 0.001 + 0.001,
+            "hot": (0.001 + 2 * 2.5e4 / 1e9) + (0.007 + 0.00075 + 0.00075),
         }
     )
+    by_rows = ROUND.with_rates({"uva": Rate(1e5, "given")})
+    assert seconds(by_rows, "uva", 1000, 800, 100, 0) == pytest.approx(
+        0.001 + 0.004 + 0.01
+    )  # not the bus: its requests
     pages = 1 + 24 / 1024  # of the 1,024 places of a row within a page, 24 reach over its end
     assert seconds(ROUND, "file", 1000, 800, 100, 0) == pytest.approx(0.008 + 0.08 * pages + took["host"])
     assert seconds(ROUND, "file, no GPU", 1000, 800, 100, 0) == pytest.approx(0.008 + 0.08 * pages + took["memory"])

@@ -1,0 +1,82 @@
+"""Figures of the runs on a GPU: what each place of the table adds to a decode step, and the lookup by itself.
+
+decode_BATCHES.svg    us that a place adds to a decode step without Engram, a panel per case, with 3 % of the step
+lookup_gpu.svg        from token ids to rows, by tokens of a step, with the bus's floor and what vLLM has published
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bench.evidence.lookup_table import PUBLISHED, published_us
+from bench.instruments.claim import WALL_TIME_CLAIM
+from bench.instruments.drawing import COLOURS, interval, legend_below, panels, save_all
+from bench.instruments.timing import NotMeasured
+from bench.instruments.words import device_label
+from bench.served import numbers
+from bench.served.numbers import Json
+
+_AXIS = (15, 8000)  # us: the same for all panels and both figures
+_WAYS = {"resident": "resident", "uva": "offload_uva", "staged": "offload_prefetch"}
+
+
+def draw_decode(results: Json, out: Path, narrow: bool = False, name: str = "decode_gpu") -> list[Path]:
+    """Draw what each place adds to a decode step."""
+    return save_all({name: _decode}, results, out, narrow)
+
+
+draw_hundred = functools.partial(draw_decode, name="decode_gpu_100b")
+
+
+def _decode(results: Json) -> Any:
+    title = "What Engram adds to a decode step, by the place of its table"
+    figure, axes = panels([2.6] * len(results["cases"]), width=5.5, margin=1, title=title)
+    for axis, case in zip(axes, results["cases"]):
+        table = f"{case['table']['parameters'] / 1e9:.3g} B parameters"
+        axis.set_title(f"{table}, {case['backbone']}, batch {case['batch']}\n{device_label(results)}", fontsize=9)
+        _places(axis, case)
+    return legend_below(figure, axes[0])
+
+
+def _places(axis: Any, case: Json) -> None:
+    rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
+    step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
+    for place, row in enumerate(rows):
+        try:
+            lost = numbers.against(case, row, "no_engram", "decode")
+        except NotMeasured:
+            continue
+        median, low, high = (1e4 * step * value for value in lost.in_percent)
+        interval(axis, place, (median, low, high), COLOURS.get(row["variant"], "#F0E442"))
+    axis.axvline(1e6 * WALL_TIME_CLAIM * step, color="0.45", linestyle="--", linewidth=0.8, label="3 % of the step")
+    axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xscale("log")
+    axis.set_xlim(_AXIS)
+    axis.set_xlabel("us added to a decode step, median and 95 %")
+
+
+def draw_lookup(results: Json, out: Path, narrow: bool = False) -> list[Path]:
+    """Draw the lookup by itself."""
+    return save_all({"lookup_gpu": _lookup}, results, out, narrow)
+
+
+def _lookup(results: Json) -> Any:
+    title = f"From token ids to rows, one layer\n{device_label(results)}"
+    figure, (axis,) = panels([3.6], width=6, margin=1, title=title)
+    tokens = [case["tokens"] for case in results["cases"]]
+    for way, colour in _WAYS.items():
+        us = [1e6 * statistics.median(case["samples_s"][way]) for case in results["cases"]]
+        axis.plot(tokens, us, "o-", color=COLOURS[colour], label=way)
+    floor = [1e6 * case["bytes"] / results["limits"]["copy"]["bytes_per_s"] for case in results["cases"]]
+    axis.plot(tokens, floor, ":", color="0.3", label="the rows' bytes over the bus")
+    axis.plot(PUBLISHED, [published_us(count) for count in PUBLISHED], "x", color="black", label="vLLM, on a GB300")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(tokens, [str(count) for count in tokens])
+    axis.set_xlabel("tokens of a step")
+    axis.set_ylabel("us")
+    return legend_below(figure, axis, foot=0.12, columns=3)

@@ -1,0 +1,168 @@
+"""What the pages say of the runs on a GPU: single values by name, and the blocks that show them.
+
+    python bench/fill_docs.py           fills the pages with them
+
+Every value is computed from committed samples: medians, and ratios of one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.evidence.lookup_table import report as lookup_report
+from bench.instruments.reading import read_results
+from bench.instruments.words import markdown, percent, short
+from bench.served import numbers
+from bench.served.classes import added_s, classify, offloaded
+from bench.served.numbers import Json
+from bench.wall.table import wall_table
+
+HUNDRED, SERVED, LOOKUP, PREFILL = "end_to_end_h200_100b", "end_to_end_h200", "lookup_speed_h200", "gpu_wall_h200"
+_FEW = 16  # tokens
+_PLACES = {"resident": "resident", "uva": "offload_uva", "graph": "offload_uva in graph", "staged": "offload_prefetch"}
+
+
+class OnGpu:
+    """The runs on a GPU.
+
+    Args:
+        folder: of the committed results.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Json:
+        return read_results(self._folder / f"{name}.json")
+
+    @property
+    def hundred(self) -> Json:
+        """The one case with 100 B parameters."""
+        (case,) = self[HUNDRED]["cases"]
+        return case
+
+    def values(self) -> dict[str, str]:
+        """Name -> text."""
+        return {**self._hundred_billion(), **self._batches(), **self._lookups(), **self._prompts()}
+
+    def _hundred_billion(self) -> dict[str, str]:
+        case, limits = self.hundred, self[HUNDRED]["limits"]
+        step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
+        least = case["weight_bytes"]["model"] / limits["gather"]["bytes_per_s"]
+        found = {
+            "gpu.params": f"{case['table']['parameters'] / 1e9:.0f}",
+            "gpu.gib": f"{case['table']['bytes'] / 2**30:.0f}",
+            "gpu.batch": str(case["batch"]),
+            "gpu.rounds": str(len(case["rounds"])),
+            "gpu.step_ms": f"{1e3 * step:.1f}",
+            "gpu.least_ms": f"{1e3 * least:.1f}",
+            "gpu.block_us": f"{1e6 * step / case['blocks']:.0f}",
+        }
+        for name, label in _PLACES.items():
+            decode = numbers.against(case, numbers.row_of(case, label), "no_engram", "decode")
+            added = added_s(case, label)
+            found[f"gpu.{name}.us"] = f"{1e6 * added:.0f}"
+            found[f"gpu.{name}.percent"] = f"{100 * decode.median:.1f}"
+            found[f"gpu.{name}.interval"] = decode.interval
+            found[f"gpu.{name}.of_least"] = f"{100 * added / least:.1f}"
+            if label != "resident":
+                ours = numbers.against(case, numbers.row_of(case, label), "resident", "decode")
+                found[f"gpu.{name}.over_resident"] = f"{100 * ours.median:.1f}"
+                whole = numbers.against(case, numbers.row_of(case, label), "no_engram", "together")
+                found[f"gpu.{name}.whole"] = whole.interval
+        return found
+
+    def _cases(self) -> list[Json]:
+        return [self.hundred, *self[SERVED]["cases"]]
+
+    def _batches(self) -> dict[str, str]:
+        """Over all cases: from the least to the most that a place adds to a decode step."""
+        found = {}
+        for name, label in {**_PLACES, "hot": "offload_hot 1 %", "own": "own_compute"}.items():
+            with_it = [
+                case for case in self._cases() if any(row["label"] == label and row["rounds"] for row in case["rows"])
+            ]
+            us = [1e6 * added_s(case, label) for case in with_it]
+            lost = [
+                100 * numbers.against(case, numbers.row_of(case, label), "no_engram", "decode").median
+                for case in with_it
+            ]
+            found[f"gpu.{name}.all_us"] = f"{min(us):.0f} to {max(us):.0f}"
+            found[f"gpu.{name}.all_percent"] = f"{min(lost):.1f} to {max(lost):.1f}"
+        return found
+
+    def _lookups(self) -> dict[str, str]:
+        results = self[LOOKUP]
+        found = {}
+        for case in results["cases"]:
+            for way, samples in case["samples_s"].items():
+                found[f"gpu.lookup.{way}.{case['tokens']}"] = f"{1e6 * statistics.median(samples):.1f}"
+        least, most = results["cases"][0], results["cases"][-1]
+        took = [statistics.median(case["samples_s"]["uva"]) for case in (least, most)]
+        rate = (most["rows"] - least["rows"]) / (took[1] - took[0])
+        carried = rate * results["table"]["row_bytes"]
+        limit = results["limits"]["copy"]["bytes_per_s"]
+        few = [
+            statistics.median(case["samples_s"]["staged"]) / statistics.median(case["samples_s"]["uva"])
+            for case in results["cases"]
+            if case["tokens"] <= _FEW
+        ]
+        return {
+            **found,
+            "gpu.lookup.staged_over": f"{min(few):.0f} to {max(few):.0f}",
+            "gpu.rows_per_s": f"{rate / 1e6:.0f}",
+            "gpu.ns_a_row": f"{1e9 / rate:.0f}",
+            "gpu.row_gbs": f"{carried / 1e9:.1f}",
+            "gpu.bus_gbs": f"{limit / 1e9:.0f}",
+            "gpu.bus_share": f"{100 * carried / limit:.0f}",
+        }
+
+    def _prompts(self) -> dict[str, str]:
+        (step,) = self[PREFILL]["steps"]
+        runs = {run["variant"]: run for run in step["runs"] if not run["repeat"]}
+        rows = step["shape"]["batch"] * step["shape"]["tokens"] * step["table"]["columns"]
+        crossed = (runs["offload_uva"]["pcie"]["value"] - runs["no_engram"]["pcie"]["value"]) / rows
+        over = {
+            name: statistics.median(a / b for a, b in zip(runs[name]["step_s"], runs["resident"]["step_s"])) - 1
+            for name in runs
+        }
+        return {
+            "gpu.prompt.tokens": f"{step['shape']['tokens']:,}",
+            "gpu.prompt.rows": f"{rows:,}",
+            "gpu.prompt.row_bytes": str(step["table"]["row_bytes"]),
+            "gpu.prompt.crossed": f"{crossed:.0f}",
+            "gpu.prompt.staged": percent(over["offload_prefetch"]),
+            "gpu.prompt.uva": percent(over["offload_uva"]),
+            "gpu.prompt.naive": percent(over["offload_naive"]),
+        }
+
+    def table(self) -> str:
+        """What each place adds to a decode step at every size, and its class against no Engram."""
+        head = ["table, batch", "step without Engram, ms", *(f"`{label}`, us" for label in _PLACES.values())]
+        rows = []
+        for case in self._cases():
+            step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
+            rows.append(
+                [
+                    f"{case['table']['parameters'] / 1e9:.3g} B, {case['batch']}",
+                    short(1e3 * step, digits=3),
+                    *(self._cell(case, label) for label in _PLACES.values()),
+                ]
+            )
+        return markdown(head, rows, right=range(1, len(head)))
+
+    @staticmethod
+    def _cell(case: Json, label: str) -> str:
+        lost = numbers.against(case, numbers.row_of(case, label), "no_engram", "decode")
+        text = f"{1e6 * added_s(case, label):+.0f} ({percent(lost.median)} %)"
+        return f"{text} {classify([case], label, 'no_engram', 'decode')[0]}" if label in offloaded(case) else text
+
+    def blocks(self) -> dict[str, Callable[[], str]]:
+        """Name of each block -> what fills it."""
+        return {
+            "gpu_decode": self.table,
+            "gpu_lookup": lambda: f"```text\n{lookup_report(self[LOOKUP])}\n```",
+            "gpu_prefill": lambda: f"```text\n{wall_table(self[PREFILL])}\n```",
+        }
