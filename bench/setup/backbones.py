@@ -280,7 +280,18 @@ def _empty_model(fields: dict[str, Any], dtype: torch.dtype, attention: str = "s
     config._attn_implementation = attention
     model_class: Any = MODEL_MAPPING[type(config)]
     with _default_dtype(dtype), torch.device("meta"):
-        return model_class(config).eval().requires_grad_(False)
+        model = model_class(config).eval().requires_grad_(False)
+        _fuse_norms(model)
+    return model
+
+
+def _fuse_norms(model: Any) -> None:
+    """Every RMSNorm as torch's own, one kernel instead of six on CUDA: a step is to be as fast as an engine's."""
+    named = [(name, module) for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
+    for name, norm in named:
+        parent, _, own = name.rpartition(".")
+        fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon).requires_grad_(False)
+        setattr(model.get_submodule(parent), own, fused)
 
 
 @contextmanager

@@ -250,3 +250,18 @@ def test_what_memory_cannot_hold_is_refused_before_it_is_taken(monkeypatch, tiny
         build_backbone("qwen3-4b", None, CPU, torch.bfloat16, 0)
     with pytest.raises(ValueError, match=r"GiB do not fit"):
         tiny.new_cache(64, 1 << 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_one_operation_each_and_compute_what_transformers_computes(dtype):
+    """Against the class that the model had; bfloat16 is rounded once by ours, and before the gain by theirs."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    model = build_backbone("tiny", 2, torch.device("cpu"), dtype, 0).model
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    assert len(norms) == 2 * 4 + 1 and {type(norm) for norm in norms} == {torch.nn.RMSNorm}
+    for norm in norms:
+        width = norm.weight.shape[0]
+        theirs = Qwen3RMSNorm(width, model.config.rms_norm_eps).to(dtype)
+        x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+        torch.testing.assert_close(norm(x), theirs(x), rtol=2 * torch.finfo(dtype).eps, atol=0)
