@@ -1,0 +1,76 @@
+"""What the pages say of the runs on a GPU, computed once more from the samples, by other words."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench.evidence import gpu_figures, on_gpu
+from bench.evidence.on_gpu import HUNDRED, LOOKUP, PREFILL, SERVED, OnGpu
+
+RESULTS = Path(on_gpu.__file__).parents[1] / "results"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return {name: json.loads((RESULTS / f"{name}.json").read_bytes()) for name in (HUNDRED, SERVED, LOOKUP, PREFILL)}
+
+
+@pytest.fixture
+def values(monkeypatch):
+    """The values that given results make."""
+
+    def of(results):
+        monkeypatch.setattr(OnGpu, "__getitem__", lambda self, name: results[name])
+        return OnGpu(RESULTS).values()
+
+    return of
+
+
+def mean_steps(case, label):
+    """Mean seconds of a decode step, by round."""
+    (row,) = (row for row in case["rows"] if row["label"] == label)
+    return {sample["round"]: statistics.mean(sample["decode_s"]) for sample in row["rounds"]}
+
+
+def test_microseconds_are_differences_of_mean_steps_round_by_round(committed, values):
+    found, (case,) = values(committed), committed[HUNDRED]["cases"]
+    control = mean_steps(case, "no_engram")
+    for name, label in (("graph", "offload_uva in graph"), ("staged", "offload_prefetch"), ("resident", "resident")):
+        own = mean_steps(case, label)
+        added = statistics.median(own[number] - control[number] for number in control)
+        lost = statistics.median(own[number] / control[number] - 1 for number in control)
+        assert found[f"gpu.{name}.us"] == f"{1e6 * added:.0f}"
+        assert found[f"gpu.{name}.percent"] == f"{100 * lost:.1f}"
+    weights = case["weight_bytes"]["model"] / committed[HUNDRED]["limits"]["gather"]["bytes_per_s"]
+    assert found["gpu.least_ms"] == f"{1e3 * weights:.1f}"
+
+
+def test_rows_in_place_follow_from_the_first_and_the_last_number_of_tokens(committed, values):
+    found, cases = values(committed), committed[LOOKUP]["cases"]
+    one, many = (statistics.median(cases[place]["samples_s"]["uva"]) for place in (0, -1))
+    assert found["gpu.ns_a_row"] == f"{1e9 * (many - one) / (24 * 255):.0f}"
+    slower = copy.deepcopy(committed)
+    for case in slower[LOOKUP]["cases"]:
+        case["samples_s"]["uva"] = [2 * seconds for seconds in case["samples_s"]["uva"]]
+    assert values(slower)["gpu.ns_a_row"] == f"{2e9 * (many - one) / (24 * 255):.0f}"
+
+
+def test_every_case_has_a_line_and_a_class(committed):
+    lines = OnGpu(RESULTS).table().splitlines()[2:]
+    cases = committed[HUNDRED]["cases"] + committed[SERVED]["cases"]
+    assert len(lines) == len(cases)
+    assert all(line.count("WIN") == 2 and line.count("LOSS") == 1 for line in lines)
+
+
+def test_the_figures_are_drawn_from_the_samples(committed, tmp_path):
+    first = gpu_figures.draw_lookup(committed[LOOKUP], tmp_path)[0].read_bytes()
+    other = copy.deepcopy(committed[LOOKUP])
+    other["cases"][0]["samples_s"]["uva"] = [1e-3]
+    assert gpu_figures.draw_lookup(other, tmp_path)[0].read_bytes() != first
+    case = committed[HUNDRED]
+    assert [path.name for path in gpu_figures.draw_hundred(case, tmp_path)] == ["decode_gpu_100b.svg"]
