@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.evidence.lookup_table import report as lookup_report
 from bench.instruments.reading import read_results
+from bench.instruments.timing import paired_ratio
 from bench.instruments.words import markdown, percent, short
 from bench.served import numbers
 from bench.served.classes import added_s, classify, offloaded
@@ -22,6 +23,12 @@ from bench.wall.table import wall_table
 HUNDRED, SERVED, LOOKUP, PREFILL = "end_to_end_h200_100b", "end_to_end_h200", "lookup_speed_h200", "gpu_wall_h200"
 _FEW = 16  # tokens
 _PLACES = {"resident": "resident", "uva": "offload_uva", "graph": "offload_uva in graph", "staged": "offload_prefetch"}
+
+
+def _joules(row: Json) -> dict[int, float]:
+    """Energy of the board in each pass, idle included."""
+    boards = {sample["round"]: sample["board"]["value"] for sample in row["rounds"]}
+    return {number: value["joules_after"] - value["joules_before"] for number, value in boards.items()}
 
 
 class OnGpu:
@@ -72,7 +79,14 @@ class OnGpu:
                 found[f"gpu.{name}.over_resident"] = f"{100 * ours.median:.1f}"
                 whole = numbers.against(case, numbers.row_of(case, label), "no_engram", "together")
                 found[f"gpu.{name}.whole"] = whole.interval
-        return found
+        joules = [_joules(numbers.row_of(case, label)) for label in ("offload_uva in graph", "resident")]
+        ratio = paired_ratio(*([each[number] for number in sorted(joules[1])] for each in joules))
+        low, high = percent(ratio["low"] - 1), percent(ratio["high"] - 1)
+        return {
+            **found,
+            "gpu.graph.joules": f"[{low}, {high}]",
+            "gpu.pass_joules": f"{statistics.median(joules[1].values()):.0f}",
+        }
 
     def _cases(self) -> list[Json]:
         return [self.hundred, *self[SERVED]["cases"]]
