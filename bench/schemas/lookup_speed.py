@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypedDict
 
 from bench.schemas.common import DeviceProvenance, Layout, Limits, Table
-from bench.schemas.generator import Must, one_of, rules
-from bench.schemas.values import Amounts, Count, Counts, Natural, Text
+from bench.schemas.generator import Must, NotRequired, one_of, rules
+from bench.schemas.values import Amount, Amounts, Count, Counts, Natural, Text
 
 
 class LaidTable(Table):
@@ -22,6 +22,13 @@ class Skipped(TypedDict):
     why: Text
 
 
+class Asked(TypedDict):
+    """Of host memory by the loads of one sample, the mean over all of them; what two loads ask for counts twice."""
+
+    lines: Annotated[Amount, "aligned stretches of 128 B: a request of a warp each"]
+    sectors: Annotated[Amount, "aligned stretches of 32 B"]
+
+
 class Case(TypedDict):
     """A number of tokens."""
 
@@ -34,6 +41,7 @@ class Case(TypedDict):
         "by way, in the order of the rounds; resident again is the noise floor",
     ]
     launched_late: Annotated[Counts, "samples of a way that the device began before all was launched"]
+    asked: NotRequired[Annotated[dict[str, Asked], "by way to read rows in place, from their addresses"]]
 
 
 class Head(DeviceProvenance):

@@ -146,18 +146,25 @@ def decode(
     CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the bfloat16 values of some fp8 rows, [TILE, LANES, 32]; NaN of those that cannot be read."""
+    """The bits of the bfloat16 values of some fp8 rows, [TILE, 32 * LANES]; NaN of those that cannot be read.
+
+    Codes are addressed as what they are, a stretch of bytes. With a dimension for blocks Triton would spread a warp over
+    rows before it spreads it over a row's blocks, and four rows would cross the bus in pieces of 64 bytes.
+    """
     block = tl.arange(0, LANES)
     here = readable[:, None] & (block < BLOCKS)[None, :]  # [TILE, LANES]
     scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=here, other=0).to(tl.int32)
-    lane = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]  # [LANES, 32]
-    at = tl.multiple_of(codes + row[:, None, None] * CODE_STRIDE + lane[None, :, :], [1, 1, ALIGNED])
-    code = tl.load(at, mask=here[:, :, None], other=-1).to(tl.int32)  # NaN, which is written as 0xFFFF
-    return _bfloat16_bits(code, scale)
+    lane = tl.arange(0, LANES * _BLOCK)
+    at = tl.multiple_of(codes + row[:, None] * CODE_STRIDE + lane[None, :], [1, ALIGNED])
+    there = readable[:, None] & (lane < BLOCKS * _BLOCK)[None, :]
+    code = tl.load(at, mask=there, other=-1).to(tl.int32)  # NaN, which is written as 0xFFFF
+    bits = bfloat16_bits(code.reshape(code.shape[0], LANES, _BLOCK), scale)
+    return bits.reshape(code.shape)
 
 
 @triton.jit
-def _bfloat16_bits(code, scale):
+def bfloat16_bits(code, scale):
+    """Of the values of codes [TILE, LANES, 32] and their scales [TILE, LANES]: int32, of signed and unsigned bytes."""
     power = tl.where(scale == 0, _SMALLEST_SCALE, scale << 23).to(tl.float32, bitcast=True)
     small = ((code << 20) & _SIGN_AND_FIELDS).to(tl.float32, bitcast=True)
     bits = (small * _REBIAS * power[:, :, None]).to(tl.int32, bitcast=True)
@@ -169,10 +176,9 @@ def _bfloat16_bits(code, scale):
 @triton.jit
 def write_values(out, bits, place, asked, BLOCKS: tl.constexpr, LANES: tl.constexpr, OUT_ALIGNED: tl.constexpr):
     """Write what `decode` gave."""
-    block = tl.arange(0, LANES)
-    lane = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]  # [LANES, 32]
-    at = tl.multiple_of(out + place[:, None, None] * (BLOCKS * _BLOCK) + lane[None, :, :], [1, 1, OUT_ALIGNED])
-    tl.store(at, bits, mask=(asked[:, None] & (block < BLOCKS)[None, :])[:, :, None])
+    lane = tl.arange(0, LANES * _BLOCK)
+    at = tl.multiple_of(out + place[:, None] * (BLOCKS * _BLOCK) + lane[None, :], [1, OUT_ALIGNED])
+    tl.store(at, bits, mask=asked[:, None] & (lane < BLOCKS * _BLOCK)[None, :])
 
 
 def gather_rows(table: Tensor, rows: Tensor, out: Tensor, bad_row: Tensor) -> None:

@@ -421,9 +421,16 @@ def accesses(kernel, types, constants, aligned, capability):
         {(number(name),): value for name, value in constants.items()},
         {(number(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+    code = made["ptx"]
     found = re.findall(r"(?:ld|st)\\.(?:global|shared)\\S*|(?:div|rem)\\.[us]64|bar\\.sync|\\S*ftz\\S*", code)
-    return found + spilled(code, re.search(r"\\.target (\\w+)", code)[1])
+    return found + spread(made["ttgir"]) + spilled(code, re.search(r"\\.target (\\w+)", code)[1])
+
+def spread(text):
+    # how the values of a tile are laid over a warp, where codes are loaded and values stored
+    layouts = dict(re.findall(r"^(#blocked\\d*) = #ttg.blocked<{(sizePerThread = .*?), warpsPerCTA", text, re.M))
+    of_rows = re.findall(r"tt\\.(load|store) .*tensor<[0-9x]+x(?:256|8x32)x!tt.ptr<i(?:8|16)>, (#blocked\\d*)>", text)
+    return [f"{what} {layouts[name]}" for what, name in of_rows]
 
 def spilled(code, target):
     # what the assembler says about registers that do not fit
@@ -528,6 +535,13 @@ def test_the_stream_is_read_and_written_16_bytes_at_once(form, compiled):
     assert any(op.startswith(("st.global.v4.b32", "st.global.v2.b32")) for op in compiled[f"fusion {form}"])
 
 
+@pytest.mark.parametrize("way", ["packed", "split", "in order", "layers packed", "layers split", "look up 264"])
+def test_a_warp_asks_for_the_codes_of_one_row_at_once(way, compiled):
+    """Of four rows in pieces of 64 bytes, each piece would be a request, or two: 9.75 lines of 128 B a row, not 3.94."""
+    laid = "sizePerThread = [1, 8], threadsPerWarp = [1, 32]"
+    assert [op for op in compiled[way] if "threadsPerWarp" in op] == [f"load {laid}", f"store {laid}"]
+
+
 def units_touched(stride: int, unit: int) -> set[int]:
     """How many aligned stretches of `unit` bytes a row of 256 codes and 8 scales lies in, over all rows of a table."""
     return {((row * stride) % unit + 264 - 1) // unit + 1 for row in range(unit)}
@@ -537,8 +551,8 @@ def units_touched(stride: int, unit: int) -> set[int]:
 def test_padding_rows_of_264_bytes_would_save_nothing(stride):
     """A row is nine sectors of 32 B and three lines of 128 B wherever it begins, 8 bytes aligned or 16 or 32.
 
-    Its codes are one request of a warp either way: 32 lanes of 8 bytes, or 16 of 16. So rows are read as they are, and
-    a padded table would take 3 or 9 % more memory for it.
+    Its codes are one load of a warp either way: 32 lanes of 8 bytes, or 16 of 16. So rows are read as they are, and a
+    padded table would take 3 or 9 % more memory for it. What other strides and parts cost: `bench/reads`.
     """
     assert units_touched(264, 32) == units_touched(stride, 32) == {9}
     assert units_touched(264, 128) == units_touched(stride, 128) == {3}
