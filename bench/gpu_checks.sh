@@ -50,12 +50,12 @@ fi
 
 # --- sizes: the real ones, and toy ones ---
 LARGE=qwen3-8b SMALL=qwen3-4b BATCHES="64 1 16 256" ROUNDS=5 LENGTHS="--prompt_tokens 128 256 --output_tokens 64 64"
-PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=300
+PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=300 READS=4e9 FEW="16 256"
 PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS="" SLACK=1
 if [ -n "${REHEARSE:-}" ]; then
   [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
   LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 3 4 --output_tokens 2 2"
-  PARAMS=2e5 SHORT=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x3 prefill:2x3" TOKENS="1 2" REPEATS=3
+  PARAMS=2e5 SHORT=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x3 prefill:2x3" TOKENS="1 2" REPEATS=3 READS=2e5 FEW=1
   PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few" SLACK=10 # for a CPU that others use, too
 fi
 
@@ -172,7 +172,7 @@ if [ "$CALL" = check ]; then
   tests 120 controls tests/cuda -k "without_the or without_record or without_staging"
   tests 120 tables tests/cuda/test_tables_cuda.py
   tests 120 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
-  tests 120 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py
+  tests 120 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
   tests 120 end_to_end tests/cuda/test_end_to_end_cuda.py
   tests 120 fp8 tests/cuda/test_fp8_cuda.py
   tests 120 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
@@ -194,6 +194,7 @@ served 210 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
 step 60 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
+step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 prefill 75 prefill $PARAMS "$SHAPES"
 settle
 served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva

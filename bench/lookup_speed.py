@@ -3,13 +3,17 @@
     python bench/lookup_speed.py --preset v41-flash --table_params 1e9         a GPU where there is one, else the CPU
     python bench/lookup_speed.py --tokens 1 2 4 16 64 256 --repeats 1000 --out out/lookup_speed
 
-  resident   rows in device memory, by the two kernels of `engram_ref.lookup.device`; twice, which gives the noise floor
-  uva        rows in pinned host memory, read in place by the same two kernels
+  resident   rows in device memory, by `engram_ref.lookup.device`, one kernel for so few rows; twice, which gives the
+             noise floor
+  uva        rows in pinned host memory, read in place by the same kernel
   staged     hashed and gathered by the CPU, copied to the device through pinned staging
 
 One layer, one new token for each of so many sequences, random ids, other ones in every sample of every way. On CUDA the
 clock is the device's events. Kernels are queued behind a delay, so that launching is not in their time; what the CPU
 does for staged rows is in theirs, and begins on an idle device. Ways take turns, A B C, B C A; every sample is kept.
+`--reads` adds other ways to read the rows of `uva` from row numbers (`bench.reads.methods`), and `uva` by two kernels,
+one that hashes and one that reads.
+
 Without CUDA the host's clock times the CPU's own placements, and no GPU figure follows.
 """
 
@@ -39,6 +43,8 @@ from bench.instruments.journal import now
 from bench.instruments.output import finish, tell
 from bench.instruments.results import write_json
 from bench.instruments.timing import rounds
+from bench.reads import table as reads_table
+from bench.reads.methods import METHODS
 from bench.schemas.lookup_speed import Case, Head, Skipped
 from bench.setup.sizes import LAYER, pick_device, table_config
 from bench.setup.variants import TableSet, Variant
@@ -57,13 +63,15 @@ WARM_UP = 10
 COPY_BYTES, COPIES = 1 << 28, 9
 DELAY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes to launch two kernels
 _CHECKED = (2, 16)
+_TWO = "uva by two"
 WHAT = {
-    "resident": "device memory, two kernels from token ids to rows",
-    "uva": "pinned host memory read in place, two kernels from token ids to rows",
+    "resident": "device memory, by kernels from token ids to rows",
+    "uva": "pinned host memory read in place, by kernels from token ids to rows",
     "staged": "host memory: hashed and gathered by the CPU, brought to the device",
+    _TWO: "pinned host memory read in place, by a kernel that hashes and one that reads",
 }
 ON_CPU = "RAM: hashed and gathered by the CPU"
-_NAMES = {"resident": "resident", "staged": "offload_naive", "uva": "offload_uva"}  # way -> variant
+_NAMES = {"resident": "resident", "uva": "offload_uva", "staged": "offload_naive"}  # way -> variant
 
 
 class Timer(Protocol):
@@ -189,7 +197,7 @@ class Lookups:
         self.config = table_config(options.preset, options.table_params, 1, "bfloat16")
         self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
         self.skipped: list[Skipped] = []
-        names = [name for name in WHAT if self._fits(name)]
+        names = [name for name in _NAMES if self._fits(name)]
         wanted, on = [_NAMES[name] for name in names], self.device
         self.tables = stack.enter_context(
             TableSet(self.config, self.plan, wanted, on, options.out, options.seed, None, (), packed=True)
@@ -198,6 +206,7 @@ class Lookups:
         draw = np.random.default_rng(options.seed)
         self.tables.check(self.vocab(draw.integers(0, len(self.vocab.ids), _CHECKED)))
         self._lookups = {name: self._kernels(name) for name in names if self._by_kernels(name)}
+        self.reads = None if options.reads is None else self._reads(stack)
 
     def _variant(self, name: str) -> Variant:
         return next(variant for variant in self.tables.variants if variant.name == name)
@@ -205,10 +214,26 @@ class Lookups:
     def _by_kernels(self, name: str) -> bool:
         return self.device.type == "cuda" and name != "staged"
 
-    def _kernels(self, name: str) -> DeviceLookup:
+    def _kernels(self, name: str, launches: int | None = None) -> DeviceLookup:
         table = self.variants[name].table
         assert table is not None
-        return DeviceLookup(self.plan, {LAYER: table}, self.vocab)
+        return DeviceLookup(self.plan, {LAYER: table}, self.vocab, launches=launches)
+
+    def _reads(self, stack: ExitStack) -> Any:
+        """Other ways to read the rows of `uva`, each found right; None, and why, where there are none."""
+        try:
+            if "uva" not in self._lookups:
+                raise ValueError("they read the rows of uva, which is left out")
+            from bench.reads.ways import Reads  # needs Triton
+
+            chosen = self.options.reads or list(METHODS)
+            reads = stack.enter_context(Reads(self.tables.in_host, self.device, chosen, self.options.seed))
+        except ValueError as error:
+            self.skipped.append({"way": "reads", "why": str(error)})
+            return None
+        reads.check()
+        self._lookups[_TWO] = self._kernels("uva", launches=2)
+        return reads
 
     def _fits(self, name: str) -> bool:
         """Whether this machine serves a placement; why not is kept."""
@@ -227,9 +252,10 @@ class Lookups:
 
     def labels(self) -> list[str]:
         """The ways, `resident` twice."""
-        return [
+        found = [
             label for name in self.variants for label in ((name, f"{name} again") if name == "resident" else (name,))
         ]
+        return [*found, *([_TWO, *self.reads.names] if self.reads else [])]
 
     def measure(self, tokens: int) -> Case:
         """Samples of every way for a step of so many tokens."""
@@ -251,10 +277,15 @@ class Lookups:
             lookup.check()
         rows = tokens * self.config.columns
         nbytes = rows * self.tables.format.row_bytes
-        return {"tokens": tokens, "rows": rows, "bytes": nbytes, "samples_s": samples, "launched_late": late}
+        case: Case = {"tokens": tokens, "rows": rows, "bytes": nbytes, "samples_s": samples, "launched_late": late}
+        if self.reads:
+            case["asked"] = {name: ways[name].asked for name in self.reads.names}
+        return case
 
-    def _way(self, label: str, tokens: int, number: int, count: int) -> Way:
+    def _way(self, label: str, tokens: int, number: int, count: int) -> Any:
         """A way with ids of its own: rows that another one has just read may still lie in a cache."""
+        if self.reads and label in self.reads.names:
+            return self.reads.way(label, tokens * self.config.columns, count)
         draw = np.random.default_rng((self.options.seed, tokens, number))
         ids = torch.from_numpy(draw.integers(0, len(self.vocab.ids), (count, tokens, 1)))
         before = torch.from_numpy(draw.integers(0, len(self.vocab), (count, tokens, self.plan.max_ngram - 1)))
@@ -266,6 +297,9 @@ class Lookups:
 
     def _table(self, name: str) -> Any:
         return self.variants[name].table
+
+    def _other_ways(self) -> dict[str, str]:
+        return {_TWO: WHAT[_TWO], **{name: METHODS[name].what for name in self.reads.names}} if self.reads else {}
 
     def head(self) -> Head:
         """Everything of the results that is known before the first sample."""
@@ -290,7 +324,7 @@ class Lookups:
                 "layout": table.layout,
                 "huge_pages": table.memory.huge_page_share(),
             },
-            "ways": {name: WHAT[name] if on_gpu else ON_CPU for name in self.variants},
+            "ways": {name: WHAT[name] if on_gpu else ON_CPU for name in self.variants} | self._other_ways(),
             "skipped": self.skipped,
             "cases": [],
         }
@@ -306,6 +340,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", nargs="+", type=cli.at_least(1), default=[1, 2, 4, 16, 64, 256], metavar="B", help="of a step, one "
         "of each sequence (default: 1 2 4 16 64 256)")  # fmt: skip
     add("--repeats", type=cli.at_least(1), default=1000, help="samples of every way (default: 1000)")
+    add("--reads", nargs="*", choices=list(METHODS), metavar="WAY", help="also other ways to read the rows of uva: "
+        f"{', '.join(METHODS)} (no WAY: all)")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
     add("--seed", type=cli.at_least(0), default=0)
     options = parser.parse_args(given)
@@ -331,7 +367,7 @@ def main() -> None:
     options = parse_arguments()
     with cli.one_line_errors(PROG):
         results = measure(options)
-        print(cli.fitted(report(results)))
+        print(cli.fitted("\n\n".join(text for text in (report(results), reads_table.report(results)) if text)))
         finish(results, options.out / "results.json")
 
 

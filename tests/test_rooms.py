@@ -71,6 +71,7 @@ BENCH = {
     "price": "instruments setup",
     "sweeps": "instruments setup price",
     "rows": "instruments setup price",
+    "reads": "instruments setup",
     "energy": "instruments setup rows",
     "lab": "",
     "gpu": "instruments setup",

@@ -109,8 +109,8 @@ def read(
     """Decode fp8 rows into `out`, on the current stream; nothing is checked.
 
     Args:
-        codes, scales: uint8 [R, 256] and [R, 8], in memory that the device of `out` can read, of any strides from row to
-            row that are multiples of 8 bytes, as are the addresses of the first ones.
+        codes, scales: uint8 [R, 256] and [R, 8], in memory that the device of `out` can read; rows are a multiple of
+            8 bytes apart, and the first one's address is one.
         rows: row numbers [N] on that device.
         out: bfloat16 [N, 256], contiguous.
         places: where in `out` the values of each row go, int64 [N]; None: in the order of `rows`.
@@ -126,7 +126,7 @@ def read(
 
 
 def read_pieces(codes: Tensor, scales: Tensor, rows: Tensor, out: Tensor) -> None:
-    """The same with a warp asking for 64 bytes of four rows at once, as the library did before it asked for whole rows."""
+    """The same with a warp asking for 64 bytes of four rows at once, as the library did until it asked for a row."""
     with on_device(out.device):
         _read_pieces[(triton.cdiv(len(rows), TILE),)](
             _bytes_from(codes).view(torch.int8), _bytes_from(scales), rows, out.view(torch.int16), len(rows),

@@ -1,7 +1,7 @@
 """Where the parts of fp8 rows lie: packed as they are given, padded to whole lines, or codes and scales apart.
 
-    with Layouts(rows, device) as layouts:
-        codes, scales = layouts["padded"]       # uint8 [R, 256] and [R, 8], views of rows 384 bytes apart
+with Layouts(rows, device) as layouts:
+    codes, scales = layouts["padded"]       # uint8 [R, 256] and [R, 8], views of rows 384 bytes apart
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor
 
-from bench.reads.requests import LINE, WIDTH
+from bench.reads.methods import PADDED
+from bench.reads.requests import WIDTH
 from engram_ref.config import SCALE_BLOCK
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
 
-PADDED = 3 * LINE  # bytes from row to row where each begins with a line and ends before the next but two
 _PIECE = 1 << 20  # rows copied at a time; of scales, 8 MiB: what is locked at a time is a multiple
 
 
@@ -39,7 +39,7 @@ class Layouts(AbstractContextManager["Layouts"]):
             )
         self.rows, self.device = rows, device
         self._stack = ExitStack()
-        self._made: dict[str, tuple[Tensor, ...]] = {}
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes and scales, [R, 256] and [R, 8] bytes with strides of their own; both begin with a line."""

@@ -6,75 +6,30 @@
         values = way.run(0)                                            # [N, D] of the first
 
 They start from row numbers on the device, other ones in every sample of every way, so that a way's time is one
-kernel's; only `sorted` has the sort in it. The controls tell causes apart:
-
-  near      rows of a stretch of 16 MiB, another one in each sample: eight huge pages, so that hardly a row needs an
-            address translated that was not translated just before
-  in_order  rows that follow each other: the requests of `as_is`, to memory that is read as it lies
-  stream    as many bytes as the lines of the rows, in order, 16 for each lane: the most that the bus gives a kernel
+kernel's; only `sorted` has the sort in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.reads import kernels
-from bench.reads.layouts import PADDED, Layouts
+from bench.reads.layouts import Layouts
+from bench.reads.methods import METHODS, NEAR, PADDED, Method
 from bench.reads.requests import LINE, Span, asked
 from bench.schemas.lookup_speed import Asked
 from bench.setup.table_content import require_written
 from engram_ref.rows.kernels import gather_rows, gather_scaled
 from engram_ref.rows.rows import Rows
 
-NEAR = 16 << 20  # bytes
 _STREAMED = 4 * LINE  # bytes of a row of `stream`: 16 for each lane of a warp
 _CHECKED = 64  # rows
-
-
-@dataclass(frozen=True)
-class Method:
-    """What tells a way from the others.
-
-    Attributes:
-        what: in words.
-        layout: of the rows, see `bench.reads.layouts`.
-        order: of the row numbers: random, sorted, near or in_order.
-        by: library, which is its gather, or one of `bench.reads.kernels`; stream is a plain copy.
-        options: of `read`.
-    """
-
-    what: str
-    layout: str = "packed"
-    order: str = "random"
-    by: str = "library"
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-METHODS = {
-    "as_is": Method("packed rows by the library's gather: a warp asks for a row's codes, then for its scales"),
-    "pieces": Method("64 B of four rows at once: the library's gather as it was", by="pieces"),
-    "sorted": Method("in order of address, the sort in its time", by="sorting"),
-    "presorted": Method("in order of address, sorted beforehand", order="sorted"),
-    "few": Method("one row for a program, of one warp", by="read", options={"tile": 1, "warps": 1}),
-    "many": Method("eight rows for each of two warps of a program", by="read", options={"tile": 16}),
-    "past_l1": Method("loads that no L1 keeps (.cg)", by="read", options={"cached": ".cg"}),
-    "evict_first": Method("loads that L1 gives up first", by="read", options={"evicted": "evict_first"}),
-    "lines": Method("whole lines of 128 B, from which the row is picked", by="lines"),
-    "padded": Method(f"rows {PADDED} B apart, each begins with a line", layout="padded"),
-    "padded_lines": Method("padded rows by whole lines", layout="padded", by="lines"),
-    "split": Method("codes in two whole lines, scales elsewhere in host memory", layout="split"),
-    "scales_there": Method("codes in two whole lines, scales in device memory", layout="scales_there"),
-    "near": Method(f"control: rows of a stretch of {NEAR >> 20} MiB, another one in each sample", order="near"),
-    "in_order": Method("control: rows that follow each other", order="in_order"),
-    "stream": Method("control: as many bytes as three lines for each row, as one stretch", by="stream"),
-}
 
 
 @dataclass(frozen=True)
@@ -135,7 +90,7 @@ class Reads(AbstractContextManager["Reads"]):
         numbers = self._numbers(name, count, samples)  # [S, N]
         given, read = torch.from_numpy(numbers).to(self.device), self._reader(METHODS[name])
         bf16 = ((count, self.rows.format.width), torch.bfloat16)
-        shape, dtype = (numbers.shape[1:] + (_STREAMED,), torch.uint8) if METHODS[name].by == "stream" else bf16
+        shape, dtype = ((numbers.shape[1], _STREAMED), torch.uint8) if METHODS[name].by == "stream" else bf16
         out = torch.empty(shape, dtype=dtype, device=self.device)
 
         def run(number: int) -> Tensor:

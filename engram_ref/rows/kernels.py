@@ -148,8 +148,8 @@ def decode(
 ):  # fmt: skip
     """The bits of the bfloat16 values of some fp8 rows, [TILE, 32 * LANES]; NaN of those that cannot be read.
 
-    Codes are addressed as what they are, a stretch of bytes. With a dimension for blocks Triton would spread a warp over
-    rows before it spreads it over a row's blocks, and four rows would cross the bus in pieces of 64 bytes.
+    Codes are addressed as what they are, a stretch of bytes. Had they a dimension for blocks, Triton would spread a
+    warp over rows before it spread it over a row's blocks, and four rows would cross the bus in pieces of 64 bytes.
     """
     block = tl.arange(0, LANES)
     here = readable[:, None] & (block < BLOCKS)[None, :]  # [TILE, LANES]

@@ -12,6 +12,7 @@ import torch
 
 from bench import lookup_speed
 from bench.evidence.lookup_table import report
+from bench.reads.table import report as reads_report
 from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
 from engram_ref.lookup.device import DeviceLookup
@@ -167,3 +168,27 @@ def test_the_table_holds_uva_against_what_was_published(results):
     assert one[0] == "1" and one[-1] == "3.94" and one[3] == "5" and one[-2] == "2"
     assert " ".join(one[5:8]) == "5 [5, 5]" and five[-1] == "2"
     assert "GB300" in text and "not like for like" in text
+
+
+def test_other_ways_to_read_need_the_rows_of_uva_and_say_so(tmp_path, monkeypatch, cache_home, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    run_main(monkeypatch, *SMALL, "--out", tmp_path, "--reads", "padded")
+    found, text = json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), capsys.readouterr().out
+    jsonschema.validate(found, SCHEMA)
+    assert {"way": "reads", "why": "they read the rows of uva, which is left out"} in found["skipped"]
+    assert "reads: left out, they read the rows of uva" in text and "asked" not in found["cases"][0]
+
+
+def test_ways_to_read_are_told_with_what_they_asked_for(results):
+    gpu = copy.deepcopy(results[0])
+    for case in gpu["cases"]:
+        case["samples_s"] |= {"as_is": [2e-6] * 6, "padded": [1e-6] * 6, "stream": [1e-6] * 6}
+        lines = {"as_is": 3.9375, "padded": 3.0, "stream": 3.0}
+        case["asked"] = {name: {"lines": case["rows"] * n, "sectors": case["rows"] * 9.0} for name, n in lines.items()}
+    jsonschema.validate(gpu, SCHEMA)
+    lines = {(line[0], line[1]): line[2:] for line in map(str.split, reads_report(gpu).splitlines()) if line}
+    # 24 rows of 264 B in 1 us: 24 M rows/s, 6.336 GB/s of them, 6.912 of nine sectors each
+    assert lines["1", "padded"] == ["1", "24", "6.336", "6.912", "3", "9", "0.5", "[0.5,", "0.5]"]
+    assert lines["1", "as_is"] == ["2", "12", "3.168", "3.456", "3.938", "9"]
+    assert lines["5", "stream"][:3] == ["1", "34.56", "3"]  # of no rows
+    assert reads_report(results[0]) == ""

@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
 from bench.reads import kernels, ways
-from bench.reads.layouts import PADDED
+from bench.reads.methods import METHODS, PADDED
 from bench.reads.requests import LINE, SECTOR, Span, asked
-from bench.reads.ways import METHODS, Reads
+from bench.reads.ways import Reads
 from bench.setup import table_content
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import HostMemory

@@ -537,7 +537,7 @@ def test_the_stream_is_read_and_written_16_bytes_at_once(form, compiled):
 
 @pytest.mark.parametrize("way", ["packed", "split", "in order", "layers packed", "layers split", "look up 264"])
 def test_a_warp_asks_for_the_codes_of_one_row_at_once(way, compiled):
-    """Of four rows in pieces of 64 bytes, each piece would be a request, or two: 9.75 lines of 128 B a row, not 3.94."""
+    """In pieces of 64 bytes, of four rows, each piece is a request, or two: 9.75 lines of 128 B a row, not 3.94."""
     laid = "sizePerThread = [1, 8], threadsPerWarp = [1, 32]"
     assert [op for op in compiled[way] if "threadsPerWarp" in op] == [f"load {laid}", f"store {laid}"]
 
