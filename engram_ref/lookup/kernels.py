@@ -40,7 +40,8 @@ _DEAD = tl.constexpr(DEAD)
 def _look_up(
     ids, ids_b, ids_t, mask, mask_b, mask_t, vocab, before, before_b, constants, addresses, out, rows, compressed,
     after, done, met_tokens, met_ids, length, tokens, known, size, pad, stand_in, past, kept,
-    N: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr,
+    N: tl.constexpr, SPAN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, CODE_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, OUT_ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -55,36 +56,42 @@ def _look_up(
         mask += sequence * mask_b
     constants += layer * (N + 3 * COLUMNS)
 
-    blocked = t < 0
-    mix = tl.zeros([TILE], tl.uint64)
-    for s in tl.static_range(N):
-        at = t - s
-        now = compress(ids, ids_t, mask, mask_t, vocab, at, at >= 0, known, stand_in, met_tokens)
-        c = tl.where(at >= 0, now, tl.load(before + past + at, mask=at < 0, other=_DEAD))
-        bad = (c < _DEAD) | (c >= size)
-        remember(met_ids, c, bad)
-        if s == 0:
-            tl.store(compressed + position, tl.where(bad, _DEAD, c), mask=is_first)
-        blocked = blocked | bad | (c == _DEAD)
-        product = tl.where(blocked, pad, c) * tl.load(constants + s)
-        mix = mix ^ tl.where(column // HEADS >= s - 1, product, 0).to(tl.uint64, bitcast=True)
+    # What waits for nothing is asked for first: behind a store no load is moved before it.
     prime = tl.load(constants + N + column, mask=here, other=1).to(tl.uint64, bitcast=True)
     offset = tl.load(constants + N + COLUMNS + column, mask=here, other=0)
     reciprocal = tl.load(constants + N + 2 * COLUMNS + column, mask=here, other=0).to(tl.uint64, bitcast=True)
+    table = tl.load(addresses + layer)
+    scales = tl.load(addresses + tl.num_programs(2) + layer, mask=SCALED)
+    s = tl.arange(0, SPAN)  # of the last N ids, the newest first
+    multiplier = tl.load(constants + s, mask=s < N, other=0)
+
+    at = t - s
+    c = tl.load(before + past + at, mask=(s < N) & (at < 0), other=_DEAD)
+    now = compress(ids, ids_t, mask, mask_t, vocab, at, (s < N) & (at >= 0), known, stand_in, met_tokens)
+    c = tl.where(at >= 0, now, c)
+    bad = (c < _DEAD) | (c >= size)
+    remember(met_ids, c, bad)
+    tl.store(compressed + position + s, tl.where(bad, _DEAD, c), mask=is_first & (s == 0))
+    blocked = tl.min(tl.where(bad | (c == _DEAD), s, N), 0)  # the first that is, and all before it, count as padding
+    product = tl.where(s < blocked, c, pad) * multiplier
+    mix = tl.zeros([TILE], tl.uint64)
+    for k in tl.static_range(N):
+        of_id = tl.sum(tl.where(s == k, product, 0), 0)
+        mix = mix ^ tl.where(column // HEADS >= k - 1, of_id, 0).to(tl.uint64, bitcast=True)
     row = remainder(mix, prime, reciprocal).to(tl.int64) + offset
     place = (layer * tokens + position) * COLUMNS + column
     tl.store(rows + place, row.to(rows.dtype.element_ty), mask=here)
 
     if SCALED:
-        codes = tl.load(addresses + layer).to(tl.pointer_type(tl.int8))
-        scales = tl.load(addresses + tl.num_programs(2) + layer).to(tl.pointer_type(tl.uint8))
-        bits = decode(codes, scales, row, here, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
+        codes = table.to(tl.pointer_type(tl.int8))
+        bits = decode(
+            codes, scales.to(tl.pointer_type(tl.uint8)), row, here, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED
+        )
         write_values(out, bits, place, here, BLOCKS, LANES, OUT_ALIGNED)
     else:
-        table = tl.load(addresses + layer).to(out.dtype)
         lane = tl.arange(0, LANES)
         wanted = here[:, None] & (lane < WORDS)[None, :]
-        words = tl.load(words_at(table, row, WORDS, lane, ALIGNED), mask=wanted)
+        words = tl.load(words_at(table.to(out.dtype), row, WORDS, lane, ALIGNED), mask=wanted)
         tl.store(words_at(out, place, WORDS, lane, ALIGNED), words, mask=wanted)
 
     if after is not None:
@@ -139,7 +146,7 @@ def look_up(
             ids, *ids.stride(), *masked, vocab, before, before.stride(0), constants, tables.addresses, target, rows,
             compressed, after, done, met_tokens, met_ids, length, batch * length, 0 if vocab is None else len(vocab),
             plan.compressed_size, plan.pad_compressed, stand_in, before.shape[1], kept,
-            N=plan.max_ngram, HEADS=plan.heads, COLUMNS=columns, WINDOW=triton.next_power_of_2(max(1, kept)),
+            N=plan.max_ngram, SPAN=triton.next_power_of_2(plan.max_ngram), HEADS=plan.heads, COLUMNS=columns, WINDOW=triton.next_power_of_2(max(1, kept)),
             SCALED=tables.scaled, **{**unused, **shape},
         )  # fmt: skip
     return rows

@@ -477,7 +477,7 @@ unused = dict.fromkeys("WORDS CODE_STRIDE SCALE_STRIDE BLOCKS OUT_ALIGNED".split
 packed = torch.empty(4, 264, dtype=torch.uint8)
 shapes = {256: {**k._gather_shape(32, 256), "ALIGNED": 16}, 264: k._scaled_shape([packed], out)}
 for width, shape in shapes.items():
-    constants = dict(N=4, HEADS=8, COLUMNS=24, WINDOW=4, mask=None, SCALED=width == 264, **{**unused, **shape})
+    constants = dict(N=4, SPAN=4, HEADS=8, COLUMNS=24, WINDOW=4, mask=None, SCALED=width == 264, **{**unused, **shape})
     found[f"look up {width}"] = accesses(
         one._look_up, types | {"out": "*i16" if width == 264 else "*i64"}, constants, ["constants", "rows"], 90
     )
@@ -576,6 +576,18 @@ def test_the_history_is_overwritten_after_all_threads_have_read_it(length, compi
     ops = compiled[f"hash {length}"]
     behind = ops[ops.index("bar.sync") + 1 :]
     assert behind and all(op.startswith("st.global") for op in behind)
+
+
+def test_a_lookup_waits_three_times_for_memory(compiled):
+    """For ids, for their compressed ids, for rows: behind the first store only the second and the third are asked for.
+
+    No load moves before a store; one that waits for nothing and stands behind one is another round trip in every step.
+    """
+    ops = compiled["look up 264"]
+    behind = ops[ops.index(next(op for op in ops if op.startswith("st.global"))) : ops.index("st.global.v4.b32")]
+    assert [op for op in behind if op.startswith("ld.global") and op not in ("ld.global.v2.b32", "ld.global.b8")] == [
+        "ld.global.b64"
+    ]
 
 
 def test_no_kernel_divides_64_bit_numbers(compiled):
