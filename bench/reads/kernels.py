@@ -45,15 +45,14 @@ def _read(
     word = tl.load(at, mask=asked, other=0, cache_modifier=CACHED, eviction_policy=EVICTED)  # a row's scales
     lane = tl.arange(0, _CODES)
     at = tl.multiple_of(codes + row[:, None] * CODE_STRIDE + lane[None, :], [1, _WORD])
-    code = tl.load(at, mask=asked[:, None], other=-1, cache_modifier=CACHED, eviction_policy=EVICTED).to(tl.int32)
+    code = tl.load(at, mask=asked[:, None], other=-1, cache_modifier=CACHED, eviction_policy=EVICTED)
     write_values(out, _values(code, word), place, asked, _SCALES, _SCALES, 16)
 
 
 @triton.jit
 def _values(code, word):
-    """Bits of the values of codes [TILE, 256], int32, whose scales are the bytes of a word, [TILE]."""
-    scale = ((word[:, None] >> (8 * tl.arange(0, _SCALES))[None, :]) & 0xFF).to(tl.int32)
-    return bfloat16_bits(code.reshape(code.shape[0], _SCALES, _BLOCK), scale).reshape(code.shape)
+    """Bits of the values of codes, int8 [TILE, 256], whose scales are the bytes of a word, [TILE]."""
+    return bfloat16_bits(code, (word[:, None] >> (8 * tl.arange(0, _SCALES))[None, :]).to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["codes", "scales", "rows", "out", "count"])
@@ -65,12 +64,12 @@ def _read_pieces(
     asked = place < count
     row = tl.load(rows + place, mask=asked, other=0).to(tl.int64)
     block = tl.arange(0, _SCALES)
-    scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=asked[:, None], other=0).to(tl.int32)
+    scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=asked[:, None], other=0)
     lane = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]  # [8, 32]
     at = tl.multiple_of(codes + row[:, None, None] * CODE_STRIDE + lane[None, :, :], [1, 1, _WORD])
-    code = tl.load(at, mask=asked[:, None, None], other=-1).to(tl.int32)
+    bits = bfloat16_bits(tl.load(at, mask=asked[:, None, None], other=-1).reshape(TILE, _CODES), scale)
     at = tl.multiple_of(out + place[:, None, None] * _CODES + lane[None, :, :], [1, 1, 16])
-    tl.store(at, bfloat16_bits(code, scale), mask=asked[:, None, None])
+    tl.store(at, bits.reshape(TILE, _SCALES, _BLOCK), mask=asked[:, None, None])
 
 
 @triton.jit(do_not_specialize=["table", "rows", "out", "count", "end"])
@@ -89,7 +88,7 @@ def _read_lines(
 
     wanted = before[:, None] + tl.arange(0, _CODES // _WORD)[None, :]
     code = tl.gather(words, wanted, 1)[:, :, None] >> (8 * tl.arange(0, _WORD))[None, None, :]
-    code = code.to(tl.int8).to(tl.int32).reshape(TILE, _CODES)  # a byte's sign goes on to the left
+    code = code.to(tl.int8).reshape(TILE, _CODES)
     scales = tl.sum(tl.where(lane[None, :] == before[:, None] + _CODES // _WORD, words, 0), 1)
     write_values(out, _values(code, scales), place, asked, _SCALES, _SCALES, 16)
 

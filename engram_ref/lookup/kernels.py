@@ -2,6 +2,7 @@
 
 A program has one position and a few columns of one layer: it compresses and hashes the last N ids by itself, some
 dozen operations on a few words, then reads its rows where they lie, fp8 decoded on the way, and writes their values.
+So it waits three times for memory: for ids, for what they are compressed to, for rows; all else is asked for beside.
 A second launch would cost more than hashing again in every program, as long as all programs run at once.
 
 The history may be advanced where it lies. Then nobody may write before everybody has read: every program of a sequence
@@ -26,7 +27,7 @@ from engram_ref.gpu import on_device
 from engram_ref.hashing.kernels import advance, compress, remainder, remember
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
-from engram_ref.rows.kernels import LayerRows, decode, words_at, write_values
+from engram_ref.rows.kernels import LayerRows, bfloat16_bits, load_scaled, words_at, write_values
 
 _DEAD = tl.constexpr(DEAD)
 
@@ -41,8 +42,7 @@ def _look_up(
     ids, ids_b, ids_t, mask, mask_b, mask_t, vocab, before, before_b, constants, addresses, out, rows, compressed,
     after, done, met_tokens, met_ids, length, tokens, known, size, pad, stand_in, past, kept,
     N: tl.constexpr, SPAN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
-    SCALED: tl.constexpr,
-    TILE: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, CODE_STRIDE: tl.constexpr,
+    SCALED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, CODE_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, OUT_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     position, layer = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -82,19 +82,15 @@ def _look_up(
     place = (layer * tokens + position) * COLUMNS + column
     tl.store(rows + place, row.to(rows.dtype.element_ty), mask=here)
 
+    lane = tl.arange(0, LANES)
+    wanted = here[:, None] & (lane < WORDS)[None, :]
     if SCALED:
-        codes = table.to(tl.pointer_type(tl.int8))
-        bits = decode(
-            codes, scales.to(tl.pointer_type(tl.uint8)), row, here, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED
-        )
-        write_values(out, bits, place, here, BLOCKS, LANES, OUT_ALIGNED)
+        codes, scales = table.to(tl.pointer_type(tl.int8)), scales.to(tl.pointer_type(tl.uint8))
+        found = load_scaled(codes, scales, row, here, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
     else:
-        lane = tl.arange(0, LANES)
-        wanted = here[:, None] & (lane < WORDS)[None, :]
-        words = tl.load(words_at(table.to(out.dtype), row, WORDS, lane, ALIGNED), mask=wanted)
-        tl.store(words_at(out, place, WORDS, lane, ALIGNED), words, mask=wanted)
+        found = tl.load(words_at(table.to(out.dtype), row, WORDS, lane, ALIGNED), mask=wanted)
 
-    if after is not None:
+    if after is not None:  # while the rows are on their way
         mine = is_first & (t == 0)
         if done is not None:
             tl.debug_barrier()  # all threads of this program have read the history
@@ -105,6 +101,11 @@ def _look_up(
             ids, ids_t, mask, mask_t, vocab, before, after + sequence * kept, mine, length, known, size, stand_in,
             past, kept, met_tokens, WINDOW,
         )  # fmt: skip
+
+    if SCALED:
+        write_values(out, bfloat16_bits(found[0], found[1]), place, here, BLOCKS, LANES, OUT_ALIGNED)
+    else:
+        tl.store(words_at(out, place, WORDS, lane, ALIGNED), found, mask=wanted)
 
 
 def look_up(
@@ -146,7 +147,7 @@ def look_up(
             ids, *ids.stride(), *masked, vocab, before, before.stride(0), constants, tables.addresses, target, rows,
             compressed, after, done, met_tokens, met_ids, length, batch * length, 0 if vocab is None else len(vocab),
             plan.compressed_size, plan.pad_compressed, stand_in, before.shape[1], kept,
-            N=plan.max_ngram, SPAN=triton.next_power_of_2(plan.max_ngram), HEADS=plan.heads, COLUMNS=columns, WINDOW=triton.next_power_of_2(max(1, kept)),
-            SCALED=tables.scaled, **{**unused, **shape},
+            N=plan.max_ngram, SPAN=triton.next_power_of_2(plan.max_ngram), HEADS=plan.heads, COLUMNS=columns,
+            WINDOW=triton.next_power_of_2(max(1, kept)), SCALED=tables.scaled, **{**unused, **shape},
         )  # fmt: skip
     return rows

@@ -146,36 +146,47 @@ def decode(
     CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the bfloat16 values of some fp8 rows, [TILE, 32 * LANES]; NaN of those that cannot be read.
+    """The bits of the bfloat16 values of some fp8 rows, [TILE, 32 * LANES]; NaN of those that cannot be read."""
+    code, scale = load_scaled(codes, scales, row, readable, CODE_STRIDE, SCALE_STRIDE, BLOCKS, LANES, ALIGNED)
+    return bfloat16_bits(code, scale)
+
+
+@triton.jit
+def load_scaled(
+    codes, scales, row, readable,
+    CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Codes of some fp8 rows, int8 [TILE, 32 * LANES], and their scales, uint8 [TILE, LANES].
 
     Codes are addressed as what they are, a stretch of bytes. Had they a dimension for blocks, Triton would spread a
     warp over rows before it spread it over a row's blocks, and four rows would cross the bus in pieces of 64 bytes.
     """
     block = tl.arange(0, LANES)
     here = readable[:, None] & (block < BLOCKS)[None, :]  # [TILE, LANES]
-    scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=here, other=0).to(tl.int32)
+    scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=here, other=0)
     lane = tl.arange(0, LANES * _BLOCK)
     at = tl.multiple_of(codes + row[:, None] * CODE_STRIDE + lane[None, :], [1, ALIGNED])
     there = readable[:, None] & (lane < BLOCKS * _BLOCK)[None, :]
-    code = tl.load(at, mask=there, other=-1).to(tl.int32)  # NaN, which is written as 0xFFFF
-    bits = bfloat16_bits(code.reshape(code.shape[0], LANES, _BLOCK), scale)
-    return bits.reshape(code.shape)
+    return tl.load(at, mask=there, other=-1), scale  # -1 is NaN, which is written as 0xFFFF
 
 
 @triton.jit
 def bfloat16_bits(code, scale):
-    """Of the values of codes [TILE, LANES, 32] and their scales [TILE, LANES]: int32, of signed and unsigned bytes."""
+    """The bits of the values of codes, int8 [TILE, 32 * LANES], with their scales, uint8 [TILE, LANES]."""
+    code = code.to(tl.int32).reshape(scale.shape[0], scale.shape[1], _BLOCK)
+    scale = scale.to(tl.int32)
     power = tl.where(scale == 0, _SMALLEST_SCALE, scale << 23).to(tl.float32, bitcast=True)
     small = ((code << 20) & _SIGN_AND_FIELDS).to(tl.float32, bitcast=True)
     bits = (small * _REBIAS * power[:, :, None]).to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     is_nan = ((code & 0x7F) == 0x7F) | (scale == 0xFF)[:, :, None]
-    return tl.where(is_nan, -1, rounded).to(tl.int16)
+    return tl.where(is_nan, -1, rounded).to(tl.int16).reshape(scale.shape[0], scale.shape[1] * _BLOCK)
 
 
 @triton.jit
 def write_values(out, bits, place, asked, BLOCKS: tl.constexpr, LANES: tl.constexpr, OUT_ALIGNED: tl.constexpr):
-    """Write what `decode` gave."""
+    """Write bits [TILE, 32 * LANES] where the rows at some places of `out` lie."""
     lane = tl.arange(0, LANES * _BLOCK)
     at = tl.multiple_of(out + place[:, None] * (BLOCKS * _BLOCK) + lane[None, :], [1, OUT_ALIGNED])
     tl.store(at, bits, mask=asked[:, None] & (lane < BLOCKS * _BLOCK)[None, :])
