@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram_ref.rows.gather import gather_parts
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows, rows_of_table
 from engram_ref.tables.base import Pending, Table, check_rows
@@ -54,9 +53,7 @@ class HostTable(Table):
         with self._users.here():
             table, rows = self._open(), check_rows(rows, self.rows)
             self.count(len(rows))
-            if self.device.type == "cpu":
-                return self._delivery.take(table, rows, out)
-            return self._delivery.send(len(rows), lambda staged: gather_parts(table.parts, rows, staged), out)
+            return self._delivery.take(table, rows, out)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""

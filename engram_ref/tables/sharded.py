@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engram_ref.rows.gather import gather_parts
 from engram_ref.rows.rows import Rows
 from engram_ref.sharding.agreement import agreed, require_same
 from engram_ref.sharding.exchange import AllGather, AllToAll, Arrival, Asked, Exchange
@@ -208,13 +207,11 @@ class _Fetch:
         """The rows, [N, D]; raises what was wrong on any rank."""
         raw = self.arrival.wait()  # [M, row_bytes]
         places, delivery = torch.from_numpy(self.places), self.table._delivery
-        row_format, device = self.table.format, self.table.device
+        row_format = self.table.format
         if raw.is_cuda:
             raw.record_stream(torch.cuda.current_stream(raw.device))  # the thread that asked had another one, maybe
             return row_format.decode(raw.index_select(0, places.to(raw.device)), self.out)
-        if device.type == "cpu":
-            return delivery.take(Rows(row_format, (raw,)), places, self.out).wait()
-        return delivery.send(len(places), lambda staged: gather_parts((raw,), places, staged), self.out).wait()
+        return delivery.take(Rows(row_format, (raw,)), places, self.out).wait()
 
 
 def serve_others(tables: Iterable[Table]) -> None:

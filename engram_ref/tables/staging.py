@@ -9,7 +9,7 @@ away any of the three and rows come out wrong, now and then: the tests do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from engram_ref.threads.users import Users
 
 Fill = Callable[[Tensor], object]  # writes the stored rows of one fetch into uint8 [N, row_bytes]
 STAGING_BUFFERS = 2
+# The CPU decodes so many bytes of fp8 rows in less time than it takes to launch a kernel that does; from there on, what
+# counts is that they are half as many bytes as their values.
+CPU_DECODED_BYTES = 64 * 1024
 _FRESH_BYTES = 32 << 20  # from here the C library takes new pages for every allocation, 4 KiB at a time
 
 
@@ -67,15 +70,28 @@ class Delivery:
         fill(raw)
         return Ready(self.format.decode(raw, values))
 
-    def take(self, table: Rows, rows: Tensor, out: Tensor | None = None) -> Ready:
-        """On a CPU: gather rows of a table in memory straight to where they are wanted, decoded on the way."""
+    def take(self, table: Rows, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Gather rows of a table in memory, and start them on their way; on a CPU, straight to where they are wanted.
+
+        Decoded in the same pass, unless they are many and go to an accelerator.
+        """
         count = rows.shape[0]  # len(rows) takes three times as long
-        values = self.empty(count) if out is None else check_out(out, count, self.format, self.device)
+        if out is not None:
+            check_out(out, count, self.format, self.device)
+        if self._cuda:
+            return self._take_to_gpu(table, rows, count, out)
+        values = self.empty(count) if out is None else out
         if self.format.scaled:
             gather_values(table.parts, rows, values)
         else:
             gather_parts(table.parts, rows, values.view(torch.uint8))
         return Ready(values)
+
+    def _take_to_gpu(self, table: Rows, rows: Tensor, count: int, out: Tensor | None) -> Arriving:
+        if not self.format.scaled or count * self.format.row_bytes > CPU_DECODED_BYTES:
+            return self._send_to_gpu(count, lambda staged: gather_parts(table.parts, rows, staged), out)
+        dtype = self.format.dtype
+        return self._send_to_gpu(count, lambda staged: gather_values(table.parts, rows, staged.view(dtype)), out, True)
 
     def empty(self, count: int) -> Tensor:
         """New memory for the rows of a fetch."""
@@ -84,26 +100,28 @@ class Delivery:
             return HostMemory(nbytes).bytes.view(self.format.dtype).view(count, self.format.width)
         return torch.empty((count, self.format.width), dtype=self.format.dtype, device=self.device)
 
-    def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None) -> Pending:
+    def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None, decoded: bool = False) -> Arriving:
+        """`decoded`: what `fill` writes are the bytes of values, not of stored rows."""
         if out is not None:
             out.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the copy
+        row_bytes = self.format.width * self.format.dtype.itemsize if decoded else self.format.row_bytes
         with self._users.here(), self._users.alone:  # one thread at a time has the turn
             slot = self._next_slot()
-            staged = slot.room(count * self.format.row_bytes).view(count, self.format.row_bytes)
+            staged = slot.room(count, row_bytes)
             fill(staged)
             try:
-                return self._copy(slot, staged, out)
+                return self._copy(slot, staged, out, self.format.scaled and not decoded)
             except BaseException:
                 self._stream.synchronize()  # a copy that nobody else will wait for may be reading the buffer
                 raise
 
-    def _copy(self, slot: _Slot, staged: Tensor, out: Tensor | None) -> Arriving:
+    def _copy(self, slot: _Slot, staged: Tensor, out: Tensor | None, encoded: bool) -> Arriving:
         """Start the copy of a filled buffer, and note in its slot when it has ended."""
         with torch.cuda.stream(self._stream):
-            values = self.empty(len(staged)) if out is None else out
-            raw = torch.empty_like(staged, device=self.device) if self.format.scaled else values.view(torch.uint8)
+            values = self.empty(staged.shape[0]) if out is None else out
+            raw = torch.empty_like(staged, device=self.device) if encoded else values.view(torch.uint8)
             raw.copy_(staged, non_blocking=True)
-            if self.format.scaled:
+            if encoded:
                 self.format.decode(raw, values)
             self.bytes_copied += staged.nbytes
             copied = torch.cuda.Event()
@@ -124,24 +142,30 @@ class Delivery:
                 slot.free()
 
 
-@dataclass
 class _Slot:
-    """One pinned staging buffer and the copy that last read it.
+    """One pinned staging buffer.
 
     It grows by doubling at least, because growing stops the device; it is locked in one piece, because it is copied
     as a whole.
     """
 
-    memory: HostMemory | None = None
-    copied: Any = field(default=None)
+    def __init__(self) -> None:
+        self.memory: HostMemory | None = None
+        self._room: Tensor | None = None  # as it was last asked for, which decode steps do time and again
+        self.copied: Any = None  # torch.cuda.Event, of the copy that last read it
 
     def finish(self) -> None:
         """Wait until the buffer may be written again."""
         if self.copied is not None:
             self.copied.synchronize()
 
-    def room(self, nbytes: int) -> Tensor:
-        """The first `nbytes` of the buffer, which grows to a multiple of a huge page when it must."""
+    def room(self, count: int, row_bytes: int) -> Tensor:
+        """The beginning of the buffer, uint8 [count, row_bytes]; it grows to a multiple of a huge page when it must."""
+        if self._room is None or self._room.shape != (count, row_bytes):
+            self._room = self._grown(count * row_bytes).view(count, row_bytes)
+        return self._room
+
+    def _grown(self, nbytes: int) -> Tensor:
         held = 0 if self.memory is None else self.memory.nbytes
         if self.memory is None or held < nbytes:
             self.free()
@@ -152,11 +176,11 @@ class _Slot:
         return self.memory.bytes[:nbytes]
 
     def free(self) -> None:
+        """Wait for the copy, and give the buffer back."""
         self.finish()
         if self.memory is not None:
             self.memory.close()
-        self.memory = None
-        self.copied = None
+        self.memory = self._room = self.copied = None
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_staging_grows_by_doubling_and_is_locked_in_one_piece(gpu):
 
 def test_a_buffer_above_the_usual_piece_is_one_piece_too(gpu):
     slot = gpu.delivery._slots[0]
-    slot.room(PIN_PIECE + 1)
+    slot.room(PIN_PIECE + 1, 1)
     assert list(gpu.runtime.registered.values()) == [PIN_PIECE + HUGE_PAGE]
     slot.free()
 
