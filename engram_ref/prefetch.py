@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -89,6 +90,8 @@ class Prefetcher:
             hasher.plan.layer(layer_id)
             _check_hasher(hasher, table)
         self._inline_tokens = self._most_inline_tokens()
+        # A table that waits by itself, for a disk or for other processes, keeps the order of the worker.
+        self._inline_at_most = sys.maxsize if all(table.inline_rows for table in self.tables.values()) else 0
         self._background = background
         self._observer = observer
         self._buffers = buffers
@@ -119,12 +122,20 @@ class Prefetcher:
         wanted = self._background and self._on_device() and device.type == "cuda"
         return side_stream(device) if wanted else None
 
-    def start(self, compressed_ids: np.ndarray | Tensor, history: TokenHistory | DeviceHistory | None = None) -> Fetch:
+    def start(
+        self,
+        compressed_ids: np.ndarray | Tensor,
+        history: TokenHistory | DeviceHistory | None = None,
+        *,
+        waited_for: bool = False,
+    ) -> Fetch:
         """Begin to fetch the rows of every layer for compressed ids [B, T].
 
         Args:
             compressed_ids: for a `DeviceHasher` a tensor on its device. A later change of an array does no harm.
             history: what came before; it is read, and may be advanced as soon as this returns.
+            waited_for: the caller will do nothing before he waits, so that the worker could only be slower than he:
+                on a machine with an H200 handing 1,536 rows over and back took longer than all the rest.
 
         Raises:
             RuntimeError: as many fetches as there are buffers are in flight: release one. Also of a closed prefetcher,
@@ -132,11 +143,12 @@ class Prefetcher:
         """
         if self._on_device():
             return self._lent(lambda lease: self._on_stream(compressed_ids, history, lease.buffers))
-        return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease))
+        here = self.is_done_here(np.size(compressed_ids), waited_for)
+        return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease, here))
 
-    def is_done_here(self, tokens: int) -> bool:
+    def is_done_here(self, tokens: int, waited_for: bool = False) -> bool:
         """Whether whoever starts a fetch of so many tokens hashes them by himself, rather than the worker."""
-        return self._worker is None or tokens <= self._inline_tokens
+        return self._worker is None or tokens <= (self._inline_at_most if waited_for else self._inline_tokens)
 
     def hash_tokens(self, token_ids: np.ndarray, vocab: CompressedVocab, history: TokenHistory | None = None) -> Hashed:
         """Compress and hash token ids [B, T] for all layers in one pass, in the caller's thread, for `start_hashed`.
@@ -152,16 +164,15 @@ class Prefetcher:
         self._tell_hashed(next(iter(self.tables)), begin)  # for all of them
         return hashed
 
-    def start_hashed(self, hashed: Hashed) -> Fetch:
+    def start_hashed(self, hashed: Hashed, *, waited_for: bool = False) -> Fetch:
         """As `start`, of what `hash_tokens` found.
 
         Raises:
             RuntimeError: as `start`.
         """
         rows = {layer.layer_id: found.reshape(-1) for layer, found in zip(self.hasher.plan.layers, hashed.rows)}
-        return self._lent(
-            lambda lease: self._by_layer(lease, hashed.compressed.size, partial(self._gather, rows, lease.buffers))
-        )
+        here = self.is_done_here(hashed.compressed.size, waited_for)
+        return self._lent(lambda lease: self._by_layer(lease, here, partial(self._gather, rows, lease.buffers)))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
         """Begin what brings the rows of all layers by itself, `engram_ref.lookup.device`, on the side stream.
@@ -226,16 +237,16 @@ class Prefetcher:
                 written = written or slot
         return written
 
-    def _on_cpu(self, ids: Any, history: Any, lease: _Lease) -> Mapping[int, _Outcome]:
-        if not self.is_done_here(np.size(ids)):
+    def _on_cpu(self, ids: Any, history: Any, lease: _Lease, here: bool) -> Mapping[int, _Outcome]:
+        if not here:
             ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
-        return self._by_layer(lease, np.size(ids), partial(self._fetch, ids, history, lease.buffers))
+        return self._by_layer(lease, here, partial(self._fetch, ids, history, lease.buffers))
 
-    def _by_layer(self, lease: _Lease, tokens: int, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
-        """Do `fetch(layer_id, table, how to start)` for all layers: here, or in the worker if it takes long."""
+    def _by_layer(self, lease: _Lease, here: bool, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
+        """Do `fetch(layer_id, table, how to start)` for all layers: here, or in the worker."""
         if self._worker is None:
             return {i: Done(partial(fetch, i, table, table.start)) for i, table in self.tables.items()}
-        if self.is_done_here(tokens):
+        if here:
             return {i: Done(partial(fetch, i, table, table.ask)) for i, table in self.tables.items()}
         errands: dict[int, Errand[Pending]] = {}
         for layer_id, table in self.tables.items():

@@ -291,12 +291,12 @@ class Attached:
             self._turn.wait_for(lambda: len(self._steps) < self._room, timeout=_PATIENCE)
             self._steps[thread] = self._start(given, module)
 
-    def _start(self, given: Given, decoder: Any, room: Room | None = None) -> Step:
-        """Begin to fetch for token ids [B, T], into `room` where the source can."""
+    def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
+        """Begin to fetch for token ids [B, T], into `room` where the source can. `waited_for`: see the prefetcher."""
         places = None if given.cache is None else history_of(given.cache, self._key)
         if isinstance(places, Places):
             goes_on = places.next_step(given.ids.shape)
-            fetch, recent = self._source.start(given.ids, None, goes_on, room)
+            fetch, recent = self._source.start(given.ids, None, goes_on, room, None, waited_for)
             return Step(fetch, given.ids.shape, recent, goes_on, None)
         blocks = getattr(decoder, self._list)
         again = is_checkpointed(decoder, blocks)
@@ -320,7 +320,7 @@ class Attached:
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
-        fetch, recent = self._source.start(given.ids, padding, history, room, packing)
+        fetch, recent = self._source.start(given.ids, padding, history, room, packing, waited_for)
         try:
             if history is not None:
                 history.open = True
@@ -536,7 +536,7 @@ class Attached:
             RuntimeError: outside of `staging`.
             ValueError: as the forward would raise.
         """
-        self.begin(input_ids, past_key_values, attention_mask)
+        self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=True)
         self.lay_down()
 
     def begin(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
@@ -547,6 +547,9 @@ class Attached:
 
         Args and errors: as for `stage`.
         """
+        self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=False)
+
+    def _begin_staged(self, input_ids: Tensor, past_key_values: Any, attention_mask: Any, waited_for: bool) -> None:
         if self._staged is None:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         self._require_staging_thread()
@@ -557,10 +560,10 @@ class Attached:
         self._staged.shape = input_ids.shape
         arrived = self._source.send_for(input_ids)
         if arrived is None:
-            step = self._start(given, self.decoder, room)
+            step = self._start(given, self.decoder, room, waited_for)
             self._begun = lambda: step
-        else:
-            self._begun = lambda: self._start(given._replace(ids=arrived()), self.decoder, room)
+        else:  # `lay_down` begins it, and waits
+            self._begun = lambda: self._start(given._replace(ids=arrived()), self.decoder, room, waited_for=True)
 
     def lay_down(self) -> None:
         """The second half of `stage`: wait for the rows of the step that was begun, and lay them down.

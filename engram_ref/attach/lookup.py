@@ -87,6 +87,7 @@ class Source:
         history: CacheHistory | None,
         room: Room | None = None,
         packing: Packing | None = None,
+        waited_for: bool = False,
     ) -> tuple[Any, Pending | None]:
         """Begin to fetch the rows of all layers.
 
@@ -96,6 +97,7 @@ class Source:
             history: of the sequences; it is read.
             room: gives the buffers that the rows of all layers are wanted in, if they are written by one launch.
             packing: how several sequences of one row are laid apart, or None; then the rows are of [B, W].
+            waited_for: see `Prefetcher.start`.
 
         Returns:
             The fetch, and what is to be the history's `recent` after this step; None without a history.
@@ -104,7 +106,7 @@ class Source:
             return self._look_up(self._lookup, ids.to(self.device), padding, history, room)
         hashed = None
         try:
-            if packing is None and self._goes_in_one_pass(ids) and (padding is None or not padding.any()):
+            if packing is None and self._goes_in_one_pass(ids, waited_for) and (padding is None or not padding.any()):
                 before = None if history is None else self._before(history)
                 hashed = self.prefetcher.hash_tokens(ids.to(self.device).numpy(), self._on_cpu, before)
                 compressed = torch.from_numpy(hashed.compressed)
@@ -116,16 +118,16 @@ class Source:
             raise
         recent = None if history is None else Ready(history.followed_by(compressed))
         if hashed is not None:
-            fetch = self.prefetcher.start_hashed(hashed)
+            fetch = self.prefetcher.start_hashed(hashed, waited_for=waited_for)
             self._let_wait(fetch)
         else:
             apart = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
-            fetch = self._fetch(apart, history)
+            fetch = self._fetch(apart, history, waited_for)
         return fetch, recent
 
-    def _goes_in_one_pass(self, ids: Tensor) -> bool:
+    def _goes_in_one_pass(self, ids: Tensor, waited_for: bool) -> bool:
         """Not a prompt that the worker hashes while the model computes."""
-        return self._in_one_pass and self.prefetcher.is_done_here(ids.numel())
+        return self._in_one_pass and self.prefetcher.is_done_here(ids.numel(), waited_for)
 
     def send_for(self, ids: Tensor) -> Callable[[], Tensor] | None:
         """Have token ids copied to the CPU, which needs them, without waiting; what is returned waits for them.
@@ -201,11 +203,15 @@ class Source:
             return self._uploaded(ids)
         return ids.to(torch.int64) if self._on_cpu is None else torch.from_numpy(self._on_cpu(ids.numpy()))
 
-    def _fetch(self, compressed: Tensor, history: CacheHistory | None) -> Any:
+    def _fetch(self, compressed: Tensor, history: CacheHistory | None, waited_for: bool) -> Any:
         if not self._looks_up:
             return self.prefetcher.start(compressed)
         ids = compressed if self._on_device else compressed.numpy()
-        fetch = self.prefetcher.start(ids, None if history is None else self._before(history))
+        before = None if history is None else self._before(history)
+        if isinstance(self.prefetcher, Prefetcher):
+            fetch = self.prefetcher.start(ids, before, waited_for=waited_for)
+        else:
+            fetch = self.prefetcher.start(ids, before)
         self._let_wait(fetch)
         return fetch
 

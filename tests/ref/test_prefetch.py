@@ -16,6 +16,7 @@ from engram_ref import prefetch as module
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.ngram import Hashed
 from engram_ref.prefetch import Fetch, FetchError, Prefetcher
 from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables.base import Ready, check_rows
@@ -760,8 +761,21 @@ def test_up_to_64_kib_of_rows_are_gathered_here(layers):
         for shape in ((1, most), (2, most // 2), (1, 1)):
             prefetcher.start(np.ones(shape, np.int64)).release()
         assert given == []
+        prefetcher.start(np.ones((1, most + 1), np.int64), waited_for=True).release()
+        assert given == []
         prefetcher.start(np.ones((1, most + 1), np.int64)).release()
         assert len(given) == layers
+        hashed = Hashed(np.zeros((layers, 1, most + 1, 16), np.int32), np.zeros((1, most + 1), np.int64))
+        prefetcher.start_hashed(hashed, waited_for=True).release()
+        assert len(given) == layers
+
+
+def test_a_table_that_waits_keeps_the_order_of_the_worker_even_where_the_caller_waits(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        given, real = [], prefetcher._worker.give
+        prefetcher._worker.give = lambda errand: (given.append(errand), real(errand))[1]
+        prefetcher.start(random_ids(0), waited_for=True).release()
+        assert len(given) == 2
 
 
 @pytest.mark.parametrize("hot", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -132,6 +133,34 @@ def test_another_staging_fills_the_same_buffers(model, layers, ids):
                 addresses.append(attached._staged.at(1).rows.data_ptr())
         assert addresses[0] == addresses[1]
     assert not attached._stagings
+
+
+def test_rows_that_are_waited_for_at_once_are_gathered_by_whoever_waits(model, layers, monkeypatch):
+    """A hand-over to the worker and back would come on top; where something is launched before the join, it pays."""
+    ids, gathered = make_ids(length=400), []  # too many rows for whoever only starts a fetch
+    table = layers.engrams[1].table
+    start = type(table).start
+
+    def noted(self, *arguments):
+        gathered.append(threading.current_thread())
+        return start(self, *arguments)
+
+    monkeypatch.setattr(type(table), "start", noted)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached, attached.staging():
+        attached.stage(ids)
+        rows = [attached._staged.at(1).rows.clone()]
+        assert gathered == [threading.main_thread()]
+        attached.begin(ids)
+        attached.lay_down()
+        rows.append(attached._staged.at(1).rows.clone())
+        assert gathered[1].name.startswith("engram-prefetch")
+        monkeypatch.setattr(attached._source, "send_for", lambda given: lambda: given)  # as if a GPU had them
+        attached.begin(ids)
+        assert len(gathered) == 2
+        attached.lay_down()
+        rows.append(attached._staged.at(1).rows.clone())
+        assert gathered[2:] == [threading.main_thread()]
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
 def test_a_mask_is_laid_down_with_the_rows(model, layers, ids):
