@@ -11,6 +11,8 @@
 One layer, one new token for each of so many sequences, random ids, other ones in every sample of every way. On CUDA the
 clock is the device's events. Kernels are queued behind a delay, so that launching is not in their time; what the CPU
 does for staged rows is in theirs, and begins on an idle device. Ways take turns, A B C, B C A; every sample is kept.
+Where the time of a staged fetch goes is told by the host's clock: its parts, the hand-over to a thread, and the gather
+alone by several threads (`bench.setup.staged_parts`).
 `--reads` adds other ways to read the rows of `uva` from row numbers (`bench.reads.methods`), and `uva` by two kernels,
 one that hashes and one that reads.
 
@@ -47,6 +49,7 @@ from bench.reads import table as reads_table
 from bench.reads.methods import METHODS
 from bench.schemas.lookup_speed import Case, Head, Skipped
 from bench.setup.sizes import LAYER, pick_device, table_config
+from bench.setup.staged_parts import SharedGather, StagedParts
 from bench.setup.variants import TableSet, Variant
 from bench.wall.options import table_params
 from engram_ref import cli
@@ -176,7 +179,8 @@ class ByPrefetcher:
     def run(self, number: int) -> Tensor:
         """The rows of a sample."""
         self._history.ids = self._before[number]
-        with self._prefetcher.start(self._vocab(self._ids[number]), self._history) as fetch:
+        hashed = self._prefetcher.hash_tokens(self._ids[number], self._vocab, self._history)
+        with self._prefetcher.start_hashed(hashed) as fetch:
             return fetch[LAYER].wait()
 
 
@@ -276,19 +280,57 @@ class Lookups:
         for lookup in self._lookups.values():
             lookup.check()
         rows = tokens * self.config.columns
-        nbytes = rows * self.tables.format.row_bytes
-        case: Case = {"tokens": tokens, "rows": rows, "bytes": nbytes, "samples_s": samples, "launched_late": late}
+        case: Case = {
+            "tokens": tokens,
+            "rows": rows,
+            "bytes": rows * self.tables.format.row_bytes,
+            "samples_s": samples,
+            "launched_late": late,
+            "parts_s": self._parts(tokens, len(labels)),
+            "gather_s": self._gathers(rows),
+        }
         if self.reads:
             case["asked"] = {name: ways[name].asked for name in self.reads.names}
         return case
+
+    def _parts(self, tokens: int, number: int) -> dict[str, list[float]]:
+        """Samples of the parts of a staged fetch; `number` as for `_way`."""
+        ids, before = (drawn.numpy() for drawn in self._drawn(tokens, number, WARM_UP + self.options.repeats))
+        found: dict[str, list[float]] = {}
+        with StagedParts(self.plan, self.vocab, self._table("staged"), tokens) as parts:
+            for n, _ in rounds([""], range(len(ids))):
+                one = parts.fetch(ids[n], before[n])
+                one["handed over"] = parts.hand_over(ids[n - 1], before[n - 1])
+                if n >= WARM_UP:
+                    for name, seconds in one.items():
+                        found.setdefault(name, []).append(round(seconds, 9))
+        return found
+
+    def _gathers(self, count: int) -> dict[str, list[float]]:
+        """Samples of the gather alone, by threads."""
+        draw, on_gpu = np.random.default_rng((self.options.seed, count)), self.device.type == "cuda"
+        found: dict[str, list[float]] = {str(threads): [] for threads in self.options.threads}
+        with ExitStack() as stack:
+            shared = {n: stack.enter_context(SharedGather(self.tables.in_host, count, int(n), on_gpu)) for n in found}
+            for number, turn in rounds(list(found), range(WARM_UP + self.options.repeats)):
+                for threads in turn:
+                    numbers = torch.from_numpy(draw.integers(0, self.tables.rows, count, dtype=np.int32))
+                    seconds = shared[threads].time(numbers)
+                    if number >= WARM_UP:
+                        found[threads].append(round(seconds, 9))
+        return found
+
+    def _drawn(self, tokens: int, number: int, count: int) -> tuple[Tensor, Tensor]:
+        """Ids that nobody else has, [count, tokens, 1], and what came before them."""
+        draw = np.random.default_rng((self.options.seed, tokens, number))
+        ids = torch.from_numpy(draw.integers(0, len(self.vocab.ids), (count, tokens, 1)))
+        return ids, torch.from_numpy(draw.integers(0, len(self.vocab), (count, tokens, self.plan.max_ngram - 1)))
 
     def _way(self, label: str, tokens: int, number: int, count: int) -> Any:
         """A way with ids of its own: rows that another one has just read may still lie in a cache."""
         if self.reads and label in self.reads.names:
             return self.reads.way(label, tokens * self.config.columns, count)
-        draw = np.random.default_rng((self.options.seed, tokens, number))
-        ids = torch.from_numpy(draw.integers(0, len(self.vocab.ids), (count, tokens, 1)))
-        before = torch.from_numpy(draw.integers(0, len(self.vocab), (count, tokens, self.plan.max_ngram - 1)))
+        ids, before = self._drawn(tokens, number, count)
         name = label.removesuffix(" again")
         if name in self._lookups:
             return ByKernels(self._lookups[name], ids.to(self.device), before.to(self.device))
@@ -330,6 +372,10 @@ class Lookups:
         }
 
 
+def _up_to_all_cores() -> list[int]:
+    return [threads for threads in (1, 2, 4, 8, 16) if threads <= (os.cpu_count() or 1)]
+
+
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Command-line options; see `--help`."""
     parser = cli.Parser(prog=PROG, description=__doc__)
@@ -342,6 +388,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=cli.at_least(1), default=1000, help="samples of every way (default: 1000)")
     add("--reads", nargs="*", choices=list(METHODS), metavar="WAY", help="also other ways to read the rows of uva: "
         f"{', '.join(METHODS)} (no WAY: all)")  # fmt: skip
+    add("--threads", nargs="+", type=cli.at_least(1), default=_up_to_all_cores(), metavar="N", help="that share the "
+        "gather, where it is timed alone (default: 1 2 4 .. as many as there are cores, 16 at most)")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
     add("--seed", type=cli.at_least(0), default=0)
     options = parser.parse_args(given)

@@ -14,8 +14,10 @@ from typing import Any
 from bench.evidence.published import figure
 from bench.instruments.timing import overhead, paired_ratio, quantile
 from bench.instruments.words import aligned, gib, measured_on, short
+from engram_ref.tables.base import INLINE_BYTES
 
 PUBLISHED = (1, 2, 4)  # tokens
+_PARTS = ("hash", "start", "join", "whole", "arrive", "handed over")
 _HEAD = [
     ["tokens", "way", "on", "median", "p20-p80", "times resident", "floor", "late", "vLLM"],
     ["", "", "", "us", "us", "", "us", "", "us"],
@@ -33,7 +35,28 @@ def report(results: dict[str, Any]) -> str:
     rows = [row for case in results["cases"] for row in _case(results, case)]
     notes = [f"   {name}: {what}" for name, what in results["ways"].items()]
     notes += [f"   {left_out['way']}: left out, {left_out['why']}" for left_out in results["skipped"]]
-    return "\n".join([*lines, aligned(_HEAD + rows, left={1, 2}, headers=2), *notes, *_foot(results)])
+    return "\n".join([*lines, aligned(_HEAD + rows, left={1, 2}, headers=2), *notes, *_foot(results), *_where(results)])
+
+
+def _where(results: dict[str, Any]) -> list[str]:
+    """Where the time of a staged fetch goes, by tokens; nothing where a run has not asked."""
+    cases = [case for case in results["cases"] if "parts_s" in case]
+    if not cases:
+        return []
+    threads = [int(name) for name in cases[0]["gather_s"]]
+    head = ["tokens", *_PARTS, *(f"{n} thread{'s' * (n > 1)}" for n in threads)]
+    table = [head, ["", *["us"] * (len(head) - 1)]]
+    for case in cases:
+        samples = [case["parts_s"][part] for part in _PARTS] + [case["gather_s"][str(n)] for n in threads]
+        table.append([f"{case['tokens']}", *(short(1e6 * statistics.median(one)) for one in samples)])
+    return [
+        "where the time of staged goes, by the host's clock, medians; whole: from token ids to the join",
+        aligned(table, left=set(), headers=2),
+        "   start: check, gather, submit the copy; arrive: what the device takes after the join; handed over: a whole "
+        f"fetch by a worker thread, from {INLINE_BYTES // 1024} KiB on",
+        "   threads: the gather alone, into staging memory, by so many that stay; start less that of 1 is what is paid "
+        "to submit",
+    ]
 
 
 def published_us(tokens: int) -> float:

@@ -42,6 +42,16 @@ class Case(TypedDict):
     ]
     launched_late: Annotated[Counts, "samples of a way that the device began before all was launched"]
     asked: NotRequired[Annotated[dict[str, Asked], "by way to read rows in place, from their addresses"]]
+    parts_s: NotRequired[
+        Annotated[
+            dict[str, Amounts],
+            "of a staged fetch, by the host's clock: hash, start (check, gather, submit the copy), join, all three as "
+            "whole, what the device takes after that, arrive, and another fetch that a thread does, handed over",
+        ]
+    ]
+    gather_s: NotRequired[
+        Annotated[dict[str, Amounts], "by threads that share it: these rows into staging memory, by the host's clock"]
+    ]
 
 
 class Head(DeviceProvenance):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +17,15 @@ from bench.evidence.lookup_table import report
 from bench.reads.table import report as reads_report
 from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
+from bench.setup.staged_parts import SharedGather
 from engram_ref.lookup.device import DeviceLookup
+from engram_ref.rows.rows import Rows
 from tests.bench.wall.example import environment
 
 SCHEMA = json_schema(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
+SMALL += ["--threads", "1", "3"]
+COMMITTED = Path(__file__).parents[2] / "bench/results/lookup_speed_h200.json"  # of before there were parts
 
 
 def run_main(monkeypatch, *arguments):
@@ -48,8 +54,39 @@ def test_a_cpu_is_timed_by_the_hosts_clock_and_says_so(results):
         assert set(case["samples_s"]) == {"resident", "resident again", "staged"}
         assert all(len(samples) == 6 and min(samples) > 0 for samples in case["samples_s"].values())
         assert (case["rows"], case["bytes"]) == (24 * case["tokens"], 264 * 24 * case["tokens"])
+        parts = case["parts_s"]
+        assert set(parts) == {"hash", "start", "join", "whole", "arrive", "handed over"}
+        assert set(case["gather_s"]) == {"1", "3"}
+        assert all(len(one) == 6 and min(one) > 0 for one in (*parts.values(), *case["gather_s"].values()))
+        assert all(
+            sum(inside) < whole for *inside, whole in zip(*(parts[p] for p in ("hash", "start", "join", "whole")))
+        )
     (left_out,) = found["skipped"]
     assert left_out["way"] == "uva" and "it needs a CUDA device" in left_out["why"] and left_out["why"] in text
+
+
+def test_the_table_says_where_the_time_of_staged_goes_and_reads_runs_that_did_not_ask(results):
+    found = results[0]
+    found["cases"][1]["parts_s"]["start"] = [3e-6, 123.4e-6, 4e-3]
+    found["cases"][1]["gather_s"]["3"] = [56.7e-6]
+    head, _, _, _, five = next(part for part in report(found).split("where the time")[1:]).splitlines()[1:6]
+    assert head.split()[:3] == ["tokens", "hash", "start"] and head.endswith("1 thread  3 threads")
+    assert five.split()[0] == "5" and five.split()[2] == "123.4" and five.split()[-1] == "56.7"
+    older = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    jsonschema.validate(older, SCHEMA)
+    assert "staged" in report(older) and "where the time" not in report(older)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_a_shared_gather_is_a_gather(threads, count):
+    raw = torch.arange(100 * 6, dtype=torch.int16).view(torch.uint8).view(100, 12)
+    rows = Rows.of(raw.view(torch.int16))
+    numbers = torch.from_numpy(np.random.default_rng(count).integers(0, 100, count))
+    with SharedGather(rows, 60, threads, pinned=False) as shared:
+        for _ in range(2):
+            assert torch.equal(shared.gather(numbers), raw[numbers])
+            numbers = numbers.flip(0)
 
 
 def test_wrong_rows_are_never_timed(tmp_path, monkeypatch, cache_home, capsys):
