@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from engram_ref.vocab import CompressedVocab
 
 _Outcome = Errand[Pending] | Done[Pending]  # of one layer
+_Way = Callable[[Table], Callable[..., Pending]]  # picks `start`, or what does it in other ways
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
 LEAST_BUFFERS = 2
 
@@ -92,6 +93,7 @@ class Prefetcher:
         self._inline_tokens = self._most_inline_tokens()
         # A table that waits by itself, for a disk or for other processes, keeps the order of the worker.
         self._inline_at_most = sys.maxsize if all(table.inline_rows for table in self.tables.values()) else 0
+        self._to_gpu = any(table.device.type == "cuda" for table in self.tables.values())
         self._background = background
         self._observer = observer
         self._buffers = buffers
@@ -143,8 +145,8 @@ class Prefetcher:
         """
         if self._on_device():
             return self._lent(lambda lease: self._on_stream(compressed_ids, history, lease.buffers))
-        here = self.is_done_here(np.size(compressed_ids), waited_for)
-        return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease, here))
+        way = self._way(np.size(compressed_ids), waited_for)
+        return self._lent(lambda lease: self._on_cpu(compressed_ids, history, lease, way))
 
     def is_done_here(self, tokens: int, waited_for: bool = False) -> bool:
         """Whether whoever starts a fetch of so many tokens hashes them by himself, rather than the worker."""
@@ -171,8 +173,8 @@ class Prefetcher:
             RuntimeError: as `start`.
         """
         rows = {layer.layer_id: found.reshape(-1) for layer, found in zip(self.hasher.plan.layers, hashed.rows)}
-        here = self.is_done_here(hashed.compressed.size, waited_for)
-        return self._lent(lambda lease: self._by_layer(lease, here, partial(self._gather, rows, lease.buffers)))
+        way = self._way(hashed.compressed.size, waited_for)
+        return self._lent(lambda lease: self._by_layer(lease, way, partial(self._gather, rows, lease.buffers)))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:
         """Begin what brings the rows of all layers by itself, `engram_ref.lookup.device`, on the side stream.
@@ -237,17 +239,24 @@ class Prefetcher:
                 written = written or slot
         return written
 
-    def _on_cpu(self, ids: Any, history: Any, lease: _Lease, here: bool) -> Mapping[int, _Outcome]:
-        if not here:
-            ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
-        return self._by_layer(lease, here, partial(self._fetch, ids, history, lease.buffers))
+    def _way(self, tokens: int, waited_for: bool) -> _Way | None:
+        """How whoever starts a fetch asks a table by himself; None where the worker does."""
+        if not self.is_done_here(tokens, waited_for):
+            return None
+        if self._worker is None or (waited_for and self._to_gpu):
+            return lambda table: table.bring
+        return lambda table: table.ask
 
-    def _by_layer(self, lease: _Lease, here: bool, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
+    def _on_cpu(self, ids: Any, history: Any, lease: _Lease, way: _Way | None) -> Mapping[int, _Outcome]:
+        if way is None:
+            ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
+        return self._by_layer(lease, way, partial(self._fetch, ids, history, lease.buffers))
+
+    def _by_layer(self, lease: _Lease, way: _Way | None, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
         """Do `fetch(layer_id, table, how to start)` for all layers: here, or in the worker."""
-        if self._worker is None:
-            return {i: Done(partial(fetch, i, table, table.start)) for i, table in self.tables.items()}
-        if here:
-            return {i: Done(partial(fetch, i, table, table.ask)) for i, table in self.tables.items()}
+        if way is not None:
+            return {i: Done(partial(fetch, i, table, way(table))) for i, table in self.tables.items()}
+        assert self._worker is not None
         errands: dict[int, Errand[Pending]] = {}
         for layer_id, table in self.tables.items():
             errands[layer_id] = errand = Errand(partial(fetch, layer_id, table, table.start))

@@ -100,6 +100,15 @@ class Table(ABC):
         """
         return self.start(rows, out)
 
+    def bring(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """As `start`, for whoever waits at once: a copy goes behind what its own stream has, not on a side stream.
+
+        Nothing could overlap with it, and changing streams costs the CPU more than a small copy costs the device.
+
+        Args and errors: as for `start`.
+        """
+        return self.start(rows, out)
+
     @property
     def inline_rows(self) -> int:
         """Rows that whoever wants them asks for by himself, as it takes less time than to give them to a thread."""

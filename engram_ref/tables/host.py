@@ -50,10 +50,17 @@ class HostTable(Table):
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Gather, and start the copy to the device."""
+        return self._take(rows, out, beside=True)
+
+    def bring(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """The same, on the current stream."""
+        return self._take(rows, out, beside=False)
+
+    def _take(self, rows: Tensor, out: Tensor | None, beside: bool) -> Pending:
         with self._users.here():
             table, rows = self._open(), check_rows(rows, self.rows)
             self.count(len(rows))
-            return self._delivery.take(table, rows, out)
+            return self._delivery.take(table, rows, out, beside)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""

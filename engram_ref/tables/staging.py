@@ -9,6 +9,7 @@ away any of the three and rows come out wrong, now and then: the tests do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +57,16 @@ class Delivery:
         self._turn = 0
         self.bytes_copied = 0
 
-    def send(self, count: int, fill: Fill, out: Tensor | None = None) -> Pending:
-        """Let `fill` write `count` stored rows, and start them on their way."""
+    def send(self, count: int, fill: Fill, out: Tensor | None = None, beside: bool = True) -> Pending:
+        """Let `fill` write `count` stored rows, and start them on their way.
+
+        Args:
+            beside: copy on the side stream; False: behind what the current stream has (`Table.bring`).
+        """
         if out is not None:
             check_out(out, count, self.format, self.device)
         if self._cuda:
-            return self._send_to_gpu(count, fill, out)
+            return self._send_to_gpu(count, fill, out, beside)
         values = self.empty(count) if out is None else out
         if not self.format.scaled:
             fill(values.view(torch.uint8))
@@ -70,16 +75,16 @@ class Delivery:
         fill(raw)
         return Ready(self.format.decode(raw, values))
 
-    def take(self, table: Rows, rows: Tensor, out: Tensor | None = None) -> Pending:
+    def take(self, table: Rows, rows: Tensor, out: Tensor | None = None, beside: bool = True) -> Pending:
         """Gather rows of a table in memory, and start them on their way; on a CPU, straight to where they are wanted.
 
-        Decoded in the same pass, unless they are many and go to an accelerator.
+        Decoded in the same pass, unless they are many and go to an accelerator. `beside`: see `send`.
         """
         count = rows.shape[0]  # len(rows) takes three times as long
         if out is not None:
             check_out(out, count, self.format, self.device)
         if self._cuda:
-            return self._take_to_gpu(table, rows, count, out)
+            return self._take_to_gpu(table, rows, count, out, beside)
         values = self.empty(count) if out is None else out
         if self.format.scaled:
             gather_values(table.parts, rows, values)
@@ -87,11 +92,12 @@ class Delivery:
             gather_parts(table.parts, rows, values.view(torch.uint8))
         return Ready(values)
 
-    def _take_to_gpu(self, table: Rows, rows: Tensor, count: int, out: Tensor | None) -> Arriving:
+    def _take_to_gpu(self, table: Rows, rows: Tensor, count: int, out: Tensor | None, beside: bool) -> Arriving:
+        parts, dtype = table.parts, self.format.dtype
         if not self.format.scaled or count * self.format.row_bytes > CPU_DECODED_BYTES:
-            return self._send_to_gpu(count, lambda staged: gather_parts(table.parts, rows, staged), out)
-        dtype = self.format.dtype
-        return self._send_to_gpu(count, lambda staged: gather_values(table.parts, rows, staged.view(dtype)), out, True)
+            return self._send_to_gpu(count, lambda staged: gather_parts(parts, rows, staged), out, beside)
+        fill: Fill = lambda staged: gather_values(parts, rows, staged.view(dtype))  # noqa: E731
+        return self._send_to_gpu(count, fill, out, beside, decoded=True)
 
     def empty(self, count: int) -> Tensor:
         """New memory for the rows of a fetch."""
@@ -100,34 +106,36 @@ class Delivery:
             return HostMemory(nbytes).bytes.view(self.format.dtype).view(count, self.format.width)
         return torch.empty((count, self.format.width), dtype=self.format.dtype, device=self.device)
 
-    def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None, decoded: bool = False) -> Arriving:
+    def _send_to_gpu(self, count: int, fill: Fill, out: Tensor | None, beside: bool, decoded: bool = False) -> Arriving:
         """`decoded`: what `fill` writes are the bytes of values, not of stored rows."""
-        if out is not None:
+        if out is not None and beside:
             out.record_stream(self._stream)  # whoever lets go of it, its memory is kept for the copy
         row_bytes = self.format.width * self.format.dtype.itemsize if decoded else self.format.row_bytes
         with self._users.here(), self._users.alone:  # one thread at a time has the turn
             slot = self._next_slot()
             staged = slot.room(count, row_bytes)
             fill(staged)
+            stream = self._stream if beside else torch.cuda.current_stream(self.device)
             try:
-                return self._copy(slot, staged, out, self.format.scaled and not decoded)
+                with torch.cuda.stream(stream) if beside else nullcontext():
+                    values = self._copy(staged, out, self.format.scaled and not decoded)
+                    copied = torch.cuda.Event()
+                    copied.record(stream)
             except BaseException:
-                self._stream.synchronize()  # a copy that nobody else will wait for may be reading the buffer
+                stream.synchronize()  # a copy that nobody else will wait for may be reading the buffer
                 raise
-
-    def _copy(self, slot: _Slot, staged: Tensor, out: Tensor | None, encoded: bool) -> Arriving:
-        """Start the copy of a filled buffer, and note in its slot when it has ended."""
-        with torch.cuda.stream(self._stream):
-            values = self.empty(staged.shape[0]) if out is None else out
-            raw = torch.empty_like(staged, device=self.device) if encoded else values.view(torch.uint8)
-            raw.copy_(staged, non_blocking=True)
-            if encoded:
-                self.format.decode(raw, values)
-            self.bytes_copied += staged.nbytes
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
             slot.copied = copied
-        return Arriving(values, copied)
+            return Arriving(values, copied, stream)
+
+    def _copy(self, staged: Tensor, out: Tensor | None, encoded: bool) -> Tensor:
+        """Start the copy of a filled buffer on the current stream; the values, there once it has ended."""
+        values = self.empty(staged.shape[0]) if out is None else out
+        raw = torch.empty_like(staged, device=self.device) if encoded else values.view(torch.uint8)
+        raw.copy_(staged, non_blocking=True)
+        if encoded:
+            self.format.decode(raw, values)
+        self.bytes_copied += staged.nbytes
+        return values
 
     def _next_slot(self) -> _Slot:
         self._turn = (self._turn + 1) % len(self._slots)
@@ -185,14 +193,16 @@ class _Slot:
 
 @dataclass(frozen=True)
 class Arriving:
-    """Rows on their way on a side stream."""
+    """Rows on their way on a stream, in memory of that stream; None: on one that nobody else uses."""
 
     values: Tensor
     arrived: Any  # torch.cuda.Event
+    stream: Any = None  # torch.cuda.Stream
 
     def wait(self) -> Tensor:
         """The rows; the current stream waits for them, the CPU does not."""
         stream = torch.cuda.current_stream(self.values.device)
-        stream.wait_event(self.arrived)
-        self.values.record_stream(stream)
+        if stream != self.stream:
+            stream.wait_event(self.arrived)
+            self.values.record_stream(stream)
         return self.values

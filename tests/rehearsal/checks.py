@@ -15,7 +15,8 @@ from tests.rehearsal import install
 
 install.install()
 
-import torch  # noqa: E402 - the stand-in comes first
+import numpy as np  # noqa: E402 - the stand-in comes first
+import torch  # noqa: E402
 
 from tests.rehearsal.graphs import CUDAGraph  # noqa: E402
 from tests.rehearsal.host_memory import RUNTIME  # noqa: E402
@@ -145,6 +146,51 @@ def a_kernel_reads_no_pageable_memory() -> None:
     assert out.cpu()[:, 0].tolist() == [7, 9]
 
 
+def a_fetch_by_the_cpu_asks_little_of_cuda() -> None:
+    """A copy, memory for it, and an event that says when the staging buffer is free; every call is microseconds.
+
+    On a side stream, that of whoever waits has to be told; more rows than a kernel decodes in less time than the CPU
+    take that kernel, and the memory that it reads.
+    """
+    from engram_ref.config import EngramConfig
+    from engram_ref.hashing import HashPlan
+    from engram_ref.hashing.ngram import NgramHasher
+    from engram_ref.prefetch import Prefetcher
+    from engram_ref.rows import kernels
+    from engram_ref.rows.rows import Rows
+    from engram_ref.tables.host import HostTable
+    from engram_ref.tables.staging import CPU_DECODED_BYTES
+    from tests.rehearsal.calls import Calls
+
+    config = EngramConfig.preset("v41-flash").replace(
+        layer_ids=(1,), compressed_size=None, table_size_per_order=(300,) * 3, row_dtype="float8_e4m3fn"
+    )
+    plan = HashPlan.build(config, 150, 0)
+    raw = torch.randint(0, 0x7F, (plan.layers[0].rows, config.row_bytes()), dtype=torch.uint8)
+    kernels.SCALED_ROWS_PER_PROGRAM = 512  # interpreted, a program takes as long as many rows
+    few = CPU_DECODED_BYTES // config.row_bytes() // config.columns  # tokens
+    least = {"the host waits": 1, "empty": 1, "copy_": 1, "make an event": 1, "record": 1}
+    here = {**least, "current stream": 2}
+    beside = {**least, "enter a stream": 1, "current stream": 1, "a stream waits": 1, "record_stream": 1}
+    kernel = {"empty_like": 1, "launch": 1}
+    for background, waited_for, tokens, wanted in (
+        (False, False, few, here),
+        (False, False, few + 1, {**here, **kernel}),
+        (True, True, few + 1, {**here, **kernel}),
+        (True, True, few, here),
+        (True, False, few, beside),
+    ):
+        table = HostTable(Rows.from_packed(raw), GPU)
+        with table, Prefetcher(NgramHasher(plan), {1: table}, background=background) as prefetcher:
+            for number in (1, 1, tokens):  # both buffers are there when it counts
+                ids = np.random.default_rng(number).integers(0, 150, (number, 1))
+                with Calls() as calls, prefetcher.start(ids, waited_for=waited_for) as fetch:
+                    values = fetch[1].wait()
+                wanted_rows = torch.from_numpy(NgramHasher(plan)(ids, 1)).view(-1)
+                assert torch.equal(values.cpu(), Rows.from_packed(raw[wanted_rows]).values())
+            assert calls == wanted, f"{background=} {waited_for=} {tokens=}: {dict(calls)}, not {wanted}"
+
+
 def decoding_from_graphs_is_decoding() -> None:
     """Choices, keys, values and pasts equal to the bit, across a change of span; and other rows give others."""
     models, work, variants, rows = _served_on_two()
@@ -262,8 +308,9 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
 
 CHECKS = [
     devices_are_not_mixed, the_host_does_not_wait_in_a_capture, captures_are_begun_and_ended_as_cuda_wants,
-    synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges, a_kernel_reads_no_pageable_memory,
-    decoding_from_graphs_is_decoding, a_lookup_in_a_graph_is_a_branch_of_it,
+    synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges,
+    a_kernel_reads_no_pageable_memory, a_fetch_by_the_cpu_asks_little_of_cuda, decoding_from_graphs_is_decoding,
+    a_lookup_in_a_graph_is_a_branch_of_it,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ or rows that are used before they arrived, are then wrong every time instead of 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
@@ -92,12 +93,20 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream
     """Put a stand-in for a GPU in place: the side stream, the current stream and the runtime."""
     side, current = FakeStream(), FakeStream()
 
+    entered = [current]
+
+    @contextmanager
+    def enter(stream: FakeStream) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.pop()
+
     class OnGpu(torch.Tensor):
-        """A tensor that is written by the side stream."""
+        """A tensor that is written by the stream that was entered."""
 
         def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> OnGpu:  # type: ignore[override]
             assert non_blocking
-            side.copies.append((self.as_subclass(torch.Tensor), source))
+            entered[-1].copies.append((self.as_subclass(torch.Tensor), source))
             return self
 
         def record_stream(self, stream: FakeStream) -> None:  # type: ignore[override]
@@ -108,7 +117,7 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream
         return values.as_subclass(OnGpu)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(staging.Delivery, "empty", empty)

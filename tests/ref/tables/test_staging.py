@@ -11,6 +11,7 @@ import dataclasses
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from engram_ref.tables import make_table
 from engram_ref.tables import staging as module
 from engram_ref.tables.staging import Delivery
 from tests.ref.rows.fp8_pairs import assert_bits, random_rows, rows_of
-from tests.ref.tables.fake_cuda import install_gpu
+from tests.ref.tables.fake_cuda import FakeStream, install_gpu
 
 FORMAT = RowFormat(torch.float32, 4)
 
@@ -33,9 +34,9 @@ class Gpu:
         self.side, self.current, self.runtime = install_gpu(monkeypatch)
         self.delivery = Delivery(torch.device("cuda"), FORMAT, buffers)
 
-    def send(self, number, count=50, out=None):
+    def send(self, number, count=50, out=None, beside=True):
         """Start the delivery of `count` rows that are all `number`."""
-        return self.delivery.send(count, lambda staged: staged.view(torch.float32).fill_(number), out)
+        return self.delivery.send(count, lambda staged: staged.view(torch.float32).fill_(number), out, beside)
 
     def steps(self, count=8):
         """Send some fetches, each before the last one is used; which of them came out right."""
@@ -107,6 +108,53 @@ def test_the_copy_keeps_the_memory_of_the_callers_buffer(gpu):
     assert gpu.side.recorded == [out.data_ptr()]
     assert fetch.wait().data_ptr() == out.data_ptr()
     assert (out == 3).all()
+
+
+def test_what_is_waited_for_at_once_is_copied_behind_what_the_current_stream_has(gpu, monkeypatch):
+    """Nothing on the side stream, and nothing to wait for or to keep; a buffer is filled again only after its copy."""
+    gpu.current.wait_event = None
+    pending = [gpu.send(number, beside=False) for number in range(7)]
+    out = gpu.delivery.empty(50)
+    pending.append(gpu.send(7, out=out, beside=False))
+    rows = [fetch.wait() for fetch in pending]
+    gpu.current.synchronize()
+    assert all((values == number).all() for number, values in enumerate(rows)) and (out == 7).all()
+    assert (gpu.side.copies, gpu.side.recorded, gpu.current.recorded) == ([], [], [])
+
+
+def test_another_stream_waits_for_what_was_copied_on_the_then_current_one(gpu, monkeypatch):
+    fetch, other = gpu.send(4, beside=False), FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+    assert (fetch.wait() == 4).all()
+    assert other.recorded == [fetch.values.data_ptr()]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_few_fp8_rows_are_decoded_while_they_are_gathered(gpu, monkeypatch, split):
+    """No kernel is launched for them. From one row more on they are copied as they are stored, half as many bytes."""
+    raw = random_rows(100, 64)
+    table = rows_of(raw, split)
+    decoded = []
+    like, empty_like = type(gpu.delivery.empty(1)), torch.empty_like
+    monkeypatch.setattr(RowFormat, "decode", lambda *given: decoded.append(len(given[1])))
+    monkeypatch.setattr(torch, "empty_like", lambda staged, device: empty_like(staged).as_subclass(like))
+    delivery = Delivery(torch.device("cuda"), table.format)
+    few = module.CPU_DECODED_BYTES // table.format.row_bytes
+    for count in (0, 1, few):
+        numbers = torch.from_numpy(np.random.default_rng(count).integers(0, 100, count))
+        for beside in (True, False):
+            before = delivery.bytes_copied
+            values = delivery.take(table, numbers, None, beside).wait()
+            gpu.current.synchronize()
+            assert_bits(values.as_subclass(torch.Tensor), raw[numbers])
+            assert delivery.bytes_copied - before == count * 2 * 64
+    assert decoded == []
+    numbers, before = torch.zeros(few + 1, dtype=torch.int32), delivery.bytes_copied
+    delivery.take(table, numbers).wait()
+    target, staged = gpu.side.copies[-1]
+    assert torch.equal(target, raw[numbers]) and torch.equal(staged, target)
+    assert delivery.bytes_copied - before == (few + 1) * 66 and decoded == [few + 1]
+    delivery.trim()
 
 
 def test_no_rows_at_all(gpu):
