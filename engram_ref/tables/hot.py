@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,12 +102,18 @@ class HotTable(Table):
         """Tell hits from misses, and ask for the misses."""
         return self._begin(rows, out, self._behind.ask)
 
+    def bring(self, rows: Tensor, out: Tensor | None = None) -> Pending:
+        """Tell hits from misses, and bring the misses."""
+        return self._begin(rows, out, self._behind.bring, beside=False)
+
     @property
     def inline_rows(self) -> int:
         """As of the table behind."""
         return self._behind.inline_rows
 
-    def _begin(self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending]) -> Pending:
+    def _begin(
+        self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending], beside: bool = True
+    ) -> Pending:
         with self._users.here():
             self._require_open()
             try:
@@ -117,29 +124,46 @@ class HotTable(Table):
             except ValueError as error:
                 self._behind.excuse(error)
                 raise
-            return self._start(rows, out, behind)
+            return self._start(rows, out, behind, beside)
 
     def excuse(self, error: BaseException) -> None:
         """Tell those who share the table behind."""
         self._behind.excuse(error)
 
-    def _start(self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending]) -> Pending:
+    def _start(self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending], beside: bool) -> Pending:
         assert self._hot is not None
-        slots = self._slots.index_select(0, rows)  # [N]
-        missed = (slots < 0).nonzero().view(-1)  # [M], places in this fetch
+        slots, missed = self._tell_apart(rows)
         misses = rows.index_select(0, missed)
         with self._users.alone:
             self._lookups += len(rows)
             self._hits += len(rows) - len(misses)
-        self._hot_seen[slots] = True
-        self._slots[misses] = _SEEN
-        return _Mixed(self._hot, len(rows), self._send(slots, missed), behind(misses), out)
+        numbers = self._send(slots, missed, beside)
+        return _Mixed(self._hot, len(misses), numbers, behind(misses), out)
 
-    def _send(self, slots: Tensor, missed: Tensor) -> Pending:
-        """Bring both to the device, one after the other. [N + M, 1]"""
-        numbers = torch.cat([slots, missed.int()])[:, None]
+    def _tell_apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of all rows, int32 [N], 0 for those that miss; and the places of these, int64 [M]. All are noted."""
         if self.index_device.type == "cpu":
-            return self._numbers.send(len(numbers), lambda raw: raw.copy_(_NUMBER.encode(numbers)))
+            return self._tell_apart_here(rows.numpy())
+        slots = self._slots.index_select(0, rows)
+        missed = (slots < 0).nonzero().view(-1)
+        self._hot_seen[slots] = True
+        self._slots[rows.index_select(0, missed)] = _SEEN
+        return slots.clamp_(min=0), missed
+
+    def _tell_apart_here(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """In NumPy: passes over a few numbers, each of which takes torch several times as long to begin."""
+        table, seen = self._slots.numpy(), self._hot_seen.numpy()
+        slots = table[rows]
+        missed = np.flatnonzero(slots < 0)
+        seen[slots] = True
+        table[rows[missed]] = _SEEN
+        return torch.from_numpy(np.maximum(slots, 0, out=slots)), torch.from_numpy(missed)
+
+    def _send(self, slots: Tensor, missed: Tensor, beside: bool) -> Pending:
+        """Bring both to the device, one after the other, as they are used there: int32 [2 M + N, 1]."""
+        numbers = torch.cat([missed.view(torch.int32), slots])[:, None]
+        if self.index_device.type == "cpu":
+            return self._numbers.send(len(numbers), lambda raw: raw.copy_(_NUMBER.encode(numbers)), beside=beside)
         return Arriving(numbers, torch.cuda.current_stream(self.device).record_event())
 
     def stored(self, rows: Tensor) -> Tensor:
@@ -207,18 +231,17 @@ class _Mixed:
     """A fetch of which a part is on the device already."""
 
     hot: DeviceTable
-    count: int
-    numbers: Pending  # slots of all rows [N], then places of the misses [M]
+    missed: int  # M
+    numbers: Pending  # places of the misses, int64 [M], and slots of all rows, int32 [N]; as int32 [2 M + N, 1]
     misses: Pending  # [M, D]
     out: Tensor | None
 
     def wait(self) -> Tensor:
         """The rows, [N, D]."""
         numbers = self.numbers.wait().view(-1)
-        slots, missed = numbers[: self.count], numbers[self.count :]
-        anything = slots.clamp(min=0)  # a miss copies some hot row first, which the right one then overwrites
-        values = self.hot.start(anything, self.out).wait()  # [N, D]
-        return values.index_copy_(0, missed.long(), self.misses.wait())
+        missed, slots = numbers[: 2 * self.missed], numbers[2 * self.missed :]
+        values = self.hot.start(slots, self.out).wait()  # [N, D]; for a miss some hot row, to be written over
+        return values.index_copy_(0, missed.view(torch.int64), self.misses.wait())
 
 
 def check_hot(hot: Tensor, rows: int) -> Tensor:
