@@ -49,7 +49,7 @@ from bench.reads import table as reads_table
 from bench.reads.methods import METHODS
 from bench.schemas.lookup_speed import Case, Head, Skipped
 from bench.setup.sizes import LAYER, pick_device, table_config
-from bench.setup.staged_parts import SharedGather, StagedParts
+from bench.setup.staged_parts import SharedGather, StagedParts, disturbance
 from bench.setup.variants import TableSet, Variant
 from bench.wall.options import table_params
 from engram_ref import cli
@@ -267,7 +267,7 @@ class Lookups:
         count = WARM_UP + options.repeats
         ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
         samples: dict[str, list[float]] = {label: [] for label in labels}
-        late = dict.fromkeys(labels, 0)
+        late, undisturbed = dict.fromkeys(labels, 0), disturbance()
         for number, turn in rounds(
             labels, range(count), lambda n, took: tell(f"{tokens} tokens: round {n + 1}  {took}")
         ):
@@ -280,14 +280,16 @@ class Lookups:
         for lookup in self._lookups.values():
             lookup.check()
         rows = tokens * self.config.columns
+        parts, gathers = self._parts(tokens, len(labels)), self._gathers(rows)
         case: Case = {
             "tokens": tokens,
             "rows": rows,
             "bytes": rows * self.tables.format.row_bytes,
             "samples_s": samples,
             "launched_late": late,
-            "parts_s": self._parts(tokens, len(labels)),
-            "gather_s": self._gathers(rows),
+            "parts_s": parts,
+            "gather_s": gathers,
+            "disturbed": {name: round(now - undisturbed[name], 6) for name, now in disturbance().items()},
         }
         if self.reads:
             case["asked"] = {name: ways[name].asked for name in self.reads.names}

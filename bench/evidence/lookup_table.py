@@ -44,11 +44,19 @@ def _where(results: dict[str, Any]) -> list[str]:
     if not cases:
         return []
     threads = [int(name) for name in cases[0]["gather_s"]]
-    head = ["tokens", *_PARTS, *(f"{n} thread{'s' * (n > 1)}" for n in threads)]
-    table = [head, ["", *["us"] * (len(head) - 1)]]
+    head = ["tokens", *_PARTS, *(f"{n} thread{'s' * (n > 1)}" for n in threads), "stolen", "switched away"]
+    table = [head, ["", *["us"] * (len(head) - 3), "ms", "times"]]
     for case in cases:
         samples = [case["parts_s"][part] for part in _PARTS] + [case["gather_s"][str(n)] for n in threads]
-        table.append([f"{case['tokens']}", *(short(1e6 * statistics.median(one)) for one in samples)])
+        came_between = case["disturbed"]
+        table.append(
+            [
+                f"{case['tokens']}",
+                *(short(1e6 * statistics.median(one)) for one in samples),
+                short(1e3 * came_between["stolen_s"]),
+                f"{came_between['switched_away']:.0f}",
+            ]
+        )
     return [
         "where the time of staged goes, by the host's clock, medians; whole: from token ids to the join",
         aligned(table, left=set(), headers=2),
@@ -56,6 +64,7 @@ def _where(results: dict[str, Any]) -> list[str]:
         f"fetch by a worker thread, from {INLINE_BYTES // 1024} KiB on",
         "   threads: the gather alone, into staging memory, by so many that stay; start less that of 1 is what is paid "
         "to submit",
+        "   stolen: by the host of a virtual machine, from all its processors; switched away: this process, unasked",
     ]
 
 

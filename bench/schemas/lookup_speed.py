@@ -52,6 +52,13 @@ class Case(TypedDict):
     gather_s: NotRequired[
         Annotated[dict[str, Amounts], "by threads that share it: these rows into staging memory, by the host's clock"]
     ]
+    disturbed: NotRequired[
+        Annotated[
+            dict[str, Amount],
+            "while all of this was measured: seconds that the host of a virtual machine took from its processors, how "
+            "often the process was switched away, pages that it touched for the first time",
+        ]
+    ]
 
 
 class Head(DeviceProvenance):

@@ -9,14 +9,18 @@
 Parts are those of one fetch, as the prefetcher tells its observer of them, begun on an idle device: `hash` token ids to
 row numbers, `start` check them, gather, and submit the copy, `join` let the stream wait for it. With the Python between
 them they are the `whole`. `arrive` is what the device still takes after that. `hand_over` is a whole fetch that the
-worker does while the caller waits for it; a few rows stay with the caller, as ever.
+worker does while the caller waits for it; a few rows stay with the caller, as ever. `disturbance` is what else kept the
+host from it.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +37,20 @@ from engram_ref.tables.base import Table
 from engram_ref.threads.errands import Errand, Pool
 from engram_ref.vocab import CompressedVocab
 
+_STEAL = 8  # its word in the first line of /proc/stat, behind "cpu"
 _STAGES = {"hash": "hash", "gather": "start", "wait": "join"}  # by the prefetcher's name
+
+
+def disturbance() -> dict[str, float]:
+    """What came between this process and its processors so far: of two of these, the difference.
+
+    Seconds that the host of a virtual machine took from all of its processors together (0 where the system does not
+    tell), how often the process was switched away before it was done, and pages that it touched for the first time.
+    """
+    used, stolen = resource.getrusage(resource.RUSAGE_SELF), 0.0
+    with suppress(OSError):
+        stolen = int(Path("/proc/stat").read_text(encoding="utf-8").split()[_STEAL]) / os.sysconf("SC_CLK_TCK")
+    return {"stolen_s": stolen, "switched_away": used.ru_nivcsw, "page_faults": used.ru_minflt}
 
 
 class StagedParts(AbstractContextManager[Any]):

@@ -163,7 +163,7 @@ class HotTable(Table):
         """Bring both to the device, one after the other, as they are used there: int32 [2 M + N, 1]."""
         numbers = torch.cat([missed.view(torch.int32), slots])[:, None]
         if self.index_device.type == "cpu":
-            return self._numbers.send(len(numbers), lambda raw: raw.copy_(_NUMBER.encode(numbers)), beside=beside)
+            return self._numbers.send(len(numbers), lambda raw: raw.copy_(numbers.view(torch.uint8)), beside=beside)
         return Arriving(numbers, torch.cuda.current_stream(self.device).record_event())
 
     def stored(self, rows: Tensor) -> Tensor:

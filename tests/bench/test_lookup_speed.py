@@ -69,9 +69,11 @@ def test_the_table_says_where_the_time_of_staged_goes_and_reads_runs_that_did_no
     found = results[0]
     found["cases"][1]["parts_s"]["start"] = [3e-6, 123.4e-6, 4e-3]
     found["cases"][1]["gather_s"]["3"] = [56.7e-6]
+    assert set(found["cases"][1]["disturbed"]) == {"stolen_s", "switched_away", "page_faults"}
+    found["cases"][1]["disturbed"] |= {"stolen_s": 0.25, "switched_away": 17}
     head, _, _, _, five = next(part for part in report(found).split("where the time")[1:]).splitlines()[1:6]
-    assert head.split()[:3] == ["tokens", "hash", "start"] and head.endswith("1 thread  3 threads")
-    assert five.split()[0] == "5" and five.split()[2] == "123.4" and five.split()[-1] == "56.7"
+    assert head.split()[:3] == ["tokens", "hash", "start"] and "1 thread  3 threads  stolen" in head
+    assert five.split()[0] == "5" and five.split()[2] == "123.4" and five.split()[-3:] == ["56.7", "250", "17"]
     older = json.loads(COMMITTED.read_text(encoding="utf-8"))
     jsonschema.validate(older, SCHEMA)
     assert "staged" in report(older) and "where the time" not in report(older)
