@@ -118,3 +118,21 @@ def _copy_rows(table, rows, is_int64, first, last, row_bytes, out, out_stride):
 # of them to do, bytes of a row, address of the output, bytes from one row of it to the next).
 _ARGUMENTS = ["void(int64, int64, boolean, int64, int64, int64, int64, int64)"]
 copy_rows = compiled(_copy_rows, _ARGUMENTS, nogil=True)
+
+
+def _are_below(rows, is_int64, count, limit):
+    largest = np.uint64(0)
+    if is_int64:
+        wide = pointer(rows, np.uint64(0))
+        for at in range(count):
+            largest = max(largest, wide[at])
+    else:
+        narrow = pointer(rows, np.uint32(0))
+        for at in range(count):
+            largest = max(largest, np.uint64(narrow[at]))
+    return count == 0 or largest < limit
+
+
+# are_below(address of row numbers, whether they are int64 (else int32), how many, the limit) -> whether all of them are
+# in 0 .. limit - 1; a negative one, read as an unsigned number, is above every limit that fits its type.
+are_below = compiled(_are_below, ["boolean(int64, boolean, int64, uint64)"], nogil=True)

@@ -19,18 +19,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engram_ref.rows.format import RowFormat
+from engram_ref.rows.gather import are_below
 from engram_ref.threads.users import Users
 
 if TYPE_CHECKING:
     from engram_ref.rows.rows import Rows
 
-# The dtypes that row numbers may have: the unsigned one of the same bits, and how -2**31 or -2**63 reads in it.
-_UNSIGNED = {torch.int32: (np.uint32, 2**31), torch.int64: (np.uint64, 2**63)}
+_NUMBERS = (torch.int32, torch.int64)  # what row numbers may be
 _CPU = torch.device("cpu")
 # Handing a fetch to a thread costs some 50 us, and stretches what the caller computes meanwhile by all that the thread
 # does in Python. Rows in memory of up to this many bytes are gathered in less.
@@ -212,7 +211,7 @@ def counted(rows: int, hits: int, device: int = 0, host: int = 0, disk: int = 0)
 
 def check_shape(rows: Tensor, index_device: torch.device) -> None:
     """Refuse what is not a vector of row numbers on the device that gathers."""
-    if rows.dtype not in _UNSIGNED or rows.ndim != 1:
+    if rows.dtype not in _NUMBERS or rows.ndim != 1:
         raise ValueError(f"row numbers of shape {tuple(rows.shape)}, {rows.dtype}: give a vector of int32 or int64")
     if rows.device.type != index_device.type:
         raise ValueError(f"row numbers on {rows.device}; this table looks them up on {index_device}: move them there")
@@ -225,13 +224,11 @@ def check_rows(rows: Tensor, count: int) -> Tensor:
         ValueError: wrong dtype, shape or device, or a row number outside 0 .. count - 1.
     """
     check_shape(rows, _CPU)
-    if rows.numel():
-        numbers = rows.numpy()  # torch would wake threads for a long vector: up to 10 ms on a busy machine
-        unsigned, negative = _UNSIGNED[rows.dtype]
-        if int(numbers.view(unsigned).max()) >= min(count, negative):  # one pass for both ends
-            low, high = int(numbers.min()), int(numbers.max())
-            raise ValueError(f"row {low if low < 0 else high} does not exist; the table has rows 0 .. {count - 1}")
-    return rows.contiguous()
+    rows = rows.contiguous()
+    if not are_below(rows, count):
+        low, high = int(rows.min()), int(rows.max())
+        raise ValueError(f"row {low if low < 0 else high} does not exist; the table has rows 0 .. {count - 1}")
+    return rows
 
 
 def check_out(out: Tensor, count: int, row_format: RowFormat, device: torch.device) -> Tensor:

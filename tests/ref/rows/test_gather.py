@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("numba", reason="the compiled gather needs numba (pip install 'engram-offload[ref]')")
 
 from engram_ref.rows import gather as module
-from engram_ref.rows.gather import gather, gather_parts
+from engram_ref.rows.gather import are_below, gather, gather_parts
 
 WIDTHS = [1, 3, 8, 16, 48, 64, 128, 160, 256, 264, 1000]
 COUNTS = [0, 1, 2, 63, 64, 65, 1000]  # around the number of rows that are asked for ahead
@@ -68,6 +68,22 @@ def test_the_bytes_are_right(way, row_bytes, dtype):
         rows = random_rows(count, dtype)
         for shift, gap in ((0, 0), (32, 0), (7, 0), (0, 8)):
             assert_gathered(gathered(table, rows, shift, gap), table, rows)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_row_numbers_are_below_a_limit_or_not(compiled, dtype, monkeypatch):
+    """Up to the ends of the type: read as unsigned, no negative number is a large one that is allowed."""
+    if not compiled:
+        monkeypatch.setattr(module, "_are_below", None)
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    for numbers, limit, wanted in (
+        ([], 1, True), ([0], 1, True), ([1], 1, False), ([0, 5, 3], 6, True), ([0, 5, 3], 5, False), ([5, 0], 5, False),
+        ([-1], most, False), ([least], most + 1, False), ([-1], 2**63, False), ([most], most + 1, True),
+        ([most], most, False), ([0, -1], 2**40, False),
+        (list(range(1000)), 1000, True), (list(range(1000)), 999, False),
+    ):  # fmt: skip
+        assert are_below(torch.tensor(numbers, dtype=dtype), limit) is wanted, (numbers[:3], limit)
 
 
 def test_a_wrong_candidate_is_caught():
