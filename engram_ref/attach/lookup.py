@@ -63,6 +63,7 @@ class Source:
         self._hasher = hasher
         self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
         self._wait_at_once = wait_at_once
+        self._sent: tuple[Tensor, Any] | None = None  # where the last ids arrived that were sent for, and their event
         vocab = _as_vocab(vocab, self.plan)
         self.token_ids = self.plan.compressed_size if vocab is None else len(vocab.ids)
         self._on_cpu = None if self._on_device else vocab
@@ -132,13 +133,15 @@ class Source:
     def send_for(self, ids: Tensor) -> Callable[[], Tensor] | None:
         """Have token ids copied to the CPU, which needs them, without waiting; what is returned waits for them.
 
-        None where there is nothing to send for.
+        They stay until others are sent for. None where there is nothing to send for.
         """
         if not self.reads_on_cpu or ids.device.type != "cuda":
             return None
-        here = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        if self._sent is None or self._sent[0].shape != ids.shape or self._sent[0].dtype != ids.dtype:
+            with torch.inference_mode(False):  # written to in whatever mode a later step runs
+                self._sent = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+        here, copied = self._sent  # page-locked memory and an event cost more to get than the copy does
         here.copy_(ids, non_blocking=True)
-        copied = torch.cuda.Event()
         copied.record()
 
         def wait() -> Tensor:

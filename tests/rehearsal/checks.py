@@ -152,8 +152,6 @@ def a_fetch_by_the_cpu_asks_little_of_cuda() -> None:
     On a side stream, that of whoever waits has to be told; more rows than a kernel decodes in less time than the CPU
     take that kernel, and the memory that it reads.
     """
-    from engram_ref.config import EngramConfig
-    from engram_ref.hashing import HashPlan
     from engram_ref.hashing.ngram import NgramHasher
     from engram_ref.prefetch import Prefetcher
     from engram_ref.rows import kernels
@@ -162,11 +160,7 @@ def a_fetch_by_the_cpu_asks_little_of_cuda() -> None:
     from engram_ref.tables.staging import CPU_DECODED_BYTES
     from tests.rehearsal.calls import Calls
 
-    config = EngramConfig.preset("v41-flash").replace(
-        layer_ids=(1,), compressed_size=None, table_size_per_order=(300,) * 3, row_dtype="float8_e4m3fn"
-    )
-    plan = HashPlan.build(config, 150, 0)
-    raw = torch.randint(0, 0x7F, (plan.layers[0].rows, config.row_bytes()), dtype=torch.uint8)
+    config, plan, raw = _fp8_rows()
     kernels.SCALED_ROWS_PER_PROGRAM = 512  # interpreted, a program takes as long as many rows
     few = CPU_DECODED_BYTES // config.row_bytes() // config.columns  # tokens
     least = {"the host waits": 1, "empty": 1, "copy_": 1, "make an event": 1, "record": 1}
@@ -189,6 +183,43 @@ def a_fetch_by_the_cpu_asks_little_of_cuda() -> None:
                 wanted_rows = torch.from_numpy(NgramHasher(plan)(ids, 1)).view(-1)
                 assert torch.equal(values.cpu(), Rows.from_packed(raw[wanted_rows]).values())
             assert calls == wanted, f"{background=} {waited_for=} {tokens=}: {dict(calls)}, not {wanted}"
+
+
+def token_ids_that_the_cpu_needs_come_into_the_same_memory() -> None:
+    """A step copies, notes it, and waits for it: no memory is page-locked anew, and no event made."""
+    from engram_ref.attach.lookup import Source
+    from engram_ref.hashing.ngram import NgramHasher
+    from engram_ref.prefetch import Prefetcher
+    from engram_ref.rows.rows import Rows
+    from engram_ref.tables.host import HostTable
+    from tests.rehearsal.calls import Calls
+
+    _, plan, raw = _fp8_rows()
+    with Prefetcher(NgramHasher(plan), {1: HostTable(Rows.from_packed(raw), GPU)}) as prefetcher:
+        source = Source(NgramHasher(plan), None, prefetcher, "v41", False)
+        made = []
+        for batch in (3, 3, 2, 2):
+            ids = torch.randint(0, 150, (batch, 1), device=GPU)
+            with torch.inference_mode(batch == 3), Calls() as calls:
+                sent = source.send_for(ids)
+                assert sent is not None
+                arrived = sent()
+            assert torch.equal(arrived, ids.cpu())
+            made.append(calls.pop("make an event", 0))
+            assert calls == {"copy_": 1, "record": 1, "the host waits": 1}, dict(calls)
+        assert made == [1, 0, 1, 0]
+
+
+def _fp8_rows() -> tuple[Any, Any, Any]:
+    """A small layer of the shipped form: configuration, plan and stored rows."""
+    from engram_ref.config import EngramConfig
+    from engram_ref.hashing import HashPlan
+
+    config = EngramConfig.preset("v41-flash").replace(
+        layer_ids=(1,), compressed_size=None, table_size_per_order=(300,) * 3, row_dtype="float8_e4m3fn"
+    )
+    plan = HashPlan.build(config, 150, 0)
+    return config, plan, torch.randint(0, 0x7F, (plan.layers[0].rows, config.row_bytes()), dtype=torch.uint8)
 
 
 def decoding_from_graphs_is_decoding() -> None:
@@ -309,7 +340,8 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
 CHECKS = [
     devices_are_not_mixed, the_host_does_not_wait_in_a_capture, captures_are_begun_and_ended_as_cuda_wants,
     synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges,
-    a_kernel_reads_no_pageable_memory, a_fetch_by_the_cpu_asks_little_of_cuda, decoding_from_graphs_is_decoding,
+    a_kernel_reads_no_pageable_memory, a_fetch_by_the_cpu_asks_little_of_cuda,
+    token_ids_that_the_cpu_needs_come_into_the_same_memory, decoding_from_graphs_is_decoding,
     a_lookup_in_a_graph_is_a_branch_of_it,
 ]  # fmt: skip
 
