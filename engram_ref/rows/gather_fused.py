@@ -9,7 +9,7 @@ nothing. `engram_ref.rows.gather` does, and is what to call. Compiled once, then
     python -m pytest tests/ref/rows/test_gather.py
 """
 
-# mypy: disable-error-code="call-arg, call-overload"
+# mypy: disable-error-code="call-arg, call-overload, var-annotated"
 # (the signatures of functions that numba compiles are not those that mypy sees)
 
 from __future__ import annotations
