@@ -7,7 +7,8 @@
 
 Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
 reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch: what
-a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile.
+a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile. So
+are rows that the caller waits for before he does anything else (`waited_for`), on his own stream.
 Waiting at once (`background=False`) is the synchronous schedule: the same code, nothing overlapped. At most `buffers`
 fetches are in flight, two at least: one is being used while the next is filled. An error in the background is raised at
 the join.
