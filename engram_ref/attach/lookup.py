@@ -211,8 +211,8 @@ class Source:
             return self.prefetcher.start(compressed)
         ids = compressed if self._on_device else compressed.numpy()
         before = None if history is None else self._before(history)
-        if isinstance(self.prefetcher, Prefetcher):
-            fetch = self.prefetcher.start(ids, before, waited_for=waited_for)
+        if waited_for and isinstance(self.prefetcher, Prefetcher):
+            fetch = self.prefetcher.start(ids, before, waited_for=True)
         else:
             fetch = self.prefetcher.start(ids, before)
         self._let_wait(fetch)

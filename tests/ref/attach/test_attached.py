@@ -579,7 +579,7 @@ def test_an_interruption_before_a_step_is_known_keeps_no_buffer(place, model, la
                 if place == "Step":
                     patch.setattr(attached_module, "Step", interrupted)
                 else:
-                    patch.setattr(attached._source.prefetcher, "is_done_here", lambda tokens: False)
+                    patch.setattr(attached._source.prefetcher, "is_done_here", lambda *given: False)
                     patch.setattr(attached._source.prefetcher._worker, "give", interrupted)
                 model(ids, use_cache=False)
             kept.append(caught)
