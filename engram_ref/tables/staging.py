@@ -202,7 +202,7 @@ class Arriving:
     def wait(self) -> Tensor:
         """The rows; the current stream waits for them, the CPU does not."""
         stream = torch.cuda.current_stream(self.values.device)
-        if stream != self.stream:
+        if self.stream is None or stream != self.stream:  # torch finds that no stream differs from None
             stream.wait_event(self.arrived)
             self.values.record_stream(stream)
         return self.values

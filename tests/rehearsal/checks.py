@@ -185,6 +185,17 @@ def a_fetch_by_the_cpu_asks_little_of_cuda() -> None:
             assert calls == wanted, f"{background=} {waited_for=} {tokens=}: {dict(calls)}, not {wanted}"
 
 
+def rows_of_a_stream_that_is_not_told_are_always_waited_for() -> None:
+    from engram_ref.tables.staging import Arriving
+    from tests.rehearsal.calls import Calls
+
+    here, values = torch.cuda.current_stream(), torch.ones(3, device=GPU)
+    for stream, waits in ((None, 1), (torch.cuda.Stream(), 1), (here, 0)):
+        with Calls() as calls:
+            assert Arriving(values, here.record_event(), stream).wait() is values
+        assert calls["a stream waits"] == calls["record_stream"] == waits, f"{stream}: {dict(calls)}"
+
+
 def token_ids_that_the_cpu_needs_come_into_the_same_memory() -> None:
     """A step copies, notes it, and waits for it: no memory is page-locked anew, and no event made."""
     from engram_ref.attach.lookup import Source
@@ -341,6 +352,7 @@ CHECKS = [
     devices_are_not_mixed, the_host_does_not_wait_in_a_capture, captures_are_begun_and_ended_as_cuda_wants,
     synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges,
     a_kernel_reads_no_pageable_memory, a_fetch_by_the_cpu_asks_little_of_cuda,
+    rows_of_a_stream_that_is_not_told_are_always_waited_for,
     token_ids_that_the_cpu_needs_come_into_the_same_memory, decoding_from_graphs_is_decoding,
     a_lookup_in_a_graph_is_a_branch_of_it,
 ]  # fmt: skip

@@ -23,6 +23,12 @@ class Stream:
         self.device, self.priority = DEVICE, priority
         self.cuda_stream = id(self)
 
+    def __ne__(self, other: object) -> bool:
+        """As torch's own, which says of None that it is no other stream."""
+        return other is not None and self is not other
+
+    __hash__ = object.__hash__
+
     def wait_event(self, event: Event) -> None:
         """What follows comes after the event."""
         graph = graphs.owner_of(self)
