@@ -4,7 +4,7 @@
   python bench/gpu_wall.py --table_params 1e9 1e10 max            several table sizes; max is what memory holds
   python bench/gpu_wall.py --preset v41-flash --rows split        DeepSeek-V4.1-Flash: 4-grams, 24 columns, fp8 rows
   python bench/gpu_wall.py --backbone none --steps prefill:1x64   the layer by itself
-  python bench/gpu_wall.py --out out/gpu_wall                     again, after a cut: finished shapes are kept
+  python bench/gpu_wall.py --out out/gpu_wall                     again, after a cut: finished rounds are kept
   python bench/gpu_wall.py --cases hash compute --variants none   the parts of the lookup only
   python bench/gpu_wall.py --end-to-end --table_params 1e11       a whole model, served; the overhead taken apart
   torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py --sharded       tables that four processes share
@@ -28,7 +28,7 @@ The run predicts (rows, bytes, measured bandwidth, hence the floor), measures al
 fresh token ids, and writes every sample to OUT/results.json and figures beside it. Overheads are paired ratios with
 a 95 % interval; "not resolved" means that the interval holds 1. On CUDA single steps are prefills: a decode step that
 the host launches kernel by kernel measures the host, so decoding is measured end to end, from graphs. Results are on
-disk after every shape, and the same command with the same OUT goes on behind the last; --fresh begins anew. Without
+disk after every round, and the same command with the same OUT goes on behind the last; --fresh begins anew. Without
 CUDA the variants are resident (RAM) and offload_disk, and no GPU figure follows.
 """
 

@@ -28,6 +28,14 @@ class Git(TypedDict):
     dirty: Annotated[bool | None, "whether it had changes since; null: unknown"]
 
 
+class Session(TypedDict):
+    """One process that wrote into the file."""
+
+    started: Annotated[Text, "UTC, ISO 8601"]
+    kept: Annotated[Count, "passes of whole rounds that were there already"]
+    dropped: Annotated[Count, "passes of unfinished rounds, which were measured again"]
+
+
 class Environment(TypedDict):
     """The machine and the software."""
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import PLACEMENTS, VALUE_OR_WHY, Device, DeviceProvenance, Held, Limits, Table, Traffic
+from bench.schemas.common import (
+    PLACEMENTS,
+    VALUE_OR_WHY,
+    Device,
+    DeviceProvenance,
+    Held,
+    Limits,
+    Session,
+    Table,
+    Traffic,
+)
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Share, Text
 
 Range = Annotated[list[Natural], Must(minItems=2, maxItems=2)]
-
-
-class Session(TypedDict):
-    """One process that wrote into the file."""
-
-    started: Annotated[Text, "UTC, ISO 8601"]
-    kept: Annotated[Count, "passes of whole rounds that were there already"]
-    dropped: Annotated[Count, "passes of unfinished rounds, which were measured again"]
 
 
 class WeightBytes(TypedDict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import PLACEMENTS, Device, DeviceEnvironment, Git, Held, Layout, Limits, Traffic
+from bench.schemas.common import PLACEMENTS, Device, DeviceEnvironment, Git, Held, Layout, Limits, Session, Traffic
 from bench.schemas.generator import Must, NotRequired, one_of, rules, when
 from bench.schemas.values import Amount, Amounts, Count, Digest, Natural, Positive, Samples, Share, Text
 
@@ -157,7 +157,7 @@ class Run(TypedDict):
             "absent in older results",
         ]
     ]
-    pcie: NotRequired[Annotated[Traffic | None, "null on a CPU; absent in older results"]]
+    pcie: NotRequired[Annotated[Traffic | None, "null on a CPU and where the step was cut; absent in older results"]]
     hot: Hot | None
     energy: Energy | None
     energy_why: Annotated[str | None, "why there is none, or how it was measured"]
@@ -175,6 +175,10 @@ class Step(TypedDict):
     dtype: Text
     device: Device
     prediction: Prediction
+    finished: NotRequired[
+        Annotated[bool, "false: cut, after the rounds that are here; absent in older results, all whole"]
+    ]
+    sessions: NotRequired[Annotated[list[Count], "which process measured a round; absent in older results"]]
     runs: Annotated[list[Run], Must(minItems=1)]
 
 
@@ -228,6 +232,7 @@ class Results(TypedDict):
     code_sha256: NotRequired[Annotated[Digest, "of all code that a time depends on"]]
     stream: Stream
     limits: WallLimits
+    sessions: NotRequired[Annotated[list[Session], Must(minItems=1), "absent in older results"]]
     steps: list[Step]
     components: list[Component]
     components_skipped: list[SkippedComponent]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.journal import earlier, now
+from bench.instruments.journal import begin_session, earlier
 from bench.instruments.results import write_json
 
 _PLACE = "@pass "
@@ -28,6 +28,7 @@ class Record:
 
     Attributes:
         results: its content.
+        session: number of the running process among those that wrote into the file.
         kept: passes of whole rounds that an earlier run had left.
         dropped: passes of rounds that it had not finished.
     """
@@ -35,7 +36,7 @@ class Record:
     def __init__(self, path: Path, results: Json) -> None:
         self.path = path
         self.results = results
-        self.kept = self.dropped = 0
+        self.kept = self.dropped = self.session = 0
         self._lines: dict[int, str] = {}  # of passes that `results` holds, which keeps their ids
 
     @classmethod
@@ -55,14 +56,9 @@ class Record:
         if (found := earlier(path, begun, fresh)) is not None:
             record.results = found
             record._keep_whole_rounds()
-        record.results["sessions"].append({"started": now(), "kept": record.kept, "dropped": record.dropped})
+        record.session = begin_session(record.results, record.kept, record.dropped)
         record.save()
         return record
-
-    @property
-    def session(self) -> int:
-        """Number of the running process among those that wrote into the file."""
-        return len(self.results["sessions"]) - 1
 
     def _keep_whole_rounds(self) -> None:
         for case in self.results["cases"]:

@@ -1,10 +1,18 @@
-"""A measured variant as an entry of the results file: samples, bytes from three sides, the floor, what it held."""
+"""A step in the results file, round by round, and its variants: samples, bytes from three sides, floor, what is held.
+
+record = StepRecord(results, described, variants, limits, digest, save)    # new, or as far as an earlier run came
+steps.measure(stepper, variants, record.samples, ..., record.keep)         # whole rounds are on disk
+record.finish(besides)
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.instruments.board import Beside
+from bench.instruments.driver import Answer
 from bench.schemas.wall import Hot, Run, StepBytes
 from bench.setup.variants import CONTROL, Variant
 from bench.wall.step import IO_COUNTER, Samples, file_behind
@@ -12,6 +20,75 @@ from bench.wall.timeline import Span
 from engram_ref.tables.hot import HotTable
 
 NVML_COUNTER = "NVML PCIe receive"
+SAVED_EVERY = 1.0  # seconds: a round may take less than writing the file does
+_CUT = Beside(None, Answer(None, "the run was cut before it was asked"))
+_KEYS = ("shape", "table")  # tell the steps of a results file apart
+
+
+class StepRecord:
+    """One step of a results file, which holds its whole rounds while it is measured.
+
+    Args:
+        results: the file's content; its last session is the running process.
+        described: the step without its runs. Where an earlier run has left rounds of it, they are gone on with.
+        variants: in the order of the runs.
+        limits: the bandwidths measured in this run.
+        digest: of the rows of the fixed batch.
+        save: writes the file.
+
+    Attributes:
+        content: as it is written.
+        samples: by label, as far as they are measured.
+    """
+
+    def __init__(
+        self,
+        results: dict[str, Any],
+        described: dict[str, Any],
+        variants: Sequence[Variant],
+        limits: dict[str, Any],
+        digest: str,
+        save: Callable[[], None],
+    ) -> None:
+        self._steps, self._session = results["steps"], len(results["sessions"]) - 1
+        left = next((s for s in self._steps if all(s[key] == described[key] for key in _KEYS)), {})
+        self.content = {**described, "finished": False, "sessions": left.get("sessions", []), "runs": left.get("runs")}
+        if left:
+            self._steps[self._steps.index(left)] = self.content
+        runs = self.content["runs"] or [None] * len(variants)
+        self.samples = {v.label: Samples() if run is None else samples_of(run) for v, run in zip(variants, runs)}
+        self._variants, self._limits, self._digest, self._save = variants, limits, digest, save
+        self._saved = time.monotonic()
+
+    def keep(self) -> None:
+        """A round is whole; it is on disk a second later at the latest, if the next is not whole before."""
+        self.content["sessions"].append(self._session)
+        if time.monotonic() - self._saved >= SAVED_EVERY:
+            self._write({variant.label: _CUT for variant in self._variants})
+
+    def finish(self, besides: Mapping[str, Beside]) -> None:
+        """All is measured, and counted beside, by label."""
+        self.content["finished"] = True
+        self._write(besides)
+
+    def _write(self, besides: Mapping[str, Beside]) -> None:
+        self.content["runs"] = [
+            run_record(v, self.samples[v.label], self.content, self._limits, self._digest, besides[v.label], [])
+            for v in self._variants
+        ]
+        if not any(step is self.content for step in self._steps):
+            self._steps.append(self.content)
+        self._save()
+        self._saved = time.monotonic()
+
+
+def samples_of(run: Run) -> Samples:
+    """What a run that was cut has measured; what a driver counted is none of it."""
+    nbytes = run["bytes"]
+    return Samples(
+        run["step_s"], run["exposed_s"], nbytes["from_ids"], nbytes["copied"] or [],
+        nbytes["predicted"] or [], nbytes["counter"] or [], nbytes["predicted_counter"] or [],
+    )  # fmt: skip
 
 
 def run_record(

@@ -14,7 +14,7 @@ import torch
 from bench.instruments.bandwidth import copy_bandwidth, fio_random_read
 from bench.instruments.board import count_beside
 from bench.instruments.driver import device_head
-from bench.instruments.journal import earlier
+from bench.instruments.journal import begin_session, earlier
 from bench.instruments.output import tell
 from bench.instruments.results import write_json
 from bench.setup.backbones import Backbone, build_backbone
@@ -25,7 +25,7 @@ from bench.wall import components
 from bench.wall import step as steps
 from bench.wall import table as wall_table
 from bench.wall.options import wanted_variants
-from bench.wall.record import run_record
+from bench.wall.record import StepRecord
 from bench.wall.timeline import SpanLog, trace_step
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
@@ -61,18 +61,20 @@ class Benchmark:
         about = device_head(PROG, self.device, {**options, "device": self.device.type}, "bench.gpu_wall")
         pinned = {"huge_pages": None, "pinned": self.device.type == "cuda"}
         head: dict[str, Any] = {**about, "environment": {**about["environment"], **pinned}}
-        found = earlier(path, head, self.options.fresh)
-        return found or {
+        found = earlier(path, head, self.options.fresh) or {
             **head,
             "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens},
             "limits": {
                 **copy_bandwidth(self.device, COPY_BYTES, COPIES),
                 "disk": {"reads_per_s": None, "why": "no file was read"},
             },
+            "sessions": [],
             "steps": [],
             "components": [],
             "components_skipped": [],
         }
+        begin_session(found, kept=sum(len(run["step_s"]) for step in found["steps"] for run in step["runs"]))
+        return found
 
     def batches(self, batch: int, tokens: int, plan: HashPlan | None = None) -> TokenBatches:
         """Token ids of the chosen stream; with a plan, sequences that go on from step to step."""
@@ -81,11 +83,12 @@ class Benchmark:
         return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.corpus)
 
     def run(self) -> dict[str, Any]:
-        """Measure what is not there yet; the file is written after each shape, complete each time."""
+        """Measure what is not there yet; the file is written after each round, complete each time."""
         print(wall_table.measured_on(self.results), flush=True)
         missing = {params: self.missing_shapes(params) for params in self.options.table_params}
         if self.results["steps"]:
-            tell(f"continued: {len(self.results['steps'])} shapes kept")
+            rounds = sum(len(step["sessions"]) for step in self.results["steps"])
+            tell(f"continued: {rounds} rounds of {len(self.results['steps'])} shapes kept")
         if self.variants and any(missing.values()):
             backbone = self.build_backbone()
             for params, shapes in missing.items():
@@ -98,8 +101,8 @@ class Benchmark:
         return self.results
 
     def missing_shapes(self, params: float) -> list[steps.Shape]:
-        """Shapes that have not been measured on a table of so many parameters."""
-        done = [(step["table"]["params"], step["shape"]) for step in self.results["steps"]]
+        """Shapes that have not been measured on a table of so many parameters, or not to the end."""
+        done = [(step["table"]["params"], step["shape"]) for step in self.results["steps"] if step["finished"]]
         return [shape for shape in self.options.steps if (params, asdict(shape)) not in done]
 
     def save(self) -> None:
@@ -137,7 +140,6 @@ class Benchmark:
 
             for shape in shapes:
                 self.measure_step(stepper(shape), config, params)
-                self.save()
             for shape in [] if options.no_trace else self.untraced(shapes):
                 self.trace(stepper(shape), params, log)
                 self.save()
@@ -222,20 +224,18 @@ class Benchmark:
             "dtype": self.options.dtype,
             "device": self.device.type,
             "prediction": stepper.predict(),
-            "runs": [],
         }
         digest = tables.check(stepper.next_ids()[0])  # rows that differ are never timed
         print("\n".join(wall_table.step_header(self.results, step)))
         print(wall_table.prediction(self.results, step), flush=True)
-        samples = steps.measure(stepper, variants, self.options.rounds, self.options.warmup, tell)
+        record = StepRecord(self.results, step, variants, self.results["limits"], digest, self.save)
+        steps.measure(stepper, variants, record.samples, self.options.rounds, self.options.warmup, tell, record.keep)
+        besides = {}
         for variant in variants:
             asked = int(step["prediction"]["bytes_requested"]) if variant.prefetcher else 0
             one_step = functools.partial(stepper.run, variant, None)
-            counted = count_beside(self.device, one_step, asked, self.options.energy)
-            step["runs"].append(
-                run_record(variant, samples[variant.label], step, self.results["limits"], digest, counted, [])
-            )
-        self.results["steps"].append(step)
+            besides[variant.label] = count_beside(self.device, one_step, asked, self.options.energy)
+        record.finish(besides)
 
     def chrome_trace(self, shape: steps.Shape, variant: Variant) -> Path | None:
         """Where `--profile` wants the trace of a variant in a phase."""

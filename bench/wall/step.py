@@ -9,7 +9,7 @@ elsewhere (synchronous) or where they lie (in place), or in the background and j
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,19 +211,34 @@ def io_read_bytes() -> int | None:
 
 
 def measure(
-    stepper: Stepper, variants: Sequence[Variant], count: int, warmup: int, tell: Callable[[str], None]
-) -> dict[str, Samples]:
-    """Samples of every variant, by label: `count` rounds, warm-up rounds run and not kept."""
-    samples = {variant.label: Samples() for variant in variants}
+    stepper: Stepper,
+    variants: Sequence[Variant],
+    samples: Mapping[str, Samples],
+    count: int,
+    warmup: int,
+    tell: Callable[[str], None],
+    keep: Callable[[], None],
+) -> None:
+    """The rounds that every variant's samples lack of `count`; warm-up rounds are run and not kept.
+
+    Args:
+        samples: by label; of whole rounds, as many of each. They grow.
+        keep: called behind each round.
+    """
+    done = len(samples[variants[0].label].step_s)
+    for _ in range(done * len(variants)):
+        stepper.next_ids()  # what these rounds had: ids are fresh every step
+    numbers = [*range(-warmup, 0), *range(done, count)] if done < count else []
 
     def say(number: int, took: str) -> None:
         where = f"round {number + 1} of {count}" if number >= 0 else "warm-up"
         tell(f"{stepper.shape}: {where}  {took}")
 
-    for number, turn in rounds(variants, range(-warmup, count), say):
+    for number, turn in rounds(variants, numbers, say):
         for variant in turn:
             stepper.run(variant, samples[variant.label] if number >= 0 else None)
-    return samples
+        if number >= 0:
+            keep()
 
 
 def control() -> Variant:

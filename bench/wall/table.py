@@ -93,7 +93,13 @@ def step_table(results: dict[str, Any], step: Step) -> str:
     for run in step["runs"]:
         rows.append([gaps.cell(name, run, cell) for name, _, cell in columns])
     lines = [*step_header(results, step), prediction(results, step), aligned(rows, left={0, 1, 2}, headers=2)]
-    return "\n".join([*lines, _floor_line(step), *_notes(step), *gaps.lines(), *_warnings(step)])
+    cut = [] if step.get("finished", True) else [_cut(results, step)]
+    return "\n".join([*lines, _floor_line(step), *_notes(step), *gaps.lines(), *_warnings(step), *cut])
+
+
+def _cut(results: dict[str, Any], step: Step) -> str:
+    done, asked = len(step["runs"][0]["step_s"]), results["configuration"]["rounds"]
+    return f"warning: cut after round {done} of {asked}; the same command with the same --out goes on"
 
 
 def step_header(results: dict[str, Any], step: Step) -> list[str]:

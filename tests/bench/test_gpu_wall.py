@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -16,11 +17,13 @@ from bench import gpu_wall
 from bench.schemas.generator import json_schema
 from bench.schemas.wall import Results
 from bench.setup import sizes
-from bench.setup.variants import TableSet
+from bench.setup.variants import TableSet, Variant
 from bench.wall import figures as wall_figures
 from bench.wall import options as wall_options
+from bench.wall import record as wall_record
 from bench.wall import run as wall_run
 from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
+from bench.wall.table import wall_table
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
@@ -426,6 +429,58 @@ def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, mo
     assert measured == ["decode"] and steps_of(tmp_path) == found
     run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path, "--fresh")
     assert measured == ["decode", "prefill", "decode"]
+
+
+def test_a_cut_within_a_shape_keeps_its_whole_rounds(tmp_path, text, monkeypatch, cache_home):
+    """What was left is what comes back, bit for bit; rounds that follow have other ids than any before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.setattr(wall_record, "SAVED_EVERY", 0)
+    real, passes, kept, cut = wall_run.steps.Stepper.run, [], [], 7  # of 4 variants a round: within the second
+    options = ["--steps", "prefill:1x5", "--variants", "resident", "offload_disk", "--page_cache", "cold"]
+    options += ["--rounds", 3, "--warmup", 1, "--cases", "none", "--text", text, "--out", tmp_path]
+
+    def run(stepper, variant, samples):
+        if samples is not None:
+            passes.append(variant.label)
+            if len(passes) == cut:
+                raise KeyboardInterrupt
+        return real(stepper, variant, samples)
+
+    monkeypatch.setattr(wall_run.steps.Stepper, "run", run)
+    for rounds in (1, 2, 3):
+        passes.clear()
+        if rounds < 3:
+            with pytest.raises(KeyboardInterrupt):
+                run_main(monkeypatch, *SMALL, *options)
+        else:
+            run_main(monkeypatch, *SMALL, *options)
+        found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+        jsonschema.validate(found, SCHEMA)
+        (step,) = found["steps"]
+        assert step["finished"] == (rounds == 3) and step["sessions"] == list(range(rounds))
+        assert ("cut after round" in wall_table(found)) == (rounds < 3)
+        samples = [(run["step_s"], *run["bytes"].values()) for run in step["runs"]]
+        for before, now in zip(kept, samples):
+            assert all(new[: len(old)] == old for old, new in zip(before, now) if isinstance(old, list))
+        assert {len(run["step_s"]) for run in step["runs"]} == {rounds}
+        kept = samples
+    assert [session["kept"] for session in found["sessions"]] == [0, 4, 8]
+    assert len(passes) == 4, "one round was missing"
+
+
+def test_a_continued_step_does_not_see_ids_again():
+    """A round has the ids that it would have had in one go."""
+
+    def drawn(left):
+        ids, seen = iter(range(100)), []
+        stepper = SimpleNamespace(shape="", next_ids=lambda: next(ids))
+        stepper.run = lambda variant, samples: seen.append((samples is not None, next(ids)))
+        variants = [Variant(name, "in place") for name in "ab"]
+        samples = {v.label: wall_run.steps.Samples(step_s=[1.0] * left) for v in variants}
+        wall_run.steps.measure(stepper, variants, samples, 3, 1, lambda said: None, lambda: None)
+        return [number for kept, number in seen if kept]
+
+    assert len(drawn(0)) == 6 and drawn(2) == drawn(0)[4:] and drawn(3) == []
 
 
 def test_another_configuration_is_not_continued(tmp_path, text, monkeypatch, capsys, cache_home):

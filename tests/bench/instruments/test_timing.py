@@ -63,7 +63,8 @@ def test_every_benchmark_of_gpu_wall_says_how_long_the_rest_will_take(monkeypatc
     monkeypatch.setattr(timing, "_SAY_SECONDS", -1.0)
     said = []
     shape = Shape("decode", 4, 1)
-    step.measure(SimpleNamespace(shape=shape, run=lambda *_: None), [step.control()], 2, 1, said.append)
+    stepper, control = SimpleNamespace(shape=shape, run=lambda *_: None), step.control()
+    step.measure(stepper, [control], {control.label: step.Samples()}, 2, 1, said.append, lambda: None)
     served = SimpleNamespace(_name="tiny, batch 1", _options=SimpleNamespace(rounds=2), _tell=said.append)
     Rounds._say(served, 1, time_left(3.0, 2, 3))
     assert [line.partition("  ")[0] for line in said] == [
