@@ -4,7 +4,8 @@
 #   bench/gpu_checks.sh check OUT      does it work: canary; the CUDA tests, negative controls and short runs of the
 #                                      benchmarks, all at a time. 170 s.
 #   bench/gpu_checks.sh measure OUT    what it costs: 100 B parameters in fp8 beside an 8B model, resident and offloaded;
-#                                      the 8B model under every variant; the lookup alone; prefill steps; a 4B model. 580 s.
+#                                      the 8B model under every variant, at batch 64, 1, 16; the lookup alone; prefill
+#                                      steps. 580 s. Called again it goes on: how rows are read, batch 256, a 4B model.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
@@ -13,7 +14,7 @@
 #
 # What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
 # has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
-# the same machine goes on: finished passes and shapes are not measured again.
+# the same machine goes on: finished rounds are not measured again, nor is a table built whose rounds are all there.
 #
 #   WHEELS    a folder of wheels that the machine lacks; a wheel is an archive that Python imports from, unpacked:
 #             pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .wheels \
@@ -88,6 +89,7 @@ begin() {              # begin SECONDS NAME COMMAND...: start it, with its limit
   [ "$limit" -lt "$rest" ] || limit=$rest
   echo "== $name, $limit s at most ($(date +%T))"
   begun[$name]=$(date +%s)
+  echo "$(date +%T) $name: starting" >>"$WORK/progress.txt"
   set -m # or the shell would start it with SIGINT ignored, and so would Python
   timeout -s INT -k 5 "$limit" "$@" >>"$WORK/$name.log" 2>&1 &
   child[$name]=$!
@@ -151,7 +153,9 @@ trap 'failed=143; exit 143' INT TERM
 } >"$WORK/machine.txt" 2>&1
 echo "$CALL call, $(date -u +%FT%TZ), code ${GIT_COMMIT:-unknown}" >>"$WORK/steps.txt"
 
-step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
+if [ "$CALL" = check ] || [[ $(grep "^preflight ended" "$WORK/steps.txt" | tail -n 1) != *" with 0,"* ]]; then
+  step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
+fi # else this machine was looked at: 20 s less
 
 served() { # served SECONDS NAME BACKBONE BATCHES PARAMETERS VARIANTS...: the whole model, on text
   local limit=$1 name=$2 backbone=$3 batches=$4 parameters=$5
@@ -168,34 +172,37 @@ prefill() { # prefill SECONDS NAME PARAMETERS SHAPES: steps of one model, their 
 }
 
 ALL="no_engram own_compute resident offload_naive offload_prefetch offload_uva offload_hot --hot_shares 0.01"
-if [ "$CALL" = check ]; then
-  tests 120 controls tests/cuda -k "without_the or without_record or without_staging"
-  tests 120 tables tests/cuda/test_tables_cuda.py
-  tests 120 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
-  tests 120 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
-  tests 120 end_to_end tests/cuda/test_end_to_end_cuda.py
-  tests 120 fp8 tests/cuda/test_fp8_cuda.py
-  tests 120 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
-  tests 120 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
-  tests 120 compiled tests/cuda/test_attach_cuda.py -k compiled
-  tests 120 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
+if [ "$CALL" = check ]; then # each has until the end: a dozen at a time are slow, and none waits for another
+  tests 140 controls tests/cuda -k "without_the or without_record or without_staging"
+  tests 140 tables tests/cuda/test_tables_cuda.py
+  tests 140 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
+  tests 140 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
+  tests 140 end_to_end tests/cuda/test_end_to_end_cuda.py
+  tests 140 fp8 tests/cuda/test_fp8_cuda.py
+  tests 140 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
+  tests 140 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
+  tests 140 compiled tests/cuda/test_attach_cuda.py -k compiled
+  tests 140 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
     tests/ref/hashing/test_device.py
-  served 120 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
-  prefill 120 short_prefill $SHORT "${SHAPES%% *}"
+  served 140 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
+  prefill 140 short_prefill $SHORT "${SHAPES%% *}"
   settle
   exit
 fi
 
 rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")
 $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
-served 170 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
+# Limits: what an H200 took, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside it:
+# 100 B: 85 + 6 x 8 + 15; 16 B: 35, then 6 x 12 + 12 at batch 64, 6 x 6 + 12 at 1, 6 x 8 + 12 at 16; lookup: 40;
+# prefill: 40, then 15 and 50 for the two shapes. How rows are read, batch 256 and a 4B model have what is left, or the next call.
+served 160 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
 settle
-served 210 served_8b $LARGE "$BATCHES" $PARAMS $ALL
+served 235 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
-step 60 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
+step 45 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
-step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
-prefill 75 prefill $PARAMS "$SHAPES"
+prefill 105 prefill $PARAMS "$SHAPES"
 settle
+step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva
-settle # in what is left
+settle

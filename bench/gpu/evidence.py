@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -27,6 +28,8 @@ SUMMARY = 12_000  # characters
 _LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
 _SERVED = ("hundred_billion", "served_8b", "served_4b", "short_served")
 _TOLD = 1200  # characters of a failed step's log in the summary
+_ROUNDS = re.compile(r": (?:warm-up|round \d+ of \d+) +(\d+) s")  # as `bench.instruments.timing.time_left` ends it
+_DAY = 24 * 3600
 
 
 def main() -> None:
@@ -105,7 +108,8 @@ def _merge_tests(work: Path, path: Path) -> None:
 def summary(work: Path) -> str:
     """What a reader wants first, at most SUMMARY characters: steps, figures, tests, then the ends of failed logs."""
     steps = _text(work / "steps.txt")
-    parts = [steps, _preflight(work), *(_served(work / name) for name in _SERVED), _lookup(work), _tests(work)]
+    served = [_served(work / name) for name in _SERVED]
+    parts = [steps, *_setups(work), _preflight(work), *served, *_prefills(work), _lookup(work), _tests(work)]
     head = "\n".join(part for part in parts if part)
     last = {line.split()[0]: line for line in steps.splitlines() if " ended with " in line}
     failed = [name for name, line in last.items() if " ended with 0," not in line]
@@ -118,6 +122,41 @@ def _preflight(work: Path) -> str:
     return (
         "" if not found else "preflight: " + "; ".join(f"{key} {value}" for key, value in found.items())[:2000] + "\n"
     )
+
+
+def _setups(work: Path) -> Iterator[str]:
+    """Seconds of each step, from its begin to its first round, and what they went into; to the nearest two."""
+    told: dict[str, list[tuple[int, str]]] = {}
+    for at, name, text in re.findall(r"^(\d\d:\d\d:\d\d) (\w+): (.*)$", _text(work / "progress.txt"), re.MULTILINE):
+        if text == "starting":
+            told[name] = []
+        if name in told:
+            told[name].append((sum(int(n) * unit for n, unit in zip(at.split(":"), (3600, 60, 1))), text))
+    for name, lines in told.items():
+        if found := _setup(lines):
+            yield f"{name}: {found}"
+
+
+def _setup(lines: list[tuple[int, str]]) -> str | None:
+    """Of one step's lines, each with its second of the day; None where no round has begun."""
+    for number, (at, text) in enumerate(lines):
+        if rounds := _ROUNDS.search(text):
+            ended = at - int(rounds[1])  # the line says for how long rounds have been measured
+            begins = [*lines[:number], (ended, "")]
+            spent = [((after - before) % _DAY, what) for (before, what), (after, _) in zip(begins, begins[1:])]
+            parts = ", ".join(f"{seconds} s {what.strip()[:60]}" for seconds, what in spent if 1 < seconds < _DAY - 60)
+            return f"setup {(ended - lines[0][0]) % _DAY} s ({parts})"
+    return None
+
+
+def _prefills(work: Path) -> Iterator[str]:
+    """Median seconds of a step, by variant, from whatever rounds there are."""
+    for step in (_json(work / "prefill/results.json") or {}).get("steps", []):
+        shape, rounds = step["shape"], len(step["runs"][0]["step_s"])
+        yield f"prefill: {shape['batch']} x {shape['tokens']} tokens, {rounds} rounds"
+        for run in step["runs"]:
+            name = run["variant"] + (" again" if run["repeat"] else "")
+            yield f"  {name:24} {1e3 * sorted(run['step_s'])[rounds // 2]:.3f} ms a step"
 
 
 def _served(folder: Path) -> str:
@@ -144,7 +183,8 @@ def _per_token(row: dict[str, Any]) -> dict[int, float]:
 
 
 def _lookup(work: Path) -> str:
-    return _text(work / "lookup.log")[-1500:]
+    """The end of what was printed, without the last line, which is everything once more as JSON."""
+    return _text(work / "lookup.log").rpartition("\n{")[0][-1500:]
 
 
 def _tests(work: Path) -> str:

@@ -76,12 +76,24 @@ class Record:
             description: backbone, batch, stream, table and so on.
             labels: of its rows, in their order.
         """
-        for found in self.results["cases"]:
-            if all(found[key] == description[key] for key in ("backbone", "batch", "stream")):
-                return Case(self, found)
-        case = {**description, "labels": labels, "rows": []}
-        self.results["cases"].append(case)
-        return Case(self, case)
+        found = self._find(description["backbone"], description["batch"], description["stream"])
+        if found is None:
+            found = {**description, "labels": labels, "rows": []}
+            self.results["cases"].append(found)
+        return Case(self, found)
+
+    def _find(self, backbone: str, batch: int, stream: Json) -> Json | None:
+        wanted = {"backbone": backbone, "batch": batch, "stream": stream}
+        return next((case for case in self.results["cases"] if {key: case[key] for key in wanted} == wanted), None)
+
+    def finished(self, backbone: str, batch: int, stream: Json, rounds: int) -> bool:
+        """Whether a case has all its rounds, and what is counted beside them."""
+        case = self._find(backbone, batch, stream)
+        return (
+            case is not None
+            and len(rounds_done(case)) == rounds
+            and all(row["pcie"] is not None and row["weights"] is not None for row in case["rows"])
+        )
 
     def save(self) -> None:
         """Write the file. A pass is one line, and encoded once: a file of many passes is written after each of them."""

