@@ -55,7 +55,7 @@ PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8
 PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS="" SLACK=1
 if [ -n "${REHEARSE:-}" ]; then
   [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
-  LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 3 4 --output_tokens 2 2"
+  LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 2 3 --output_tokens 2 2"
   PARAMS=2e5 SHORT=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x3 prefill:2x3" TOKENS="1 2" REPEATS=3 READS=2e5 FEW=1
   PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few" SLACK=10 # for a CPU that others use, too
 fi

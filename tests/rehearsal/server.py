@@ -30,8 +30,16 @@ def serve(path: str) -> None:
 
     from tests.rehearsal import install
 
-    assert transformers and modeling_qwen3  # imported once, here
     install.install()
+    import matplotlib.backends.backend_svg
+    import matplotlib.pyplot
+    import numba
+
+    from bench import gpu_wall, lookup_speed
+    from bench.gpu import preflight
+
+    # Imported once, here; what a child changes in them, it changes for itself.
+    assert transformers and modeling_qwen3 and matplotlib and numba and gpu_wall and lookup_speed and preflight
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended: clients are told
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
