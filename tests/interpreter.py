@@ -2,7 +2,7 @@
 
 It replaces the functions of `triton.language` when a kernel is launched and puts them back when it ends. In each call
 of a device function it replaces them once more, a millisecond and a half for nothing. For each value it describes type
-and shape anew, though a kernel has a few of either. What is described is the same, and what is refused is still refused.
+and shape anew, though a kernel has a few of either; described and refused is the same as before.
 """
 
 from __future__ import annotations

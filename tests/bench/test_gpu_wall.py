@@ -36,6 +36,7 @@ SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--pr
 
 
 V41 = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "v41-flash", "--cases", "none"]
+V41 += ["--no_trace"]  # half a second each
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,18 @@ def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch,
     """All variants on a CPU, the in-place one in Triton's interpreter: what a GPU adds is streams and their clocks."""
     monkeypatch.setattr(wall_options, "ON_CPU", wall_options.VARIANTS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    shapes = ["--steps", "prefill:1x5", "decode:2", "--rounds", 2, "--cases", "none", "--page_cache", "warm"]
+    shapes = [
+        "--steps",
+        "prefill:1x5",
+        "decode:2",
+        "--rounds",
+        2,
+        "--cases",
+        "none",
+        "--page_cache",
+        "warm",
+        "--no_trace",
+    ]
     run_main(monkeypatch, *SMALL, *shapes, "--text", text, "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     jsonschema.validate(results, SCHEMA)
@@ -390,6 +402,7 @@ def test_what_would_do_nothing_is_refused(tmp_path, monkeypatch, capsys, options
 
 
 TWO_SHAPES = ["--steps", "prefill:1x5", "decode:2", "--variants", "resident", "--rounds", 2, "--cases", "none"]
+UNTRACED = [*TWO_SHAPES, "--no_trace"]
 
 
 def steps_of(out):
@@ -410,7 +423,7 @@ def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, mo
     kept = []
     while cuts:
         with pytest.raises(type(cuts[0])):
-            run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+            run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path)
         assert [step["shape"]["phase"] for step in steps_of(tmp_path)] == ["prefill"]
         assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
         assert not kept or steps_of(tmp_path) == kept
@@ -420,14 +433,14 @@ def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, mo
     monkeypatch.setattr(
         wall_run.steps, "measure", lambda s, *given: (measured.append(s.shape.phase), real(s, *given))[1]
     )
-    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path)
     found = steps_of(tmp_path)
     assert measured == ["decode"] and [step["shape"]["phase"] for step in found] == ["prefill", "decode"]
     assert [run["step_s"] for run in found[0]["runs"]] == [run["step_s"] for run in kept[0]["runs"]]
     jsonschema.validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), SCHEMA)
-    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path)
     assert measured == ["decode"] and steps_of(tmp_path) == found
-    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path, "--fresh")
+    run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path, "--fresh")
     assert measured == ["decode", "prefill", "decode"]
 
 
@@ -437,7 +450,7 @@ def test_a_cut_within_a_shape_keeps_its_whole_rounds(tmp_path, text, monkeypatch
     monkeypatch.setattr(wall_record, "SAVED_EVERY", 0)
     real, passes, kept, cut = wall_run.steps.Stepper.run, [], [], 7  # of 4 variants a round: within the second
     options = ["--steps", "prefill:1x5", "--variants", "resident", "offload_disk", "--page_cache", "cold"]
-    options += ["--rounds", 3, "--warmup", 1, "--cases", "none", "--text", text, "--out", tmp_path]
+    options += ["--rounds", 3, "--warmup", 1, "--cases", "none", "--no_trace", "--text", text, "--out", tmp_path]
 
     def run(stepper, variant, samples):
         if samples is not None:
@@ -485,9 +498,9 @@ def test_a_continued_step_does_not_see_ids_again():
 
 def test_another_configuration_is_not_continued(tmp_path, text, monkeypatch, capsys, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path)
+    run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path)
     with pytest.raises(SystemExit):
-        run_main(monkeypatch, *SMALL, *TWO_SHAPES, "--text", text, "--out", tmp_path, "--rounds", 3)
+        run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path, "--rounds", 3)
     assert "holds rows with another option rounds (2, now 3)" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ Random logs are laid down anew and replayed in full; the programs of the experim
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from array import array
 from itertools import chain
@@ -20,7 +21,8 @@ from bench.sweeps.pricing import Relaid
 from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.hashing import HashPlan
 from engram_toy import definitions
-from engram_toy.bytedmd import bytedmd, record, trace
+from engram_toy.bytedmd import record, trace
+from engram_toy.fast import floor as fast_floor
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, build
 from engram_toy.tracer import first_reads as relaying
@@ -150,28 +152,44 @@ def test_every_variant_is_the_direct_run(workload, boundary, definition):
                 assert relaid.cost_by_kind(start, padding, size) == costs
 
 
+@pytest.fixture(scope="module")
+def recorded(workload):
+    """What a program does and how it is laid down, by boundary, name of a layout, padding, and `hold`.
+
+    No definition of the depth has a part in it, so that all of them price the same few recordings.
+    """
+    layouts = {layout.name: layout for layout in starts(workload)}
+
+    @functools.cache
+    def found(boundary, name, padding, hold):
+        program = build(workload, boundary, layouts[name], padding, hold=hold)
+        return program, record(program.function, program.arguments, program.kinds)
+
+    return found
+
+
 @pytest.mark.parametrize("definition", [*definitions.DEFINITIONS[2:], FLOOR])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_every_variant_of_other_definitions_is_the_direct_run(workload, boundary, definition):
+def test_every_variant_of_other_definitions_is_the_direct_run(workload, recorded, boundary, definition):
     """Arguments with addresses of their own, and the floor; rows below the padding are dearer under all of them."""
-    recorded = {}
+    priced_by_schedule = {}
     totals = {}
     for layout in starts(workload):
         schedule = layout.name if layout.prefetch else ""
-        if schedule not in recorded:
-            program = build(workload, boundary, layout, padding=0)
-            recording = record(program.function, program.arguments, program.kinds)
-            recorded[schedule] = Readdressed(recording, TableInputs(recording, program, layout), definition)
-        priced = recorded[schedule]
+        if schedule not in priced_by_schedule:
+            program, recording = recorded(boundary, layout.name, 0, True)
+            inputs = TableInputs(recording, program, layout)
+            priced_by_schedule[schedule] = Readdressed(recording, inputs, definition)
+        priced = priced_by_schedule[schedule]
         for padding in PADDINGS:
             costs = priced.cost_by_kind(priced.lay(layout), padding, 1)
             totals[layout.name, padding] = sum(costs.values())
-            program = build(workload, boundary, layout, padding, hold=False)
+            direct = recorded(boundary, layout.name, padding, False)[1]
             if definition == FLOOR:
-                wanted = bytedmd(program.function, program.arguments, definition=FLOOR)
+                wanted = fast_floor.floor(*fast_floor.waits(direct.log))
                 assert wanted * (1 - 1e-4) <= costs[FLOOR] <= wanted
             else:
-                want = trace(program.function, program.arguments, program.kinds, definition).tally()
+                want = direct.trace(definition).tally()
                 assert costs == {kind: cost_of(reads, 1) for kind, reads in want.items()}
                 assert priced.reads_by_kind == {kind: reads.total() for kind, reads in want.items()}
     if boundary == "lookup":  # else a small table above pushes everything else down, and that weighs as much
