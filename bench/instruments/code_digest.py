@@ -38,12 +38,17 @@ def code_files(*modules: str, root: Path = _ROOT) -> list[Path]:
         if _file(name, root) is None:
             raise ValueError(f"no module {name} below {root}: it was moved, or is not of this project")
     found: set[Path] = set()
-    waiting = [_file(part, root) for name in modules for part in _with_packages(name)]
+    seen: set[str] = set()  # a name is met in dozens of files, and looked for once
+    waiting = [part for name in modules for part in _with_packages(name)]
     while waiting:
-        path = waiting.pop()
-        if path is not None and path not in found:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        path = _file(name, root)
+        if path is not None:
             found.add(path)
-            waiting += [_file(name, root) for name in imported_modules(path)]
+            waiting += imported_modules(path)
     return sorted(found)
 
 

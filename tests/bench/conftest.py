@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_tokenizer():
+    """Each command reads DeepSeek's, half a second; nobody changes it."""
+    from bench.setup import streams, token_batches
+    from engram_ref.vocab import load_tokenizer
+
+    once = functools.cache(load_tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "load_tokenizer", once)
+        patch.setattr(token_batches, "load_tokenizer", once)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -62,6 +62,9 @@ def results(text, tmp_path_factory, cache_home):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
         patch.setattr(wall_run, "FIO_SECONDS", 0.2)
+        preset = EngramConfig.preset
+        small = {"table_size_per_order": (1000, 1000)}  # of the component cases, else 2.6 GB
+        patch.setattr(EngramConfig, "preset", lambda name: preset(name).replace(**(small if name == "demo" else {})))
         shapes = ["--steps", "prefill:2x40", "decode:3", "--rounds", 4, "--warmup", 1, "--text", text]
         parts = ["--batch_size", 1, "--seq_len", 16, "--iterations", 2]
         run_main(patch, *SMALL, *shapes, *parts, "--out", out, "--profile", out / "trace.json", figures=True)
