@@ -316,7 +316,7 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     from engram_ref.vocab import CompressedVocab, map_digest
 
     uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
-    served.SPAN = 8  # positions, so that short sequences cross its border
+    served.SPAN = 4  # positions, so that short sequences cross its border
     register_attention()
     decoder = build_backbone("tiny", 2, GPU, torch.float32, 0, vocabulary=300, attention=ATTENTION)
     head = torch.empty((300, decoder.hidden), device=GPU).normal_(0, 0.02)
@@ -339,11 +339,11 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
         variants.append(Variant("offload", schedule, table=here, prefetcher=fetches))
     models = []
     for used in (True, False):
-        model = ServedModel(decoder, head, fusion, plan, vocab, 2, 10, used)
-        model.prepare(7, there, variants[:2])
+        model = ServedModel(decoder, head, fusion, plan, vocab, 2, 6, used)
+        model.prepare(3, there, variants[:2])
         models.append((model, Server(model, vocab, plan)))
     assert models[0][0].graphs["used"], models[0][0].graphs["why"]
-    work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (7, 7), (3, 3)), most_tokens=100)
+    work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (3, 3), (3, 3)), most_tokens=100)
     assert len({step.span for step in work.steps if hasattr(step, "span")}) == 2
     return models, work, variants, rows
 
