@@ -173,19 +173,19 @@ prefill() { # prefill SECONDS NAME PARAMETERS SHAPES: steps of one model, their 
 
 ALL="no_engram own_compute resident offload_naive offload_prefetch offload_uva offload_hot --hot_shares 0.01"
 if [ "$CALL" = check ]; then # each has until the end: a dozen at a time are slow, and none waits for another
-  tests 140 controls tests/cuda -k "without_the or without_record or without_staging"
-  tests 140 tables tests/cuda/test_tables_cuda.py
-  tests 140 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
-  tests 140 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
-  tests 140 end_to_end tests/cuda/test_end_to_end_cuda.py
-  tests 140 fp8 tests/cuda/test_fp8_cuda.py
-  tests 140 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
-  tests 140 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
-  tests 140 compiled tests/cuda/test_attach_cuda.py -k compiled
-  tests 140 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
+  tests 135 controls tests/cuda -k "without_the or without_record or without_staging"
+  tests 135 tables tests/cuda/test_tables_cuda.py
+  tests 135 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
+  tests 135 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
+  tests 135 end_to_end tests/cuda/test_end_to_end_cuda.py
+  tests 135 fp8 tests/cuda/test_fp8_cuda.py
+  tests 135 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
+  tests 135 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
+  tests 135 compiled tests/cuda/test_attach_cuda.py -k compiled
+  tests 135 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
     tests/ref/hashing/test_device.py
-  served 140 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
-  prefill 140 short_prefill $SHORT "${SHAPES%% *}"
+  served 135 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
+  prefill 135 short_prefill $SHORT "${SHAPES%% *}"
   settle
   exit
 fi

@@ -10,6 +10,7 @@ beside what is measured.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -143,7 +144,7 @@ def _setup(lines: list[tuple[int, str]]) -> str | None:
         if rounds := _ROUNDS.search(text):
             ended = at - int(rounds[1])  # the line says for how long rounds have been measured
             begins = [*lines[:number], (ended, "")]
-            spent = [((after - before) % _DAY, what) for (before, what), (after, _) in zip(begins, begins[1:])]
+            spent = [((after - before) % _DAY, what) for (before, what), (after, _) in itertools.pairwise(begins)]
             parts = ", ".join(f"{seconds} s {what.strip()[:60]}" for seconds, what in spent if 1 < seconds < _DAY - 60)
             return f"setup {(ended - lines[0][0]) % _DAY} s ({parts})"
     return None

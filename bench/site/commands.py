@@ -20,10 +20,11 @@ _COMMANDS = {
     "make bench-cpu": "Time and bytes of a table in RAM and in a real file",
     "python bench/gpu_wall.py": "Time and bus traffic of every placement around a decoder",
     "python bench/lookup_speed.py": "The lookup of a decode step alone, in microseconds, per placement",
-    "bench/gpu_checks.sh first OUT": "All that needs a GPU, what tells most first, within 580 s; at most eight files "
-    "come back in `OUT`",
-    "bench/gpu_checks.sh second OUT": "100 B parameters beside an 8B model, resident and offloaded, within 185 s",
-    "bench/gpu_checks.sh first OUT  # with REHEARSE=1": "The same lines at toy sizes on a stand-in for CUDA: a fault "
+    "bench/gpu_checks.sh check OUT": "Whether all that needs a GPU works, within 170 s; at most eight files come "
+    "back in `OUT`",
+    "bench/gpu_checks.sh measure OUT": "What it costs, what tells most first: 100 B parameters beside an 8B model, "
+    "within 580 s",
+    "bench/gpu_checks.sh check OUT  # with REHEARSE=1": "The same lines at toy sizes on a stand-in for CUDA: a fault "
     "shows before a GPU is at hand",
     "make bench-layer": "Gather, convolution, layer, construction, cold reads against what others do",
     "make speed": "Speed of hashing, of pricing, and of pricing at production scale",
@@ -35,9 +36,9 @@ _COMMANDS = {
 _NEEDS = {  # beside Python
     "make bench-cpu": "a disk with space",
     "python bench/gpu_wall.py": "a CUDA device",
-    "bench/gpu_checks.sh first OUT": "a CUDA device",
-    "bench/gpu_checks.sh second OUT": "a CUDA device of 139 GiB",
-    "bench/gpu_checks.sh first OUT  # with REHEARSE=1": "Triton",
+    "bench/gpu_checks.sh check OUT": "a CUDA device",
+    "bench/gpu_checks.sh measure OUT": "a CUDA device of 139 GiB",
+    "bench/gpu_checks.sh check OUT  # with REHEARSE=1": "Triton",
 }
 _TIMED = {"make toy": "bytedmd_toy", "python bench/bytedmd_toy.py --preset v41-flash": "bytedmd_toy_v41"}  # its results
 

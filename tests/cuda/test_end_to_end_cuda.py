@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 
 import pytest
@@ -22,40 +23,33 @@ IN_GRAPH = "offload_uva in graph"  # beside the latter, where there are graphs
 LABELS += ["offload_hot 1 %", "offload_disk synchronous", "offload_disk prefetched", "throttled 0.01 GB/s"]
 
 
-def serve(out, patch, *options):
-    """The results of a run over a small model and table."""
-    out.mkdir()
-    (out / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
-    (out / "tale.txt").write_text("the seventh bridge sleeps until rain " * 500, encoding="utf-8")
-    arguments = ["--end-to-end", "--device", "cuda", "--out", out, "--backbones", out / "config.json", "--rounds", 3]
-    arguments += [
-        "--batches",
-        3,
-        "--sequences",
-        5,
-        "--streams",
-        "uniform",
-        "--prompt_tokens",
-        240,
-        260,
-    ]  # two spans of the cache
-    arguments += [
-        "--output_tokens",
-        2,
-        9,
-        "--table_params",
-        "3e6",
-        "--hot_shares",
-        0.01,
-        "--buses",
-        "0.01",
-        "--text",
-        out / "tale.txt",
-    ]
-    patch.setattr(run, "_QWEN3_TOKENS", 1000)
-    patch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments), *options])
-    gpu_wall.main()
-    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+@pytest.fixture
+def serve(tmp_path, monkeypatch, capsys):
+    """Runs the command over a small model and table, without figures; its results. The log says what took how long."""
+
+    def run_once(name, *options):
+        out, begun = tmp_path / name, time.monotonic()
+
+        def tell(text):
+            with capsys.disabled():  # at once, so that it stands there when the test is cut
+                print(f"\n{name} {time.monotonic() - begun:6.1f} s: {text.strip()}", end="", flush=True)
+
+        out.mkdir()
+        (out / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+        (out / "tale.txt").write_text("the seventh bridge sleeps until rain " * 500, encoding="utf-8")
+        # Prompts reach over two spans of the cache.
+        command = f"""gpu_wall --end-to-end --device cuda --out {out} --backbones {out}/config.json --rounds 3
+            --batches 3 --sequences 5 --streams uniform --prompt_tokens 240 260 --output_tokens 2 9
+            --table_params 3e6 --text {out}/tale.txt"""
+        monkeypatch.setattr(run, "_QWEN3_TOKENS", 1000)
+        monkeypatch.setattr(run, "draw_all", lambda results, out: [])  # drawing needs no GPU
+        monkeypatch.setattr(gpu_wall, "tell", tell)
+        monkeypatch.setattr(sys, "argv", [*command.split(), *options])
+        gpu_wall.main()
+        tell("done")
+        return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+    return run_once
 
 
 def assert_fits_schema(results):
@@ -69,10 +63,10 @@ def assert_fits_schema(results):
 
 
 @pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")])
-def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, tmp_path, monkeypatch):
+def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, serve):
     preset, dtype = geometry
     both = [
-        serve(tmp_path / name, monkeypatch, "--preset", preset, "--dtype", dtype, *options)
+        serve(name, "--preset", preset, "--dtype", dtype, "--hot_shares", "0.01", "--buses", "0.01", *options)
         for name, options in (("graphs", []), ("eager", ["--eager"]))
     ]
     chosen = []
@@ -94,8 +88,8 @@ def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, tmp_pa
     )  # without Engram; and with it, all are the same
 
 
-def test_a_staged_copy_is_as_many_bytes_as_rows_were_asked_for(tmp_path, monkeypatch):
-    (case,) = serve(tmp_path / "run", monkeypatch, "--variants", "no_engram", "resident", "offload_naive")["cases"]
+def test_a_staged_copy_is_as_many_bytes_as_rows_were_asked_for(serve):
+    (case,) = serve("run", "--variants", "no_engram", "resident", "offload_naive")["cases"]
     naive = next(row for row in case["rows"] if row["label"] == "offload_naive")
     asked = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
     assert {sample["round"]: sample["copied"] for sample in naive["rounds"]} == asked
