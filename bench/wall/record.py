@@ -51,7 +51,8 @@ class StepRecord:
         save: Callable[[], None],
     ) -> None:
         self._steps, self._session = results["steps"], len(results["sessions"]) - 1
-        left = next((s for s in self._steps if all(s[key] == described[key] for key in _KEYS)), {})
+        same = (s for s in self._steps if all(s[key] == described[key] for key in _KEYS))
+        left: dict[str, Any] = next(same, {})
         self.content = {**described, "finished": False, "sessions": left.get("sessions", []), "runs": left.get("runs")}
         if left:
             self._steps[self._steps.index(left)] = self.content

@@ -24,7 +24,7 @@ NAMED = {"evidence.tar.gz", "hundred_billion.json", "served_8b.json", "wall.json
          "machine.txt", "summary.txt"}  # fmt: skip
 # Each kind of step; the other groups of tests, the short runs and the 4B model are the same lines with other names.
 CHECKED = "preflight tests_tables"
-MEASURED = "hundred_billion served_8b lookup prefill"
+MEASURED = "hundred_billion served_8b lookup prefill reads"
 
 
 @pytest.fixture
