@@ -62,7 +62,7 @@ class StepRecord:
         self._saved = time.monotonic()
 
     def keep(self) -> None:
-        """A round is whole; it is on disk a second later at the latest, if the next is not whole before."""
+        """A round is whole. A cut loses the round that runs, and at most a second of rounds before it."""
         self.content["sessions"].append(self._session)
         if time.monotonic() - self._saved >= SAVED_EVERY:
             self._write({variant.label: _CUT for variant in self._variants})
