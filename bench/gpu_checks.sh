@@ -3,9 +3,9 @@
 #
 #   bench/gpu_checks.sh check OUT      does it work: canary; the CUDA tests, negative controls and short runs of the
 #                                      benchmarks, all at a time. 170 s.
-#   bench/gpu_checks.sh measure OUT    what it costs: 100 B parameters in fp8 beside an 8B model, resident and offloaded;
-#                                      the 8B model under every variant, at batch 64, 1, 16; the lookup alone; prefill
-#                                      steps. 580 s. Called again it goes on: how rows are read, batch 256, a 4B model.
+#   bench/gpu_checks.sh measure OUT    what it costs: how rows are read in place; the lookup alone; 100 B parameters in fp8
+#                                      beside an 8B model, resident and offloaded; the 8B model under every variant, at
+#                                      batch 64, 1, 16. 580 s. Called again it goes on: prefill steps, batch 256, a 4B model.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
@@ -192,17 +192,18 @@ fi
 
 rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_per_gib"])' "$WORK/preflight.json")
 $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
-# Limits: what an H200 took, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside it:
-# 100 B: 85 + 6 x 8 + 15; 16 B: 35, then 6 x 12 + 12 at batch 64, 6 x 6 + 12 at 1, 6 x 8 + 12 at 16; lookup: 40;
-# prefill: 40, then 15 and 50 for the two shapes. How rows are read, batch 256 and a 4B model have what is left, or the next call.
+# First what the last runs left open: how rows are read in place, and what staging them is made of. Limits: what an H200
+# took, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside it: lookup: 40; 100 B:
+# 85 + 6 x 8 + 15; 16 B: 35, then 6 x 12 + 12 at batch 64, 6 x 6 + 12 at 1, 6 x 8 + 12 at 16. Prefill (40, then 15 and 50
+# for the two shapes), batch 256 and a 4B model have what is left, or the next call.
+step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
+step 45 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
+  --tokens $TOKENS --repeats $REPEATS
 served 160 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
 settle
 served 235 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
-step 45 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
-  --tokens $TOKENS --repeats $REPEATS
 prefill 105 prefill $PARAMS "$SHAPES"
 settle
-step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva
 settle
