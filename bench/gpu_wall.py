@@ -14,7 +14,7 @@
 
 Variants (where rows live, how they arrive):
   resident          device memory, gathered on the device: the control; measured twice, which gives the noise floor;
-                    end to end on CUDA by two kernels from token ids to rows, in the model's first graph
+                    end to end on CUDA by kernels from token ids to rows, in the step's graph
   offload_naive     host memory: CPU gather into staging, copy, wait; nothing overlaps
   offload_prefetch  the same, started when the token ids are known, joined just before the second block
   offload_uva       pinned host memory, read in place by a GPU kernel on a side stream

@@ -18,6 +18,7 @@ from bench.instruments.words import markdown, percent, short
 from bench.served import numbers
 from bench.served.classes import added_s, classify, offloaded
 from bench.served.numbers import Json
+from bench.wall.numbers import overhead
 from bench.wall.table import wall_table
 
 HUNDRED, SERVED, LOOKUP, PREFILL = "end_to_end_h200_100b", "end_to_end_h200", "lookup_speed_h200", "gpu_wall_h200"
@@ -29,6 +30,23 @@ def _joules(row: Json) -> dict[int, float]:
     """Energy of the board in each pass, idle included."""
     boards = {sample["round"]: sample["board"]["value"] for sample in row["rounds"]}
     return {number: value["joules_after"] - value["joules_before"] for number, value in boards.items()}
+
+
+def _window(case: Json) -> float:
+    """Median seconds that the CPU's prefetched rows have before they are joined."""
+    return statistics.median(numbers.per_step(numbers.row_of(case, "offload_prefetch"), "window_s"))
+
+
+def _by_distinct_rows(case: Json, label: str) -> str:
+    """What a row adds to a mean decode step, us, in the rounds with the fewest and the most distinct rows."""
+    distinct = {entry["round"]: entry["rows_unique"] for entry in case["rounds"]}
+    own, base = (_mean_steps(numbers.row_of(case, name)) for name in (label, "no_engram"))
+    ends = (pick(distinct, key=lambda number: distinct[number]) for pick in (min, max))
+    return " and ".join(f"{1e6 * (own[number] - base[number]):.0f}" for number in ends)
+
+
+def _mean_steps(row: Json) -> dict[int, float]:
+    return {sample["round"]: statistics.mean(sample["decode_s"]) for sample in row["rounds"]}
 
 
 class OnGpu:
@@ -65,7 +83,9 @@ class OnGpu:
             "gpu.rounds": str(len(case["rounds"])),
             "gpu.step_ms": f"{1e3 * step:.1f}",
             "gpu.least_ms": f"{1e3 * least:.1f}",
-            "gpu.block_us": f"{1e6 * step / case['blocks']:.0f}",
+            "gpu.step_over_least": f"{step / least:.0f}",
+            "gpu.window_us": f"{1e6 * _window(case):.0f}",
+            "gpu.graph.round_us": _by_distinct_rows(case, "offload_uva in graph"),
         }
         for name, label in _PLACES.items():
             decode = numbers.against(case, numbers.row_of(case, label), "no_engram", "decode")
@@ -113,19 +133,18 @@ class OnGpu:
         for case in results["cases"]:
             for way, samples in case["samples_s"].items():
                 found[f"gpu.lookup.{way}.{case['tokens']}"] = f"{1e6 * statistics.median(samples):.1f}"
-        least, most = results["cases"][0], results["cases"][-1]
-        took = [statistics.median(case["samples_s"]["uva"]) for case in (least, most)]
-        rate = (most["rows"] - least["rows"]) / (took[1] - took[0])
+        rate, limit = self._rows_per_s(), self._bus()
         carried = rate * results["table"]["row_bytes"]
-        limit = results["limits"]["copy"]["bytes_per_s"]
         few = [
             statistics.median(case["samples_s"]["staged"]) / statistics.median(case["samples_s"]["uva"])
             for case in results["cases"]
             if case["tokens"] <= _FEW
         ]
+        staged = [statistics.median(c["samples_s"]["staged"]) for c in results["cases"] if c["tokens"] <= _FEW]
         return {
             **found,
             "gpu.lookup.staged_over": f"{min(few):.0f} to {max(few):.0f}",
+            "gpu.lookup.staged_us": f"{1e6 * min(staged):.0f} to {1e6 * max(staged):.0f}",
             "gpu.rows_per_s": f"{rate / 1e6:.0f}",
             "gpu.ns_a_row": f"{1e9 / rate:.0f}",
             "gpu.row_gbs": f"{carried / 1e9:.1f}",
@@ -137,20 +156,35 @@ class OnGpu:
         (step,) = self[PREFILL]["steps"]
         runs = {run["variant"]: run for run in step["runs"] if not run["repeat"]}
         rows = step["shape"]["batch"] * step["shape"]["tokens"] * step["table"]["columns"]
-        crossed = (runs["offload_uva"]["pcie"]["value"] - runs["no_engram"]["pcie"]["value"]) / rows
-        over = {
-            name: statistics.median(a / b for a, b in zip(runs[name]["step_s"], runs["resident"]["step_s"])) - 1
-            for name in runs
-        }
+
+        def crossed(name: str) -> float:
+            return runs[name]["pcie"]["value"] - runs["no_engram"]["pcie"]["value"]
+
+        ways = paired_ratio(runs["offload_uva"]["step_s"], runs["offload_prefetch"]["step_s"])
         return {
             "gpu.prompt.tokens": f"{step['shape']['tokens']:,}",
-            "gpu.prompt.rows": f"{rows:,}",
+            "gpu.prompt.blocks": str(step["blocks"]),
+            "gpu.prompt.rounds": str(len(runs["resident"]["step_s"])),
             "gpu.prompt.row_bytes": str(step["table"]["row_bytes"]),
-            "gpu.prompt.crossed": f"{crossed:.0f}",
-            "gpu.prompt.staged": percent(over["offload_prefetch"]),
-            "gpu.prompt.uva": percent(over["offload_uva"]),
-            "gpu.prompt.naive": percent(over["offload_naive"]),
+            "gpu.prompt.crossed": f"{crossed('offload_uva') / rows:.0f}",
+            "gpu.prompt.crossed_distinct": f"{crossed('offload_uva') / step['prediction']['unique_rows']:.0f}",
+            "gpu.prompt.copied": f"{crossed('offload_prefetch') / rows:.0f}",
+            "gpu.prompt.staged": str(overhead(step, runs["offload_prefetch"])),
+            "gpu.prompt.uva": str(overhead(step, runs["offload_uva"])),
+            "gpu.prompt.naive": str(overhead(step, runs["offload_naive"])),
+            "gpu.prompt.uva_over_staged": f"{percent(ways['median'] - 1)} "
+            f"[{percent(ways['low'] - 1)}, {percent(ways['high'] - 1)}]",
+            "gpu.crossed_share": f"{100 * self._rows_per_s() * crossed('offload_uva') / rows / self._bus():.0f}",
         }
+
+    def _rows_per_s(self) -> float:
+        """Rows that a lookup in place reads in a second, from the first number of tokens to the last."""
+        least, most = (self[LOOKUP]["cases"][place] for place in (0, -1))
+        took = [statistics.median(case["samples_s"]["uva"]) for case in (least, most)]
+        return (most["rows"] - least["rows"]) / (took[1] - took[0])
+
+    def _bus(self) -> float:
+        return self[LOOKUP]["limits"]["copy"]["bytes_per_s"]
 
     def table(self) -> str:
         """What each place adds to a decode step at every size, and its class against no Engram."""

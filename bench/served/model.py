@@ -260,7 +260,7 @@ class ServedModel:
             schedule = "prefetched" if one.schedule == BESIDE else "none"
             with (
                 self.serving(one.table, one.prefetcher, schedule) as now,
-                self._looking_up(pieces, now, one.schedule) as attached,
+                self._looking_up(now, one.schedule) as attached,
             ):
                 self._look_up.append(attached)
                 capture(one.schedule, functools.partial(self._looked_up, attached))
@@ -276,12 +276,10 @@ class ServedModel:
         assert now.attached is not None
         return now.attached.staging(between=between, staged=self._staged)
 
-    def _looking_up(self, pieces: Pieces, now: Serving, schedule: str) -> AbstractContextManager[Attached]:
-        """Forwards that are captured with their lookup: cut behind it, or in one piece, with the lookup beside."""
-        if schedule == IN_GRAPH:
-            return self._staging(now, pieces.cut)
+    def _looking_up(self, now: Serving, schedule: str) -> AbstractContextManager[Attached]:
+        """Forwards that are captured with their lookup, in one graph: before the model, or beside its first blocks."""
         assert now.attached is not None
-        return now.attached.staging(staged=self._beside)
+        return now.attached.staging(staged=self._staged if schedule == IN_GRAPH else self._beside)
 
     def _looked_up(self, attached: Attached, span: int) -> Tensor:
         attached.stage(self._tokens, self._cache)  # captured with the rest, it reads ids and places where they lie

@@ -1,8 +1,8 @@
 """The rounds of one case: every round is served by all variants in turn, A B C, B C A, ..., and kept pass by pass.
 
-The rows of a round are the same for all, so caches are emptied before each pass. Warm-up rounds are served and not
-kept, and what an earlier run has kept is not measured again. Bus counters and energy are read over passes that are not
-timed, since reading disturbs.
+The rows of a round are the same for all, so caches are emptied before each pass. A pass at the head of each round, and
+warm-up rounds, are served and not kept, and what an earlier run has kept is not measured again. Bus counters and energy
+are read over passes that are not timed, since reading disturbs.
 """
 
 from __future__ import annotations
@@ -91,11 +91,14 @@ class Rounds:
         rows = self._rows_on_hand(work)
         if keep:
             self._describe_round(work)
-        for variant in turn:
-            before = _counts(variant)
+        for place, variant in enumerate([turn[0], *turn]):
+            before, on_hand = _counts(variant), rows if variant.name == OWN_COMPUTE else None
             self._flush()
+            if place == 0:  # whoever serves first finds a device that has idled, and its first prompt is slower
+                self._server.serve(work, variant, on_hand)
+                continue
             self._board.begin()
-            samples = self._server.serve(work, variant, rows if variant.name == OWN_COMPUTE else None, self._board.look)
+            samples = self._server.serve(work, variant, on_hand, self._board.look)
             board = self._board.end()
             if keep:
                 # Seconds to a tenth of a microsecond: what a clock says beyond that is noise.
