@@ -194,8 +194,8 @@ rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_p
 $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
 # First what the last runs left open: how rows are read in place, and what staging them is made of. Limits: what an H200
 # took, a pass more in each round, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside
-# it: lookup: 40; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16. Prefill (40, then 15 and 50
-# for the two shapes), batch 256 and a 4B model have what is left, or the next call.
+# it: lookup: 40; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16.
+# Prefill (40, then 15 and 50 for the two shapes), batch 256 and a 4B model have what is left, or the next call.
 step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 step 45 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
