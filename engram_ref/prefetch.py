@@ -138,7 +138,7 @@ class Prefetcher:
             compressed_ids: for a `DeviceHasher` a tensor on its device. A later change of an array does no harm.
             history: what came before; it is read, and may be advanced as soon as this returns.
             waited_for: the caller will do nothing before he waits, so that the worker could only be slower than he:
-                on a machine with an H200 handing 1,536 rows over and back took longer than all the rest.
+                on a machine with an H200 handing 384 or 1,536 rows over and back cost more than it hid.
 
         Raises:
             RuntimeError: as many fetches as there are buffers are in flight: release one. Also of a closed prefetcher,
