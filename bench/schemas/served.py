@@ -51,6 +51,7 @@ class Round(TypedDict):
     output_tokens: Count
     rows_requested: Count
     rows_unique: Annotated[Count, "each once in every step"]
+    bytes_staged: NotRequired[Annotated[Count, "that cross where the CPU gathers; missing: as stored"]]
 
 
 class BoardState(TypedDict):

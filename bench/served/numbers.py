@@ -260,7 +260,8 @@ def copies_agree(case: Json, row: Json) -> bool:
     """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not."""
     if case["device"] == "cpu" or row["variant"] not in _STAGED:
         return True
-    asked = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
+    row_bytes = case["table"]["row_bytes"]
+    asked = {entry["round"]: entry.get("bytes_staged", entry["rows_requested"] * row_bytes) for entry in case["rounds"]}
     return all(sample["copied"] == asked[sample["round"]] for sample in row["rounds"])
 
 

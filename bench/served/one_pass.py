@@ -30,7 +30,9 @@ from bench.setup.variants import BESIDE, Variant
 from engram_ref.attach.exposed import Place
 from engram_ref.attach.on_hand import HandedOut, OnHand
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
+from engram_ref.rows.format import RowFormat
 from engram_ref.tables.base import Ready, Table
+from engram_ref.tables.staging import crossing_bytes
 from engram_ref.vocab import CompressedVocab
 
 
@@ -154,11 +156,14 @@ class Server:
         numbers = (torch.from_numpy(rows).reshape(-1).to(table.index_device) for rows in self._row_numbers(work))
         return FetchedBefore(table, [table.start(rows).wait().clone() for rows in numbers])
 
-    def count_rows(self, work: Work) -> tuple[int, int]:
-        """Rows that a pass asks for, and how many are left when each step asks for each once: from the ids alone."""
-        counts = [(rows.size, len(np.unique(rows))) for rows in self._row_numbers(work)]
-        requested, unique = zip(*counts)
-        return sum(requested), sum(unique)
+    def count_rows(self, work: Work, row_format: RowFormat) -> tuple[int, int, int]:
+        """From the ids alone: rows that a pass asks for, how many if each step asks for each once, bytes that cross.
+
+        The last where the CPU gathers and copies.
+        """
+        sizes = [(rows.size, len(np.unique(rows))) for rows in self._row_numbers(work)]
+        requested, unique = zip(*sizes)
+        return sum(requested), sum(unique), sum(crossing_bytes(row_format, count) for count in requested)
 
     def _row_numbers(self, work: Work) -> Iterator[np.ndarray]:
         """Of every step [B, T, C], hashed apart from what is measured."""

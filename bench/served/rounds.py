@@ -115,7 +115,7 @@ class Rounds:
         round_: Round = work.round
         if any(known["round"] == round_.number for known in self._case.content["rounds"]):
             return
-        requested, unique = self._server.count_rows(work)
+        requested, unique, staged = self._server.count_rows(work, self._contenders.format)
         self._case.content["rounds"].append(
             {
                 "round": round_.number,
@@ -123,6 +123,7 @@ class Rounds:
                 "output_tokens": round_.output_tokens,
                 "rows_requested": requested,
                 "rows_unique": unique,
+                "bytes_staged": staged,
             }
         )
 

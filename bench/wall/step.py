@@ -29,6 +29,7 @@ from engram_ref.hashing import NgramHasher, TokenHistory
 from engram_ref.layer import Engram
 from engram_ref.tables.file import FileTable
 from engram_ref.tables.host import HostTable
+from engram_ref.tables.staging import crossing_bytes
 
 IO_COUNTER = "/proc/self/io read_bytes"
 _PREDICTED_STEPS = 3
@@ -175,7 +176,7 @@ class Counted:
         samples.copied.append(self._count_copied() - self._copied)
         if self._file is None:
             if isinstance(self._table, HostTable) and self._table.device.type == "cuda":
-                samples.predicted.append(len(self._rows) * self._row_bytes)  # staged as asked for, repeats included
+                samples.predicted.append(crossing_bytes(self._table.format, len(self._rows)))  # repeats included
             return
         prediction = self._file.predict(torch.from_numpy(self._rows))
         samples.predicted.append(prediction.bytes_read)

@@ -33,6 +33,17 @@ CPU_DECODED_BYTES = 64 * 1024
 _FRESH_BYTES = 32 << 20  # from here the C library takes new pages for every allocation, 4 KiB at a time
 
 
+def is_decoded_here(row_format: RowFormat, count: int) -> bool:
+    """Whether the CPU decodes so many rows while it gathers them, so that values cross instead of what is stored."""
+    return row_format.scaled and count * row_format.row_bytes <= CPU_DECODED_BYTES
+
+
+def crossing_bytes(row_format: RowFormat, count: int) -> int:
+    """Bytes of a fetch of so many rows that are copied to an accelerator."""
+    decoded = is_decoded_here(row_format, count)
+    return count * (row_format.width * row_format.dtype.itemsize if decoded else row_format.row_bytes)
+
+
 class Delivery:
     """Brings rows to one device.
 
@@ -94,7 +105,7 @@ class Delivery:
 
     def _take_to_gpu(self, table: Rows, rows: Tensor, count: int, out: Tensor | None, beside: bool) -> Arriving:
         parts, dtype = table.parts, self.format.dtype
-        if not self.format.scaled or count * self.format.row_bytes > CPU_DECODED_BYTES:
+        if not is_decoded_here(self.format, count):
             return self._send_to_gpu(count, lambda staged: gather_parts(parts, rows, staged), out, beside)
         fill: Fill = lambda staged: gather_values(parts, rows, staged.view(dtype))  # noqa: E731
         return self._send_to_gpu(count, fill, out, beside, decoded=True)

@@ -151,11 +151,12 @@ def test_rows_are_counted_from_the_ids_alone(served):
     one = served(2)
     round_ = TokenSource(None, len(one.vocab.ids), 5).round(0, 2, (9, 9), (3, 3))
     work = one.server.prepare(round_, most_tokens=24)
-    requested, unique = one.server.count_rows(work)
+    requested, unique, staged = one.server.count_rows(work, one.table.format)
     on_hand = one.server.fetch(work, one.table)
     rows = [on_hand.start(None)[1].wait() for _ in work.steps]
     assert requested == sum(map(len, rows)) == (2 * 9 + 2 * 2) * one.config.columns  # a prefill, two tokens for each
     assert unique == sum(len(np.unique(values.numpy(), axis=0)) for values in rows)
+    assert staged == requested * one.table.format.row_bytes
 
 
 def test_rows_fetched_before_are_those_that_a_pass_looks_up(served):

@@ -20,7 +20,7 @@ from engram_ref.rows.memory import HUGE_PAGE, PIN_PIECE, HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables import staging as module
-from engram_ref.tables.staging import Delivery
+from engram_ref.tables.staging import Delivery, crossing_bytes
 from tests.ref.rows.fp8_pairs import assert_bits, random_rows, rows_of
 from tests.ref.tables.fake_cuda import FakeStream, install_gpu
 
@@ -147,13 +147,14 @@ def test_a_few_fp8_rows_are_decoded_while_they_are_gathered(gpu, monkeypatch, sp
             values = delivery.take(table, numbers, None, beside).wait()
             gpu.current.synchronize()
             assert_bits(values.as_subclass(torch.Tensor), raw[numbers])
-            assert delivery.bytes_copied - before == count * 2 * 64
+            assert delivery.bytes_copied - before == count * 2 * 64 == crossing_bytes(table.format, count)
     assert decoded == []
     numbers, before = torch.zeros(few + 1, dtype=torch.int32), delivery.bytes_copied
     delivery.take(table, numbers).wait()
     target, staged = gpu.side.copies[-1]
     assert torch.equal(target, raw[numbers]) and torch.equal(staged, target)
-    assert delivery.bytes_copied - before == (few + 1) * 66 and decoded == [few + 1]
+    assert delivery.bytes_copied - before == (few + 1) * 66 == crossing_bytes(table.format, few + 1)
+    assert decoded == [few + 1] and crossing_bytes(RowFormat(torch.float32, 64), 5) == 5 * 256
     delivery.trim()
 
 
