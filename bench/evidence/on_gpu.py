@@ -23,13 +23,8 @@ from bench.wall.table import wall_table
 
 HUNDRED, SERVED, LOOKUP, PREFILL = "end_to_end_h200_100b", "end_to_end_h200", "lookup_speed_h200", "gpu_wall_h200"
 _FEW = 16  # tokens
+_NAMED = (("resident", 1), ("resident", 256), ("uva", 1), ("uva", 64), ("uva", 256))  # lookups, by tokens
 _PLACES = {"resident": "resident", "uva": "offload_uva", "graph": "offload_uva in graph", "staged": "offload_prefetch"}
-
-
-def _joules(row: Json) -> dict[int, float]:
-    """Energy of the board in each pass, idle included."""
-    boards = {sample["round"]: sample["board"]["value"] for sample in row["rounds"]}
-    return {number: value["joules_after"] - value["joules_before"] for number, value in boards.items()}
 
 
 def _window(case: Json) -> float:
@@ -80,12 +75,11 @@ class OnGpu:
             "gpu.params": f"{case['table']['parameters'] / 1e9:.0f}",
             "gpu.gib": f"{case['table']['bytes'] / 2**30:.0f}",
             "gpu.batch": str(case["batch"]),
-            "gpu.rounds": str(len(case["rounds"])),
             "gpu.step_ms": f"{1e3 * step:.1f}",
             "gpu.least_ms": f"{1e3 * least:.1f}",
             "gpu.step_over_least": f"{step / least:.0f}",
             "gpu.window_us": f"{1e6 * _window(case):.0f}",
-            "gpu.graph.round_us": _by_distinct_rows(case, "offload_uva in graph"),
+            "gpu.graph.round_us": _by_distinct_rows(case, _PLACES["graph"]),
         }
         for name, label in _PLACES.items():
             decode = numbers.against(case, numbers.row_of(case, label), "no_engram", "decode")
@@ -94,16 +88,15 @@ class OnGpu:
             found[f"gpu.{name}.percent"] = f"{100 * decode.median:.1f}"
             found[f"gpu.{name}.interval"] = decode.interval
             found[f"gpu.{name}.of_least"] = f"{100 * added / least:.1f}"
-            if label != "resident":
-                ours = numbers.against(case, numbers.row_of(case, label), "resident", "decode")
-                found[f"gpu.{name}.over_resident"] = f"{100 * ours.median:.1f}"
-                whole = numbers.against(case, numbers.row_of(case, label), "no_engram", "together")
-                found[f"gpu.{name}.whole"] = whole.interval
-        joules = [_joules(numbers.row_of(case, label)) for label in ("offload_uva in graph", "resident")]
+        graph = numbers.row_of(case, _PLACES["graph"])
+        ours = numbers.against(case, graph, "resident", "decode")
+        joules = [numbers.joules(row) for row in (graph, numbers.row_of(case, "resident"))]
         ratio = paired_ratio(*([each[number] for number in sorted(joules[1])] for each in joules))
         low, high = percent(ratio["low"] - 1), percent(ratio["high"] - 1)
         return {
             **found,
+            "gpu.graph.over_resident": f"{100 * ours.median:.1f}",
+            "gpu.graph.whole": numbers.against(case, graph, "no_engram", "together").interval,
             "gpu.graph.joules": f"[{low}, {high}]",
             "gpu.pass_joules": f"{statistics.median(joules[1].values()):.0f}",
         }
@@ -113,38 +106,37 @@ class OnGpu:
 
     def _batches(self) -> dict[str, str]:
         """Over all cases: from the least to the most that a place adds to a decode step."""
-        found = {}
-        for name, label in {**_PLACES, "hot": "offload_hot 1 %", "own": "own_compute"}.items():
-            with_it = [
-                case for case in self._cases() if any(row["label"] == label and row["rounds"] for row in case["rows"])
+        lost = {
+            name: [
+                100 * numbers.against(case, numbers.row_of(case, _PLACES[name]), "no_engram", "decode").median
+                for case in self._cases()
             ]
-            us = [1e6 * added_s(case, label) for case in with_it]
-            lost = [
-                100 * numbers.against(case, numbers.row_of(case, label), "no_engram", "decode").median
-                for case in with_it
-            ]
-            found[f"gpu.{name}.all_us"] = f"{min(us):.0f} to {max(us):.0f}"
-            found[f"gpu.{name}.all_percent"] = f"{min(lost):.1f} to {max(lost):.1f}"
-        return found
+            for name in ("graph", "staged")
+        }
+        us = {
+            "resident": [1e6 * added_s(case, "resident") for case in self._cases()],
+            "own": [1e6 * added_s(case, "own_compute") for case in self[SERVED]["cases"]],
+        }
+        return {
+            **{f"gpu.{name}.all_percent": f"{min(found):.1f} to {max(found):.1f}" for name, found in lost.items()},
+            **{f"gpu.{name}.all_us": f"{min(found):.0f} to {max(found):.0f}" for name, found in us.items()},
+        }
 
     def _lookups(self) -> dict[str, str]:
         results = self[LOOKUP]
-        found = {}
-        for case in results["cases"]:
-            for way, samples in case["samples_s"].items():
-                found[f"gpu.lookup.{way}.{case['tokens']}"] = f"{1e6 * statistics.median(samples):.1f}"
+        us = {
+            (way, case["tokens"]): 1e6 * statistics.median(samples)
+            for case in results["cases"]
+            for way, samples in case["samples_s"].items()
+        }
         rate, limit = self._rows_per_s(), self._bus()
         carried = rate * results["table"]["row_bytes"]
-        few = [
-            statistics.median(case["samples_s"]["staged"]) / statistics.median(case["samples_s"]["uva"])
-            for case in results["cases"]
-            if case["tokens"] <= _FEW
-        ]
-        staged = [statistics.median(c["samples_s"]["staged"]) for c in results["cases"] if c["tokens"] <= _FEW]
+        staged = {tokens: took for (way, tokens), took in us.items() if way == "staged" and tokens <= _FEW}
+        over = [took / us["uva", tokens] for tokens, took in staged.items()]
         return {
-            **found,
-            "gpu.lookup.staged_over": f"{min(few):.0f} to {max(few):.0f}",
-            "gpu.lookup.staged_us": f"{1e6 * min(staged):.0f} to {1e6 * max(staged):.0f}",
+            **{f"gpu.lookup.{way}.{tokens}": f"{us[way, tokens]:.1f}" for way, tokens in _NAMED},
+            "gpu.lookup.staged_over": f"{min(over):.0f} to {max(over):.0f}",
+            "gpu.lookup.staged_us": f"{min(staged.values()):.0f} to {max(staged.values()):.0f}",
             "gpu.rows_per_s": f"{rate / 1e6:.0f}",
             "gpu.ns_a_row": f"{1e9 / rate:.0f}",
             "gpu.row_gbs": f"{carried / 1e9:.1f}",

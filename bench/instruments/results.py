@@ -55,8 +55,8 @@ def environment() -> Environment:
 def git_commit() -> Git:
     """Commit of the code that ran, and whether the code had changes since.
 
-    ENGRAM_GIT_COMMIT names it for a copy, where there is no checkout, or another's; changes are unknown
-    then.
+    ENGRAM_GIT_COMMIT names it for a copy, where there is no checkout, or another's. Then nobody
+    knows of changes.
     """
     said = os.environ.get("ENGRAM_GIT_COMMIT")
     if said:

@@ -209,12 +209,17 @@ def over_control(case: Json, row: Json) -> int | None:
     return None if None in both else both[0] - both[1]
 
 
+def joules(row: Json) -> dict[int, float]:
+    """Energy of the whole board in each pass, by round, idle power included; those without a counter are missing."""
+    boards = {sample["round"]: sample["board"]["value"] for sample in row["rounds"] if sample.get("board")}
+    ends = {number: (value["joules_before"], value["joules_after"]) for number, value in boards.items() if value}
+    return {number: after - before for number, (before, after) in ends.items() if None not in (before, after)}
+
+
 def pass_joules(row: Json) -> float | None:
-    """Energy of the whole board in a median pass, idle power included; None where the counter is not there."""
-    boards = [sample["board"]["value"] for sample in row["rounds"] if sample.get("board")]
-    ends = [(value["joules_before"], value["joules_after"]) for value in boards if value]
-    spent = [after - before for before, after in ends if before is not None and after is not None]
-    return statistics.median(spent) if spent else None
+    """The same in a median pass; None where the counter is not there."""
+    spent = joules(row)
+    return statistics.median(spent.values()) if spent else None
 
 
 def hit_rate(row: Json) -> float | None:

@@ -91,14 +91,14 @@ class Rounds:
         rows = self._rows_on_hand(work)
         if keep:
             self._describe_round(work)
-        for place, variant in enumerate([turn[0], *turn]):
-            before, on_hand = _counts(variant), rows if variant.name == OWN_COMPUTE else None
+        on_hand = {OWN_COMPUTE: rows}
+        # Not kept: whoever serves first finds a device that has idled, and its first prompt is slower.
+        self._server.serve(work, turn[0], on_hand.get(turn[0].name))
+        for variant in turn:
+            before = _counts(variant)
             self._flush()
-            if place == 0:  # whoever serves first finds a device that has idled, and its first prompt is slower
-                self._server.serve(work, variant, on_hand)
-                continue
             self._board.begin()
-            samples = self._server.serve(work, variant, on_hand, self._board.look)
+            samples = self._server.serve(work, variant, on_hand.get(variant.name), self._board.look)
             board = self._board.end()
             if keep:
                 # Seconds to a tenth of a microsecond: what a clock says beyond that is noise.

@@ -5,7 +5,7 @@
 
 What `gpu_wall` measures around a step is here, too (`bench.setup.variants`); added are the model without an Engram
 layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On CUDA the resident
-table is looked up by two kernels from token ids to rows, which a graph can hold: the best control that we can build.
+table is looked up by one kernel from token ids to rows, which a graph can hold: the best control that we can build.
 `offload_uva` is there twice: looked up before a step's graphs are replayed, and `in graph`, on a branch of the one.
 A file is read past the page cache where the file system allows it; on a CPU, hot rows lie in front of it.
 """

@@ -42,7 +42,7 @@ ASSUMED = {
     "compute": Rate(4.9e14, "assumed: half of an H100's dense bfloat16 peak, operations/s"),
     "processor": Rate(1e11, "assumed: a few cores, float32, operations/s"),
     "reads": Rate(5e5, "assumed: one NVMe drive, random reads of 4 KiB, 64 in flight, reads/s"),
-    "start_device": Rate(5.7e-6, "assumed: two kernels from ids to rows, as measured on an H200, s"),
+    "start_device": Rate(5.7e-6, "assumed: one launch from ids to rows, as measured on an H200, s"),
     "start_host": Rate(2e-5, "assumed: another thread wakes, s"),
     "start_bus": Rate(2.7e-6, "assumed: the first row in place, as measured on an H200, s"),
     "start_staged": Rate(
