@@ -20,11 +20,13 @@ import json
 import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +248,7 @@ def _pytest(copied: Path, tests: Sequence[str], told: Connection) -> None:
     It is done in a process that has imported what others wrote, and nothing of the project but this file.
     """
     os.setsid()  # ended together with what the tests start
+    threading.Thread(target=_end_with, args=(told.fileno(),), daemon=True).start()
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(quiet, stream)
@@ -260,6 +263,14 @@ def _pytest(copied: Path, tests: Sequence[str], told: Connection) -> None:
     import pytest
 
     told.send(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])))
+
+
+def _end_with(pipe: int) -> None:
+    """End this process and what its tests started as soon as nobody reads the pipe any more: the command was killed."""
+    watch = select.poll()
+    watch.register(pipe, 0)  # an error, and nothing else, is told
+    watch.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def equivalent() -> set[str]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_ref.attach.blocks import cache_among, named_arguments
-from engram_ref.attach.hooks import Hook, forget_compiled
+from engram_ref.attach.hooks import Hook
 from engram_ref.attach.step import give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.config import EngramConfig
@@ -139,7 +139,6 @@ class OffloadedTable:
         enter, leave = Hook(self._begin), Hook(self._end)
         self._handles: list[Any] = [enter, text.register_forward_pre_hook(enter, with_kwargs=True)]
         self._handles += [leave, text.register_forward_hook(leave, always_call=True)]
-        forget_compiled()
 
     def restore(self) -> None:
         """Put the table back into the model and make everything as it was. Calling it again does nothing.
@@ -158,7 +157,6 @@ class OffloadedTable:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        forget_compiled()
         try:
             for thread in list(self._steps):
                 self._drop(thread)
@@ -214,7 +212,7 @@ class OffloadedTable:
             raise
 
     def _start(self, prefetcher: Prefetcher, ids: Tensor, cache: Any) -> Fetch:
-        before = None if cache is None else cache.get_conv_state(next(iter(self.tables)), state_idx=_TOKEN_STATE)
+        before = None if cache is None else _ids_before(cache, next(iter(self.tables)))
         device = prefetcher.hasher.device if isinstance(prefetcher.hasher, DeviceHasher) else torch.device("cpu")
         ids = ids.to(device, torch.int64)
         history: Any = None
@@ -375,7 +373,13 @@ def _modeling() -> ModuleType:
     try:
         return importlib.import_module(_MODULE)
     except ImportError as error:
-        raise ValueError(f"this transformers has no qwen4_exp ({error}): pip install 'transformers>=5.23'") from None
+        raise ValueError(f"this transformers has no qwen4_exp ({error}): pip install 'transformers>=5.17'") from None
+
+
+def _ids_before(cache: Any, block: int) -> Tensor | None:
+    """The last token ids that the class keeps in a cache, of shape (batch, places); None before the first."""
+    # `cache.get_conv_state` says the same, but not before transformers 5.23.
+    return cache.layers[block].conv_states[_TOKEN_STATE] if cache.has_previous_state(block, _TOKEN_STATE) else None
 
 
 def _text_model(model: nn.Module) -> Any:

@@ -19,7 +19,7 @@ from engram_ref.config import EngramConfig
 
 qwen4 = pytest.importorskip(
     "transformers.models.qwen4_exp.modeling_qwen4_exp",
-    reason="this transformers has no qwen4_exp, the class to compare with: pip install 'transformers>=5.23'",
+    reason="this transformers has no qwen4_exp, the class to compare with: pip install 'transformers>=5.17'",
 )
 
 
