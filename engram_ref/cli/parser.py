@@ -1,0 +1,87 @@
+"""A parser whose errors are one line, whose options take hyphens and underscores, and whose help fits the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from engram_ref import __version__
+from engram_ref.cli.width import folded
+
+_ABSENT = object()  # what no command line can say
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """A description as it is laid out, folded where COLUMNS, or the terminal, has no room; and every default, once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if "default" in said or isinstance(default, bool) or default in (None, argparse.SUPPRESS):
+            return said
+        words = default if isinstance(default, (list, tuple)) else [default]
+        shown = " ".join(f"{word:g}" if isinstance(word, float) else str(word) for word in words)
+        return f"{said} (default: {shown})".replace("%", "%%") if "%" in shown else f"{said} (default: {shown})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + part for line in text.splitlines() for part in folded(line, width - len(indent)))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and that takes --table-params for --table_params and back."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **arguments)
+        self.add_argument("--version", action="version", version=f"engram-offload {__version__}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, every option with hyphens and with underscores."""
+        return super().parse_known_args(self._spelt(sys.argv[1:] if args is None else list(args)), namespace)
+
+    def _spelt(self, words: list[str]) -> list[str]:
+        """The words with options spelt as they were added; what stands behind "--" is no option."""
+        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        end = words.index("--") if "--" in words else len(words)
+        return [_respelt(word, known) if word.startswith("--") else word for word in words[:end]] + words[end:]
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and leave with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def parse_given(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+        """The options, and which of them stand on the command line: by name in the namespace, as they are spelt."""
+        spelt = {a.dest: a.option_strings[-1] for a in self._actions if a.option_strings}
+        namespace = argparse.Namespace(**dict.fromkeys(spelt, _ABSENT))
+        self.parse_args(argv, namespace)
+        given = {name: option for name, option in spelt.items() if getattr(namespace, name) is not _ABSENT}
+        return self.parse_args(argv), given
+
+
+def _respelt(word: str, known: Mapping[str, str]) -> str:
+    name, equals, value = word.partition("=")
+    hyphens = name.replace("_", "-")
+    meant = [option for plain, option in known.items() if plain == hyphens] or [
+        option for plain, option in known.items() if plain.startswith(hyphens)
+    ]
+    return meant[0] + equals + value if len(meant) == 1 else word
+
+
+def add_fresh(parser: argparse.ArgumentParser) -> None:
+    """The one way to resume: the same command goes on where it stopped, unless it is told to begin anew."""
+    parser.add_argument("--fresh", action="store_true", help="begin anew; without it the same command continues")
+
+
+def refuse_idle(given: Mapping[str, str], idle: Iterable[str], why: str) -> None:
+    """Refuse what would do nothing: whoever asks for something and gets a run without it is misled.
+
+    Args:
+        given: of `Parser.parse_given`.
+        idle: names of options that do nothing in this run.
+        why: ends the sentence "--option does nothing ...", with what to do instead.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    if found := [given[name] for name in idle if name in given]:
+        raise ValueError(f"{', '.join(found)} {'do' if len(found) > 1 else 'does'} nothing {why}")
