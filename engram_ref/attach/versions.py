@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 
-NEWEST_TESTED = {"torch": (2, 13), "transformers": (5, 24)}
+NEWEST_TESTED = {"torch": (2, 15), "transformers": (5, 24)}
 
 
 @functools.cache
