@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         vocab = CompressedVocab.from_tokenizer(None)
-        source = text_source(None, None, vocab)
+        source = text_source(None, vocab)
         jobs = works(source, vocab, **sizes)
         found = dict(in_parallel(price, jobs, options.jobs))
         results = {

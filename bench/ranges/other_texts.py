@@ -24,8 +24,7 @@ from bench.rows.whole_model import MODELS
 from bench.setup.corpora import CORPORA, fetched, first_characters
 from bench.setup.encoding import encode_texts
 from bench.setup.parallel import add_jobs, in_parallel
-from bench.setup.streams import random_source
-from bench.setup.token_batches import standard_library
+from bench.setup.streams import random_source, standard_library
 from engram_ref import cli
 from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab, load_tokenizer
@@ -65,7 +64,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         own = standard_library(vocab, None, 1 << 20)
         ids = own.ids[:TOKENS]
         about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
-        zipf = np.array(random_source("zipf", len(vocab), TOKENS).ids)
+        zipf = random_source("zipf", len(vocab), TOKENS).ids
         return [
             {"text": name, **about, **_measured(ids, plans)},
             {"text": f"{name}, shuffled", **about, **_measured(shuffled(ids), plans)},

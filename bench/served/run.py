@@ -36,7 +36,7 @@ from bench.served.variants import Choice, Contenders, chosen_names
 from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
-from bench.setup.token_batches import Corpus, halves
+from bench.setup.streams import Source, halves
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -163,8 +163,8 @@ class EndToEnd:
         self.tell("tokenizing the text")
         served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
         longest = options.prompt_tokens[1] + options.output_tokens[1]
-        calibration, corpus = halves(options.text, self.vocab, 2 * served * longest)
-        missing = {backbone: self._missing(backbone, corpus) for backbone in options.backbones}
+        calibration, text = halves(options.text, self.vocab, 2 * served * longest)
+        missing = {backbone: self._missing(backbone, text) for backbone in options.backbones}
         if not any(missing.values()):
             return record.results  # a table of 96 GiB takes a minute
         sample = torch.from_numpy(NgramHasher(self.plan)(calibration[None, :_HOT_TOKENS], LAYER))
@@ -174,29 +174,29 @@ class EndToEnd:
             self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
             batch, length = _CHECKED_TOKENS  # rows that differ are never timed
-            contenders.check_tokens(corpus.tokens[: batch * length].reshape(batch, length))
+            contenders.check_tokens(text.tokens[: batch * length].reshape(batch, length))
             for backbone, cases in missing.items():
                 if cases:
-                    self._measure_backbone(backbone, cases, contenders, corpus)
+                    self._measure_backbone(backbone, cases, contenders, text)
         return record.results
 
-    def _missing(self, backbone: str, corpus: Corpus) -> list[tuple[int, Plan]]:
+    def _missing(self, backbone: str, text: Source) -> list[tuple[int, Plan]]:
         """Batches of a backbone of which a stream has not been measured to the end."""
-        streams = [self._stream(stream, corpus)[1] for stream in self.options.streams]
+        streams = [self._stream(stream, text)[1] for stream in self.options.streams]
 
         def finished(batch: int) -> bool:
             return all(self.record.finished(backbone, batch, stream, self.options.rounds) for stream in streams)
 
         return [(batch, sizes) for name, batch, sizes in self.cases if name == backbone and not finished(batch)]
 
-    def _stream(self, stream: str, corpus: Corpus) -> tuple[TokenSource, Json]:
+    def _stream(self, stream: str, text: Source) -> tuple[TokenSource, Json]:
         """Where a stream's tokens come from, and what the file says of it."""
-        text, name = (corpus.tokens, corpus.name) if stream == "text" else (None, "uniform")
-        source = TokenSource(text, len(self.vocab.ids), self.options.seed)
+        ids, name = (text.tokens, text.name) if stream == "text" else (None, "uniform")
+        source = TokenSource(ids, len(self.vocab.ids), self.options.seed)
         return source, {"kind": stream, "name": name, "sha256": source.sha256}
 
     def _measure_backbone(
-        self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
+        self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, text: Source
     ) -> None:
         self.tell(f"building {backbone}")
         register_attention()
@@ -211,7 +211,7 @@ class EndToEnd:
             server = Server(model, self.vocab, self.plan)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
-                source, described = self._stream(stream, corpus)
+                source, described = self._stream(stream, text)
                 case = self._case(backbone, sizes, described, contenders, weights)
                 label, limits = device_label(self.record.results), self.record.results["limits"]
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()

@@ -16,7 +16,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from bench.instruments.journal import Journal
 from bench.instruments.output import require_writable
 from bench.price.models import digest, toy_config
 from bench.setup.parallel import in_parallel
-from bench.setup.streams import Source, Stream, random_source, text_source
-from bench.setup.token_batches import standard_library
+from bench.setup.streams import Source, Stream, random_source, standard_library, text_source
 from bench.sweeps.points import Case, Settings
 from bench.sweeps.pricing import Job, price_cases
 from engram_ref.cli import time_left
@@ -35,7 +34,7 @@ from engram_ref.vocab import CompressedVocab
 
 LIBRARY_BYTES = 1 << 20  # of the standard library's sources; a window needs no more
 # The code that decides a price, with all that it imports.
-PRICING_CODE = ("bench.sweeps.pricing", "bench.setup.streams", "bench.setup.token_batches")
+PRICING_CODE = ("bench.sweeps.pricing", "bench.setup.streams")
 _BETWEEN_LINES = 2.0  # seconds
 _OF_ANY_RECORDING = 400_000  # operations' worth of making the weights and finding the hot rows
 
@@ -60,10 +59,10 @@ class Texts:
 
     def _read(self, name: str) -> Source:
         if name == "text":
-            return text_source(self._text, self._tokenizer, self.vocab)
+            return text_source(self._text, self.vocab, self._tokenizer)
         if name == "python-stdlib":
-            corpus = standard_library(self.vocab, self._tokenizer, LIBRARY_BYTES)
-            return Source(f"{corpus.name}, first {LIBRARY_BYTES >> 20} MiB", corpus.sha256, corpus.ids.tolist())
+            library = standard_library(self.vocab, self._tokenizer, LIBRARY_BYTES)
+            return replace(library, name=f"{library.name}, first {LIBRARY_BYTES >> 20} MiB")
         return random_source(name, len(self.vocab))
 
     def window(self, settings: Settings) -> Stream:

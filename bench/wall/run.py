@@ -19,7 +19,8 @@ from bench.instruments.output import tell
 from bench.instruments.results import write_json
 from bench.setup.backbones import Backbone, build_backbone
 from bench.setup.sizes import LAYER, pick_device, require_disk, table_config
-from bench.setup.token_batches import TokenBatches, halves, text_batches, uniform_batches
+from bench.setup.streams import halves
+from bench.setup.token_batches import TokenBatches, text_batches, uniform_batches
 from bench.setup.variants import TableSet, Variant
 from bench.wall import components
 from bench.wall import step as steps
@@ -51,7 +52,7 @@ class Benchmark:
         self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")
         wanted = 4 * max(shape.batch * shape.tokens for shape in options.steps)  # two batches, and as many to calibrate
-        self.calibration, self.corpus = halves(options.text, self.vocab, wanted)
+        self.calibration, self.text = halves(options.text, self.vocab, wanted)
         self.results = self.begun(options.out / "results.json")
 
     def begun(self, path: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Benchmark:
         """Token ids of the chosen stream; with a plan, sequences that go on from step to step."""
         if self.options.stream == "uniform":
             return uniform_batches(self.vocab, batch, tokens, self.options.seed, plan)
-        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.corpus)
+        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.text)
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet; the file is written after each round, complete each time."""

@@ -16,7 +16,7 @@ def shrink() -> None:
     from bench import gpu_wall, lookup_speed
     from bench.gpu import preflight
     from bench.instruments import driver, timing
-    from bench.setup import token_batches
+    from bench.setup import streams
     from bench.wall import run as wall
     from engram_ref.hashing import kernels as kernels_hashing
     from engram_ref.rows import kernels
@@ -29,7 +29,7 @@ def shrink() -> None:
     timing.FLUSHED = COPY
     preflight._COPY_BYTES, preflight._COPIES, preflight._PINNED = COPY, 3, COPY
     lookup_speed.COPY_BYTES, lookup_speed.COPIES, lookup_speed.WARM_UP = COPY, 3, 1
-    token_batches.standard_library = functools.partial(token_batches.standard_library, nbytes=TEXT_BYTES)
+    streams.standard_library = functools.partial(streams.standard_library, nbytes=TEXT_BYTES)
     kernels.ROWS_PER_PROGRAM = kernels.SCALED_ROWS_PER_PROGRAM = 512
     kernels_hashing.TOKENS_PER_PROGRAM = 64
     uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
