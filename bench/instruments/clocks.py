@@ -40,6 +40,11 @@ class Clock:
         self._names.append(name)
         self._times.append(self._now())
 
+    @property
+    def begun(self) -> bool:
+        """Whether the device has come to the begin."""
+        return True
+
     def end(self) -> list[Lap]:
         """Wait for the device; name of each mark, and seconds since the one before."""
         return list(zip(self._names, map(self._between, self._times, self._times[1:])))
@@ -56,7 +61,17 @@ class EventClock(Clock):
     """
 
     def __init__(self, event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True)) -> None:
-        super().__init__(lambda: _recorded(event()))
+        def recorded() -> Any:
+            made = event()
+            made.record()
+            return made
+
+        super().__init__(recorded)
+
+    @property
+    def begun(self) -> bool:
+        """As Clock."""
+        return self._times[0].query()
 
     def end(self) -> list[Lap]:
         """As Clock."""
@@ -65,11 +80,6 @@ class EventClock(Clock):
 
     def _between(self, before: Any, after: Any) -> float:
         return before.elapsed_time(after) / 1e3  # milliseconds
-
-
-def _recorded(event: Any) -> Any:
-    event.record()
-    return event
 
 
 def device_clock(device: torch.device) -> Clock:

@@ -234,7 +234,6 @@ class EndToEnd:
         contenders: Contenders,
         weights: dict[str, int],
     ) -> Case:
-        table = contenders
         description = {
             "backbone": backbone,
             "blocks": sizes.blocks,
@@ -249,16 +248,7 @@ class EndToEnd:
             "output_tokens": list(self.options.output_tokens),
             "stream": stream,
             "layer_id": LAYER,
-            "table": {
-                "preset": self.options.preset,
-                "parameters": table.rows * table.format.width,
-                "rows": table.rows,
-                "row_bytes": table.format.row_bytes,
-                "columns": self.config.columns,
-                "bytes": table.nbytes,
-                "row_dtype": self.config.row_dtype,
-                "huge_pages": table.memory.huge_page_share(),
-            },
+            "table": contenders.record(self.options.preset),
             "needs": asdict(estimate(sizes, self.device)),
             "rounds": [],
         }

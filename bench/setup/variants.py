@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.schemas.common import Held
+from bench.schemas.common import Table as TableRecord
 from bench.setup import table_content
 from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
@@ -135,6 +136,7 @@ class TableSet(AbstractContextManager[Any]):
         observer: Observer | None = None,
         packed: bool = True,
     ) -> None:
+        self.config = config
         self.layer_id = plan.layers[0].layer_id
         self.rows = plan.layers[0].rows
         self.format = RowFormat.of(config)
@@ -155,6 +157,19 @@ class TableSet(AbstractContextManager[Any]):
     def nbytes(self) -> int:
         """Bytes of the table."""
         return self.rows * self.format.row_bytes
+
+    def record(self, preset: str) -> TableRecord:
+        """What a results file says of the table, which has the geometry of a preset."""
+        return {
+            "preset": preset,
+            "parameters": self.rows * self.format.width,
+            "rows": self.rows,
+            "row_bytes": self.format.row_bytes,
+            "columns": self.config.columns,
+            "bytes": self.nbytes,
+            "row_dtype": self.config.row_dtype,
+            "huge_pages": self.memory.huge_page_share(),
+        }
 
     def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
         if self.device.type == "cuda" and "resident" in names:
