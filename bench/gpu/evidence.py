@@ -74,16 +74,11 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _kept(work: Path) -> Iterator[Path]:
-    for path in sorted(work.rglob("*")):
-        relative = path.relative_to(work)
-        if path.is_file() and not any(Path(part).match(p) for part in relative.parts for p in _LEFT_OUT):
-            yield path
-
-
 def _archive(work: Path, path: Path) -> None:
     """Everything; where that is too large, without the largest files, whose names the summary of the archive gives."""
-    files, left_out = list(_kept(work)), []
+    parts = {path: map(Path, path.relative_to(work).parts) for path in sorted(work.rglob("*")) if path.is_file()}
+    files = [path for path, names in parts.items() if not any(name.match(p) for name in names for p in _LEFT_OUT)]
+    left_out = []
     while True:
         with tarfile.open(path, "w:gz", compresslevel=1) as archive:
             for file in files:

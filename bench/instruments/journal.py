@@ -40,7 +40,8 @@ class Journal:
         content = read_small(path, MOST_BYTES, "name another folder") if path.exists() else b""
         lines = content.splitlines()
         self.found: dict[str, dict[str, Any]] = dict(filter(None, map(_entry, lines)))
-        if foreign := sum(not _begins_as_ours(line) for line in lines):
+        # A torn line of ours is the beginning of a whole one.
+        if foreign := sum(line[: len(_START)] != _START[: len(line)] for line in lines):
             set_aside(path, f"{path} has {foreign} lines that no run has written")
             self.add(self.found)
 
@@ -69,11 +70,6 @@ class Journal:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         return file
-
-
-def _begins_as_ours(line: bytes) -> bool:
-    """Whether it is a line of ours, whole or torn."""
-    return line[: len(_START)] == _START[: len(line)]
 
 
 def _entry(line: bytes) -> tuple[str, dict[str, Any]] | None:

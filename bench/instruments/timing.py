@@ -27,6 +27,7 @@ LEAST_SAMPLES = 3  # fewer have no spread to speak of
 _RESAMPLES = 2000
 _SAY_SECONDS = 2.0  # between two lines of progress
 _Thing = TypeVar("_Thing")
+_Other = TypeVar("_Other")
 
 
 def rounds(
@@ -132,6 +133,14 @@ def _interval(ratios: tuple[float, ...]) -> tuple[float, float]:
 
 class NotMeasured(ValueError):
     """A number that these results cannot give; the text says why."""
+
+
+def unless_missing(number: Callable[[], _Thing], instead: _Other) -> _Thing | _Other:
+    """A number, or what stands where these results cannot give it."""
+    try:
+        return number()
+    except NotMeasured:
+        return instead
 
 
 class Overhead(NamedTuple):

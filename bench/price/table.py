@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.instruments.claim import WALL_TIME_CLAIM, Verdict, classify
@@ -32,11 +33,15 @@ def variants(results: dict[str, Any]) -> list[str]:
 def is_valid(results: dict[str, Any], model: str, boundary: str) -> bool:
     """Whether all variants gave the same output bits, traced and untraced, and nothing escaped the tracer."""
     runs = [run for run in results["runs"] if (run["model"], run["boundary"]) == (model, boundary)]
-    outputs = {run[key] for run in runs for key in ("output_sha256", "untraced_output_sha256")}
+    return comparable(runs, ("output_sha256", "untraced_output_sha256"))
+
+
+def comparable(runs: Sequence[Run], outputs: Sequence[str] = ("output_sha256",)) -> bool:
+    """Whether runs gave the same bits, by the digests of `outputs`, and let the same values out of the tracer."""
+    digests = {run[key] for run in runs for key in outputs}
     # An index into the table and the branch on a comparison read their value and need it plain; numbers do not.
-    allowed = {"index", "bool"}
-    escaped = any(run["untracked_outputs"] or set(run["escapes"]) - allowed for run in runs)
-    return len(outputs) == 1 and not escaped and len({tuple(run["escapes"].items()) for run in runs}) == 1
+    escaped = any(run["untracked_outputs"] or run["escapes"].keys() - {"index", "bool"} for run in runs)
+    return len(digests) == 1 and not escaped and all(run["escapes"] == runs[0]["escapes"] for run in runs)
 
 
 def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> Overhead:

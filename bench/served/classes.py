@@ -12,9 +12,10 @@ time to hide.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.timing import NotMeasured
+from bench.instruments.timing import NotMeasured, unless_missing
 from bench.served.numbers import (
     BASELINES,
     NO_LOOKUP,
@@ -103,12 +104,7 @@ def losses(case: Json) -> list[list[str]]:
     for row in case["rows"]:
         if row["rounds"] and not row["bus"]:
             cells = [loss(case, row["label"], baseline, phase) for phase, baseline in columns]
-            lines.append([row["label"], _added(case, row["label"]), *cells])
+            added = unless_missing(partial(added_s, case, row["label"]), None)
+            us = "-" if added is None else f"{1e6 * added:+.0f}"
+            lines.append([row["label"], "" if row["label"] == "no_engram" else us, *cells])
     return [*heads, *lines]
-
-
-def _added(case: Json, label: str) -> str:
-    try:
-        return f"{1e6 * added_s(case, label):+.0f}" if label != "no_engram" else ""
-    except NotMeasured:
-        return "-"

@@ -258,28 +258,23 @@ class ServedModel:
         capture(BARE, self._decode_once)
         for one in in_graph:  # first, so that rows are written where all graphs read them, and not copied there
             schedule = "prefetched" if one.schedule == BESIDE else "none"
-            with (
-                self.serving(one.table, one.prefetcher, schedule) as now,
-                self._looking_up(now, one.schedule) as attached,
-            ):
+            staged = self._staged if one.schedule == IN_GRAPH else self._beside
+            with self.serving(one.table, one.prefetcher, schedule) as now, self._staging(now, staged) as attached:
                 self._look_up.append(attached)
                 capture(one.schedule, functools.partial(self._looked_up, attached))
         if table is not None:
             on_hand = OnHand({LAYER: Engram(self._fusion, table)})
             for kind, between in ((CUT, pieces.cut), (STAGED, None)):
-                with self.serving(table, on_hand) as now, self._staging(now, between) as attached:
+                with self.serving(table, on_hand) as now, self._staging(now, self._staged, between) as attached:
                     attached.stage(self._tokens, self._cache)
                     capture(kind, self._decode_once)
 
-    def _staging(self, now: Serving, between: Callable[[], object] | None) -> AbstractContextManager[Attached]:
+    def _staging(
+        self, now: Serving, staged: Staged | None, between: Callable[[], object] | None = None
+    ) -> AbstractContextManager[Attached]:
         """Forwards that read staged rows, and are cut there when they are captured, if `between` cuts."""
         assert now.attached is not None
-        return now.attached.staging(between=between, staged=self._staged)
-
-    def _looking_up(self, now: Serving, schedule: str) -> AbstractContextManager[Attached]:
-        """Forwards that are captured with their lookup, in one graph: before the model, or beside its first blocks."""
-        assert now.attached is not None
-        return now.attached.staging(staged=self._staged if schedule == IN_GRAPH else self._beside)
+        return now.attached.staging(between=between, staged=staged)
 
     def _looked_up(self, attached: Attached, span: int) -> Tensor:
         attached.stage(self._tokens, self._cache)  # captured with the rest, it reads ids and places where they lie

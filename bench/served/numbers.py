@@ -17,7 +17,14 @@ import statistics
 from typing import Any, NamedTuple
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, Overhead, overhead, paired_ratio, quantile
+from bench.instruments.timing import (
+    LEAST_SAMPLES,
+    NotMeasured,
+    Overhead,
+    overhead,
+    paired_ratio,
+    quantile,
+)
 from bench.schemas.served import Freed, Reading, Weights
 
 Json = dict[str, Any]

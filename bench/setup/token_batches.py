@@ -117,13 +117,10 @@ def uniform_batches(
     _check(batch, tokens, plan)
     generator = np.random.default_rng(seed)
     state = repr(generator.bit_generator.state).encode()
-    draws = _draw(generator, len(vocab), (batch, tokens))
+    draws = (
+        (generator.integers(0, len(vocab), (batch, tokens), dtype=np.int64), number == 0) for number in count()
+    )  # [B, T]
     return TokenBatches("uniform", hashlib.sha256(state).hexdigest(), None, draws, plan)
-
-
-def _draw(generator: np.random.Generator, size: int, shape: tuple[int, int]) -> Iterator[_Draw]:
-    for number in count():
-        yield generator.integers(0, size, shape, dtype=np.int64), number == 0
 
 
 def _check(batch: int, tokens: int, plan: HashPlan | None) -> None:

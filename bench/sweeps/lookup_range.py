@@ -8,10 +8,11 @@ serves the resident and the naive layout and all paddings, another the prefetch.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from bench.instruments.claim import by_seed, by_task
 from bench.instruments.words import aligned
@@ -86,7 +87,7 @@ def price_toy(toy: Toy, plan: HashPlan, stream: Stream, seed: int) -> tuple[Reco
         "lookups": sum(map(len, indices)),
         "distinct_rows": len(named),
         "row_values": width,
-        "row_stream_sha256": digest(_flat(indices)),
+        "row_stream_sha256": digest(np.array(indices)),
     }
     return about, [
         {"toy": toy.name, "ending": ending, **price} for ending in ENDINGS for price in price_ending(workload, ending)
@@ -106,10 +107,6 @@ def price_ending(workload: Workload, ending: str) -> Iterator[Record]:
                 costs = relaid.cost_by_kind(start, padding, bytes_per_element=1)
                 prices = {"cost": sum(costs.values()), "row_cost": costs["row"]}
                 yield {"variant": layout.name, "padding": padding, **prices}
-
-
-def _flat(indices: list[list[int]]) -> array[int]:
-    return array("q", [row for position in indices for row in position])
 
 
 # --- what the results say ----------------------------------------------------------------------

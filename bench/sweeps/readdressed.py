@@ -20,6 +20,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from bench.price.job import price_of
 from bench.sweeps.points import FLOOR
 from engram_toy.bytedmd import Recording
 from engram_toy.models.layouts import Layout
@@ -27,11 +28,6 @@ from engram_toy.models.programs import Program
 from engram_toy.tracer.stack import Log, read_price
 
 _WITHIN = 1e-4  # of the floor's sum, which is the same in every layout
-
-
-def _floors() -> Any:
-    """The module that finds floors: compiled, where numba is installed."""
-    return importlib.import_module("engram_toy.fast.floor" if importlib.util.find_spec("numba") else "engram_toy.floor")
 
 
 class TableInputs:
@@ -72,7 +68,9 @@ class Readdressed:
         used = {value for column in (log.left, log.right, log.third.values(), log.returned) for value in column}
         self.working_set = sum(0 <= value < log.inputs for value in used)
         if definition == FLOOR:
-            self._floors = _floors()
+            # The module that finds floors: compiled, where numba is installed.
+            fast = importlib.util.find_spec("numba") is not None
+            self._floors: Any = importlib.import_module("engram_toy.fast.floor" if fast else "engram_toy.floor")
             first, self._intervals = self._floors.waits(log)
             self._reused: dict[int, int] = {}  # by bytes per element
             self.reads_by_kind = {FLOOR: len(first) + len(self._intervals)}
@@ -90,10 +88,7 @@ class Readdressed:
         if self._definition == FLOOR:
             return {FLOOR: self._floor(log, bytes_per_element)}
         tally = replace(self._recording, log=log).trace(self._definition).tally()
-        return {
-            kind: sum(reads * read_price(depth, bytes_per_element) for depth, reads in counts.items())
-            for kind, counts in tally.items()
-        }
+        return {kind: price_of(counts, bytes_per_element) for kind, counts in tally.items()}
 
     def _floor(self, log: Log, bytes_per_element: int) -> int:
         """First loads, which the addresses decide, and the reuses, which are the same in every layout."""

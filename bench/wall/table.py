@@ -9,13 +9,13 @@ its table; what went against the prediction is a line that begins with "warning"
 
 from __future__ import annotations
 
-import functools
 import statistics
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from bench.instruments.timing import NotMeasured, noise_interval, quantile
+from bench.instruments.timing import NotMeasured, noise_interval, quantile, unless_missing
 from bench.instruments.words import aligned, commit_of, fraction, gib, measured_on, short, signed
 from bench.wall import numbers
 from bench.wall.numbers import ALONE, Run, Step
@@ -93,13 +93,11 @@ def step_table(results: dict[str, Any], step: Step) -> str:
     for run in step["runs"]:
         rows.append([gaps.cell(name, run, cell) for name, _, cell in columns])
     lines = [*step_header(results, step), prediction(results, step), aligned(rows, left={0, 1, 2}, headers=2)]
-    cut = [] if step.get("finished", True) else [_cut(results, step)]
-    return "\n".join([*lines, _floor_line(step), *_notes(step), *gaps.lines(), *_warnings(step), *cut])
-
-
-def _cut(results: dict[str, Any], step: Step) -> str:
-    done, asked = len(step["runs"][0]["step_s"]), results["configuration"]["rounds"]
-    return f"warning: cut after round {done} of {asked}; the same command with the same --out goes on"
+    lines += [_floor_line(step), *_notes(step), *gaps.lines(), *_warnings(step)]
+    if not step.get("finished", True):
+        done, asked = len(step["runs"][0]["step_s"]), results["configuration"]["rounds"]
+        lines.append(f"warning: cut after round {done} of {asked}; the same command with the same --out goes on")
+    return "\n".join(lines)
 
 
 def step_header(results: dict[str, Any], step: Step) -> list[str]:
@@ -146,7 +144,14 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         ("counter", byte_unit, lambda run: short(numbers.median_bytes(run, "counter") / nbytes)),
     ]
     if any(run["variant"] == CONTROL and run["bytes"]["counter"] for run in step["runs"]):
-        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step, nbytes)))
+        others = [run for run in step["runs"] if run["variant"] != CONTROL]
+        sizes.append(
+            (
+                "less no_engram",
+                byte_unit,
+                lambda run: signed(numbers.over_control(step, run) / nbytes) if run in others else "",
+            )
+        )
     if any("freed" in run for run in step["runs"]):  # older results say nothing of it
         sizes.append(("freed", "GiB", lambda run: "" if run["freed"] is None else signed(run["freed"] / 2**30)))
     preset = step["table"].get("preset")  # older results say nothing of it
@@ -170,10 +175,6 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         *sizes,
         ("hits", "%", lambda run: f"{100 * run['hot']['hit_rate']:.1f}" if run["hot"] else ""),
     ]
-
-
-def _over_control(step: Step, unit: float, run: Run) -> str:
-    return "" if run["variant"] == CONTROL else signed(numbers.over_control(step, run) / unit)
 
 
 class _Gaps:
@@ -269,16 +270,9 @@ def _warnings(step: Step) -> list[str]:
     for run in step["runs"]:
         if numbers.bytes_agree(run) is False:
             lines.append(f"{run_label(run)} did not copy the bytes that were predicted")
-        if run["schedule"] in ALONE and _is_too_fast(step, run):
+        if run["schedule"] in ALONE and unless_missing(partial(numbers.floor_ratio, step, run), 1.0) < 1:
             lines.append(f"{run_label(run)} fetched faster than its floor allows ({run['limit_why']}): one is wrong")
     return [part for line in lines for part in _wrapped(f"warning: {line}")]
-
-
-def _is_too_fast(step: Step, run: Run) -> bool:
-    try:
-        return numbers.floor_ratio(step, run) < 1
-    except NotMeasured:
-        return False
 
 
 def component_table(results: dict[str, Any]) -> str:
