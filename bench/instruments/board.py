@@ -99,7 +99,7 @@ def reasons(mask: int) -> list[str]:
 class PcieThroughput:
     """Bytes per second that the GPU received while the block ran, by samples of NVML's own windows of 20 ms.
 
-    It sees a part of the time only: a fallback where the driver has no byte counter.
+    A fallback where the driver has no byte counter.
 
     Attributes:
         received: bytes_per_s (mean of the samples), samples_bytes_per_s and seconds, once the block has ended.
@@ -137,7 +137,7 @@ class PcieThroughput:
                 lambda: self._driver.ask("nvmlDeviceGetPcieThroughput", self._driver.constant(_RX)) * _KILOBYTE
             )
             self._why = found.why
-            if found.why is None:
+            if found.why is None:  # of a part of the time: between two windows nobody looks
                 self._samples.append(float(found.value))
             if self._stop.is_set():
                 return

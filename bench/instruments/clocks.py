@@ -1,12 +1,8 @@
 """The clock of every benchmark: marks as the device that computes meets them, read once at the end.
 
-    clock = device_clock(device)
-    clock.begin(); clock.mark("join"); clock.mark("joined"); ...
-    for name, seconds in clock.end(): ...               # since the mark before
-
-The host waits for the device at the end and nowhere else, so a pass of many steps is timed as a server runs it, the
-host ahead of the device. Times are differences of neighbouring events, since an event's distance from a far one is no
-more exact than a microsecond.
+clock = device_clock(device)
+clock.begin(); clock.mark("join"); clock.mark("joined"); ...
+for name, seconds in clock.end(): ...               # since the mark before
 """
 
 from __future__ import annotations
@@ -47,6 +43,7 @@ class Clock:
 
     def end(self) -> list[Lap]:
         """Wait for the device; name of each mark, and seconds since the one before."""
+        # Of neighbours: an event's distance from a far one is no more exact than a microsecond.
         return list(zip(self._names, map(self._between, self._times, self._times[1:])))
 
     def _between(self, before: Any, after: Any) -> float:
@@ -75,6 +72,7 @@ class EventClock(Clock):
 
     def end(self) -> list[Lap]:
         """As Clock."""
+        # Here and nowhere else: a pass of many steps is timed as a server runs it, the host ahead of the device.
         self._times[-1].synchronize()
         return super().end()
 

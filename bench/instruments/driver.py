@@ -30,7 +30,7 @@ from bench.schemas.common import Accelerator, Device, DeviceOrigin
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
-_WRAP = 1 << 32  # NVML's PCIe byte counters are 32 bits wide
+_WRAP = 1 << 32  # NVML's PCIe byte counters are 32 bits wide: 77 ms of a fast link
 _RX, _TX = "NVML_FI_DEV_PCIE_COUNT_RX_BYTES", "NVML_FI_DEV_PCIE_COUNT_TX_BYTES"
 _FASTEST_LINK = (6, 16)  # generation and lanes, where the driver does not name its own
 _BUSY_BYTES, _BUSY_COPIES = 256 << 20, 2000
@@ -147,7 +147,7 @@ def describe(device: torch.device, nvml: Any = None) -> Accelerator | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    with _busy(device):
+    with _busy(device):  # an idle device has low clocks and a slow link
         answers = _answers(open_driver(device, nvml))
     found = {
         "name": properties.name,
@@ -182,7 +182,7 @@ def device_head(benchmark: str, device: torch.device, configuration: dict[str, A
 
 @contextmanager
 def _busy(device: torch.device) -> Iterator[None]:
-    """Copies within the device while the block runs: an idle device has low clocks and a slow link."""
+    """Copies within the device while the block runs."""
     source = torch.empty(_BUSY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     for _ in range(_BUSY_COPIES):
@@ -238,9 +238,8 @@ def _numa_node(bus_id: str, pci_devices: Path) -> int:
 class PcieCounter:
     """Bytes that crossed the GPU's PCIe link while the block ran, by the driver's own counters.
 
-    They count whatever crosses the link, commands and packet headers too, and wrap after 2^32 bytes, which is
-    77 ms of a fast link: a thread reads them every `interval_s`. Where it was held up for too long, a wrap may
-    have gone unseen, and the answer is None.
+    They count whatever crosses the link, commands and packet headers too. A thread reads them every `interval_s`; where
+    it was held up for too long, the answer is None.
 
     Attributes:
         received: bytes that the GPU received, once the block has ended.
@@ -298,6 +297,7 @@ class PcieCounter:
             self._why = str(error)
 
     def _unseen_wrap(self) -> str | None:
+        # A counter that went round once more than it was read shows nothing of it.
         rate = _link_rate(self._driver)
         if self._longest * rate < _WRAP:
             return None
@@ -360,6 +360,7 @@ class EnergyMeter:
             power under load exceeds the idle power by no more than the idle readings differ among themselves.
         """
         try:
+            # Before and after, so that what drifts meanwhile is part of the spread.
             idle = self._idle_watts()
             steps, seconds, joules = self._load(step)
             idle += self._idle_watts()

@@ -1,7 +1,6 @@
 """Wall time: warm-up, interleaving, raw samples, paired ratios with an interval, and the noise floor.
 
-Cases are run in rounds, A B C, B C A, ..., so that whatever the machine does meanwhile happens to all of them
-and none is always first; ratios are taken within a round. The noise floor is a case measured against itself.
+The noise floor is a case measured against itself.
 """
 
 from __future__ import annotations
@@ -35,14 +34,13 @@ def rounds(
 ) -> Iterator[tuple[int, list[_Thing]]]:
     """Each round's number and all things in its order: A B C, B C A, ...; nothing is collected inside of a round.
 
-    Between rounds the collector looks only at what has come about since the first: to look at everything that
-    transformers has loaded takes half a second, and cools every cache.
-
     Args:
         say: progress, told the number of a round that begins and how long the others will take, every few seconds.
     """
     collecting = gc.isenabled()
     gc.disable()
+    # Between rounds the collector looks only at what has come about since now: to look at everything that transformers
+    # has loaded takes half a second, and cools every cache.
     gc.freeze()
     began = said = time.perf_counter()
     try:
@@ -50,6 +48,7 @@ def rounds(
             if (at := time.perf_counter()) - said > _SAY_SECONDS:
                 say(number, time_left(at - began, done, len(numbers)))
                 said = at
+            # Whatever the machine does meanwhile happens to all of them, and none is always first.
             first = number % len(things)
             yield number, [*things[first:], *things[:first]]
             gc.collect()

@@ -4,9 +4,7 @@
     table = losses(case)                     # all of one case, as text cells
 
 WIN: in every case the interval of what is lost, and the noise, end below 3 %. LOSS: in one the interval begins above
-it. INVALID: variants chose different tokens. INCONCLUSIVE: anything else. A CPU has no class: it has no bus between
-table and compute. The paper's figure is of whole passes, prompts included; a decode step is where a fetch has least
-time to hide.
+it. INVALID: variants chose different tokens. INCONCLUSIVE: anything else. A CPU has no class.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from bench.served.numbers import (
     same_tokens,
 )
 
+# The paper's figure is of whole passes, prompts included; a decode step is where a fetch has least time to hide.
 JUDGED = {"decode": "decode steps", "together": "whole pass"}  # phase -> as a reader knows it
 NO_CLASS = "no class: a CPU has no bus between table and compute"
 

@@ -1,8 +1,7 @@
 """The rounds of one case: every round is served by all variants in turn, A B C, B C A, ..., and kept pass by pass.
 
-The rows of a round are the same for all, so caches are emptied before each pass. A pass at the head of each round, and
-warm-up rounds, are served and not kept, and what an earlier run has kept is not measured again. Bus counters and energy
-are read over passes that are not timed, since reading disturbs.
+A pass at the head of each round, and warm-up rounds, are served and not kept, and what an earlier run has kept is not
+measured again.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ class Rounds:
         self._server.serve(work, turn[0], on_hand.get(turn[0].name))
         for variant in turn:
             before = _counts(variant)
-            self._flush()
+            self._flush()  # the rows of a round are the same for all: who comes later would find them in caches
             self._board.begin()
             samples = self._server.serve(work, variant, on_hand.get(variant.name), self._board.look)
             board = self._board.end()
@@ -148,7 +147,8 @@ class Rounds:
         }
 
     def _counted_beside(self, work: Work, variant: Variant) -> dict[str, Any]:
-        """Bus counters and energy, over passes that are not timed, since reading disturbs."""
+        """Bus counters and energy, over passes that are not timed."""
+        # Reading the driver's counters disturbs what runs, so these passes have no place among the samples.
         rows = self._rows_on_hand(work) if variant.name == OWN_COMPUTE else None
         content = self._case.content
         asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}

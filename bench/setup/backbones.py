@@ -1,7 +1,7 @@
 """Decoder blocks with random weights, so that prefetch has real compute to hide behind.
 
-The sizes are those of published dense models; the weights are drawn at random on the device, because time does not
-depend on what they say. Engram is attached before the second block, as to any model of transformers.
+The sizes are those of published dense models. Engram is attached before the second block, as to any model of
+transformers.
 
     backbone = build_backbone("qwen3-4b", blocks=None, device=device, dtype=torch.bfloat16, hidden_if_none=1280)
     cache = backbone.new_cache(batch=64, context=4096)          # None where context is 0: prefill
@@ -157,8 +157,7 @@ class NoBlocks(nn.Module):
 def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
     """A transformers cache that every step finds as the first one did.
 
-    The step's own keys and values go behind the context, where the next step's will overwrite them. Nothing is
-    concatenated, so a step does not copy the whole cache as `DynamicCache` does.
+    The step's own keys and values go behind the context, where the next step's will overwrite them.
 
     Args:
         stored: keys and values of every block, each [B, KV heads, context + tokens, D].
@@ -181,6 +180,7 @@ def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
                     f"a step of {key_states.shape[0]} x {key_states.shape[-2]} tokens; this cache was made for "
                     f"{keys.shape[0]} x {keys.shape[-2] - context}: make one with new_cache(batch, context, tokens)"
                 )
+            # In place: to concatenate, as DynamicCache does, would copy the whole cache in every step.
             keys[:, :, context:end] = key_states
             values[:, :, context:end] = value_states
             if layer_idx == len(stored) - 1:
@@ -286,7 +286,8 @@ def _empty_model(fields: dict[str, Any], dtype: torch.dtype, attention: str = "s
 
 
 def _fuse_norms(model: Any) -> None:
-    """Every RMSNorm as torch's own, one kernel instead of six on CUDA: a step is to be as fast as an engine's."""
+    """Every RMSNorm as torch's own."""
+    # One kernel instead of six on CUDA: a step slower than an engine's would hide more of a fetch than an engine does.
     named = [(name, module) for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
     for name, norm in named:
         parent, _, own = name.rpartition(".")
@@ -305,11 +306,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _materialise(model: Any, device: torch.device) -> None:
-    """Memory and random weights; scaled as for training, so that the residual stream grows only slowly."""
+    """Memory, and random weights: time does not depend on what they say."""
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1:  # scaled as for training, so that the residual stream grows only slowly
             parameter.normal_(0.0, model.config.initializer_range, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the others are norms

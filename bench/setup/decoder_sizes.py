@@ -34,7 +34,7 @@ class BlockShape:
     def parameters(self) -> int:
         """Weights of the block's matrices; norms are left out."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)  # Q, O; K, V
-        return attention + 3 * self.hidden * self.intermediate
+        return attention + 3 * self.hidden * self.intermediate  # gate, up and down
 
 
 def flops_per_token(shape: BlockShape, blocks: int, context: int) -> int:

@@ -65,6 +65,7 @@ class Source:
             raise ValueError(
                 f"{self.name} has {total} tokens: {length} to measure need a text of at least {2 * length}"
             )
+        # Behind the calibration text: hot rows are chosen on other text than they are charged on.
         start = half + int(random.Random(seed).random() * (total - half - length + 1))
         measured, calibration = self.ids[start : start + length], self.ids[max(0, half - CALIBRATION_TOKENS) : half]
         return Stream(self.name, self.sha256, total, start, measured.tolist(), calibration.tolist())

@@ -1,8 +1,8 @@
 """The variants of the hardware benchmark: one table content, every placement and schedule, rows checked first.
 
 A variant is a table (where rows live), a prefetcher (when they are fetched) and, for a file, a state of the page
-cache. They share the memory that they can share, so that the largest table is there once in host memory, once
-on the device and once on disk. Names as in the twin: `engram_toy/models/layouts.py`.
+cache. They share the memory that they can share: a table is there once in host memory, once on the device and once on
+disk. Names as in the twin: `engram_toy/models/layouts.py`.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ class TableSet(AbstractContextManager[Any]):
     def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
         if self.device.type == "cuda" and "resident" in names:
             require_bytes(self.nbytes, self.device)
+        # Once, for all placements: the largest table leaves no room for a second one in host memory.
         self.memory = self.keep(HostMemory(self.nbytes))
         self.in_host = self._laid_out(self.memory.bytes)
         table_content.fill(self.in_host, self._seed)
@@ -239,7 +240,7 @@ class TableSet(AbstractContextManager[Any]):
         on_cpu = self.device.type == "cpu"
         rows = self.in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
         found = self.variant("resident", "in place", self.keep(DeviceTable(rows)))
-        return [found, replace(found, repeat=1)]
+        return [found, replace(found, repeat=1)]  # against itself: the noise floor
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
@@ -254,7 +255,7 @@ class TableSet(AbstractContextManager[Any]):
 
     def _disk(self) -> list[Variant]:
         table = self.on_disk()
-        table.drop_cache()
+        table.drop_cache()  # of what writing it has left there
         both = [self.variant("offload_disk", schedule, table) for schedule in ("synchronous", "prefetched")]
         return [replace(variant, page_cache=cache) for cache in self._caches for variant in both]
 

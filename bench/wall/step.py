@@ -1,9 +1,9 @@
 """One step of a model with an Engram layer, under every variant: interleaved rounds, raw samples, bytes counted.
 
-A step is a forward of a model to which the variant's layer is attached as anybody attaches it. It starts when its token
-ids are known and ends when the last block has run. Rows are fetched at the model's entry: waited for at once, from
-elsewhere (synchronous) or where they lie (in place), or in the background and joined before the second block
-(prefetched). `exposed_s` is how long compute waited for rows, and at the entry for the fetch to be begun.
+A step is a forward of a model to which the variant's layer is attached as anybody attaches it. Rows are fetched at the
+model's entry: waited for at once, from elsewhere (synchronous) or where they lie (in place), or in the background and
+joined before the second block (prefetched). `exposed_s` is how long compute waited for rows, and at the entry for the
+fetch to be begun.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ class Stepper:
         given = torch.from_numpy(ids).to(self.tables.device)  # [B, T]
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
         with self._attached(variant, history), torch.inference_mode():
-            self._clock.begin()
+            self._clock.begin()  # the token ids are known
             self.began = time.perf_counter()
             self.backbone.step(given, self._cache)
-            self._clock.mark("end")
+            self._clock.mark("end")  # the last block has run
             laps = self._clock.end()
         if samples is not None and counted is not None:
             samples.step_s.append(total(laps))
