@@ -3,12 +3,12 @@
     python bench/gpu/evidence.py WORK OUT
 
 OUT gets evidence.tar.gz, everything of WORK that is no table, wheel or compiled kernel, and by name what tells most.
-Each is complete or as it was before, whenever this is cut. Only the standard library is used: it runs every 20 seconds
-beside what is measured.
+Each is complete or as it was before, whenever this is cut.
 """
 
 from __future__ import annotations
 
+# The standard library alone: this runs every 20 seconds beside what is measured.
 import fcntl
 import itertools
 import json

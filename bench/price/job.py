@@ -62,7 +62,7 @@ def price_job(job: Job) -> Priced:
 def output_digest(result: tuple[Any, ...]) -> str:
     """sha256 of the bits of a program's output: its first part, without the padding."""
     values = array("d")
-    waiting = [result[0]]
+    waiting = [result[0]]  # the padding behind it differs between layouts
     while waiting:
         item = waiting.pop()
         if isinstance(item, (list, tuple)):

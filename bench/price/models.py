@@ -58,9 +58,10 @@ def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> Scale:
 
 
 class Numbers:
-    """Uniform numbers from the one generator that Python promises never to change: no library function in between."""
+    """Uniform numbers, the same bits on every machine."""
 
     def __init__(self, seed: int) -> None:
+        # The one generator that Python promises never to change; no library function in between.
         self._random = random.Random(seed).random
 
     def vector(self, width: int, scale: float = 1.0) -> list[float]:

@@ -54,6 +54,7 @@ def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float 
     """The overhead to hold against the claim: its upper end where that is small enough, resolved or not."""
     found = wall_overhead(run, baseline, floor)
     high = max(found.high, floor["high"] - 1)
+    # Few samples have a narrow interval by chance.
     if len(run["wall_time_s"]) >= LEAST_SAMPLES and high < WALL_TIME_CLAIM:
         return high
     return found.median if found.resolved else None
@@ -77,10 +78,10 @@ def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "
 def most_ratio(results: dict[str, Any], model: str, boundary: str, variant: str = "offload_prefetch") -> float:
     """What the price ratio to `resident` is at most if its reads cost one unit each, the least that a read can cost.
 
-    The toy reads every weight once a token, where a server reads it once a step of many tokens. However the other reads
-    are scheduled, the variant costs as much more as it does, and the baseline no less than one unit a read. A class
-    that holds here does not rest on how the denominator was counted.
+    A class that holds here does not rest on how the denominator was counted.
     """
+    # The toy reads every weight once a token, where a server reads it once a step of many tokens. However the other
+    # reads are scheduled, the variant costs as much more as it does, and the baseline no less than one unit a read.
     run, resident = (find_run(results, model, boundary, name) for name in (variant, "resident"))
     return 1 + (run["cost"] - resident["cost"]) / resident["reads"]
 

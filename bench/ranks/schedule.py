@@ -2,12 +2,8 @@
 
     simulate(ranks=64, steps=1000, jitter=0.05, exchange_s=100e-6, window_s=56e-6, rest_s=20e-3, seed=0)
 
-Each rank runs a step of its own length: the window, in which the exchange should hide, then the rest of the model. The
-exchange can begin when the last rank has begun its step, as every owner must have been asked, and it ends so many
-seconds later. A rank that is behind its window when rows arrive goes on at once; one that is ahead waits.
-
-Lengths vary by normal noise, cut off at 0, and one rank may be slower than the others, always. Without an exchange
-every rank would run for itself: that is what the waits are compared with.
+Each rank runs a step of its own length: the window, in which the exchange should hide, then the rest of the model.
+Lengths vary by normal noise, cut off at 0, and one rank may be slower than the others, always.
 """
 
 from __future__ import annotations
@@ -55,9 +51,12 @@ def simulate(
     now = np.zeros(ranks)
     for step in range(steps):
         begun[step], needed[step] = now, now + windows[step]
+        # The exchange begins when the last rank has begun its step, as every owner must have been asked. A rank that is
+        # behind its window when rows arrive goes on at once; one that is ahead waits.
         waits[step] = np.maximum(0.0, now.max() + exchange_s - needed[step])
         now = needed[step] + waits[step] + rests[step]
     own = np.maximum(0.0, begun + exchange_s - needed)  # what one's own exchange takes, were all ranks in step
+    # Without an exchange every rank would run for itself: that is what the waits are compared with.
     alone = (window_s + rest_s) * lengths.sum(axis=0)
     return {
         "step_s": float(now.max() / steps),

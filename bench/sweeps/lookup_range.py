@@ -2,8 +2,7 @@
 
     about, records = price_toy(toy, plan, stream, seed=0)     # a record per ending, variant and padding
 
-Its class is chosen by whoever chooses these two; so the class is shown with the range that they span. One recording
-serves the resident and the naive layout and all paddings, another the prefetch.
+Its class is chosen by whoever chooses these two; so the class is shown with the range that they span.
 """
 
 from __future__ import annotations
@@ -55,10 +54,11 @@ class Toy:
 def toys(tokens: int, hidden: int) -> list[Toy]:
     """The models of the verdict, and a bank whose resident values are as few as the question had in mind.
 
-    Two columns of a few rows of 2 * hidden values: at width 64 five rows, 640 values, so that a byte of the resident
-    bank lies within the thousand topmost, once on a text that reads each of them often, and once on three tokens.
+    The small bank is read once by a text that reads each of its rows often, and once by three tokens.
     """
     bank = toy_config("kv-bank", hidden)
+    # Two columns of a few rows of 2 * hidden values: at width 64 five rows, 640 values, so that a byte of the resident
+    # bank lies within the thousand topmost.
     few = bank.replace(heads=1, table_size_per_order=(2,) * len(bank.orders))
     return [
         Toy("engram", toy_config("engram", hidden), "engram", tokens),
@@ -97,6 +97,7 @@ def price_toy(toy: Toy, plan: HashPlan, stream: Stream, seed: int) -> tuple[Reco
 def price_ending(workload: Workload, ending: str) -> Iterator[Record]:
     """Price of every variant at every padding: variant, padding, cost, and what the rows themselves cost."""
     resident, naive, prefetch = (Layout.variant(name, len(workload.table)) for name in VARIANTS)
+    # The naive layout reads what the resident one does, elsewhere: one recording serves both, and all paddings.
     for recorded, layouts in ((resident, (resident, naive)), (prefetch, (prefetch,))):
         program = build(workload, "lookup", recorded, padding=0, ending=ending)
         recording = record(program.function, program.arguments, program.kinds)

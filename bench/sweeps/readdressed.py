@@ -1,8 +1,7 @@
 """One recorded run under a definition in which arguments have addresses, priced anew in every layout; and the floor.
 
-Under "classic", "live", "stationary" and "opt" a layout decides nothing but the addresses of the arguments: padding
-that is not read only moves those behind it. So the log is kept, the addresses are written again, and the replay finds
-all depths. The floor under all managers needs less: the addresses decide its first loads, and nothing else.
+Under "classic", "live", "stationary" and "opt" the log is kept, the addresses are written again, and the replay finds
+all depths. The floor under all managers needs less.
 
     priced = Readdressed(recording, program, recorded, "stationary")
     priced.cost_by_kind(priced.lay(layout), padding=10**6, bytes_per_element=1)
@@ -95,12 +94,13 @@ class Readdressed:
         if bytes_per_element not in self._reused:
             low, _ = self._floors.bracket([], self._intervals, bytes_per_element, within=_WITHIN)
             self._reused[bytes_per_element] = low
-        first, _ = self._floors.waits(log)
+        first, _ = self._floors.waits(log)  # the addresses decide these, and nothing else of the floor
         return self._reused[bytes_per_element] + sum(read_price(int(a), bytes_per_element) for a in first)
 
 
 def readdressed(log: Log, arguments: Sequence[Sequence[int]], pad: int, padding: int) -> Log:
     """The same log with its inputs at other addresses: argument after argument, so many more from argument `pad` on."""
+    # All that a layout decides here: padding that is not read only moves the arguments behind it.
     address = array("i", bytes(4 * log.inputs))
     place = 0
     for number, values in enumerate(arguments):

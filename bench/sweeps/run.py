@@ -1,10 +1,7 @@
 """Run sweeps: in parallel, and resumable.
 
 Every finished recording appends its prices to `sweeps.journal` beside the results. A run that is killed, at any moment,
-and started again prices only what is missing, and writes the same files, byte for byte. What a price depends on is part
-of its key in the journal: settings, text, the code that prices, the Python that ran it. Nothing stale is found there.
-
-Prices do not depend on when they were found: the results hold no times of any kind.
+and started again prices only what is missing, and writes the same files, byte for byte: the results hold no times.
 """
 
 from __future__ import annotations
@@ -85,6 +82,7 @@ def stream_name(settings: Settings) -> str:
 
 def keys_of(cases: Iterable[Case], texts: Texts, code: str) -> dict[Case, str]:
     """The journal's key of every case: a digest of all that its price depends on."""
+    # What a price depends on beside its case; nothing stale is found under another key.
     by = [code, platform.python_version(), platform.machine()]
     ids: dict[str, str] = {}
     keys = {}
