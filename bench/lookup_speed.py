@@ -64,7 +64,6 @@ from engram_ref.vocab import CompressedVocab
 
 PROG: Final = "lookup_speed"
 WARM_UP = 10
-COPY_BYTES, COPIES = 1 << 28, 9
 DELAY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes to launch two kernels
 _CHECKED = (2, 16)
 _TWO = "uva by two"
@@ -220,9 +219,7 @@ class Lookups:
         ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
         samples: dict[str, list[float]] = {label: [] for label in labels}
         late, undisturbed = dict.fromkeys(labels, 0), disturbance()
-        for number, turn in rounds(
-            labels, range(count), lambda n, took: tell(f"{tokens} tokens: round {n + 1}  {took}")
-        ):
+        for number, turn in rounds(labels, range(count), f"{tokens} tokens", tell):
             for label in turn:
                 way = ways[label]
                 seconds, began_early = timed(clock, functools.partial(way.run, number), _delay if way.queued else None)
@@ -305,7 +302,7 @@ class Lookups:
             "schema_version": 1,
             **device_head(PROG, self.device, asked, "bench.lookup_speed"),
             "started": now(),
-            "limits": copy_bandwidth(self.device, COPY_BYTES, COPIES),
+            "limits": copy_bandwidth(self.device),
             "clock": "device events" if on_gpu else "host clock",
             "stream": "uniform",
             "table": {**table.record(options.preset), "layout": table.layout},

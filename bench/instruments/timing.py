@@ -30,12 +30,14 @@ _Other = TypeVar("_Other")
 
 
 def rounds(
-    things: Sequence[_Thing], numbers: Sequence[int], say: Callable[[int, str], object] = lambda number, took: None
+    things: Sequence[_Thing], numbers: Sequence[int], what: str = "", tell: Callable[[str], object] = lambda text: None
 ) -> Iterator[tuple[int, list[_Thing]]]:
     """Each round's number and all things in its order: A B C, B C A, ...; nothing is collected inside of a round.
 
     Args:
-        say: progress, told the number of a round that begins and how long the others will take, every few seconds.
+        numbers: of the rounds, ascending; those of warm-up rounds are negative.
+        what: is measured, for people.
+        tell: progress, every few seconds: which round begins, and how long the others will take.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -46,7 +48,8 @@ def rounds(
     try:
         for done, number in enumerate(numbers):
             if (at := time.perf_counter()) - said > _SAY_SECONDS:
-                say(number, time_left(at - began, done, len(numbers)))
+                where = f"round {number + 1} of {numbers[-1] + 1}" if number >= 0 else "warm-up"
+                tell(f"{what}: {where}  {time_left(at - began, done, len(numbers))}")
                 said = at
             # Whatever the machine does meanwhile happens to all of them, and none is always first.
             first = number % len(things)

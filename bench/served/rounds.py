@@ -65,7 +65,7 @@ class Rounds:
         missing = [number for number in range(options.rounds) if number not in done]
         if missing:
             numbers = [*range(-options.warmup, 0), *missing]
-            for number, turn in rounds(self._contenders.variants, numbers, self._say):
+            for number, turn in rounds(self._contenders.variants, numbers, self._name, self._tell):
                 self._measure_round(number, turn)
         rows = {row["label"]: row for row in self._case.content["rows"]}
         for variant in self._contenders.variants:
@@ -80,10 +80,6 @@ class Rounds:
             number, self._case.content["sequences"], tuple(options.prompt_tokens), tuple(options.output_tokens)
         )
         return self._server.prepare(round_, options.prefill_tokens)
-
-    def _say(self, number: int, took: str) -> None:
-        where = f"round {number + 1} of {self._options.rounds}" if number >= 0 else "warm-up"
-        self._tell(f"{self._name}: {where}  {took}")
 
     def _measure_round(self, number: int, turn: list[Variant]) -> None:
         work, keep = self._work(number), number >= 0

@@ -37,16 +37,16 @@ from bench.setup.backbones import Backbone, build_backbone, measure_backbone, pa
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
 from bench.setup.streams import Source, halves
+from bench.setup.variants import row_sample
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
-from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.hashing import HashPlan
 from engram_ref.vocab import vocab_for
 
 PROG: Final = "end_to_end"
 _QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
-_HOT_TOKENS = 1 << 19  # of text before the measured one, to choose hot rows from
 _CHECKED_TOKENS = (2, 16)
 _NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
                  "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
@@ -59,10 +59,9 @@ class EndToEnd:
     Args:
         options: of the command line, defaults filled in.
         tell: progress.
-        copy: bytes and repeats of the copies that bandwidth is measured with.
     """
 
-    def __init__(self, options: argparse.Namespace, tell: Tell, copy: tuple[int, int]) -> None:
+    def __init__(self, options: argparse.Namespace, tell: Tell) -> None:
         check(options)
         self.options, self.tell = options, tell
         self.device = pick_device(options.device)
@@ -77,7 +76,7 @@ class EndToEnd:
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
         self.plan = HashPlan.for_vocab(self.config, self.vocab)
         self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
-        self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
+        self.record = Record.open(options.out / "results.json", self._head(), options.fresh)
 
     def _table_params(self) -> float:
         """Values in the rows: as asked for, or as many as memory holds beside everything else."""
@@ -148,12 +147,12 @@ class EndToEnd:
         embedded, chosen = VOCABULARY.get(backbone, (_QWEN3_TOKENS, _QWEN3_TOKENS))
         return max(embedded or 0, len(self.vocab.ids)), chosen
 
-    def _head(self, copy: tuple[int, int]) -> Head:
+    def _head(self) -> Head:
         """What the results file says of the run as a whole."""
         kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
         kept["text"] = str(kept["text"]) if kept["text"] else None
         about = device_head(PROG, self.device, kept, "bench.gpu_wall")
-        return {"schema_version": 1, **about, "limits": copy_bandwidth(self.device, *copy)}
+        return {"schema_version": 1, **about, "limits": copy_bandwidth(self.device)}
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet."""
@@ -167,7 +166,7 @@ class EndToEnd:
         missing = {backbone: self._missing(backbone, text) for backbone in options.backbones}
         if not any(missing.values()):
             return record.results  # a table of 96 GiB takes a minute
-        sample = torch.from_numpy(NgramHasher(self.plan)(calibration[None, :_HOT_TOKENS], LAYER))
+        sample = row_sample(self.plan, calibration)
         nbytes = self.plan.layers[0].rows * self.config.row_bytes()
         self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
         with Contenders(
@@ -255,9 +254,9 @@ class EndToEnd:
         return self.record.case(description, [one.label for one in contenders.variants])
 
 
-def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> Json:
+def measure(options: argparse.Namespace, tell: Tell) -> Json:
     """The command's results."""
-    run = EndToEnd(options, tell, copy)
+    run = EndToEnd(options, tell)
     print(measured_on(run.record.results), flush=True)
     return run.run()
 

@@ -41,6 +41,7 @@ IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins where rows are needed
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
+HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
 _CHECKED_ROWS = 4096
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
 
@@ -102,6 +103,11 @@ def chosen(wanted: Sequence[str] | None, possible: Sequence[str], besides: str) 
         if name not in possible:
             raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}{besides}")
     return [name for name in possible if wanted is None or name in wanted]
+
+
+def row_sample(plan: HashPlan, calibration: np.ndarray) -> Tensor:
+    """Row numbers [1, T, C] to choose the most frequent from: what the beginning of a text, [T], asks for."""
+    return torch.from_numpy(NgramHasher(plan)(calibration[None, :HOT_TOKENS], plan.layers[0].layer_id))
 
 
 class TableSet(AbstractContextManager[Any]):

@@ -190,11 +190,7 @@ def measure(
     """Raw samples of every part, interleaved, after one round of warm-up."""
     parts = {name: run for case in cases for name, run in components.parts(case).items()}
     samples: dict[str, list[float]] = {name: [] for name in parts}
-
-    def say(number: int, took: str) -> None:
-        tell(f"components: iteration {number + 1} of {iterations}  {took}")
-
-    for number, turn in rounds(list(parts.items()), range(-1, iterations), say):
+    for number, turn in rounds(list(parts.items()), range(-1, iterations), "components", tell):
         for name, part in turn:
             elapsed = components.run(part)
             if number >= 0:

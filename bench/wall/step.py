@@ -230,12 +230,7 @@ def measure(
     for _ in range(done * len(variants)):
         stepper.next_ids()  # what these rounds had: ids are fresh every step
     numbers = [*range(-warmup, 0), *range(done, count)] if done < count else []
-
-    def say(number: int, took: str) -> None:
-        where = f"round {number + 1} of {count}" if number >= 0 else "warm-up"
-        tell(f"{stepper.shape}: {where}  {took}")
-
-    for number, turn in rounds(variants, numbers, say):
+    for number, turn in rounds(variants, numbers, str(stepper.shape), tell):
         for variant in turn:
             stepper.run(variant, samples[variant.label] if number >= 0 else None)
         if number >= 0:

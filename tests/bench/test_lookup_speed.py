@@ -14,6 +14,7 @@ import torch
 
 from bench import lookup_speed
 from bench.evidence.lookup_table import report
+from bench.instruments import bandwidth
 from bench.instruments.clocks import EventClock
 from bench.reads.table import report as reads_report
 from bench.schemas.generator import json_schema
@@ -31,7 +32,7 @@ COMMITTED = Path(__file__).parents[2] / "bench/results/lookup_speed_h200.json"  
 
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["lookup_speed", *map(str, arguments)])
-    monkeypatch.setattr(lookup_speed, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(bandwidth, "COPY_BYTES", 1 << 20)
     lookup_speed.main()
 
 
