@@ -55,7 +55,7 @@ class BoardWatch:
 
     def begin(self) -> None:
         """Before the pass."""
-        self._seen: dict[str, Answer] = {"joules_before": self._joules()}
+        self._seen: dict[str, Answer] = {"joules_before": answer(self._driver.joules)}
 
     def look(self) -> None:
         """While the device works on what it was given, and the host has nothing left to do but wait."""
@@ -72,14 +72,11 @@ class BoardWatch:
             (of the board since its driver was loaded) and `unknown`: why any of them is None. Where the driver says
             nothing at all, the value is None.
         """
-        self._seen["joules_after"] = self._joules()
+        self._seen["joules_after"] = answer(self._driver.joules)
         unknown = {name: found.why for name, found in self._seen.items() if found.why is not None}
         if len(unknown) == len(self._seen) and len(set(unknown.values())) == 1:
             return {"value": None, "why": next(iter(unknown.values()))}
         return {"value": {**{name: found.value for name, found in self._seen.items()}, "unknown": unknown}, "why": None}
-
-    def _joules(self) -> Answer:
-        return answer(lambda: self._driver.ask("nvmlDeviceGetTotalEnergyConsumption") / 1e3)
 
     def _throttled(self) -> Answer:
         found = Answer(None, "not asked")

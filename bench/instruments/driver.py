@@ -70,6 +70,10 @@ class Driver:
         """Version of the driver; raises _Unanswered."""
         return _text(self._call("nvmlSystemGetDriverVersion"))
 
+    def joules(self) -> float:
+        """Energy of the whole board since its driver was loaded; raises _Unanswered."""
+        return float(self.ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+
     def constant(self, name: str) -> Any:
         """A constant of NVML; raises _Unanswered."""
         self._require(name)
@@ -384,20 +388,17 @@ class EnergyMeter:
 
     def _load(self, step: Callable[[], object]) -> tuple[int, float, float]:
         """Steps, seconds and joules of a loaded window."""
-        joules, start, steps = self._joules(), self._clock(), 0
+        joules, start, steps = self._driver.joules(), self._clock(), 0
         while self._clock() - start < self._window_s:
             step()
             steps += 1
-        return steps, self._clock() - start, self._joules() - joules
+        return steps, self._clock() - start, self._driver.joules() - joules
 
     def _idle_watts(self) -> list[float]:
         """Mean power of every part of an idle window."""
-        return [self._idle_part() for _ in range(_IDLE_PARTS)]
-
-    def _idle_part(self) -> float:
-        joules, start = self._joules(), self._clock()
-        self._sleep(self._window_s / _IDLE_PARTS)
-        return (self._joules() - joules) / (self._clock() - start)
-
-    def _joules(self) -> float:
-        return float(self._driver.ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+        watts = []
+        for _ in range(_IDLE_PARTS):
+            joules, start = self._driver.joules(), self._clock()
+            self._sleep(self._window_s / _IDLE_PARTS)
+            watts.append((self._driver.joules() - joules) / (self._clock() - start))
+        return watts

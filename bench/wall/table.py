@@ -64,7 +64,11 @@ def _schedule(run: Run) -> str:
 def _machine(results: dict[str, Any]) -> list[str]:
     e, stream = results["environment"], results["stream"]
     limits = results["limits"]
-    rates = [f"{name} {_rate(limits[name])}" for name in ("copy", "gather") if limits[name]]
+    rates = [
+        f"{name} {short(limit['bytes_per_s'] / 1e9)} GB/s ({limit['what']}, {gib(limit['bytes'])} a time)"
+        for name in ("copy", "gather")
+        if (limit := limits[name])
+    ]
     huge = "unknown" if e["huge_pages"] is None else f"{100 * e['huge_pages']:.1f} %"
     tokens = "endless" if stream["tokens"] is None else f"{stream['tokens']:,} tokens"
     facts = (
@@ -73,10 +77,6 @@ def _machine(results: dict[str, Any]) -> list[str]:
         f"stream {stream['name']}, {tokens}; commit {commit_of(results)}"
     )
     return [*_wrapped(facts), *_wrapped(f"Limits measured in this run: {'; '.join([*rates, _disk(limits['disk'])])}")]
-
-
-def _rate(limit: dict[str, Any]) -> str:
-    return f"{short(limit['bytes_per_s'] / 1e9)} GB/s ({limit['what']}, {gib(limit['bytes'])} a time)"
 
 
 def _disk(limit: dict[str, Any]) -> str:
@@ -226,7 +226,9 @@ def _notes(step: Step) -> list[str]:
     notes = {
         "floor": _grouped(runs, lambda run: run["limit_why"] if run["limit_s"] else None),
         "counter": _grouped(runs, lambda run: run["bytes"]["counter_what"]),
-        "table held in": _grouped(runs, _held),
+        "table held in": _grouped(
+            runs, lambda run: " + ".join(f"{gib(n)} {place}" for place, n in run["held"].items() if n) or "nothing"
+        ),
         "energy per step": _grouped(runs, _energy),
         "PCIe sampled": _grouped(runs, _sampled),
     }
@@ -242,11 +244,6 @@ def _grouped(runs: list[Run], describe: Callable[[Run], str | None]) -> str:
         if text is not None:
             names.setdefault(text, {})[run["variant"]] = None
     return "; ".join(f"{text} ({', '.join(variants)})" for text, variants in names.items())
-
-
-def _held(run: Run) -> str:
-    places = [f"{gib(nbytes)} {place}" for place, nbytes in run["held"].items() if nbytes]
-    return " + ".join(places) or "nothing"
 
 
 def _energy(run: Run) -> str:
