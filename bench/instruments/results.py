@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,15 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def conclude(results: Any, path: Path | None, report: Callable[[Any], str], rows: str | None = None) -> None:
+def conclude(results: Any, path: Path | None, report: Callable[[Any], str] | None, rows: str | None = None) -> None:
     """End a run: results are written, their table is printed even if they cannot be, and the last line is their JSON.
 
     Args:
         path: of the file; None for none.
-        report: makes the table.
+        report: makes the table; None for none.
         rows: of numbers that every run finds again, the key of the long list; see `write_unless_same`.
     """
-    with printed_anyway(lambda: report(results)):
+    with nullcontext() if report is None else printed_anyway(lambda: report(results)):
         if path is not None:
             same = rows is not None and not write_unless_same(path, results, rows)
             if rows is None:
