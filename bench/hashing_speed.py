@@ -73,13 +73,13 @@ def demo_way(plan: HashPlan, ids: np.ndarray, layer_id: int) -> np.ndarray:
     layer = plan.layer(layer_id)
     x = np.asarray(ids, dtype=np.int64)
     multipliers = np.array(layer.multipliers, dtype=np.int64)
-    tokens = [x]
+    tokens = [x]  # by how far back, each [B, T]
     for k in range(1, plan.max_ngram):
         padded = np.pad(x, ((0, 0), (k, 0)), mode="constant", constant_values=plan.pad_compressed)
         tokens.append(padded[:, : x.shape[1]])
     columns = []
     for n in range(2, plan.max_ngram + 1):
-        mix = tokens[0] * multipliers[0]
+        mix = tokens[0] * multipliers[0]  # [B, T]
         for k in range(1, n):
             mix = np.bitwise_xor(mix, tokens[k] * multipliers[k])
         for head in range(plan.heads):

@@ -111,6 +111,7 @@ class ByKernels:
 
     def __init__(self, lookup: DeviceLookup, ids: Tensor, before: Tensor) -> None:
         self._lookup, self._ids, self._before = lookup, ids, before
+        # Made once: a decode step has its buffers, too.
         self._out = lookup.new_rows(ids.shape[1], 1)
         self._after = lookup.new_tail(ids.shape[1])
 

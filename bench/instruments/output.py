@@ -61,7 +61,7 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
     """Around writing results: their table is printed after it, also when writing fails, or else they would be lost."""
     try:
         yield
-    finally:
+    finally:  # hours of numbers are not lost to a full disk
         print(cli.fitted(report()), flush=True)
 
 

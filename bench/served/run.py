@@ -88,6 +88,7 @@ class EndToEnd:
         params = largest(options.preset, options.dtype)
         if self.device.type == "cuda" and "resident" in self.choice.names:
             config = table_config(options.preset, 1e6, 1, options.dtype)
+            # What is left beside the case that needs most; hot rows are copies, too.
             others = max(
                 estimate(self._sizes(backbone, batch, config, 0), self.device).total
                 for backbone in options.backbones
@@ -221,7 +222,7 @@ class EndToEnd:
         decoder = build_backbone(
             backbone, self.options.blocks, self.device, self.dtype, 0, vocabulary=embedded, attention=ATTENTION
         )
-        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)  # all variants choose by one head
         head = torch.empty((chosen, decoder.hidden), dtype=self.dtype, device=self.device)
         return decoder, head.normal_(0.0, 0.02, generator=generator)
 

@@ -94,6 +94,7 @@ class Benchmark:
                 if shapes:
                     self.measure_table(backbone, params, shapes)
             del backbone
+        # They come last: an earlier run that has them has everything.
         if not (self.results["components"] or self.results["components_skipped"]):
             self.measure_components()
         self.save()

@@ -113,7 +113,7 @@ class Stepper:
     def run(self, variant: Variant, samples: Samples | None) -> list[Lap]:
         """One step with fresh token ids; kept where `samples` are given. Returns its laps."""
         ids, history = self.next_ids()
-        rows = self.rows_of(ids, history)
+        rows = self.rows_of(ids, history)  # [N], before the clock starts
         prepare_page_cache(variant, rows)
         given = torch.from_numpy(ids).to(self.tables.device)  # [B, T]
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
@@ -226,7 +226,7 @@ def measure(
         samples: by label; of whole rounds, as many of each. They grow.
         keep: called behind each round.
     """
-    done = len(samples[variants[0].label].step_s)
+    done = len(samples[variants[0].label].step_s)  # by an earlier run; of whole rounds, so of all variants alike
     for _ in range(done * len(variants)):
         stepper.next_ids()  # what these rounds had: ids are fresh every step
     numbers = [*range(-warmup, 0), *range(done, count)] if done < count else []
