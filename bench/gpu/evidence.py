@@ -60,7 +60,7 @@ def pack(work: Path, out: Path) -> None:
             part = Path(folder) / name
             write(part)
             if part.exists() and part.stat().st_size <= LARGEST:
-                part.replace(out / name)
+                part.replace(out / name)  # complete, or as it was: what watches OUT may fetch it at any moment
 
 
 def _staging(work: Path, out: Path) -> tempfile.TemporaryDirectory[str]:

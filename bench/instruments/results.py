@@ -63,6 +63,7 @@ def git_commit() -> Git:
     if said:
         return {"commit": said, "dirty": None}
     commit = _git("rev-parse", "HEAD")
+    # Results are written by the run itself, and change no number.
     status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "engram_price", "bench", ":!bench/results")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
@@ -127,7 +128,7 @@ def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool
         return False
     parts = []
     for key, value in content.items():
-        if key == rows:
+        if key == rows:  # a line each, so that what differs between two runs is a line, too
             lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in value)
             parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
         else:

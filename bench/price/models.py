@@ -82,7 +82,7 @@ class Numbers:
 
 def make_workload(model: str, config: EngramConfig, plan: HashPlan, ids: Sequence[int], seed: int) -> Workload:
     """A model with random weights and a random table, about to read the compressed ids `ids`."""
-    numbers = Numbers(seed)
+    numbers = Numbers(seed)  # drawn in this order: table, stream, layer, attention
     layer_id = config.layer_ids[0]
     hidden, rows = config.hidden, plan.layer(layer_id).rows
     if config.row_dtype == "float8_e4m3fn":

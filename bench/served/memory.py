@@ -170,5 +170,5 @@ def largest_batch(plan: Plan, device: torch.device) -> int:
             return slots
         except ValueError:
             slots //= 2
-    estimate(replace(plan, slots=1), device).require(device)
+    estimate(replace(plan, slots=1), device).require(device)  # raises, with both numbers, if even that is too much
     return 1

@@ -321,6 +321,7 @@ def _slot_cache() -> Any:
                 length = key_states.shape[2]
                 keys[self.slots, :, :length] = key_states
                 values[self.slots, :, :length] = value_states
+                # Prompts begin what stands in their places: there is nothing before them to look at.
                 return key_states, value_states  # [b, KV heads, T, D]
             keys[self.slots, :, self.at] = key_states[:, :, 0]
             values[self.slots, :, self.at] = value_states[:, :, 0]

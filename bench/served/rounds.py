@@ -71,7 +71,7 @@ class Rounds:
         for variant in self._contenders.variants:
             if rows[variant.label]["pcie"] is None:
                 self._case.update(variant.label, **self._counted_beside(self._work(0), variant))
-        for label, row in rows.items():
+        for label, row in rows.items():  # at the end, over the rounds of earlier runs, too
             self._case.update(label, weights=weight_reading(self._limits, self._case.content, row))
 
     def _work(self, number: int) -> Work:

@@ -48,6 +48,7 @@ _QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
 _CHECKED_TOKENS = (2, 16)
+# Options that change no sample of such a run: another that differs in these goes on with its results.
 _NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
                  "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
 Tell = Callable[[str], None]
@@ -203,7 +204,7 @@ class EndToEnd:
         decoder, head = self._build(backbone)
         torch.manual_seed(self.options.seed)
         fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
-        for batch, sizes in cases:
+        for batch, sizes in cases:  # of one model: weights are drawn once
             positions = sizes.prompt + sizes.output
             options, table = self.options, next((one.table for one in contenders.variants if one.table), None)
             model = ServedModel(decoder, head, fusion, self.plan, self.vocab, batch, positions, self.choice.graphs)
@@ -215,7 +216,7 @@ class EndToEnd:
                 case = self._case(backbone, sizes, described, contenders, weights)
                 label, limits = device_label(self.record.results), self.record.results["limits"]
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
-            del model, server
+            del model, server  # keys and values make room for the next batch's
 
     def _build(self, backbone: str) -> tuple[Backbone, Tensor]:
         embedded, chosen = self._vocabulary(backbone)

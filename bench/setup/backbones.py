@@ -140,7 +140,7 @@ class NoBlocks(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(hidden_size=hidden, num_hidden_layers=2, vocab_size=0, use_cache=False)
         self.config.get_text_config = lambda: self.config
-        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])  # Engram is attached before the second
         generator = torch.Generator(device).manual_seed(0)
         self._stream = torch.randn((1024, hidden), generator=generator, device=device, dtype=dtype)
 
@@ -222,7 +222,7 @@ def build_backbone(
         return Backbone(name, NoBlocks(hidden_if_none, device, dtype), None)
     fields = _checked(name, _fields(name), blocks)
     model = _empty_model({**fields, "vocab_size": vocabulary}, dtype, attention)
-    require_bytes(parameter_bytes(model), device)
+    require_bytes(parameter_bytes(model), device)  # counted of a model without memory
     _materialise(model, device)
     return Backbone(name, model, BlockShape.of(model.config.to_dict()))
 

@@ -76,7 +76,7 @@ class Variant:
             "again" if self.repeat else "",
             "" if self.hot_share is None else f"{100 * self.hot_share:g} %",
             str(self.bus or ""),
-            self.schedule if self.name == "offload_disk" else "",
+            self.schedule if self.name == "offload_disk" else "",  # the one that is measured in both
             "in graph" if self.schedule == BESIDE else "",
             self.page_cache if self.page_cache in PREPARED else "",
         ]
@@ -275,7 +275,7 @@ class TableSet(AbstractContextManager[Any]):
             ValueError: a variant returned other bits: then nothing may be timed.
         """
         for variant in self.variants:
-            if variant.prefetcher is not None:
+            if variant.prefetcher is not None:  # a control looks nothing up
                 device = variant.hashing_device
                 given = ids if device is None else torch.from_numpy(ids).to(device)
                 with variant.prefetcher.start(given) as fetch:

@@ -29,7 +29,7 @@ def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> Non
     except KeyboardInterrupt:
         kept = f"finished prices are kept in {journal}, the same command continues"
         print(f"\n{prog}: interrupted; {kept}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # as a shell tells of Ctrl-C
 
 
 def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:

@@ -109,6 +109,7 @@ def make_jobs(cases: Iterable[Case], texts: Texts) -> list[Job]:
         if config not in plans:
             plans[config] = HashPlan.for_vocab(config, texts.vocab)
         jobs.append(Job(tuple(group), config, plans[config], texts.window(settings)))
+    # So that no core is left alone with a long one at the end.
     return sorted(jobs, key=operations, reverse=True)  # sorted keeps the order of equals
 
 

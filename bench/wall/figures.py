@@ -115,14 +115,12 @@ def _horizon(ends: list[float]) -> float:
 
 
 def _merged(spans: list[list[Any]], gap: float) -> list[tuple[str, float, float]]:
-    """Kind, begin and end of boxes, longest first; spans of a kind nearer to each other than `gap` become one box.
-
-    A step on a GPU has thousands of kernels, and nobody can see the time between two of them.
-    """
+    """Kind, begin and end of boxes, longest first; spans of a kind nearer to each other than `gap` become one box."""
     boxes: list[tuple[str, float, float]] = []
     for kind in KINDS:
         begins = sorted((begin, end) for name, _, begin, end in spans if name == kind)
         for begin, end in begins:
+            # A step on a GPU has thousands of kernels, and nobody can see the time between two of them.
             if boxes and boxes[-1][0] == kind and begin - boxes[-1][2] <= gap:
                 _, first, last = boxes.pop()
                 begin, end = first, max(last, end)
