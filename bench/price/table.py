@@ -75,14 +75,14 @@ def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "
     return classify(run["cost"] / resident["cost"], claimed, is_valid(results, model, boundary))
 
 
-def most_ratio(results: dict[str, Any], model: str, boundary: str, variant: str = "offload_prefetch") -> float:
-    """What the price ratio to `resident` is at most if its reads cost one unit each, the least that a read can cost.
+def most_ratio(results: dict[str, Any], model: str, boundary: str) -> float:
+    """What offload_prefetch's price ratio is at most, if reads of `resident` cost the least that a read can, one unit.
 
     A class that holds here does not rest on how the denominator was counted.
     """
     # The toy reads every weight once a token, where a server reads it once a step of many tokens. However the other
     # reads are scheduled, the variant costs as much more as it does, and the baseline no less than one unit a read.
-    run, resident = (find_run(results, model, boundary, name) for name in (variant, "resident"))
+    run, resident = (find_run(results, model, boundary, name) for name in ("offload_prefetch", "resident"))
     return 1 + (run["cost"] - resident["cost"]) / resident["reads"]
 
 

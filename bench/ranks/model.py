@@ -35,9 +35,9 @@ def window_seconds(phase: str, tokens: int) -> float:
     return DECODE_WINDOW_S if phase == "decode" else prompt_block_seconds(BLOCK_PARAMETERS, tokens, FLOPS)
 
 
-def model_table(preset: str = "v41-flash") -> list[dict[str, Any]]:
+def model_table() -> list[dict[str, Any]]:
     """The exchange of every link, phase, number of tokens and of ranks, as entries of a results file."""
-    config = EngramConfig.preset(preset)
+    config = EngramConfig.preset("v41-flash")
     layers = len(config.layer_ids)
     found: list[dict[str, Any]] = []
     for link in LINKS.values():

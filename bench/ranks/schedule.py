@@ -16,6 +16,7 @@ REST_S = 20e-3  # the rest of a decode step: at 512 sequences, near the paper's 
 JITTERS = (0.0, 0.01, 0.05)  # standard deviation of a step, as a share of it
 SLOWER = (0.0, 0.1)  # by how much one rank is, as a share
 STEPS = 1000
+TOKENS = 64  # of a rank and step
 
 
 def simulate(
@@ -67,16 +68,16 @@ def simulate(
     }
 
 
-def schedule_table(model: list[dict[str, Any]], tokens: int = 64) -> list[dict[str, Any]]:
+def schedule_table(model: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Decode steps over Ethernet with the model's numbers: every number of ranks, with noise and a straggler."""
     found = []
     for entry in model:
-        if (entry["phase"], entry["tokens"]) != ("decode", tokens) or "Ethernet" not in entry["link"]:
+        if (entry["phase"], entry["tokens"]) != ("decode", TOKENS) or "Ethernet" not in entry["link"]:
             continue
         for jitter in JITTERS:
             for slower in SLOWER:
                 times = simulate(
-                    entry["ranks"], STEPS, jitter, entry["seconds"], entry["window_s"], REST_S, seed=0, slower=slower
+                    entry["ranks"], STEPS, jitter, entry["seconds"], entry["window_s"], REST_S, slower=slower
                 )
                 chosen = {"link": entry["link"], "ranks": entry["ranks"], "jitter": jitter, "slower": slower}
                 found.append({**chosen, "exchange_s": entry["seconds"], **times})

@@ -80,13 +80,13 @@ def loss(case: Json, label: str, baseline: str, phase: str) -> str:
     return f"{text} {classify([case], label, baseline, phase)[0]}"
 
 
-def added_s(case: Json, label: str, baseline: str = "no_engram") -> float:
-    """Seconds that a row adds to a decode step of a baseline: the median over rounds of the mean over steps.
+def added_s(case: Json, label: str) -> float:
+    """Seconds that a row adds to a decode step without Engram: the median over rounds of the mean over steps.
 
     Raises:
         NotMeasured: a row is missing.
     """
-    row, base = row_of(case, label), row_of(case, baseline)
+    row, base = row_of(case, label), row_of(case, "no_engram")
     later, earlier = paired([row, base], "decode")
     steps = len(per_step(row, "decode_s")) / len(row["rounds"])
     return statistics.median((a - b) / steps for a, b in zip(later, earlier))

@@ -7,7 +7,7 @@ Its class is chosen by whoever chooses these two; so the class is shown with the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +123,9 @@ def ratio(results: Record, toy: str, ending: str, padding: int, variant: str = "
     return found[variant] / found["resident"]
 
 
-def span(results: Record, toy: str, ending: str | None = None, padding: int | None = None) -> tuple[float, float]:
-    """Least and largest ratio of the prefetch, over all endings and paddings but one that is given."""
-    endings = ENDINGS if ending is None else (ending,)
-    paddings = PADDINGS if padding is None else (padding,)
-    found = [ratio(results, toy, e, p) for e in endings for p in paddings]
+def span(results: Record, toy: str, endings: Sequence[str] = ENDINGS) -> tuple[float, float]:
+    """Least and largest ratio of the prefetch, over endings and all paddings."""
+    found = [ratio(results, toy, ending, padding) for ending in endings for padding in PADDINGS]
     return min(found), max(found)
 
 

@@ -152,10 +152,10 @@ def _measured(results: Results, sweep: str) -> list[str]:
     return lines
 
 
-def crossing_report(results: Results, sweeps: Sequence[str] = CROSSED) -> str:
+def crossing_report(results: Results) -> str:
     """Where the ratio of the prefetch (of offload_hot, in the sweep of hot tiers) goes through 2, 5 and 20."""
     rows = [["sweep", "model", "boundary", "variant", *(f"{level:g}x" for level in LEVELS)]]
-    for sweep in (name for name in sweeps if name in results["sweeps"]):
+    for sweep in (name for name in CROSSED if name in results["sweeps"]):
         variant = "offload_hot" if sweep == "hot" else "offload_prefetch"
         values = results["sweeps"][sweep]["values"]
         for model, boundary in groups(results, sweep):
