@@ -16,7 +16,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,7 +30,7 @@ from bench.schemas.common import Accelerator, Device, DeviceOrigin
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
 _WRAP = 1 << 32  # NVML's PCIe byte counters are 32 bits wide: 77 ms of a fast link
-_RX, _TX = "NVML_FI_DEV_PCIE_COUNT_RX_BYTES", "NVML_FI_DEV_PCIE_COUNT_TX_BYTES"
+_RX = "NVML_FI_DEV_PCIE_COUNT_RX_BYTES"
 _FASTEST_LINK = (6, 16)  # generation and lanes, where the driver does not name its own
 _BUSY_BYTES, _BUSY_COPIES = 256 << 20, 2000
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -78,12 +78,9 @@ class Driver:
         self._require(name)
         return getattr(self._nvml, name)
 
-    def fields(self, names: Sequence[str]) -> list[int]:
-        """Unsigned integers that NVML calls field values, all read at once; raises _Unanswered."""
-        values = self.ask("nvmlDeviceGetFieldValues", [self.constant(name) for name in names])
-        return [self._unsigned(name, value) for name, value in zip(names, values)]
-
-    def _unsigned(self, name: str, field: Any) -> int:
+    def field(self, name: str) -> int:
+        """An unsigned integer that NVML calls a field value; raises _Unanswered."""
+        (field,) = self.ask("nvmlDeviceGetFieldValues", [self.constant(name)])
         if field.nvmlReturn != 0:
             raise _Unanswered(f"{name}: {self._nvml.NVMLError(field.nvmlReturn)}")
         kinds = {
@@ -239,14 +236,13 @@ def _numa_node(bus_id: str, pci_devices: Path) -> int:
 
 
 class PcieCounter:
-    """Bytes that crossed the GPU's PCIe link while the block ran, by the driver's own counters.
+    """Bytes that the GPU received over its PCIe link while the block ran, by the driver's own counter.
 
-    They count whatever crosses the link, commands and packet headers too. A thread reads them every `interval_s`; where
-    it was held up for too long, the answer is None.
+    It counts whatever crosses the link, commands and packet headers too. A thread reads it every `interval_s`; where it
+    was held up for too long, the answer is None.
 
     Attributes:
-        received: bytes that the GPU received, once the block has ended.
-        sent: bytes that it sent.
+        received: bytes, once the block has ended.
     """
 
     def __init__(
@@ -255,12 +251,12 @@ class PcieCounter:
         self._driver = driver
         self._interval_s = interval_s
         self._clock = clock
-        self.received = self.sent = Answer(None, "the block has not ended")
+        self.received = Answer(None, "the block has not ended")
 
     def __enter__(self) -> PcieCounter:
         self._why: str | None = None
-        self._totals, self._longest = [0, 0], 0.0
-        self._last: tuple[list[int], float] | None = None  # values, and when
+        self._total, self._longest = 0, 0.0
+        self._last: tuple[int, float] | None = None  # value, and when
         self._poll()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -277,7 +273,7 @@ class PcieCounter:
         self._thread.join()
         self._poll()
         why = self._why or self._unseen_wrap()
-        self.received, self.sent = (Answer(None if why else total, why) for total in self._totals)
+        self.received = Answer(None if why else self._total, why)
 
     def _watch(self) -> None:
         while self._why is None and not self._stop.wait(self._interval_s):
@@ -287,13 +283,12 @@ class PcieCounter:
         if self._why is not None:
             return
         try:
-            values, now = self._driver.fields((_RX, _TX)), self._clock()
+            value, now = self._driver.field(_RX), self._clock()
             if self._last is not None:
-                before, then = self._last
-                grown = [_grown(last, value) for last, value in zip(before, values)]
-                self._totals = [total + more for total, more in zip(self._totals, grown)]
+                last, then = self._last
+                self._total += _grown(last, value)
                 self._longest = max(self._longest, now - then)
-            self._last = values, now
+            self._last = value, now
         except _Unanswered as error:
             self._why = str(error)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.setup.decoder_sizes import SIZES as PUBLISHED
-from bench.setup.decoder_sizes import BlockShape, flops_per_token
+from bench.setup.decoder_sizes import BlockShape
 from engram_ref.config import require_int
 from engram_ref.files.small_files import read_small
 from engram_ref.quoting import one_line
@@ -71,10 +71,6 @@ class Backbone:
         """Sizes of a block."""
         assert self._shape is not None
         return self._shape
-
-    def flops_per_token(self, context: int) -> int:
-        """As the function of this name, for all blocks."""
-        return flops_per_token(self.shape, self.blocks, context) if self.blocks else 0
 
     def new_cache(self, batch: int, context: int, tokens: int = 1) -> Any:
         """Keys and values of `context` random positions for steps of `tokens` tokens; None without any positions.
