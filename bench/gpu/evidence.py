@@ -76,8 +76,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _archive(work: Path, path: Path) -> None:
     """Everything; where that is too large, without the largest files, whose names the summary of the archive gives."""
-    parts = {path: map(Path, path.relative_to(work).parts) for path in sorted(work.rglob("*")) if path.is_file()}
-    files = [path for path, names in parts.items() if not any(name.match(p) for name in names for p in _LEFT_OUT)]
+    parts = {file: map(Path, file.relative_to(work).parts) for file in sorted(work.rglob("*")) if file.is_file()}
+    files = [file for file, names in parts.items() if not any(name.match(p) for name in names for p in _LEFT_OUT)]
     left_out = []
     while True:
         with tarfile.open(path, "w:gz", compresslevel=1) as archive:
