@@ -67,7 +67,7 @@ from bench.price.models import MODELS_OF, digest, make_workload, row_stream, sca
 from bench.price.table import verdict_table
 from bench.schemas.toy import ModelRead, NoiseFloor, Priced, Results, Run, Timed
 from bench.setup.parallel import add_jobs, in_parallel
-from bench.setup.streams import Stream, text_stream
+from bench.setup.streams import Stream, text_source
 from bench.sweeps.command import chosen, run_sweeps
 from bench.sweeps.points import NAMES, varied
 from engram_ref import cli
@@ -201,6 +201,7 @@ def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[Timed], list[
 
 def price_all(jobs: list[Job], processes: int) -> list[Priced]:
     """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
+    # The long ones first: the last to end is then a short one, and no core waits long for it.
     order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
     records: list[Any] = [None] * len(jobs)
     began = time.perf_counter()
@@ -250,7 +251,7 @@ def main() -> None:
             _check_upstream(options)
         configs = configs_of(options)  # refuses before anything is read
         vocab = vocab_for(next(iter(configs.values())), options.tokenizer)
-        stream = text_stream(options.text, options.tokenizer, vocab, options.seq_len, options.seed)
+        stream = text_source(options.text, vocab, options.tokenizer).window(options.seq_len, options.seed)
         jobs, models = make_jobs(options, stream, vocab)
         require_writable(options.out)  # after bad input was refused, which leaves nothing behind
     say(f"text        {stream.name}: tokens {stream.start} .. {stream.start + options.seq_len} of {stream.tokens:,}")

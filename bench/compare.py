@@ -110,6 +110,7 @@ def _line(name: str, a: Quantity | None, b: Quantity | None, pairs: bool, tolera
         return Line(name, a.median, b.median, ratio, ratio, ratio, "exact", verdict)
     if a.median <= 0 or b.median <= 0:
         return Line(name, a.median, b.median, None, None, None, "unpaired", "not resolved")
+    # Round n of both met the same input, and has one ratio.
     paired = pairs and len(a.samples) == len(b.samples) and min(a.samples) > 0
     found = _ratio(_some(a.samples), _some(b.samples), paired)
     few = min(len(a.samples), len(b.samples)) < LEAST_SAMPLES
@@ -135,6 +136,7 @@ def _ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, fl
     """B over A: of pairs, or of medians that are drawn anew from each."""
     if paired:
         return paired_ratio(b, a)
+    # Not paired: what the machine did meanwhile happened to one of the two alone, so each is drawn by itself.
     draw = random.Random(0)
     found = sorted(
         statistics.median(draw.choices(b, k=len(b))) / statistics.median(draw.choices(a, k=len(a)))

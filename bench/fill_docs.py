@@ -78,11 +78,7 @@ def as_text(results: dict[str, Any], body: str) -> str:
 
 def fenced(tables: dict[str, Callable[[], str]]) -> dict[str, Callable[[], str]]:
     """Tables as blocks of printed text."""
-    return {name: functools.partial(_fenced, table) for name, table in tables.items()}
-
-
-def _fenced(table: Callable[[], str]) -> str:
-    return f"```text\n{table()}\n```"
+    return {name: lambda table=table: f"```text\n{table()}\n```" for name, table in tables.items()}  # type: ignore[misc]
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -191,7 +187,8 @@ def stale() -> list[str]:
     documents = [name for name in DOCUMENTS if (text := (ROOT / name).read_text(encoding="utf-8")) != filled(text)]
     scripts = [f"docs/assets/{name}" for name, script in SCRIPTS.items() if _text_of(ASSETS / name) != script()]
     origins = [source(load(name)) for name in DRAWN]
-    drawn = [path for path in sorted(FIGURES.glob("*.svg")) if not _shows_any(path, origins)]
+    figures = {path: path.read_text(encoding="utf-8") for path in sorted(FIGURES.glob("*.svg"))}
+    drawn = [path for path, text in figures.items() if not any(origin in text for origin in origins)]
     return documents + scripts + [str(path.relative_to(ROOT)) for path in drawn]
 
 
@@ -209,11 +206,6 @@ def unsourced() -> list[str]:
         text = (ROOT / name).read_text(encoding="utf-8")
         found += [f"{name}: {mark} begins a line" for mark in marks_at_line_start(text)]
     return found
-
-
-def _shows_any(figure: Path, origins: list[str]) -> bool:
-    text = figure.read_text(encoding="utf-8")
-    return any(origin in text for origin in origins)
 
 
 def main() -> None:

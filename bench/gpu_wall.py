@@ -62,7 +62,7 @@ from bench.wall import figures as wall_figures
 from bench.wall import options as wall_options
 from bench.wall import table as wall_table
 from bench.wall.options import LAYOUTS, STEPS_CPU, STEPS_GPU
-from bench.wall.run import COPIES, COPY_BYTES, PROG, Benchmark
+from bench.wall.run import PROG, Benchmark
 from engram_ref import cli
 from engram_ref.config import PRESETS
 
@@ -158,7 +158,7 @@ def main() -> None:
                 show(found, ranks_table.measured_table, ranks_figures.draw_all, options.out)
             return
         if options.end_to_end:
-            served = end_to_end.measure(options, tell, (COPY_BYTES, COPIES))
+            served = end_to_end.measure(options, tell)
             return show(served, end_to_end.report, end_to_end.draw_all, options.out)
         results = Benchmark(options).run()
         drawn = wall_figures.draw_all if results["steps"] else lambda results, out: []

@@ -47,6 +47,7 @@ import numpy as np
 
 from bench.instruments.output import require_writable_file
 from bench.instruments.results import conclude, results_head
+from bench.instruments.timing import median_and_spread
 from engram_ref import cli
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, LayerPlan, NgramHasher
@@ -72,13 +73,13 @@ def demo_way(plan: HashPlan, ids: np.ndarray, layer_id: int) -> np.ndarray:
     layer = plan.layer(layer_id)
     x = np.asarray(ids, dtype=np.int64)
     multipliers = np.array(layer.multipliers, dtype=np.int64)
-    tokens = [x]
+    tokens = [x]  # by how far back, each [B, T]
     for k in range(1, plan.max_ngram):
         padded = np.pad(x, ((0, 0), (k, 0)), mode="constant", constant_values=plan.pad_compressed)
         tokens.append(padded[:, : x.shape[1]])
     columns = []
     for n in range(2, plan.max_ngram + 1):
-        mix = tokens[0] * multipliers[0]
+        mix = tokens[0] * multipliers[0]  # [B, T]
         for k in range(1, n):
             mix = np.bitwise_xor(mix, tokens[k] * multipliers[k])
         for head in range(plan.heads):
@@ -225,12 +226,6 @@ def copy_bandwidth(size: int, repeats: int) -> float:
     return size / statistics.median(times)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile."""
-    p20, p50, p80 = np.percentile(values, [20, 50, 80])
-    return {"p20": float(p20), "p50": float(p50), "p80": float(p80)}
-
-
 def report(results: dict[str, Any]) -> str:
     """Medians, ratios to the baseline and the limit, for every size."""
     return "\n".join(line for size in results["sizes"] for line in _size_lines(size))
@@ -248,8 +243,8 @@ def _size_lines(size: dict[str, Any]) -> list[str]:
             median = statistics.median(times[name])
             line = f"  {name:9s} {median * 1e6:12.2f} us {median / (batch * length) * 1e9:9.1f} ns/token"
             if name != first:
-                r = spread([slow / fast for slow, fast in zip(times[first], times[name])])
-                line += f"   x{r['p50']:.1f} (p20 x{r['p20']:.1f}, p80 x{r['p80']:.1f})"
+                ratio, p20, p80 = median_and_spread([a / b for a, b in zip(times[first], times[name])])
+                line += f"   x{ratio:.1f} (p20 x{p20:.1f}, p80 x{p80:.1f})"
             lines.append(line)
     return [*lines, *_limits(size, few)]
 

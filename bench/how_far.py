@@ -15,19 +15,29 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.instruments.output import require_writable
+from bench.instruments.results import conclude
 from bench.ranges import energy_by_tier, lookup_range, other_texts, verdict_map
 from engram_ref import cli
 
 PROG = "how_far"
-RUNS = {run.PROG: run.main for run in (lookup_range, energy_by_tier, verdict_map, other_texts)}
+RUNS = {run.PROG: run for run in (lookup_range, energy_by_tier, verdict_map, other_texts)}
 
 
 def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     parser.add_argument("run", choices=RUNS, metavar="NAME", help=", ".join(RUNS))
-    options = parser.parse_args(sys.argv[1:2])
-    RUNS[options.run](sys.argv[2:])
+    run = RUNS[parser.parse_args(sys.argv[1:2]).run]
+    parser = cli.Parser(prog=run.PROG, description=run.__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("out") / run.PROG, metavar="DIR", help="results.json goes here"
+    )
+    run.add_options(parser)
+    options = parser.parse_args(sys.argv[2:])
+    with cli.one_line_errors(run.PROG):
+        require_writable(options.out)
+        conclude(run.measure(options), options.out / "results.json", run.report, rows="records")
 
 
 if __name__ == "__main__":

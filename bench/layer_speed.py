@@ -80,8 +80,8 @@ def gather_case(repeats: int) -> dict[str, Any]:
         numbers = fresh()
         require_equal(table.start(numbers, out).wait(), F.embedding(numbers, ordinary))
         target = np.empty(out.nbytes, np.uint8)
-        source = np.ones(out.nbytes, np.uint8)
-        pool = itertools.cycle([fresh() for _ in range(4)])
+        source = np.ones(out.nbytes, np.uint8)  # written: untouched memory is one page of zeros, and always cached
+        pool = itertools.cycle([fresh() for _ in range(4)])  # drawn before the clock starts, [N] each
         samples = interleave(
             {
                 "ours": lambda: table.start(next(pool), out).wait(),

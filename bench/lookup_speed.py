@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 # Threads that spin while they wait stall everybody for milliseconds when another program needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from bench.evidence.lookup_table import report
 from bench.instruments.bandwidth import copy_bandwidth
+from bench.instruments.clocks import Clock, device_clock, total
 from bench.instruments.driver import device_head
 from bench.instruments.journal import now
 from bench.instruments.output import finish, tell
@@ -50,7 +51,7 @@ from bench.reads.methods import METHODS
 from bench.schemas.lookup_speed import Case, Head, Skipped
 from bench.setup.sizes import LAYER, pick_device, table_config
 from bench.setup.staged_parts import SharedGather, StagedParts, disturbance
-from bench.setup.variants import TableSet, Variant
+from bench.setup.variants import TableSet
 from bench.wall.options import table_params
 from engram_ref import cli
 from engram_ref.config import PRESETS
@@ -63,7 +64,6 @@ from engram_ref.vocab import CompressedVocab
 
 PROG: Final = "lookup_speed"
 WARM_UP = 10
-COPY_BYTES, COPIES = 1 << 28, 9
 DELAY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes to launch two kernels
 _CHECKED = (2, 16)
 _TWO = "uva by two"
@@ -77,69 +77,25 @@ ON_CPU = "RAM: hashed and gathered by the CPU"
 _NAMES = {"resident": "resident", "uva": "offload_uva", "staged": "offload_naive"}  # way -> variant
 
 
-class Timer(Protocol):
-    """Times one lookup."""
-
-    late: int
-
-    def time(self, run: Callable[[], object], queued: bool) -> float:
-        """Seconds of a lookup; `queued`: nothing of it waits for the host."""
-        ...
-
-
-class HostClock:
-    """For a CPU.
-
-    Attributes:
-        late: 0, as nothing is queued.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self.late = 0
-
-    def time(self, run: Callable[[], object], queued: bool) -> float:
-        """As Timer."""
-        begin = self._clock()
-        run()
-        return self._clock() - begin
-
-
-class DeviceClock:
-    """For CUDA: events on the current stream.
+def timed(clock: Clock, run: Callable[[], object], delay: Callable[[], object] | None) -> tuple[float, bool]:
+    """Seconds of a lookup, and whether the device began with it before all of it was launched.
 
     Args:
-        event: makes one that keeps time.
-        delay: gives the device something to do, so that what is queued behind it starts without waiting for the host.
-
-    Attributes:
-        late: queued lookups of which the device had reached the begin before all was launched.
+        delay: gives the device something to do, so that what is queued behind it starts without waiting for the host;
+            None for a lookup that waits for the host by itself.
     """
-
-    def __init__(self, event: Callable[[], Any], delay: Callable[[], object]) -> None:
-        self._event, self._delay = event, delay
-        self.late = 0
-
-    def time(self, run: Callable[[], object], queued: bool) -> float:
-        """As Timer."""
-        begin, end = self._event(), self._event()
-        if queued:
-            self._delay()
-        begin.record()
-        run()
-        self.late += queued and begin.query()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    if delay is not None:
+        delay()
+    clock.begin()
+    run()
+    late = delay is not None and clock.begun
+    clock.mark("end")
+    return total(clock.end()), late
 
 
-def clock_of(device: torch.device) -> Timer:
-    """The clock that sees a device's work."""
-    if device.type == "cpu":
-        import time
-
-        return HostClock(time.perf_counter)
-    return DeviceClock(lambda: torch.cuda.Event(enable_timing=True), lambda: torch.cuda._sleep(DELAY_CYCLES))
+def _delay() -> None:
+    """Half a millisecond of nothing on the device."""
+    torch.cuda._sleep(DELAY_CYCLES)
 
 
 class ByKernels:
@@ -155,6 +111,7 @@ class ByKernels:
 
     def __init__(self, lookup: DeviceLookup, ids: Tensor, before: Tensor) -> None:
         self._lookup, self._ids, self._before = lookup, ids, before
+        # Made once: a decode step has its buffers, too.
         self._out = lookup.new_rows(ids.shape[1], 1)
         self._after = lookup.new_tail(ids.shape[1])
 
@@ -203,20 +160,15 @@ class Lookups:
         self.skipped: list[Skipped] = []
         names = [name for name in _NAMES if self._fits(name)]
         wanted, on = [_NAMES[name] for name in names], self.device
-        self.tables = stack.enter_context(
+        self.tables: TableSet = stack.enter_context(
             TableSet(self.config, self.plan, wanted, on, options.out, options.seed, None, (), packed=True)
         )
-        self.variants = {name: self._variant(_NAMES[name]) for name in names}
+        found = {variant.name: variant for variant in reversed(self.tables.variants)}
+        self.variants = {name: found[_NAMES[name]] for name in names}
         draw = np.random.default_rng(options.seed)
         self.tables.check(self.vocab(draw.integers(0, len(self.vocab.ids), _CHECKED)))
-        self._lookups = {name: self._kernels(name) for name in names if self._by_kernels(name)}
+        self._lookups = {name: self._kernels(name) for name in names if on.type == "cuda" and name != "staged"}
         self.reads = None if options.reads is None else self._reads(stack)
-
-    def _variant(self, name: str) -> Variant:
-        return next(variant for variant in self.tables.variants if variant.name == name)
-
-    def _by_kernels(self, name: str) -> bool:
-        return self.device.type == "cuda" and name != "staged"
 
     def _kernels(self, name: str, launches: int | None = None) -> DeviceLookup:
         table = self.variants[name].table
@@ -263,20 +215,18 @@ class Lookups:
 
     def measure(self, tokens: int) -> Case:
         """Samples of every way for a step of so many tokens."""
-        options, labels, clock = self.options, self.labels(), clock_of(self.device)
+        options, labels, clock = self.options, self.labels(), device_clock(self.device)
         count = WARM_UP + options.repeats
         ways = {label: self._way(label, tokens, number, count) for number, label in enumerate(labels)}
         samples: dict[str, list[float]] = {label: [] for label in labels}
         late, undisturbed = dict.fromkeys(labels, 0), disturbance()
-        for number, turn in rounds(
-            labels, range(count), lambda n, took: tell(f"{tokens} tokens: round {n + 1}  {took}")
-        ):
+        for number, turn in rounds(labels, range(count), f"{tokens} tokens", tell):
             for label in turn:
-                before, way = clock.late, ways[label]
-                seconds = clock.time(functools.partial(way.run, number), way.queued)
+                way = ways[label]
+                seconds, began_early = timed(clock, functools.partial(way.run, number), _delay if way.queued else None)
                 if number >= WARM_UP:
                     samples[label].append(round(seconds, 9))
-                    late[label] += clock.late - before
+                    late[label] += began_early
         for lookup in self._lookups.values():
             lookup.check()
         rows = tokens * self.config.columns
@@ -343,40 +293,24 @@ class Lookups:
     def _table(self, name: str) -> Any:
         return self.variants[name].table
 
-    def _other_ways(self) -> dict[str, str]:
-        return {_TWO: WHAT[_TWO], **{name: METHODS[name].what for name in self.reads.names}} if self.reads else {}
-
     def head(self) -> Head:
         """Everything of the results that is known before the first sample."""
         options, table = self.options, self.tables
         asked = {key: value for key, value in vars(options).items() if key not in ("out", "device")}
         on_gpu = self.device.type == "cuda"
+        other_ways = {_TWO: WHAT[_TWO], **{n: METHODS[n].what for n in self.reads.names}} if self.reads else {}
         return {
             "schema_version": 1,
             **device_head(PROG, self.device, asked, "bench.lookup_speed"),
             "started": now(),
-            "limits": copy_bandwidth(self.device, COPY_BYTES, COPIES),
+            "limits": copy_bandwidth(self.device),
             "clock": "device events" if on_gpu else "host clock",
             "stream": "uniform",
-            "table": {
-                "preset": options.preset,
-                "parameters": table.rows * table.format.width,
-                "rows": table.rows,
-                "row_bytes": table.format.row_bytes,
-                "columns": self.config.columns,
-                "bytes": table.nbytes,
-                "row_dtype": self.config.row_dtype,
-                "layout": table.layout,
-                "huge_pages": table.memory.huge_page_share(),
-            },
-            "ways": {name: WHAT[name] if on_gpu else ON_CPU for name in self.variants} | self._other_ways(),
+            "table": {**table.record(options.preset), "layout": table.layout},
+            "ways": {name: WHAT[name] if on_gpu else ON_CPU for name in self.variants} | other_ways,
             "skipped": self.skipped,
             "cases": [],
         }
-
-
-def _up_to_all_cores() -> list[int]:
-    return [threads for threads in (1, 2, 4, 8, 16) if threads <= (os.cpu_count() or 1)]
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -391,7 +325,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=cli.at_least(1), default=1000, help="samples of every way (default: 1000)")
     add("--reads", nargs="*", choices=list(METHODS), metavar="WAY", help="also other ways to read the rows of uva: "
         f"{', '.join(METHODS)} (no WAY: all)")  # fmt: skip
-    add("--threads", nargs="+", type=cli.at_least(1), default=_up_to_all_cores(), metavar="N", help="that share the "
+    threads = [count for count in (1, 2, 4, 8, 16) if count <= (os.cpu_count() or 1)]
+    add("--threads", nargs="+", type=cli.at_least(1), default=threads, metavar="N", help="that share the "
         "gather, where it is timed alone (default: 1 2 4 .. as many as there are cores, 16 at most)")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA where there is one")
     add("--seed", type=cli.at_least(0), default=0)

@@ -85,8 +85,8 @@ def trace_operations(repeats: int) -> dict[str, Any]:
         return total
 
     def traced(function: Callable[[list[Any], list[Any]], Any]) -> float:
-        """Seconds inside the traced function alone: wrapping and pricing are not an operation's cost."""
-        spent = []
+        """Seconds inside the traced function alone."""
+        spent = []  # wrapping and pricing around it are not an operation's cost
 
         def timed(xs: list[Any], ys: list[Any]) -> Any:
             start = time.perf_counter()

@@ -36,7 +36,7 @@ STAGES = ("load", "text", "link", "price")
 
 def measure_once(tokens: int | None) -> dict[str, Any]:
     """Seconds of every stage, and the peak of memory, in the process that runs it."""
-    began = time.perf_counter()
+    began = time.perf_counter()  # imports are the stage "load"
     from bench.rows.cases import read_rows, source
     from engram_ref.config import EngramConfig
     from engram_toy.fast.rows import price_rows, start
@@ -66,7 +66,7 @@ def measure(rounds: int) -> dict[str, list[dict[str, Any]]]:
     context = multiprocessing.get_context("spawn")
     for number in range(-1, rounds):
         for name, tokens in SIZES.items():
-            with context.Pool(1) as pool:
+            with context.Pool(1) as pool:  # a process of its own, whose peak of memory is the sample's
                 sample = pool.apply(measure_once, (tokens,))
             print(f"round {number + 1}  {name:<5} {sample['total_s']:7.2f} s", file=sys.stderr)
             if number >= 0:

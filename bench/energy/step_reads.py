@@ -2,7 +2,7 @@
 
     count_steps(ids, config, tokens_per_step=512)      # counts over the second half of the steps
 
-The text is dealt to the steps as `bench.rows.cases.read_rows` does it. The first half of the steps warms up.
+The text is dealt to the steps as `bench.rows.cases.read_rows` does it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def count_steps(ids: np.ndarray, config: EngramConfig, tokens_per_step: int) -> 
     check_steps(len(ids), tokens_per_step)
     reads = read_rows(ids, config, "decode", tokens_per_step)
     steps = len(reads.links) // reads.step_reads
-    counted = steps - steps // 2
+    counted = steps - steps // 2  # the first half warms up
     begin = steps // 2 * reads.step_reads
     number = np.arange(begin, len(reads.links), dtype=np.int64)
     links = reads.links[begin:]
@@ -36,6 +36,7 @@ def count_steps(ids: np.ndarray, config: EngramConfig, tokens_per_step: int) -> 
         "tokens_per_step": tokens_per_step,
         "steps_counted": counted,
         "reads": len(links),
+        # A link names the read before of the same row; one to an earlier step, or to none, is the first in its step.
         "distinct_in_step": int((links < number // reads.step_reads * reads.step_reads).sum()),
         "first_ever": int((links < 0).sum()),
     }

@@ -4,9 +4,8 @@
     rows_energy(others[-1], hbm, fetched=8192, read=8192, row_bytes=160)    # joules of a step, (least, most)
     crossings(...)                                   # tokens a step at which rows reach 3 % of the weights' energy
 
-The weights of a step come from HBM, each once. A row that has been fetched already, where that is counted, is read
-again from HBM. These are sums of figures that others published of devices and links, of different years and
-boundaries: an estimate of orders of magnitude, and no measurement.
+The weights of a step come from HBM, each once. These are sums of figures that others published of devices and links, of
+different years and boundaries: an estimate of orders of magnitude, and no measurement.
 """
 
 from __future__ import annotations
@@ -73,6 +72,7 @@ def weights_energy(nbytes: int, hbm: Tier) -> Range:
 
 def rows_energy(tier: Tier, hbm: Tier, fetched: float, read: float, row_bytes: int) -> Range:
     """Joules of the rows of a step: those fetched from their tier, and the other reads from HBM."""
+    # A row that has been fetched already, where that is counted, is read again from HBM.
     low, high = (fetched * far + (read - fetched) * near for far, near in zip(tier.row(row_bytes), hbm.row(row_bytes)))
     return low, high
 
@@ -93,12 +93,13 @@ def crossings(
             the share is a straight line in the logarithm of the size, below the first and above the last it is theirs.
 
     Returns:
-        The earliest is where the tier is at its dearest and HBM at its cheapest; for HBM itself both are one medium, so
-        that its figure cancels. None where it lies beyond a thousand times the last size. Beyond the last size the
-        share is held, and really falls, so that a crossing there comes later than said.
+        The earliest is where the tier is at its dearest and HBM at its cheapest. None where it lies beyond a thousand
+        times the last size. Beyond the last size the share is held, and really falls, so that a crossing there comes
+        later than said.
     """
     found = []
     for end in (1, 0):  # dearest tier, then cheapest
+        # For HBM itself both are one medium, so that its figure cancels.
         near = hbm.per_bit[end] if tier == hbm else hbm.per_bit[1 - end]
         bit, far_row = near * _PICO, tier.row(row_bytes)[end]
 
@@ -125,9 +126,10 @@ def _between(shares: dict[int, float], tokens: float) -> float:
 def first_crossing(share: Callable[[float], float], level: float, most: float) -> float | None:
     """The first size at which a share reaches the level; None if that is beyond `most`.
 
-    The share need not grow throughout: at small steps the experts that are read grow faster than the rows. So sizes are
-    tried from the smallest on, a twentieth apart, and the first interval that holds a crossing is halved.
+    Sizes are tried from the smallest on, a twentieth apart, and the first interval that holds a crossing is halved.
     """
+    # No bisection from the start: the share need not grow throughout, as at small steps the experts that are read grow
+    # faster than the rows.
     low, high = 0.0, 0.5
     while share(high) < level:
         low, high = high, 1.05 * high

@@ -3,12 +3,12 @@
     python bench/gpu/evidence.py WORK OUT
 
 OUT gets evidence.tar.gz, everything of WORK that is no table, wheel or compiled kernel, and by name what tells most.
-Each is complete or as it was before, whenever this is cut. Only the standard library is used: it runs every 20 seconds
-beside what is measured.
+Each is complete or as it was before, whenever this is cut.
 """
 
 from __future__ import annotations
 
+# The standard library alone: this runs every 20 seconds beside what is measured.
 import fcntl
 import itertools
 import json
@@ -60,7 +60,7 @@ def pack(work: Path, out: Path) -> None:
             part = Path(folder) / name
             write(part)
             if part.exists() and part.stat().st_size <= LARGEST:
-                part.replace(out / name)
+                part.replace(out / name)  # complete, or as it was: what watches OUT may fetch it at any moment
 
 
 def _staging(work: Path, out: Path) -> tempfile.TemporaryDirectory[str]:
@@ -74,16 +74,11 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _kept(work: Path) -> Iterator[Path]:
-    for path in sorted(work.rglob("*")):
-        relative = path.relative_to(work)
-        if path.is_file() and not any(Path(part).match(p) for part in relative.parts for p in _LEFT_OUT):
-            yield path
-
-
 def _archive(work: Path, path: Path) -> None:
     """Everything; where that is too large, without the largest files, whose names the summary of the archive gives."""
-    files, left_out = list(_kept(work)), []
+    parts = {file: map(Path, file.relative_to(work).parts) for file in sorted(work.rglob("*")) if file.is_file()}
+    files = [file for file, names in parts.items() if not any(name.match(p) for name in names for p in _LEFT_OUT)]
+    left_out = []
     while True:
         with tarfile.open(path, "w:gz", compresslevel=1) as archive:
             for file in files:

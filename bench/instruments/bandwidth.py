@@ -15,46 +15,42 @@ import torch
 from bench.instruments.clocks import Clock, device_clock, total
 from bench.schemas.common import Bandwidth, Limits
 from bench.schemas.wall import Disk, UnknownDisk
-from engram_ref.rows.memory import PIN_PIECE, HostMemory
+from engram_ref.rows.memory import HostMemory
 
+COPY_BYTES = 1 << 28  # of one copy; within one piece of registered memory
+COPIES = 9  # samples
 _WARM_UP = 2  # copies before the first that counts
 
 
-def copy_bandwidth(device: torch.device, nbytes: int, repeats: int) -> Limits:
+def copy_bandwidth(device: torch.device) -> Limits:
     """What this machine can copy at most: raw samples, and bytes per second of their median.
-
-    Args:
-        nbytes: of one copy; it stays within one piece of registered memory.
-        repeats: samples.
 
     Returns:
         `copy`: pinned host memory to the device; on a CPU, RAM to RAM by one thread, bytes counted once.
         `gather`: within the device, bytes read and written both counted; None on a CPU.
     """
-    if not 1 <= nbytes <= PIN_PIECE or repeats < 1:
-        raise ValueError(f"{repeats} copies of {nbytes:,} B: give at least one, of 1 .. {PIN_PIECE:,} B")
     cuda = device.type == "cuda"
-    with HostMemory(nbytes, pinned=cuda) as host:
+    with HostMemory(COPY_BYTES, pinned=cuda) as host:
         host.bytes.fill_(0xA5)  # memory that was never written is one page of zeros, and always cached
         if not cuda:
-            return {"copy": _ram_copy(host, nbytes, repeats), "gather": None}
-        target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            return {"copy": _ram_copy(host), "gather": None}
+        target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
         clock = device_clock(device)
-        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), repeats, clock)
+        copy = _copy_samples(lambda: target.copy_(host.bytes, non_blocking=True), COPIES, clock)
         other = torch.empty_like(target)
-        gather = _copy_samples(lambda: other.copy_(target), repeats, clock)
-    within = _bandwidth("device to device", 2 * nbytes, gather)
+        gather = _copy_samples(lambda: other.copy_(target), COPIES, clock)
+    within = _bandwidth("device to device", 2 * COPY_BYTES, gather)
     return {
-        "copy": _bandwidth("pinned host to device", nbytes, copy),
+        "copy": _bandwidth("pinned host to device", COPY_BYTES, copy),
         "gather": {**within, "counted": "bytes read and written"},
     }
 
 
-def _ram_copy(source: HostMemory, nbytes: int, repeats: int) -> Bandwidth:
-    with HostMemory(nbytes) as target:
+def _ram_copy(source: HostMemory) -> Bandwidth:
+    with HostMemory(source.nbytes) as target:
         to, by = target.bytes.numpy(), source.bytes.numpy()
-        samples = _copy_samples(lambda: np.copyto(to, by), repeats, Clock())
-    return _bandwidth("memcpy in RAM", nbytes, samples)
+        samples = _copy_samples(lambda: np.copyto(to, by), COPIES, Clock())
+    return _bandwidth("memcpy in RAM", source.nbytes, samples)
 
 
 def _copy_samples(copy: Callable[[], object], repeats: int, clock: Clock) -> list[float]:

@@ -15,7 +15,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +54,7 @@ class BoardWatch:
 
     def begin(self) -> None:
         """Before the pass."""
-        self._seen: dict[str, Answer] = {"joules_before": self._joules()}
+        self._seen: dict[str, Answer] = {"joules_before": answer(self._driver.joules)}
 
     def look(self) -> None:
         """While the device works on what it was given, and the host has nothing left to do but wait."""
@@ -72,14 +71,11 @@ class BoardWatch:
             (of the board since its driver was loaded) and `unknown`: why any of them is None. Where the driver says
             nothing at all, the value is None.
         """
-        self._seen["joules_after"] = self._joules()
+        self._seen["joules_after"] = answer(self._driver.joules)
         unknown = {name: found.why for name, found in self._seen.items() if found.why is not None}
         if len(unknown) == len(self._seen) and len(set(unknown.values())) == 1:
             return {"value": None, "why": next(iter(unknown.values()))}
         return {"value": {**{name: found.value for name, found in self._seen.items()}, "unknown": unknown}, "why": None}
-
-    def _joules(self) -> Answer:
-        return answer(lambda: self._driver.ask("nvmlDeviceGetTotalEnergyConsumption") / 1e3)
 
     def _throttled(self) -> Answer:
         found = Answer(None, "not asked")
@@ -99,7 +95,7 @@ def reasons(mask: int) -> list[str]:
 class PcieThroughput:
     """Bytes per second that the GPU received while the block ran, by samples of NVML's own windows of 20 ms.
 
-    It sees a part of the time only: a fallback where the driver has no byte counter.
+    A fallback where the driver has no byte counter.
 
     Attributes:
         received: bytes_per_s (mean of the samples), samples_bytes_per_s and seconds, once the block has ended.
@@ -118,9 +114,7 @@ class PcieThroughput:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
         if self._why is not None:
@@ -137,7 +131,7 @@ class PcieThroughput:
                 lambda: self._driver.ask("nvmlDeviceGetPcieThroughput", self._driver.constant(_RX)) * _KILOBYTE
             )
             self._why = found.why
-            if found.why is None:
+            if found.why is None:  # of a part of the time: between two windows nobody looks
                 self._samples.append(float(found.value))
             if self._stop.is_set():
                 return

@@ -4,9 +4,9 @@ The thresholds are those of the task that asked the question: a price ratio of p
 is a WIN for the claim, above 20 a LOSS, and in between nothing is decided.
 
 The task was put twice, and not alike. Its public form, task 011, says no-go above 20 *while the overhead in wall time
-stays under 3 %*: both halves are needed. The form in which it was handed out kept the first half alone. `classify`
-follows the former, in that the reason of a LOSS says whether the second half holds; `by_task` and `by_seed` say what
-each form makes of a ratio, to be shown side by side.
+stays under 3 %*. The form in which it was handed out kept the first half alone. `classify` follows the former, in that
+the reason of a LOSS says whether the second half holds; `by_task` and `by_seed` say what each form makes of a ratio, to
+be shown side by side.
 """
 
 from __future__ import annotations
@@ -66,6 +66,6 @@ def by_task(price_ratio: float, wall_overhead: float | None) -> str:
     label = by_seed(price_ratio)
     if label != "LOSS":
         return {"WIN": "go", "INCONCLUSIVE": "ambiguous"}[label]
-    if wall_overhead is None:
+    if wall_overhead is None:  # both halves are needed
         return f"no-go if wall time is under {100 * WALL_TIME_CLAIM:g} %"
     return "no-go" if wall_overhead < WALL_TIME_CLAIM else f"no no-go: wall time {100 * wall_overhead:+.0f} %"

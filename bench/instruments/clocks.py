@@ -1,12 +1,8 @@
 """The clock of every benchmark: marks as the device that computes meets them, read once at the end.
 
-    clock = device_clock(device)
-    clock.begin(); clock.mark("join"); clock.mark("joined"); ...
-    for name, seconds in clock.end(): ...               # since the mark before
-
-The host waits for the device at the end and nowhere else, so a pass of many steps is timed as a server runs it, the
-host ahead of the device. Times are differences of neighbouring events, since an event's distance from a far one is no
-more exact than a microsecond.
+clock = device_clock(device)
+clock.begin(); clock.mark("join"); clock.mark("joined"); ...
+for name, seconds in clock.end(): ...               # since the mark before
 """
 
 from __future__ import annotations
@@ -40,8 +36,14 @@ class Clock:
         self._names.append(name)
         self._times.append(self._now())
 
+    @property
+    def begun(self) -> bool:
+        """Whether the device has come to the begin."""
+        return True
+
     def end(self) -> list[Lap]:
         """Wait for the device; name of each mark, and seconds since the one before."""
+        # Of neighbours: an event's distance from a far one is no more exact than a microsecond.
         return list(zip(self._names, map(self._between, self._times, self._times[1:])))
 
     def _between(self, before: Any, after: Any) -> float:
@@ -56,20 +58,26 @@ class EventClock(Clock):
     """
 
     def __init__(self, event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True)) -> None:
-        super().__init__(lambda: _recorded(event()))
+        def recorded() -> Any:
+            made = event()
+            made.record()
+            return made
+
+        super().__init__(recorded)
+
+    @property
+    def begun(self) -> bool:
+        """As Clock."""
+        return self._times[0].query()
 
     def end(self) -> list[Lap]:
         """As Clock."""
+        # Here and nowhere else: a pass of many steps is timed as a server runs it, the host ahead of the device.
         self._times[-1].synchronize()
         return super().end()
 
     def _between(self, before: Any, after: Any) -> float:
         return before.elapsed_time(after) / 1e3  # milliseconds
-
-
-def _recorded(event: Any) -> Any:
-    event.record()
-    return event
 
 
 def device_clock(device: torch.device) -> Clock:

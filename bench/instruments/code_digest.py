@@ -1,9 +1,6 @@
 """Which code a result depends on, as one digest.
 
-    code_sha256("bench.sweeps.pricing", "bench.setup.streams")      # these modules and all of the project they import
-
-A list of files would go blind when one is moved, and a stale result would count as finished. So the files are found by
-following the imports of the modules that are named, those inside functions included: what is loaded on demand counts.
+code_sha256("bench.sweeps.pricing", "bench.setup.streams")      # these modules and all of the project they import
 """
 
 from __future__ import annotations
@@ -37,6 +34,8 @@ def code_files(*modules: str, root: Path = _ROOT) -> list[Path]:
     for name in modules:
         if _file(name, root) is None:
             raise ValueError(f"no module {name} below {root}: it was moved, or is not of this project")
+    # A list of files would go blind when one is moved, and a stale result would count as finished: so imports are
+    # followed.
     found: set[Path] = set()
     seen: set[str] = set()  # a name is met in dozens of files, and looked for once
     waiting = [part for name in modules for part in _with_packages(name)]
@@ -78,7 +77,7 @@ def _named(node: ast.AST) -> Iterator[str]:
             names = []
         for name in names:
             yield from _with_packages(name)
-        yield from _named(child)
+        yield from _named(child)  # inside functions, too: what is loaded on demand counts
 
 
 def _with_packages(name: str) -> Iterator[str]:

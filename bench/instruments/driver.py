@@ -16,10 +16,9 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,8 +29,8 @@ from bench.schemas.common import Accelerator, Device, DeviceOrigin
 
 LEAST_WINDOW_S = 10.0  # the energy counter moves in steps of up to 0.1 s: 1 % of this
 _IDLE_PARTS = 10  # readings per idle window, from which its spread is taken
-_WRAP = 1 << 32  # NVML's PCIe byte counters are 32 bits wide
-_RX, _TX = "NVML_FI_DEV_PCIE_COUNT_RX_BYTES", "NVML_FI_DEV_PCIE_COUNT_TX_BYTES"
+_WRAP = 1 << 32  # NVML's PCIe byte counters are 32 bits wide: 77 ms of a fast link
+_RX = "NVML_FI_DEV_PCIE_COUNT_RX_BYTES"
 _FASTEST_LINK = (6, 16)  # generation and lanes, where the driver does not name its own
 _BUSY_BYTES, _BUSY_COPIES = 256 << 20, 2000
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -70,17 +69,18 @@ class Driver:
         """Version of the driver; raises _Unanswered."""
         return _text(self._call("nvmlSystemGetDriverVersion"))
 
+    def joules(self) -> float:
+        """Energy of the whole board since its driver was loaded; raises _Unanswered."""
+        return float(self.ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+
     def constant(self, name: str) -> Any:
         """A constant of NVML; raises _Unanswered."""
         self._require(name)
         return getattr(self._nvml, name)
 
-    def fields(self, names: Sequence[str]) -> list[int]:
-        """Unsigned integers that NVML calls field values, all read at once; raises _Unanswered."""
-        values = self.ask("nvmlDeviceGetFieldValues", [self.constant(name) for name in names])
-        return [self._unsigned(name, value) for name, value in zip(names, values)]
-
-    def _unsigned(self, name: str, field: Any) -> int:
+    def field(self, name: str) -> int:
+        """An unsigned integer that NVML calls a field value; raises _Unanswered."""
+        (field,) = self.ask("nvmlDeviceGetFieldValues", [self.constant(name)])
         if field.nvmlReturn != 0:
             raise _Unanswered(f"{name}: {self._nvml.NVMLError(field.nvmlReturn)}")
         kinds = {
@@ -147,7 +147,7 @@ def describe(device: torch.device, nvml: Any = None) -> Accelerator | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    with _busy(device):
+    with _busy(device):  # an idle device has low clocks and a slow link
         answers = _answers(open_driver(device, nvml))
     found = {
         "name": properties.name,
@@ -182,7 +182,7 @@ def device_head(benchmark: str, device: torch.device, configuration: dict[str, A
 
 @contextmanager
 def _busy(device: torch.device) -> Iterator[None]:
-    """Copies within the device while the block runs: an idle device has low clocks and a slow link."""
+    """Copies within the device while the block runs."""
     source = torch.empty(_BUSY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     for _ in range(_BUSY_COPIES):
@@ -236,15 +236,13 @@ def _numa_node(bus_id: str, pci_devices: Path) -> int:
 
 
 class PcieCounter:
-    """Bytes that crossed the GPU's PCIe link while the block ran, by the driver's own counters.
+    """Bytes that the GPU received over its PCIe link while the block ran, by the driver's own counter.
 
-    They count whatever crosses the link, commands and packet headers too, and wrap after 2^32 bytes, which is
-    77 ms of a fast link: a thread reads them every `interval_s`. Where it was held up for too long, a wrap may
-    have gone unseen, and the answer is None.
+    It counts whatever crosses the link, commands and packet headers too. A thread reads it every `interval_s`; where it
+    was held up for too long, the answer is None.
 
     Attributes:
-        received: bytes that the GPU received, once the block has ended.
-        sent: bytes that it sent.
+        received: bytes, once the block has ended.
     """
 
     def __init__(
@@ -253,12 +251,12 @@ class PcieCounter:
         self._driver = driver
         self._interval_s = interval_s
         self._clock = clock
-        self.received = self.sent = Answer(None, "the block has not ended")
+        self.received = Answer(None, "the block has not ended")
 
     def __enter__(self) -> PcieCounter:
         self._why: str | None = None
-        self._totals, self._longest = [0, 0], 0.0
-        self._last: tuple[list[int], float] | None = None  # values, and when
+        self._total, self._longest = 0, 0.0
+        self._last: tuple[int, float] | None = None  # value, and when
         self._poll()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -270,14 +268,12 @@ class PcieCounter:
         """Whether the driver has answered so far."""
         return self._why is None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
         self._poll()
         why = self._why or self._unseen_wrap()
-        self.received, self.sent = (Answer(None if why else total, why) for total in self._totals)
+        self.received = Answer(None if why else self._total, why)
 
     def _watch(self) -> None:
         while self._why is None and not self._stop.wait(self._interval_s):
@@ -287,17 +283,17 @@ class PcieCounter:
         if self._why is not None:
             return
         try:
-            values, now = self._driver.fields((_RX, _TX)), self._clock()
+            value, now = self._driver.field(_RX), self._clock()
             if self._last is not None:
-                before, then = self._last
-                grown = [_grown(last, value) for last, value in zip(before, values)]
-                self._totals = [total + more for total, more in zip(self._totals, grown)]
+                last, then = self._last
+                self._total += _grown(last, value)
                 self._longest = max(self._longest, now - then)
-            self._last = values, now
+            self._last = value, now
         except _Unanswered as error:
             self._why = str(error)
 
     def _unseen_wrap(self) -> str | None:
+        # A counter that went round once more than it was read shows nothing of it.
         rate = _link_rate(self._driver)
         if self._longest * rate < _WRAP:
             return None
@@ -360,6 +356,7 @@ class EnergyMeter:
             power under load exceeds the idle power by no more than the idle readings differ among themselves.
         """
         try:
+            # Before and after, so that what drifts meanwhile is part of the spread.
             idle = self._idle_watts()
             steps, seconds, joules = self._load(step)
             idle += self._idle_watts()
@@ -383,20 +380,17 @@ class EnergyMeter:
 
     def _load(self, step: Callable[[], object]) -> tuple[int, float, float]:
         """Steps, seconds and joules of a loaded window."""
-        joules, start, steps = self._joules(), self._clock(), 0
+        joules, start, steps = self._driver.joules(), self._clock(), 0
         while self._clock() - start < self._window_s:
             step()
             steps += 1
-        return steps, self._clock() - start, self._joules() - joules
+        return steps, self._clock() - start, self._driver.joules() - joules
 
     def _idle_watts(self) -> list[float]:
         """Mean power of every part of an idle window."""
-        return [self._idle_part() for _ in range(_IDLE_PARTS)]
-
-    def _idle_part(self) -> float:
-        joules, start = self._joules(), self._clock()
-        self._sleep(self._window_s / _IDLE_PARTS)
-        return (self._joules() - joules) / (self._clock() - start)
-
-    def _joules(self) -> float:
-        return float(self._driver.ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+        watts = []
+        for _ in range(_IDLE_PARTS):
+            joules, start = self._driver.joules(), self._clock()
+            self._sleep(self._window_s / _IDLE_PARTS)
+            watts.append((self._driver.joules() - joules) / (self._clock() - start))
+        return watts

@@ -6,9 +6,7 @@
         journal.found.get(key)                  what an earlier run finished under this key
         journal.add({key: record})              on disk when this returns
 
-A key says everything that the record depends on, so a line of other code, text or settings is never found again. The
-last line may be torn; it is ignored, and the next one starts on a line of its own. A file with lines that are not even
-the beginning of one is not what a killed run leaves: it is set aside, and what can be read of it goes on in a new one.
+A key says everything that the record depends on, so a line of other code, text or settings is never found again.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import datetime
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from bench.instruments.reading import set_aside
@@ -40,14 +37,16 @@ class Journal:
         content = read_small(path, MOST_BYTES, "name another folder") if path.exists() else b""
         lines = content.splitlines()
         self.found: dict[str, dict[str, Any]] = dict(filter(None, map(_entry, lines)))
-        if foreign := sum(not _begins_as_ours(line) for line in lines):
+        # A killed run leaves a torn line, which begins as a whole one does. A file with others is not its: it is set
+        # aside, and what can be read of it goes on in a new one.
+        if foreign := sum(line[: len(_START)] != _START[: len(line)] for line in lines):
             set_aside(path, f"{path} has {foreign} lines that no run has written")
             self.add(self.found)
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -66,14 +65,9 @@ class Journal:
         file = self._path.open("ab+")
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
+            if file.read(1) != b"\n":  # torn: it is ignored, and the next one starts on a line of its own
                 file.write(b"\n")
         return file
-
-
-def _begins_as_ours(line: bytes) -> bool:
-    """Whether it is a line of ours, whole or torn."""
-    return line[: len(_START)] == _START[: len(line)]
 
 
 def _entry(line: bytes) -> tuple[str, dict[str, Any]] | None:

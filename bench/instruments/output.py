@@ -27,20 +27,20 @@ _ORIGIN = re.compile(r"results sha256 [0-9a-f]{64}")
 _PROBE_BYTES = 1 << 16  # a full disk has room for a name, and none for bytes
 
 
-def require_writable(folder: Path, option: str = "--out") -> None:
+def require_writable(folder: Path) -> None:
     """Make a folder, and find out now what would else be found after hours.
 
     Raises:
         ValueError: no files can be made there.
     """
     if os.path.exists(folder) and not folder.is_dir():  # as a method, it raises on a name that is too long
-        raise ValueError(f"{option} {folder} is a file: name a folder")
+        raise ValueError(f"--out {folder} is a file: name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
-        raise ValueError(f"{option} {folder} cannot be written ({error.strerror}): name another folder") from None
+        raise ValueError(f"--out {folder} cannot be written ({error.strerror}): name another folder") from None
 
 
 def require_writable_file(path: Path | None) -> None:
@@ -61,7 +61,7 @@ def printed_anyway(report: Callable[[], str]) -> Iterator[None]:
     """Around writing results: their table is printed after it, also when writing fails, or else they would be lost."""
     try:
         yield
-    finally:
+    finally:  # hours of numbers are not lost to a full disk
         print(cli.fitted(report()), flush=True)
 
 

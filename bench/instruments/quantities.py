@@ -3,9 +3,8 @@
     found = quantities(read_results(path))
     found["steps / decode 4 x 1 / resident / step_s"].samples
 
-A file is walked, not known: a list of numbers under a name that ends in `_s` is samples, a number under the name of a
-price is exact, and an entry of a list is named by the fields that say which one it is. So every kind of file has them,
-and a new kind needs nothing here.
+A list of numbers under a name that ends in `_s` is samples, a number under the name of a price is exact, and an entry
+of a list is named by the fields that say which one it is.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ class Quantity(NamedTuple):
 
 def quantities(results: Mapping[str, Any]) -> dict[str, Quantity]:
     """All of a file, in its order, by names that are the same for the same thing in another file."""
+    # A file is walked, not known: a new kind of file needs nothing here.
     found: dict[str, Quantity] = {}
     for name, quantity in _walk(results, ()):
         number, unique = 1, name

@@ -2,10 +2,9 @@
 
     results = read_results(Path("bench/results/production.json"), "production")
 
-What a results file says of a machine, a text or a model was written somewhere else, by somebody else. It ends in
-terminals, in Markdown, in HTML and in scripts; so every string of a file loses, where it is read, what any of these
-would take for an instruction, and is cut where no honest name is as long. Numbers are untouched, and a file without
-such characters is read as it is: every committed one.
+What a results file says of a machine, a text or a model was written somewhere else, by somebody else; so every string
+of a file loses, where it is read, what a page or a terminal would take for an instruction. Numbers are untouched, and a
+file without such characters is read as it is: every committed one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from engram_ref.files.small_files import read_small
 
 _MOST_BYTES = 1 << 28  # the largest committed file has less than a megabyte
 MOST_CHARACTERS = 300  # of a string; a digest has 64, a description of a platform some 80
-# Look-alikes of what opens a tag, an attribute list, a link, code or a table's cell.
+# Strings end in terminals, in Markdown, in HTML and in scripts: look-alikes of what opens a tag, an attribute list, a
+# link, code or a table's cell.
 _LOOK_ALIKES = str.maketrans(
     {"<": "‹", ">": "›", "[": "(", "]": ")", "{": "(", "}": ")", "`": "'", "|": "¦", "\\": "/"}
 )
@@ -63,7 +63,7 @@ def harmless(value: Any) -> Any:
 
 
 def _harmless_text(text: str) -> str:
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MOST_CHARACTERS:  # no honest name is as long
         text = f"{text[:MOST_CHARACTERS]}..."
     if _MEANS_SOMETHING.search(text) is None:
         return text

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def git_commit() -> Git:
     if said:
         return {"commit": said, "dirty": None}
     commit = _git("rev-parse", "HEAD")
+    # Results are written by the run itself, and change no number.
     status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "engram_price", "bench", ":!bench/results")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
@@ -96,15 +98,15 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def conclude(results: Any, path: Path | None, report: Callable[[Any], str], rows: str | None = None) -> None:
+def conclude(results: Any, path: Path | None, report: Callable[[Any], str] | None, rows: str | None = None) -> None:
     """End a run: results are written, their table is printed even if they cannot be, and the last line is their JSON.
 
     Args:
         path: of the file; None for none.
-        report: makes the table.
+        report: makes the table; None for none.
         rows: of numbers that every run finds again, the key of the long list; see `write_unless_same`.
     """
-    with printed_anyway(lambda: report(results)):
+    with nullcontext() if report is None else printed_anyway(lambda: report(results)):
         if path is not None:
             same = rows is not None and not write_unless_same(path, results, rows)
             if rows is None:
@@ -126,7 +128,7 @@ def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool
         return False
     parts = []
     for key, value in content.items():
-        if key == rows:
+        if key == rows:  # a line each, so that what differs between two runs is a line, too
             lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in value)
             parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
         else:

@@ -1,7 +1,6 @@
 """Wall time: warm-up, interleaving, raw samples, paired ratios with an interval, and the noise floor.
 
-Cases are run in rounds, A B C, B C A, ..., so that whatever the machine does meanwhile happens to all of them
-and none is always first; ratios are taken within a round. The noise floor is a case measured against itself.
+The noise floor is a case measured against itself.
 """
 
 from __future__ import annotations
@@ -27,28 +26,32 @@ LEAST_SAMPLES = 3  # fewer have no spread to speak of
 _RESAMPLES = 2000
 _SAY_SECONDS = 2.0  # between two lines of progress
 _Thing = TypeVar("_Thing")
+_Other = TypeVar("_Other")
 
 
 def rounds(
-    things: Sequence[_Thing], numbers: Sequence[int], say: Callable[[int, str], object] = lambda number, took: None
+    things: Sequence[_Thing], numbers: Sequence[int], what: str = "", tell: Callable[[str], object] = lambda text: None
 ) -> Iterator[tuple[int, list[_Thing]]]:
     """Each round's number and all things in its order: A B C, B C A, ...; nothing is collected inside of a round.
 
-    Between rounds the collector looks only at what has come about since the first: to look at everything that
-    transformers has loaded takes half a second, and cools every cache.
-
     Args:
-        say: progress, told the number of a round that begins and how long the others will take, every few seconds.
+        numbers: of the rounds, ascending; those of warm-up rounds are negative.
+        what: is measured, for people.
+        tell: progress, every few seconds: which round begins, and how long the others will take.
     """
     collecting = gc.isenabled()
     gc.disable()
+    # Between rounds the collector looks only at what has come about since now: to look at everything that transformers
+    # has loaded takes half a second, and cools every cache.
     gc.freeze()
     began = said = time.perf_counter()
     try:
         for done, number in enumerate(numbers):
             if (at := time.perf_counter()) - said > _SAY_SECONDS:
-                say(number, time_left(at - began, done, len(numbers)))
+                where = f"round {number + 1} of {numbers[-1] + 1}" if number >= 0 else "warm-up"
+                tell(f"{what}: {where}  {time_left(at - began, done, len(numbers))}")
                 said = at
+            # Whatever the machine does meanwhile happens to all of them, and none is always first.
             first = number % len(things)
             yield number, [*things[first:], *things[:first]]
             gc.collect()
@@ -132,6 +135,14 @@ def _interval(ratios: tuple[float, ...]) -> tuple[float, float]:
 
 class NotMeasured(ValueError):
     """A number that these results cannot give; the text says why."""
+
+
+def unless_missing(number: Callable[[], _Thing], instead: _Other) -> _Thing | _Other:
+    """A number, or what stands where these results cannot give it."""
+    try:
+        return number()
+    except NotMeasured:
+        return instead
 
 
 class Overhead(NamedTuple):

@@ -55,6 +55,7 @@ def measure(c: dict[str, Any], boundary: str, seed: int, padding: int, share: fl
         began = time.perf_counter()
         depths, result = traced_eval(forward, given)
         traced = time.perf_counter() - began
+        # A second trace, for the check below: not where one takes minutes.
         cost = bytedmd(forward, given) if padding <= 1000 else sum(_root(depth) for depth in depths)
         if cost != sum(_root(depth) for depth in depths):
             raise AssertionError("bytedmd and traced_eval disagree")

@@ -9,6 +9,7 @@ cost_by_kind.svg what the price of each variant is made of
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from matplotlib.colors import LogNorm
 
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
 from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
-from bench.price.table import find_run, groups, scale_text, variants
+from bench.price.table import Run, find_run, groups, scale_text, variants
 
 KIND_COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#999999"]
 _BINS = 25  # powers of two of depth; deeper reads share the last
@@ -52,20 +53,28 @@ def _caption(results: dict[str, Any]) -> str:
     )
 
 
+def _grid(results: dict[str, Any], height: float, shared: bool = False) -> tuple[Any, Any, list[tuple[Any, list[Run]]]]:
+    """Models in rows, boundaries in columns: the figure, its axes, and each panel with the runs of all variants."""
+    models, boundaries = _models(results), _boundaries(results)
+    size = (11, height * len(models))
+    figure, axes = plt.subplots(len(models), len(boundaries), figsize=size, squeeze=False, sharex=shared, sharey=shared)
+    panels = []
+    for axis, (model, boundary) in zip(axes.flat, itertools.product(models, boundaries)):
+        axis.set_title(f"{model}, {boundary}")
+        panels.append((axis, [find_run(results, model, boundary, name) for name in variants(results)]))
+    return figure, axes, panels
+
+
 def _depths(results: dict[str, Any]) -> Any:
     """Where each variant finds the table: reads per power of two of depth, a strip per variant."""
-    models, boundaries, names = _models(results), _boundaries(results), variants(results)
-    figure, axes = plt.subplots(
-        len(models), len(boundaries), figsize=(11, 2.3 * len(models)), squeeze=False, sharex=True, sharey=True
-    )
-    for panels, model in zip(axes, models):
-        for axis, boundary in zip(panels, boundaries):
-            strips = [_table_reads(find_run(results, model, boundary, name)) for name in names]
-            shares = [[reads / sum(strip) or float("nan") for reads in strip] for strip in strips]
-            shades = axis.imshow(shares, aspect="auto", cmap="viridis_r", norm=LogNorm(0.001, 1))
-            axis.set_title(f"{model}, {boundary}")
-            axis.set_yticks(range(len(names)), names)
-            axis.set_xticks(range(0, _BINS, 4), [f"$2^{{{b}}}$" for b in range(0, _BINS, 4)])
+    names = variants(results)
+    figure, axes, panels = _grid(results, 2.3, shared=True)
+    for axis, runs in panels:
+        strips = [_table_reads(run) for run in runs]
+        shares = [[reads / sum(strip) or float("nan") for reads in strip] for strip in strips]
+        shades = axis.imshow(shares, aspect="auto", cmap="viridis_r", norm=LogNorm(0.001, 1))
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xticks(range(0, _BINS, 4), [f"$2^{{{b}}}$" for b in range(0, _BINS, 4)])
     for axis in axes[-1]:
         axis.set_xlabel("depth")
     figure.suptitle(f"How deep table rows are read, copies included\n{_caption(results)}")
@@ -109,21 +118,18 @@ def _ratios(results: dict[str, Any]) -> Any:
 
 def _cost_by_kind(results: dict[str, Any]) -> Any:
     """Stacked price by kind of value: one panel per model and boundary."""
-    models, boundaries = _models(results), _boundaries(results)
     names = variants(results)
-    figure, axes = plt.subplots(len(models), len(boundaries), figsize=(11, 3.1 * len(models)), squeeze=False)
-    for panels, model in zip(axes, models):
-        for axis, boundary in zip(panels, boundaries):
-            runs = [find_run(results, model, boundary, name) for name in names]
-            foot = [0.0] * len(runs)
-            for kind, colour in zip(KIND_ORDER, KIND_COLOURS):
-                costs = [run["cost_by_kind"].get(kind, 0) / 1e6 for run in runs]
-                axis.bar(range(len(runs)), costs, 0.7, bottom=foot, color=colour, label=kind)
-                foot = [a + b for a, b in zip(foot, costs)]
-            axis.set_xticks(range(len(runs)), [name.removeprefix("offload_") for name in names])
-            axis.set_ylim(0, 1.05 * max(foot))
-            axis.set_title(f"{model}, {boundary}")
-        panels[0].set_ylabel("price in millions")
+    figure, axes, panels = _grid(results, 3.1)
+    for axis, runs in panels:
+        foot = [0.0] * len(runs)
+        for kind, colour in zip(KIND_ORDER, KIND_COLOURS):
+            costs = [run["cost_by_kind"].get(kind, 0) / 1e6 for run in runs]
+            axis.bar(range(len(runs)), costs, 0.7, bottom=foot, color=colour, label=kind)
+            foot = [a + b for a, b in zip(foot, costs)]
+        axis.set_xticks(range(len(runs)), [name.removeprefix("offload_") for name in names])
+        axis.set_ylim(0, 1.05 * max(foot))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("price in millions")
     figure.suptitle(f"What the price is made of\n{_caption(results)}")
     return legend_below(figure, axes[0][0], foot=0.06)
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def price_job(job: Job) -> Priced:
     if job.tracer == "upstream":
         check_against_upstream(job, run)
     by_kind = run.tally()
-    costs = {kind: _cost(counts, job.bytes_per_element) for kind, counts in by_kind.items()}
+    costs = {kind: price_of(counts, job.bytes_per_element) for kind, counts in by_kind.items()}
     return {
         "model": job.workload.model,
         "boundary": job.boundary,
@@ -61,7 +62,7 @@ def price_job(job: Job) -> Priced:
 def output_digest(result: tuple[Any, ...]) -> str:
     """sha256 of the bits of a program's output: its first part, without the padding."""
     values = array("d")
-    waiting = [result[0]]
+    waiting = [result[0]]  # the padding behind it differs between layouts
     while waiting:
         item = waiting.pop()
         if isinstance(item, (list, tuple)):
@@ -102,7 +103,8 @@ def upstream() -> Any:
         raise ValueError("the original tracer is not installed: pip install '.[upstream]'") from None
 
 
-def _cost(counts: Counter[int], bytes_per_element: int) -> int:
+def price_of(counts: Mapping[int, int], bytes_per_element: int) -> int:
+    """Price of reads, by depth -> how many."""
     return sum(reads * read_price(depth, bytes_per_element) for depth, reads in counts.items())
 
 

@@ -58,9 +58,10 @@ def scale_of(config: EngramConfig, plan: HashPlan, preset: str) -> Scale:
 
 
 class Numbers:
-    """Uniform numbers from the one generator that Python promises never to change: no library function in between."""
+    """Uniform numbers, the same bits on every machine."""
 
     def __init__(self, seed: int) -> None:
+        # The one generator that Python promises never to change; no library function in between.
         self._random = random.Random(seed).random
 
     def vector(self, width: int, scale: float = 1.0) -> list[float]:
@@ -81,7 +82,7 @@ class Numbers:
 
 def make_workload(model: str, config: EngramConfig, plan: HashPlan, ids: Sequence[int], seed: int) -> Workload:
     """A model with random weights and a random table, about to read the compressed ids `ids`."""
-    numbers = Numbers(seed)
+    numbers = Numbers(seed)  # drawn in this order: table, stream, layer, attention
     layer_id = config.layer_ids[0]
     hidden, rows = config.hidden, plan.layer(layer_id).rows
     if config.row_dtype == "float8_e4m3fn":

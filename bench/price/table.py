@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.instruments.claim import WALL_TIME_CLAIM, Verdict, classify
@@ -32,11 +33,15 @@ def variants(results: dict[str, Any]) -> list[str]:
 def is_valid(results: dict[str, Any], model: str, boundary: str) -> bool:
     """Whether all variants gave the same output bits, traced and untraced, and nothing escaped the tracer."""
     runs = [run for run in results["runs"] if (run["model"], run["boundary"]) == (model, boundary)]
-    outputs = {run[key] for run in runs for key in ("output_sha256", "untraced_output_sha256")}
+    return comparable(runs, ("output_sha256", "untraced_output_sha256"))
+
+
+def comparable(runs: Sequence[Run], outputs: Sequence[str] = ("output_sha256",)) -> bool:
+    """Whether runs gave the same bits, by the digests of `outputs`, and let the same values out of the tracer."""
+    digests = {run[key] for run in runs for key in outputs}
     # An index into the table and the branch on a comparison read their value and need it plain; numbers do not.
-    allowed = {"index", "bool"}
-    escaped = any(run["untracked_outputs"] or set(run["escapes"]) - allowed for run in runs)
-    return len(outputs) == 1 and not escaped and len({tuple(run["escapes"].items()) for run in runs}) == 1
+    escaped = any(run["untracked_outputs"] or run["escapes"].keys() - {"index", "bool"} for run in runs)
+    return len(digests) == 1 and not escaped and all(run["escapes"] == runs[0]["escapes"] for run in runs)
 
 
 def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> Overhead:
@@ -49,6 +54,7 @@ def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float 
     """The overhead to hold against the claim: its upper end where that is small enough, resolved or not."""
     found = wall_overhead(run, baseline, floor)
     high = max(found.high, floor["high"] - 1)
+    # Few samples have a narrow interval by chance.
     if len(run["wall_time_s"]) >= LEAST_SAMPLES and high < WALL_TIME_CLAIM:
         return high
     return found.median if found.resolved else None
@@ -69,14 +75,14 @@ def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "
     return classify(run["cost"] / resident["cost"], claimed, is_valid(results, model, boundary))
 
 
-def most_ratio(results: dict[str, Any], model: str, boundary: str, variant: str = "offload_prefetch") -> float:
-    """What the price ratio to `resident` is at most if its reads cost one unit each, the least that a read can cost.
+def most_ratio(results: dict[str, Any], model: str, boundary: str) -> float:
+    """What offload_prefetch's price ratio is at most, if reads of `resident` cost the least that a read can, one unit.
 
-    The toy reads every weight once a token, where a server reads it once a step of many tokens. However the other reads
-    are scheduled, the variant costs as much more as it does, and the baseline no less than one unit a read. A class
-    that holds here does not rest on how the denominator was counted.
+    A class that holds here does not rest on how the denominator was counted.
     """
-    run, resident = (find_run(results, model, boundary, name) for name in (variant, "resident"))
+    # The toy reads every weight once a token, where a server reads it once a step of many tokens. However the other
+    # reads are scheduled, the variant costs as much more as it does, and the baseline no less than one unit a read.
+    run, resident = (find_run(results, model, boundary, name) for name in ("offload_prefetch", "resident"))
     return 1 + (run["cost"] - resident["cost"]) / resident["reads"]
 
 

@@ -10,18 +10,16 @@ of this is a measurement of energy.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from bench.energy.step_reads import count_steps
 from bench.energy.table import crossing_table, reuse_table, step_table
 from bench.evidence.published import energy_tiers
-from bench.instruments.output import require_writable
-from bench.instruments.results import conclude, priced_head
+from bench.instruments.results import priced_head
 from bench.rows.cases import LEAST_STEPS, source
 from bench.rows.whole_model import AROUND, MODELS
-from engram_ref import cli
 
 PROG = "energy_by_tier"
 STEPS = (1, 8, 64, 512, 4096, 32_768)
@@ -42,23 +40,21 @@ def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:
     return text.sha256, found
 
 
-def main(argv: list[str]) -> None:
-    """The run."""
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/energy_by_tier"), metavar="DIR", help="results.json")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this run alone."""
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} tokens")
-    options = parser.parse_args(argv)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The content of the results file."""
     tokens = QUICK if options.quick else FULL
-    with cli.one_line_errors(PROG):
-        require_writable(options.out)
-        sha256, found = records(tokens)
-        results = {
-            **priced_head(PROG, "bench.energy.step_reads"),
-            "configuration": {"tokens": tokens, "quick": options.quick},
-            "stream": {"name": "python-stdlib", "sha256": sha256},
-            "records": found,
-        }
-        conclude(results, options.out / "results.json", report, rows="records")
+    sha256, found = records(tokens)
+    return {
+        **priced_head(PROG, "bench.energy.step_reads"),
+        "configuration": {"tokens": tokens, "quick": options.quick},
+        "stream": {"name": "python-stdlib", "sha256": sha256},
+        "records": found,
+    }
 
 
 def report(results: dict[str, Any]) -> str:

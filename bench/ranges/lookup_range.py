@@ -9,16 +9,14 @@ Prices are exact, and the same on every machine.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from bench.instruments.output import require_writable
-from bench.instruments.results import conclude, priced_head
+from bench.instruments.results import priced_head
 from bench.setup.parallel import add_jobs, in_parallel
 from bench.setup.streams import Source, Stream, text_source
 from bench.sweeps.lookup_range import Toy, depth_table, endings_table, price_toy, toys
-from engram_ref import cli
 from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab
 
@@ -27,6 +25,29 @@ SEED = 0  # which window of the text, which weights: those of `bench/bytedmd_toy
 FULL, QUICK = {"tokens": 128, "hidden": 64}, {"tokens": 8, "hidden": 4}
 
 Work = tuple[Toy, HashPlan, Stream]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this run alone."""
+    add_jobs(parser)
+    small = ", ".join(f"{name} {value}" for name, value in QUICK.items())
+    parser.add_argument("--quick", action="store_true", help=f"small: {small}")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The content of the results file."""
+    sizes = QUICK if options.quick else FULL
+    vocab = CompressedVocab.from_tokenizer(None)
+    source = text_source(None, vocab)
+    jobs = works(source, vocab, **sizes)
+    found = dict(in_parallel(price, jobs, options.jobs))
+    return {
+        **priced_head(PROG, "bench.sweeps.lookup_range"),
+        "configuration": {**sizes, "seed": SEED, "quick": options.quick},
+        "stream": {"name": source.name, "sha256": source.sha256, "tokens": len(source.ids)},
+        "toys": [{**found[i][0], "config": asdict(jobs[i][0].config)} for i in range(len(jobs))],
+        "records": [record for i in range(len(jobs)) for record in found[i][1]],
+    }
 
 
 def works(source: Source, vocab: CompressedVocab, tokens: int, hidden: int) -> list[Work]:
@@ -40,31 +61,6 @@ def price(work: Work) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One toy, in a process of its own."""
     toy, plan, stream = work
     return price_toy(toy, plan, stream, SEED)
-
-
-def main(argv: list[str]) -> None:
-    """The run."""
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out/lookup_range"), metavar="DIR", help="results.json goes here")
-    add_jobs(parser)
-    add("--quick", action="store_true", help=f"small: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
-    options = parser.parse_args(argv)
-    sizes = QUICK if options.quick else FULL
-    with cli.one_line_errors(PROG):
-        require_writable(options.out)
-        vocab = CompressedVocab.from_tokenizer(None)
-        source = text_source(None, None, vocab)
-        jobs = works(source, vocab, **sizes)
-        found = dict(in_parallel(price, jobs, options.jobs))
-        results = {
-            **priced_head(PROG, "bench.sweeps.lookup_range"),
-            "configuration": {**sizes, "seed": SEED, "quick": options.quick},
-            "stream": {"name": source.name, "sha256": source.sha256, "tokens": len(source.ids)},
-            "toys": [{**found[i][0], "config": asdict(jobs[i][0].config)} for i in range(len(jobs))],
-            "records": [record for i in range(len(jobs)) for record in found[i][1]],
-        }
-        conclude(results, options.out / "results.json", report, rows="records")
 
 
 def report(results: dict[str, Any]) -> str:

@@ -9,24 +9,21 @@ Packages come from PyPI, npm and Debian by their ordinary clients, into a folder
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.instruments.output import require_writable
-from bench.instruments.results import conclude, priced_head
+from bench.instruments.results import priced_head
 from bench.rows.other_texts import TOKENS, WEIGHED, measure_batch, measure_ids, seen_before, shuffled
 from bench.rows.other_texts_table import texts_table
 from bench.rows.whole_model import MODELS
 from bench.setup.corpora import CORPORA, fetched, first_characters
 from bench.setup.encoding import encode_texts
 from bench.setup.parallel import add_jobs, in_parallel
-from bench.setup.streams import random_source
-from bench.setup.token_batches import standard_library
-from engram_ref import cli
+from bench.setup.streams import random_source, standard_library
 from engram_ref.hashing import HashPlan
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
@@ -35,27 +32,27 @@ OWN = "python-stdlib"  # the text of all other results
 BATCHES = {"speeches": 1000, "dialogue": 16}  # independent parts -> tokens that are read of each
 
 
-def main(argv: list[str]) -> None:
-    """The run."""
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out/other_texts"), metavar="DIR", help="results.json goes here")
-    add("--only", nargs="+", choices=[OWN, *CORPORA], default=[OWN, *CORPORA], metavar="NAME", help="some of the texts")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this run alone."""
+    names = [OWN, *CORPORA]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="some of the texts")
     add_jobs(parser)
-    options = parser.parse_args(argv)
-    with cli.one_line_errors(PROG):
-        require_writable(options.out)
-        found = dict(in_parallel(measure, options.only, options.jobs))
-        records = [record for place in sorted(found) for record in found[place]]
-        results = {
-            **priced_head(PROG, "bench.rows.other_texts", "bench.setup.corpora"),
-            "configuration": {"tokens": TOKENS, "texts": options.only},
-            "records": records,
-        }
-        conclude(results, options.out / "results.json", texts_table, rows="records")
 
 
-def measure(name: str) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The content of the results file."""
+    found = dict(in_parallel(records_of, options.only, options.jobs))
+    return {
+        **priced_head(PROG, "bench.rows.other_texts", "bench.setup.corpora"),
+        "configuration": {"tokens": TOKENS, "texts": options.only},
+        "records": [record for place in sorted(found) for record in found[place]],
+    }
+
+
+report = texts_table
+
+
+def records_of(name: str) -> list[dict[str, Any]]:
     """The records of one text: of the own one, three with its controls."""
     print(name, file=sys.stderr, flush=True)
     vocab = CompressedVocab.from_tokenizer(None)
@@ -65,7 +62,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         own = standard_library(vocab, None, 1 << 20)
         ids = own.ids[:TOKENS]
         about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
-        zipf = np.array(random_source("zipf", len(vocab), TOKENS).ids)
+        zipf = random_source("zipf", len(vocab), TOKENS).ids
         return [
             {"text": name, **about, **_measured(ids, plans)},
             {"text": f"{name}, shuffled", **about, **_measured(shuffled(ids), plans)},

@@ -2,9 +2,8 @@
 
     model_table()       # seconds until the first layer's rows are there, and the window in which they would hide
 
-Each layer's table is exchanged by itself, one behind the other, so what the window before the first layer must hide is
-the exchange of that layer alone. Formula and figures of links are those of `engram_ref.sharding.on_paper`, as in
-`engram-place`; bytes are held against real runs.
+Formula and figures of links are those of `engram_ref.sharding.on_paper`, as in `engram-place`; bytes are held against
+real runs.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ PHASES = {"decode": (1, 8, 64, 512), "prefill": (1024, 4096)}  # tokens a rank a
 
 def layer_bytes(tokens: int, ranks: int, config: EngramConfig) -> Received:
     """What a rank receives in the fetch of one layer."""
+    # Layers are exchanged one behind the other: the window before the first must hide that one's exchange alone.
     return exchange_bytes(tokens * config.columns, ranks, RowFormat.of(config).row_bytes)
 
 
@@ -35,9 +35,9 @@ def window_seconds(phase: str, tokens: int) -> float:
     return DECODE_WINDOW_S if phase == "decode" else prompt_block_seconds(BLOCK_PARAMETERS, tokens, FLOPS)
 
 
-def model_table(preset: str = "v41-flash") -> list[dict[str, Any]]:
+def model_table() -> list[dict[str, Any]]:
     """The exchange of every link, phase, number of tokens and of ranks, as entries of a results file."""
-    config = EngramConfig.preset(preset)
+    config = EngramConfig.preset("v41-flash")
     layers = len(config.layer_ids)
     found: list[dict[str, Any]] = []
     for link in LINKS.values():

@@ -119,13 +119,14 @@ def _case(
 ) -> dict[str, Any]:
     """Rounds of one shape; every row of the first is checked, all bytes of all are counted."""
     rank, hasher = dist.get_rank(), NgramHasher(plan)
+    # Tensor parallel ranks have one batch between them, all others each their own.
     rng = np.random.default_rng([options.seed, 0 if way == "same tokens" else rank])
     samples = []
     with Prefetcher(hasher, tables) as prefetcher:
         for number in range(WARMUP + options.rounds):
             ids = rng.integers(0, plan.compressed_size, (batch, tokens))
             before = [table.report() for table in tables.values()]
-            dist.barrier()
+            dist.barrier()  # or the last one to come would be charged to the exchange
             begin = time.perf_counter()
             with prefetcher.start(ids) as fetch:
                 values = {layer_id: fetch[layer_id].wait() for layer_id in tables}
@@ -143,7 +144,7 @@ def _case(
         **{name: counted(name) for name in ("ids", "rows", "control")},
         "formula": _formula(tables, [batch * tokens] * dist.get_world_size(), way),
     }
-    found: list[Any] = [None] * dist.get_world_size()
+    found: list[Any] = [None] * dist.get_world_size()  # by rank
     dist.all_gather_object(found, mine)
     _require_formula(found, way)
     return {"tokens": batch * tokens, "by_rank": found}

@@ -2,12 +2,8 @@
 
     simulate(ranks=64, steps=1000, jitter=0.05, exchange_s=100e-6, window_s=56e-6, rest_s=20e-3, seed=0)
 
-Each rank runs a step of its own length: the window, in which the exchange should hide, then the rest of the model. The
-exchange can begin when the last rank has begun its step, as every owner must have been asked, and it ends so many
-seconds later. A rank that is behind its window when rows arrive goes on at once; one that is ahead waits.
-
-Lengths vary by normal noise, cut off at 0, and one rank may be slower than the others, always. Without an exchange
-every rank would run for itself: that is what the waits are compared with.
+Each rank runs a step of its own length: the window, in which the exchange should hide, then the rest of the model.
+Lengths vary by normal noise, cut off at 0, and one rank may be slower than the others, always.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ REST_S = 20e-3  # the rest of a decode step: at 512 sequences, near the paper's 
 JITTERS = (0.0, 0.01, 0.05)  # standard deviation of a step, as a share of it
 SLOWER = (0.0, 0.1)  # by how much one rank is, as a share
 STEPS = 1000
+TOKENS = 64  # of a rank and step
 
 
 def simulate(
@@ -55,9 +52,12 @@ def simulate(
     now = np.zeros(ranks)
     for step in range(steps):
         begun[step], needed[step] = now, now + windows[step]
+        # The exchange begins when the last rank has begun its step, as every owner must have been asked. A rank that is
+        # behind its window when rows arrive goes on at once; one that is ahead waits.
         waits[step] = np.maximum(0.0, now.max() + exchange_s - needed[step])
         now = needed[step] + waits[step] + rests[step]
     own = np.maximum(0.0, begun + exchange_s - needed)  # what one's own exchange takes, were all ranks in step
+    # Without an exchange every rank would run for itself: that is what the waits are compared with.
     alone = (window_s + rest_s) * lengths.sum(axis=0)
     return {
         "step_s": float(now.max() / steps),
@@ -68,16 +68,16 @@ def simulate(
     }
 
 
-def schedule_table(model: list[dict[str, Any]], tokens: int = 64) -> list[dict[str, Any]]:
+def schedule_table(model: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Decode steps over Ethernet with the model's numbers: every number of ranks, with noise and a straggler."""
     found = []
     for entry in model:
-        if (entry["phase"], entry["tokens"]) != ("decode", tokens) or "Ethernet" not in entry["link"]:
+        if (entry["phase"], entry["tokens"]) != ("decode", TOKENS) or "Ethernet" not in entry["link"]:
             continue
         for jitter in JITTERS:
             for slower in SLOWER:
                 times = simulate(
-                    entry["ranks"], STEPS, jitter, entry["seconds"], entry["window_s"], REST_S, seed=0, slower=slower
+                    entry["ranks"], STEPS, jitter, entry["seconds"], entry["window_s"], REST_S, slower=slower
                 )
                 chosen = {"link": entry["link"], "ranks": entry["ranks"], "jitter": jitter, "slower": slower}
                 found.append({**chosen, "exchange_s": entry["seconds"], **times})

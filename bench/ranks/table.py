@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
-from bench.instruments.words import device_label, markdown
+from bench.instruments.words import aligned, device_label, markdown
 
 Results = dict[str, Any]
 _NO_TIMES = "gloo on a CPU: what is counted holds anywhere; these times mean nothing elsewhere"
@@ -13,23 +14,22 @@ _NO_TIMES = "gloo on a CPU: what is counted holds anywhere; these times mean not
 
 def measured_table(results: Results) -> str:
     """Bytes that a rank received in a fetch of all layers, against the formula, and the slowest rank's median time."""
-    lines = [
-        f"sharded tables, {results['runs'][0]['preset']}, rows of {results['runs'][0]['row_bytes']} B",
-        "ranks  way          tokens      ids B       rows B  control B  formula          ms",
-    ]
+    rows = [["ranks", "way", "tokens", "ids B", "rows B", "control B", "formula", "ms"]]
+    for run, case, most in _cases(results):
+        slowest = max(statistics.median(rank["samples_s"]) for rank in case["by_rank"])
+        equal = "none" if most["formula"] is None else "equal" if formula_holds(case) else "DIFFERS"
+        counted = [f"{most[name]:,}" for name in ("ids", "rows", "control")]
+        rows.append([str(run["ranks"]), case["way"], f"{case['tokens']}", *counted, equal, f"{1e3 * slowest:.2f}"])
+    first = results["runs"][0]
+    lines = [f"sharded tables, {first['preset']}, rows of {first['row_bytes']} B", aligned(rows, left={1, 6})]
+    return "\n".join([*lines, *([_NO_TIMES] if results["device"] == "cpu" else [])])
+
+
+def _cases(results: Results) -> Iterator[tuple[Results, Results, Results]]:
+    """Every case with its run, and the rank that received most."""
     for run in results["runs"]:
         for case in run["cases"]:
-            ranks = case["by_rank"]
-            most = max(ranks, key=lambda rank: rank["ids"] + rank["rows"])
-            slowest = max(statistics.median(rank["samples_s"]) for rank in ranks)
-            equal = "none" if ranks[0]["formula"] is None else "equal" if formula_holds(case) else "DIFFERS"
-            lines.append(
-                f"{run['ranks']:>5}  {case['way']:<11} {case['tokens']:>6}  {most['ids']:>9,}  {most['rows']:>11,}  "
-                f"{most['control']:>9,}  {equal:<9}  {1e3 * slowest:>8.2f}"
-            )
-    if results["device"] == "cpu":
-        lines.append(_NO_TIMES)
-    return "\n".join(lines)
+            yield run, case, max(case["by_rank"], key=lambda rank: rank["ids"] + rank["rows"])
 
 
 def formula_holds(case: dict[str, Any]) -> bool:
@@ -43,14 +43,10 @@ def formula_holds(case: dict[str, Any]) -> bool:
 def bytes_table(results: Results) -> str:
     """Counted bytes of every run against the formula, for a page; no times."""
     rows = []
-    for run in results["runs"]:
-        for case in run["cases"]:
-            most = max(case["by_rank"], key=lambda rank: rank["ids"] + rank["rows"])
-            equal = (
-                "depends on the tokens" if most["formula"] is None else "equal" if formula_holds(case) else "differs"
-            )
-            counted = [f"{most[name]:,} B" for name in ("ids", "rows", "control")]
-            rows.append([str(run["ranks"]), case["way"], f"{case['tokens']:,}", *counted, equal])
+    for run, case, most in _cases(results):
+        equal = "depends on the tokens" if most["formula"] is None else "equal" if formula_holds(case) else "differs"
+        counted = [f"{most[name]:,} B" for name in ("ids", "rows", "control")]
+        rows.append([str(run["ranks"]), case["way"], f"{case['tokens']:,}", *counted, equal])
     head = ["ranks", "way", "tokens a rank", "row numbers", "rows", "control", "formula"]
     return markdown(head, rows, right={0, 2, 3, 4, 5})
 

@@ -1,7 +1,6 @@
 """What reading some rows asks of memory: aligned lines of 128 bytes and sectors of 32, counted from their addresses.
 
-A warp's load is cut at lines, and each line is a request that names the sectors it wants. What a second load asks for
-again is counted again: whether a cache had it by then, only a GPU can tell.
+A warp's load is cut at lines, and each line is a request that names the sectors it wants.
 
     asked([Span(0, 264, 256), Span(256, 264, 8)], rows)      # codes by one load, scales by another
 """
@@ -36,7 +35,7 @@ class Span(NamedTuple):
 def asked(spans: Iterable[Span], rows: np.ndarray) -> Asked:
     """Of rows of any shape, by all loads together."""
     found: Asked = {"lines": 0, "sectors": 0}
-    for span in spans:
+    for span in spans:  # what another load asked for is counted again: whether a cache has it, only a GPU can tell
         first = span.start + rows.astype(np.int64) * span.stride
         found["lines"] += _touched(first, span.nbytes, LINE)
         found["sectors"] += _touched(first, span.nbytes, SECTOR)

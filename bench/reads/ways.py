@@ -5,8 +5,8 @@
         way = reads.way("padded", 6144, 310)                           # 310 samples of 6,144 rows
         values = way.run(0)                                            # [N, D] of the first
 
-They start from row numbers on the device, other ones in every sample of every way, so that a way's time is one
-kernel's; only `sorted` has the sort in it.
+They start from row numbers on the device, other ones in every sample of every way; only `sorted` has the sort in its
+time.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class Reads(AbstractContextManager["Reads"]):
     def way(self, name: str, count: int, samples: int) -> Way:
         """One with row numbers of its own: rows that another one has just read may still lie in a cache."""
         numbers = self._numbers(name, count, samples)  # [S, N]
+        # On the device beforehand, so that a way's time is one kernel's.
         given, read = torch.from_numpy(numbers).to(self.device), self._reader(METHODS[name])
         bf16 = ((count, self.rows.format.width), torch.bfloat16)
         shape, dtype = ((numbers.shape[1], _STREAMED), torch.uint8) if METHODS[name].by == "stream" else bf16

@@ -4,9 +4,8 @@
         samples = race.against_limit(count=12_288, rounds=9)    # seconds, of OURS, STORE and DISK
 
 The store is the PyPI package `engramdb-python` (Apache-2.0), made for such tables: rows in a file of their own, read
-by compiled code. It is no dependency: install it in a folder apart and give that folder. Both files hold the same
-bytes, and a fetch of each is compared before anything is timed. Every sample begins with the file out of the page
-cache and with fresh random rows, the same ones for all ways of a round.
+by compiled code. It is no dependency: install it in a folder apart and give that folder. Every sample begins with the
+file out of the page cache and with fresh random rows, the same ones for all ways of a round.
 
     pip install --target SITE-PACKAGES engramdb-python==0.3.0
     python bench/layer_speed.py --cases cold --store SITE-PACKAGES
@@ -139,7 +138,7 @@ class ColdRace(AbstractContextManager["ColdRace"]):
             self.table = FileTable(StoredRows.find(self.path), torch.device("cpu"))
             undo.callback(self.table.close)
             self._draw = np.random.default_rng(_SEED)
-            self._require_equal()
+            self._require_equal()  # both files hold the same bytes, or nothing is timed
             self._close = undo.pop_all()
 
     def _require_equal(self) -> None:

@@ -6,10 +6,8 @@
   split, as stored; decoded       the same where codes and scales lie apart: two scattered reads for a row
 
 Every fetch has fresh random row numbers, one for each of 24 columns and each token; small fetches are measured many
-at a time. The tables lie on huge pages; outputs are
-reused. The limit of a fetch is memcpy of the bytes that it delivers, in the same run; what a fetch takes beyond it is
-the price of reading at random. Nothing that takes new memory is measured beside them: that would unmap pages, and
-everybody else would pay for it.
+at a time. The tables lie on huge pages. The limit of a fetch is memcpy of the bytes that it delivers, in the same run;
+what a fetch takes beyond it is the price of reading at random.
 
     python bench/layer_speed.py --cases fp8_gather
 """
@@ -111,6 +109,7 @@ class Race(AbstractContextManager["Race"]):
 
     def _out(self, count: int, row_format: RowFormat) -> Tensor:
         """The output that all ways reuse, as stored rows."""
+        # New memory would unmap pages, and whoever is measured beside would pay for it.
         return self._written[: count * row_format.row_bytes].view(count, row_format.row_bytes)
 
     def _stored(self, table: Rows, numbers: Tensor) -> Tensor:

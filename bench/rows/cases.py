@@ -11,13 +11,12 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bench.rows.whole_model import ALL_MODELS, AROUND, Surroundings, WholeModel, step_price
-from bench.setup.streams import random_source
-from bench.setup.token_batches import Corpus, standard_library
+from bench.setup.streams import Source, random_source, standard_library
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab, vocab_for
@@ -64,14 +63,6 @@ class Case:
         return config.row_bytes() if self.row_bytes is None else self.row_bytes
 
 
-class Ids(NamedTuple):
-    """A stream of tokens."""
-
-    name: str
-    sha256: str  # of the text, or of the ids where they were drawn
-    ids: np.ndarray  # compressed, int64 [T]
-
-
 def as_they_are(table: str) -> bool:
     """Whether a table is one whose hash takes token ids as they are."""
     return table in PRESETS and EngramConfig.preset(table).form == "qwen"
@@ -83,12 +74,12 @@ def _vocabulary(raw: bool) -> CompressedVocab:
 
 
 @functools.cache
-def _library(nbytes: int, raw: bool) -> Corpus:
+def _library(nbytes: int, raw: bool) -> Source:
     return standard_library(_vocabulary(raw), nbytes=nbytes)
 
 
 @functools.cache
-def source(name: str, tokens: int | None, raw: bool = False) -> Ids:
+def source(name: str, tokens: int | None, raw: bool = False) -> Source:
     """A stream of so many tokens, compressed or `raw`; kept, since the cases of a worker read it again and again.
 
     Raises:
@@ -97,15 +88,14 @@ def source(name: str, tokens: int | None, raw: bool = False) -> Ids:
     if name != "python-stdlib":
         if tokens is None:
             raise ValueError(f"the stream {name} does not end: say how many tokens")
-        drawn = random_source(name, len(_vocabulary(raw)), tokens)
-        return Ids(name, drawn.sha256, np.array(drawn.ids))
-    corpus = _library(_WHOLE_TEXT if tokens is None or tokens > _SHORT_TOKENS else _SHORT_TEXT, raw)
-    if tokens is not None and len(corpus.ids) < tokens:
-        raise ValueError(f"{name} has {len(corpus.ids):,} tokens: {tokens:,} need a longer text")
-    return Ids(name, corpus.sha256, corpus.ids[:tokens])
+        return random_source(name, len(_vocabulary(raw)), tokens)
+    text = _library(_WHOLE_TEXT if tokens is None or tokens > _SHORT_TOKENS else _SHORT_TEXT, raw)
+    if tokens is not None and len(text.ids) < tokens:
+        raise ValueError(f"{name} has {len(text.ids):,} tokens: {tokens:,} need a longer text")
+    return text.part(0, tokens)
 
 
-def _source(case: Case) -> Ids:
+def _source(case: Case) -> Source:
     return source(case.stream, case.tokens, as_they_are(case.table))
 
 
@@ -292,7 +282,7 @@ def _weights(model: WholeModel, around: Surroundings, rows_above: int) -> Record
     }
 
 
-def _about(case: Case, stream: Ids, config: EngramConfig, reads: RowReads) -> Record:
+def _about(case: Case, stream: Source, config: EngramConfig, reads: RowReads) -> Record:
     links = hashlib.sha256(reads.links.astype("<i4").tobytes())
     links.update(reads.rows.astype("<i8").tobytes())
     return {

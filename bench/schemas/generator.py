@@ -88,7 +88,10 @@ def json_schema(kind: Any) -> Json:
 def _schema(kind: Any) -> Json:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _annotated(_schema(arguments[0]), arguments[1:])
+        schema = _schema(arguments[0])
+        for note in arguments[1:]:
+            schema |= {"description": note} if isinstance(note, str) else note.keywords
+        return schema
     if is_typeddict(kind):
         return _record(kind)
     if origin is Literal and len(arguments) == 1:
@@ -106,12 +109,6 @@ def _schema(kind: Any) -> Json:
             f"{kind} has no place in JSON: use TypedDict, a Literal of one, list, dict, a union or a scalar"
         )
     return {"type": _NAMES[kind]}
-
-
-def _annotated(schema: Json, notes: tuple[Any, ...]) -> Json:
-    for note in notes:
-        schema = schema | ({"description": note} if isinstance(note, str) else note.keywords)
-    return schema
 
 
 def _record(kind: Any) -> Json:

@@ -4,17 +4,16 @@
     table = losses(case)                     # all of one case, as text cells
 
 WIN: in every case the interval of what is lost, and the noise, end below 3 %. LOSS: in one the interval begins above
-it. INVALID: variants chose different tokens. INCONCLUSIVE: anything else. A CPU has no class: it has no bus between
-table and compute. The paper's figure is of whole passes, prompts included; a decode step is where a fetch has least
-time to hide.
+it. INVALID: variants chose different tokens. INCONCLUSIVE: anything else. A CPU has no class.
 """
 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.timing import NotMeasured
+from bench.instruments.timing import NotMeasured, unless_missing
 from bench.served.numbers import (
     BASELINES,
     NO_LOOKUP,
@@ -27,6 +26,7 @@ from bench.served.numbers import (
     same_tokens,
 )
 
+# The paper's figure is of whole passes, prompts included; a decode step is where a fetch has least time to hide.
 JUDGED = {"decode": "decode steps", "together": "whole pass"}  # phase -> as a reader knows it
 NO_CLASS = "no class: a CPU has no bus between table and compute"
 
@@ -80,13 +80,13 @@ def loss(case: Json, label: str, baseline: str, phase: str) -> str:
     return f"{text} {classify([case], label, baseline, phase)[0]}"
 
 
-def added_s(case: Json, label: str, baseline: str = "no_engram") -> float:
-    """Seconds that a row adds to a decode step of a baseline: the median over rounds of the mean over steps.
+def added_s(case: Json, label: str) -> float:
+    """Seconds that a row adds to a decode step without Engram: the median over rounds of the mean over steps.
 
     Raises:
         NotMeasured: a row is missing.
     """
-    row, base = row_of(case, label), row_of(case, baseline)
+    row, base = row_of(case, label), row_of(case, "no_engram")
     later, earlier = paired([row, base], "decode")
     steps = len(per_step(row, "decode_s")) / len(row["rounds"])
     return statistics.median((a - b) / steps for a, b in zip(later, earlier))
@@ -103,12 +103,7 @@ def losses(case: Json) -> list[list[str]]:
     for row in case["rows"]:
         if row["rounds"] and not row["bus"]:
             cells = [loss(case, row["label"], baseline, phase) for phase, baseline in columns]
-            lines.append([row["label"], _added(case, row["label"]), *cells])
+            added = unless_missing(partial(added_s, case, row["label"]), None)
+            us = "-" if added is None else f"{1e6 * added:+.0f}"
+            lines.append([row["label"], "" if row["label"] == "no_engram" else us, *cells])
     return [*heads, *lines]
-
-
-def _added(case: Json, label: str) -> str:
-    try:
-        return f"{1e6 * added_s(case, label):+.0f}" if label != "no_engram" else ""
-    except NotMeasured:
-        return "-"

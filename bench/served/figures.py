@@ -69,6 +69,7 @@ def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
             part = numbers.against(case, row, baseline, "together")
         except NotMeasured:
             continue
+        # Both baselines on either side of the variant's line.
         height, label = place + 0.3 * number - 0.15, f"against {baseline}" if place == 0 else None
         interval(axis, height, part.in_percent, COLOURS[baseline], part.resolved, label=label)
 

@@ -1,7 +1,7 @@
 """A decode step as CUDA graphs, cut where its rows are joined: what serving engines call piecewise graphs.
 
-A graph cannot wait for rows that the CPU gathers, so the step is cut where they are needed. All pieces are captured
-during one call of the step, which says where: there the capture of one piece ends and that of the next begins.
+All pieces are captured during one call of the step, which says where it is to be cut: there the capture of one piece
+ends and that of the next begins.
 
     pieces = Pieces(device)
     with attached.staging(between=pieces.cut):
@@ -71,7 +71,7 @@ class Pieces:
 
     def cut(self) -> None:
         """Called by a step: of its capture, a piece ends here. Outside of a capture, nothing."""
-        if self._recording:
+        if self._recording:  # a graph cannot wait for rows that the CPU gathers: they are joined between two
             self._recording[-1].capture_end()
             self._begin()
 

@@ -3,8 +3,7 @@
     needs = Needs(...)                      # bytes by name, of the device and of the host
     needs.require(device)
 
-Weights, keys and values, tables, staging and rows on hand are counted exactly; the working memory of a prefill is an
-upper bound of its largest tensors.
+Weights, keys and values, tables, staging and rows on hand are counted exactly.
 """
 
 from __future__ import annotations
@@ -111,6 +110,7 @@ def estimate(plan: Plan, device: torch.device) -> Needs:
     fetched = _prefill_tokens(plan) * plan.config.columns  # rows
     values = row_format.width * row_format.dtype.itemsize
     staged = sum(name in names for name in _STAGED) * 2 * fetched * row_format.row_bytes
+    # Fetched for a whole round before its first step.
     on_hand = sum(_tokens(plan)) * plan.config.columns * values if OWN_COMPUTE in names else 0
     fusion = 2 * plan.config.hidden * plan.config.embedding_width * plan.itemsize
     of_model = {
@@ -118,7 +118,7 @@ def estimate(plan: Plan, device: torch.device) -> Needs:
         "keys and values": served_bytes(plan.shape, plan.blocks, plan.slots, plan.prompt + plan.output, plan.itemsize),
         "rows on hand": on_hand,
         "rows arriving": 2 * fetched * (values + row_format.row_bytes) + fetched * 8,
-        "working memory": _working_bytes(plan),
+        "working memory": _working_bytes(plan),  # the only bound among these, from above
         "cache flush": FLUSHED,
     }
     hot_rows = sum(int(share * plan.rows) for share in hot) * row_format.row_bytes
@@ -170,5 +170,5 @@ def largest_batch(plan: Plan, device: torch.device) -> int:
             return slots
         except ValueError:
             slots //= 2
-    estimate(replace(plan, slots=1), device).require(device)
+    estimate(replace(plan, slots=1), device).require(device)  # raises, with both numbers, if even that is too much
     return 1

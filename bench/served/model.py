@@ -6,11 +6,7 @@
         tokens = model.decode(ids, positions, span)                     # [slots]
 
 Engram is attached as anybody attaches it, and every row of the cache is a place (`engram_ref.attach.Places`). On CUDA a
-decode step is graphs (`bench.served.graphs`), so that time is the device's and not the host's launching; a step reads
-the cache up to the next multiple of SPAN positions, with a graph for each.
-
-Prompts are padded on the right, where a causal model does not look, so a prefill needs no mask. In a decode step the
-query heads that share a key head are rows of one product, so keys are not repeated.
+decode step is graphs (`bench.served.graphs`).
 """
 
 from __future__ import annotations
@@ -40,7 +36,9 @@ from engram_ref.layer import Engram
 from engram_ref.tables.base import Table
 from engram_ref.vocab import CompressedVocab
 
-SPAN = 256  # positions
+# Positions. A decode step reads the cache up to the next multiple: a graph cannot change how far it reads, so there is
+# one for each.
+SPAN = 256
 ATTENTION = "engram_served"  # under which transformers knows `served_attention`
 # Beside IN_GRAPH and BESIDE, what a decode step's graphs are captured with: rows laid down before, or where it is cut.
 BARE, STAGED, CUT = "no layer", "staged", "staged, cut"
@@ -61,9 +59,10 @@ def served_attention(
         [B, T, heads, D], and no weights.
     """
     batch, heads, _, width = query.shape
-    if mask is None:
+    if mask is None:  # a prefill: prompts are padded on the right, where a causal model does not look
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
+    # The query heads that share a key head are rows of one product, so keys are not repeated.
     grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, KV heads, heads / KV heads, D]
     mask = mask.expand(batch, key.shape[1], grouped.shape[2], -1)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
@@ -135,7 +134,7 @@ class ServedModel:
         self._convolutions = {LAYER: ShortConvHistory(fusion, slots)} if fusion.reach else {}
         self._places: dict[str, Places] = {}  # by the kind of device that hashes
         self._staged = Staged(self.device)
-        self._pieces = Pieces(self.device) if graphs else None
+        self._pieces = Pieces(self.device) if graphs else None  # or time would be the host's launching
         self._beside = Staged(self.device, overlap=True) if graphs else None
         self._look_up: list[Attached] = []  # what the graphs of IN_GRAPH and BESIDE hold
         self._serving = Serving()
@@ -258,28 +257,23 @@ class ServedModel:
         capture(BARE, self._decode_once)
         for one in in_graph:  # first, so that rows are written where all graphs read them, and not copied there
             schedule = "prefetched" if one.schedule == BESIDE else "none"
-            with (
-                self.serving(one.table, one.prefetcher, schedule) as now,
-                self._looking_up(now, one.schedule) as attached,
-            ):
+            staged = self._staged if one.schedule == IN_GRAPH else self._beside
+            with self.serving(one.table, one.prefetcher, schedule) as now, self._staging(now, staged) as attached:
                 self._look_up.append(attached)
                 capture(one.schedule, functools.partial(self._looked_up, attached))
         if table is not None:
             on_hand = OnHand({LAYER: Engram(self._fusion, table)})
             for kind, between in ((CUT, pieces.cut), (STAGED, None)):
-                with self.serving(table, on_hand) as now, self._staging(now, between) as attached:
+                with self.serving(table, on_hand) as now, self._staging(now, self._staged, between) as attached:
                     attached.stage(self._tokens, self._cache)
                     capture(kind, self._decode_once)
 
-    def _staging(self, now: Serving, between: Callable[[], object] | None) -> AbstractContextManager[Attached]:
+    def _staging(
+        self, now: Serving, staged: Staged | None, between: Callable[[], object] | None = None
+    ) -> AbstractContextManager[Attached]:
         """Forwards that read staged rows, and are cut there when they are captured, if `between` cuts."""
         assert now.attached is not None
-        return now.attached.staging(between=between, staged=self._staged)
-
-    def _looking_up(self, now: Serving, schedule: str) -> AbstractContextManager[Attached]:
-        """Forwards that are captured with their lookup, in one graph: before the model, or beside its first blocks."""
-        assert now.attached is not None
-        return now.attached.staging(staged=self._staged if schedule == IN_GRAPH else self._beside)
+        return now.attached.staging(between=between, staged=staged)
 
     def _looked_up(self, attached: Attached, span: int) -> Tensor:
         attached.stage(self._tokens, self._cache)  # captured with the rest, it reads ids and places where they lie
@@ -327,6 +321,7 @@ def _slot_cache() -> Any:
                 length = key_states.shape[2]
                 keys[self.slots, :, :length] = key_states
                 values[self.slots, :, :length] = value_states
+                # Prompts begin what stands in their places: there is nothing before them to look at.
                 return key_states, value_states  # [b, KV heads, T, D]
             keys[self.slots, :, self.at] = key_states[:, :, 0]
             values[self.slots, :, self.at] = value_states[:, :, 0]

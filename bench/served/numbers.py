@@ -5,10 +5,9 @@
     against(case, row, "resident", "decode")        # overhead against a baseline: "no_engram" or "resident"
     breaking_bus(case)                              # between which delays 3 % are lost
 
-Pure functions of a results file. Samples are paired by round, within one process; a part is a difference of two
-variants as a share of the model without an Engram layer, the median over rounds with a 95 % bootstrap interval. It is
-not resolved where its interval holds 0 or reaches into the noise floor, `resident` against itself. Medians of parts
-need not add up to the median of the whole.
+Pure functions of a results file. A part is a difference of two variants as a share of the model without an Engram
+layer, the median over rounds with a 95 % bootstrap interval. It is not resolved where its interval holds 0 or reaches
+into the noise floor, `resident` against itself.
 """
 
 from __future__ import annotations
@@ -17,7 +16,14 @@ import statistics
 from typing import Any, NamedTuple
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, Overhead, overhead, paired_ratio, quantile
+from bench.instruments.timing import (
+    LEAST_SAMPLES,
+    NotMeasured,
+    Overhead,
+    overhead,
+    paired_ratio,
+    quantile,
+)
 from bench.schemas.served import Freed, Reading, Weights
 
 Json = dict[str, Any]
@@ -76,6 +82,7 @@ def paired(rows: list[Json], phase: str) -> list[list[float]]:
     Raises:
         NotMeasured: there is no such round.
     """
+    # What the machine does meanwhile happens to a whole round, and to no other process's.
     found = [{(sample["round"], sample["session"]): seconds(sample, phase) for sample in row["rounds"]} for row in rows]
     common = sorted(set.intersection(*(set(times) for times in found)))
     if not common:
@@ -139,6 +146,7 @@ def decomposition(case: Json, phase: str) -> dict[str, Overhead]:
         name: difference(case, first_of(case, more), first_of(case, less), phase)
         for name, (more, less) in PARTS.items()
     }
+    # Measured by itself: the medians of parts need not add up to the median of the whole.
     return {**parts, WHOLE: against(case, offloaded(case), "no_engram", phase)}
 
 

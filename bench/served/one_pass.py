@@ -4,8 +4,7 @@
     work = server.prepare(round_, most_tokens)              # uploaded beforehand, shared by all variants
     samples = server.serve(work, variant)
 
-A step ends when its tokens have been chosen; what lies between the ends of two steps is the time of the second. The
-host waits for the device only where a variant must (to hash on the CPU it has to see the ids) and at the pass's end.
+A step ends when its tokens have been chosen; what lies between the ends of two steps is the time of the second.
 """
 
 from __future__ import annotations
@@ -132,6 +131,7 @@ class Server:
         chosen: list[Tensor] = []
         with self._model.serving(table, prefetcher, variant.schedule, self):
             self._clock.begin()
+            # The host runs ahead of the device, but where a variant must see the ids to hash them on the CPU.
             for step in work.steps:
                 if isinstance(step, Prompts):
                     chosen.append(self._model.prefill(step.ids, step.lengths, step.slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from bench.setup.backbones import SIZES
@@ -54,10 +55,10 @@ results are on disk after every pass; the same command again continues a run tha
     add("--end-to-end", action="store_true", help="measure this instead of single steps")
     models = f"{', '.join(SIZES)} or a config.json (default: qwen3-4b qwen3-8b; tiny on a CPU)"
     add("--backbones", nargs="+", metavar="NAME", help=models)
-    add("--batches", nargs="+", type=_batch, metavar="N", help="sequences at a time, or fit: as many as memory holds "
-        "(default: fit; 1 8 on a CPU)")  # fmt: skip
-    add("--sequences", type=_sequences, metavar="N", help="of a round, or batch: as many as are served at a time "
-        "(default: 64, so that 8 rounds serve 512; batch on a CPU)")  # fmt: skip
+    add("--batches", nargs="+", type=_count_or(FIT), metavar="N", help="sequences at a time, or fit: as many as memory "
+        "holds (default: fit; 1 8 on a CPU)")  # fmt: skip
+    add("--sequences", type=_count_or("batch"), metavar="N", help="of a round, or batch: as many as are served at a "
+        "time (default: 64, so that 8 rounds serve 512; batch on a CPU)")  # fmt: skip
     for phase in ("prompt", "output"):
         add(f"--{phase}_tokens", nargs=2, type=cli.at_least(1, 1 << 20), metavar=("LOW", "HIGH"), help="default: "
             f"100 1024; {'16 32' if phase == 'prompt' else '12 16'} on a CPU")  # fmt: skip
@@ -93,12 +94,9 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--table_params: end to end takes one table; give one size and another --out for each")
 
 
-def _batch(text: str) -> int | str:
-    return FIT if text == FIT else cli.at_least(1)(text)
-
-
-def _sequences(text: str) -> int | str:
-    return text if text == "batch" else cli.at_least(1)(text)
+def _count_or(word: str) -> Callable[[str], int | str]:
+    """An argument type: a number, or the word that stands for one."""
+    return lambda text: word if text == word else cli.at_least(1)(text)
 
 
 def _bus(text: str) -> str:

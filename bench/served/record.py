@@ -4,8 +4,7 @@
     case = record.case(description)
     case.add(row, sample)                               # the file is on disk when this returns
 
-A run that was cut in a round has lost the pass that was running. What another run continues is whole rounds: passes of
-a round are compared with each other, so an unfinished one is measured again, all of it, by one process.
+A run that was cut in a round has lost the pass that was running. What another run continues is whole rounds.
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ class Record:
         return record
 
     def _keep_whole_rounds(self) -> None:
+        # Passes of a round are compared with each other, so an unfinished one is measured again, by one process.
         for case in self.results["cases"]:
             whole = rounds_done(case)
             for row in case["rows"]:
@@ -97,6 +97,7 @@ class Record:
 
     def save(self) -> None:
         """Write the file. A pass is one line, and encoded once: a file of many passes is written after each of them."""
+        # Names stand in for passes while the rest is encoded; a pass never changes, so its own line is kept.
         places: list[Json] = []
 
         def place(row: Json) -> Json:

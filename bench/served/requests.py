@@ -3,13 +3,8 @@
     lengths = draw_lengths(64, (100, 1024), (100, 1024), seed=0)
     for step in schedule(lengths, slots=64, most_tokens=16384): ...
 
-A server of `slots` places works as nano-vLLM does: whenever a sequence waits and a place is free, prompts come first;
-else every running sequence gets a token. Sequences enter in the order of their prompts' lengths, so that prompts of
-nearly one length are padded together, on the right. How long an output gets is drawn beforehand, since a model with
-random weights ends nowhere.
-
 The tokens are given, in the prompt and in the output: real text, or random ids. The model's own choice is computed,
-kept and compared, but the next token is the text's: a random model repeats itself, and its n-grams would be nobody's.
+kept and compared, but the next token is the text's.
 """
 
 from __future__ import annotations
@@ -50,7 +45,9 @@ def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], s
     """Uniform lengths, both bounds included, in the order of their prompts."""
     generator = np.random.default_rng(seed)
     prompts = generator.integers(prompt[0], prompt[1], count, endpoint=True)
+    # Drawn beforehand, since a model with random weights ends nowhere.
     outputs = generator.integers(output[0], output[1], count, endpoint=True)
+    # In order, so that prompts of nearly one length are padded together.
     return sorted(Lengths(int(p), int(o)) for p, o in zip(prompts, outputs))
 
 
@@ -66,6 +63,7 @@ def schedule(lengths: Sequence[Lengths], slots: int, most_tokens: int) -> list[S
     running: dict[int, tuple[int, int]] = {}  # place -> sequence, tokens given
     steps: list[Step] = []
     while waiting or running:
+        # As nano-vLLM does: prompts first, whenever one waits and a place is free; else a token for all that run.
         if waiting and free:
             group = _admit(waiting, lengths, len(free), most_tokens)
             places, free = free[: len(group)], free[len(group) :]
@@ -142,6 +140,7 @@ class TokenSource:
         Raises:
             ValueError: the text is shorter than what a round needs.
         """
+        # The tokens of outputs are given, too: a random model repeats itself, and its n-grams would be nobody's.
         seed = 2 * number if number >= 0 else -2 * number - 1  # seeds are not negative
         lengths = draw_lengths(count, prompt, output, seed)
         needed = [length.prompt + length.output for length in lengths]

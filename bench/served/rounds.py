@@ -1,8 +1,7 @@
 """The rounds of one case: every round is served by all variants in turn, A B C, B C A, ..., and kept pass by pass.
 
-The rows of a round are the same for all, so caches are emptied before each pass. A pass at the head of each round, and
-warm-up rounds, are served and not kept, and what an earlier run has kept is not measured again. Bus counters and energy
-are read over passes that are not timed, since reading disturbs.
+A pass at the head of each round, and warm-up rounds, are served and not kept, and what an earlier run has kept is not
+measured again.
 """
 
 from __future__ import annotations
@@ -66,13 +65,13 @@ class Rounds:
         missing = [number for number in range(options.rounds) if number not in done]
         if missing:
             numbers = [*range(-options.warmup, 0), *missing]
-            for number, turn in rounds(self._contenders.variants, numbers, self._say):
+            for number, turn in rounds(self._contenders.variants, numbers, self._name, self._tell):
                 self._measure_round(number, turn)
         rows = {row["label"]: row for row in self._case.content["rows"]}
         for variant in self._contenders.variants:
             if rows[variant.label]["pcie"] is None:
                 self._case.update(variant.label, **self._counted_beside(self._work(0), variant))
-        for label, row in rows.items():
+        for label, row in rows.items():  # at the end, over the rounds of earlier runs, too
             self._case.update(label, weights=weight_reading(self._limits, self._case.content, row))
 
     def _work(self, number: int) -> Work:
@@ -81,10 +80,6 @@ class Rounds:
             number, self._case.content["sequences"], tuple(options.prompt_tokens), tuple(options.output_tokens)
         )
         return self._server.prepare(round_, options.prefill_tokens)
-
-    def _say(self, number: int, took: str) -> None:
-        where = f"round {number + 1} of {self._options.rounds}" if number >= 0 else "warm-up"
-        self._tell(f"{self._name}: {where}  {took}")
 
     def _measure_round(self, number: int, turn: list[Variant]) -> None:
         work, keep = self._work(number), number >= 0
@@ -96,7 +91,7 @@ class Rounds:
         self._server.serve(work, turn[0], on_hand.get(turn[0].name))
         for variant in turn:
             before = _counts(variant)
-            self._flush()
+            self._flush()  # the rows of a round are the same for all: who comes later would find them in caches
             self._board.begin()
             samples = self._server.serve(work, variant, on_hand.get(variant.name), self._board.look)
             board = self._board.end()
@@ -148,7 +143,8 @@ class Rounds:
         }
 
     def _counted_beside(self, work: Work, variant: Variant) -> dict[str, Any]:
-        """Bus counters and energy, over passes that are not timed, since reading disturbs."""
+        """Bus counters and energy, over passes that are not timed."""
+        # Reading the driver's counters disturbs what runs, so these passes have no place among the samples.
         rows = self._rows_on_hand(work) if variant.name == OWN_COMPUTE else None
         content = self._case.content
         asked = {entry["round"]: entry["rows_requested"] * content["table"]["row_bytes"] for entry in content["rounds"]}

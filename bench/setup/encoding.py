@@ -2,10 +2,9 @@
 
     ids = encode_texts(load_tokenizer(), [text])        # int64 [tokens]
 
-An encoded text takes some hundred bytes a token until its ids are taken out, so a long one is cut. A cut is made where
-a pre-tokenizer has a border in any context: before a letter that begins a line, or before the blank between two words.
-And it is made only where the tokenizer says so itself: what stands around it must have the same ids in one part as in
-two. A text without such a place, one that is a single word for instance, is encoded whole.
+A long text is cut before a letter that begins a line, or before the blank between two words, and only where the
+tokenizer says so itself: what stands around it must have the same ids in one part as in two. A text without such a
+place, one that is a single word for instance, is encoded whole.
 
     python -m pytest tests/bench/setup/test_encoding.py
 """
@@ -21,10 +20,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 PIECE = 1 << 16  # characters, about
-_AT_ONCE = 32  # pieces that are encoded together
+_AT_ONCE = 32  # pieces that are encoded together; a token takes some hundred bytes until its id is taken out
 _CONTEXT = 1 << 10  # characters on either side of a cut that are tried; no token and hardly a word is longer
 _TRIED = 8  # places, before a piece grows
-# One line break behind something that is none, and letters around a blank: what is more of either could be joined.
+# Where a pre-tokenizer has a border in any context: one line break behind something that is none, and letters around a
+# blank. What is more of either could be joined.
 _BORDER = re.compile(r"(?<=[^\s]\n)(?=[A-Za-z])|(?<=[a-z])(?= [A-Za-z])")
 _SECONDS = 2.0  # between two lines of progress
 

@@ -30,13 +30,13 @@ def in_parallel(
 
     An error, or a Ctrl-C, ends the workers at once.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork would take locks of other threads along
     with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool:
         futures = {pool.submit(function, job): place for place, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        except BaseException:
+        except BaseException:  # the pool would wait until its jobs are done
             for child in multiprocessing.active_children():
                 child.terminate()
             raise

@@ -66,7 +66,7 @@ def table_config(preset: str, params: float, hidden: int, dtype: str) -> EngramC
         )
     return config.replace(
         hidden=hidden,
-        hc_mult=1,
+        hc_mult=1,  # the decoders around it have one residual stream
         row_dtype=stored_dtype(preset, dtype),
         table_size_per_order=(per_column,) * len(config.orders),
     )

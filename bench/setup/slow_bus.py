@@ -2,9 +2,7 @@
 
     table = ThrottledTable(HostTable(rows, device), Bus.parse("4:56"))       # 4 GB/s, and 56 us before the first byte
 
-Bytes are those of the rows asked for, as the copy through staging moves them: repeats count. Fetches share the bus:
-one begins when the one before has crossed it. The wait is the host's, at the join; it suits tables that the CPU
-gathers from, whose join the host waits at anyway.
+Fetches share the bus: one begins when the one before has crossed it. The wait is the host's, at the join.
 """
 
 from __future__ import annotations
@@ -103,6 +101,7 @@ class ThrottledTable(Table):
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Begin to fetch; what comes back is not ready before the bus has brought it."""
         begin = max(self._clock(), self._busy_until)
+        # Of all rows that are asked for, repeats included: so they are copied through staging.
         due = begin + self.bus.seconds(len(rows) * self.format.row_bytes)
         self._busy_until = due - self.bus.latency_s  # latencies overlap, bytes do not
         return _Delayed(self._behind.start(rows, out), due, self._clock, self._sleep)
@@ -133,6 +132,7 @@ class _Delayed:
 
     def wait(self) -> Tensor:
         """The rows, when the bus would have brought them."""
+        # It suits tables that the CPU gathers from, at whose join the host waits anyway.
         while (left := self.due - self.clock()) > 0:
             self.sleep(left)
         return self.pending.wait()

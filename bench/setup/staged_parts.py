@@ -85,7 +85,7 @@ class StagedParts(AbstractContextManager[Any]):
         """
         self._history.ids = before
         self._found = {}
-        self._settle()
+        self._settle()  # the device is idle, so that what it still takes at the end is this fetch's alone
         begin = time.perf_counter()
         hashed = self._here.hash_tokens(ids, self._vocab, self._history)
         with self._here.start_hashed(hashed) as fetch:

@@ -1,8 +1,7 @@
 """Table content that can be computed again for any row: what a placement fetched is checked without a second copy.
 
 A table is made of words of eight bytes, and the words of chunks. Every chunk is the same pseudorandom pattern
-times an odd number of its own: one multiplication a word, so that memory fills about as fast as it can be written.
-Each value is then masked to be finite, smaller than 2 and not subnormal (some CPUs are slow with those). No row is
+times an odd number of its own. Each value is then masked to be finite, smaller than 2 and not subnormal. No row is
 zero and none is a copy of another, so a row that is missing, misplaced or torn shows.
 
     rows = rows_in(memory, row_format, count)           # memory: uint8 [bytes of the table]
@@ -36,7 +35,8 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 _MASK64 = (1 << 64) - 1
-# Of the highest byte of a value: the top exponent bit is cleared, and the next three are set.
+# Of the highest byte of a value: the top exponent bit is cleared, and the next three are set. So it is neither
+# infinite nor NaN, and not subnormal either, with which some CPUs are slow.
 _CLEARED, _SET = 0xBF, 0x38
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of an e4m3 code the top exponent bit is cleared and the next set: exponents 4 .. 7 of 1 .. 15. Of a scale only three
@@ -102,6 +102,7 @@ def _fill_packed(rows: np.ndarray, words: _Words, seed: int, first_row: int) -> 
             start = chunk * _CHUNK
             low, high = max(start, first), min(start + _CHUNK, past)
             part = table[low - first : high - first]
+            # One multiplication a word, so that memory fills about as fast as it can be written.
             np.multiply(pattern[low - start : high - start], factor, out=part)
             words.mask(part, low)
 

@@ -1,8 +1,8 @@
 """The variants of the hardware benchmark: one table content, every placement and schedule, rows checked first.
 
 A variant is a table (where rows live), a prefetcher (when they are fetched) and, for a file, a state of the page
-cache. They share the memory that they can share, so that the largest table is there once in host memory, once
-on the device and once on disk. Names as in the twin: `engram_toy/models/layouts.py`.
+cache. They share the memory that they can share: a table is there once in host memory, once on the device and once on
+disk. Names as in the twin: `engram_toy/models/layouts.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.schemas.common import Held
+from bench.schemas.common import Table as TableRecord
 from bench.setup import table_content
 from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
@@ -40,6 +41,7 @@ IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins where rows are needed
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
+HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
 _CHECKED_ROWS = 4096
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
 
@@ -74,7 +76,7 @@ class Variant:
             "again" if self.repeat else "",
             "" if self.hot_share is None else f"{100 * self.hot_share:g} %",
             str(self.bus or ""),
-            self.schedule if self.name == "offload_disk" else "",
+            self.schedule if self.name == "offload_disk" else "",  # the one that is measured in both
             "in graph" if self.schedule == BESIDE else "",
             self.page_cache if self.page_cache in PREPARED else "",
         ]
@@ -101,6 +103,11 @@ def chosen(wanted: Sequence[str] | None, possible: Sequence[str], besides: str) 
         if name not in possible:
             raise ValueError(f"--variants {name}: this machine can serve {', '.join(possible)}{besides}")
     return [name for name in possible if wanted is None or name in wanted]
+
+
+def row_sample(plan: HashPlan, calibration: np.ndarray) -> Tensor:
+    """Row numbers [1, T, C] to choose the most frequent from: what the beginning of a text, [T], asks for."""
+    return torch.from_numpy(NgramHasher(plan)(calibration[None, :HOT_TOKENS], plan.layers[0].layer_id))
 
 
 class TableSet(AbstractContextManager[Any]):
@@ -135,6 +142,7 @@ class TableSet(AbstractContextManager[Any]):
         observer: Observer | None = None,
         packed: bool = True,
     ) -> None:
+        self.config = config
         self.layer_id = plan.layers[0].layer_id
         self.rows = plan.layers[0].rows
         self.format = RowFormat.of(config)
@@ -156,9 +164,23 @@ class TableSet(AbstractContextManager[Any]):
         """Bytes of the table."""
         return self.rows * self.format.row_bytes
 
+    def record(self, preset: str) -> TableRecord:
+        """What a results file says of the table, which has the geometry of a preset."""
+        return {
+            "preset": preset,
+            "parameters": self.rows * self.format.width,
+            "rows": self.rows,
+            "row_bytes": self.format.row_bytes,
+            "columns": self.config.columns,
+            "bytes": self.nbytes,
+            "row_dtype": self.config.row_dtype,
+            "huge_pages": self.memory.huge_page_share(),
+        }
+
     def _build(self, names: Sequence[str], folder: Path, hot: tuple[Tensor, int] | None, caches: Sequence[str]) -> None:
         if self.device.type == "cuda" and "resident" in names:
             require_bytes(self.nbytes, self.device)
+        # Once, for all placements: the largest table leaves no room for a second one in host memory.
         self.memory = self.keep(HostMemory(self.nbytes))
         self.in_host = self._laid_out(self.memory.bytes)
         table_content.fill(self.in_host, self._seed)
@@ -224,7 +246,7 @@ class TableSet(AbstractContextManager[Any]):
         on_cpu = self.device.type == "cpu"
         rows = self.in_host if on_cpu else self._laid_out(_to_device(self.memory.bytes, self.device))
         found = self.variant("resident", "in place", self.keep(DeviceTable(rows)))
-        return [found, replace(found, repeat=1)]
+        return [found, replace(found, repeat=1)]  # against itself: the noise floor
 
     def _uva(self) -> list[Variant]:
         from engram_ref.tables.uva import UvaTable  # needs Triton
@@ -239,7 +261,7 @@ class TableSet(AbstractContextManager[Any]):
 
     def _disk(self) -> list[Variant]:
         table = self.on_disk()
-        table.drop_cache()
+        table.drop_cache()  # of what writing it has left there
         both = [self.variant("offload_disk", schedule, table) for schedule in ("synchronous", "prefetched")]
         return [replace(variant, page_cache=cache) for cache in self._caches for variant in both]
 
@@ -253,7 +275,7 @@ class TableSet(AbstractContextManager[Any]):
             ValueError: a variant returned other bits: then nothing may be timed.
         """
         for variant in self.variants:
-            if variant.prefetcher is not None:
+            if variant.prefetcher is not None:  # a control looks nothing up
                 device = variant.hashing_device
                 given = ids if device is None else torch.from_numpy(ids).to(device)
                 with variant.prefetcher.start(given) as fetch:

@@ -9,11 +9,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SHOWN = ("engram_ref", "engram_toy", "engram_price", "bench", "tests", "examples")
 
 
-def file_tree(root: Path = _ROOT) -> str:
+def file_tree() -> str:
     """The tree as a block of text."""
     lines: list[str] = []
     for name in _SHOWN:
-        lines += _folder(root / name, 0)
+        lines += _folder(_ROOT / name, 0)
     return "```text\n" + "\n".join(lines) + "\n```"
 
 

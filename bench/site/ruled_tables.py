@@ -1,9 +1,8 @@
 """Printed tables as real ones on the site: an extension of Python-Markdown, named in `mkdocs.yml`.
 
 The benchmarks print tables whose head stands over a rule of dashes (`bench.instruments.words.aligned`), and documents
-show them as printed, in blocks of text. A browser gives such a block no columns: on a phone it is a strip without
-heads, to a screen reader one long line. So before Markdown is read, every ruled table in a block of text becomes a
-table of Markdown; lines around it stay a block of text.
+show them as printed, in blocks of text. Before Markdown is read, every ruled table in a block of text becomes a table
+of Markdown; lines around it stay a block of text.
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ def makeExtension(**options: object) -> RuledTables:
 
 def with_tables(text: str) -> str:
     """Markdown with every ruled table of its blocks of text as a table of Markdown."""
+    # A browser gives a block of text no columns: on a phone it is a strip without heads, to a screen reader one long
+    # line.
     return _BLOCK.sub(lambda block: _block(block.group(1).splitlines()) or block.group(0), text)
 
 

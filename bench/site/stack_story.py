@@ -1,8 +1,8 @@
 """Small programs on the ByteDMD stack, step by step: what the page "How ByteDMD works" shows.
 
 The tracer of `engram_toy` runs each program and logs what it read; here the log is walked on a real list, so that the
-whole stack can be shown before and after every instruction. That is quadratic and meant for a dozen values: depths
-and prices must be those that the tracer finds, and a test compares them.
+whole stack can be shown before and after every instruction. Depths and prices must be those that the tracer finds, and
+a test compares them.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def tell(story: Story) -> Telling:
     start, steps = tuple(lying), []
     for k in range(len(log.left)):
         operands = [value for value in (log.left[k], log.right[k], log.third.get(k, -1)) if value >= 0]
+        # Quadratic, and meant for a dozen values.
         depths = [lying.index(value) + 1 for value in operands]
         lying = _after(lying, operands, log.inputs + k, k, last)
         reads = tuple(Read(v, depth, stack.read_price(depth)) for v, depth in zip(operands, depths))

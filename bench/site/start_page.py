@@ -76,9 +76,9 @@ def verdict_lines(evidence: Evidence) -> str:
     lines = {
         "What survives": (
             f"the claim about the model. Against no Engram at all, as the paper counts, everything that Engram reads "
-            f"adds {_share(added_in_all)} to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a step. "
-            f"On texts of other kinds the rows alone stay within {text_spread(e)} %. Within the layer the class is "
-            f"{layer_classes(e)} under every definition of the metric."
+            f"adds {100 * added_in_all:.2g} % to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a "
+            f"step. On texts of other kinds the rows alone stay within {text_spread(e)} %. Within the layer the class "
+            f"is {layer_classes(e)} under every definition of the metric."
         ),
         "What does not": (
             "the claim about the lookup. By the padding, and by what becomes of the rows, it adds "
@@ -95,7 +95,3 @@ def verdict_lines(evidence: Evidence) -> str:
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:.2g} %"

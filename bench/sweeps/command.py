@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.output import draw_where_possible, finish, printed_anyway
+from bench.instruments.output import draw_where_possible
 from bench.instruments.reading import read_results
-from bench.instruments.results import write_unless_same
+from bench.instruments.results import conclude
 from bench.price.models import MODELS_OF
 from bench.sweeps.points import GRID, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
 from bench.sweeps.record import grid_content, sweeps_content
@@ -30,7 +29,7 @@ def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> Non
     except KeyboardInterrupt:
         kept = f"finished prices are kept in {journal}, the same command continues"
         print(f"\n{prog}: interrupted; {kept}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # as a shell tells of Ctrl-C
 
 
 def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
@@ -50,19 +49,14 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     if points:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
         asked = {**about, "models": list(models), **asdict(base)}
-        path, content = options.out / "sweeps.json", sweeps_content(asked, points, records, windows)
-        found: Any = content  # as whoever reads the file takes it
-        with printed_anyway(lambda: report_all(found)):
-            _write(path, content, "points", say)
-            # an older run's, if it found the same
-            draw_where_possible("bench.sweeps.figures", read_results(path), options.out)
-        finish(found, path)
+        path = options.out / "sweeps.json"
+        conclude(sweeps_content(asked, points, records, windows), path, report_all, rows="points")
+        # An older run's, if it found the same.
+        draw_where_possible("bench.sweeps.figures", read_results(path), options.out)
     if grid:
         asked = {**about, "models": ["engram"], **asdict(base)}
         prices = grid_content(asked, base, axes, records, texts.window(base))
-        _write(options.out / "grid.json", prices, "", say)
-        as_read: Any = prices
-        finish(as_read, options.out / "grid.json")
+        conclude(prices, options.out / "grid.json", None, rows="")
 
 
 def chosen(options: Namespace) -> list[str]:
@@ -85,8 +79,3 @@ def base_of(options: Namespace) -> Settings:
     same = ("preset", "seq_len", "d_model", "seed", "padding", "bytes_per_element", "definition")
     known = {name: getattr(options, name) for name in same}
     return Settings(stream="text", share=1.0, hot=options.hot_share, wrong=0.0, **known)
-
-
-def _write(path: Path, content: Mapping[str, Any], rows: str, say: Callable[[str], None]) -> None:
-    written = write_unless_same(path, content, rows)
-    say(f"wrote {path}" if written else f"{path} says the same already")

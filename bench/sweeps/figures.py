@@ -31,7 +31,7 @@ def _figure(results: dict[str, Any], sweep: str) -> Any:
     """Models in rows, boundaries in columns, one scale for all."""
     from matplotlib import pyplot as plt
 
-    pairs = groups(results, sweep)
+    pairs, label = groups(results, sweep), SWEEPS[sweep].label
     models, boundaries = (list(dict.fromkeys(names)) for names in zip(*pairs))
     size = (10.5, 1.4 + 2.6 * len(models))
     figure, axes = plt.subplots(len(models), len(boundaries), figsize=size, squeeze=False, sharex=True, sharey=True)
@@ -40,9 +40,9 @@ def _figure(results: dict[str, Any], sweep: str) -> Any:
             _panel(axis, results, sweep, model, boundary)
         panels[0].set_ylabel("price / price of resident")
     for axis in axes[-1]:
-        axis.set_xlabel(SWEEPS[sweep].label)
+        axis.set_xlabel(label)
     _limit(axes, results, sweep)
-    figure.suptitle(f"{_title(sweep)}\n{_caption(results, sweep)}")
+    figure.suptitle(f"What offloading costs in ByteDMD, against {label}\n{_caption(results, sweep)}")
     return legend_below(figure, axes[0][0], foot=0.2 / size[1])
 
 
@@ -96,11 +96,6 @@ def _limit(axes: Any, results: dict[str, Any], sweep: str) -> None:
                 text, (1, level), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
                 va="center", fontsize=8, color="0.35", annotation_clip=False,
             )  # fmt: skip
-
-
-def _title(sweep: str) -> str:
-    label = SWEEPS[sweep].label
-    return f"What offloading costs in ByteDMD, against {label}"
 
 
 def _caption(results: dict[str, Any], sweep: str) -> str:

@@ -2,16 +2,16 @@
 
     about, records = price_toy(toy, plan, stream, seed=0)     # a record per ending, variant and padding
 
-Its class is chosen by whoever chooses these two; so the class is shown with the range that they span. One recording
-serves the resident and the naive layout and all paddings, another the prefetch.
+Its class is chosen by whoever chooses these two; so the class is shown with the range that they span.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from bench.instruments.claim import by_seed, by_task
 from bench.instruments.words import aligned
@@ -54,10 +54,11 @@ class Toy:
 def toys(tokens: int, hidden: int) -> list[Toy]:
     """The models of the verdict, and a bank whose resident values are as few as the question had in mind.
 
-    Two columns of a few rows of 2 * hidden values: at width 64 five rows, 640 values, so that a byte of the resident
-    bank lies within the thousand topmost, once on a text that reads each of them often, and once on three tokens.
+    The small bank is read once by a text that reads each of its rows often, and once by three tokens.
     """
     bank = toy_config("kv-bank", hidden)
+    # Two columns of a few rows of 2 * hidden values: at width 64 five rows, 640 values, so that a byte of the resident
+    # bank lies within the thousand topmost.
     few = bank.replace(heads=1, table_size_per_order=(2,) * len(bank.orders))
     return [
         Toy("engram", toy_config("engram", hidden), "engram", tokens),
@@ -86,7 +87,7 @@ def price_toy(toy: Toy, plan: HashPlan, stream: Stream, seed: int) -> tuple[Reco
         "lookups": sum(map(len, indices)),
         "distinct_rows": len(named),
         "row_values": width,
-        "row_stream_sha256": digest(_flat(indices)),
+        "row_stream_sha256": digest(np.array(indices)),
     }
     return about, [
         {"toy": toy.name, "ending": ending, **price} for ending in ENDINGS for price in price_ending(workload, ending)
@@ -96,6 +97,7 @@ def price_toy(toy: Toy, plan: HashPlan, stream: Stream, seed: int) -> tuple[Reco
 def price_ending(workload: Workload, ending: str) -> Iterator[Record]:
     """Price of every variant at every padding: variant, padding, cost, and what the rows themselves cost."""
     resident, naive, prefetch = (Layout.variant(name, len(workload.table)) for name in VARIANTS)
+    # The naive layout reads what the resident one does, elsewhere: one recording serves both, and all paddings.
     for recorded, layouts in ((resident, (resident, naive)), (prefetch, (prefetch,))):
         program = build(workload, "lookup", recorded, padding=0, ending=ending)
         recording = record(program.function, program.arguments, program.kinds)
@@ -106,10 +108,6 @@ def price_ending(workload: Workload, ending: str) -> Iterator[Record]:
                 costs = relaid.cost_by_kind(start, padding, bytes_per_element=1)
                 prices = {"cost": sum(costs.values()), "row_cost": costs["row"]}
                 yield {"variant": layout.name, "padding": padding, **prices}
-
-
-def _flat(indices: list[list[int]]) -> array[int]:
-    return array("q", [row for position in indices for row in position])
 
 
 # --- what the results say ----------------------------------------------------------------------
@@ -125,11 +123,9 @@ def ratio(results: Record, toy: str, ending: str, padding: int, variant: str = "
     return found[variant] / found["resident"]
 
 
-def span(results: Record, toy: str, ending: str | None = None, padding: int | None = None) -> tuple[float, float]:
-    """Least and largest ratio of the prefetch, over all endings and paddings but one that is given."""
-    endings = ENDINGS if ending is None else (ending,)
-    paddings = PADDINGS if padding is None else (padding,)
-    found = [ratio(results, toy, e, p) for e in endings for p in paddings]
+def span(results: Record, toy: str, endings: Sequence[str] = ENDINGS) -> tuple[float, float]:
+    """Least and largest ratio of the prefetch, over endings and all paddings."""
+    found = [ratio(results, toy, ending, padding) for ending in endings for padding in PADDINGS]
     return min(found), max(found)
 
 

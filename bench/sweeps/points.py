@@ -155,6 +155,7 @@ GRID_VARIANTS = {"resident": "resident", "offload_naive": "offload_hot", "offloa
 
 def grid_points(base: Settings, axes: Axes) -> Iterator[Point]:
     """Every combination, of the model `engram`; value is the place on each axis."""
+    # Padding innermost: it needs no other recording, nor another layout.
     places = [(p, s, h, c) for c in axes.compute for s in axes.share for h in axes.hot for p in axes.padding]
     for padding, share, hot, compute in places:
         for variant in GRID_VARIANTS.values():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.price.job import output_digest
+from bench.price.job import output_digest, price_of
 from bench.price.models import digest, make_workload, row_stream
 from bench.setup.streams import Stream
 from bench.sweeps.points import Case
@@ -164,12 +164,9 @@ class Layouts:
         places = [(t, c) for t, position in enumerate(self._indices) for c in range(len(position))]
         generator.shuffle(places)
         others = {place: generator.randrange(self.rows - 1) for place in places}
-        return {(t, c): _but(others[t, c], self._indices[t][c]) for t, c in places[: round(share * len(places))]}
-
-
-def _but(number: int, excluded: int) -> int:
-    """Count past one number: 0 .. n - 2 become all of 0 .. n - 1 but that."""
-    return number + (number >= excluded)
+        mistaken = [(t, c, others[t, c], self._indices[t][c]) for t, c in places[: round(share * len(places))]]
+        # Counted past the row that was asked for, 0 .. n - 2 become all others of 0 .. n - 1.
+        return {(t, c): other + (other >= asked) for t, c, other, asked in mistaken}
 
 
 class Relaid:
@@ -208,14 +205,10 @@ class Relaid:
         """Price of the reads of every kind."""
         if bytes_per_element not in self._rest_costs:
             self._rest_costs[bytes_per_element] = {
-                kind: self._rest_cost(kind, bytes_per_element) for kind in self._rest
+                kind: price_of(+counts, bytes_per_element) for kind, counts in self._rest.items()
             }
         costs = dict(self._rest_costs[bytes_per_element])
         first = Counter(zip(self._kinds, start.depths(padding)))
         for (kind, depth), reads in first.items():
             costs[kind] += reads * read_price(depth, bytes_per_element)
         return costs
-
-    def _rest_cost(self, kind: str, bytes_per_element: int) -> int:
-        counts = self._rest[kind]
-        return sum(reads * read_price(depth, bytes_per_element) for depth, reads in counts.items() if reads)

@@ -1,8 +1,7 @@
 """One recorded run under a definition in which arguments have addresses, priced anew in every layout; and the floor.
 
-Under "classic", "live", "stationary" and "opt" a layout decides nothing but the addresses of the arguments: padding
-that is not read only moves those behind it. So the log is kept, the addresses are written again, and the replay finds
-all depths. The floor under all managers needs less: the addresses decide its first loads, and nothing else.
+Under "classic", "live", "stationary" and "opt" the log is kept, the addresses are written again, and the replay finds
+all depths. The floor under all managers needs less.
 
     priced = Readdressed(recording, program, recorded, "stationary")
     priced.cost_by_kind(priced.lay(layout), padding=10**6, bytes_per_element=1)
@@ -20,6 +19,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from bench.price.job import price_of
 from bench.sweeps.points import FLOOR
 from engram_toy.bytedmd import Recording
 from engram_toy.models.layouts import Layout
@@ -27,11 +27,6 @@ from engram_toy.models.programs import Program
 from engram_toy.tracer.stack import Log, read_price
 
 _WITHIN = 1e-4  # of the floor's sum, which is the same in every layout
-
-
-def _floors() -> Any:
-    """The module that finds floors: compiled, where numba is installed."""
-    return importlib.import_module("engram_toy.fast.floor" if importlib.util.find_spec("numba") else "engram_toy.floor")
 
 
 class TableInputs:
@@ -72,7 +67,9 @@ class Readdressed:
         used = {value for column in (log.left, log.right, log.third.values(), log.returned) for value in column}
         self.working_set = sum(0 <= value < log.inputs for value in used)
         if definition == FLOOR:
-            self._floors = _floors()
+            # The module that finds floors: compiled, where numba is installed.
+            fast = importlib.util.find_spec("numba") is not None
+            self._floors: Any = importlib.import_module("engram_toy.fast.floor" if fast else "engram_toy.floor")
             first, self._intervals = self._floors.waits(log)
             self._reused: dict[int, int] = {}  # by bytes per element
             self.reads_by_kind = {FLOOR: len(first) + len(self._intervals)}
@@ -90,22 +87,20 @@ class Readdressed:
         if self._definition == FLOOR:
             return {FLOOR: self._floor(log, bytes_per_element)}
         tally = replace(self._recording, log=log).trace(self._definition).tally()
-        return {
-            kind: sum(reads * read_price(depth, bytes_per_element) for depth, reads in counts.items())
-            for kind, counts in tally.items()
-        }
+        return {kind: price_of(counts, bytes_per_element) for kind, counts in tally.items()}
 
     def _floor(self, log: Log, bytes_per_element: int) -> int:
         """First loads, which the addresses decide, and the reuses, which are the same in every layout."""
         if bytes_per_element not in self._reused:
             low, _ = self._floors.bracket([], self._intervals, bytes_per_element, within=_WITHIN)
             self._reused[bytes_per_element] = low
-        first, _ = self._floors.waits(log)
+        first, _ = self._floors.waits(log)  # the addresses decide these, and nothing else of the floor
         return self._reused[bytes_per_element] + sum(read_price(int(a), bytes_per_element) for a in first)
 
 
 def readdressed(log: Log, arguments: Sequence[Sequence[int]], pad: int, padding: int) -> Log:
     """The same log with its inputs at other addresses: argument after argument, so many more from argument `pad` on."""
+    # All that a layout decides here: padding that is not read only moves the arguments behind it.
     address = array("i", bytes(4 * log.inputs))
     place = 0
     for number, values in enumerate(arguments):

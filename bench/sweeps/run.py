@@ -1,10 +1,7 @@
 """Run sweeps: in parallel, and resumable.
 
 Every finished recording appends its prices to `sweeps.journal` beside the results. A run that is killed, at any moment,
-and started again prices only what is missing, and writes the same files, byte for byte. What a price depends on is part
-of its key in the journal: settings, text, the code that prices, the Python that ran it. Nothing stale is found there.
-
-Prices do not depend on when they were found: the results hold no times of any kind.
+and started again prices only what is missing, and writes the same files, byte for byte: the results hold no times.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,7 @@ from bench.instruments.journal import Journal
 from bench.instruments.output import require_writable
 from bench.price.models import digest, toy_config
 from bench.setup.parallel import in_parallel
-from bench.setup.streams import Source, Stream, random_source, text_source
-from bench.setup.token_batches import standard_library
+from bench.setup.streams import Source, Stream, random_source, standard_library, text_source
 from bench.sweeps.points import Case, Settings
 from bench.sweeps.pricing import Job, price_cases
 from engram_ref.cli import time_left
@@ -35,7 +31,7 @@ from engram_ref.vocab import CompressedVocab
 
 LIBRARY_BYTES = 1 << 20  # of the standard library's sources; a window needs no more
 # The code that decides a price, with all that it imports.
-PRICING_CODE = ("bench.sweeps.pricing", "bench.setup.streams", "bench.setup.token_batches")
+PRICING_CODE = ("bench.sweeps.pricing", "bench.setup.streams")
 _BETWEEN_LINES = 2.0  # seconds
 _OF_ANY_RECORDING = 400_000  # operations' worth of making the weights and finding the hot rows
 
@@ -60,10 +56,10 @@ class Texts:
 
     def _read(self, name: str) -> Source:
         if name == "text":
-            return text_source(self._text, self._tokenizer, self.vocab)
+            return text_source(self._text, self.vocab, self._tokenizer)
         if name == "python-stdlib":
-            corpus = standard_library(self.vocab, self._tokenizer, LIBRARY_BYTES)
-            return Source(f"{corpus.name}, first {LIBRARY_BYTES >> 20} MiB", corpus.sha256, corpus.ids.tolist())
+            library = standard_library(self.vocab, self._tokenizer, LIBRARY_BYTES)
+            return replace(library, name=f"{library.name}, first {LIBRARY_BYTES >> 20} MiB")
         return random_source(name, len(self.vocab))
 
     def window(self, settings: Settings) -> Stream:
@@ -86,6 +82,7 @@ def stream_name(settings: Settings) -> str:
 
 def keys_of(cases: Iterable[Case], texts: Texts, code: str) -> dict[Case, str]:
     """The journal's key of every case: a digest of all that its price depends on."""
+    # What a price depends on beside its case; nothing stale is found under another key.
     by = [code, platform.python_version(), platform.machine()]
     ids: dict[str, str] = {}
     keys = {}
@@ -112,6 +109,7 @@ def make_jobs(cases: Iterable[Case], texts: Texts) -> list[Job]:
         if config not in plans:
             plans[config] = HashPlan.for_vocab(config, texts.vocab)
         jobs.append(Job(tuple(group), config, plans[config], texts.window(settings)))
+    # So that no core is left alone with a long one at the end.
     return sorted(jobs, key=operations, reverse=True)  # sorted keeps the order of equals
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO, Verdict, classify
 from bench.instruments.reading import as_this_version, read_results
 from bench.instruments.words import aligned
+from bench.price.table import comparable
 from bench.sweeps.points import SWEEPS
 from engram_ref import cli
 
@@ -51,11 +52,7 @@ def ratios(results: Results, sweep: str, model: str, boundary: str, variant: str
 def is_valid(results: Results, sweep: str, model: str, boundary: str, value: Any) -> bool:
     """Whether all variants of a point gave the same output bits, and nothing escaped the tracer but indices."""
     points = points_at(results, sweep)
-    some = [points[model, boundary, variant, value] for variant in ("resident", *_OFFLOADS)]
-    allowed = {"index", "bool"}
-    escaped = any(point["untracked_outputs"] or set(point["escapes"]) - allowed for point in some)
-    same = len({point["output_sha256"] for point in some}) == 1
-    return same and not escaped and all(point["escapes"] == some[0]["escapes"] for point in some)
+    return comparable([points[model, boundary, variant, value] for variant in ("resident", *_OFFLOADS)])
 
 
 def verdicts(results: Results, sweep: str, model: str, boundary: str) -> list[Verdict]:
@@ -129,13 +126,9 @@ def report(results: Results, sweep: str) -> str:
             rows.append([model, boundary, variant.removeprefix("offload_"), *cells])
     notes = [f"{SWEEPS[sweep].label}; price / price of resident, the prefetch's with its class:"]
     notes[0] += " W win (to 5x), i inconclusive (to 20x), L loss (price alone)"
-    table = aligned(_trimmed(rows), left={0, 1, 2})
+    rows[0][3:] = [f"{head}  " for head in rows[0][3:]]  # over the numbers, not over the class behind them
+    table = aligned(rows, left={0, 1, 2})
     return "\n".join([table, "", *notes, *_measured(results, sweep)])
-
-
-def _trimmed(rows: list[list[str]]) -> list[list[str]]:
-    """Heads of the numbers stand over the numbers, not over the class behind them."""
-    return [[cell if j < 3 else f"{cell}  " for j, cell in enumerate(rows[0])], *rows[1:]]
 
 
 def _measured(results: Results, sweep: str) -> list[str]:
@@ -159,10 +152,10 @@ def _measured(results: Results, sweep: str) -> list[str]:
     return lines
 
 
-def crossing_report(results: Results, sweeps: Sequence[str] = CROSSED) -> str:
+def crossing_report(results: Results) -> str:
     """Where the ratio of the prefetch (of offload_hot, in the sweep of hot tiers) goes through 2, 5 and 20."""
     rows = [["sweep", "model", "boundary", "variant", *(f"{level:g}x" for level in LEVELS)]]
-    for sweep in (name for name in sweeps if name in results["sweeps"]):
+    for sweep in (name for name in CROSSED if name in results["sweeps"]):
         variant = "offload_hot" if sweep == "hot" else "offload_prefetch"
         values = results["sweeps"][sweep]["values"]
         for model, boundary in groups(results, sweep):

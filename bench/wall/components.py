@@ -7,8 +7,7 @@ up_kv      keys and values uploaded                                    (strategy
 full       strategy 1: hash, embed, project on the CPU, upload keys and values, gate on the GPU
            strategy 2: hash and embed on the CPU, upload embeddings, project and gate on the GPU
 
-`full` ends with the gated output on the GPU, synchronised; every iteration has fresh token ids; uploads are from
-page-locked memory in both strategies. Options are spelt as in a known benchmark of this name.
+Every iteration has fresh token ids. Options are spelt as in a known benchmark of this name.
 """
 
 from __future__ import annotations
@@ -63,6 +62,7 @@ class Rates:
 def matmul_rate(dtype: torch.dtype) -> float:
     """Operations per second of a square product on the CPU, the best of a few: what no part can exceed."""
     a, b = (torch.randn(_SQUARE, _SQUARE, dtype=dtype) for _ in range(2))
+    # The best, for it is a limit: what slows one down says nothing of what the CPU can do.
     return max(2 * _SQUARE**3 / _clocked(lambda: a @ b) for _ in range(10))
 
 
@@ -115,8 +115,9 @@ class Components:
     def _make_buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Where embeddings [B*T*C, D] and keys and values [B, T, (G+1)*H] are made; page-locked if they travel."""
         config, count = self._config, self.positions * self._config.columns
-        width = (config.hc_mult + 1) * config.hidden
+        width = (config.hc_mult + 1) * config.hidden  # a key for each copy of the stream, and the value
         require_host_bytes(count * self._row_format.row_bytes + self.positions * width * dtype.itemsize)
+        # Page-locked for both strategies: the comparison is of what is uploaded.
         e = torch.randn((count, config.row_width), dtype=dtype, pin_memory=self._cuda)
         kv = torch.empty((self.batch, self.tokens, width), dtype=dtype, pin_memory=self._cuda)
         return {"e": e, "kv": kv}
@@ -175,7 +176,7 @@ class Components:
         with torch.inference_mode():
             if not self._cuda:
                 return _clocked(part)
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # and again at the end: `full` ends with the gated output on the GPU
             return _clocked(lambda: _synchronised(part))
 
     def close(self) -> None:
@@ -190,11 +191,7 @@ def measure(
     """Raw samples of every part, interleaved, after one round of warm-up."""
     parts = {name: run for case in cases for name, run in components.parts(case).items()}
     samples: dict[str, list[float]] = {name: [] for name in parts}
-
-    def say(number: int, took: str) -> None:
-        tell(f"components: iteration {number + 1} of {iterations}  {took}")
-
-    for number, turn in rounds(list(parts.items()), range(-1, iterations), say):
+    for number, turn in rounds(list(parts.items()), range(-1, iterations), "components", tell):
         for name, part in turn:
             elapsed = components.run(part)
             if number >= 0:

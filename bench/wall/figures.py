@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.instruments.drawing import COLOURS, interval, panels, redraw, save_all
-from bench.instruments.timing import NotMeasured, median_and_spread
+from bench.instruments.timing import NotMeasured, median_and_spread, unless_missing
 from bench.instruments.words import device_label, percent, short
 from bench.wall.numbers import Run, Step, fetch_rates, noise_floor, overhead
 from bench.wall.table import run_label, step_label
@@ -114,14 +115,12 @@ def _horizon(ends: list[float]) -> float:
 
 
 def _merged(spans: list[list[Any]], gap: float) -> list[tuple[str, float, float]]:
-    """Kind, begin and end of boxes, longest first; spans of a kind nearer to each other than `gap` become one box.
-
-    A step on a GPU has thousands of kernels, and nobody can see the time between two of them.
-    """
+    """Kind, begin and end of boxes, longest first; spans of a kind nearer to each other than `gap` become one box."""
     boxes: list[tuple[str, float, float]] = []
     for kind in KINDS:
         begins = sorted((begin, end) for name, _, begin, end in spans if name == kind)
         for begin, end in begins:
+            # A step on a GPU has thousands of kernels, and nobody can see the time between two of them.
             if boxes and boxes[-1][0] == kind and begin - boxes[-1][2] <= gap:
                 _, first, last = boxes.pop()
                 begin, end = first, max(last, end)
@@ -240,15 +239,8 @@ def _fetches(results: Results, wanted: Callable[[Run], bool]) -> list[tuple[Step
         (step, run)
         for step in results["steps"]
         for run in step["runs"]
-        if run["variant"].startswith("offload") and wanted(run) and _timed_alone(run)
+        if run["variant"].startswith("offload") and wanted(run) and unless_missing(partial(fetch_rates, run), [])
     ]
-
-
-def _timed_alone(run: Run) -> bool:
-    try:
-        return bool(fetch_rates(run))
-    except NotMeasured:
-        return False
 
 
 def _draw_rates(axis: Any, panel: _Rates) -> None:
@@ -260,16 +252,12 @@ def _draw_rates(axis: Any, panel: _Rates) -> None:
         seen += rates
     _rows(axis, [f"{step_label(s)}: {r['variant']} {r['page_cache'] or ''}".rstrip() for s, r in panel.fetches], texts)
     axis.set_xscale("log")
-    axis.set_xlim(*_decades(seen))
+    # Powers of ten around all of them, so that two at least are labelled.
+    axis.set_xlim(10 ** math.floor(math.log10(0.9 * min(seen))), 10 ** math.ceil(math.log10(1.1 * max(seen))))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f"{panel.unit}, each unique row counted once")
     if panel.limit:
         axis.axvline(panel.limit, color="black", linewidth=1.2, linestyle="--", zorder=1)
-
-
-def _decades(values: list[float]) -> tuple[float, float]:
-    """Powers of ten around the values, so that two at least are labelled."""
-    return 10 ** math.floor(math.log10(0.9 * min(values))), 10 ** math.ceil(math.log10(1.1 * max(values)))
 
 
 def _rate_text(run: Run, rate: float, panel: _Rates) -> str:

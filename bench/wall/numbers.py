@@ -6,8 +6,7 @@ A results file holds measurements and no conclusions; tables, figures and docume
     run = run_of(step, "offload_prefetch")
     overhead(step, run).median, hidden_share(step, run), floor_ratio(step, run), bytes_agree(run)
 
-Samples are paired: index i of every run of a step was measured in the same round. A number that a run does not
-carry raises `NotMeasured`, whose text is the reason.
+A number that a run does not carry raises `NotMeasured`, whose text is the reason.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ def overhead(step: Step, run: Run) -> Overhead:
     Raises:
         NotMeasured: there is no `resident` run.
     """
+    # Paired: index i of every run of a step was measured in the same round.
     ratio = paired_ratio(run["step_s"], run_of(step, "resident")["step_s"])
     return timing.overhead(ratio, lambda: noise_floor(step), len(run["step_s"]))
 
@@ -95,8 +95,7 @@ def hidden_share(step: Step, run: Run) -> float:
     """1 - exposed / exposed of the synchronous run: 1 when compute never waits, negative when it waits longer.
 
     The synchronous run is that of the same placement and page cache; where a host placement (`offload_uva`,
-    `offload_hot`) has none of its own, `offload_naive`: the share then also holds what the placement saves.
-    The median over rounds, each taken within itself.
+    `offload_hot`) has none of its own, `offload_naive`. The median over rounds, each taken within itself.
 
     Raises:
         NotMeasured: no such run, or no wait was timed in one of the two.
@@ -112,7 +111,7 @@ def _hidden_against(step: Step, run: Run) -> Run:
     try:
         return synchronous_run(step, run)
     except NotMeasured:
-        if run["variant"] in _HOST_PLACEMENTS:
+        if run["variant"] in _HOST_PLACEMENTS:  # the share then also holds what the placement saves
             return run_of(step, "offload_naive", "synchronous")
         raise
 

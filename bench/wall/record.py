@@ -20,7 +20,7 @@ from bench.wall.timeline import Span
 from engram_ref.tables.hot import HotTable
 
 NVML_COUNTER = "NVML PCIe receive"
-SAVED_EVERY = 1.0  # seconds: a round may take less than writing the file does
+SAVED_EVERY = 1.0  # seconds
 _CUT = Beside(None, Answer(None, "the run was cut before it was asked"))
 _KEYS = ("shape", "table")  # tell the steps of a results file apart
 
@@ -63,6 +63,7 @@ class StepRecord:
 
     def keep(self) -> None:
         """A round is whole. A cut loses the round that runs, and at most a second of rounds before it."""
+        # A round may take less than writing the file does.
         self.content["sessions"].append(self._session)
         if time.monotonic() - self._saved >= SAVED_EVERY:
             self._write({variant.label: _CUT for variant in self._variants})
@@ -142,6 +143,7 @@ def run_record(
 
 def _bytes(variant: Variant, samples: Samples, beside: Beside) -> StepBytes:
     """From three sides; of the control what crosses the bus without any rows, to be taken off what others receive."""
+    # The system counts reads of a file in every step; the driver counts the bus over steps that are not timed.
     counted = samples.counter or beside.received or None
     what = IO_COUNTER if samples.counter else NVML_COUNTER if beside.received else None
     in_place = variant.name in ("resident", "offload_uva")  # nothing is copied

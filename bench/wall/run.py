@@ -18,9 +18,10 @@ from bench.instruments.journal import begin_session, earlier
 from bench.instruments.output import tell
 from bench.instruments.results import write_json
 from bench.setup.backbones import Backbone, build_backbone
-from bench.setup.sizes import LAYER, pick_device, require_disk, table_config
-from bench.setup.token_batches import TokenBatches, halves, text_batches, uniform_batches
-from bench.setup.variants import TableSet, Variant
+from bench.setup.sizes import pick_device, require_disk, table_config
+from bench.setup.streams import halves
+from bench.setup.token_batches import TokenBatches, text_batches, uniform_batches
+from bench.setup.variants import TableSet, Variant, row_sample
 from bench.wall import components
 from bench.wall import step as steps
 from bench.wall import table as wall_table
@@ -29,14 +30,12 @@ from bench.wall.record import StepRecord
 from bench.wall.timeline import SpanLog, trace_step
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
-from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.hashing import HashPlan
 from engram_ref.rows.memory import require_bytes
 from engram_ref.vocab import vocab_for
 
 PROG = "gpu_wall"
 FIO_SECONDS = 4
-HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
-COPY_BYTES, COPIES = 1 << 28, 9  # of the copies that bandwidth is measured with
 
 
 class Benchmark:
@@ -51,7 +50,7 @@ class Benchmark:
         self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")
         wanted = 4 * max(shape.batch * shape.tokens for shape in options.steps)  # two batches, and as many to calibrate
-        self.calibration, self.corpus = halves(options.text, self.vocab, wanted)
+        self.calibration, self.text = halves(options.text, self.vocab, wanted)
         self.results = self.begun(options.out / "results.json")
 
     def begun(self, path: Path) -> dict[str, Any]:
@@ -65,7 +64,7 @@ class Benchmark:
             **head,
             "stream": {"name": stream.name, "sha256": stream.sha256, "tokens": stream.tokens},
             "limits": {
-                **copy_bandwidth(self.device, COPY_BYTES, COPIES),
+                **copy_bandwidth(self.device),
                 "disk": {"reads_per_s": None, "why": "no file was read"},
             },
             "sessions": [],
@@ -80,7 +79,7 @@ class Benchmark:
         """Token ids of the chosen stream; with a plan, sequences that go on from step to step."""
         if self.options.stream == "uniform":
             return uniform_batches(self.vocab, batch, tokens, self.options.seed, plan)
-        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.corpus)
+        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.text)
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet; the file is written after each round, complete each time."""
@@ -95,6 +94,7 @@ class Benchmark:
                 if shapes:
                     self.measure_table(backbone, params, shapes)
             del backbone
+        # They come last: an earlier run that has them has everything.
         if not (self.results["components"] or self.results["components_skipped"]):
             self.measure_components()
         self.save()
@@ -191,8 +191,7 @@ class Benchmark:
 
     def hot_rows(self, plan: HashPlan) -> tuple[torch.Tensor, int]:
         """Row numbers of calibration text, and how many of the most frequent to keep on the device."""
-        rows = NgramHasher(plan)(self.calibration[None, :HOT_TOKENS], LAYER)
-        return torch.from_numpy(rows), max(1, int(self.options.hot_share * plan.layers[0].rows))
+        return row_sample(plan, self.calibration), max(1, int(self.options.hot_share * plan.layers[0].rows))
 
     def measure_disk_limit(self, tables: TableSet) -> None:
         """What the device under the table's file can do, once per run."""
@@ -256,7 +255,7 @@ class Benchmark:
         config = EngramConfig.preset("demo").replace(row_dtype=options.dtype)
         plan = self.plan_of(config)
         batches = self.batches(options.batch_size, options.seq_len)
-        memory = copy_bandwidth(torch.device("cpu"), COPY_BYTES, COPIES)["copy"]
+        memory = copy_bandwidth(torch.device("cpu"))["copy"]
         assert memory is not None
         rates = components.Rates(
             memcpy=memory["bytes_per_s"],

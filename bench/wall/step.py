@@ -1,9 +1,9 @@
 """One step of a model with an Engram layer, under every variant: interleaved rounds, raw samples, bytes counted.
 
-A step is a forward of a model to which the variant's layer is attached as anybody attaches it. It starts when its token
-ids are known and ends when the last block has run. Rows are fetched at the model's entry: waited for at once, from
-elsewhere (synchronous) or where they lie (in place), or in the background and joined before the second block
-(prefetched). `exposed_s` is how long compute waited for rows, and at the entry for the fetch to be begun.
+A step is a forward of a model to which the variant's layer is attached as anybody attaches it. Rows are fetched at the
+model's entry: waited for at once, from elsewhere (synchronous) or where they lie (in place), or in the background and
+joined before the second block (prefetched). `exposed_s` is how long compute waited for rows, and at the entry for the
+fetch to be begun.
 """
 
 from __future__ import annotations
@@ -113,15 +113,15 @@ class Stepper:
     def run(self, variant: Variant, samples: Samples | None) -> list[Lap]:
         """One step with fresh token ids; kept where `samples` are given. Returns its laps."""
         ids, history = self.next_ids()
-        rows = self.rows_of(ids, history)
+        rows = self.rows_of(ids, history)  # [N], before the clock starts
         prepare_page_cache(variant, rows)
         given = torch.from_numpy(ids).to(self.tables.device)  # [B, T]
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
         with self._attached(variant, history), torch.inference_mode():
-            self._clock.begin()
+            self._clock.begin()  # the token ids are known
             self.began = time.perf_counter()
             self.backbone.step(given, self._cache)
-            self._clock.mark("end")
+            self._clock.mark("end")  # the last block has run
             laps = self._clock.end()
         if samples is not None and counted is not None:
             samples.step_s.append(total(laps))
@@ -226,16 +226,11 @@ def measure(
         samples: by label; of whole rounds, as many of each. They grow.
         keep: called behind each round.
     """
-    done = len(samples[variants[0].label].step_s)
+    done = len(samples[variants[0].label].step_s)  # by an earlier run; of whole rounds, so of all variants alike
     for _ in range(done * len(variants)):
         stepper.next_ids()  # what these rounds had: ids are fresh every step
     numbers = [*range(-warmup, 0), *range(done, count)] if done < count else []
-
-    def say(number: int, took: str) -> None:
-        where = f"round {number + 1} of {count}" if number >= 0 else "warm-up"
-        tell(f"{stepper.shape}: {where}  {took}")
-
-    for number, turn in rounds(variants, numbers, say):
+    for number, turn in rounds(variants, numbers, str(stepper.shape), tell):
         for variant in turn:
             stepper.run(variant, samples[variant.label] if number >= 0 else None)
         if number >= 0:

@@ -9,13 +9,13 @@ its table; what went against the prediction is a line that begins with "warning"
 
 from __future__ import annotations
 
-import functools
 import statistics
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from bench.instruments.timing import NotMeasured, noise_interval, quantile
+from bench.instruments.timing import NotMeasured, noise_interval, quantile, unless_missing
 from bench.instruments.words import aligned, commit_of, fraction, gib, measured_on, short, signed
 from bench.wall import numbers
 from bench.wall.numbers import ALONE, Run, Step
@@ -64,7 +64,11 @@ def _schedule(run: Run) -> str:
 def _machine(results: dict[str, Any]) -> list[str]:
     e, stream = results["environment"], results["stream"]
     limits = results["limits"]
-    rates = [f"{name} {_rate(limits[name])}" for name in ("copy", "gather") if limits[name]]
+    rates = [
+        f"{name} {short(limit['bytes_per_s'] / 1e9)} GB/s ({limit['what']}, {gib(limit['bytes'])} a time)"
+        for name in ("copy", "gather")
+        if (limit := limits[name])
+    ]
     huge = "unknown" if e["huge_pages"] is None else f"{100 * e['huge_pages']:.1f} %"
     tokens = "endless" if stream["tokens"] is None else f"{stream['tokens']:,} tokens"
     facts = (
@@ -73,10 +77,6 @@ def _machine(results: dict[str, Any]) -> list[str]:
         f"stream {stream['name']}, {tokens}; commit {commit_of(results)}"
     )
     return [*_wrapped(facts), *_wrapped(f"Limits measured in this run: {'; '.join([*rates, _disk(limits['disk'])])}")]
-
-
-def _rate(limit: dict[str, Any]) -> str:
-    return f"{short(limit['bytes_per_s'] / 1e9)} GB/s ({limit['what']}, {gib(limit['bytes'])} a time)"
 
 
 def _disk(limit: dict[str, Any]) -> str:
@@ -93,13 +93,11 @@ def step_table(results: dict[str, Any], step: Step) -> str:
     for run in step["runs"]:
         rows.append([gaps.cell(name, run, cell) for name, _, cell in columns])
     lines = [*step_header(results, step), prediction(results, step), aligned(rows, left={0, 1, 2}, headers=2)]
-    cut = [] if step.get("finished", True) else [_cut(results, step)]
-    return "\n".join([*lines, _floor_line(step), *_notes(step), *gaps.lines(), *_warnings(step), *cut])
-
-
-def _cut(results: dict[str, Any], step: Step) -> str:
-    done, asked = len(step["runs"][0]["step_s"]), results["configuration"]["rounds"]
-    return f"warning: cut after round {done} of {asked}; the same command with the same --out goes on"
+    lines += [_floor_line(step), *_notes(step), *gaps.lines(), *_warnings(step)]
+    if not step.get("finished", True):
+        done, asked = len(step["runs"][0]["step_s"]), results["configuration"]["rounds"]
+        lines.append(f"warning: cut after round {done} of {asked}; the same command with the same --out goes on")
+    return "\n".join(lines)
 
 
 def step_header(results: dict[str, Any], step: Step) -> list[str]:
@@ -146,7 +144,14 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         ("counter", byte_unit, lambda run: short(numbers.median_bytes(run, "counter") / nbytes)),
     ]
     if any(run["variant"] == CONTROL and run["bytes"]["counter"] for run in step["runs"]):
-        sizes.append(("less no_engram", byte_unit, functools.partial(_over_control, step, nbytes)))
+        others = [run for run in step["runs"] if run["variant"] != CONTROL]
+        sizes.append(
+            (
+                "less no_engram",
+                byte_unit,
+                lambda run: signed(numbers.over_control(step, run) / nbytes) if run in others else "",
+            )
+        )
     if any("freed" in run for run in step["runs"]):  # older results say nothing of it
         sizes.append(("freed", "GiB", lambda run: "" if run["freed"] is None else signed(run["freed"] / 2**30)))
     preset = step["table"].get("preset")  # older results say nothing of it
@@ -170,10 +175,6 @@ def _columns(step: Step) -> list[tuple[str, str, Callable[[Run], str]]]:
         *sizes,
         ("hits", "%", lambda run: f"{100 * run['hot']['hit_rate']:.1f}" if run["hot"] else ""),
     ]
-
-
-def _over_control(step: Step, unit: float, run: Run) -> str:
-    return "" if run["variant"] == CONTROL else signed(numbers.over_control(step, run) / unit)
 
 
 class _Gaps:
@@ -225,7 +226,9 @@ def _notes(step: Step) -> list[str]:
     notes = {
         "floor": _grouped(runs, lambda run: run["limit_why"] if run["limit_s"] else None),
         "counter": _grouped(runs, lambda run: run["bytes"]["counter_what"]),
-        "table held in": _grouped(runs, _held),
+        "table held in": _grouped(
+            runs, lambda run: " + ".join(f"{gib(n)} {place}" for place, n in run["held"].items() if n) or "nothing"
+        ),
         "energy per step": _grouped(runs, _energy),
         "PCIe sampled": _grouped(runs, _sampled),
     }
@@ -241,11 +244,6 @@ def _grouped(runs: list[Run], describe: Callable[[Run], str | None]) -> str:
         if text is not None:
             names.setdefault(text, {})[run["variant"]] = None
     return "; ".join(f"{text} ({', '.join(variants)})" for text, variants in names.items())
-
-
-def _held(run: Run) -> str:
-    places = [f"{gib(nbytes)} {place}" for place, nbytes in run["held"].items() if nbytes]
-    return " + ".join(places) or "nothing"
 
 
 def _energy(run: Run) -> str:
@@ -269,16 +267,9 @@ def _warnings(step: Step) -> list[str]:
     for run in step["runs"]:
         if numbers.bytes_agree(run) is False:
             lines.append(f"{run_label(run)} did not copy the bytes that were predicted")
-        if run["schedule"] in ALONE and _is_too_fast(step, run):
+        if run["schedule"] in ALONE and unless_missing(partial(numbers.floor_ratio, step, run), 1.0) < 1:
             lines.append(f"{run_label(run)} fetched faster than its floor allows ({run['limit_why']}): one is wrong")
     return [part for line in lines for part in _wrapped(f"warning: {line}")]
-
-
-def _is_too_fast(step: Step, run: Run) -> bool:
-    try:
-        return numbers.floor_ratio(step, run) < 1
-    except NotMeasured:
-        return False
 
 
 def component_table(results: dict[str, Any]) -> str:

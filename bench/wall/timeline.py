@@ -1,7 +1,7 @@
 """What happened when in one step: spans of hash, gather, copy, compute and wait, for the timeline figure.
 
-Host stages are told by the prefetcher, from whichever thread they ran in. On a CPU the rest follows from the marks
-of the step; on CUDA, copies and kernels come from the same step under `torch.profiler`.
+Host stages are told by the prefetcher. On a CPU the rest follows from the marks of the step; on CUDA, copies and
+kernels come from the same step under `torch.profiler`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class SpanLog:
 
     def __call__(self, stage: str, layer_id: int, begin: float, end: float) -> None:
         """Remember one stage, and the lane of the thread that ran it."""
+        # Called from whichever thread the stage ran in.
         lane = "main" if threading.current_thread() is threading.main_thread() else "background"
         self.spans.append((stage, lane, begin, end))
 

@@ -11,13 +11,12 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def _one_tokenizer():
     """Each command reads DeepSeek's, half a second; nobody changes it."""
-    from bench.setup import streams, token_batches
+    from bench.setup import streams
     from engram_ref.vocab import load_tokenizer
 
     once = functools.cache(load_tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "load_tokenizer", once)
-        patch.setattr(token_batches, "load_tokenizer", once)
         yield
 
 

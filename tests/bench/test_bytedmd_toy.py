@@ -21,7 +21,7 @@ from bench.price.job import Job, check_against_upstream, price_job
 from bench.price.table import groups, is_valid, verdict_table
 from bench.schemas.generator import json_schema
 from bench.schemas.toy import Results
-from bench.setup.streams import text_stream
+from bench.setup.streams import text_source
 from engram_ref import cli
 from engram_ref.config import EngramConfig
 from engram_ref.files.texts import read_text
@@ -265,7 +265,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 @pytest.fixture
 def job(vocab_v4):
     options = bytedmd_toy.parse([*SMALL, "--model", "engram"])
-    stream = text_stream(None, None, vocab_v4, 6, seed=0)
+    stream = text_source(None, vocab_v4).window(6, seed=0)
     jobs, _ = bytedmd_toy.make_jobs(options, stream, vocab_v4)
     return jobs[0]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import gpu_wall
+from bench.instruments import bandwidth
 from bench.schemas.generator import json_schema
 from bench.schemas.wall import Results
 from bench.setup import sizes
@@ -49,7 +50,7 @@ def text(tmp_path_factory):
 
 def run_main(monkeypatch, *arguments, figures=False):
     monkeypatch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments)])
-    monkeypatch.setattr(wall_run, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(bandwidth, "COPY_BYTES", 1 << 20)
     if not figures:
         monkeypatch.setattr(wall_figures, "draw_all", lambda results, out: [])
     gpu_wall.main()

@@ -14,6 +14,8 @@ import torch
 
 from bench import lookup_speed
 from bench.evidence.lookup_table import report
+from bench.instruments import bandwidth
+from bench.instruments.clocks import EventClock
 from bench.reads.table import report as reads_report
 from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
@@ -30,7 +32,7 @@ COMMITTED = Path(__file__).parents[2] / "bench/results/lookup_speed_h200.json"  
 
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["lookup_speed", *map(str, arguments)])
-    monkeypatch.setattr(lookup_speed, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(bandwidth, "COPY_BYTES", 1 << 20)
     lookup_speed.main()
 
 
@@ -182,12 +184,15 @@ def test_launching_is_not_in_the_time_of_kernels_or_they_are_called_late(launch_
     def delay():
         stream.device_s = max(stream.device_s, stream.host_s) + 500e-6
 
-    clock = lookup_speed.DeviceClock(stream.event, delay)
-    took = clock.time(lambda: [stream.give(4e-6), stream.give(4e-6)], queued=True)
-    assert took == pytest.approx(seconds, abs=200e-6 if late else 1e-9) and clock.late == late
-    clock.late = 0
-    took = clock.time(lambda: [stream.give(4e-6), stream.give(4e-6)], queued=False)
-    assert took == pytest.approx(2 * launch_s + (4e-6 if launch_s > 4e-6 else 8e-6), abs=1e-7) and clock.late == 0
+    def two() -> None:
+        stream.give(4e-6)
+        stream.give(4e-6)
+
+    clock = EventClock(stream.event)
+    took, came_late = lookup_speed.timed(clock, two, delay)
+    assert took == pytest.approx(seconds, abs=200e-6 if late else 1e-9) and came_late == bool(late)
+    took, came_late = lookup_speed.timed(clock, two, None)
+    assert took == pytest.approx(2 * launch_s + (4e-6 if launch_s > 4e-6 else 8e-6), abs=1e-7) and not came_late
 
 
 def test_the_table_holds_uva_against_what_was_published(results):

@@ -9,7 +9,6 @@ import pytest
 
 from bench.instruments import timing
 from bench.instruments.timing import interleave, paired_ratio, rounds, summary
-from bench.served.rounds import Rounds
 from bench.wall import step
 from bench.wall.step import Shape
 from engram_ref.cli import time_left
@@ -54,22 +53,19 @@ def test_rounds_begin_with_another_thing_each_and_say_where_they_are_now_and_the
     seconds = iter([0.0, 1.0, 2.5, 3.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(seconds))
     said = []
-    found = list(rounds("abc", [-1, 0, 5], lambda *told: said.append(told)))
+    found = list(rounds("abc", [-1, 0, 5], "letters", said.append))
     assert found == [(-1, ["c", "a", "b"]), (0, ["a", "b", "c"]), (5, ["c", "a", "b"])]
-    assert said == [(0, time_left(2.5, 1, 3))] and gc.isenabled() and gc.get_freeze_count() == 0
+    assert said == [f"letters: round 1 of 6  {time_left(2.5, 1, 3)}"] and gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_every_benchmark_of_gpu_wall_says_how_long_the_rest_will_take(monkeypatch):
+def test_a_step_says_how_long_the_rest_will_take(monkeypatch):
     monkeypatch.setattr(timing, "_SAY_SECONDS", -1.0)
     said = []
     shape = Shape("decode", 4, 1)
     stepper, control = SimpleNamespace(shape=shape, run=lambda *_: None), step.control()
     step.measure(stepper, [control], {control.label: step.Samples()}, 2, 1, said.append, lambda: None)
-    served = SimpleNamespace(_name="tiny, batch 1", _options=SimpleNamespace(rounds=2), _tell=said.append)
-    Rounds._say(served, 1, time_left(3.0, 2, 3))
     assert [line.partition("  ")[0] for line in said] == [
-        *(f"{shape}: {where}" for where in ("warm-up", "round 1 of 2", "round 2 of 2")),
-        "tiny, batch 1: round 2 of 2",
+        f"{shape}: {where}" for where in ("warm-up", "round 1 of 2", "round 2 of 2")
     ]
     assert "left" not in said[0] and all(line.endswith(" s left") for line in said[1:])
 

@@ -14,7 +14,6 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from bench.rows import cases
 from bench.rows.cases import Case, price_case, read_rows, source
 from bench.rows.table import TEXT
 from bench.rows.whole_model import Experts, WholeModel, step_price
+from bench.setup.streams import Source
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 
@@ -419,7 +419,7 @@ def test_a_stream_is_cut_where_it_says(monkeypatch):
 
     def library(nbytes, raw):
         asked.append(nbytes)
-        return SimpleNamespace(ids=np.arange(1 << 17), sha256="of the text")
+        return Source(TEXT, "of the text", np.arange(1 << 17), np.arange(1 << 17))
 
     monkeypatch.setattr(cases, "_library", library)
     cut = source.__wrapped__  # what is kept from other tests does not count
@@ -431,7 +431,7 @@ def test_a_stream_is_cut_where_it_says(monkeypatch):
         (None, 1 << 17),
     ):
         found = cut(TEXT, tokens)
-        assert found.ids.tolist() == list(range(length)) and found[:2] == (TEXT, "of the text")
+        assert found.ids.tolist() == list(range(length)) and (found.name, found.sha256) == (TEXT, "of the text")
     assert asked[0] == asked[1] == 1 << 20 and asked[2] == asked[3] > 1 << 40
     with pytest.raises(ValueError, match="131,073 need a longer text"):
         cut(TEXT, (1 << 17) + 1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import gpu_wall
-from bench.instruments import timing
+from bench.instruments import bandwidth, timing
 from bench.served import memory, one_pass, rounds
 from bench.served import run as end_to_end
 from bench.served.model import ATTENTION, ServedModel, register_attention
@@ -187,7 +187,7 @@ class Program:
         out.mkdir(exist_ok=True)
         config.write_text(json.dumps(TINY))
         patch.setattr(end_to_end, "_QWEN3_TOKENS", 100)  # that the head can choose
-        patch.setattr(gpu_wall, "COPY_BYTES", 1 << 20)
+        patch.setattr(bandwidth, "COPY_BYTES", 1 << 20)
         patch.setattr(timing, "FLUSHED", 1 << 16)
         self.out, self._patch = out, patch
         self._common = ["--end-to-end", "--device", "cpu", "--backbones", config, "--table_params", "3e5"]

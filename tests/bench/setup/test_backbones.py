@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.setup import backbones
-from bench.setup.backbones import BACKBONES, BlockShape, build_backbone, flops_per_token
+from bench.setup.backbones import BACKBONES, BlockShape, build_backbone
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
@@ -59,19 +59,17 @@ def test_the_sizes_are_the_published_ones(name, parameters):
     assert len(model.layers) == 36
     assert sum(p.numel() for p in model.layers.parameters()) == pytest.approx(parameters, rel=0.01)
     shape = BlockShape.of(model.config.to_dict())
-    assert flops_per_token(shape, 36, 0) == pytest.approx(2 * parameters, rel=0.01)  # a product and a sum each
+    assert 36 * shape.parameters() == pytest.approx(parameters, rel=0.01)
     assert name in BACKBONES
 
 
-def test_flops_of_a_small_block_by_hand():
+def test_parameters_of_a_small_block_by_hand():
     shape = BlockShape(hidden=6, intermediate=10, heads=4, kv_heads=2, head_dim=3)
     # Q and O: 6*12 and 12*6; K and V: 6*6 each; gate, up and down: 3*6*10.
-    assert flops_per_token(shape, 1, 0) == 2 * (72 + 72 + 36 + 36 + 180)
-    # Scores and values: 4 heads * 3 * 7 positions each.
-    assert flops_per_token(shape, 5, 7) == 5 * (2 * (72 + 72 + 36 + 36 + 180) + 2 * (84 + 84))
+    assert shape.parameters() == 72 + 72 + 36 + 36 + 180
 
 
-def test_flops_are_those_that_torch_counts(tiny):
+def test_each_parameter_is_a_product_and_a_sum_that_torch_counts(tiny):
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -79,7 +77,7 @@ def test_flops_are_those_that_torch_counts(tiny):
     counted = {
         str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
     }
-    assert sum(counted.values()) == 8 * tiny.flops_per_token(0)
+    assert sum(counted.values()) == 8 * 2 * tiny.blocks * tiny.shape.parameters()
 
 
 @pytest.mark.parametrize("name", ["none", "tiny"])
@@ -202,7 +200,6 @@ def test_no_backbone_needs_no_transformers(monkeypatch):
     assert step(backbone, cache, 3, 0).shape == (2, 3, 48) and cache.get_seq_length() == 103
     assert torch.equal(step(backbone, cache, 3, 0), backbone.step(ids(2, 3), None)) and cache.get_seq_length() == 103
     assert (backbone.hidden, backbone.blocks, backbone.parameters_bytes) == (48, 0, 0)
-    assert backbone.flops_per_token(100) == 0
     with pytest.raises(ValueError, match="pip install transformers"):
         build_backbone("qwen3-4b", 2, CPU, torch.float32, 48)
 

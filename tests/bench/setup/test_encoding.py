@@ -10,7 +10,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from bench.setup import encoding, streams
+from bench.setup import encoding
 from bench.setup.encoding import encode_texts
 from bench.setup.streams import text_source
 from engram_ref.files.texts import read_text
@@ -163,7 +163,7 @@ def test_progress_is_told(deepseek, prose, monkeypatch, capsys):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, small_tokenizer, vocab_small, monkeypatch):
+def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, small_tokenizer, vocab_small):
     path = tmp_path / "long.txt"
     path.write_text("Zoë's tables. " * 1000, encoding="utf-8")
     assert read_text(path, 14_000) == ("long.txt", "Zoë's tables. " * 1000)
@@ -171,8 +171,7 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, small_tokenizer, v
     with open(path, "ab") as file:
         file.truncate(60 << 30)  # and on for ever
     assert read_text(path, 20_000) == ("long.txt, first 20,000 characters", "Zoë's tables. " * 1000 + "\0" * 6_000)
-    monkeypatch.setattr(streams, "read_text", lambda given: read_text(given, 20_000))
-    source = text_source(path, small_tokenizer, vocab_small)
+    source = text_source(path, vocab_small, small_tokenizer, most=20_000)
     assert source.name == "long.txt, first 20,000 characters" and len(source.ids) < 20_000
 
 

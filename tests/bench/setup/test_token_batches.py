@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from bench.setup.token_batches import Corpus, standard_library, text_batches, text_file, uniform_batches
+from bench.setup.streams import Source, standard_library, text_source
+from bench.setup.token_batches import text_batches, uniform_batches
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher
 from engram_ref.vocab import load_tokenizer
@@ -22,7 +23,7 @@ def plan(vocab_small):
 @pytest.fixture
 def counted():
     """A text whose ids are their own positions."""
-    return Corpus("counted", "0" * 64, np.arange(1000), np.arange(1000))
+    return Source("counted", "0" * 64, np.arange(1000), np.arange(1000))
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def folder(tmp_path):
 
 
 def test_a_batch_is_one_window_of_each_part(vocab_small, counted):
-    batches = text_batches(vocab_small, 4, 10, 0, corpus=counted)
+    batches = text_batches(vocab_small, 4, 10, 0, text=counted)
     first, second = batches.next(), batches.next()
     assert first.shape == (4, 10)
     assert first.dtype == np.int64
@@ -49,7 +50,7 @@ def test_a_batch_is_one_window_of_each_part(vocab_small, counted):
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 10), (4, 10), (5, 64), (10, 50), (3, 31)])
 def test_no_window_comes_twice_until_the_text_is_exhausted(vocab_small, counted, batch, tokens):
-    batches = text_batches(vocab_small, batch, tokens, 1, corpus=counted)
+    batches = text_batches(vocab_small, batch, tokens, 1, text=counted)
     starts = [int(batches.next()[0, 0]) for _ in range(3000 // (batch * tokens) + 2)]
     assert max(starts) + tokens <= 1000 // batch
     turns = [at for at in range(1, len(starts)) if starts[at] != starts[at - 1] + tokens]
@@ -60,14 +61,14 @@ def test_no_window_comes_twice_until_the_text_is_exhausted(vocab_small, counted,
 
 
 def test_the_seed_says_where_the_walk_starts(vocab_small, counted):
-    one, same, other = (text_batches(vocab_small, 2, 50, seed, corpus=counted).next() for seed in (1, 1, 2))
+    one, same, other = (text_batches(vocab_small, 2, 50, seed, text=counted).next() for seed in (1, 1, 2))
     assert (one == same).all()
     assert (one != other).all()
 
 
-def decoded(plan, corpus, steps, with_history):
+def decoded(plan, text, steps, with_history):
     """Rows of `steps` single-token batches, [B, steps, C], and the ids that they were."""
-    batches = text_batches(None, 3, 1, 5, plan=plan, corpus=corpus)
+    batches = text_batches(None, 3, 1, 5, plan=plan, text=text)
     hasher = NgramHasher(plan, "numpy")
     ids, rows = [], []
     for _ in range(steps):
@@ -83,7 +84,7 @@ def test_decoding_hashes_as_one_shot_does_and_only_with_the_history(plan, counte
 
 
 def test_a_history_stays_as_it_was_given(plan, vocab_small, counted):
-    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, corpus=counted)
+    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, text=counted)
     ids = [batches.next() for _ in range(3)]
     held = batches.history
     batches.next()
@@ -92,7 +93,7 @@ def test_a_history_stays_as_it_was_given(plan, vocab_small, counted):
 
 
 def test_where_the_text_starts_over_sequences_do_too(plan, vocab_small):
-    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, corpus=Corpus("short", "", np.arange(8), np.arange(8)))
+    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, text=Source("short", "", np.arange(8), np.arange(8)))
     seen = []
     for _ in range(9):
         ids = batches.next()
@@ -123,37 +124,37 @@ def test_uniform_sequences_continue_too(plan, vocab_small):
 
 
 def test_the_library_is_its_sources_in_order(folder, vocab_small, small_tokenizer):
-    corpus = standard_library(vocab_small, small_tokenizer, folder=folder)
+    text = standard_library(vocab_small, small_tokenizer, folder=folder)
     texts = ["# -*- coding: latin-1 -*-\nname = 'Zoë'\n", "def double(x):\n    return 2 * x\n"]
     encoder = load_tokenizer(small_tokenizer)
     tokens = [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
-    assert corpus.name == "python-stdlib"
-    assert corpus.sha256 == hashlib.sha256("".join(texts).encode()).hexdigest()
-    assert corpus.ids.tolist() == vocab_small([tokens])[0].tolist()
+    assert text.name == "python-stdlib"
+    assert text.sha256 == hashlib.sha256("".join(texts).encode()).hexdigest()
+    assert text.ids.tolist() == vocab_small([tokens])[0].tolist()
 
 
 def test_no_more_sources_are_read_than_asked_for(folder, vocab_small, small_tokenizer):
-    corpus = standard_library(vocab_small, small_tokenizer, nbytes=1, folder=folder)
-    assert corpus.sha256 == hashlib.sha256("# -*- coding: latin-1 -*-\nname = 'Zoë'\n".encode()).hexdigest()
+    text = standard_library(vocab_small, small_tokenizer, nbytes=1, folder=folder)
+    assert text.sha256 == hashlib.sha256("# -*- coding: latin-1 -*-\nname = 'Zoë'\n".encode()).hexdigest()
 
 
 def test_this_python_has_sources(vocab_small, small_tokenizer):
-    corpus = standard_library(vocab_small, small_tokenizer, nbytes=100_000)
-    assert 20_000 < len(corpus.ids) < 200_000  # source code has 1 to 5 characters a token
-    assert corpus.ids.max() < len(vocab_small)
+    text = standard_library(vocab_small, small_tokenizer, nbytes=100_000)
+    assert 20_000 < len(text.ids) < 200_000  # source code has 1 to 5 characters a token
+    assert text.ids.max() < len(vocab_small)
 
 
 def test_a_text_file_will_do(tmp_path, vocab_small, small_tokenizer):
     (tmp_path / "some.txt").write_text("A few words, " * 50)
-    corpus = text_file(tmp_path / "some.txt", vocab_small, small_tokenizer)
-    assert corpus.name == "some.txt"
-    assert text_batches(vocab_small, 2, 20, 0, corpus=corpus).next().shape == (2, 20)
+    text = text_source(tmp_path / "some.txt", vocab_small, small_tokenizer)
+    assert text.name == "some.txt"
+    assert text_batches(vocab_small, 2, 20, 0, text=text).next().shape == (2, 20)
 
 
 def test_a_short_text_is_refused_with_both_numbers(vocab_small, counted):
-    text_batches(vocab_small, 5, 100, 0, corpus=counted).next()
+    text_batches(vocab_small, 5, 100, 0, text=counted).next()
     with pytest.raises(ValueError, match=r"counted has 1,000 tokens: 5 sequences of 101 need at least 1,010"):
-        text_batches(vocab_small, 5, 101, 0, corpus=counted)
+        text_batches(vocab_small, 5, 101, 0, text=counted)
 
 
 @pytest.mark.parametrize("make", [text_batches, uniform_batches])

@@ -129,7 +129,7 @@ def test_what_the_finding_says_of_the_endings(results):
     assert found == [12.61, 23.55, 22.16, 19.82, 19.37]
     assert {by_seed(r) for r in found} == {"INCONCLUSIVE", "LOSS"}
     assert named_class(results, "engram") == "INCONCLUSIVE; WIN to LOSS, 1.2 to 74"
-    assert span(results, "engram", ending="returned") == pytest.approx((1.2, 39.2), abs=0.05)
+    assert span(results, "engram", endings=["returned"]) == pytest.approx((1.2, 39.2), abs=0.05)
     assert ratio(results, "kv-bank, at most 1,000 values, 3 tokens", "returned", 10**6) == pytest.approx(31, abs=0.5)
     few = next(t for t in results["toys"] if t["toy"] == "kv-bank, at most 1,000 values")
     assert few["distinct_rows"] * few["row_values"] <= 1000

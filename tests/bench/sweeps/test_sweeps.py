@@ -298,12 +298,13 @@ def test_mispredicted_copies_are_of_another_row():
 
 def test_random_texts_are_the_same_everywhere_and_what_they_are_called():
     uniform, zipf = random_source("uniform", 1000), random_source("zipf", 1000)
-    assert uniform.ids[:5] == UNIFORM_START and zipf.ids[:5] == ZIPF_START
-    assert len(zipf.ids) == len(uniform.ids) == 65_536 and max(zipf.ids + uniform.ids) == 999
+    ids = {source.name: source.ids.tolist() for source in (uniform, zipf)}
+    assert ids["uniform"][:5] == UNIFORM_START and ids["zipf"][:5] == ZIPF_START
+    assert len(ids["zipf"]) == len(ids["uniform"]) == 65_536 and max(ids["zipf"] + ids["uniform"]) == 999
     weight = sum(1 / (i + 1) for i in range(1000))
     for i in (0, 1, 9):  # five standard deviations of a count
-        assert abs(zipf.ids.count(i) - 65_536 / (i + 1) / weight) < 5 * (65_536 / (i + 1) / weight) ** 0.5
-        assert abs(uniform.ids.count(i) - 65.5) < 5 * 65.5**0.5
+        assert abs(ids["zipf"].count(i) - 65_536 / (i + 1) / weight) < 5 * (65_536 / (i + 1) / weight) ** 0.5
+        assert abs(ids["uniform"].count(i) - 65.5) < 5 * 65.5**0.5
     assert uniform.sha256 != zipf.sha256
 
 
