@@ -75,9 +75,9 @@ def lookup_span(e: Evidence) -> tuple[float, float]:
     return lookup_range.span(e["lookup_range"], "engram")
 
 
-def lookup_floors(e: Evidence) -> tuple[float, float]:
-    """Least and largest ratio of the toy's lookup for the best possible manager, whatever becomes of the rows."""
-    found = [lookup_range.floor_ratio(e["lookup_range"], "engram", ending) for ending in ENDINGS]
+def lookup_floors(e: Evidence, form: str = "engram") -> tuple[float, float]:
+    """Least and largest ratio of a toy's lookup for the best possible manager, whatever becomes of the rows."""
+    found = [lookup_range.floor_ratio(e["lookup_range"], _TOYS[form], ending) for ending in ENDINGS]
     return min(found), max(found)
 
 
