@@ -75,9 +75,10 @@ def lookup_span(e: Evidence) -> tuple[float, float]:
     return lookup_range.span(e["lookup_range"], "engram")
 
 
-def lookup_floor(e: Evidence) -> float:
-    """Floor of the prefetched lookup over the floor of the resident one: for any manager that pays for its moves."""
-    return _defined(e, "lookup")[FLOOR]
+def lookup_floors(e: Evidence, form: str = "engram") -> tuple[float, float]:
+    """Least and largest ratio of a toy's lookup for the best possible manager, whatever becomes of the rows."""
+    found = [lookup_range.floor_ratio(e["lookup_range"], _TOYS[form], ending) for ending in ENDINGS]
+    return min(found), max(found)
 
 
 def layer_classes(e: Evidence) -> str:
@@ -105,7 +106,7 @@ def _definition_values(e: Evidence) -> dict[str, str]:
     cheaper = [f"`{name}`" for name in naive if lookup[name] < naive[name]]  # the toy's copies save something
     found = {
         "defs.lookup": ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in lookup.items() if name != FLOOR),
-        "defs.lookup.floor": _with_class(lookup[FLOOR]),
+        "defs.lookup.floor": " to ".join(map(_with_class, lookup_floors(e))),
         "rowdefs.tokens": f"{_TOKENS:,}",
         "defs.cheaper": ", ".join(cheaper) or "none",
         "defs.layer.classes": layer_classes(e),

@@ -71,6 +71,7 @@ class Ended(TypedDict):
     padding: Count
     cost: Annotated[Natural, "ByteDMD price"]
     row_cost: Annotated[Natural, "of it, reads of the table's rows"]
+    floor: Annotated[Natural, "what no manager can pay less than; short of that by a ten-thousandth at most"]
 
 
 @rules(title="bench/how_far.py lookup_range")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from bench.evidence.committed import STEP, Evidence, rounded_up
-from bench.evidence.ranges import energy_span, layer_classes, lookup_floor, lookup_span, text_spread
+from bench.evidence.ranges import energy_span, layer_classes, lookup_floors, lookup_span, text_spread
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.price.table import verdict
 from bench.rows.whole_model import MODELS
@@ -71,6 +71,7 @@ def verdict_lines(evidence: Evidence) -> str:
     """What survives, what does not, and where it turns: three lines, all in per cent, no number twice."""
     e = evidence
     least, most = lookup_span(e)
+    floors, of_v41 = (" to ".join(added(floor)[1:] for floor in lookup_floors(e, form)) for form in ("engram", "v41"))
     claim = f"{100 * WALL_TIME_CLAIM:g} %"
     added_in_all, one = (e.added(*which) for which in ((_MODEL, "in all"), ("v41-flash", "in all", "one")))
     lines = {
@@ -83,9 +84,9 @@ def verdict_lines(evidence: Evidence) -> str:
         "What does not": (
             "the claim about the lookup. By the padding, and by what becomes of the rows, it adds "
             f"{added(least)[1:]} to {added(most)[1:]}, and other definitions give other classes. The best possible "
-            f"manager, which knows every address in advance, still pays {added(lookup_floor(e))[1:]} more, its result "
-            "included: a first read cannot be avoided, and copies made ahead saved nothing on any text that was priced "
-            "on one stack."
+            f"manager, which knows every address in advance, still pays {floors} more ({of_v41} in V4.1's form) under "
+            "a million bytes, whatever becomes of the rows: a first read cannot be avoided, and copies made ahead "
+            "saved nothing on any text that was priced on one stack."
         ),
         "Where it turns": (
             f"with one token's experts, V4.1-Flash's step is {added(1 + one)[1:]} dearer. From an SSD in random rows "

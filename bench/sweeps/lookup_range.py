@@ -2,7 +2,8 @@
 
     about, records = price_toy(toy, plan, stream, seed=0)     # a record per ending, variant and padding
 
-Its class is chosen by whoever chooses these two; so the class is shown with the range that they span.
+Its class is chosen by whoever chooses these two; so the class is shown with the range that they span, and with what the
+best possible manager would pay (`engram_toy.floor`), which nobody can choose.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from bench.instruments.claim import by_seed, by_task
 from bench.instruments.words import aligned
 from bench.price.models import digest, make_workload, toy_config
 from bench.setup.streams import Stream
-from bench.sweeps.points import PADDINGS
+from bench.sweeps.points import FLOOR, PADDINGS
 from bench.sweeps.pricing import Relaid
-from bench.sweeps.readdressed import TableInputs
+from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import record
@@ -95,32 +96,44 @@ def price_toy(toy: Toy, plan: HashPlan, stream: Stream, seed: int) -> tuple[Reco
 
 
 def price_ending(workload: Workload, ending: str) -> Iterator[Record]:
-    """Price of every variant at every padding: variant, padding, cost, and what the rows themselves cost."""
+    """Price of every variant at every padding: variant, padding, cost, what the rows themselves cost, and the floor."""
     resident, naive, prefetch = (Layout.variant(name, len(workload.table)) for name in VARIANTS)
     # The naive layout reads what the resident one does, elsewhere: one recording serves both, and all paddings.
     for recorded, layouts in ((resident, (resident, naive)), (prefetch, (prefetch,))):
         program = build(workload, "lookup", recorded, padding=0, ending=ending)
         recording = record(program.function, program.arguments, program.kinds)
-        relaid = Relaid(recording, TableInputs(recording, program, recorded))
+        table = TableInputs(recording, program, recorded)
+        relaid, floors = Relaid(recording, table), Readdressed(recording, table, FLOOR)
         for layout in layouts:
-            start = relaid.lay(layout)
+            start, inputs = relaid.lay(layout), floors.lay(layout)
             for padding in PADDINGS:
                 costs = relaid.cost_by_kind(start, padding, bytes_per_element=1)
-                prices = {"cost": sum(costs.values()), "row_cost": costs["row"]}
+                (least,) = floors.cost_by_kind(inputs, padding, bytes_per_element=1).values()
+                prices = {"cost": sum(costs.values()), "row_cost": costs["row"], "floor": least}
                 yield {"variant": layout.name, "padding": padding, **prices}
 
 
 # --- what the results say ----------------------------------------------------------------------
 
 
-def ratio(results: Record, toy: str, ending: str, padding: int, variant: str = "offload_prefetch") -> float:
-    """Price of a variant over that of the resident table, at one padding and ending."""
+def ratio(
+    results: Record, toy: str, ending: str, padding: int, variant: str = "offload_prefetch", price: str = "cost"
+) -> float:
+    """Price, or floor, of a variant over that of the resident table, at one padding and ending."""
     found = {
-        r["variant"]: r["cost"]
+        r["variant"]: r[price]
         for r in results["records"]
         if (r["toy"], r["ending"], r["padding"]) == (toy, ending, padding)
     }
     return found[variant] / found["resident"]
+
+
+def floor_ratio(results: Record, toy: str, ending: str) -> float:
+    """What the best possible manager pays for the offloaded table over what it pays for the resident one.
+
+    Of the naive program: a manager moves a value whenever it reads one, and needs no copies that the program makes.
+    """
+    return ratio(results, toy, ending, BASE_PADDING, "offload_naive", FLOOR)
 
 
 def span(results: Record, toy: str, endings: Sequence[str] = ENDINGS) -> tuple[float, float]:
@@ -137,19 +150,22 @@ def named_class(results: Record, toy: str) -> str:
 
 
 def endings_table(results: Record, wall_overhead: dict[str, float | None]) -> str:
-    """A line per toy and ending: the ratio at every padding, and its class at the question's by both rules.
+    """A line per toy and ending: the ratio at every padding; at the question's, that of the floor, and its class by
+    both rules.
 
     Args:
         wall_overhead: toy -> extra wall time of its lookup's prefetch as a share, where it was measured.
     """
-    rows = [["lookup of", "ending", *(f"{p:,}" for p in PADDINGS), f"at {BASE_PADDING:,}: plain rule", "task 011"]]
+    base = f"at {BASE_PADDING:,}: floor"
+    rows = [["lookup of", "ending", *(f"{p:,}" for p in PADDINGS), base, "plain rule", "task 011"]]
     for about in results["toys"]:
         for ending in ENDINGS:
             toy = about["toy"]
             found = {padding: ratio(results, toy, ending, padding) for padding in PADDINGS}
             here = found[BASE_PADDING]
             task = by_task(here, wall_overhead.get(toy))
-            rows.append([toy, ending, *(f"{r:.2f}" for r in found.values()), by_seed(here), task])
+            ratios = [*found.values(), floor_ratio(results, toy, ending)]
+            rows.append([toy, ending, *(f"{r:.2f}" for r in ratios), by_seed(here), task])
     return aligned(rows, left={0, 1, len(rows[0]) - 2, len(rows[0]) - 1})
 
 
