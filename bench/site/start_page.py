@@ -84,9 +84,9 @@ def verdict_lines(evidence: Evidence) -> str:
         "What does not": (
             "the claim about the lookup. By the padding, and by what becomes of the rows, it adds "
             f"{added(least)[1:]} to {added(most)[1:]}, and other definitions give other classes. The best possible "
-            f"manager, which knows every address in advance, still pays {floors} more ({of_v41} in V4.1's form) under "
-            "a million bytes, whatever becomes of the rows: a first read cannot be avoided, and copies made ahead "
-            "saved nothing on any text that was priced on one stack."
+            f"manager, which knows every address, still pays {floors} more ({of_v41} in V4.1's form) under a million "
+            "bytes: a first read cannot be avoided, and copies made ahead saved nothing on any text that was priced "
+            "on one stack."
         ),
         "Where it turns": (
             f"with one token's experts, V4.1-Flash's step is {added(1 + one)[1:]} dearer. From an SSD in random rows "
