@@ -9,13 +9,8 @@ multiplications gets a test of its own against Python's `%`, and a wrong candida
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +23,6 @@ from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, INT64_MAX, Hashed, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.vocab import CompressedVocab
 
-ROOT = Path(__file__).parents[3]
 PRIMES = (3, 5, 7, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
 # Eight columns whose rows are int32, and eight whose rows are int64.
 EIGHT = {"int32 rows": PRIMES[:8], "int64 rows": PRIMES[2:]}
@@ -348,51 +342,3 @@ def test_copies_have_constants_of_their_own(duplicate):
     expected = hasher(ids, 4)
     del hasher
     assert_same(twin(ids, 4), expected)
-
-
-@pytest.mark.parametrize("cache", ["user folder", "nowhere"])
-def test_read_only_checkout(cache, tmp_path):
-    """Numba cannot write beside the module: it falls back to the user's cache folder, else to no cache."""
-    shutil.copytree(ROOT / "engram_ref", tmp_path / "engram_ref", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in ("", "hashing"):
-        (tmp_path / "engram_ref" / folder / "__pycache__").write_text("a file where a folder should go")
-    home = tmp_path / "home"
-    home.mkdir() if cache == "user folder" else home.write_text("no folder either")
-    code = "import engram_ref.hashing.fused as f; print(f.__file__)"
-    environment = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
-    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(tmp_path / "engram_ref" / "hashing" / "fused.py")
-    if cache == "user folder":
-        assert list(home.rglob("*.nbi"))
-
-
-def test_machine_code_of_other_sources_is_not_used(tmp_path):
-    """A loop holds the code that it calls, of other files too; a release may come with their old times and sizes."""
-    package = tmp_path / "engram_ref"
-    shutil.copytree(ROOT / "engram_ref", package, ignore=shutil.ignore_patterns("__pycache__"))
-    code = (
-        "import numpy as np\n"
-        "from engram_ref.config import EngramConfig\n"
-        "from engram_ref.hashing import HashPlan, NgramHasher\n"
-        "plan = HashPlan.build(EngramConfig.preset('tiny'), compressed_size=100, pad_compressed=2)\n"
-        "print(NgramHasher(plan, 'numba')(np.array([[7]]), plan.layers[0].layer_id).tolist())\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
-    environment["PYTHONPATH"] = str(tmp_path)
-
-    def run() -> str:
-        command = [sys.executable, "-B", "-c", code]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-
-    before = run()
-    assert run() == before and list(package.rglob("fused*.nbi"))
-    path = package / "hashing" / "fused.py"
-    was, text = path.stat(), path.read_text()
-    assert text.count("h ^= (") == 1
-    path.write_text(text.replace("h ^= (", "h |= ("))  # the same size
-    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert run() != before
