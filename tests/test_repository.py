@@ -7,19 +7,18 @@ import re
 import statistics
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from bench import fill_docs
 from bench.instruments.output import source
 from bench.instruments.timing import paired_ratio
-from bench.schemas.generator import json_schema
 from bench.schemas.results_files import RESULTS
 from bench.site.pictures import narrow_of
 from bench.sweeps.points import SWEEPS
 from bench.wall.numbers import bytes_agree, hidden_share, rows_agree, run_of
 from engram_ref.place import command as place_command
 from engram_toy.bytedmd import bytedmd, traced_eval
+from tests.schemas import validator
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engram_ref", "engram_toy", "engram_price", "bench")
@@ -120,7 +119,7 @@ def test_every_figure_of_start_page_and_findings_is_drawn_for_a_phone(page):
     ],
 )
 def test_committed_results_fit_the_schema(results, schema):
-    jsonschema.validate(fill_docs.load(results), json_schema(RESULTS[f"bench/schemas/{schema}.py"]))
+    validator(RESULTS[f"bench/schemas/{schema}.py"]).validate(fill_docs.load(results))
 
 
 def test_the_cpu_example_read_what_was_predicted_and_hid_it():

@@ -19,7 +19,6 @@ from bench import bytedmd_toy
 from bench.price import models
 from bench.price.job import Job, check_against_upstream, price_job
 from bench.price.table import groups, is_valid, verdict_table
-from bench.schemas.generator import json_schema
 from bench.schemas.toy import Results
 from bench.setup.streams import text_source
 from engram_ref import cli
@@ -28,9 +27,10 @@ from engram_ref.files.texts import read_text
 from engram_toy import bytedmd as own
 from engram_toy.models.programs import BOUNDARIES, MODELS
 from tests import commands
+from tests.schemas import validator
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
 ALONE = [*SMALL, "--jobs", "1"]
 SMALL_TOKENIZER = ROOT / "tests/golden/tokenizer_small"
@@ -69,10 +69,10 @@ def finished(tmp_path_factory):
 
 def test_results_fit_the_schema(finished):
     _, _, results = finished
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     assert len(results["runs"]) == 2 * 3 * 4
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**results, "verdict": "WIN"}, SCHEMA)  # evidence holds no conclusions
+        SCHEMA.validate({**results, "verdict": "WIN"})  # evidence holds no conclusions
 
 
 def test_every_comparison_is_valid(finished):
@@ -127,7 +127,7 @@ def test_the_second_definition_and_another_text(tmp_path):
     done = command(*ALONE, "--definition", "two-stack", "--model", "engram", "--text", str(text), "--out", str(out))
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     assert results["stream"]["name"] == "text.txt"
     assert all(is_valid(results, model, boundary) for model, boundary in groups(results))
 
@@ -151,7 +151,7 @@ def cut_down(tmp_path_factory, cache_home):
 
 def test_v41_runs_engram_alone_and_fits_the_schema(cut_down):
     _, out, results = cut_down
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     assert (results["configuration"]["preset"], results["configuration"]["model"]) == ("v41-flash", "engram")
     assert groups(results) == [("engram", boundary) for boundary in BOUNDARIES] and len(results["runs"]) == 3 * 4
     assert all(is_valid(results, model, boundary) for model, boundary in groups(results))

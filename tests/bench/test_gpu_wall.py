@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jsonschema
 import pytest
 import torch
 
 from bench import gpu_wall
 from bench.instruments import bandwidth
-from bench.schemas.generator import json_schema
 from bench.schemas.wall import Results
 from bench.setup import sizes
 from bench.setup.variants import TableSet, Variant
@@ -30,9 +28,10 @@ from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import HashPlan
 from engram_ref.tables.file import FileTable
 from tests.bench.setup.test_backbones import TINY
+from tests.schemas import validator
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
 
 
@@ -73,7 +72,7 @@ def results(text, tmp_path_factory, cache_home):
 
 
 def test_the_results_fit_the_schema(results):
-    jsonschema.validate(results[1], SCHEMA)
+    SCHEMA.validate(results[1])
 
 
 def test_every_variant_of_a_cpu_is_measured_in_every_step(results):
@@ -171,7 +170,7 @@ def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch,
     ]
     run_main(monkeypatch, *SMALL, *shapes, "--text", text, "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     for step in results["steps"]:
         assert {run["variant"] for run in step["runs"]} == set(wall_options.VARIANTS) and rows_agree(step)
         hot = run_of(step, "offload_hot")["hot"]
@@ -192,7 +191,7 @@ def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypa
     out = tmp_path / "out"
     run_main(monkeypatch, *V41, "--rows", layout, "--backbone", backbone, *shapes, "--text", text, "--out", out)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     assert {tuple(e.shape[1:]) for e in fused} == {(5, 24 * 256), (1, 24 * 256)}
     assert all(e.dtype == torch.float32 for e in fused)
     assert [step["prediction"]["rows"] for step in results["steps"]] == [5 * 24, 2 * 24]
@@ -441,7 +440,7 @@ def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, mo
     found = steps_of(tmp_path)
     assert measured == ["decode"] and [step["shape"]["phase"] for step in found] == ["prefill", "decode"]
     assert [run["step_s"] for run in found[0]["runs"]] == [run["step_s"] for run in kept[0]["runs"]]
-    jsonschema.validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), SCHEMA)
+    SCHEMA.validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
     run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path)
     assert measured == ["decode"] and steps_of(tmp_path) == found
     run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path, "--fresh")
@@ -472,7 +471,7 @@ def test_a_cut_within_a_shape_keeps_its_whole_rounds(tmp_path, text, monkeypatch
         else:
             run_main(monkeypatch, *SMALL, *options)
         found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-        jsonschema.validate(found, SCHEMA)
+        SCHEMA.validate(found)
         (step,) = found["steps"]
         assert step["finished"] == (rounds == 3) and step["sessions"] == list(range(rounds))
         assert ("cut after round" in wall_table(found)) == (rounds < 3)

@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -17,14 +16,14 @@ from bench.evidence.lookup_table import report
 from bench.instruments import bandwidth
 from bench.instruments.clocks import EventClock
 from bench.reads.table import report as reads_report
-from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
 from bench.setup.staged_parts import SharedGather
 from engram_ref.lookup.device import DeviceLookup
 from engram_ref.rows.rows import Rows
 from tests.bench.wall.example import environment
+from tests.schemas import validator
 
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
 SMALL += ["--threads", "1", "3"]
 COMMITTED = Path(__file__).parents[2] / "bench/results/lookup_speed_h200.json"  # of before there were parts
@@ -46,7 +45,7 @@ def results(tmp_path, monkeypatch, cache_home, capsys):
 
 def test_a_cpu_is_timed_by_the_hosts_clock_and_says_so(results):
     found, text, out = results
-    jsonschema.validate(found, SCHEMA)
+    SCHEMA.validate(found)
     assert text.startswith("Measured on the CPU ") and "no GPU figure follows" in text.splitlines()[0]
     *_, written, last = text.splitlines()
     assert written == json.loads(last)["results"] == str(out / "results.json")
@@ -77,7 +76,7 @@ def test_the_table_says_where_the_time_of_staged_goes_and_reads_runs_that_did_no
     assert head.split()[:3] == ["tokens", "hash", "start"] and "1 thread  3 threads  stolen" in head
     assert five.split()[0] == "5" and five.split()[2] == "123.4" and five.split()[-3:] == ["56.7", "250", "17"]
     older = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    jsonschema.validate(older, SCHEMA)
+    SCHEMA.validate(older)
     assert "staged" in report(older) and "where the time" not in report(older)
 
 
@@ -205,7 +204,7 @@ def test_the_table_holds_uva_against_what_was_published(results):
         case["samples_s"] = {name: [1e-6] * 6 for name in ("resident", "resident again")}
         case["samples_s"]["uva"] = [5e-6] * 6
         case["launched_late"] = {"resident": 0, "resident again": 0, "uva": 2}
-    jsonschema.validate(gpu, SCHEMA)
+    SCHEMA.validate(gpu)
     text = report(gpu)
     lines = [line.split() for line in text.splitlines() if "uva" in line.split()[:2]]
     one, five = (line for line in lines if line[1] == "uva")
@@ -218,7 +217,7 @@ def test_other_ways_to_read_need_the_rows_of_uva_and_say_so(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     run_main(monkeypatch, *SMALL, "--out", tmp_path, "--reads", "padded")
     found, text = json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), capsys.readouterr().out
-    jsonschema.validate(found, SCHEMA)
+    SCHEMA.validate(found)
     assert {"way": "reads", "why": "they read the rows of uva, which is left out"} in found["skipped"]
     assert "reads: left out, they read the rows of uva" in text and "asked" not in found["cases"][0]
 
@@ -229,7 +228,7 @@ def test_ways_to_read_are_told_with_what_they_asked_for(results):
         case["samples_s"] |= {"as_is": [2e-6] * 6, "padded": [1e-6] * 6, "stream": [1e-6] * 6}
         lines = {"as_is": 3.9375, "padded": 3.0, "stream": 3.0}
         case["asked"] = {name: {"lines": case["rows"] * n, "sectors": case["rows"] * 9.0} for name, n in lines.items()}
-    jsonschema.validate(gpu, SCHEMA)
+    SCHEMA.validate(gpu)
     lines = {(line[0], line[1]): line[2:] for line in map(str.split, reads_report(gpu).splitlines()) if line}
     # 24 rows of 264 B in 1 us: 24 M rows/s, 6.336 GB/s of them, 6.912 of nine sectors each
     assert lines["1", "padded"] == ["1", "24", "6.336", "6.912", "3", "9", "0.5", "[0.5,", "0.5]"]

@@ -23,14 +23,14 @@ from bench.rows import table as row_table
 from bench.rows.cases import Case, plan_of, price_case, read_rows, source
 from bench.rows.table import TEXT, crossing_of
 from bench.rows.whole_model import AROUND, MODELS, WholeModel, step_price
-from bench.schemas.generator import json_schema
 from bench.schemas.production import Results
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
 from engram_toy.tracer.stack import cumulative_price, read_price
+from tests.schemas import validator
 
 TOKENS = 512
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +133,11 @@ def test_decoding_reads_every_part_in_turn():
 
 
 def test_records_fit_the_schema(results):
-    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(results)))
+    SCHEMA.validate(json.loads(json.dumps(results)))
     broken = json.loads(json.dumps(results))
     broken["records"][0]["price"] = 1.5
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.Draft202012Validator(SCHEMA).validate(broken)
+        SCHEMA.validate(broken)
 
 
 def test_tables_and_figures(results, tmp_path):

@@ -7,11 +7,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import jsonschema
 import pytest
 
-from bench.schemas.generator import json_schema
 from bench.schemas.lookup_speed import Results
+from tests.schemas import validator
 
 pytest.importorskip("triton", reason="the stand-in runs kernels in Triton's interpreter")
 ROOT = Path(__file__).parents[2]
@@ -25,7 +24,7 @@ def test_ways_to_read_are_timed_beside_uva_and_counted(preset, on_stand_in, tmp_
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    jsonschema.validate(found, json_schema(Results))
+    validator(Results).validate(found)
     (case,) = found["cases"]
     others = set(case["samples_s"]) - {"resident", "resident again", "uva", "staged"}
     if preset == "tiny":  # bfloat16 rows of eight bytes

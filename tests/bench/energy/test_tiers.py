@@ -15,10 +15,10 @@ from bench.evidence.committed import Evidence
 from bench.evidence.published import energy_tiers
 from bench.rows import cases
 from bench.schemas import ranges
-from bench.schemas.generator import json_schema
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.place.energy import pages_per_row
+from tests.schemas import validator
 
 ROOT = Path(step_reads.__file__).resolve().parents[2]
 NEAR, FAR, PAGED = Tier("near", (1.0, 2.0)), Tier("far", (10.0, 40.0)), Tier("paged", (0.0, 0.0), (1e6, 3e6))
@@ -109,10 +109,10 @@ def test_too_few_steps_are_refused(small):
 
 
 def test_the_committed_file_fits_its_schema(results):
-    schema = json_schema(ranges.EnergyByTier)
-    jsonschema.validate(results, schema)
+    schema = validator(ranges.EnergyByTier)
+    schema.validate(results)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**results, "joules": 1.0}, schema)
+        schema.validate({**results, "joules": 1.0})
 
 
 def test_reuse_falls_with_the_step_and_never_again_is_least(results):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from types import SimpleNamespace
 
-import jsonschema
 import pytest
 import torch
 
@@ -14,7 +13,6 @@ from bench.instruments.board import BoardWatch, PcieThroughput, count_traffic, r
 from bench.instruments.driver import Driver, open_driver
 from bench.instruments.timing import NotMeasured
 from bench.schemas.common import Traffic
-from bench.schemas.generator import json_schema
 from bench.schemas.served import Board as BoardRecord
 from bench.served import rounds as end_to_end_rounds
 from bench.wall import step as steps
@@ -24,6 +22,7 @@ from bench.wall.record import run_record
 from tests.bench.instruments.test_driver import WRAP, FakeNvml
 from tests.bench.test_gpu_wall import SCHEMA as WALL_SCHEMA
 from tests.bench.wall.example import example, limits
+from tests.schemas import validator
 
 
 class Board(FakeNvml):
@@ -83,7 +82,7 @@ def test_a_pass_knows_clock_power_reasons_and_both_ends_of_its_energy(nvml):
         "joules_after": 5160.0,  # 80 W
         "unknown": {},
     }
-    jsonschema.validate(found, json_schema(BoardRecord))
+    validator(BoardRecord).validate(found)
 
 
 def test_reasons_have_both_of_nvmls_names(nvml):
@@ -112,7 +111,7 @@ def test_passes_are_repeated_until_there_is_something_to_see(nvml, row_bytes, pa
     found = count_traffic(Driver(nvml, "gpu"), nvml.one_pass, row_bytes, nvml.clock)
     assert (found["value"], found["why"], found["fallback"]) == (1000, None, None)
     assert (found["passes"], found["seconds"], found["row_bytes"]) == (passes, 0.25 * passes, passes * row_bytes)
-    jsonschema.validate(found, json_schema(Traffic))
+    validator(Traffic).validate(found)
 
 
 def test_without_a_counter_throughput_is_sampled_for_a_second_and_says_so(nvml):
@@ -124,7 +123,7 @@ def test_without_a_counter_throughput_is_sampled_for_a_second_and_says_so(nvml):
     assert fallback["what"].startswith("nvmlDeviceGetPcieThroughput") and fallback["why"] is None
     samples = fallback["value"]["samples_bytes_per_s"]
     assert set(samples) <= {20_000, 30_000, 40_000} and min(samples) <= fallback["value"]["bytes_per_s"] <= max(samples)
-    jsonschema.validate(found, json_schema(Traffic))
+    validator(Traffic).validate(found)
 
 
 def test_without_both_nothing_is_run_and_nothing_is_guessed(nvml):
@@ -132,7 +131,7 @@ def test_without_both_nothing_is_run_and_nothing_is_guessed(nvml):
     found = count_traffic(Driver(nvml, "gpu"), pytest.fail, 1, nvml.clock)
     assert (found["value"], found["passes"], found["fallback"]["value"]) == (None, 0, None)
     assert found["fallback"]["why"] == "nvmlDeviceGetPcieThroughput: Not Supported"
-    jsonschema.validate(found, json_schema(Traffic))
+    validator(Traffic).validate(found)
 
 
 def test_samples_are_averaged(nvml):
@@ -181,7 +180,7 @@ def test_the_counter_of_the_control_is_kept_and_taken_off(nvml, monkeypatch):
     assert runs["no_engram"]["freed"] is None and runs["offload_uva"]["freed"] == step["table"]["bytes"]
     for run in step["runs"]:
         run.setdefault("freed", None)
-    jsonschema.validate(results, WALL_SCHEMA)
+    WALL_SCHEMA.validate(results)
     assert over_control(step, run_of(step, "offload_uva")) == 1_599_000
     with pytest.raises(NotMeasured, match=r"no counter sees this traffic|by another counter"):
         over_control(step, run_of(step, "resident"))

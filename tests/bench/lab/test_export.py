@@ -9,15 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from bench.evidence.committed import Evidence
 from bench.lab import export, finding, model
 from bench.schemas import lab
-from bench.schemas.generator import json_schema
 from engram_toy import bytedmd as ours
 from engram_toy.tracer.stack import read_price
+from tests.schemas import validator
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,7 +66,7 @@ def test_the_folder_runs_by_itself_and_its_finding_holds_only_its_numbers(tmp_pa
 def test_the_originals_prices_are_ours(run):
     """Every committed record was priced by the original tracer in a tree of its own."""
     results = Evidence()["lab"]
-    jsonschema.validate(results, json_schema(lab.Results))
+    validator(lab.Results).validate(results)
     c = results["configuration"]
     assert max(c["paddings"]) == 10_000 and results["not_served"][-1]["padding"] == 10**6
     committed = {

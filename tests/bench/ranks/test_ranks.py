@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -16,12 +15,12 @@ from bench.ranks.model import DECODE_WINDOW_S, layer_bytes, model_table
 from bench.ranks.schedule import simulate
 from bench.ranks.table import bytes_table, formula_holds, measured_table, most_hidden
 from bench.schemas import ranks
-from bench.schemas.generator import json_schema
 from bench.setup import table_content
 from bench.wall.step import Shape
 from engram_ref.config import EngramConfig
 from engram_ref.sharding.on_paper import LINKS
 from tests.ref.ranks import run_ranks
+from tests.schemas import validator
 
 V41 = EngramConfig.preset("v41-flash")
 
@@ -54,7 +53,7 @@ def test_the_run_counts_what_the_plan_says_and_keeps_other_numbers_of_ranks(tmp_
         for case in entry["cases"]:
             assert formula_holds(case) and len(case["by_rank"]) == entry["ranks"]
             assert (case["by_rank"][0]["formula"] is None) == (case["way"] == "unique")
-    jsonschema.validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), json_schema(ranks.Results))
+    validator(ranks.Results).validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
     assert "these times mean nothing elsewhere" in measured_table(results) and "DIFFERS" not in measured_table(results)
 
 

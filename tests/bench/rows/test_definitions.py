@@ -13,9 +13,9 @@ pytest.importorskip("numba", reason="row prices are compiled: pip install numba"
 from bench.evidence.committed import Evidence
 from bench.rows.definitions import DEFINITIONS, FLOOR, KEPT, PADDINGS, ROWS, TABLES, definitions_table, price, ratio
 from bench.schemas import definitions
-from bench.schemas.generator import json_schema
 from engram_toy.fast.last_reads import Linker
 from engram_toy.fast.rows import start
+from tests.schemas import validator
 
 
 def rows(*deepest: int) -> int:
@@ -58,10 +58,10 @@ def results():
 
 
 def test_the_committed_file_holds_every_case_once(results):
-    schema = json_schema(definitions.Results)
-    jsonschema.validate(results, schema)
+    schema = validator(definitions.Results)
+    schema.validate(results)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**results, "best": "floor"}, schema)
+        schema.validate({**results, "best": "floor"})
     names = ("table", "tokens", "layout", "definition", "padding_bytes")
     cases = {tuple(r[name] for name in names) for r in results["records"]}
     streams = {(r["table"], r["tokens"]) for r in results["records"]}

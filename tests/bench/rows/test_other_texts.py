@@ -6,7 +6,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -16,12 +15,12 @@ from bench.rows.other_texts import deal_order, measure_batch, measure_ids, seen_
 from bench.rows.other_texts_table import batch_table, once_a_step, real, rows_seen, spread, texts_table, tier_reads
 from bench.rows.whole_model import MODELS
 from bench.schemas import ranges
-from bench.schemas.generator import json_schema
 from bench.setup import corpora
 from bench.setup.corpora import CORPORA, Corpus, conversations, fetched, first_characters
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy.tracer.stack import cumulative_price
+from tests.schemas import validator
 
 ROOT = Path(other_texts.__file__).resolve().parents[2]
 
@@ -142,8 +141,8 @@ def test_eight_kinds_with_a_licence_each():
 
 def test_what_the_committed_file_says():
     results = Evidence()["other_texts"]
-    schema = json_schema(ranges.OtherTexts)
-    jsonschema.validate(results, schema)
+    schema = validator(ranges.OtherTexts)
+    schema.validate(results)
     assert len(real(results)) >= 9
     for record in results["records"]:
         assert record["shuffled_seen_before"]["4"] <= record["seen_before"]["4"] + 1e-9

@@ -15,9 +15,9 @@ from bench.rows import map_figure, verdict_map
 from bench.rows.table import TEXT
 from bench.rows.verdict_map import POINTS, boundary, map_records, map_table, point, points_table, ratio
 from bench.schemas import ranges
-from bench.schemas.generator import json_schema
 from engram_ref.config import EngramConfig
 from engram_toy.fast.last_reads import Linker
+from tests.schemas import validator
 
 ROOT = Path(verdict_map.__file__).resolve().parents[2]
 RECORD = {"pinned": 100, "buried": 3000, "row_bytes_read": 10, "price_of_a_byte_below": 5}
@@ -88,10 +88,10 @@ def test_points_bound_the_rows_of_the_whole_model(results):
 
 
 def test_the_committed_map(results):
-    schema = json_schema(ranges.VerdictMap)
-    jsonschema.validate(results, schema)
+    schema = validator(ranges.VerdictMap)
+    schema.validate(results)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**results, "verdict": "WIN"}, schema)
+        schema.validate({**results, "verdict": "WIN"})
     records = results["records"]
     for key in {(r["table"], r["layout"]) for r in records}:
         line = [ratio(r, 0.0) for r in records if (r["table"], r["layout"]) == key]

@@ -5,31 +5,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from bench.instruments.output import source
 from bench.instruments.timing import NotMeasured, Overhead
-from bench.schemas.generator import json_schema
 from bench.schemas.served import Results
 from bench.served import numbers
 from bench.served.figures import draw_all
 from bench.served.table import report
 from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
+from tests.schemas import validator
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_example_fits_the_schema(device):
-    jsonschema.validate(example(device), SCHEMA)
+    SCHEMA.validate(example(device))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("end_to_end_*.json")), ids=lambda path: path.stem)
 def test_committed_results_stay_valid_and_are_reported(path):
     results = json.loads(path.read_text(encoding="utf-8"))
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     text = report({**results, "cases": results["cases"][:1]})
     assert "of resident" in text and ("WIN" in text or "LOSS" in text or results["device"] == "cpu")
     assert (results["device"] == "cpu") == ("no class: a CPU has no bus" in text)
@@ -145,7 +144,7 @@ def test_the_weights_column_is_marked():
     one = example()
     for row in one["cases"][0]["rows"]:
         row["weights"] = numbers.weight_reading({"gather": {"bytes_per_s": 0.4e12}}, one["cases"][0], row)
-    jsonschema.validate(one, SCHEMA)
+    SCHEMA.validate(one)
     text = report(one)
     assert text.count("launch-bound 1") == 9 and "is marked launch-bound" in text and "400 GB/s were measured" in text
 
@@ -156,7 +155,7 @@ def test_what_the_control_received_is_taken_off():
     counted = {"why": None, "passes": 3, "seconds": 1.0, "row_bytes": 0, "fallback": None}
     rows["no_engram"]["pcie"] = {"value": 2_000_000, **counted}
     rows["offload_prefetch"]["pcie"] = {"value": 5_000_000, **counted}
-    jsonschema.validate(one, SCHEMA)
+    SCHEMA.validate(one)
     assert numbers.over_control(one["cases"][0], rows["offload_prefetch"]) == 3_000_000
     assert numbers.over_control(one["cases"][0], rows["resident"]) is None
     line = next(line for line in report(one).splitlines() if line.startswith("offload_prefetch"))
@@ -172,7 +171,7 @@ def test_a_sampled_throughput_is_a_note_and_no_number_of_the_table():
         rows[label]["pcie"] = {
             "value": None, "why": "no counter", "passes": 2, "seconds": 1.0, "row_bytes": 0, "fallback": fallback
         }  # fmt: skip
-    jsonschema.validate(one, SCHEMA)
+    SCHEMA.validate(one)
     text = report(one)
     assert "PCIe sampled instead (sampled): no_engram 1 MB/s, offload_prefetch 4 MB/s (3 more)" in text
     assert "no PCIe counter: no counter" in text
@@ -189,7 +188,7 @@ def test_a_pass_has_the_energy_of_the_whole_board():
             },
             "why": None,
         }  # fmt: skip
-    jsonschema.validate(one, SCHEMA)
+    SCHEMA.validate(one)
     assert numbers.pass_joules(one["cases"][0]["rows"][0]) == 200.0
     assert numbers.pass_joules(one["cases"][0]["rows"][1]) is None
     assert "1980 to 1980 MHz, 650.5 to 650.5 W, slowed by nothing" in report(one)

@@ -12,7 +12,6 @@ from bench.evidence.committed import Evidence
 from bench.instruments.claim import by_seed, by_task
 from bench.price.models import make_workload, toy_config
 from bench.schemas import ranges
-from bench.schemas.generator import json_schema
 from bench.sweeps import lookup_range
 from bench.sweeps.lookup_range import floor_ratio, named_class, price_ending, ratio, span
 from engram_ref.hashing import HashPlan
@@ -20,6 +19,7 @@ from engram_toy.bytedmd import bytedmd
 from engram_toy.models.endings import ENDINGS, ended, total
 from engram_toy.models.layouts import Layout
 from engram_toy.models.programs import build
+from tests.schemas import validator
 from tests.toy.oracle import oracle_trace
 
 ROOT = Path(lookup_range.__file__).resolve().parents[2]
@@ -102,10 +102,10 @@ def test_both_rules_side_by_side(price, wall, seed, task):
 
 
 def test_the_committed_file_fits_its_schema(results):
-    schema = json_schema(ranges.LookupRange)
-    jsonschema.validate(results, schema)
+    schema = validator(ranges.LookupRange)
+    schema.validate(results)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**results, "verdict": "WIN"}, schema)
+        schema.validate({**results, "verdict": "WIN"})
     cases = {(r["toy"], r["ending"], r["variant"], r["padding"]) for r in results["records"]}
     assert len(cases) == len(results["records"]) == len(results["toys"]) * len(ENDINGS) * 3 * 6
 

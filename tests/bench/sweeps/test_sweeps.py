@@ -23,7 +23,6 @@ from bench.instruments.code_digest import code_files
 from bench.price import models
 from bench.price.job import Job, price_job
 from bench.price.models import make_workload, toy_config
-from bench.schemas.generator import json_schema
 from bench.schemas.sweeps import Results
 from bench.setup.streams import random_source
 from bench.sweeps import command as sweep_command
@@ -36,9 +35,10 @@ from bench.sweeps.table import Crossing, crossing_text, crossings, ratios, repor
 from engram_ref import cli
 from engram_ref.hashing import HashPlan
 from engram_toy.models.layouts import VARIANTS
+from tests.schemas import validator
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 COMMITTED = ROOT / "bench/results"
 TINY = ["--quick", "--seq_len", "4", "--d_model", "4"]
 SMALL = [*TINY, "--model", "kv-bank", "--tokenizer", str(ROOT / "tests/golden/tokenizer_small")]
@@ -398,12 +398,12 @@ def test_the_key_names_all_code_that_decides_a_price():
 def test_results_fit_the_schema(quick, results):
     grid = load(quick[0] / "grid.json")
     for content in (results, grid):
-        jsonschema.validate(content, SCHEMA)
+        SCHEMA.validate(content)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({**content, "verdict": "WIN"}, SCHEMA)
+            SCHEMA.validate({**content, "verdict": "WIN"})
     grid["prices"]["offload_hot"] = grid["prices"]["resident"]
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(grid, SCHEMA)
+        SCHEMA.validate(grid)
 
 
 KNOWN = {

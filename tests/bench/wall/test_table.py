@@ -10,7 +10,6 @@ import pytest
 from bench.instruments import timing
 from bench.instruments.timing import NotMeasured, quantile
 from bench.instruments.words import fraction, gib, measured_on, percent, short
-from bench.schemas.generator import json_schema
 from bench.schemas.wall import Results
 from bench.wall.numbers import (
     bytes_agree,
@@ -29,8 +28,9 @@ from bench.wall.numbers import (
 )
 from bench.wall.table import prediction, run_label, scale_label, step_label, step_table, wall_table
 from tests.bench.wall.example import COPY, DRIFT, UNIQUE_BYTES, example, older
+from tests.schemas import validator
 
-SCHEMA = json_schema(Results)
+SCHEMA = validator(Results)
 
 
 @pytest.fixture
@@ -447,9 +447,8 @@ def test_labels(step):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_example_fits_the_schema(device):
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    jsonschema.validate(example(device, steps=2), SCHEMA)
-    jsonschema.validate(older(example(device, steps=2)), SCHEMA)
+    SCHEMA.validate(example(device, steps=2))
+    SCHEMA.validate(older(example(device, steps=2)))
 
 
 DAMAGES = {
@@ -498,7 +497,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_results_do_not_fit_the_schema(results, step, damage):
-    jsonschema.validate(results, SCHEMA)
+    SCHEMA.validate(results)
     DAMAGES[damage](results, run_of(step, "offload_naive"))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(results, SCHEMA)
+        SCHEMA.validate(results)
