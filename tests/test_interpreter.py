@@ -66,3 +66,36 @@ def test_types_of_numpy_are_those_of_the_interpreter():
         assert remembered(tl.bfloat16) == np.uint16 and remembered(tl.pointer_type(tl.float32)) == np.uint64
         assert remembered(tl.block_type(tl.int1, [4])) == np.bool_
         assert remembered(tl.block_type(tl.pointer_type(tl.int8), [4])) == np.uint64
+
+
+def test_operands_are_converted_and_broadcast_as_before(monkeypatch):
+    """All pairs of kinds and shapes, numbers among them, for sums and for quotients."""
+    repeat_nothing()
+    semantic = interpreter.interpreter_semantic
+    names = ("binary_op_type_checking_impl", "broadcast_impl_value")
+    quicker = {name: getattr(type(semantic), name) for name in names}
+    real = {name: found.__closure__[0].cell_contents for name, found in quicker.items()}
+
+    def tensor(kind, shape):
+        values = np.ones(shape, interpreter._get_np_dtype(kind))
+        return tl.tensor(interpreter.TensorHandle(values, kind), tl.block_type(kind, list(shape)) if shape else kind)
+
+    def converted(by, *given):
+        for name, function in by.items():
+            monkeypatch.setattr(type(semantic), name, function)
+        try:
+            made = semantic.binary_op_type_checking_impl(*given)
+            return [(str(found.type), found.handle.data.tolist()) for found in made]
+        except (TypeError, ValueError, AttributeError) as error:  # there are no constants of bfloat16
+            return type(error)
+
+    kinds = [tl.int1, tl.int8, tl.uint8, tl.int32, tl.int64, tl.float16, tl.bfloat16, tl.float32, tl.float64]
+    operands = [tensor(kind, shape) for kind in kinds for shape in ((), (4,), (2, 4))] + [tensor(tl.int8, [2]), 2, 0.5]
+    found = set()
+    for left in operands:
+        for right in operands:
+            for given in ((), (False, False, True, True), (True, True, False)):
+                made = converted(quicker, left, right, *given)
+                assert made == converted(real, left, right, *given)
+                found.add(str(made))
+    assert len(found) > 100

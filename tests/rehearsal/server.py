@@ -34,12 +34,18 @@ def serve(path: str) -> None:
     import matplotlib.backends.backend_svg
     import matplotlib.pyplot
     import numba
+    import torch._inductor.cudagraph_trees
+    import triton.experimental.gluon
 
     from bench import gpu_wall, lookup_speed
     from bench.gpu import preflight
+    from engram_ref.fusion import kernels as fusion
+    from engram_ref.hashing import fused
+    from engram_ref.lookup import kernels as lookup
 
     # Imported once, here; what a child changes in them, it changes for itself.
     assert transformers and modeling_qwen3 and matplotlib and numba and gpu_wall and lookup_speed and preflight
+    assert torch._inductor.cudagraph_trees and triton.experimental.gluon and fusion and fused and lookup
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended: clients are told
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)

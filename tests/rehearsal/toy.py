@@ -17,6 +17,7 @@ def shrink() -> None:
     from bench.gpu import preflight
     from bench.instruments import bandwidth, driver, timing
     from bench.setup import streams, variants
+    from engram_ref.config import PRESETS
     from engram_ref.hashing import kernels as kernels_hashing
     from engram_ref.rows import kernels
     from engram_ref.tables import uva
@@ -30,4 +31,5 @@ def shrink() -> None:
     streams.standard_library = functools.partial(streams.standard_library, nbytes=TEXT_BYTES)
     kernels.ROWS_PER_PROGRAM = kernels.SCALED_ROWS_PER_PROGRAM = 512
     kernels_hashing.TOKENS_PER_PROGRAM = 64
+    PRESETS["tiny"]["kernel_size"] = 2  # a convolution back over 3 tokens instead of 9
     uva._host_addresses_serve = lambda: True  # asked of a driver, and there is none
