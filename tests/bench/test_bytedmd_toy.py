@@ -32,7 +32,6 @@ from tests.schemas import validator
 ROOT = Path(__file__).parents[2]
 SCHEMA = validator(Results)
 SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
-ALONE = [*SMALL, "--jobs", "1"]
 SMALL_TOKENIZER = ROOT / "tests/golden/tokenizer_small"
 TIMES = {"wall_time_s", "wall_time_summary_s"}
 
@@ -44,10 +43,16 @@ def _own_cache(cache_home):
         yield
 
 
-def command(*options):
-    """In this process, without figures: `finished` and `cut_down` have them."""
+def serial(function, jobs, processes):
+    return enumerate(map(function, jobs))
+
+
+def command(*options, boundaries=BOUNDARIES[:1]):
+    """In this process and no other, one boundary, without figures: `finished` has all of that."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bytedmd_toy, "BOUNDARIES", boundaries)
         patch.setattr(bytedmd_toy, "draw_where_possible", lambda *_: None)
+        patch.setattr(bytedmd_toy, "in_parallel", serial)
         return commands.run(bytedmd_toy, *options)
 
 
@@ -106,14 +111,14 @@ def test_numbers_of_a_run_agree_with_each_other(finished):
 
 def test_prices_are_the_same_every_time(finished, tmp_path):
     _, _, results = finished
-    again = command(*ALONE, "--out", str(tmp_path))
+    again = command(*SMALL, "--out", str(tmp_path), boundaries=BOUNDARIES)
     assert again.returncode == 0, again.stderr
     assert prices(json.loads((tmp_path / "results.json").read_text())) == prices(results)
 
 
 def test_another_seed_reads_another_text(finished, tmp_path):
     _, _, results = finished
-    done = command(*ALONE, "--seed", "1", "--model", "engram", "--out", str(tmp_path))
+    done = command(*SMALL, "--seed", "1", "--model", "engram", "--out", str(tmp_path))
     other = json.loads((tmp_path / "results.json").read_text())
     assert done.returncode == 0
     assert other["stream"]["start"] != results["stream"]["start"]
@@ -124,7 +129,7 @@ def test_the_second_definition_and_another_text(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
     out = tmp_path / "out"
-    done = command(*ALONE, "--definition", "two-stack", "--model", "engram", "--text", str(text), "--out", str(out))
+    done = command(*SMALL, "--definition", "two-stack", "--model", "engram", "--text", str(text), "--out", str(out))
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     SCHEMA.validate(results)
@@ -139,10 +144,11 @@ def test_the_second_definition_and_another_text(tmp_path):
 def cut_down(tmp_path_factory, cache_home):
     """A run of the preset with an even smaller table: its output, and its results."""
     out = tmp_path_factory.mktemp("v41")
-    options = [*SMALL, "--preset", "v41-flash", "--jobs", "1", "--out", str(out)]
+    options = [*SMALL, "--preset", "v41-flash", "--out", str(out)]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        patch.setattr(bytedmd_toy, "in_parallel", serial)
         patch.setitem(models.CUTS["v41-flash"], "table_size_per_order", (50, 50, 50))
         patch.setattr(sys, "argv", ["bytedmd_toy", *options])
         bytedmd_toy.main()
@@ -293,7 +299,7 @@ def test_the_default_text_is_named():
 
 
 def test_every_definition_is_offered_and_a_sweep_says_which_it_takes(tmp_path):
-    done = command(*ALONE, "--definition", "stationary", "--model", "engram", "--out", str(tmp_path / "one"))
+    done = command(*SMALL, "--definition", "stationary", "--model", "engram", "--out", str(tmp_path / "one"))
     assert done.returncode == 0, done.stderr
     done = command("--quick", "--definition", "live", "--sweep", "padding", "--out", str(tmp_path / "two"))
     assert done.returncode != 0 and "unknown definition 'live': use one of lru, two-stack" in done.stderr
