@@ -53,13 +53,17 @@ def run(capsys, *argv):
 
 
 @pytest.mark.parametrize("preset", sorted(ROWS))
-def test_every_preset_reads_as_many_rows_as_published_and_says_what_was_cut(preset, capsys, monkeypatch):
+def test_every_preset_reads_as_many_rows_as_published_and_says_what_was_cut(
+    preset, capsys, monkeypatch, small_tokenizer, tmp_path
+):
     """Orders, heads and form stay; widths of the paper's rows, too."""
     config, published = toy_of(preset), EngramConfig.preset(preset)
     assert (config.columns, config.form, config.row_dtype) == (published.columns, published.form, published.row_dtype)
     assert (config.row_width == published.row_width) == (preset not in ("v41-flash", "qwen38-flash-next"))
     monkeypatch.setitem(ROWS, preset, {**ROWS[preset], "table_size_per_order": (60,) * len(config.orders)})
-    found = json.loads(run(capsys, "--preset", preset, "--tokens", "2", "--padding", "0", "--json"))
+    (tmp_path / "text.txt").write_text("a river of words that flows on and on " * 20)
+    short = () if preset == "tiny" else ("--tokenizer", str(small_tokenizer), "--text", str(tmp_path / "text.txt"))
+    found = json.loads(run(capsys, "--preset", preset, "--tokens", "2", "--padding", "0", "--json", *short))
     assert found["rows_read"] == 2 * published.columns and found["values_per_row_published"] == (
         264 if preset == "v41-flash" else published.row_width
     )

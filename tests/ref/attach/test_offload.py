@@ -7,7 +7,6 @@ bit, and everything is given back.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import threading
 
@@ -216,12 +215,22 @@ def test_gradient_checkpointing():
         assert offloaded.prefetched == 1 and offloaded.late == 1  # the block, and the block once more
 
 
-def test_compiled(monkeypatch):
+class _Nothing(nn.Module):
+    def forward(self, hidden, *_, **__):
+        return hidden
+
+
+class _NoAttention(nn.Module):
+    def forward(self, hidden, *_, **__):
+        return hidden, None
+
+
+def test_compiled():
     """Without a code generator, whose rounding differs with where a graph ends, compiled is as it was written."""
-    # Each place of a chunk is a stretch of its own in the graph: of 64 places, tracing takes minutes.
-    small = functools.partial(qwen4.torch_chunk_gated_delta_rule, chunk_size=4)
-    monkeypatch.setattr(qwen4, "torch_chunk_gated_delta_rule", small)
     model = make_model(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    first, second = model.model.layers
+    # What the class computes beside its table is not ours: tracing that takes twice as long as all else.
+    first.linear_attn, second.self_attn, first.mlp, second.mlp = _Nothing(), _NoAttention(), _Nothing(), _Nothing()
     ids = ids_of(2, 12)
     expected = logits(model, ids)
     with offload_table(model, "device") as offloaded:
