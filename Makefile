@@ -30,7 +30,7 @@ toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto # forked children cannot use threads of OpenMP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal # forked children cannot use threads of OpenMP
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .

@@ -169,7 +169,7 @@ def recorded(workload):
 
 
 @pytest.mark.parametrize("definition", [*definitions.DEFINITIONS[2:], FLOOR])
-@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("boundary", BOUNDARIES[::2])  # a block has the layer in it
 def test_every_variant_of_other_definitions_is_the_direct_run(workload, recorded, boundary, definition):
     """Arguments with addresses of their own, and the floor; rows below the padding are dearer under all of them."""
     priced_by_schedule = {}

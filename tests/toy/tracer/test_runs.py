@@ -535,7 +535,7 @@ def test_a_numba_that_cannot_be_imported_is_named_once():
     assert text.startswith("numba is not used")
 
 
-COMPILED = "from engram_toy.bytedmd import trace; print(trace(lambda a, b: a + b, (1, 2), compiled=True).cost())"
+COMPILED = "from engram_toy.fast.compiling import compiled\n@compiled()\ndef twice(x): return x + x\nprint(twice(3))"
 
 
 def no_file_may_grow():
@@ -545,10 +545,13 @@ def no_file_may_grow():
 
 @pytest.mark.parametrize("limit", [None, no_file_may_grow], ids=["nowhere to write", "nothing can be written"])
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, limit):
-    env = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    cache = str(tmp_path / "cache")
+    env = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
     if limit is None:
-        (tmp_path / "cache").write_text("a file where the folder would be")
+        for name in ("cache", "__pycache__"):
+            (tmp_path / name).write_text("a file where the folder would be")
+    (tmp_path / "loop.py").write_text(COMPILED)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=env, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit
+        [sys.executable, "loop.py"], env=env, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit
     )
-    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("6\n", 0), done.stderr
