@@ -17,6 +17,7 @@ from bench.instruments import bandwidth
 from bench.schemas.wall import Results
 from bench.setup import sizes
 from bench.setup.variants import TableSet, Variant
+from bench.wall import components
 from bench.wall import figures as wall_figures
 from bench.wall import options as wall_options
 from bench.wall import record as wall_record
@@ -50,6 +51,7 @@ def text(tmp_path_factory):
 def run_main(monkeypatch, *arguments, figures=False):
     monkeypatch.setattr(sys, "argv", ["gpu_wall", *map(str, arguments)])
     monkeypatch.setattr(bandwidth, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(components, "_SQUARE", 512)
     if not figures:
         monkeypatch.setattr(wall_figures, "draw_all", lambda results, out: [])
     gpu_wall.main()
