@@ -41,7 +41,7 @@ def serve(path: str) -> None:
     from bench import gpu_wall, lookup_speed
     from bench.gpu import preflight
     from bench.instruments.code_digest import code_sha256
-    from bench.setup import token_batches
+    from bench.setup import streams
     from engram_ref.fusion import kernels as fusion
     from engram_ref.hashing import fused
     from engram_ref.lookup import kernels as lookup
@@ -49,8 +49,8 @@ def serve(path: str) -> None:
     # Imported once, here; what a child changes in them, it changes for itself.
     assert transformers and modeling_qwen3 and matplotlib and numba and gpu_wall and lookup_speed and preflight
     assert torch._inductor.cudagraph_trees and triton.experimental.gluon and fusion and fused and lookup
-    token_batches.load_tokenizer = functools.cache(token_batches.load_tokenizer)  # one, which nobody changes
-    assert token_batches.load_tokenizer(None) and code_sha256("bench.gpu_wall")  # which keeps what each file imports
+    streams.load_tokenizer = functools.cache(streams.load_tokenizer)  # one, which nobody changes
+    assert streams.load_tokenizer(None) and code_sha256("bench.gpu_wall")  # which keeps what each file imports
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended: clients are told
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
