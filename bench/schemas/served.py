@@ -157,8 +157,10 @@ class Contender(TypedDict):
     variant: Annotated[str, one_of("no_engram", "own_compute", *PLACEMENTS, "throttled")]
     schedule: Annotated[
         str,
-        one_of("none", "in place", "in graph", "in graph, beside", "synchronous", "prefetched"),
-        "in graph: looked up by the kernels of the first CUDA graph; beside: on a branch of it",
+        one_of(
+            "none", "in place", "in graph", "in graph, beside", "in graph, asking the CPU", "synchronous", "prefetched"
+        ),
+        "in graph: looked up by the kernels of the first CUDA graph; beside: on a branch of it; asking: by the CPU",
     ]
     repeat: Annotated[int, one_of(0, 1)]
     hot_share: Share | None

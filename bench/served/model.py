@@ -25,7 +25,7 @@ from bench.schemas.served import Graphs
 from bench.served.graphs import Pieces
 from bench.setup.backbones import Backbone
 from bench.setup.sizes import LAYER
-from bench.setup.variants import BESIDE, IN_GRAPH, Variant
+from bench.setup.variants import ASKING, BESIDE, IN_GRAPH, Variant
 from engram_ref.attach import Attached, Places, Staged, attach
 from engram_ref.attach.exposed import Waits
 from engram_ref.attach.on_hand import OnHand
@@ -40,7 +40,7 @@ from engram_ref.vocab import CompressedVocab
 # one for each.
 SPAN = 256
 ATTENTION = "engram_served"  # under which transformers knows `served_attention`
-# Beside IN_GRAPH and BESIDE, what a decode step's graphs are captured with: rows laid down before, or where it is cut.
+# Beside schedules that graphs look up in, what a decode step's are captured with: rows laid down before, or at a cut.
 BARE, STAGED, CUT = "no layer", "staged", "staged, cut"
 _CHOSEN_AT_ONCE = 64  # sequences whose logits are there at the same time
 
@@ -136,7 +136,8 @@ class ServedModel:
         self._staged = Staged(self.device)
         self._pieces = Pieces(self.device) if graphs else None  # or time would be the host's launching
         self._beside = Staged(self.device, overlap=True) if graphs else None
-        self._look_up: list[Attached] = []  # what the graphs of IN_GRAPH and BESIDE hold
+        self._asking = Staged(self.device, overlap=True, asking=True) if graphs else None
+        self._look_up: list[Attached] = []  # what the graphs that look up hold
         self._serving = Serving()
 
     @property
@@ -161,7 +162,7 @@ class ServedModel:
         if table is None:
             yield self._serving
             return
-        engrams, background = {LAYER: Engram(self._fusion, table)}, schedule in ("prefetched", BESIDE)
+        engrams, background = {LAYER: Engram(self._fusion, table)}, schedule in ("prefetched", BESIDE, ASKING)
         with attach(
             self._decoder.model, engrams, self._plan, self._vocab,
             background=background, exposed=exposed, prefetcher=prefetcher,
@@ -230,6 +231,10 @@ class ServedModel:
         begun = schedule == "prefetched"
         if schedule in (IN_GRAPH, BESIDE):
             return pieces.replay((span, schedule), join)
+        if schedule == ASKING:
+            with attached.staging(staged=self._asking):
+                attached.answer(self._tokens, self._cache)
+                return pieces.replay((span, schedule), join)
         with attached.staging(staged=self._staged):
             if begun:
                 attached.begin(self._tokens, self._cache)
@@ -256,8 +261,8 @@ class ServedModel:
 
         capture(BARE, self._decode_once)
         for one in in_graph:  # first, so that rows are written where all graphs read them, and not copied there
-            schedule = "prefetched" if one.schedule == BESIDE else "none"
-            staged = self._staged if one.schedule == IN_GRAPH else self._beside
+            schedule = "none" if one.schedule == IN_GRAPH else "prefetched"
+            staged = {IN_GRAPH: self._staged, BESIDE: self._beside, ASKING: self._asking}[one.schedule]
             with self.serving(one.table, one.prefetcher, schedule) as now, self._staging(now, staged) as attached:
                 self._look_up.append(attached)
                 capture(one.schedule, functools.partial(self._looked_up, attached))

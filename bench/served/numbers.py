@@ -25,6 +25,7 @@ from bench.instruments.timing import (
     quantile,
 )
 from bench.schemas.served import Freed, Reading, Weights
+from bench.setup.variants import ASKING
 
 Json = dict[str, Any]
 PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
@@ -270,8 +271,11 @@ def round_bytes(case: Json) -> tuple[float, float]:
 
 
 def copies_agree(case: Json, row: Json) -> bool:
-    """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not."""
-    if case["device"] == "cpu" or row["variant"] not in _STAGED:
+    """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not.
+
+    What a graph takes for itself, no CPU copies.
+    """
+    if case["device"] == "cpu" or row["variant"] not in _STAGED or row["schedule"] == ASKING:
         return True
     row_bytes = case["table"]["row_bytes"]
     asked = {entry["round"]: entry.get("bytes_staged", entry["rows_requested"] * row_bytes) for entry in case["rounds"]}

@@ -25,7 +25,7 @@ from bench.schemas.served import PassSamples
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
 from bench.setup.sizes import LAYER
-from bench.setup.variants import BESIDE, Variant
+from bench.setup.variants import ASKING, BESIDE, Variant
 from engram_ref.attach.exposed import Place
 from engram_ref.attach.on_hand import HandedOut, OnHand
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
@@ -127,7 +127,7 @@ class Server:
             meanwhile: called when every step has been given to the device, before it is waited for.
         """
         table, prefetcher = (on_hand.table, on_hand) if on_hand else (variant.table, variant.prefetcher)
-        self._waits_at_entry = variant.schedule not in ("prefetched", BESIDE, "none")
+        self._waits_at_entry = variant.schedule not in ("prefetched", BESIDE, ASKING, "none")
         chosen: list[Tensor] = []
         with self._model.serving(table, prefetcher, variant.schedule, self):
             self._clock.begin()

@@ -37,7 +37,7 @@ _OWN_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
 
 
 # Options that only an end-to-end run has.
-OWN_OPTIONS = (*_OWN_DEFAULTS, "streams", "prefill_tokens", "hot_shares", "eager")
+OWN_OPTIONS = (*_OWN_DEFAULTS, "streams", "prefill_tokens", "hot_shares", "eager", "asking")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +69,8 @@ results are on disk after every pass; the same command again continues a run tha
     slow = "slowed buses, one variant each: bandwidth, and time to the first byte; inf:56 is only the latter"
     add("--buses", nargs="+", type=_bus, metavar="GB/s[:us]", help=slow)
     add("--eager", action="store_true", help="no CUDA graphs: the host launches every kernel of every token")
+    add("--asking", action="store_true", help="also offload_prefetch with graphs that ask the CPU for their rows "
+        "while they run; that has never run on CUDA, so give it an --out of its own")  # fmt: skip
     cli.add_fresh(parser)
 
 

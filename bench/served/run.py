@@ -72,7 +72,10 @@ class EndToEnd:
             tuple(options.hot_shares),
             tuple(Bus.parse(text) for text in options.buses),
             self.device.type == "cuda" and not options.eager,
+            options.asking,
         )
+        if options.asking and not (self.choice.graphs and "offload_prefetch" in self.choice.names):
+            raise ValueError("--asking: it is offload_prefetch from CUDA graphs: not on a CPU, not --eager")
         self.vocab = vocab_for(EngramConfig.preset(options.preset))
         self.config = table_config(options.preset, self._table_params(), 1, options.dtype)
         self.plan = HashPlan.for_vocab(self.config, self.vocab)

@@ -4,7 +4,8 @@
         for variant in contenders.variants: ...
 
 What `gpu_wall` measures around a step is here, too (`bench.setup.variants`); added are the model without an Engram
-layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus.
+layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. `offload_prefetch` is there
+twice if it is wanted: cut where its rows are joined, and `in graph`, on a branch of the one that asks the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import BESIDE, CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant, chosen
+from bench.setup.variants import ASKING, BESIDE, CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant, chosen
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -41,12 +42,14 @@ class Choice:
         hot_shares: for `offload_hot`.
         buses: for `throttled`.
         graphs: decode steps are CUDA graphs.
+        asking: measure `offload_prefetch` with graphs that ask the CPU for their rows, too.
     """
 
     names: tuple[str, ...]
     hot_shares: tuple[float, ...] = ()
     buses: tuple[Bus, ...] = ()
     graphs: bool = False
+    asking: bool = False
 
 
 class Contenders(TableSet):
@@ -87,19 +90,22 @@ class Contenders(TableSet):
             **super()._builders(),
             CONTROL: lambda: [Variant(CONTROL, "none")],
             OWN_COMPUTE: lambda: [Variant(OWN_COMPUTE, "none")],
+            "offload_prefetch": self._prefetch,
             THROTTLED: self._throttled,
         }
 
     @property
     def in_graph(self) -> list[Variant]:
         """Those that are looked up inside of graphs, one of each schedule."""
-        each = {one.schedule: one for one in reversed(self.variants) if one.schedule in (IN_GRAPH, BESIDE)}
-        return [each[schedule] for schedule in (IN_GRAPH, BESIDE) if schedule in each]
+        each = {one.schedule: one for one in reversed(self.variants)}
+        return [each[schedule] for schedule in (IN_GRAPH, BESIDE, ASKING) if schedule in each]
 
     def check_tokens(self, token_ids: np.ndarray) -> str:
         """As `check`, of token ids [B, T], the kernels' lookup included."""
         digest = self.check(self._vocab(token_ids))
         for variant in self.in_graph:
+            if variant.schedule == ASKING:
+                continue  # the CPU looks up
             assert variant.table is not None
             lookup = DeviceLookup(self.plan, {self.layer_id: variant.table}, self._vocab)
             found = lookup(torch.from_numpy(token_ids).to(self.device)).values[self.layer_id]
@@ -116,6 +122,11 @@ class Contenders(TableSet):
         # Twice: looked up before a step's graphs are replayed, and in the graph, on a branch of its own.
         found = super()._uva()
         return [*found, *(replace(one, schedule=BESIDE) for one in found if self._choice.graphs)]
+
+    def _prefetch(self) -> list[Variant]:
+        found = super()._builders()["offload_prefetch"]()
+        asking = self._choice.graphs and self._choice.asking
+        return [*found, *(replace(one, schedule=ASKING) for one in found if asking)]
 
     def _file(self) -> tuple[FileTable, str]:
         """The table as a file, and whether its reads pass the page cache."""

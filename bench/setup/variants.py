@@ -39,6 +39,7 @@ VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "off
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
 IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins where rows are needed
+ASKING = "in graph, asking the CPU"  # the branch sends the ids to the CPU, which gathers, and waits for the rows
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
@@ -52,7 +53,7 @@ class Variant:
 
     Attributes:
         name: of VARIANTS, or a control's.
-        schedule: synchronous, prefetched, in place, IN_GRAPH, BESIDE, or none where nothing is looked up.
+        schedule: synchronous, prefetched, in place, IN_GRAPH, BESIDE, ASKING, or none where nothing is looked up.
         page_cache: of a file: cold, warm, used or passed by.
         repeat: 1 for the second measurement of `resident`, the noise floor.
         hot_share: of the rows that are on the device, where several shares are measured.
@@ -77,7 +78,7 @@ class Variant:
             "" if self.hot_share is None else f"{100 * self.hot_share:g} %",
             str(self.bus or ""),
             self.schedule if self.name == "offload_disk" else "",  # the one that is measured in both
-            "in graph" if self.schedule == BESIDE else "",
+            "in graph" if self.schedule in (BESIDE, ASKING) else "",
             self.page_cache if self.page_cache in PREPARED else "",
         ]
         return " ".join(part for part in parts if part)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -174,8 +175,11 @@ class Attached:
         self._between: Callable[[], object] | None = None  # likewise
         self._begun: Callable[[], Step] | None = None  # by `begin`, until `lay_down`
         self._staging_thread = 0
-        self._stagings: dict[bool, Staged] = {}  # by overlap; captured graphs read their buffers as long as we live
+        # By overlap and asking; captured graphs read their buffers as long as we live.
+        self._stagings: dict[tuple[bool, bool], Staged] = {}
+        self._asking: set[Staged] = set()  # whose steps we answer
         self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
+        self._device = next(iter(self.engrams.values())).fusion.device
         self._list = next(name for name, child in decoder.named_children() if child is blocks)
         self._read = reader(decoder)
         enter, leave = Hook(self._enter), Hook(self._leave)
@@ -230,7 +234,11 @@ class Attached:
 
         Raises:
             ValueError: a token id outside the vocabulary, or a cache that differs from its history.
+            CallError: a step asked for rows and did not get them.
         """
+        if self._asking:
+            torch.cuda.synchronize(self._device)
+        self._settle()
         self._source.check()
         self._lengths.check()
 
@@ -293,6 +301,7 @@ class Attached:
 
     def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
         """Begin to fetch for token ids [B, T], into `room` where the source can. `waited_for`: see the prefetcher."""
+        self._settle()  # who answers has the places
         places = None if given.cache is None else history_of(given.cache, self._key)
         if isinstance(places, Places):
             goes_on = places.next_step(given.ids.shape)
@@ -496,7 +505,11 @@ class Attached:
 
     @contextmanager
     def staging(
-        self, overlap: bool = False, between: Callable[[], object] | None = None, staged: Staged | None = None
+        self,
+        overlap: bool = False,
+        between: Callable[[], object] | None = None,
+        staged: Staged | None = None,
+        asking: bool = False,
     ) -> Iterator[Attached]:
         """Inside, forwards start nothing: each reads what the last `stage` before it has laid down.
 
@@ -507,7 +520,9 @@ class Attached:
             overlap: on CUDA, let the graph itself wait for the rows, just before the block that needs them.
             between: called in a forward where the first layer is about to read its rows: to end one capture there and
                 begin another, or to `lay_down` what was begun before the forward.
-            staged: the buffers, instead of own ones; then `overlap` is as they were made.
+            staged: the buffers, instead of own ones; then `overlap` and `asking` are as they were made.
+            asking: on CUDA, for tables that the CPU gathers from: `stage` is captured with the forward, and the graph
+                itself asks for its rows; `answer` before each replay. For a cache of places (`seat`).
 
         Raises:
             RuntimeError: inside of another one.
@@ -515,9 +530,9 @@ class Attached:
         """
         if self._staged is not None:
             raise RuntimeError("staging() inside of staging(), of this thread or another: leave the first one before")
-        if staged is None and overlap not in self._stagings:
-            self._stagings[overlap] = Staged(next(iter(self.engrams.values())).fusion.device, overlap)
-        self._staged, self._staging_thread = staged or self._stagings[overlap], threading.get_ident()
+        if staged is None and (overlap, asking) not in self._stagings:
+            self._stagings[overlap, asking] = Staged(self._device, overlap, asking)
+        self._staged, self._staging_thread = staged or self._stagings[overlap, asking], threading.get_ident()
         self._between = between
         self._staged.forget()
         try:
@@ -536,8 +551,67 @@ class Attached:
             RuntimeError: outside of `staging`.
             ValueError: as the forward would raise.
         """
+        if self._staged is not None and self._staged.asking:
+            self._ask(self._staged, input_ids, past_key_values)
+            return
         self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=True)
         self.lay_down()
+
+    def answer(self, input_ids: Tensor, past_key_values: Any) -> None:
+        """Let a thread answer the next replay of a step that was captured with its question; at once, this returns.
+
+        The ids that count are those that lie there when the replay runs. Until `check`, or the next forward that is no
+        replay, the places belong to the thread.
+
+        Args:
+            input_ids, past_key_values: as they were given to `stage`.
+
+        Raises:
+            RuntimeError: outside of `staging`.
+            ValueError: a staging that does not ask, or a cache without places.
+            CallError: an earlier step asked for rows and did not get them.
+        """
+        if self._staged is None or not self._staged.asking:
+            raise ValueError("answer() for steps that ask: write `with attached.staging(asking=True):` around it")
+        self._answer(self._staged, input_ids, past_key_values)
+
+    def _answer(self, staged: Staged, ids: Tensor, cache: Any) -> None:
+        self._require_staging_thread()
+        places = self._asking_places(ids, cache)
+        self._asking.add(staged)
+        staged.call(ids.shape, *self._source.answer_of(ids.shape)).expect(partial(self._source.answer, places))
+
+    def _ask(self, staged: Staged, ids: Tensor, cache: Any) -> None:
+        """Stage a step that asks for its rows itself: captured, in each replay; otherwise now, and it is answered."""
+        places = self._asking_places(ids, cache)
+        values, dtype = self._source.answer_of(ids.shape)
+        captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not captured:
+            self._answer(staged, ids, cache)
+        layers, room = self._source.answered_layers, self._room_in(staged)
+        new_rows = partial(torch.empty, values, dtype=dtype, device=self._device)
+        with staged.beside():
+            if ids.is_cuda:  # the caller may let go of it
+                ids.record_stream(torch.cuda.current_stream(self._device))
+            out = None if room is None else room(ids.shape, layers, new_rows)
+            out = new_rows() if out is None else out
+            staged.call(ids.shape, values, dtype).make(ids, out)
+        rows = {layer_id: Ready(found) for layer_id, found in zip(layers, out)}
+        staged.fill(Step(rows, ids.shape, None, places, None), self.engrams)
+
+    def _asking_places(self, ids: Tensor, cache: Any) -> Places:
+        """The places of a cache whose step asks for its rows."""
+        places = None if cache is None else history_of(cache, self._key)
+        if not isinstance(places, Places):
+            raise ValueError("a step that asks for its rows needs a cache of places: seat(cache, Places(...)) first")
+        if not isinstance(places.next_step(ids.shape), Places):
+            raise ValueError("prompts that take places are not staged: call the model outside of staging()")
+        return places
+
+    def _settle(self) -> None:
+        """Wait for whoever answers steps that ask; what they asked for in vain is raised."""
+        for staged in self._asking:
+            staged.settle()
 
     def begin(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
         """The first half of `stage`, which waits for nothing: the blocks before the first layer may be launched next.
@@ -553,9 +627,10 @@ class Attached:
         if self._staged is None:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         self._require_staging_thread()
+        if self._staged.asking:
+            raise ValueError("begin() where steps ask for their rows themselves: capture stage(), then answer()")
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
-        as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
-        room = self._staged.room if as_stored else None
+        room = self._room_in(self._staged)
         self._staged.forget()
         self._staged.shape = input_ids.shape
         arrived = self._source.send_for(input_ids)
@@ -564,6 +639,11 @@ class Attached:
             self._begun = lambda: step
         else:  # `lay_down` begins it, and waits
             self._begun = lambda: self._start(given._replace(ids=arrived()), self.decoder, room, waited_for=True)
+
+    def _room_in(self, staged: Staged) -> Room | None:
+        """The buffers that graphs read, if rows are stored as these hold them."""
+        as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
+        return staged.room if as_stored else None
 
     def lay_down(self) -> None:
         """The second half of `stage`: wait for the rows of the step that was begun, and lay them down.

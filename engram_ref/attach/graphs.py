@@ -9,12 +9,16 @@ Where the accelerator looks rows up by itself, `stage` may be captured together 
 the lookup is a branch of the graph, which forks before the first block and joins at the one that needs its rows, and
 the host does nothing in a step but replay. What is captured is of places (`engram_ref.attach.Places`), which stay where
 they are; a history that a cache carries does not.
+
+With `asking`, a captured `stage` does the same for tables that the CPU gathers from: the branch sends the token ids to
+the CPU and waits there for its rows (`engram_ref.lookup.call`), so that a step is one graph and one replay, and no host
+stands between two halves of it. `Attached.answer` before each replay lets a thread answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from torch import Tensor
 from engram_ref.attach.step import ForBlock, Step
 from engram_ref.devices import side_stream
 from engram_ref.layer import Engram
+from engram_ref.lookup.call import CpuCall
 
 
 class Staged:
@@ -31,6 +36,7 @@ class Staged:
     Args:
         device: the model's.
         overlap: see above; CUDA only.
+        asking: see above.
 
     Attributes:
         shape: of the staged step's token ids, None before the first.
@@ -39,7 +45,7 @@ class Staged:
         ValueError: no CUDA device, or a torch without external events.
     """
 
-    def __init__(self, device: torch.device, overlap: bool = False) -> None:
+    def __init__(self, device: torch.device, overlap: bool = False, asking: bool = False) -> None:
         self.shape: torch.Size | None = None
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self._together: dict[torch.Size, Tensor] = {}  # rows of all layers, by the steps' shape: `room`
@@ -49,6 +55,8 @@ class Staged:
         self._stream: Any = None
         self._external: dict[int, Any] = {}  # events, by layer
         self._laid_down: dict[int, Any] = {}  # those of the step that is staged
+        self.asking = asking
+        self._calls: dict[torch.Size, CpuCall] = {}  # by the steps' shape
         if overlap:
             if device.type != "cuda":
                 raise ValueError(f"overlap=True on {device}: only a CUDA device copies by itself; leave overlap out")
@@ -71,9 +79,7 @@ class Staged:
                 f"an attention mask for some steps of shape {tuple(shape)} and none for others: a graph cannot follow; "
                 "give stage() one for all of them"
             )
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the last step may still be reading
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with self.beside():
             if padding is not None:
                 padding = self._lay(("padding", *shape), padding.to(self._device))
             for layer_id, engram in engrams.items():
@@ -83,6 +89,31 @@ class Staged:
                     self._laid_down[layer_id] = event = self._event(layer_id)
                     event.record(self._stream)
         self.shape = shape
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the side stream, if there is one, behind what the current one has: the last step may still be reading."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def call(self, shape: torch.Size, values: torch.Size, dtype: torch.dtype) -> CpuCall:
+        """What a step of this shape asks the CPU by, for values of this shape: always the same."""
+        if shape not in self._calls:
+            self._calls[shape] = CpuCall((shape[0], shape[1]), tuple(values), dtype, self._device)
+        return self._calls[shape]
+
+    def settle(self) -> None:
+        """Wait until the CPU has answered whatever was expected.
+
+        Raises:
+            CallError: it has not.
+        """
+        for call in self._calls.values():
+            call.settle()
 
     def room(self, shape: torch.Size, layer_ids: Iterable[int], new_rows: Callable[[], Tensor]) -> Tensor | None:
         """The buffers of these layers side by side, [L, B*T*C, D], for a step of this shape; `new_rows` makes them.

@@ -150,6 +150,47 @@ class Source:
 
         return wait
 
+    def answer_of(self, shape: torch.Size) -> tuple[torch.Size, torch.dtype]:
+        """Shape [L, B*T*C, D] and dtype of the rows that `answer` gives for token ids [B, T].
+
+        Raises:
+            ValueError: tables that the accelerator reads, of several formats, or none.
+        """
+        tables = getattr(self.prefetcher, "tables", {})
+        formats = {table.format for table in tables.values()}
+        if self._on_device or len(formats) != 1:
+            raise ValueError("a step asks the CPU for the rows of tables that it gathers from, all of one format")
+        (row_format,) = formats
+        count = shape.numel() * len(self.plan.layers[0].primes)
+        return torch.Size((len(tables), count, row_format.width)), row_format.dtype
+
+    def answer(self, history: CacheHistory, ids: Tensor, values: Tensor) -> None:
+        """Look up on the CPU, ask nothing of the accelerator, and let the history go on.
+
+        Args:
+            history: of the sequences.
+            ids: token ids [B, T], on the CPU.
+            values: takes the rows, [L, B*T*C, D], on the CPU; by layer as in `answered_layers`.
+        """
+        assert isinstance(self._hasher, NgramHasher)
+        before = self._before(history)
+        assert isinstance(before, TokenHistory)
+        if self._in_one_pass and self._on_cpu is not None:
+            found = self._hasher.from_tokens(ids.numpy(), self._on_cpu, before)
+            compressed = found.compressed
+            rows = {layer.layer_id: numbers for layer, numbers in zip(self.plan.layers, found.rows)}
+        else:
+            compressed = self.compress(ids).numpy()
+            rows = {i: self._hasher(compressed, i, history=before) for i in self.answered_layers}
+        for layer_id, out in zip(self.answered_layers, values):
+            self.prefetcher.tables[layer_id].collect(torch.from_numpy(rows[layer_id].reshape(-1)), out)
+        history.append(torch.from_numpy(compressed))
+
+    @property
+    def answered_layers(self) -> list[int]:
+        """Layer ids in the order in which `answer` has them."""
+        return list(self.prefetcher.tables)
+
     def _look_up(
         self,
         lookup: DeviceLookup,

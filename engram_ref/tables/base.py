@@ -108,6 +108,18 @@ class Table(ABC):
         """
         return self.start(rows, out)
 
+    def collect(self, rows: Tensor, out: Tensor) -> None:
+        """Gather values into host memory, in the caller's thread, and ask nothing of an accelerator.
+
+        Args:
+            rows: row numbers [N], as for `start`, on the CPU.
+            out: [N, D] there.
+
+        Raises:
+            ValueError: as `start`, and of a table whose rows are not in host memory.
+        """
+        raise ValueError(f"the rows of a {self.placement} table are not collected by the CPU alone: use placement host")
+
     @property
     def inline_rows(self) -> int:
         """Rows that whoever wants them asks for by himself, as it takes less time than to give them to a thread."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows, rows_of_table
-from engram_ref.tables.base import Pending, Table, check_rows
-from engram_ref.tables.staging import Delivery
+from engram_ref.tables.base import Pending, Table, check_out, check_rows
+from engram_ref.tables.staging import Delivery, collect
 
 
 class HostTable(Table):
@@ -61,6 +61,14 @@ class HostTable(Table):
             table, rows = self._open(), check_rows(rows, self.rows)
             self.count(len(rows))
             return self._delivery.take(table, rows, out, beside)
+
+    def collect(self, rows: Tensor, out: Tensor) -> None:
+        """See `Table.collect`; fp8 rows are decoded in the same pass."""
+        with self._users.here():
+            table, rows = self._open(), check_rows(rows, self.rows)
+            check_out(out, len(rows), self.format, self.index_device)
+            self.count(len(rows))
+            collect(table, rows, out)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory."""

@@ -44,6 +44,14 @@ def crossing_bytes(row_format: RowFormat, count: int) -> int:
     return count * (row_format.width * row_format.dtype.itemsize if decoded else row_format.row_bytes)
 
 
+def collect(table: Rows, rows: Tensor, values: Tensor) -> None:
+    """Gather rows of a table in memory into values [N, D] in memory, decoded in the same pass."""
+    if table.format.scaled:
+        gather_values(table.parts, rows, values)
+    else:
+        gather_parts(table.parts, rows, values.view(torch.uint8))
+
+
 class Delivery:
     """Brings rows to one device.
 
@@ -97,10 +105,7 @@ class Delivery:
         if self._cuda:
             return self._take_to_gpu(table, rows, count, out, beside)
         values = self.empty(count) if out is None else out
-        if self.format.scaled:
-            gather_values(table.parts, rows, values)
-        else:
-            gather_parts(table.parts, rows, values.view(torch.uint8))
+        collect(table, rows, values)
         return Ready(values)
 
     def _take_to_gpu(self, table: Rows, rows: Tensor, count: int, out: Tensor | None, beside: bool) -> Arriving:

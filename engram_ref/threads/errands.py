@@ -229,7 +229,7 @@ class Pool:
             self._members, self._queue = [], SimpleQueue()
         queue.put(None)
         for member in members:
-            if member.is_alive():
+            if member.is_alive() and member is not threading.current_thread():
                 member.join()
 
 

@@ -254,7 +254,7 @@ def decoding_from_graphs_is_decoding() -> None:
 
 def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
     """It forks before the first block and joins behind it; a step is one replay, and nothing of the lookup is eager."""
-    from bench.setup.variants import BESIDE, IN_GRAPH
+    from bench.setup.variants import ASKING, BESIDE, IN_GRAPH
     from engram_ref.attach.lookup import Source
 
     models, work, variants, _ = _served_on_two()
@@ -262,7 +262,7 @@ def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
     for (span, schedule), (captured, _) in model._pieces._captured.items():
         if schedule == IN_GRAPH:  # the way before: the lookup comes first, and the model behind it
             assert len(captured) == 1 and {stream for graph in captured for _, stream in LOG[graph]} == {0}
-        if schedule != BESIDE:
+        if schedule not in (BESIDE, ASKING):
             continue
         (graph,) = captured
         told = LOG[graph]
@@ -271,13 +271,57 @@ def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
         block = [i for i in range(lookup[-1], join) if told[i] == ("runs", 0)]
         assert lookup and len(block) > 20, f"span {span}: {len(block)} operations between lookup and join"
     steps = sum(hasattr(step, "span") for step in work.steps)
-    replays = sum(graph.replays for graph in LOG)
-    starts, start = [], Source.start
-    Source.start = lambda *args: starts.append(1) or start(*args)  # type: ignore[method-assign, func-returns-value]
-    server.serve(work, variants[1])
-    Source.start = start  # type: ignore[method-assign]
-    assert variants[1].schedule == BESIDE and len(starts) == len(work.steps) - steps, "only prompts are looked up here"
-    assert sum(graph.replays for graph in LOG) - replays == steps
+    for variant in variants:
+        if variant.schedule not in (BESIDE, ASKING):
+            continue
+        replays = sum(graph.replays for graph in LOG)
+        starts, start = [], Source.start
+        Source.start = lambda *args: starts.append(1) or start(*args)  # type: ignore[method-assign]  # noqa: B023
+        server.serve(work, variant)
+        Source.start = start  # type: ignore[method-assign]
+        assert len(starts) == len(work.steps) - steps, "only prompts are looked up here"
+        assert sum(graph.replays for graph in LOG) - replays == steps
+
+
+def a_replay_that_asks_the_cpu_gets_its_rows_or_ends() -> None:
+    """Question and answer are of two threads; without the answer rows are NaN, it is told, and the next is not spoilt."""
+    from engram_ref.lookup.call import CallError, CpuCall
+    from tests.rehearsal.calls import Calls
+
+    call = CpuCall((3, 1), (2, 6, 8), torch.bfloat16, GPU, polls=50)
+    patient = CpuCall((3, 1), (2, 6, 8), torch.bfloat16, GPU)
+    ids, side = torch.zeros((3, 1), dtype=torch.int64, device=GPU), torch.cuda.Stream()
+    graphs, outs = [], []
+    for one in (call, patient):
+        graph, out = torch.cuda.CUDAGraph(), torch.zeros((2, 6, 8), dtype=torch.bfloat16, device=GPU)
+        with torch.cuda.graph(graph):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                one.make(ids, out)
+            torch.cuda.current_stream().wait_stream(side)
+        graphs.append(graph)
+        outs.append(out)
+
+    def answer(ids: Any, values: Any) -> None:
+        with Calls() as calls:
+            values.copy_(torch.arange(96).view(2, 6, 8) + ids.sum())
+        assert not calls, "whoever answers asks nothing of CUDA, which may be held up by the step that waits"
+
+    graphs[0].replay()
+    assert outs[0].isnan().all().item()
+    try:
+        call.settle()
+    except CallError as error:
+        assert "step 1 waited in vain for its rows, 50 looks long" in str(error)
+    else:
+        raise AssertionError("nobody was told")
+    for step in range(1, 4):
+        ids.fill_(step)
+        patient.expect(answer)
+        graphs[1].replay()
+        patient.settle()
+        wanted = (torch.arange(96).view(2, 6, 8) + 3 * step).bfloat16()
+        assert torch.equal(outs[1].cpu(), wanted), step
 
 
 class Noted(CUDAGraph):
@@ -303,7 +347,7 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     from bench.served.one_pass import Server
     from bench.served.requests import TokenSource
     from bench.setup.backbones import build_backbone
-    from bench.setup.variants import BESIDE, IN_GRAPH, Variant
+    from bench.setup.variants import ASKING, BESIDE, IN_GRAPH, Variant
     from engram_ref.config import EngramConfig
     from engram_ref.fusion.factory import make_fusion
     from engram_ref.hashing import HashPlan, NgramHasher
@@ -334,13 +378,13 @@ def _served_on_two() -> tuple[Any, Any, Any, Any]:
     pinned = uva.UvaTable(Rows.of(rows), GPU)
     by_itself = Prefetcher(DeviceHasher(plan, GPU), {1: pinned})
     variants += [Variant("uva", schedule, table=pinned, prefetcher=by_itself) for schedule in (BESIDE, "prefetched")]
-    for schedule in ("prefetched", "synchronous"):
-        fetches = Prefetcher(NgramHasher(plan), {1: here}, background=schedule == "prefetched")
+    for schedule in (ASKING, "prefetched", "synchronous"):
+        fetches = Prefetcher(NgramHasher(plan), {1: here}, background=schedule != "synchronous")
         variants.append(Variant("offload", schedule, table=here, prefetcher=fetches))
     models = []
     for used in (True, False):
         model = ServedModel(decoder, head, fusion, plan, vocab, 2, 6, used)
-        model.prepare(3, there, variants[:2])
+        model.prepare(3, there, [one for one in variants if one.schedule in (IN_GRAPH, BESIDE, ASKING)])
         models.append((model, Server(model, vocab, plan)))
     assert models[0][0].graphs["used"], models[0][0].graphs["why"]
     work = models[0][1].prepare(TokenSource(None, 300, 0).round(0, 3, (3, 3), (3, 3)), most_tokens=100)
@@ -354,7 +398,7 @@ CHECKS = [
     a_kernel_reads_no_pageable_memory, a_fetch_by_the_cpu_asks_little_of_cuda,
     rows_of_a_stream_that_is_not_told_are_always_waited_for,
     token_ids_that_the_cpu_needs_come_into_the_same_memory, decoding_from_graphs_is_decoding,
-    a_lookup_in_a_graph_is_a_branch_of_it,
+    a_lookup_in_a_graph_is_a_branch_of_it, a_replay_that_asks_the_cpu_gets_its_rows_or_ends,
 ]  # fmt: skip
 
 if __name__ == "__main__":

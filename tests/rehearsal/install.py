@@ -175,10 +175,9 @@ def _launch_kernels_on_what_is_held() -> None:
                 launch(self, *plain_args, **plain_kwargs)
 
         graph = graphs.capturing()
-        if graph is not None:
-            graph.about_to_write(plain)
-        again(*plain[0], **plain[1])
-        if graph is not None:
+        if graph is None:
+            again(*plain[0], **plain[1])
+        else:  # not run: it makes no tensor, and one that waits for the CPU would wait in vain
             graph.tape(again, *plain, None)
 
     GridExecutor.__call__ = launched

@@ -1,0 +1,173 @@
+"""A call from the GPU to the CPU: a captured step asks for its rows while it runs, and waits where it needs them.
+
+    call = CpuCall((64, 1), (2, 64 * 24, 256), torch.bfloat16, device)
+    with torch.cuda.graph(graph):
+        ...                                 # on a branch of the graph:
+        call.make(token_ids, rows)          # ids go to page-locked memory; rows come from there
+        ...
+    for step in steps:
+        call.expect(look_up)                # look_up(ids [B, T], values) is called by a thread of this call's
+        graph.replay()
+    call.settle()                           # all calls have been answered; what went wrong is raised
+
+Nothing of a step waits for the host before it begins, and the host waits for nothing: the thread sees the ids in
+page-locked memory, as the GPU sees the answer there (`engram_ref.threads.words`). One thread answers one call after the
+other, so the state that `work` has is nobody else's until `settle`. It looks at memory without rest for the first 50 ms
+of each wait, which costs a processor. It asks nothing of CUDA, so that no queue of CUDA's can hold it up.
+
+An answer that does not come ends the GPU's waiting all the same: rows are NaN then, and the next `expect` or `settle`
+raises. It has not run on CUDA yet.
+
+    python -m pytest tests/ref/lookup/test_call.py
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import engram_ref.needs_torch  # noqa: F401
+
+import torch
+from torch import Tensor
+
+from engram_ref.rows.memory import HostMemory
+from engram_ref.threads.errands import Errand, Pool
+from engram_ref.threads.words import peek, post, wait_for
+
+Work = Callable[[Tensor, Tensor], object]  # writes values for token ids [B, T]; both lie in host memory
+POLLS = 1 << 23  # looks of the GPU at an answer that does not come: several seconds, at a microsecond or more each
+PATIENCE = 60.0  # seconds that the CPU waits for a question: a step may be queued behind long prompts
+_LINE = 128
+
+
+class CallError(RuntimeError):
+    """A call was not answered, or not in time; a cause is chained."""
+
+
+class CpuCall:
+    """One call in each run of a step, always of the same shape and through the same memory.
+
+    Args:
+        shape: of the token ids, (B, T).
+        values: shape of the answer.
+        dtype: of its values.
+        device: that calls.
+        polls: looks at the answer, at most.
+        patience: seconds that the CPU waits for a question.
+
+    Raises:
+        ValueError: the kernels do not run there.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        values: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        polls: int = POLLS,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._kernels = _kernels_for(device)
+        self._polls, self._patience = polls, patience
+        head = -(-8 * (self._kernels.IDS + math.prod(shape)) // _LINE) * _LINE
+        nbytes = head + math.prod(values) * dtype.itemsize
+        with torch.inference_mode(False):  # written to in whatever mode a later step runs
+            self._memory = HostMemory(nbytes)
+            if device.type == "cuda":
+                self._memory.pin(piece=nbytes)
+            self._mailbox = self._memory.bytes[:head].view(torch.int64)
+            first = self._kernels.IDS
+            self._ids = self._mailbox[first : first + math.prod(shape)].view(shape)
+            self._sent = self._memory.bytes[head:].view(dtype).view(values)
+            self._turn = torch.zeros(1, dtype=torch.int64, device=device)
+            self._answered = torch.zeros(1, dtype=torch.int32, device=device)
+        self._answers = 0  # the last turn that was answered
+        self._expired = 0  # the last turn whose expiry was told
+        self._errands: deque[Errand[None]] = deque()
+        self._pool = Pool(1, "engram-answers")
+        weakref.finalize(self, self._pool.close).atexit = False  # the thread may be waiting for a question then
+
+    def make(self, ids: Tensor, out: Tensor) -> None:
+        """Ask, wait and take the answer, on the current stream, which may be captured.
+
+        Args:
+            ids: int64 [B, T], on the device.
+            out: takes the values, contiguous.
+        """
+        self._kernels.ask(ids, self._mailbox, self._turn, self._answered, self._polls)
+        self._kernels.take(self._sent, self._answered, out)
+
+    def expect(self, work: Work) -> None:
+        """Answer the next call, which the caller is about to have made; at once, this returns.
+
+        Raises:
+            CallError: an earlier call was not answered.
+        """
+        while self._errands and self._errands[0].ended:
+            _require_done(self._errands.popleft())
+        self._require_in_time()
+        errand: Errand[None] = Errand(partial(self._answer, work))
+        self._errands.append(errand)
+        self._pool.give(errand)
+
+    def settle(self) -> None:
+        """Wait until all that were expected are answered.
+
+        Raises:
+            CallError: one was not.
+        """
+        while self._errands:
+            self._errands[0].wait()
+            _require_done(self._errands.popleft())
+        self._require_in_time()
+
+    def _answer(self, work: Work) -> None:
+        # A step that has given up wants no answer any more, least of all one that is meant for the next.
+        over = max(self._answers, peek(self._word(self._kernels.EXPIRED)))
+        turn = wait_for(self._word(self._kernels.ASKED), over + 1, self._patience)
+        if turn is None:
+            raise CallError(f"no step asked for rows within {self._patience:g} s: expect() one call for each replay")
+        self._answers = turn
+        answer = -turn  # minus: not answered
+        try:
+            work(self._ids, self._sent)
+            answer = turn
+        finally:
+            post(self._word(self._kernels.ANSWERED), answer)
+
+    def _require_in_time(self) -> None:
+        expired = peek(self._word(self._kernels.EXPIRED))
+        if expired > self._expired:
+            self._expired = expired
+            raise CallError(
+                f"step {expired} waited in vain for its rows, {self._polls:,} looks long, and went on with NaN: the "
+                "thread that answers was held up, or nobody expected the call"
+            )
+
+    def _word(self, index: int) -> int:
+        return self._mailbox.data_ptr() + 8 * index
+
+
+def _require_done(errand: Errand[None]) -> None:
+    error = errand.error
+    if isinstance(error, CallError):
+        raise error
+    if error is not None:
+        raise CallError(f"looking up the rows of a captured step failed, so that they were NaN: {error}") from error
+
+
+def _kernels_for(device: torch.device) -> Any:
+    try:
+        from engram_ref import gpu
+        from engram_ref.lookup import call_kernels
+    except ImportError as error:
+        raise ValueError(f"a step that calls the CPU needs Triton ({error})") from error
+    if not gpu.can_run_on(device):
+        raise ValueError(f"a step that calls the CPU runs on CUDA, not on {device}")
+    return call_kernels

@@ -1,0 +1,245 @@
+"""A step calls the CPU while it runs, in Triton's interpreter: rows to the bit, and an end of waiting whatever happens.
+
+The kernels look at memory that another thread writes meanwhile, so question and answer really are of two threads.
+
+    python -m pytest tests/ref/lookup/test_call.py
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
+
+from engram_ref import gpu
+from engram_ref.lookup.call import CallError, CpuCall
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not gpu.INTERPRETED, reason="tests/cuda/test_call_cuda.py does this on a GPU")
+
+
+def call_of(values=(2, 3, 8), dtype=torch.bfloat16, polls=100_000, shape=(3, 1), **more) -> CpuCall:
+    return CpuCall(shape, values, dtype, CPU, polls, **more)
+
+
+def rows_for(ids, like):
+    """What is answered here: numbers that only these ids give."""
+    count = torch.arange(like.numel()).view(like.shape)
+    return (count + 100 * int(ids.sum())).to(like.dtype)
+
+
+def answer(ids, values):
+    values.copy_(rows_for(ids, values))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [((2, 3, 8), torch.bfloat16), ((1, 5, 6), torch.float16), ((2, 900, 3), torch.float32)],
+    ids=["whole units", "words", "several programs"],
+)
+def test_a_call_brings_what_the_cpu_wrote_for_these_ids(values, dtype):
+    call = call_of(values, dtype, shape=(50, 3))
+    out = torch.full(values, -7.0, dtype=dtype)
+    for step in range(3):
+        ids = torch.randint(0, 1000, (3, 50)).T  # strides of another order
+        seen = []
+        call.expect(lambda ids, values: (seen.append(ids.clone()), answer(ids, values)))  # noqa: B023
+        call.make(ids, out)
+        call.settle()
+        assert torch.equal(seen[0], ids), step
+        assert torch.equal(out.view(torch.uint8), rows_for(ids, out).view(torch.uint8))
+
+
+@interpreted
+def test_the_step_waits_until_the_answer_is_there_and_the_caller_does_not():
+    call, out, go = call_of(), torch.zeros(2, 3, 8, dtype=torch.bfloat16), threading.Event()
+    ids = torch.tensor([[1], [2], [3]])
+
+    def late(ids, values):
+        assert go.wait(10)
+        answer(ids, values)
+
+    call.expect(late)  # returns, though nobody has asked
+    step = threading.Thread(target=call.make, args=(ids, out), daemon=True)
+    step.start()
+    time.sleep(0.05)
+    assert step.is_alive(), "it did not wait"
+    go.set()
+    step.join(10)
+    assert not step.is_alive() and torch.equal(out, rows_for(ids, out))
+    call.settle()
+
+
+def assert_nan(out):
+    assert torch.isnan(out).all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_step_that_nobody_answers_ends_with_nan_and_an_error(dtype):
+    call, out = call_of(dtype=dtype, polls=20), torch.zeros(2, 3, 8, dtype=dtype)
+    call.make(torch.zeros(3, 1, dtype=torch.int64), out)
+    assert_nan(out)
+    with pytest.raises(CallError, match=r"^step 1 waited in vain for its rows, 20 looks long, and went on with NaN"):
+        call.expect(answer)
+
+
+@interpreted
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next():
+    call, out, go = call_of(polls=200), torch.zeros(2, 3, 8, dtype=torch.bfloat16), threading.Event()
+
+    def late(ids, values):
+        assert go.wait(10)
+        values.fill_(5.0)
+
+    call.expect(late)
+    call.make(torch.ones(3, 1, dtype=torch.int64), out)
+    assert_nan(out)
+    go.set()
+    with pytest.raises(CallError, match="step 1 waited in vain"):
+        call.settle()
+    call.expect(answer)
+    ids = torch.full((3, 1), 9)
+    call._polls = 100_000
+    call.make(ids, out)
+    call.settle()
+    assert torch.equal(out, rows_for(ids, out))
+
+
+@interpreted
+def test_what_goes_wrong_in_the_answer_is_told_and_the_step_has_nan_at_once():
+    call, out = call_of(), torch.zeros(2, 3, 8, dtype=torch.bfloat16)
+
+    def fails(ids, values):
+        raise ValueError(f"token id {int(ids[0, 0])} of a vocabulary of 7")
+
+    call.expect(fails)
+    begin = time.perf_counter()
+    call.make(torch.full((3, 1), 8), out)
+    assert time.perf_counter() - begin < 5, "10^5 looks take some ten seconds here"
+    assert_nan(out)
+    with pytest.raises(CallError, match=r"looking up the rows of a captured step failed.*token id 8") as caught:
+        call.settle()
+    assert isinstance(caught.value.__cause__, ValueError)
+    ids = torch.ones(3, 1, dtype=torch.int64)
+    call.expect(answer)
+    call.make(ids, out)
+    call.settle()
+    assert torch.equal(out, rows_for(ids, out)), "one that failed spoils none that follows"
+
+
+@interpreted
+def test_a_step_that_never_runs_and_one_that_nobody_expected_are_told():
+    call, out = call_of(polls=20, patience=0.05), torch.zeros(2, 3, 8, dtype=torch.bfloat16)
+    ids = torch.ones(3, 1, dtype=torch.int64)
+    call.expect(answer)
+    with pytest.raises(CallError, match=r"^no step asked for rows within 0.05 s"):
+        call.settle()
+    call.make(ids, out)
+    with pytest.raises(CallError, match="step 1 waited in vain"):
+        call.settle()
+    call._polls, call._patience = 100_000, 60.0
+    for number in (2, 3):  # the question that nobody answered is not taken for these
+        call.expect(answer)
+        call.make(number * ids, out)
+        call.settle()
+        assert torch.equal(out, rows_for(number * ids, out))
+
+
+@interpreted
+def test_its_thread_ends_with_it():
+    others = set(threading.enumerate())
+    call = call_of()
+    call.expect(answer)
+    call.make(torch.ones(3, 1, dtype=torch.int64), torch.zeros(2, 3, 8, dtype=torch.bfloat16))
+    call.settle()
+    (thread,) = set(threading.enumerate()) - others
+    gone = weakref.ref(call)
+    del call
+    gc.collect()
+    thread.join(5)
+    assert gone() is None and not thread.is_alive()
+
+
+def test_a_device_without_the_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="a step that calls the CPU runs on CUDA, not on cpu"):
+        call_of()
+
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from engram_ref.lookup import call_kernels as k
+
+def ptx(kernel, types, constants, aligned):
+    options = {"num_warps": constants.pop("num_warps")}
+    number = kernel.arg_names.index
+    source = ASTSource(
+        kernel,
+        {**types, **dict.fromkeys(constants, "constexpr")},
+        {(number(name),): value for name, value in constants.items()},
+        {(number(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+numbers = dict.fromkeys("ids_b ids_t length count polls".split(), "i32")
+ask = ptx(k._ask, dict(ids="*i64", mailbox="*i64", turn="*i64", answered="*i32", **numbers),
+          dict(LANES=k.IDS_AT_ONCE, num_warps=1), [])
+take = ptx(k._take, dict(sent="*i32", answered="*i32", out="*i32", units="i32"),
+           dict(UNITS=k.UNITS_PER_PROGRAM, WORDS=4, num_warps=4), ["sent", "out"])
+print(json.dumps({"ask": ask, "take": take}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Assembly for an H100, from a process without the interpreter."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def accesses(code):
+    """Loads, stores and barriers of global memory in the order of the text, and the borders of blocks."""
+    found = re.findall(r"(?:ld|st)(?:\.\w+)*\.global\S*|bar\.sync|\$L__BB\d+_\d+:|bra \t?\$L__BB\d+_\d+", code)
+    return [word.replace("\t", "") for word in found]
+
+
+def test_words_cross_the_bus_in_order_and_nothing_is_read_and_written_back(compiled):
+    found = accesses(compiled["ask"])
+    posted = found.index("st.release.sys.global.s64")
+    assert found[posted - 1] == "bar.sync", "all threads have written their ids before one of them says so"
+    assert "st.global.b64" in found[: posted - 1], "the ids"
+    looks = [at for at, word in enumerate(found) if word == "ld.acquire.sys.global.s64"]
+    assert len(looks) == 2 and looks[0] > posted and found.count("st.release.sys.global.s64") == 1
+    begin = found[looks[1] - 1].rstrip(":")  # the loop: it looks anew each time, and at nothing else
+    assert begin.startswith("$L__BB") and found[looks[1] + 1] == f"bra {begin}"
+    assert "atom" not in compiled["ask"] and "red." not in compiled["ask"]
+
+
+def test_an_answer_is_read_past_the_caches_as_widely_as_can_be(compiled):
+    found = accesses(compiled["take"])
+    sent = [word for word in found if word.startswith("ld.volatile")]  # of system scope, says PTX
+    assert sent and set(sent) == {"ld.volatile.global.v4.b32"} == {word for word in found if ".v4" in word} - {
+        "st.global.v4.b32"
+    }
