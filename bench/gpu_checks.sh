@@ -5,7 +5,8 @@
 #                                      benchmarks, all at a time. 170 s.
 #   bench/gpu_checks.sh measure OUT    what it costs: how rows are read in place; the lookup alone; 100 B parameters in fp8
 #                                      beside an 8B model, resident and offloaded; the 8B model under every variant, at
-#                                      batch 64, 1, 16. 580 s. Called again it goes on: prefill steps, batch 256, a 4B model.
+#                                      batch 64, 1, 16. 580 s. Called again it goes on: prefill steps, batch 256, steps
+#                                      that ask the CPU, a 4B model.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
@@ -177,6 +178,7 @@ if [ "$CALL" = check ]; then # each has until the end: a dozen at a time are slo
   tests 135 tables tests/cuda/test_tables_cuda.py
   tests 135 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
   tests 135 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
+  tests 135 calls tests/cuda/test_call_cuda.py
   tests 135 end_to_end tests/cuda/test_end_to_end_cuda.py
   tests 135 fp8 tests/cuda/test_fp8_cuda.py
   tests 135 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
@@ -195,7 +197,7 @@ $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinn
 # First what the last runs left open: how rows are read in place, and what staging them is made of. Limits: what an H200
 # took, a pass more in each round, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside
 # it: lookup: 40; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16.
-# Prefill (40, then 15 and 50 for the two shapes), batch 256 and a 4B model have what is left, or the next call.
+# Prefill (40, then 15 and 50 for the two shapes), batch 256, steps that ask the CPU and a 4B model have what is left, or the next call.
 step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 step 45 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
@@ -204,6 +206,9 @@ settle
 served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
 prefill 105 prefill $PARAMS "$SHAPES"
+settle
+# By itself, since it has never run on CUDA: what the CPU gathers, asked for from inside of the step's graph.
+served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch offload_uva --asking
 settle
 served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva
 settle

@@ -37,11 +37,12 @@ ROOMS = {
     "engram_ref.sharding": "",
     "engram_ref.tables": "config devices gpu threads rows files sharding",
     "engram_ref.fusion": "config compiled loops gpu devices rows",
+    "engram_ref.calling": "compiled loops gpu threads rows",
     "engram_ref.lookup": "ids gpu devices rows vocab hashing tables",
     "engram_ref.prefetch": "devices threads hashing tables",
     "engram_ref.layer": "config devices rows hashing tables fusion",
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
-    "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion lookup prefetch layer",
+    "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion lookup calling prefetch layer",
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
     "engram_ref.place": "config cli free_memory files vocab hashing checkpoint tables rows sharding",
     # engram_toy

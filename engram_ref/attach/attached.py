@@ -208,12 +208,15 @@ class Attached:
             unfollow(cache, self._key)
         self._caches.clear()
         self._recomputed.clear()
-        self._stagings.clear()
         try:
             for thread in list(self._steps):
                 self._drop(thread)
             self.check()
         finally:
+            for staged in self._stagings.values():
+                staged.close()
+            self._stagings.clear()
+            self._asking.clear()
             if self._own is not None:
                 self._own.close()
 
@@ -236,8 +239,8 @@ class Attached:
             ValueError: a token id outside the vocabulary, or a cache that differs from its history.
             CallError: a step asked for rows and did not get them.
         """
-        if self._asking:
-            torch.cuda.synchronize(self._device)
+        if self._asking and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what a step waited for in vain it says when it goes on
         self._settle()
         self._source.check()
         self._lengths.check()

@@ -11,8 +11,8 @@ the host does nothing in a step but replay. What is captured is of places (`engr
 they are; a history that a cache carries does not.
 
 With `asking`, a captured `stage` does the same for tables that the CPU gathers from: the branch sends the token ids to
-the CPU and waits there for its rows (`engram_ref.lookup.call`), so that a step is one graph and one replay, and no host
-stands between two halves of it. `Attached.answer` before each replay lets a thread answer.
+the CPU and waits there for its rows (`engram_ref.calling.call`), so that a step is one graph and one replay, and no
+host stands between two halves of it. `Attached.answer` before each replay lets a thread answer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from engram_ref.attach.step import ForBlock, Step
+from engram_ref.calling.call import CpuCall
 from engram_ref.devices import side_stream
 from engram_ref.layer import Engram
-from engram_ref.lookup.call import CpuCall
 
 
 class Staged:
@@ -114,6 +114,12 @@ class Staged:
         """
         for call in self._calls.values():
             call.settle()
+
+    def close(self) -> None:
+        """No step asks the CPU any more: its threads end, and graphs that ask are not to be replayed."""
+        for call in self._calls.values():
+            call.close()
+        self._calls.clear()
 
     def room(self, shape: torch.Size, layer_ids: Iterable[int], new_rows: Callable[[], Tensor]) -> Tensor | None:
         """The buffers of these layers side by side, [L, B*T*C, D], for a step of this shape; `new_rows` makes them.

@@ -25,7 +25,7 @@ STEPS = [
 ]
 LIMITS = {name: seconds for name, seconds, _ in STEPS}
 MEASURED = ["reads", "lookup", "hundred_billion", "served_8b"]  # what tells most comes first
-IN_WHAT_IS_LEFT = ["prefill", "served_4b"]  # or in the next call
+IN_WHAT_IS_LEFT = ["prefill", "served_asking", "served_4b"]  # or in the next call
 ENDING = 10  # seconds that a call keeps for packing
 # Seconds on an H200 on 2026-11-27. Of `served_8b` the batches 64, 1 and 16, whose last round was cut and is counted as
 # the four before it; of `prefill` the first shape in one call, and 51 s for the second in another.

@@ -284,10 +284,11 @@ def a_lookup_in_a_graph_is_a_branch_of_it() -> None:
 
 
 def a_replay_that_asks_the_cpu_gets_its_rows_or_ends() -> None:
-    """Question and answer are of two threads; without the answer rows are NaN, it is told, and the next is not spoilt."""
-    from engram_ref.lookup.call import CallError, CpuCall
+    """Question and answer are of two threads; without the answer rows are NaN, it is told, and the next has its own."""
+    from engram_ref.calling.call import CallError, CpuCall
     from tests.rehearsal.calls import Calls
 
+    refused(lambda: in_capture(lambda: CpuCall((1, 1), (1, 2, 8), torch.bfloat16, GPU)), "run the step once before")
     call = CpuCall((3, 1), (2, 6, 8), torch.bfloat16, GPU, polls=50)
     patient = CpuCall((3, 1), (2, 6, 8), torch.bfloat16, GPU)
     ids, side = torch.zeros((3, 1), dtype=torch.int64, device=GPU), torch.cuda.Stream()

@@ -13,6 +13,7 @@ from bench.schemas.served import Results
 from bench.served import numbers
 from bench.served.figures import draw_all
 from bench.served.table import report
+from bench.setup.variants import ASKING
 from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
 from tests.schemas import validator
 
@@ -336,6 +337,8 @@ def test_only_what_is_staged_on_an_accelerator_must_copy_what_was_asked_for():
         row = numbers.row_of(one, label)
         row["rounds"][-1]["copied"] += 1
         assert numbers.copies_agree(one, row) is agree
+        row["schedule"] = ASKING
+        assert numbers.copies_agree(one, row), "what a graph takes for itself, no CPU copies"
 
 
 def test_different_tokens_are_noticed():

@@ -354,6 +354,7 @@ def test_a_file_that_the_disk_does_not_hold_is_left_out_by_itself(capsys, monkey
         (["--prompt_tokens", 9, 8], "--prompt_tokens 9 8: give the lower bound first"),
         (["--table_params", "1e5", "2e5"], "end to end takes one table"),
         (["--table_params", "max", "--batches", "fit"], "give one a number"),
+        (["--asking"], "--asking: it is offload_prefetch from CUDA graphs: not on a CPU, not --eager"),
         (["--buses", "fast"], "'fast' must be GB/s or GB/s:us"),
     ],
 )

@@ -11,9 +11,12 @@ from torch import nn
 
 from engram_ref.attach import Places, Staged, attach
 from engram_ref.attach.history import history_of
+from engram_ref.calling.call import CallError
 from engram_ref.fusion import ShortConvHistory
 from engram_ref.hashing import NgramHasher
 from engram_ref.hashing.device import DeviceHasher
+from engram_ref.layer import Engram
+from engram_ref.tables.host import HostTable
 from tests.ref.attach.models import VOCAB, make_ids, make_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +111,72 @@ def test_each_is_what_it_is_alone(form, hasher, background, sequences):
             # float64; the sums of one token's projections are cut differently in a batch
             torch.testing.assert_close(torch.stack(found[key]), rows, rtol=0, atol=1e-12)
     assert order == ["between"] * 5  # once a step, however many layers there are
+
+
+def in_host_memory(layers):
+    """The layers, their tables such that the CPU gathers."""
+    return {i: Engram(engram.fusion, HostTable(layers.weights[i], CPU)) for i, engram in layers.engrams.items()}
+
+
+def interpreted():
+    pytest.importorskip("triton", reason="a step that asks needs Triton")
+    from engram_ref import gpu
+
+    if not gpu.INTERPRETED:
+        pytest.skip("tests/cuda/test_call_cuda.py does this on a GPU")
+
+
+@pytest.mark.parametrize("form", ["demo", "v41"])
+@pytest.mark.filterwarnings("ignore:this plan knows the size of its vocabulary")
+@pytest.mark.parametrize("vocab", [None, np.arange(VOCAB)[::-1].copy()], ids=["compressed", "token ids"])
+def test_each_is_what_it_is_alone_where_steps_ask_for_their_rows(form, vocab, sequences):
+    """Run eagerly, a step asks, too, and a thread answers it meanwhile; prompts in between wait for the thread."""
+    interpreted()
+    model, layers = Tokenwise(), make_layers((0, 1), form)
+    with torch.no_grad(), attach(model, in_host_memory(layers), layers.plan, vocab) as attached:
+
+        def step(ids, cache):
+            with attached.staging(asking=True):
+                attached.stage(ids, cache)
+                return model(ids, past_key_values=cache)
+
+        found, want = in_places(model, attached, sequences, step), alone(model, attached, sequences)
+        assert attached.counters()[0]["rows"] == attached.counters()[1]["rows"] > 0
+    assert found.keys() == want.keys()
+    for key, rows in want.items():
+        torch.testing.assert_close(torch.stack(found[key]), rows, rtol=0, atol=1e-12)  # as above
+
+
+def test_steps_that_cannot_ask_are_refused_and_what_goes_wrong_is_told():
+    interpreted()
+    model, layers = Tokenwise(), make_layers((1,), "v41")
+    ids, cache, places = make_ids(2, 1), Cache(), Places(layers.plan, 2, CPU)
+    with torch.no_grad(), attach(model, in_host_memory(layers), layers.plan) as attached:
+        with pytest.raises(ValueError, match=r"answer\(\) for steps that ask: write .*staging\(asking=True\)"):
+            attached.answer(ids, cache)
+        with attached.staging(asking=True):
+            for refused in (attached.stage, attached.answer):
+                with pytest.raises(ValueError, match=r"needs a cache of places: seat\(cache, Places\(...\)\) first"):
+                    refused(ids, cache)
+            attached.seat(cache, places)
+            with pytest.raises(ValueError, match=r"begin\(\) where steps ask .*: capture stage\(\), then answer\(\)"):
+                attached.begin(ids, cache)
+            places.admit([0], [2])
+            with pytest.raises(ValueError, match="prompts that take places are not staged"):
+                attached.stage(make_ids(1, 3), cache)
+            attached.stage(torch.full((2, 1), VOCAB), cache)  # no such id: the CPU finds out when it is asked
+            assert model(ids, past_key_values=cache).isnan().all()
+            with pytest.raises(CallError, match=f"rows of a captured step failed.*{VOCAB}"):
+                attached.check()
+            attached.stage(ids, cache)
+            assert not model(ids, past_key_values=cache).isnan().any(), "one that failed spoils none that follows"
+    with torch.no_grad(), attach(model, layers.engrams, DeviceHasher(layers.plan, "cpu")) as attached:
+        attached.seat(cache, places)
+        with (
+            attached.staging(asking=True),
+            pytest.raises(ValueError, match="a step asks the CPU for the rows of tables"),
+        ):
+            attached.stage(ids, cache)
 
 
 def test_pasts_stay_where_they_are_and_other_attachments_go_on_with_them(sequences):

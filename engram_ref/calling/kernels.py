@@ -7,7 +7,7 @@ Words are read with `ld.acquire.sys` and written with `st.release.sys`: across t
 written besides in order. An atomic operation would not do: over PCIe it reads, and writes back, what the CPU may have
 changed meanwhile. cuStreamWaitValue, which waits without a block, waits without an end, too.
 
-    python -m pytest tests/ref/lookup/test_call.py
+    python -m pytest tests/ref/calling/test_call.py
 """
 
 # mypy: disable-error-code="no-untyped-def"

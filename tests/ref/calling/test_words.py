@@ -1,6 +1,6 @@
 """Words between threads: what is posted is seen, with all that was written before it; waiting ends.
 
-python -m pytest tests/ref/threads/test_words.py
+python -m pytest tests/ref/calling/test_words.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from engram_ref.threads import words
+from engram_ref.calling import words
 
 
 @pytest.fixture(params=["compiled", "plain"])

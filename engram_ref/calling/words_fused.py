@@ -1,6 +1,6 @@
 """Looking at a word and posting one, compiled: the fast path of `words`.
 
-python -m pytest tests/ref/threads/test_words.py
+python -m pytest tests/ref/calling/test_words.py
 """
 
 # mypy: disable-error-code="call-arg, call-overload, var-annotated"

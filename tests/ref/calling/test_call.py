@@ -2,7 +2,7 @@
 
 The kernels look at memory that another thread writes meanwhile, so question and answer really are of two threads.
 
-    python -m pytest tests/ref/lookup/test_call.py
+    python -m pytest tests/ref/calling/test_call.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
 
 from engram_ref import gpu
-from engram_ref.lookup.call import CallError, CpuCall
+from engram_ref.calling.call import CallError, CpuCall
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -161,7 +161,8 @@ def test_a_step_that_never_runs_and_one_that_nobody_expected_are_told():
 
 
 @interpreted
-def test_its_thread_ends_with_it():
+@pytest.mark.parametrize("closed", [True, False])
+def test_its_thread_ends_with_it(closed):
     others = set(threading.enumerate())
     call = call_of()
     call.expect(answer)
@@ -169,6 +170,9 @@ def test_its_thread_ends_with_it():
     call.settle()
     (thread,) = set(threading.enumerate()) - others
     gone = weakref.ref(call)
+    if closed:
+        call.close()
+        assert not thread.is_alive()
     del call
     gc.collect()
     thread.join(5)
@@ -186,7 +190,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engram_ref.lookup import call_kernels as k
+from engram_ref.calling import kernels as k
 
 def ptx(kernel, types, constants, aligned):
     options = {"num_warps": constants.pop("num_warps")}

@@ -11,14 +11,14 @@
     call.settle()                           # all calls have been answered; what went wrong is raised
 
 Nothing of a step waits for the host before it begins, and the host waits for nothing: the thread sees the ids in
-page-locked memory, as the GPU sees the answer there (`engram_ref.threads.words`). One thread answers one call after the
+page-locked memory, as the GPU sees the answer there (`engram_ref.calling.words`). One thread answers one call after the
 other, so the state that `work` has is nobody else's until `settle`. It looks at memory without rest for the first 50 ms
 of each wait, which costs a processor. It asks nothing of CUDA, so that no queue of CUDA's can hold it up.
 
 An answer that does not come ends the GPU's waiting all the same: rows are NaN then, and the next `expect` or `settle`
 raises. It has not run on CUDA yet.
 
-    python -m pytest tests/ref/lookup/test_call.py
+    python -m pytest tests/ref/calling/test_call.py
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import engram_ref.needs_torch  # noqa: F401
 import torch
 from torch import Tensor
 
+from engram_ref.calling.words import peek, post, wait_for
 from engram_ref.rows.memory import HostMemory
 from engram_ref.threads.errands import Errand, Pool
-from engram_ref.threads.words import peek, post, wait_for
 
 Work = Callable[[Tensor, Tensor], object]  # writes values for token ids [B, T]; both lie in host memory
 POLLS = 1 << 23  # looks of the GPU at an answer that does not come: several seconds, at a microsecond or more each
@@ -62,6 +62,7 @@ class CpuCall:
 
     Raises:
         ValueError: the kernels do not run there.
+        RuntimeError: a stream is being captured.
     """
 
     def __init__(
@@ -73,6 +74,9 @@ class CpuCall:
         polls: int = POLLS,
         patience: float = PATIENCE,
     ) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The count of turns would begin anew in each replay, which would take the first answer for its own.
+            raise RuntimeError("a call to the CPU that is made in a capture: run the step once before it is captured")
         self._kernels = _kernels_for(device)
         self._polls, self._patience = polls, patience
         head = -(-8 * (self._kernels.IDS + math.prod(shape)) // _LINE) * _LINE
@@ -127,6 +131,11 @@ class CpuCall:
             _require_done(self._errands.popleft())
         self._require_in_time()
 
+    def close(self) -> None:
+        """Wait for what was expected, end the thread and give the memory back: nothing may make the call afterwards."""
+        self._pool.close()
+        self._memory.close()
+
     def _answer(self, work: Work) -> None:
         # A step that has given up wants no answer any more, least of all one that is meant for the next.
         over = max(self._answers, peek(self._word(self._kernels.EXPIRED)))
@@ -165,9 +174,9 @@ def _require_done(errand: Errand[None]) -> None:
 def _kernels_for(device: torch.device) -> Any:
     try:
         from engram_ref import gpu
-        from engram_ref.lookup import call_kernels
+        from engram_ref.calling import kernels
     except ImportError as error:
         raise ValueError(f"a step that calls the CPU needs Triton ({error})") from error
     if not gpu.can_run_on(device):
         raise ValueError(f"a step that calls the CPU runs on CUDA, not on {device}")
-    return call_kernels
+    return kernels

@@ -7,7 +7,7 @@ Words are int64 at a multiple of 8. A GPU is told in the same way, through page-
 the processor has for it, and waiting holds no lock of the interpreter's; without, plain accesses, which x86 keeps in
 order and other processors may not: there numba is required.
 
-    python -m pytest tests/ref/threads/test_words.py
+    python -m pytest tests/ref/calling/test_words.py
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _require_order() -> None:
 
 
 if numba_works():
-    from engram_ref.threads.words_fused import look as _look
-    from engram_ref.threads.words_fused import post
+    from engram_ref.calling.words_fused import look as _look
+    from engram_ref.calling.words_fused import post
 else:
     post, _look = _plain_post, _plain_look
 
