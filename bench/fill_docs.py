@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
-from bench.evidence import gpu_figures, predictions, price, published, ranges, stress, wall_time
+from bench.evidence import gpu_figures, lookup_table, predictions, price, published, ranges, stress, wall_time
 from bench.evidence.committed import Evidence
 from bench.evidence.from_code import published_forms, what_fits, worked_example
 from bench.evidence.on_gpu import OnGpu
@@ -114,6 +114,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
     "file_tree": file_tree,
+    "handover": lambda: _fenced(lambda: lookup_table.handover_table(load("lookup_speed_cpu"))),
     "sharded_bytes": lambda: ranks_table.bytes_table(load("sharded_cpu")),
     "sharded_hidden": lambda: ranks_table.most_hidden(load("sharded_cpu")),
     "sharded_stragglers": lambda: ranks_table.stragglers_table(load("sharded_cpu")),

@@ -14,7 +14,6 @@ from typing import Any
 from bench.evidence.published import figure
 from bench.instruments.timing import overhead, paired_ratio, quantile
 from bench.instruments.words import aligned, gib, measured_on, short
-from engram_ref.tables.base import INLINE_BYTES
 
 PUBLISHED = (1, 2, 4)  # tokens
 _PARTS = ("hash", "start", "join", "whole", "arrive", "handed over")
@@ -61,11 +60,31 @@ def _where(results: dict[str, Any]) -> list[str]:
         "where the time of staged goes, by the host's clock, medians; whole: from token ids to the join",
         aligned(table, left=set(), headers=2),
         "   start: check, gather, submit the copy; arrive: what the device takes after the join; handed over: a whole "
-        f"fetch by a worker thread, from {INLINE_BYTES // 1024} KiB on",
+        "fetch by a worker thread, its caller waiting",
         "   threads: the gather alone, into staging memory, by so many that stay; start less that of 1 is what is paid "
         "to submit",
         "   stolen: by the host of a virtual machine, from all its processors; switched away: this process, unasked",
     ]
+
+
+def handover_table(results: dict[str, Any]) -> str:
+    """What it costs to hand a fetch to the worker and to wait for it, by tokens; see `bench.setup.staged_parts`."""
+    head = ["tokens", "rows", "KiB", "by the caller", "by the worker", "more", "times [95 %]"]
+    table = [head, ["", "", "", *["us"] * 3, ""]]
+    for case in results["cases"]:
+        here, handed = (case["parts_s"][part] for part in ("whole", "handed over"))
+        ratio = paired_ratio(handed, here)
+        more = statistics.median(there - at_once for there, at_once in zip(handed, here))
+        table.append(
+            [
+                f"{case['tokens']}",
+                f"{case['rows']:,}",
+                short(case["bytes"] / 1024),
+                *(short(1e6 * seconds) for seconds in (statistics.median(here), statistics.median(handed), more)),
+                f"{short(ratio['median'])} [{short(ratio['low'])}, {short(ratio['high'])}]",
+            ]
+        )
+    return "\n".join([measured_on(results), aligned(table, left=set(), headers=2)])
 
 
 def published_us(tokens: int) -> float:

@@ -9,8 +9,7 @@
 Parts are those of one fetch, as the prefetcher tells its observer of them, begun on an idle device: `hash` token ids to
 row numbers, `start` check them, gather, and submit the copy, `join` let the stream wait for it. With the Python between
 them they are the `whole`. `arrive` is what the device still takes after that. `hand_over` is a whole fetch that the
-worker does while the caller waits for it; a few rows stay with the caller, as ever. `disturbance` is what else kept the
-host from it.
+worker does while the caller waits for it, however few its rows are. `disturbance` is what else kept the host from it.
 """
 
 from __future__ import annotations
@@ -53,6 +52,14 @@ def disturbance() -> dict[str, float]:
     return {"stolen_s": stolen, "switched_away": used.ru_nivcsw, "page_faults": used.ru_minflt}
 
 
+class _HandsOver(Prefetcher):
+    """One whose caller does nothing himself."""
+
+    def is_done_here(self, tokens: int, waited_for: bool = False) -> bool:
+        """Never, though a few rows would take him less time than to hand them over."""
+        return False
+
+
 class StagedParts(AbstractContextManager[Any]):
     """Times fetches from a table that the CPU gathers from.
 
@@ -70,7 +77,7 @@ class StagedParts(AbstractContextManager[Any]):
         with ExitStack() as stack:
             hasher, tables = NgramHasher(plan), {LAYER: table}
             self._here = stack.enter_context(Prefetcher(hasher, tables, background=False, observer=self._note))
-            self._worker = stack.enter_context(Prefetcher(hasher, tables))
+            self._worker = stack.enter_context(_HandsOver(hasher, tables))
             self._stack = stack.pop_all()
 
     def _note(self, stage: str, layer_id: int, begin: float, end: float) -> None:
@@ -96,7 +103,7 @@ class StagedParts(AbstractContextManager[Any]):
         return {**self._found, "whole": end - begin, "arrive": arrived - end}
 
     def hand_over(self, ids: np.ndarray, before: np.ndarray) -> float:
-        """Seconds of a fetch that the worker does, if it is one of its, until the caller has joined it."""
+        """Seconds of a fetch that the worker does, until the caller has joined it."""
         self._history.ids = before
         self._settle()
         begin = time.perf_counter()
