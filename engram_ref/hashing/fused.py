@@ -1,8 +1,9 @@
 """The same indices in one pass over the ids, compiled: the fast path of `NgramHasher`, one thread.
 
-NumPy makes a 64-bit array for every shift, product and remainder; here a token's hash stays in a register
-and each index is written once. What costs is the remainder: a 64-bit division per index. It is replaced
-by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), on eight heads at a time.
+NumPy makes a 64-bit array for every shift, product and remainder. Here the hashes of 64 tokens are made, eight at a
+time, and each is put where its first indices will lie; then the indices of all heads are written over them, so that
+the constants of a head are read once for 64 tokens. What costs is the remainder: a 64-bit division per index. It is
+replaced by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), on eight heads at a time.
 Compiling takes a few seconds once; numba then keeps the machine code on disk.
 
     python -m pytest tests/ref/hashing/test_fused.py
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types, uint64
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
@@ -38,7 +40,9 @@ from engram_ref.loops import compiled, pointer
 _LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
 # Constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end.
 _SEGMENT_END, _HEADER = 4, 5
+_NARROW = np.uint64(2**32)  # vocabularies whose ids have no upper half
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
+_BLOCK = 64  # tokens whose hashes are made before their remainders, which share their constants
 _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
 
@@ -110,79 +114,173 @@ class _Lanes:
         return self.smaller(r, b.add(r, p32))
 
 
-def _index_writer(count: int) -> Callable[..., None]:
-    """A compiled `write(h, constants, first, columns, rows, at)`: indices of `count` columns, all of hash h.
+def _column_writer(count: int) -> Callable[..., None]:
+    """A compiled `write(rows, slot, stride, tokens, constants, first, column, columns)`: indices of `count` columns.
 
-    `first` is the place of the first column's modulus in `constants`; its other constants follow at steps of
-    `columns`. The indices go to the flat places `at`, `at` + 1, … of `rows`.
+    For each of `tokens` places, `stride` bytes apart from the address `slot` on: the hash lies at the place itself, and
+    the index of column i of this order goes i indices further on. `first` is the place in `constants` of the modulus of
+    the order's column 0, `column` the first that is written; its other constants follow at steps of `columns`.
     """
 
     @intrinsic
-    def write(typing_context, h, constants, first, columns, rows, at):
+    def write(typing_context, rows, slot, stride, tokens, constants, first, column, columns):
         def generate(context, builder, signature, arguments):
-            h, constants, first, columns, rows, at = arguments
-            rows_type = signature.args[4]
+            _, slot, stride, tokens, constants, first, column, columns = arguments
+            dtype = signature.args[0].dtype
             lanes = _Lanes(builder, count)
-            loaded = []
+            loaded, at = [], builder.add(first, column)
             for _ in range(5):
-                place = builder.bitcast(builder.gep(constants, [first]), lanes.wide.as_pointer())
+                place = builder.bitcast(builder.gep(constants, [at]), lanes.wide.as_pointer())
                 loaded.append(builder.load(place, align=8))
-                first = builder.add(first, columns)
+                at = builder.add(at, columns)
             p, q, r1, r2, offset = loaded
-            index = lanes.remainder(lanes.splat(h), p, q, r1, r2)
-            if rows_type.dtype == types.int32:
-                index = builder.add(index, builder.trunc(offset, lanes.narrow))
-            else:
-                index = builder.add(builder.zext(index, lanes.wide), offset)
-            data = context.make_array(rows_type)(context, builder, rows).data
-            place = builder.bitcast(builder.gep(data, [at]), index.type.as_pointer())
-            builder.store(index, place, align=rows_type.dtype.bitwidth // 8)
+            shift = builder.mul(column, ir.Constant(column.type, dtype.bitwidth // 8))
+            with cgutils.for_range(builder, tokens) as loop:
+                place = builder.add(slot, builder.mul(loop.index, stride))
+                h = builder.load(builder.inttoptr(place, ir.IntType(64).as_pointer()), align=4)
+                index = lanes.remainder(lanes.splat(h), p, q, r1, r2)
+                if dtype == types.int32:
+                    index = builder.add(index, builder.trunc(offset, lanes.narrow))
+                else:
+                    index = builder.add(builder.zext(index, lanes.wide), offset)
+                target = builder.inttoptr(builder.add(place, shift), index.type.as_pointer())
+                builder.store(index, target, align=dtype.bitwidth // 8)
             return context.get_dummy_value()
 
-        return types.void(h, constants, first, columns, rows, at), generate
+        return types.void(rows, slot, stride, tokens, constants, first, column, columns), generate
 
     return write
 
 
-_write_lanes = _index_writer(_LANES)
-_write_one = _index_writer(1)
+_write_lanes = _column_writer(_LANES)
+_write_two, _write_one = _column_writer(2), _column_writer(1)
+
+
+@intrinsic
+def _keep(typing_context, address, h):
+    """Write a hash to an address that is a multiple of 4."""
+
+    def generate(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store(arguments[1], place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(address, h), generate
+
+
+@intrinsic
+def _hash_lanes(typing_context, ids, constants, segment_end, slot, stride, order):
+    """As `_hash_one` for _LANES tokens, `stride` bytes apart from the address `slot` on.
+
+    `ids` is the address of the id of the first; all that count before it lie before it, side by side. Valid ones have
+    no upper half.
+    """
+
+    def generate(context, builder, signature, arguments):
+        ids, constants, segment_end, slot, stride, order = arguments
+        lanes, int64 = _Lanes(builder, _LANES), ir.IntType(64)
+        size, pad, max_ngram = (builder.load(builder.gep(constants, [int64(at)])) for at in range(3))
+        flags = ir.VectorType(ir.IntType(1), _LANES)
+        state = {
+            name: cgutils.alloca_once_value(builder, ir.Constant(kind, [value] * _LANES))
+            for name, kind, value in (
+                ("h", lanes.wide, 0), ("blocked", flags, 0), ("valid", flags, 1), ("end", lanes.wide, -1)
+            )
+        }  # fmt: skip
+        with cgutils.for_range(builder, max_ngram) as loop:
+            h, blocked, valid, end = (builder.load(place) for place in state.values())
+            place = builder.sub(ids, builder.mul(loop.index, int64(8)))
+            c = builder.load(builder.inttoptr(place, lanes.wide.as_pointer()), align=8)
+            inside = builder.icmp_unsigned("<=", builder.add(c, lanes.every(1)), lanes.splat(size))
+            builder.store(builder.and_(valid, inside), state["valid"])
+            ends = builder.or_(builder.icmp_signed("==", c, lanes.every(-1)), builder.icmp_signed("==", c, end))
+            blocked = builder.or_(blocked, ends)
+            builder.store(blocked, state["blocked"])
+            builder.store(lanes.splat(segment_end), state["end"])
+            multiplier = builder.load(builder.gep(constants, [builder.add(loop.index, int64(_HEADER))]))
+            known = lanes.low(builder.select(blocked, lanes.splat(pad), c))
+            h = builder.xor(h, builder.mul(known, lanes.splat(multiplier)))
+            builder.store(h, state["h"])
+            with builder.if_then(builder.icmp_signed(">", loop.index, int64(0))):
+                place = builder.add(slot, builder.mul(builder.sub(loop.index, int64(1)), order))
+                for lane in range(_LANES):
+                    one = builder.extract_element(h, ir.Constant(ir.IntType(32), lane))
+                    builder.store(one, builder.inttoptr(place, int64.as_pointer()), align=4)
+                    place = builder.add(place, stride)
+        bits = ir.IntType(_LANES)
+        return builder.icmp_unsigned("==", builder.bitcast(builder.load(state["valid"]), bits), bits(2**_LANES - 1))
+
+    return types.boolean(ids, constants, segment_end, slot, stride, order), generate
+
+
+@njit(inline="always")
+def _hash_one(ids, before, constants, b, t, segment_end, slot, order):
+    """Hashes of all orders for one token, to where its indices will lie; whether its ids are valid."""
+    size, pad, max_ngram = constants[0], constants[1], types.intp(constants[2])
+    past = before.shape[1]
+    h = uint64(0)
+    blocked, valid = False, True
+    end = _DEAD
+    for s in range(max_ngram):
+        c = _DEAD  # before the start, unless a history reaches there
+        if t >= s:
+            c = uint64(ids[b, t - s])
+        elif t - s + past >= 0:
+            c = uint64(before[b, t - s + past])
+        valid &= c + uint64(1) <= size  # DEAD + 1 is 0
+        blocked |= (c == _DEAD) | (c == end)
+        end = segment_end  # of the ids before this one; its own does not end what it belongs to
+        h ^= (pad if blocked else c) * constants[_HEADER + s]
+        if s:
+            _keep(slot + (s - 1) * order, h)
+    return valid
+
+
+@njit(inline="always")
+def _write_all(rows, constants, slot, order, tokens):
+    """Indices of all columns of some tokens, over their hashes: the first columns, where these lie, come last."""
+    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
+    columns = rows.shape[2]
+    first = _HEADER + max_ngram
+    for s in range(max_ngram - 1):
+        column = heads
+        while column % _LANES:
+            if column == 2:  # a hash may be as wide as two indices
+                column = 0
+                _write_two(rows, slot + s * order, columns * rows.itemsize, tokens, constants, first, column, columns)
+            else:
+                column -= 1
+                _write_one(rows, slot + s * order, columns * rows.itemsize, tokens, constants, first, column, columns)
+        while column:
+            column -= _LANES
+            _write_lanes(rows, slot + s * order, columns * rows.itemsize, tokens, constants, first, column, columns)
+        first += heads
 
 
 @njit(inline="always")
 def _hash_all(ids, before, address, rows, segment_end):
     constants = pointer(address, uint64(0))
-    size, pad = constants[0], constants[1]
-    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
+    context = types.intp(constants[2]) - 1
     batch, length, columns = rows.shape
-    past = before.shape[1]
-    in_lanes = heads // _LANES
+    stride, order = columns * rows.itemsize, types.intp(constants[3]) * rows.itemsize
+    slot, first_id = types.intp(rows.ctypes.data), types.intp(ids.ctypes.data)
+    together = ids.strides[1] == 8 and constants[0] <= _NARROW
     valid = True
-    at = 0
     for b in range(batch):
-        for t in range(length):
-            h = uint64(0)
-            blocked = False
-            end = _DEAD
-            first = _HEADER + max_ngram
-            for s in range(max_ngram):
-                c = _DEAD  # before the start, unless a history reaches there
-                if t >= s:
-                    c = uint64(ids[b, t - s])
-                elif t - s + past >= 0:
-                    c = uint64(before[b, t - s + past])
-                valid &= c + uint64(1) <= size  # DEAD + 1 is 0
-                blocked |= (c == _DEAD) | (c == end)
-                end = segment_end  # of the ids before this one; its own does not end what it belongs to
-                h ^= (pad if blocked else c) * constants[_HEADER + s]
-                if s:
-                    for _ in range(in_lanes):
-                        _write_lanes(h, constants, first, columns, rows, at)
-                        first += _LANES
-                        at += _LANES
-                    for _ in range(heads - in_lanes * _LANES):
-                        _write_one(h, constants, first, columns, rows, at)
-                        first += 1
-                        at += 1
+        for begin in range(0, length, _BLOCK):
+            tokens = min(_BLOCK, length - begin)
+            t = begin
+            while t < begin + tokens:
+                at = slot + (t - begin) * stride
+                if together and t >= context and t + _LANES <= begin + tokens:
+                    some = first_id + b * ids.strides[0] + t * 8
+                    valid &= _hash_lanes(some, constants, segment_end, at, stride, order)
+                    t += _LANES
+                else:
+                    valid &= _hash_one(ids, before, constants, b, t, segment_end, at, order)
+                    t += 1
+            _write_all(rows, constants, slot, order, tokens)
+            slot += tokens * stride
     return valid
 
 
@@ -201,7 +299,7 @@ _segmented = compiled(_hash_segmented, _SIGNATURES, nogil=True)
 
 def _hash_rows(ids, before, address, rows):
     constants = pointer(address, uint64(0))
-    if rows.size == 0:
+    if rows.size == 0 or constants[3] * uint64(rows.itemsize) < uint64(8):  # room for the hash of an order
         return False
     past = before.shape[1]
     if past != 0 and (past != types.intp(constants[2]) - 1 or before.shape[0] != rows.shape[0]):

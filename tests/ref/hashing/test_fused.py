@@ -121,6 +121,47 @@ def hard_values() -> list[int]:
     return values + edges + near + [p - 1 for p in PRIMES] + list(PRIMES)
 
 
+@either_rows
+def test_every_place_of_a_row_longer_than_what_is_hashed_together(primes):
+    """Blocks of 64 tokens, eight at a time, and what is left of them: DEAD and a wrong id count wherever they stand."""
+    plan, rng = plan_of(primes, 4), np.random.default_rng(0)
+    hasher, ids = NgramHasher(plan, "numba"), random_ids(rng, 1000, (2, 83))
+    for at in range(83):
+        for c, valid in ((DEAD, True), (999, True), (1000, False), (-2, False), (2**32 + 5, False)):
+            changed = ids.copy()
+            changed[1, at] = c
+            if valid:
+                assert_backends_agree(plan, changed)
+            else:
+                rows = np.empty((2, 83, 8), np.int32 if primes == EIGHT["int32 rows"] else np.int64)
+                given = hasher._by_row[4][0]
+                assert not hasher._hash_rows(changed, hasher._no_history, given, rows)
+    for strided in (ids[:, ::2], ids[:, ::-1], np.asfortranarray(ids), ids[::-1]):
+        assert_backends_agree(plan, strided)
+
+
+@pytest.mark.parametrize("heads", range(1, 18))
+def test_hashes_lie_where_their_indices_will_without_harm(heads):
+    """Any number of heads, in rows of 32 and of 64 bits, and nothing is written behind the last row."""
+    for primes in (PRIMES[3:5], PRIMES[-2:]):
+        plan = plan_of((primes * heads)[: 2 * heads], heads)
+        ids = random_ids(np.random.default_rng(heads), 1000, (3, 70))
+        rows = assert_backends_agree(plan, ids)
+        hasher = NgramHasher(plan, "numba")
+        for shape in ((3, 70), (1, 1)):
+            around = np.full(shape[0] * shape[1] * 2 * heads + 4, -7, rows.dtype)
+            into = around[:-4].reshape(*shape, 2 * heads)
+            done = hasher._hash_rows(ids[: shape[0], : shape[1]], hasher._no_history, hasher._by_row[4][0], into)
+            assert done == (heads * rows.itemsize >= 8) and (around[-4:] == -7).all()
+
+
+@pytest.mark.parametrize("size", [2**32, 2**32 + 1])
+def test_ids_that_have_an_upper_half(size):
+    plan = plan_of(PRIMES[:8], 4, size)
+    assert_backends_agree(plan, random_ids(np.random.default_rng(0), size, (2, 40)))
+    assert_backends_agree(plan, np.full((1, 20), size - 1))
+
+
 def test_remainder_is_exact_and_a_wrong_one_is_caught():
     values = hard_values()
     expected = np.array([[h % p for p in PRIMES] for h in values])
