@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,25 @@ import pytest
 import torch
 
 from bench import lookup_speed
-from bench.evidence.lookup_table import report
+from bench.evidence.lookup_table import handover_table, report
 from bench.instruments import bandwidth
 from bench.instruments.clocks import EventClock
 from bench.reads.table import report as reads_report
 from bench.schemas.lookup_speed import Results
-from bench.setup.staged_parts import SharedGather
+from bench.setup.sizes import table_config
+from bench.setup.staged_parts import SharedGather, StagedParts
+from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
 from engram_ref.rows.rows import Rows
+from engram_ref.tables.device import DeviceTable
+from engram_ref.vocab import CompressedVocab
 from tests.bench.wall.example import environment
 from tests.schemas import validator
 
 SCHEMA = validator(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
 SMALL += ["--threads", "1", "3"]
+ON_CPU = Path(__file__).parents[2] / "bench/results/lookup_speed_cpu.json"
 COMMITTED = Path(__file__).parents[2] / "bench/results/lookup_speed_h200.json"  # of before there were parts
 
 
@@ -78,6 +84,35 @@ def test_the_table_says_where_the_time_of_staged_goes_and_reads_runs_that_did_no
     older = json.loads(COMMITTED.read_text(encoding="utf-8"))
     SCHEMA.validate(older)
     assert "staged" in report(older) and "where the time" not in report(older)
+
+
+def test_what_a_hand_over_costs_is_paired(results):
+    found = results[0]
+    found["cases"][1]["parts_s"] |= {"whole": [1e-4, 2e-4, 4e-4], "handed over": [2e-4, 2.5e-4, 9e-4]}
+    five = handover_table(found).splitlines()[-1].split()
+    assert five == ["5", "120", "30.94", "200", "250", "100", "2", "[1.25,", "2.25]"]
+    committed = json.loads(ON_CPU.read_text(encoding="utf-8"))
+    jsonschema.validate(committed, SCHEMA)
+    assert [case["tokens"] for case in committed["cases"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(len(case["parts_s"]["handed over"]) == 400 for case in committed["cases"])
+
+
+def test_a_hand_over_is_one_however_few_its_rows_are():
+    draw, asked = np.random.default_rng(0), []
+    config = table_config("tiny", 1e4, 1, "bfloat16")
+    plan, vocab = HashPlan.build(config, 50, 2), CompressedVocab.from_map(np.arange(50))
+
+    class Table(DeviceTable):
+        def start(self, rows, out=None):
+            asked.append(threading.current_thread().name)
+            return super().start(rows, out)
+
+    rows = torch.zeros(plan.layers[0].rows, config.row_width, dtype=torch.bfloat16)
+    with Table(rows) as table, StagedParts(plan, vocab, table, 1) as parts:
+        before = draw.integers(0, 50, (1, plan.max_ngram - 1))
+        parts.fetch(draw.integers(0, 50, (1, 1)), before)
+        parts.hand_over(draw.integers(0, 50, (1, 1)), before)
+    assert asked[0] == threading.current_thread().name and asked[1].startswith("engram-prefetch")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
