@@ -155,6 +155,7 @@ def test_a_step_that_never_runs_and_one_that_nobody_expected_are_told():
     call._polls, call._patience = 100_000, 60.0
     for number in (2, 3):  # the question that nobody answered is not taken for these
         call.expect(answer)
+        time.sleep(0.1)  # whoever answers looks before the step asks
         call.make(number * ids, out)
         call.settle()
         assert torch.equal(out, rows_for(number * ids, out))
