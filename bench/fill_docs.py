@@ -94,6 +94,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             **ranges.blocks(Evidence(RESULTS)),
             "wall_cpu": lambda: wall_table(load("gpu_wall_cpu")),
             "wall_cpu_v41": lambda: wall_table(load("gpu_wall_cpu_v41")),
+            "handover": lambda: lookup_table.handover_table(load("lookup_speed_cpu")),
             "same_rows": lambda: "\n".join(report_on_sample()),
         }
     ),
@@ -114,7 +115,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": lambda: command_table(RESULTS),
     "schemas": schema_tables,
     "file_tree": file_tree,
-    "handover": lambda: _fenced(lambda: lookup_table.handover_table(load("lookup_speed_cpu"))),
     "sharded_bytes": lambda: ranks_table.bytes_table(load("sharded_cpu")),
     "sharded_hidden": lambda: ranks_table.most_hidden(load("sharded_cpu")),
     "sharded_stragglers": lambda: ranks_table.stragglers_table(load("sharded_cpu")),

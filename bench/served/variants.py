@@ -4,8 +4,8 @@
         for variant in contenders.variants: ...
 
 What `gpu_wall` measures around a step is here, too (`bench.setup.variants`); added are the model without an Engram
-layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. `offload_prefetch` is there
-twice if it is wanted: cut where its rows are joined, and `in graph`, on a branch of the one that asks the CPU.
+layer, the layer with its rows already on hand, hot rows at several shares, and a slowed bus. `offload_prefetch` is
+there twice if it is wanted: cut where its rows are joined, and `in graph`, on a branch of the one that asks the CPU.
 """
 
 from __future__ import annotations
