@@ -92,7 +92,7 @@ def test_what_a_hand_over_costs_is_paired(results):
     five = handover_table(found).splitlines()[-1].split()
     assert five == ["5", "120", "30.94", "200", "250", "100", "2", "[1.25,", "2.25]"]
     committed = json.loads(ON_CPU.read_text(encoding="utf-8"))
-    jsonschema.validate(committed, SCHEMA)
+    SCHEMA.validate(committed)
     assert [case["tokens"] for case in committed["cases"]] == [1, 2, 4, 8, 16, 32, 64]
     assert all(len(case["parts_s"]["handed over"]) == 400 for case in committed["cases"])
 
