@@ -33,10 +33,7 @@ def numbers_of(parser_of):
 
     def add_argument(self, *names, **how):
         kind = getattr(how.get("type"), "__qualname__", "")
-        if kind.startswith("at_least.") or how.get("type") in (
-            end_to_end_options._batch,
-            end_to_end_options._sequences,
-        ):
+        if kind.startswith(("at_least.", "_count_or.")):
             found.append((names[-1], how.get("nargs") if isinstance(how.get("nargs"), int) else 1))
         return original(self, *names, **how)
 

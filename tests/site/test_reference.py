@@ -40,6 +40,8 @@ def required() -> set[tuple[str, str]]:
     found = set()
     for package in ("engram_ref", "engram_toy"):
         for path in (ROOT / package).rglob("__init__.py"):
+            if path.parent.name in PLUMBING:
+                continue
             found |= {(package, name) for name in listed(path.read_text(encoding="utf-8"))}
         for path in (ROOT / package).glob("*.py"):
             if path.stem not in PLUMBING:
