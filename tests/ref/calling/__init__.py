@@ -1,1 +1,1 @@
-"""Tests of engram_ref.lookup."""
+"""Tests of engram_ref.calling."""
