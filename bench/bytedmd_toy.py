@@ -200,7 +200,7 @@ def measure_wall_time(jobs: list[Job], repeats: int) -> tuple[list[Timed], list[
 
 
 def price_all(jobs: list[Job], processes: int) -> list[Priced]:
-    """Trace and price every job, in parallel, the long ones first; records in the order of the jobs."""
+    """Trace and price every job, in parallel; records in the order of the jobs."""
     # The long ones first: the last to end is then a short one, and no core waits long for it.
     order = sorted(range(len(jobs)), key=lambda i: -BOUNDARIES.index(jobs[i].boundary))
     records: list[Any] = [None] * len(jobs)

@@ -78,7 +78,11 @@ def as_text(results: dict[str, Any], body: str) -> str:
 
 def fenced(tables: dict[str, Callable[[], str]]) -> dict[str, Callable[[], str]]:
     """Tables as blocks of printed text."""
-    return {name: lambda table=table: f"```text\n{table()}\n```" for name, table in tables.items()}  # type: ignore[misc]
+    return {name: functools.partial(_fenced, table) for name, table in tables.items()}
+
+
+def _fenced(table: Callable[[], str]) -> str:
+    return f"```text\n{table()}\n```"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

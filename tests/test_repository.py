@@ -1,10 +1,11 @@
-"""Rules of the repository that no linter knows: functions stay small, documents show what was measured."""
+"""Rules of the repository that no linter knows: functions stay small, documents show results, no stray files."""
 
 from __future__ import annotations
 
 import ast
 import re
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,10 @@ from tests.schemas import validator
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engram_ref", "engram_toy", "engram_price", "bench")
+# By the end of their names.
+KINDS = {"py", "md", "json", "js", "css", "svg", "txt", "log", "toml", "yml", "sh", "typed", "safetensors", "xz"}
+PLAIN = {".gitignore", "LICENSE", "Makefile", ".ci/run"}
+MOST_BYTES = 2 << 20  # a golden file of the layer's has 1.8 MB
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -35,6 +40,23 @@ def test_functions_are_small():
     assert statistics.median(lengths) <= 12
     assert lengths[int(0.9 * len(lengths))] <= 45
     assert lengths[-1] <= 85  # the replay of a log, spelt out for speed
+
+
+def strays(names, size):
+    """Files that nobody means to keep: of a kind that the project does not have, or larger than any of it."""
+    unknown = [name for name in names if name not in PLAIN and Path(name).suffix[1:] not in KINDS]
+    return unknown + [name for name in names if size(name) > MOST_BYTES]
+
+
+def test_no_file_is_kept_by_accident():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout: which files are kept is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+    assert len(names) > 500
+    assert strays(names, lambda name: (ROOT / name).stat().st_size) == []
+    assert strays(["numpy-2.4.6-py3-none-any.whl", "a.py"], lambda name: 1) == ["numpy-2.4.6-py3-none-any.whl"]
+    assert strays(["bench/results/a.json"], lambda name: 3 << 20) == ["bench/results/a.json"]
 
 
 def test_nothing_imports_bench():

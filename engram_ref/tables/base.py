@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 _NUMBERS = (torch.int32, torch.int64)  # what row numbers may be
 _CPU = torch.device("cpu")
-# Handing a fetch to a thread costs 60 to 100 us (docs/hardware.md), and stretches what the caller computes meanwhile by
-# all that the thread does in Python. Rows in memory of up to this many bytes are gathered in about as much.
+# Handing a fetch to a thread costs 60 to 300 us (docs/hardware.md), most where it must be woken, and stretches what the
+# caller computes meanwhile by all that the thread does in Python. Rows of up to this many bytes are gathered in less.
 INLINE_BYTES = 64 * 1024
 
 
