@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def _quicker_interpreter():
         from tests.interpreter import repeat_nothing
 
         repeat_nothing()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch(tmp_path_factory):
+    """Temporary folders, also those of examples in pages and of other processes, go where pytest clears away."""
+    with pytest.MonkeyPatch.context() as patch:
+        kept = Path(tempfile.gettempdir(), "engram-tests-inductor")  # what torch compiles is worth keeping
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(kept)))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scratch")))
+        patch.setattr(tempfile, "tempdir", None)  # found anew at the next call
+        yield
 
 
 @pytest.fixture(scope="session")
