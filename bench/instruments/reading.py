@@ -27,6 +27,7 @@ MOST_CHARACTERS = 300  # of a string; a digest has 64, a description of a platfo
 _LOOK_ALIKES = str.maketrans(
     {"<": "‹", ">": "›", "[": "(", "]": ")", "{": "(", "}": ")", "`": "'", "|": "¦", "\\": "/"}
 )
+_HOLD_TEXT = {str, dict, list}  # of the types that JSON is read as
 _MEANS_SOMETHING = re.compile(r"[<>\[\]{}`|\\]|[^\x20-\x7e]")
 
 
@@ -57,9 +58,14 @@ def harmless(value: Any) -> Any:
     """A value of JSON whose strings, keys included, are short, printable, and mean nothing to a page or a terminal."""
     if isinstance(value, str):
         return _harmless_text(value)
+    # Most of a file is numbers, and a call for each is most of the time.
     if isinstance(value, dict):
-        return {_harmless_text(key): harmless(inner) for key, inner in value.items()}
-    return [harmless(inner) for inner in value] if isinstance(value, list) else value
+        return {
+            _harmless_text(key): harmless(inner) if type(inner) in _HOLD_TEXT else inner for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [harmless(inner) if type(inner) in _HOLD_TEXT else inner for inner in value]
+    return value
 
 
 def _harmless_text(text: str) -> str:

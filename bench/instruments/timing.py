@@ -5,9 +5,7 @@ The noise floor is a case measured against itself.
 
 from __future__ import annotations
 
-import functools
 import gc
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from bench.instruments.intervals import median_interval
 from bench.instruments.words import percent
 from engram_ref.cli import time_left
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_SAMPLES = 3  # fewer have no spread to speak of
-_RESAMPLES = 2000
 _SAY_SECONDS = 2.0  # between two lines of progress
 _Thing = TypeVar("_Thing")
 _Other = TypeVar("_Other")
@@ -121,16 +119,9 @@ def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> dict[st
     """
     if len(samples) != len(baseline) or not samples:
         raise ValueError(f"{len(samples)} samples against {len(baseline)}: a paired ratio needs equally many, and one")
-    low, high = _interval(tuple(a / b for a, b in zip(samples, baseline)))
-    return {"median": statistics.median(a / b for a, b in zip(samples, baseline)), "low": low, "high": high}
-
-
-@functools.lru_cache(maxsize=4096)
-def _interval(ratios: tuple[float, ...]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of their median; reports ask for the same one again and again."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
-    return quantile(medians, 0.025), quantile(medians, 0.975)
+    ratios = tuple(a / b for a, b in zip(samples, baseline))
+    low, high = median_interval(ratios)
+    return {"median": statistics.median(ratios), "low": low, "high": high}
 
 
 class NotMeasured(ValueError):

@@ -1,0 +1,62 @@
+"""The bootstrap interval of a median, exactly: what infinitely many resamples would give, and none is drawn.
+
+    low, high = median_interval([1.02, 0.98, 1.01])
+
+A resample of n samples draws n with replacement. How many of its draws are among the k least samples is binomial, so
+the chance that its median is a given sample, or lies halfway between two, is a formula of n alone (Maritz and Jarrett
+1978; Efron 1979). Drawing takes longer, and gives another interval for every seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+_TAIL = 0.025  # left out at each end of 95 %
+_FAR = 8  # standard deviations: a middle draw that far from the middle has a chance below 1e-15
+
+
+@functools.lru_cache(maxsize=4096)
+def median_interval(samples: tuple[float, ...]) -> tuple[float, float]:
+    """The 95 % percentile interval of the median of some samples; reports ask for the same one again and again."""
+    lower, upper, chances = _middle_draws(len(samples))
+    ordered = np.sort(samples)
+    medians = (ordered[lower] + ordered[upper]) / 2
+    order = np.argsort(medians, kind="stable")
+    ends = np.searchsorted(np.cumsum(chances[order]), (_TAIL, 1 - _TAIL))
+    low, high = medians[order][ends].tolist()
+    return low, high
+
+
+@functools.cache
+def _middle_draws(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two middle draws of a resample (of an odd number one, twice): by rank, [P] each, and each pair's chance, [P].
+
+    Ranks too far from the middle to matter are left out.
+    """
+    half, far = count // 2, math.ceil(_FAR / 2 * math.sqrt(count)) + 1
+    edges = np.arange(max(0, half - far), min(count, half + far) + 1)  # draws among the first `edge` samples
+    ranks = edges[:-1]
+    if count % 2:
+        return ranks, ranks, np.diff(_at_least(half + 1, count, edges / count))
+    # Two different ones: half of the draws end at the first, and the other half begin at the second.
+    below, above = (2 * edges / count) ** half, (2 - 2 * edges / count) ** half
+    splits = math.exp(_log_choose(count, half) - count * math.log(2))
+    apart = np.triu(splits * np.outer(np.diff(below), -np.diff(above)), 1)
+    same = np.diff(_at_least(half, count, edges / count)) - apart.sum(axis=1)
+    lower, upper = np.triu_indices(len(ranks))
+    return ranks[lower], ranks[upper], (apart + np.diag(same))[lower, upper]
+
+
+def _at_least(least: int, count: int, shares: np.ndarray) -> np.ndarray:
+    """The chance that of so many draws at least `least` fall into a share, for each share, [E]."""
+    inside, outside = (np.log(np.maximum(each, 1e-300)) for each in (shares, 1 - shares))
+    draws = np.arange(least, count + 1)
+    ways = np.array([_log_choose(count, each) for each in draws.tolist()])
+    return np.exp(ways + np.outer(inside, draws) + np.outer(outside, count - draws)).sum(axis=1)
+
+
+def _log_choose(count: int, chosen: int) -> float:
+    return math.lgamma(count + 1) - math.lgamma(chosen + 1) - math.lgamma(count - chosen + 1)
