@@ -46,6 +46,7 @@ padding         which positions are padding
 packing         several sequences in one row
 history         what is remembered of a sequence, in its cache, or in its place of a server's
 lookup          token ids in, a started fetch out
+staging         forwards that start nothing, and what is laid down for them
 graphs          rows in buffers that stay where they are
 step            one forward of the decoder
 checkpointing   gradient checkpointing that runs hooks a second time

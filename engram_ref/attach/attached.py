@@ -11,9 +11,8 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -26,18 +25,18 @@ from engram_ref.attach.blocks import (
     check_arguments,
     check_layers,
     find_blocks,
+    is_on_accelerator,
     length_of,
     reader,
     tell_larger,
 )
 from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.exposed import Place, Waits
-from engram_ref.attach.graphs import Staged, keep_address
+from engram_ref.attach.graphs import keep_address
 from engram_ref.attach.history import (
     CacheHistory,
     LengthsOnDevice,
     Places,
-    Prompts,
     convolved,
     follow,
     history_of,
@@ -48,6 +47,7 @@ from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing, borders_of, refuse_numbered, require_continued
 from engram_ref.attach.padding import chosen, padding_of
+from engram_ref.attach.staging import StagedSteps
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.fusion.base import ShortConvHistory
@@ -60,8 +60,6 @@ from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
 
 _PATIENCE = 60.0  # seconds that a thread waits for the forwards of others to end, before it takes what there is
-
-_PACKED_AND_STAGED = "several sequences in one row of a staged step: stage a padded batch"
 
 
 def attach(
@@ -135,7 +133,7 @@ def _attach(
         raise
 
 
-class Attached:
+class Attached(StagedSteps):
     """Engram layers that are in a model; made by `attach`, a context manager that detaches.
 
     Attributes:
@@ -156,6 +154,7 @@ class Attached:
         own: Prefetcher | None = None,
         buffers: int = sys.maxsize,
     ) -> None:
+        super().__init__()
         self.decoder = decoder
         self.engrams = dict(engrams)
         self.prefetcher = source.prefetcher
@@ -171,13 +170,6 @@ class Attached:
         self._steps: dict[int, Step] = {}  # begun and not ended, by thread
         self._turn = threading.Condition()  # steps of several threads begin one after the other
         self._room = buffers
-        self._staged: Staged | None = None  # inside of `staging`
-        self._between: Callable[[], object] | None = None  # likewise
-        self._begun: Callable[[], Step] | None = None  # by `begin`, until `lay_down`
-        self._staging_thread = 0
-        # By overlap and asking; captured graphs read their buffers as long as we live.
-        self._stagings: dict[tuple[bool, bool], Staged] = {}
-        self._asking: set[Staged] = set()  # whose steps we answer
         self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
         self._device = next(iter(self.engrams.values())).fusion.device
         self._list = next(name for name, child in decoder.named_children() if child is blocks)
@@ -213,10 +205,7 @@ class Attached:
                 self._drop(thread)
             self.check()
         finally:
-            for staged in self._stagings.values():
-                staged.close()
-            self._stagings.clear()
-            self._asking.clear()
+            self._close_stagings()
             if self._own is not None:
                 self._own.close()
 
@@ -239,9 +228,7 @@ class Attached:
             ValueError: a token id outside the vocabulary, or a cache that differs from its history.
             CallError: a step asked for rows and did not get them.
         """
-        if self._asking and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # what a step waited for in vain it says when it goes on
-        self._settle()
+        self._settle_with_device()
         self._source.check()
         self._lengths.check()
 
@@ -281,11 +268,6 @@ class Attached:
             return engram(hidden, rows, needed.past, padding=needed.padding)
         return needed.packing.pick(engram(needed.packing.spread(hidden), rows, padding=needed.padding))
 
-    def _laid_down(self, staged: Staged, layer_id: int) -> ForBlock:
-        if self._between is not None and layer_id == min(self.engrams):
-            self._between()
-        return staged.at(layer_id)
-
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._staged is None:
             self._end(output)
@@ -303,7 +285,6 @@ class Attached:
             self._steps[thread] = self._start(given, module)
 
     def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
-        """Begin to fetch for token ids [B, T], into `room` where the source can. `waited_for`: see the prefetcher."""
         self._settle()  # who answers has the places
         places = None if given.cache is None else history_of(given.cache, self._key)
         if isinstance(places, Places):
@@ -345,7 +326,7 @@ class Attached:
 
     def _may_look_at(self, given: Given) -> bool:
         """Whether the CPU may look into the mask: not where a step of one token runs without it."""
-        return given.ids.shape[1] > 1 or self._source.reads_on_cpu or not _is_on_accelerator(chosen(given.mask))
+        return given.ids.shape[1] > 1 or self._source.reads_on_cpu or not is_on_accelerator(chosen(given.mask))
 
     def _past_length(self, given: Given) -> int:
         """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""
@@ -353,7 +334,7 @@ class Attached:
             return 0
         length = length_of(given.cache) if given.position is None else given.position[0]
         history = history_of(given.cache, self._key)
-        if history is None or self._source.reads_on_cpu or not _is_on_accelerator(length):
+        if history is None or self._source.reads_on_cpu or not is_on_accelerator(length):
             return int(length)
         self._lengths.compare(length, history.length)
         return history.length
@@ -419,7 +400,7 @@ class Attached:
             return
         length = length_of(cache)
         # At the next step, too small a count would pass for a cache that was cropped, or emptied.
-        if not _is_on_accelerator(length) and int(length) != history.length:
+        if not is_on_accelerator(length) and int(length) != history.length:
             raise ValueError(
                 f"a {type(cache).__name__} that counts {int(length)} positions after {history.length}, so that Engram "
                 "cannot follow it: use_cache=False"
@@ -503,204 +484,3 @@ class Attached:
             )
         self._require_convolutions(places.convolutions)
         self._follow(cache, places)
-
-    # --- rows in buffers that stay where they are ------------------------------------------------
-
-    @contextmanager
-    def staging(
-        self,
-        overlap: bool = False,
-        between: Callable[[], object] | None = None,
-        staged: Staged | None = None,
-        asking: bool = False,
-    ) -> Iterator[Attached]:
-        """Inside, forwards start nothing: each reads what the last `stage` before it has laid down.
-
-        A graph that was captured in one staging may be replayed in another, until Engram is detached; and longer, if
-        its buffers are `staged`, which are the caller's.
-
-        Args:
-            overlap: on CUDA, let the graph itself wait for the rows, just before the block that needs them.
-            between: called in a forward where the first layer is about to read its rows: to end one capture there and
-                begin another, or to `lay_down` what was begun before the forward.
-            staged: the buffers, instead of own ones; then `overlap` and `asking` are as they were made.
-            asking: on CUDA, for tables that the CPU gathers from: `stage` is captured with the forward, and the graph
-                itself asks for its rows; `answer` before each replay. For a cache of places (`seat`).
-
-        Raises:
-            RuntimeError: inside of another one.
-            ValueError: overlap without CUDA.
-        """
-        if self._staged is not None:
-            raise RuntimeError("staging() inside of staging(), of this thread or another: leave the first one before")
-        if staged is None and (overlap, asking) not in self._stagings:
-            self._stagings[overlap, asking] = Staged(self._device, overlap, asking)
-        self._staged, self._staging_thread = staged or self._stagings[overlap, asking], threading.get_ident()
-        self._between = between
-        self._staged.forget()
-        try:
-            yield self
-        finally:
-            self._staged = self._between = self._begun = None
-
-    def stage(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
-        """Fetch the rows of a step, and lay them down for the forward, or the graph's replay, that follows.
-
-        Args:
-            input_ids, past_key_values, attention_mask: as the forward will get them; a mask for all steps of a shape
-                or for none.
-
-        Raises:
-            RuntimeError: outside of `staging`.
-            ValueError: as the forward would raise.
-        """
-        if self._staged is not None and self._staged.asking:
-            self._ask(self._staged, input_ids, past_key_values)
-            return
-        self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=True)
-        self.lay_down()
-
-    def answer(self, input_ids: Tensor, past_key_values: Any) -> None:
-        """Let a thread answer the next replay of a step that was captured with its question; at once, this returns.
-
-        The ids that count are those that lie there when the replay runs. Until `check`, or the next forward that is no
-        replay, the places belong to the thread.
-
-        Args:
-            input_ids, past_key_values: as they were given to `stage`.
-
-        Raises:
-            RuntimeError: outside of `staging`.
-            ValueError: a staging that does not ask, or a cache without places.
-            CallError: an earlier step asked for rows and did not get them.
-        """
-        if self._staged is None or not self._staged.asking:
-            raise ValueError("answer() for steps that ask: write `with attached.staging(asking=True):` around it")
-        self._answer(self._staged, input_ids, past_key_values)
-
-    def _answer(self, staged: Staged, ids: Tensor, cache: Any) -> None:
-        self._require_staging_thread()
-        places = self._asking_places(ids, cache)
-        self._asking.add(staged)
-        staged.call(ids.shape, *self._source.answer_of(ids.shape)).expect(partial(self._source.answer, places))
-
-    def _ask(self, staged: Staged, ids: Tensor, cache: Any) -> None:
-        """Stage a step that asks for its rows itself: captured, in each replay; otherwise now, and it is answered."""
-        places = self._asking_places(ids, cache)
-        values, dtype = self._source.answer_of(ids.shape)
-        captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not captured:
-            self._answer(staged, ids, cache)
-        layers, room = self._source.answered_layers, self._room_in(staged)
-        new_rows = partial(torch.empty, values, dtype=dtype, device=self._device)
-        with staged.beside():
-            if ids.is_cuda:  # the caller may let go of it
-                ids.record_stream(torch.cuda.current_stream(self._device))
-            out = None if room is None else room(ids.shape, layers, new_rows)
-            out = new_rows() if out is None else out
-            staged.call(ids.shape, values, dtype).make(ids, out)
-        rows = {layer_id: Ready(found) for layer_id, found in zip(layers, out)}
-        staged.fill(Step(rows, ids.shape, None, places, None), self.engrams)
-
-    def _asking_places(self, ids: Tensor, cache: Any) -> Places:
-        """The places of a cache whose step asks for its rows."""
-        places = None if cache is None else history_of(cache, self._key)
-        if not isinstance(places, Places):
-            raise ValueError("a step that asks for its rows needs a cache of places: seat(cache, Places(...)) first")
-        if not isinstance(places.next_step(ids.shape), Places):
-            raise ValueError("prompts that take places are not staged: call the model outside of staging()")
-        return places
-
-    def _settle(self) -> None:
-        """Wait for whoever answers steps that ask; what they asked for in vain is raised."""
-        for staged in self._asking:
-            staged.settle()
-
-    def begin(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
-        """The first half of `stage`, which waits for nothing: the blocks before the first layer may be launched next.
-
-        Where the accelerator reads the tables, or the ids are at hand, the fetch begins; where the CPU needs ids that
-        the accelerator has, they are sent for.
-
-        Args and errors: as for `stage`.
-        """
-        self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=False)
-
-    def _begin_staged(self, input_ids: Tensor, past_key_values: Any, attention_mask: Any, waited_for: bool) -> None:
-        if self._staged is None:
-            raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
-        self._require_staging_thread()
-        if self._staged.asking:
-            raise ValueError("begin() where steps ask for their rows themselves: capture stage(), then answer()")
-        given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
-        room = self._room_in(self._staged)
-        self._staged.forget()
-        self._staged.shape = input_ids.shape
-        arrived = self._source.send_for(input_ids)
-        if arrived is None:
-            step = self._start(given, self.decoder, room, waited_for)
-            self._begun = lambda: step
-        else:  # `lay_down` begins it, and waits
-            self._begun = lambda: self._start(given._replace(ids=arrived()), self.decoder, room, waited_for=True)
-
-    def _room_in(self, staged: Staged) -> Room | None:
-        """The buffers that graphs read, if rows are stored as these hold them."""
-        as_stored = all(engram.fusion.dtype == engram.table.format.dtype for engram in self.engrams.values())
-        return staged.room if as_stored else None
-
-    def lay_down(self) -> None:
-        """The second half of `stage`: wait for the rows of the step that was begun, and lay them down.
-
-        Raises:
-            RuntimeError: none was begun.
-            ValueError: as for `stage`.
-        """
-        if self._staged is None or self._begun is None:
-            raise RuntimeError("lay_down() without a step: call begin(input_ids, cache) before it, inside of staging()")
-        begun, self._begun = self._begun, None
-        step = begun()
-        try:
-            if step.packing is not None:
-                raise ValueError(_PACKED_AND_STAGED)
-            if isinstance(step.history, Prompts):
-                raise ValueError("prompts that take places are not staged: call the model outside of staging()")
-            self._staged.fill(step, self.engrams)
-        except BaseException:
-            give_back(step.fetch)
-            if step.history is not None:
-                step.history.open = False  # no block has run, so the cache is as it was
-            raise
-        step.end()
-
-    def _require_staging_thread(self) -> None:
-        if threading.get_ident() != self._staging_thread:
-            raise RuntimeError("another thread is inside of staging(): one thread at a time can use it")
-
-    @torch.compiler.disable
-    def _compare_staged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward that runs as it is written, not as part of a graph, must be the one that was staged."""
-        assert self._staged is not None
-        self._require_staging_thread()
-        given = self._read(args, kwargs)
-        cached = given.cache is not None or bool(given.use_cache)
-        if borders_of(given, 0, cached, self.decoder.config) is not None:
-            raise ValueError(_PACKED_AND_STAGED)
-        if given.ids.shape != self._staged.shape:
-            raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
-        history = None if given.cache is None else history_of(given.cache, self._key)
-        if history is None or isinstance(history, Places) or self._begun is not None:
-            return  # of places, or before `lay_down`, there is no length to compare
-        length = given.cache.get_seq_length() + given.ids.shape[1]
-        if _is_on_accelerator(length):
-            if not torch.cuda.is_current_stream_capturing():
-                self._lengths.compare(length, history.length)
-        elif int(length) != history.length:
-            raise ValueError(
-                f"a step that ends at position {int(length)}; staged was one that ends at {history.length}: call "
-                "stage() once before every forward"
-            )
-
-
-def _is_on_accelerator(length: Any) -> bool:
-    """Whether the CPU would have to wait to know it."""
-    return isinstance(length, Tensor) and length.device.type != "cpu"

@@ -131,6 +131,11 @@ LENGTHS = "cu_seq"  # how the names of running lengths begin: cu_seq_lens_q, cu_
 _NUMBERS = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")  # which sequence of its row a position is of
 
 
+def is_on_accelerator(value: Any) -> bool:
+    """Whether the CPU would have to wait to know it."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Given]:
     """A function that picks them from the arguments of the decoder's forward, by position or by name.
 
