@@ -104,7 +104,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.at_least(0, cli.MOST_SEED), default=0, help="which window of the text, which weights")
     add("--definition", choices=DEFINITIONS, default="lru", help="of ByteDMD (default: lru, one stack)")
     add("--tracer", choices=["own", "upstream"], default="own", help="upstream: check every depth with the original")
-    add("--repeats", type=cli.at_least(1), default=5, metavar="N", help="wall-time samples per case")
+    # Of five, the interval is from the least to the most; of nine, one slow round decides neither end.
+    add("--repeats", type=cli.at_least(1), default=9, metavar="N", help="wall-time samples per case; default: 9")
     add_jobs(parser)
     add("--out", type=Path, default=Path("out/bytedmd_toy"), metavar="DIR", help="results.json and figures go here")
     add(

@@ -193,18 +193,35 @@ def _lookup(name: str, results: dict[str, Any]) -> Iterator[Line]:
             yield Line(name, f"{case['tokens']} tokens, {way}", f"time.{kind}", predicted, took, "s")
 
 
+_SERVED = {
+    "offload_naive": "host", "offload_prefetch": "host", "offload_uva": "uva", "offload_uva in graph": "uva",
+}  # fmt: skip
+
+
 def _served_on_gpu(name: str, results: dict[str, Any]) -> Iterator[Line]:
-    """What a decode step loses to the resident table: the fetch less the block before it."""
+    """What a decode step loses to the resident table: the fetch less the block before it, if it may hide there."""
     machine = _of_limits(results)
     for case in results["cases"]:
-        steps = {row["label"]: _decode(row) for row in case["rows"] if row["rounds"]}
+        rows_of = {row["label"]: row for row in case["rows"] if row["rounds"]}
+        steps = {label: _decode(row) for label, row in rows_of.items()}
         block = steps["no_engram"] / case["blocks"]
         rows, row_bytes = case["batch"] * case["table"]["columns"], case["table"]["row_bytes"]
-        for label, kind in (("offload_prefetch", "host"), ("offload_uva in graph", "uva")):
-            took = seconds(machine, kind, rows, rows, row_bytes, 0.0)
-            predicted = exposed_seconds([took], [case["layer_id"]], block)
+        for label, row in rows_of.items():
+            kind = "hot" if row["variant"] == "offload_hot" else _SERVED.get(label)
+            if kind is None:
+                continue
+            took = seconds(machine, kind, rows, rows, row_bytes, _hits(row) if kind == "hot" else 0.0)
+            waits = row["schedule"] == "synchronous"
+            predicted = took if waits else exposed_seconds([took], [case["layer_id"]], block)
+            formula = f"time.{kind}" if waits else "exposed"
             what = f"{case['table']['parameters']:.3g} parameters, batch {case['batch']}, {label}, lost per step"
-            yield Line(name, what, "exposed", predicted, steps[label] - steps["resident"], "s")
+            yield Line(name, what, formula, predicted, steps[label] - steps["resident"], "s")
+
+
+def _hits(row: dict[str, Any]) -> float:
+    """Share of the lookups that a hot tier served."""
+    asked = sum(served["lookups"] for served in row["rounds"])
+    return sum(served["hits"] for served in row["rounds"]) / asked
 
 
 def _hot_tiers(name: str, results: dict[str, Any]) -> Iterator[Line]:

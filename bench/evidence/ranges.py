@@ -76,7 +76,7 @@ def lookup_span(e: Evidence) -> tuple[float, float]:
 
 
 def lookup_floors(e: Evidence, form: str = "engram") -> tuple[float, float]:
-    """Least and largest ratio of a toy's lookup for the best possible manager, whatever becomes of the rows."""
+    """Least and largest ratio of the floors of a toy's lookup, bound over bound, whatever becomes of the rows."""
     found = [lookup_range.floor_ratio(e["lookup_range"], _TOYS[form], ending) for ending in ENDINGS]
     return min(found), max(found)
 
@@ -110,6 +110,7 @@ def _definition_values(e: Evidence) -> dict[str, str]:
         "rowdefs.tokens": f"{_TOKENS:,}",
         "defs.cheaper": ", ".join(cheaper) or "none",
         "defs.layer.classes": layer_classes(e),
+        "defs.layer.stationary": f"{_defined(e, 'layer')['stationary']:.2f}",
     }
     for layout, key in (("held live", "held"), ("compacted", "compacted")):
         priced, at = e["row_definitions"], (_TABLE, _TOKENS, layout, max(definitions.PADDINGS))
@@ -117,6 +118,7 @@ def _definition_values(e: Evidence) -> dict[str, str]:
         found[f"rowdefs.{key}"] = f"{low:.3g} to {high:.3g}"
         for name, definition in (("floor", FLOOR), ("kept", definitions.KEPT)):
             found[f"rowdefs.{key}.{name}"] = f"{definitions.ratio(priced, definition, *at):.3g}"
+        found[f"rowdefs.{key}.best"] = " to ".join(f"{end:.3g}" for end in definitions.best_manager(priced, *at))
     return found
 
 

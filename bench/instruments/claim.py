@@ -40,11 +40,16 @@ def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True
     if not price_ratio > 0:
         raise ValueError(f"price ratio {price_ratio}: prices are positive")
     if price_ratio < STRONG_BELOW:
-        return Verdict("WIN", f"below {STRONG_BELOW:g}x: the claim holds, more than the thresholds ask")
+        return Verdict(
+            "WIN", f"below {STRONG_BELOW:g}x, clearly; by the thresholds of the question, not by the paper's 3 %"
+        )
     if price_ratio <= WIN_UP_TO:
-        return Verdict("WIN", f"up to {WIN_UP_TO:g}x: the claim holds")
+        return Verdict("WIN", f"up to {WIN_UP_TO:g}x, by the thresholds of the question, not by the paper's 3 %")
     if price_ratio <= LOSS_ABOVE:
-        return Verdict("INCONCLUSIVE", f"between {WIN_UP_TO:g}x and {LOSS_ABOVE:g}x: larger padding, other p decide")
+        return Verdict(
+            "INCONCLUSIVE",
+            f"between {WIN_UP_TO:g}x and {LOSS_ABOVE:g}x: more padding, or a larger share off the top, decides",
+        )
     if wall_overhead is None:
         return Verdict("LOSS", f"above {LOSS_ABOVE:g}x in price; the wall-time half is missing")
     if wall_overhead < WALL_TIME_CLAIM:

@@ -12,6 +12,7 @@ from bench.evidence.committed import STEP, Evidence, rounded_up
 from bench.evidence.ranges import energy_span, layer_classes, lookup_floors, lookup_span, text_spread
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.price.table import verdict
+from bench.rows.table import LAYOUTS
 from bench.rows.whole_model import MODELS
 
 _MODEL = "dense-4b"  # the smaller of the paper's two
@@ -31,14 +32,14 @@ def verdict_sentence(evidence: Evidence) -> str:
 
 def verdict_figure(evidence: Evidence) -> str:
     """The price ratio of the prefetched table at every boundary, as bars with their class."""
-    names = {"lookup": "the lookup alone", "layer": "the layer around it", "block": "the decoder block"}
+    names = {"lookup": "the toy's lookup alone", "layer": "the layer around it", "block": "its decoder block"}
     rows = [
         (text, evidence.ratio("engram", boundary, _PREFETCH), verdict(evidence.toy, "engram", boundary).label)
         for boundary, text in names.items()
     ]
-    whole = 1 + evidence.prefetched_share(_MODEL)
-    rows.append(("a whole model", whole, classify(whole, None).label))
-    return bars("What the offloaded, prefetched table adds to the price of the resident one (logarithmic)", rows)
+    whole = max(evidence.pinned(_MODEL, layout=layout)[1] for layout in LAYOUTS)
+    rows.append((f"{MODELS[_MODEL].name}, {STEP} tokens", whole, classify(whole, None).label))
+    return bars("What the offloaded, prefetched table adds to the price of a resident one (logarithmic)", rows)
 
 
 def bars(caption: str, rows: Sequence[tuple[str, float, str]]) -> str:
@@ -76,23 +77,23 @@ def verdict_lines(evidence: Evidence) -> str:
     added_in_all, one = (e.added(*which) for which in ((_MODEL, "in all"), ("v41-flash", "in all", "one")))
     lines = {
         "What survives": (
-            f"the claim about the model. Against no Engram at all, as the paper counts, everything that Engram reads "
-            f"adds {100 * added_in_all:.2g} % to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a "
-            f"step. On texts of other kinds the rows alone stay within {text_spread(e)} %. Within the layer the class "
-            f"is {layer_classes(e)} under every definition of the metric."
+            f"the claim about the model. Against no Engram, as the paper counts, all that Engram reads adds "
+            f"{100 * added_in_all:.2g} % to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a step. "
+            f"On other texts the rows alone are {text_spread(e)} % of its weights. Within the layer the class is "
+            f"{layer_classes(e)} under every definition."
         ),
         "What does not": (
-            "the claim about the lookup. By the padding, and by what becomes of the rows, it adds "
-            f"{added(least)[1:]} to {added(most)[1:]}, and other definitions give other classes. The best possible "
-            f"manager, which knows every address, still pays {floors} more ({of_v41} in V4.1's form) under a million "
-            "bytes: a first read cannot be avoided, and copies made ahead saved nothing on any text that was priced "
-            "on one stack."
+            f"the claim about the lookup. By padding and by what becomes of the rows it adds {added(least)[1:]} to "
+            f"{added(most)[1:]}, and other definitions give other classes. Foresight does not help: the bound under "
+            f"every manager of memory is {floors} higher offloaded than resident ({of_v41} in V4.1's form), as a first "
+            "read cannot be avoided; copies made ahead saved nothing on any text."
         ),
         "Where it turns": (
-            f"with one token's experts, V4.1-Flash's step is {added(1 + one)[1:]} dearer. From an SSD in random rows "
-            f"the *energy* of the rows reaches {claim} at {energy_span(e, 'NVMe SSD, random rows')} tokens a step, "
-            f"from host memory at {energy_span(e, 'host DDR over PCIe')}; ByteDMD, which knows no pages, does not "
-            "show that."
+            f"if all tokens of a step choose the same experts, Engram makes V4.1-Flash's step {added(1 + one)[1:]} "
+            f"dearer than none, mostly by its own weights. In random rows from an SSD the *energy* of "
+            f"{MODELS[_MODEL].name}'s rows reaches {claim} of its weights' at "
+            f"{energy_span(e, 'NVMe SSD, random rows')} tokens a step, from host DDR at "
+            f"{energy_span(e, 'host DDR over PCIe')}; which ByteDMD, without pages, hides."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())

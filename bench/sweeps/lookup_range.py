@@ -2,8 +2,8 @@
 
     about, records = price_toy(toy, plan, stream, seed=0)     # a record per ending, variant and padding
 
-Its class is chosen by whoever chooses these two; so the class is shown with the range that they span, and with what the
-best possible manager would pay (`engram_toy.floor`), which nobody can choose.
+Its class is chosen by whoever chooses these two; so the class is shown with the range that they span, and with the
+bound under every manager of memory (`engram_toy.floor`), which nobody can choose.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def ratio(
 
 
 def floor_ratio(results: Record, toy: str, ending: str) -> float:
-    """What the best possible manager pays for the offloaded table over what it pays for the resident one.
+    """The bound under every manager of the offloaded table over that of the resident one: bound over bound.
 
     Of the naive program: a manager moves a value whenever it reads one, and needs no copies that the program makes.
     """

@@ -97,3 +97,11 @@ def test_ratios_are_of_the_same_definition(results):
     for definition in (*DEFINITIONS, KEPT, FLOOR):
         if definition != "two-stack":
             assert ratio(results, definition, "v41-flash", 10**5, "compacted", 10**11) > 1
+
+
+def test_the_best_managers_ratio_lies_between_bounds_of_both_its_prices():
+    """Floors 2 and 10, prices of a memory that can be built 4 and 12: the best pays 2 to 4, and below 10 to 12."""
+    about = {"table": "t", "tokens": 1, "layout": "held live"}
+    prices = {("floor", 0): 2, ("floor", 9): 10, ("kept copies", 0): 4, ("kept copies", 9): 12}
+    results = {"records": [{**about, "definition": d, "padding_bytes": p, "price": v} for (d, p), v in prices.items()]}
+    assert definitions.best_manager(results, "t", 1, "held live", 9) == (10 / 4, 12 / 2)
