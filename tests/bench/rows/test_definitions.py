@@ -11,7 +11,18 @@ import pytest
 pytest.importorskip("numba", reason="row prices are compiled: pip install numba")
 
 from bench.evidence.committed import Evidence
-from bench.rows.definitions import DEFINITIONS, FLOOR, KEPT, PADDINGS, ROWS, TABLES, definitions_table, price, ratio
+from bench.rows.definitions import (
+    DEFINITIONS,
+    FLOOR,
+    KEPT,
+    PADDINGS,
+    ROWS,
+    TABLES,
+    best_manager,
+    definitions_table,
+    price,
+    ratio,
+)
 from bench.schemas import definitions
 from engram_toy.fast.last_reads import Linker
 from engram_toy.fast.rows import start
@@ -104,4 +115,4 @@ def test_the_best_managers_ratio_lies_between_bounds_of_both_its_prices():
     about = {"table": "t", "tokens": 1, "layout": "held live"}
     prices = {("floor", 0): 2, ("floor", 9): 10, ("kept copies", 0): 4, ("kept copies", 9): 12}
     results = {"records": [{**about, "definition": d, "padding_bytes": p, "price": v} for (d, p), v in prices.items()]}
-    assert definitions.best_manager(results, "t", 1, "held live", 9) == (10 / 4, 12 / 2)
+    assert best_manager(results, "t", 1, "held live", 9) == (10 / 4, 12 / 2)
