@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
 from bench.evidence import gpu_figures, lookup_table, predictions, price, published, ranges, stress, wall_time
 from bench.evidence.committed import Evidence
-from bench.evidence.from_code import published_forms, what_fits, worked_example
+from bench.evidence.from_code import placed_example, published_forms, what_fits, worked_example
 from bench.evidence.on_gpu import OnGpu
 from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
@@ -107,6 +107,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "place_formulas": predictions.formulas,
     "place_errors": lambda: predictions.table(RESULTS),
     "example": worked_example,
+    "place_example": placed_example,
     "fits": what_fits,
     "forms": published_forms,
     "overhead": published.overhead_table,

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from bench.instruments.words import aligned, markdown
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
+from engram_ref.place import command as place
+from engram_ref.place.answer import answer
 from engram_ref.place.formulas import held_bytes
+from engram_ref.place.table import report
 from engram_ref.tables import RowFormat
 from engram_ref.vocab import CompressedVocab, load_tokenizer
 
 PHRASE = "New York, new york, NEW YORK"
+# On hardware that is named, for a text that is the same everywhere.
+PLACED = "--preset v41-flash --gpu 80GB --host 512GB --disk 2TB --block-time 56us --batch 64 --prompt --text LICENSE"
+_ROOT = Path(__file__).resolve().parents[2]
 _GIB = 2**30
 _HOT_SHARE = 0.1
 _BATCH = 4096  # tokens of the staging example
@@ -32,6 +39,12 @@ def worked_example() -> str:
         text = repr(tokenizer.decode([token], skip_special_tokens=False))
         lines.append([text, *(f"{n:,}" for n in (token, known, row[bigram], row[trigram]))])
     return f"```text\n{aligned(lines, left={0})}\n```"
+
+
+def placed_example() -> str:
+    """A command of `engram-place`, and what it prints."""
+    options = place.parse(PLACED.replace("LICENSE", str(_ROOT / "LICENSE")).split())
+    return f"```text\n$ engram-place {PLACED}\n{report(answer(place.question(options)))}\n```"
 
 
 def what_fits() -> str:
