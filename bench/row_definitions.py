@@ -1,7 +1,7 @@
 """Real index streams under every definition of ByteDMD, and the floor under all managers; how long each takes.
 
     python bench/row_definitions.py                        10^5 tokens, three tables; writes out/row_definitions
-    python bench/row_definitions.py --tokens 100000 1000000    some twenty minutes on one core, an estimate
+    python bench/row_definitions.py --tokens 1000000   a quarter of an hour, mostly one core; no step of `make findings`
 
 DeepSeek-V4.1-Flash's rows and those of the paper's tables, token by token, in both layouts; the table on top, and below
 10^10 and 10^11 bytes. Prices are the same on every machine; seconds are not. The floor is given between two numbers,
