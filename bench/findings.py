@@ -1,6 +1,6 @@
 """Rebuild every result, figure and document of the findings, from nothing.
 
-    make findings                     an hour or so on two cores, an estimate: not timed with its newest steps
+    make findings                     59 minutes on two cores that had other work; alone some 45, an estimate
     make findings QUICK=1             small versions of every step, some three minutes; committed files untouched
     python bench/findings.py --help
 

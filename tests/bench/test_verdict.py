@@ -18,5 +18,5 @@ def test_all_of_the_answer_fits_a_screen():
         "Where it turns: ",
     ):
         assert part in text
-    for word in ("definition", "texts of other kinds", "best possible manager", "SSD"):
+    for word in ("definition", "On other texts", "every manager of memory", "SSD"):
         assert word in text
