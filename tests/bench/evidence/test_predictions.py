@@ -75,3 +75,5 @@ def test_what_is_known_to_be_wrong_is_still_shown(found):
     assert table(RESULTS) in page and "inside* a step" in page
     staged = kind(found, "exposed", "offload_prefetch, lost")
     assert max(staged) < 0.3 and "rows that the CPU stages" in page
+    hot, waited_for = kind(found, "exposed", "offload_hot 1 %, lost"), kind(found, "time.host", "offload_naive, lost")
+    assert len(hot) == len(waited_for) == 3 and max(hot) < 0.2 and max(waited_for) < 0.6 and "hot tier of 1 %" in page
