@@ -21,5 +21,5 @@
   }
 
   addEventListener("load", () => setTimeout(look)); // after the theme has wrapped the tables
-  addEventListener("resize", look);
+  addEventListener("resize", () => requestAnimationFrame(() => setTimeout(look))); // and after it has looked itself
 })();

@@ -49,12 +49,11 @@ ACTS = {
 
 def _states() -> list[tuple[str, str, int, str, str]]:
     """Page, hash, width, the element to look at and what is done first; states of one page one after the other."""
-    states = [(page, "", width, "none", "") for page in [*PAGES, "wide.html"] for width in WIDTHS]
-    states += [("explore.html", urlencode(point), 1280, "explorer", "") for point in POINTS]
+    states = [("explore.html", urlencode(point), 1280, "explorer", "") for point in POINTS]
     states += [("explore.html", "whole", 360, "whole-model-panel", "")]
     states += [("how-bytedmd-works.html", f"story={s.name}&frame={f}", 800, "stack-story", "") for s, f in FRAMES]
     states += [(page, "story=sum&frame=0", 500, element, script) for page, element, script in ACTS.values()]
-    return sorted(states, key=lambda state: [*PAGES, "wide.html"].index(state[0]))
+    return sorted(states, key=lambda state: PAGES.index(state[0]))
 
 
 def price(variant, point):
@@ -64,8 +63,39 @@ def price(variant, point):
     return level
 
 
+class Seen:
+    """What a page looks like, by width where that matters, and all that it complained of and asked for meanwhile.
+
+    A page is loaded once for everything that is asked about it: that takes most of the time. To look for what axe
+    complains of comes last, because it takes away parts of the page.
+    """
+
+    def __init__(self, browser, address, page):
+        browser.forget()
+        browser.screen(360)
+        browser.open(f"{address}/{page}")
+        self.page, self.wide, self.figures = page, {}, {}
+        for width in WIDTHS:
+            browser.screen(width)
+            browser.run(DRAWN)
+            self.wide[width] = browser.run(TOO_WIDE)
+            self.figures[width] = browser.run(f"Promise.all({PICTURES})")
+        browser.screen(360)
+        browser.run(DRAWN)
+        part = PARTS[page]
+        if page != PAGES[0]:  # menus are the same on all pages, and axe walks through all of them
+            browser.run("document.querySelectorAll('.md-sidebar, .md-footer').forEach((part) => part.remove())")
+        if part != "html":
+            browser.run(ALONE % (part, "" if part == "header" else "part"))
+        browser.run(PRUNE)
+        self.complaints = complaints(browser, part)
+        browser.run("document.body.dataset.mdColorScheme = 'slate'")
+        self.complaints += complaints(browser, part, "{ runOnly: ['color-contrast'] }")
+        self.console, self.requests = browser.console, browser.requests
+
+
 class Visited:
-    """What each page became by (page, hash, width, act), and what all of them complained of and asked for."""
+    """What the interactive pages became by (page, hash, width, act), and what they complained of."""
 
     def __init__(self, browser, address):
         browser.forget()
@@ -78,23 +108,26 @@ class Visited:
             browser.run(f"location.hash = {place!r}, {DRAWN}")
             browser.run(SEND % act)
             self.states[page, place, width, act] = browser.run(LOOK % element)
-        self.console, self.requests = browser.console, browser.requests
+        self.console = browser.console
 
 
-DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
 SEND = "(() => { const page = document, send = (element, name) => element.dispatchEvent(new Event(name)); %s })()"
 LOOK = """(() => {
-    const scroll = document.scrollingElement, seen = document.getElementById("%s");
-    return { data: { ...seen?.dataset }, wide: scroll.scrollWidth - scroll.clientWidth, text: seen?.innerText,
-        hash: location.hash };
+    const seen = document.getElementById("%s");
+    return { data: { ...seen.dataset }, text: seen.innerText, hash: location.hash };
 })()"""
+TOO_WIDE = "document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def seen(request, address, browser):
+    """All tests of a page come one after the other."""
+    return Seen(browser, address, request.param)
 
 
 @pytest.fixture(scope="module")
-def visited(site, address, browser):
-    (site / "wide.html").write_text(
-        '<link rel="icon" href="data:,"><div style="width:2000px">wide</div>', encoding="utf-8"
-    )
+def visited(address, browser):
     return Visited(browser, address)
 
 
@@ -111,13 +144,30 @@ def test_a_link_that_leads_nowhere_would_be_noticed(project, tmp_path):
     assert build(tmp_path).returncode == 0
 
 
-def test_no_page_complains(visited):
+def test_no_page_complains(seen):
+    assert seen.console == []
+
+
+def test_no_page_asks_another_host(seen, address):
+    assert len(seen.requests) > 5
+    assert [url for url in seen.requests if not url.startswith((address, "about:", "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_page_is_wider_than_the_screen(seen, width):
+    assert seen.wide[width] <= 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_that_is_too_wide_would_be_noticed(width, tmp_path, browser):
+    (tmp_path / "wide.html").write_text('<div style="width:2000px">wide</div>', encoding="utf-8")
+    browser.screen(width)
+    browser.open((tmp_path / "wide.html").as_uri())
+    assert browser.run(TOO_WIDE) > 700
+
+
+def test_interactive_pages_complain_of_nothing_whatever_a_reader_does(visited):
     assert visited.console == []
-
-
-def test_no_page_asks_another_host(visited, address):
-    assert len(visited.requests) > 20
-    assert [url for url in visited.requests if not url.startswith((address, "about:", "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: urlencode(point))
@@ -140,17 +190,6 @@ def test_the_stack_page_shows_the_tracers_price(visited, story, frame):
     read = tell(story).steps[: (frame + 1) // 2]
     assert (data["story"], data["frame"]) == (story.name, str(frame))
     assert int(data["total"]) == sum(read.price for step in read for read in step.reads)
-
-
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_no_page_is_wider_than_the_screen(visited, page, width):
-    assert visited.states[(page, "", width, "")]["wide"] <= 0
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_a_page_that_is_too_wide_would_be_noticed(visited, width):
-    assert visited.states[("wide.html", "", width, "")]["wide"] > 700
 
 
 def act_on(visited, name):
@@ -266,18 +305,9 @@ PARTS = dict.fromkeys(PAGES, "html") | {
 }
 
 
-@pytest.mark.parametrize("page", PARTS)
-def test_everybody_can_read_the_page(page, site, address, browser):
+def test_everybody_can_read_the_page(seen):
     """All rules of axe on a phone, then contrast again in the dark."""
-    browser.screen(390)
-    browser.open(f"{address}/{page}")
-    browser.run(DRAWN)
-    if PARTS[page] != "html":
-        browser.run(ALONE % (PARTS[page], "" if PARTS[page] == "header" else "part"))
-    browser.run(PRUNE)
-    assert complaints(browser, PARTS[page]) == []
-    browser.run("document.body.dataset.mdColorScheme = 'slate'")
-    assert complaints(browser, PARTS[page], "{ runOnly: ['color-contrast'] }") == []
+    assert seen.complaints == []
 
 
 def test_what_cannot_be_read_would_be_noticed(tmp_path, browser):
@@ -297,6 +327,7 @@ def test_what_cannot_be_read_would_be_noticed(tmp_path, browser):
 def test_dark_is_dark(address, site, browser):
     lightness = []
     for scheme, name in (("light", "default"), ("dark", "slate")):
+        browser.open("about:blank")  # the page before would see the change, and remember it for this one
         browser.screen(1280, scheme=scheme)
         browser.open(f"{address}/index.html")
         browser.wait_for(f"document.body.dataset.mdColorScheme === '{name}'")  # the theme looks after the load
@@ -333,29 +364,18 @@ PICTURES = """[...document.querySelectorAll('.md-typeset img')].map((image) => {
     return image.decode().then(() => ({ share: image.width / image.naturalWidth, alt: image.alt,
         shown: image.currentSrc, hidden: image.closest('p').scrollWidth - image.closest('p').clientWidth }));
 })"""
-FINDINGS = ["index.html", *(page for page in PAGES if page.startswith("findings/"))]
 
 
-@pytest.mark.parametrize("page", FINDINGS)
-def test_figures_fit_a_phone_with_letters_that_can_be_read(page, address, site, browser):
-    """Of a drawing for phones the smallest are 7 points; it is shown whole, and nothing scrolls."""
-    browser.screen(360)
-    browser.open(f"{address}/{page}")
-    found = browser.run(f"Promise.all({PICTURES})")
-    assert all(figure["shown"].endswith(".narrow.svg") and figure["alt"] for figure in found)
-    assert all(7 * 4 / 3 * figure["share"] >= 8 and figure["hidden"] <= 0 for figure in found)
-    browser.screen(1280)
-    browser.open(f"{address}/{page}")
-    wide = browser.run(f"Promise.all({PICTURES})")
-    assert len(wide) == len(found) and not any(figure["shown"].endswith(".narrow.svg") for figure in wide)
-    assert len(wide) >= (0 if "paper" in page else 1)
-
-
-def test_wide_figures_of_other_pages_scroll(address, site, browser):
-    browser.screen(360)
-    browser.open(f"{address}/hardware.html")
-    found = browser.run(f"Promise.all({PICTURES})")
-    assert found and all(figure["share"] > 0.5 and figure["hidden"] > 100 for figure in found)
+def test_figures_fit_a_phone_with_letters_that_can_be_read(seen):
+    """In findings a phone gets a drawing of its own, its smallest letters of 7 points, whole; elsewhere one scrolls."""
+    phone, wide = seen.figures[360], seen.figures[1280]
+    if seen.page == "index.html" or seen.page.startswith("findings/"):
+        assert all(figure["shown"].endswith(".narrow.svg") and figure["alt"] for figure in phone)
+        assert all(7 * 4 / 3 * figure["share"] >= 8 and figure["hidden"] <= 0 for figure in phone)
+        assert len(wide) == len(phone) and not any(figure["shown"].endswith(".narrow.svg") for figure in wide)
+        assert len(wide) >= (0 if "paper" in seen.page else 1)
+    if seen.page == "hardware.html":
+        assert phone and all(figure["share"] > 0.5 and figure["hidden"] > 100 for figure in phone)
 
 
 def test_code_is_highlighted(site):
@@ -374,7 +394,6 @@ def local_links(page: Path, text: str):
 def test_every_link_leads_somewhere(site):
     """Pages, pictures and anchors, of the built pages themselves: the builder does not miss a picture."""
     texts = {page.resolve(): page.read_text("utf-8") for page in site.rglob("*.html") if page.name != "404.html"}
-    texts = {page: text for page, text in texts.items() if page.name not in ("wide.html",)}
     names = {page: set(re.findall(r"""\b(?:id|name)=["']?([^"'\s>]+)""", text)) for page, text in texts.items()}
     missing = []
     for page, text in texts.items():
