@@ -2,8 +2,8 @@
 
     loops = importlib.import_module("engram_ref.rows.gather_fused") if numba_works() else None
 
-An installed numba may still refuse to be imported: each version supports some versions of NumPy and of Python, and an
-upgrade of those outruns it. That is told once; the loops of NumPy and torch take over, with the same results.
+An installed numba may still refuse to be imported. That is told once; the loops of NumPy and torch take over, with the
+same results.
 
     python -m pytest tests/ref/test_compiled.py
 """
@@ -30,7 +30,8 @@ def _is_importable() -> bool:
     try:
         for name in ("llvmlite.ir", "numba", "numba.extending"):
             importlib.import_module(name)
-    except Exception as error:  # ImportError, SystemError, OSError, AttributeError: whatever the versions collide in
+    # ImportError, SystemError, OSError, AttributeError: each numba supports some versions of NumPy and Python only.
+    except Exception as error:
         versions = ", ".join(f"{name} {_version(name)}" for name in ("numba", "llvmlite", "numpy"))
         warnings.warn(
             f"numba cannot be imported ({type(error).__name__}: {one_line(error, 200)}), so slower loops take its "

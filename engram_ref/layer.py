@@ -106,7 +106,7 @@ class Engram(nn.Module):
         """
         config = self.fusion.config
         plain = hidden.ndim == 3 and config.hc_mult == 1
-        stream = hidden.unsqueeze(2) if plain else hidden
+        stream = hidden.unsqueeze(2) if plain else hidden  # [B, T, G, H]
         if stream.ndim != 4:
             raise ValueError(
                 f"hidden of shape {tuple(hidden.shape)}; this layer needs [B, T, {config.hc_mult}, {config.hidden}]"
@@ -180,11 +180,11 @@ def build_engram(
 
 
 def _fill(rows: Rows, seed: int) -> None:
-    """Draw all rows, which are in one part; scaled ones a few at a time, since their values take far more memory."""
-    (raw,) = rows.parts
+    """Draw all rows, which are in one part."""
+    (raw,) = rows.parts  # [R, row_bytes]
     if not rows.format.scaled:
         return fill_normal(rows.values(), seed)
-    for first in range(0, len(rows), _ENCODED):
+    for first in range(0, len(rows), _ENCODED):  # a few at a time: drawn and encoded they take far more memory
         piece = raw[first : first + _ENCODED]
         values = torch.empty((len(piece), rows.format.width), dtype=rows.format.dtype)
         fill_normal(values, seed, start=first * rows.format.width)

@@ -49,15 +49,12 @@ def compiled(function: Callable[..., Any], signatures: list[Any], **options: boo
 
 
 class _Cache(FunctionCache):
-    """A cache that knows no machine code of other sources, and stores nothing where it cannot.
-
-    numba's own looks at the time and the size of the one file that a function is in; a loop holds the code and the
-    constants of others, too, and files of two releases may have the same time. So its file and all of the package that
-    it imports count, by content.
-    """
+    """A cache that knows no machine code of other sources, and stores nothing where it cannot."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
+        # numba's own stamp is the time and the size of the one file that a function is in. A loop holds the code and
+        # the constants of others, too, and files of two releases may have the same time: so all count, by content.
         self._cache_file._source_stamp = (self._cache_file._source_stamp, _sources(function.__module__))
 
     def save_overload(self, *overload: Any) -> None:

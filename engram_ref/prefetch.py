@@ -6,16 +6,13 @@
             hidden = engram_1(hidden, fetch[1])                      # the layer joins: fetch[1].wait()
 
 Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
-reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch: what
-a thread does in Python, it does in turns with the model, whose operations wait for the interpreter lock meanwhile. So
-are rows that the caller waits for before he does anything else (`waited_for`), on his own stream.
+reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch, and
+so are rows that the caller waits for before he does anything else (`waited_for`), on his own stream.
 Waiting at once (`background=False`) is the synchronous schedule: the same code, nothing overlapped. At most `buffers`
-fetches are in flight, two at least: one is being used while the next is filled. An error in the background is raised at
-the join.
+fetches are in flight. An error in the background is raised at the join.
 
 Whose buffers are whose: a fetch has a lease on a slot, and the slot is lent again when that lease is over: released, or
-in nobody's hands any more (an exception, Ctrl-C, a fetch that was forgotten). What still writes for an old lease is
-waited for, and what has not begun never will.
+in nobody's hands any more (an exception, Ctrl-C, a fetch that was forgotten).
 """
 
 from __future__ import annotations
@@ -53,7 +50,7 @@ if TYPE_CHECKING:
 _Outcome = Errand[Pending] | Done[Pending]  # of one layer
 _Way = Callable[[Table], Callable[..., Pending]]  # picks `start`, or what does it in other ways
 Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
-LEAST_BUFFERS = 2
+LEAST_BUFFERS = 2  # one fetch is used while the next is filled
 
 
 class FetchError(RuntimeError):
@@ -105,7 +102,8 @@ class Prefetcher:
         renew_after_fork(self)
 
     def renew(self) -> None:
-        """In a forked process: whoever writes for fetches of before the fork does so elsewhere, and never ends here."""
+        """In a forked process: slots that nobody uses."""
+        # Whoever writes for fetches of before the fork does so in the parent, and would never end here.
         self._slots = [_Slot() for _ in range(self._buffers)]
 
     def _on_device(self) -> bool:
@@ -113,6 +111,8 @@ class Prefetcher:
 
     def _most_inline_tokens(self) -> int:
         """Whoever starts a fetch of so many tokens asks for their rows himself; none where that means to wait."""
+        # A thread works in turns with the model, whose operations wait for the interpreter lock meanwhile: for a few
+        # rows it takes more than it hides (`INLINE_BYTES`).
         shares = []
         for layer_id, table in self.tables.items():
             if not table.inline_rows:
@@ -137,8 +137,7 @@ class Prefetcher:
         Args:
             compressed_ids: for a `DeviceHasher` a tensor on its device. A later change of an array does no harm.
             history: what came before; it is read, and may be advanced as soon as this returns.
-            waited_for: the caller will do nothing before he waits, so that the worker could only be slower than he:
-                on a machine with an H200 handing 384 or 1,536 rows over and back cost more than it hid.
+            waited_for: the caller will do nothing before he waits, so that the worker could only be slower than he.
 
         Raises:
             RuntimeError: as many fetches as there are buffers are in flight: release one. Also of a closed prefetcher,
@@ -151,6 +150,7 @@ class Prefetcher:
 
     def is_done_here(self, tokens: int, waited_for: bool = False) -> bool:
         """Whether whoever starts a fetch of so many tokens hashes them by himself, rather than the worker."""
+        # `waited_for`: on a machine with an H200, handing 384 or 1,536 rows over and back cost more than it hid.
         return self._worker is None or tokens <= (self._inline_at_most if waited_for else self._inline_tokens)
 
     def hash_tokens(self, token_ids: np.ndarray, vocab: CompressedVocab, history: TokenHistory | None = None) -> Hashed:
@@ -528,7 +528,7 @@ class _Slot:
     def lend(self, users: Users) -> _Lease:
         """A new lease, as soon as nobody works for the old one."""
         if self._errands:
-            call_off(self._errands)
+            call_off(self._errands)  # what writes is waited for, and what has not begun never will
         lease = _Lease(self, self.kept or _Buffers(), users)
         self.kept, self._errands, self._lease = None, lease.errands, weakref.ref(lease)
         return lease

@@ -2,8 +2,7 @@
 
 Recent releases of transformers checkpoint what a block computes, so that its hooks run once. Before, the whole call was
 checkpointed, hooks included: in the backward pass the block is computed again, long after the forward has ended and
-perhaps after others. Its input is then the same memory as the first time, since the checkpoint has kept it alive; by
-this the rows are found again. Nothing is fetched a second time, and no history is advanced.
+perhaps after others. Nothing is fetched a second time, and no history is advanced.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ class Recomputed:
     """What was given to blocks that are going to be computed again."""
 
     def __init__(self) -> None:
+        # By layer and address of the input: it is the same memory the second time, as the checkpoint keeps it alive.
         self._given: dict[tuple[int, int], Any] = {}
 
     def keep(self, layer_id: int, hidden: Tensor, given: Any) -> None:

@@ -5,9 +5,8 @@
         model(input_ids)
     exposed.seconds()        # [("start", 0.00002), (1, 0.00031)]: at the decoder's entry, then before block 1
 
-On CUDA two events stand around each wait, so what is measured is how long the stream stood still, and no more than
-two records are added to it; where the CPU is late, its lateness is in it, too. Elsewhere it is the wall clock.
-Events cannot be read from a captured graph: staged steps are not measured.
+On CUDA it is how long the stream stood still; where the CPU is late, its lateness is in it, too. Elsewhere it is the
+wall clock. Events cannot be read from a captured graph: staged steps are not measured.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class ExposedTime:
     def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # two a wait are all that the stream has to do more
         event.record(torch.cuda.current_stream(self._device))
         return event
 

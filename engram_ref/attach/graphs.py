@@ -1,9 +1,9 @@
 """Rows in buffers that stay where they are: what a captured graph reads, filled before each replay.
 
 By default the stream of the model waits for the rows, and then the graph runs. With `overlap`, rows are laid down on a
-side stream, and every block that needs some waits for an external event there: the wait is captured as a node of the
-graph, so the blocks before it compute while rows are still on their way. What the CPU gathers it has gathered before
-the replay begins; only copies, and reads by the accelerator itself, overlap.
+side stream, and the graph itself waits for them, at every block that needs some: the blocks before it compute while
+rows are still on their way. What the CPU gathers it has gathered before the replay begins; only copies, and reads by
+the accelerator itself, overlap.
 
 Where the accelerator looks rows up by itself, `stage` may be captured together with the forward that reads them: then
 the lookup is a branch of the graph, which forks before the first block and joins at the one that needs its rows, and
@@ -150,6 +150,7 @@ class Staged:
             return torch.cuda.Event()
         if layer_id not in self._external:
             try:
+                # External: the wait is captured as a node of the graph, for what is recorded outside of it.
                 self._external[layer_id] = torch.cuda.Event(external=True)
             except TypeError as error:
                 raise ValueError(

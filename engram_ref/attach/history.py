@@ -9,8 +9,7 @@ the other unnoticed.
 A server's cache has places, to which sequences come and which they leave, each at a position of its own: what came
 before in each is kept in `Places`, and nothing is compared with the cache.
 
-Cropping is followed as far as the ids are remembered (SLACK positions); the convolution's past is not kept that far,
-so a layer with a convolution refuses to be cropped.
+Cropping is followed as far as the ids are remembered (SLACK positions); a layer with a convolution refuses it.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ class CacheHistory:
             self._crop(self.length - length)
 
     def _crop(self, count: int) -> None:
-        if self.convolutions:
+        if self.convolutions:  # their past is kept for the end alone
             raise ValueError(
                 f"the cache was cropped by {count} positions; the short convolution cannot go back: use a form without "
                 "one, or generate without an assistant"
@@ -150,11 +149,11 @@ class CacheHistory:
         self.length -= count
 
     def reset(self) -> None:
-        """Back to before the first position; a CUDA graph that reads the convolutions' past goes on reading it."""
+        """Back to before the first position."""
         self.length, self.open, self.packed = 0, False, False
         self.recent = torch.full_like(self.recent[:, : self._context], DEAD)
         for past in self.convolutions.values():
-            past.values.zero_()
+            past.values.zero_()  # in place: a captured graph goes on reading there
 
     def select(self, sequences: Tensor) -> None:
         """The sequences of these numbers, in this order: beams are reordered, or some are left."""
@@ -309,8 +308,6 @@ class Prompts(CacheHistory):
     def keep_convolved(self, layer_id: int, engram: Engram, hidden: Tensor, rows: Tensor) -> None:
         """Let the convolution's past of a layer go to the places.
 
-        It is made of the last tokens alone, each by itself, so they are computed again, without the others.
-
         Args:
             hidden: the stream before the layer, [b, T, H].
             rows: looked up for it, [b*T*C, D].
@@ -321,6 +318,7 @@ class Prompts(CacheHistory):
         at = self._lengths.to(device)[:, None] - reach + torch.arange(reach, device=device)  # [b, reach]
         each = torch.arange(batch, device=device)[:, None]
         of_last = rows.view(batch, hidden.shape[1], -1)[each, at.clamp_min(0)]  # [b, reach, C*D]
+        # What is kept of a token depends on that token alone: the last ones are computed once more, without the others.
         past = ShortConvHistory(engram.fusion, batch)
         engram(hidden[each, at.clamp_min(0)], Ready(of_last.reshape(-1, rows.shape[1])), past)
         before = (at < 0)[..., None, None]  # where a prompt has not begun

@@ -1,7 +1,6 @@
 """What stands in a model: one kind of hook, by which a model, its copies and its wrappers know what was put into them.
 
-A copy of a model shares its hooks: it computes with the same Engram, until that is detached. To be attached to a second
-time is refused block by block, wherever the block is held. A hook is not pickled.
+To be attached to a second time is refused block by block, wherever the block is held. A hook is not pickled.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Hook:
         self.act = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return self
+        return self  # a copy of the model computes with the same Engram, until that is detached
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(

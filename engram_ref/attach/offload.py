@@ -13,9 +13,9 @@ The model has the layer; what it gets is a place for the table. Where the text m
 computed and every fetch starts; where the class looks rows up, they are joined and their numbers compared with those
 that the class has computed by itself. What cannot be known at the entry (embeddings without token ids, a block that is
 recomputed in the backward pass, more threads than buffers) is fetched where it is looked up. The logits are those of
-the untouched model, bit for bit. The class keeps the last token ids in its cache and this reads them there, so that
-caches may be cropped, reordered and copied as ever. The rows are not trained while they are away, `state_dict` is
-without them, and on exit the very parameters that were taken out are put back, with the same bytes.
+the untouched model, bit for bit, and caches may be cropped, reordered and copied as ever. The rows are not trained
+while they are away, `state_dict` is without them, and on exit the very parameters that were taken out are put back,
+with the same bytes.
 
     python -m pytest tests/ref/attach/test_offload.py
 """
@@ -219,6 +219,7 @@ class OffloadedTable:
         if before is not None:
             on_cpu = device.type == "cpu"
             history = TokenHistory(self.plan, len(ids)) if on_cpu else DeviceHistory(self.plan, len(ids), device)
+            # [B, N-1], copied: the class writes its new ids over them.
             recent = before[:, 1 - self.plan.max_ngram :].to(device, torch.int64, copy=True).contiguous()
             history.ids = recent.numpy() if on_cpu else recent
         return prefetcher.start(ids.numpy() if device.type == "cpu" else ids, history)
@@ -378,6 +379,7 @@ def _modeling() -> ModuleType:
 
 def _ids_before(cache: Any, block: int) -> Tensor | None:
     """The last token ids that the class keeps in a cache, of shape (batch, places); None before the first."""
+    # Read there, they follow whatever is done to the cache.
     # `cache.get_conv_state` says the same, but not before transformers 5.23.
     return cache.layers[block].conv_states[_TOKEN_STATE] if cache.has_previous_state(block, _TOKEN_STATE) else None
 

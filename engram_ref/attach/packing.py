@@ -6,9 +6,9 @@
     hidden = packing.pick(wide)                             # and back
 
 transformers sees borders in `position_ids` that do not go on by one, where there is neither a mask nor a cache, and in
-a mask [B, 1, T, T] that is block-diagonal. Between two sequences the layers get so many positions of nothing as they
-look back: DEAD to the hash, padding to the convolution. So each sequence gives what it gives alone, to the bit of its
-rows. Where the borders cannot be known, or transformers would attend across them, the forward is refused.
+a mask [B, 1, T, T] that is block-diagonal. Between two sequences the layers get positions of nothing, so that each
+gives what it gives alone, to the bit of its rows. Where the borders cannot be known, or transformers would attend
+across them, the forward is refused.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Packing:
 
     def __init__(self, borders: Tensor, gap: int) -> None:
         batch, length = borders.shape
+        # So many positions as the layers look back: DEAD to the hash, padding to the convolution.
         numbers = torch.arange(length, device=borders.device).expand(batch, length)
         self._places = numbers + gap * borders.cumsum(1)  # [B, T], of each position among the wide ones
-        shape = (batch, int(self._places.max()) + 1)
+        shape = (batch, int(self._places.max()) + 1)  # [B, W]
         self._source = torch.zeros(shape, dtype=torch.int64, device=borders.device).scatter(1, self._places, numbers)
         self.apart = torch.ones(shape, dtype=torch.bool, device=borders.device).scatter(1, self._places, False)
 
@@ -144,7 +145,7 @@ def require_continued(mask: Any, recent: Tensor, pad: int, past: int, length: in
     tokens = (recent != DEAD) & (recent != pad)
     newest = torch.where(tokens, numbers, -1).amax(dim=1)  # [B], -1 where there is nothing to go on from
     real = sees[:, :, past : past + length].diagonal(dim1=1, dim2=2)  # [B, T]
-    first = real.int().argmax(dim=1)
+    first = real.int().argmax(dim=1)  # [B], the chunk's first token
     linked = sees[torch.arange(batch, device=sees.device), first, newest.clamp_min(0)]
     if ((newest >= 0) & real.any(dim=1) & ~linked).any():
         raise ValueError(
@@ -193,13 +194,13 @@ def _in_mask(mask: Tensor, length: int, past: int) -> Tensor | None:
     sees = visible(mask)[:, :, past : past + length]  # [B, T, T]
     real = sees.diagonal(dim1=1, dim2=2)  # [B, T]
     numbers = torch.arange(length, device=sees.device)
-    newest = torch.where(real, numbers, -1).cummax(dim=1).values
+    newest = torch.where(real, numbers, -1).cummax(dim=1).values  # [B, T], the last token up to each position
     before = torch.nn.functional.pad(newest[:, :-1], (1, 0), value=-1)  # [B, T], the last position with a token
-    linked = sees.gather(2, before.clamp_min(0)[:, :, None])[:, :, 0]
+    linked = sees.gather(2, before.clamp_min(0)[:, :, None])[:, :, 0]  # [B, T]
     borders = real & (before >= 0) & ~linked
     if not borders.any():
         return None
-    number = borders.cumsum(1)  # of the sequence
+    number = borders.cumsum(1)  # of the sequence, [B, T]
     across = sees & (number[:, :, None] != number[:, None, :]) & real[:, :, None] & real[:, None, :]
     if across.tril().any():
         raise ValueError(

@@ -1,10 +1,8 @@
 """Many small reads from a file, as fast as the disk serves them: the I/O of a table that lives in a file.
 
 A disk serves scattered reads fast only when it has many of them at a time. Threads that each wait for one are the
-usual way; here a thread asks for many without waiting. Every piece is first read with RWF_NOWAIT, which succeeds
-if it is in the page cache. For one that is not, posix_fadvise(WILLNEED) starts the disk's work; the piece is read
-when AHEAD others have been asked for. POSIX_FADV_RANDOM keeps the system from reading what nobody asked for. Rows
-in two parts, codes and scales, are asked for in both before either is waited for.
+usual way; here a thread asks for many without waiting: what is in the page cache is read at once, and what is not, when
+AHEAD others have been asked for. Rows in two parts, codes and scales, are asked for in both before either is waited for.
 
 With numba this is compiled (`row_reader_fused`). With `direct`, which bypasses the page cache, the system is given a
 queue of reads (`direct_reads`). Where neither can be (macOS), threads that wait read instead. All of this only makes
@@ -91,7 +89,7 @@ class RowReader:
         self.can_ask = self._ahead or self._queues is not None
         if hasattr(os, "posix_fadvise"):
             for fd in self._files.values():
-                _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the system reads what nobody asked for
 
     def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
         """Read rows to their places; how many different rows there were, and how many bytes the reads returned.
@@ -293,11 +291,11 @@ def _read_ahead(pieces: Iterator[tuple[int, int, memoryview]], now: bool) -> int
     total = 0
     asked: deque[tuple[int, int, memoryview]] = deque()
     for fd, offset, piece in pieces:
-        got = _read_now(fd, piece, offset) if now else 0
+        got = _read_now(fd, piece, offset) if now else 0  # what is in the page cache
         total += got
         if got == len(piece):
             continue
-        _advise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)
+        _advise(fd, offset + got, len(piece) - got, os.POSIX_FADV_WILLNEED)  # the disk begins, nobody waits
         asked.append((fd, offset + got, piece[got:]))
         if len(asked) > AHEAD:
             fd, offset, piece = asked.popleft()

@@ -1,8 +1,7 @@
-"""What both forms of the fusion share: the checks, the cut into blocks, and one way to call either.
+"""What the forms of the fusion share: the checks, the cut into blocks, and one way to call any of them.
 
-A fusion holds the weights of one Engram layer after the lookup. `DemoFusion` (`engram_ref.fusion`) is the demo's and
-the paper's form, `V41Fusion` (`engram_ref.fusion.v41`) the form of DeepSeek-V4.1-Flash; `make_fusion`
-(`engram_ref.layer`) picks one by the configuration.
+A fusion holds the weights of one Engram layer after the lookup; `make_fusion` (`engram_ref.fusion.factory`) picks its
+class by the configuration.
 
     hidden = fusion.add_to(hidden, e)       # e: [B, T, C*D] looked-up rows, hidden: [B, T, G, H]
 """
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from engram_ref.compiled import numba_works
 from engram_ref.config import EngramConfig, require_int
 
-GATE_FLOOR = 1e-6
-CONV_NORM_EPS = 1e-5
+GATE_FLOOR = 1e-6  # under the square root: in the code of the demo and of V4.1, not in the paper
+CONV_NORM_EPS = 1e-5  # of the demo
 # Without autograd: positions that are projected at once, and values of the stream that are then fused at once.
 # On a CPU the former are enough for the matrix product to run at full speed and the latter stay in the cache; an
 # accelerator only has its memory to save.
@@ -91,6 +90,7 @@ class Fusion(nn.Module, ABC):
         Raises:
             ValueError: `fused` is True, and nothing can.
         """
+        # Kernels and loops pass no gradients back, and torch.compile writes kernels of its own.
         if self.fused is False or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         found = _one_pass_on(self.device.type, self.dtype) if self.has_one_pass else None
@@ -150,7 +150,7 @@ class Fusion(nn.Module, ABC):
 def _one_pass_on(device_type: str, dtype: torch.dtype) -> ModuleType | None:
     """The kernels or the compiled loops, where they can serve."""
     if device_type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
-        return importlib.import_module("engram_ref.fusion.kernels")
+        return importlib.import_module("engram_ref.fusion.kernels")  # float32 inside, too little for float64
     if device_type == "cpu" and dtype == torch.float32 and numba_works():
         return importlib.import_module("engram_ref.fusion.fused")
     return None
@@ -178,7 +178,8 @@ def check_positions(name: str, marked: Tensor | None, hidden: Tensor) -> None:
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Over the last dimension, which stays; nothing as large as x is written."""
+    """Over the last dimension, which stays: [..., 1]."""
+    # A norm is one pass; x.square() would write as much again.
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
 
 
@@ -210,11 +211,11 @@ class ShortConvHistory:
         self.values = torch.zeros(shape, dtype=fusion.inner_dtype, device=fusion.device)
 
     def advance(self, values: Tensor) -> None:
-        """Put what comes next in place of what was; where it is, unless gradients still need the old."""
+        """Put what comes next in place of what was."""
         if torch.is_grad_enabled():
-            self.values = values.detach().clone()
+            self.values = values.detach().clone()  # gradients still need the old ones
         else:
-            self.values.copy_(values)
+            self.values.copy_(values)  # where a captured graph reads them
 
     def copy(self) -> ShortConvHistory:
         """An independent history in the same state."""

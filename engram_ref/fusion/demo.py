@@ -5,14 +5,8 @@
 
 For each residual copy g a key K_g(e) is compared with the stream, a sigmoid of the signed square root of their
 normalised inner product gates one shared value V(e), and a short causal convolution over time is added
-(public demo `deepseek-ai/Engram`; Engram paper, arXiv 2601.07372). What is done differently, for speed:
-
-- Keys and value come from one packed projection, key_0 | ... | key_{G-1} | value; the state dict has the demo's names.
-- No norm writes its result. The gate needs three sums per copy, and the convolution's norm follows from the gate and
-  the norm of the value; learned gains are multiplied into each other and into the taps.
-- The convolution is a few shifted multiply-adds, channels last; nothing is transposed.
-- Without autograd, all that follows the projection is one kernel, or one pass of compiled loops (`Fusion.one_pass`);
-  where neither can serve, steps are taken in blocks that stay in the cache; `torch.compile` finds its own.
+(public demo `deepseek-ai/Engram`; Engram paper, arXiv 2601.07372). What is done otherwise than there, for speed, says
+so where it is done; the state dict has the demo's names.
 
 Float16 and bfloat16 are multiplied as they are, and everything after the projection is float32, rounded once at the
 end. To continue a sequence chunk by chunk, hand in a `ShortConvHistory`.
@@ -75,12 +69,13 @@ class DemoFusion(Fusion):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
+        # One product for all: key_0 | ... | key_{G-1} | value.
         self.projection_weight = parameter((copies + 1) * hidden, config.embedding_width)
         self.projection_bias = parameter((copies + 1) * hidden)
         self.key_gain = parameter(copies, hidden)
         self.query_gain = parameter(copies, hidden)
         self.conv_gain = parameter(copies, hidden) if taps else None
-        self.conv_weight = parameter(copies * hidden, 1, taps) if taps else None
+        self.conv_weight = parameter(copies * hidden, 1, taps) if taps else None  # as a depthwise Conv1d has it
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -108,10 +103,8 @@ class DemoFusion(Fusion):
 
     @property
     def norm_eps(self) -> tuple[float, float]:
-        """Of the norms of key and query, and of the convolution's.
-
-        The former is what RMSNorm does when it is given no eps; for float16 and bfloat16 it, too, computes in float32.
-        """
+        """Of the norms of key and query, and of the convolution's."""
+        # The former is RMSNorm's own when it is given none; float16 and bfloat16 it, too, computes in float32.
         return torch.finfo(self.inner_dtype).eps, CONV_NORM_EPS
 
     @property
@@ -171,6 +164,7 @@ class DemoFusion(Fusion):
         self._check_history(hidden, history)
         check_positions("padding", padding, hidden)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # Blocks are written with `out=`, which passes no gradients back; the compiler makes its own.
             return self._combine_at_once(self.project(e), hidden, history, padding)
         project = partial(_projected, self, e)
         if one_pass is None:
@@ -221,9 +215,9 @@ class DemoFusion(Fusion):
         # Fewer steps than a few times the reach would spend their time on what lies before them.
         steps = max(values // (together * gains.gate.numel()), 4 * self.reach, 1)
         for rows in spans(0, batch, together):
-            past = None if history is None else history.values[rows]
+            past = None if history is None else history.values[rows]  # [b, P, G, H]
             for chunk in spans(0, length, positions):
-                packed = project(rows, chunk)
+                packed = project(rows, chunk)  # [b, t, (G+1)*H]
                 for span in spans(chunk.start, chunk.stop, steps):
                     part = packed[:, span.start - chunk.start : span.stop - chunk.start]
                     filled = None if padding is None else padding[rows, span]
@@ -253,20 +247,21 @@ class DemoFusion(Fusion):
         for rows in spans(0, batch, together):
             past = None if history is None or not self.reach else history.values[rows]
             for steps in spans(0, length, positions):
-                packed = side_by_side(project(rows, steps))
+                packed = side_by_side(project(rows, steps))  # [b, t, (G+1)*H]
                 filled = None if padding is None else padding[rows, steps]
                 one_pass.demo(self, packed, hidden[rows, steps], out[rows, steps], past, filled, adds)
         return out
 
     def gains(self) -> Gains:
         """The learned gains in the inner dtype, multiplied together where they always meet."""
+        # A few values once a call, instead of a product for every value of the stream.
         inner = self.inner_dtype
         gate = self._gain(self.key_gain, inner) * self._gain(self.query_gain, inner)  # [G, H]
         if self.conv_weight is None or self.conv_gain is None:
             return Gains(gate, None)
         taps = self.conv_weight.to(inner).view(*gate.shape, -1)  # [G, H, K]
         taps = taps * self._gain(self.conv_gain, inner).unsqueeze(-1)
-        return Gains(gate, taps.permute(2, 0, 1).contiguous())
+        return Gains(gate, taps.permute(2, 0, 1).contiguous())  # [K, G, H]
 
     def _gain(self, weight: Tensor, inner: torch.dtype) -> Tensor:
         """What a norm multiplies with, [G, H], in the inner dtype."""
@@ -394,8 +389,9 @@ def causal_conv(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None = 
 
 
 def _shift_and_add(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """`causal_conv` of all steps at once: one pass over them per tap."""
+    """`causal_conv` of all steps at once."""
     length = x.shape[1]
+    # A pass over the steps per tap, channels last as they come: a Conv1d would have them transposed, there and back.
     y = torch.mul(x, weight[-1], out=out)
     for back in range(1, len(weight)):
         tap, shift = weight[-1 - back], back * dilation
@@ -412,27 +408,23 @@ def _shift_and_add(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None
 def _gate_and_scale(
     packed: Tensor, hidden: Tensor, gains: Tensor, eps: float, conv_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """How far each copy's value is let through, and what normalises the gated value: twice [B, T, G, 1].
-
-    With r(x) = rsqrt(mean(x^2) + eps) the gate's argument is r(key) * r(query) * sum(key * query * gains) / sqrt(H).
-    A value V times its gate has the mean square gate^2 * mean(V^2).
-    """
+    """How far each copy's value is let through, and what normalises the gated value: twice [B, T, G, 1]."""
     width = hidden.shape[-1]
     squares = mean_square(packed)  # [B, T, G+1, 1]
     of_keys, of_value = squares[..., :-1, :], squares[..., -1:, :]
-    of_query = mean_square(hidden)
+    of_query = mean_square(hidden)  # [B, T, G, 1]
+    # A norm is one factor for a whole copy: it comes after the sum, and no normalised copy is written.
     score = (hidden * gains).mul_(packed[..., :-1, :]).sum(dim=-1, keepdim=True)
     score = score * (of_keys + eps).rsqrt() * (of_query + eps).rsqrt() / math.sqrt(width)
     gate = torch.sigmoid(score.abs().clamp_min(GATE_FLOOR).sqrt() * score.sign())
+    # A value V times its gate has the mean square gate^2 * mean(V^2).
     return gate, gate * (gate.square() * of_value + conv_eps).rsqrt()
 
 
 def _last(past: Tensor | None, steps: Tensor, count: int) -> Tensor:
-    """The last `count` of the steps, those of the past included; fewer where there are no more.
-
-    Compiled, what is written over the past is made of the past even where nothing of it is left: a write that needs
-    none of it torch 2.11 does first, and the convolution reads afterwards. The compiler leaves the copy out.
-    """
+    """The last `count` of the steps, those of the past included; fewer where there are no more."""
+    # Compiled, what is written over the past is made of the past even where nothing of it is left: a write that needs
+    # none of it torch 2.11 does first, and the convolution reads afterwards. The compiler leaves the copy out.
     if past is not None and (torch.compiler.is_compiling() or steps.shape[1] < count):
         steps = torch.cat([past, steps], dim=1)
     return steps[:, max(0, steps.shape[1] - count) :]

@@ -4,14 +4,11 @@
     v41(fusion, packed, hidden, out, dead)
 
 Everything is float32 inside and rounded once, where torch's operations of the demo's form round the update and then
-the sum. The learned gains are read as they are and multiplied here: they cost no launch of their own, and there is no
-copy of them that a changed weight, or a captured graph, could outlive.
+the sum.
 
 The demo's kernel has a program for each copy and tile of steps. It goes through the steps one after the other and
 keeps, of the last REACH of them, one number each: what normalises the gated value, which the convolution multiplies
-the values with that it reads once more. A tile so begins REACH steps early, and only its first tile's programs read
-what came before the chunk; so they, which alone know when nobody needs it any more, put the chunk's end in its place.
-In a step of one token a program has a part of the copy only, as weights and past are then most of what is read.
+the values with that it reads once more.
 
     python -m pytest tests/ref/fusion/test_fused.py
 """
@@ -65,6 +62,7 @@ def _demo(
         padding += sequence * padding_b
     keys, values = packed + copy * HIDDEN, packed + COPIES * HIDDEN
     lane = tl.arange(0, LANES)
+    # Read as they are: no launch of their own, and no copy that a changed weight, or a captured graph, could outlive.
     gains = tl.load(key_gain + copy * HIDDEN + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
     gains *= tl.load(query_gain + copy * HIDDEN + lane, mask=lane < HIDDEN, other=0.0).to(tl.float32)
     part = tl.program_id(2) * PART + tl.arange(0, PART)  # [PART], the lanes whose update this program writes
@@ -72,7 +70,7 @@ def _demo(
 
     start = tile * TILE
     ring = tl.zeros([RING], tl.float32)  # scales of the last steps, each where its number falls; 0 of padding
-    for t in range(tl.maximum(start - REACH, 0), tl.minimum(start + TILE, length)):
+    for t in range(tl.maximum(start - REACH, 0), tl.minimum(start + TILE, length)):  # early, for their scales alone
         step = tl.cast(t, tl.int64)
         gate, scale = _demo_gate(keys, values, hidden, packed_t, hidden_t, step, gains, HIDDEN, LANES)
         if padding is not None:
@@ -95,7 +93,7 @@ def _demo(
                 update += tl.load(hidden + step * hidden_t + part, mask=part < HIDDEN, other=0.0).to(tl.float32)
             tl.store(out + step * out_t + part, update.to(out.dtype.element_ty), mask=part < HIDDEN)
 
-    if past is not None and tile == 0:  # no other tile's program of this sequence reads the past
+    if past is not None and tile == 0:  # no other tile reads the past: who has read it puts the chunk's end there
         if not ALONE:  # the steps that are to be the past are another tile's
             for t in range(length - REACH, length):
                 step = tl.cast(t, tl.int64)
@@ -254,6 +252,7 @@ def _demo_shape(width: int, reach: int, length: int) -> dict[str, int]:
         "RING": triton.next_power_of_2(reach + 1),
         "TILE": max(STEPS_PER_PROGRAM, reach),
         "LANES": lanes,
+        # Of one token, weights and past are most of what is read: more programs read a part each.
         "PART": min(lanes, LANES_OF_ONE_STEP) if length == 1 else lanes,
         "num_warps": _warps(lanes),
     }

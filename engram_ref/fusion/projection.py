@@ -5,8 +5,7 @@
     packed = wkv(e)                                             # [..., 6144] -> [..., 25600]
 
 Codes and scales take half the memory of bfloat16. They become values a block of output rows at a time, just before
-that block is multiplied, so that the whole matrix never lies in memory. A matrix product that is cut by output rows
-may sum in another order than the whole one; so plain weights are multiplied in the same blocks.
+that block is multiplied, so that the whole matrix never lies in memory.
 
     python -m pytest tests/ref/fusion/test_projection.py
 """
@@ -49,6 +48,7 @@ class Projection(nn.Module, ABC):
 
     def forward(self, e: Tensor) -> Tensor:
         """[..., outputs] from [..., inputs], both in one dtype."""
+        # Plain weights, too: a product that is cut by output rows may sum in another order than the whole one.
         pieces = [nn.functional.linear(e, self.rows(span, e.dtype)) for span in self.blocks(e.device)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
@@ -122,9 +122,9 @@ class PlainProjection(Projection):
         )
 
     def _values(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """All values of codes and scales; block by block, as float32 takes four times the memory of the codes."""
+        """All values of codes and scales."""
         values = torch.empty(self.shape, device=codes.device, dtype=self.weight.dtype)
-        for span in self.blocks(codes.device):
+        for span in self.blocks(codes.device):  # float32 in between takes four times the memory of the codes
             values[span] = _decoded(codes, scales, span, values.dtype)
         return values
 
@@ -132,8 +132,7 @@ class PlainProjection(Projection):
 class Fp8Projection(Projection):
     """Weights as codes and scales; in its state dict `weight` float8_e4m3fn and `scale` float8_e8m0fnu.
 
-    They are constants: gradients pass through the product, but do not reach them. Inside the module they are bytes, so
-    that `.to(dtype)` leaves them alone.
+    They are constants: gradients pass through the product, but do not reach them.
 
     Args:
         inputs, outputs: sizes, multiples of 32.
@@ -153,6 +152,7 @@ class Fp8Projection(Projection):
         self._codes: Tensor
         self._scales: Tensor
         scales_shape = (outputs // SCALE_BLOCK, inputs // SCALE_BLOCK)
+        # Bytes, which `.to(dtype)` leaves alone.
         self.register_buffer("_codes", torch.empty(self.shape, device=device, dtype=torch.uint8))
         self.register_buffer("_scales", torch.empty(scales_shape, device=device, dtype=torch.uint8))
         self.reset_parameters()

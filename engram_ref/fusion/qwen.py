@@ -3,10 +3,8 @@
     fusion = QwenFusion(config)
     hidden = hidden + fusion(e, hidden)     # e: [B, T, C*D] looked-up rows, hidden: [B, T, G, H]
 
-It is the demo's layer (`engram_ref.fusion.demo`, whose ways of computing it takes), told apart by four things: the
-projections have no bias; the norms of key, query and convolution have one eps, the configuration's, and gains that are
-stored as their distance from 1; and where a batch is filled up, no value is let through, so that a position there gets
-only what the convolution brings from before. The state dict has the names of transformers' `Qwen4ExpTextPLELayer`.
+It is the demo's layer (`engram_ref.fusion.demo`, whose ways of computing it takes) but for four things: bias, eps,
+gains and padding. The state dict has the names of transformers' `Qwen4ExpTextPLELayer`.
 
     python -m pytest tests/ref/fusion/test_qwen.py
 """
@@ -45,7 +43,7 @@ class QwenFusion(DemoFusion):
         fused: bool | None = None,
     ) -> None:
         super().__init__(config, device, dtype, fused)
-        self.projection_bias = None
+        self.projection_bias = None  # the model projects without
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Weights as torch's own `Linear` and `Conv1d` begin, gains 1, which are stored as 0."""
@@ -56,15 +54,15 @@ class QwenFusion(DemoFusion):
 
     @property
     def norm_eps(self) -> tuple[float, float]:
-        """Of the norms of key and query, and of the convolution's."""
+        """Of the norms of key and query, and of the convolution's: one for all."""
         assert self.config.norm_eps is not None
         return self.config.norm_eps, self.config.norm_eps
 
     def _gain(self, weight: Tensor, inner: torch.dtype) -> Tensor:
-        return 1 + weight.to(inner)
+        return 1 + weight.to(inner)  # stored as their distance from 1
 
     def _at_padding(self, gate: Tensor, padding: Tensor) -> Tensor:
-        return gate.masked_fill(padding[..., None, None], 0)
+        return gate.masked_fill(padding[..., None, None], 0)  # only the convolution brings something, from before
 
     def named_views(self) -> dict[str, Tensor]:
         """Every weight under the name that it has in the model's checkpoint, as a view into the parameters."""

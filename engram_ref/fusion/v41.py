@@ -8,8 +8,8 @@ both normalised, in float32; a sigmoid of the signed square root of the result g
 the gated value is rounded once. There is no convolution, so positions know nothing of each other and a sequence may
 be cut anywhere. At a DEAD position (an image) the gate is 0 and the stream passes through bit for bit.
 
-Differences from the demo's gate (`engram_ref.fusion`): eps is 1e-20; the sign is copied, so that an inner product of
-+0 opens the gate a little more than half and -0 a little less; the sum with the stream belongs to the layer.
+Differences from the demo's gate (`engram_ref.fusion.demo`): eps, the sign of 0, and the sum with the stream, which
+belongs to the layer.
 
     python -m pytest tests/ref/fusion/test_v41.py
 """
@@ -154,7 +154,7 @@ class V41Fusion(Fusion):
         into = out.flatten(0, 1)  # [N, G, H], a view
         positions, values = block_sizes(hidden.device)
         for chunk in spans(0, len(e), positions):
-            packed, some = self.project(e[chunk]), None if dead is None else dead[chunk]
+            packed, some = self.project(e[chunk]), None if dead is None else dead[chunk]  # [n, (G+1)*H], [n]
             if one_pass is None:
                 self._fuse_block(packed, hidden[chunk], some, into[chunk], values)
             else:
@@ -188,6 +188,7 @@ def _gate(keys: Tensor, hidden: Tensor, gains: Tensor, dead: Tensor | None) -> T
 
 
 def _signed_sqrt(dot: Tensor) -> Tensor:
+    # The sign is copied: an inner product of +0 opens the gate a little more than half, -0 a little less.
     return torch.copysign(dot.abs().clamp_min(GATE_FLOOR).sqrt(), dot)
 
 

@@ -10,10 +10,8 @@ in one of two ways: plain torch operations, readable, on any device; or one Trit
     ...
     vocab.check(), hasher.check()           # now and then: both wait for the device
 
-Whether an id is in the vocabulary is known on the device; to ask at every call would stop the CPU until the
-device has caught up. On CUDA a bad id is therefore remembered there, and `check` raises what it would have raised
-at once; until then the id counts as DEAD, so that every index is one of the table's rows and no memory is misread.
-On a CPU a bad id is refused at once.
+On a CPU an id outside the vocabulary is refused at once. On CUDA it is remembered, and `check` raises it; until then
+it counts as DEAD, so that every index is one of the table's rows and no memory is misread.
 
     python -m pytest tests/ref/hashing/test_device.py
 """
@@ -261,7 +259,7 @@ class DeviceVocab:
         if dead is not None:
             token_ids = token_ids.masked_fill(dead, 0)
         nearest, good = self.allowed.admit(token_ids)
-        compressed = torch.where(good, self.map[nearest], DEAD)
+        compressed = torch.where(good, self.map[nearest], DEAD)  # [B, T]
         return compressed if dead is None else compressed.masked_fill_(dead, stand_in)
 
     def check_batch(self, token_ids: Tensor, dead: Tensor | None) -> None:
@@ -316,7 +314,7 @@ class _IdRange:
         low, high = ids.aminmax()
         if _known_at_once(self.device):  # not by way of `met`: what several threads share may hold another's
             self._refuse([int(low), int(high)])
-        else:
+        else:  # to ask at every call would stop the CPU until the device has caught up
             torch.minimum(self.met[0], low, out=self.met[0])
             torch.maximum(self.met[1], high, out=self.met[1])
         nearest = ids.clamp(self.least, self.size - 1)
@@ -358,12 +356,12 @@ class _Plain:
         padded = self._admitted(torch.cat([before, ids], dim=1))  # [B, N-1 + T]
         length = ids.shape[1]
         context = self.plan.max_ngram - 1
-        shifts = []
+        shifts = []  # N times [B, T]
         blocked = torch.zeros_like(ids, dtype=torch.bool)
         for s in range(self.plan.max_ngram):
             shifted = padded[:, context - s : context - s + length]  # ids at p - s
             blocked = blocked | (shifted == DEAD)
-            if s and self.plan.segment_end is not None:
+            if s and self.plan.segment_end is not None:  # a position's own id does not end what it belongs to
                 blocked = blocked | (shifted == self.plan.segment_end)
             shifts.append(torch.where(blocked, self.plan.pad_compressed, shifted))
         return {layer.layer_id: self._hash(layer, shifts, *constants) for layer, *constants in self._layers}
@@ -401,7 +399,7 @@ class _Plain:
     def _hash(self, layer: LayerPlan, shifts: list[Tensor], primes: Tensor, offsets: Tensor) -> Tensor:
         heads = self.plan.heads
         rows = torch.empty((*shifts[0].shape, len(primes)), dtype=_row_dtype(layer), device=primes.device)  # [B, T, C]
-        mix = shifts[0] * layer.multipliers[0]
+        mix = shifts[0] * layer.multipliers[0]  # [B, T]
         for s in range(1, self.plan.max_ngram):
             mix = mix ^ (shifts[s] * layer.multipliers[s])
             order = slice((s - 1) * heads, s * heads)

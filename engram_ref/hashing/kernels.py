@@ -4,8 +4,7 @@ It leaves the CPU out: it neither synchronises nor brings a number back. So it c
 id counts as DEAD, and is stored where the caller looks for it later. Triton's interpreter (TRITON_INTERPRET=1 in the
 environment before the first import) runs the same code on a CPU, slowly, for tests.
 
-One program has a tile of positions of one sequence, and all columns of all layers side by side as lanes: the column of
-an n-gram is the xor of the products of the last n ids, so each lane takes part in the first n of N shifts.
+One program has a tile of positions of one sequence, and all columns of all layers side by side as lanes.
 
 The remainder of any 64-bit h by p >= 2, without a division, from M = floor(2^64 / p):
 
@@ -78,8 +77,9 @@ def _hash(
         blocked = blocked | bad | (c == _DEAD)
         if s > 0:
             blocked = blocked | (c == segment_end)
-        multiplier = tl.load(constants + s, mask=here, other=0)
+        multiplier = tl.load(constants + s, mask=here, other=0)  # [LANES]
         product = tl.where(blocked, pad, c)[:, None] * multiplier[None, :]
+        # The column of an n-gram is made of the last n ids: its lane takes part in the first n of N shifts.
         mix = mix ^ tl.where((column // HEADS >= s - 1)[None, :], product, 0).to(tl.uint64, bitcast=True)
 
     prime = tl.load(constants + N + column, mask=here, other=1).to(tl.uint64, bitcast=True)
@@ -212,12 +212,10 @@ def hash_layers(
 
 
 def _shape(max_ngram: int, columns: int, length: int) -> dict[str, int]:
-    """How a program cuts up positions and the columns of all layers.
-
-    A tile is at least N - 1 positions, or the whole chunk: only the first one of a sequence may read what came before,
-    since its program may overwrite it.
-    """
+    """How a program cuts up positions and the columns of all layers."""
     lanes = triton.next_power_of_2(columns)
+    # N - 1 positions at least, or the whole chunk: only a sequence's first tile may read what came before, as it may
+    # overwrite it.
     tile = max(min(TOKENS_PER_PROGRAM, _INDICES_PER_PROGRAM // lanes), triton.next_power_of_2(max_ngram - 1))
     tile = 1 if length == 1 else tile  # every other length shares one compiled kernel
     warps = max(1, min(4, tile * lanes // (2 * _WARP)))

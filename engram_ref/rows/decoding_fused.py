@@ -8,8 +8,7 @@ stand and in the bias of the exponent (7 and 127):
     bits = sign | ((code without sign) << 4) + ((scale byte - 127 + 120) << 7)
 
 Every other block is multiplied out in float32, whose range holds all products but those that bfloat16 calls infinite,
-and rounded to the nearest, ties to even. A subnormal code f / 8 * 2^-6 is made as (1 + f / 8) * 2^-6 - 2^-6, so that
-nothing depends on how the processor was told to treat subnormal numbers.
+and rounded to the nearest, ties to even.
 
     python -m pytest tests/ref/rows/test_decoding.py
 """
@@ -89,6 +88,7 @@ class _Block:
         bias = b.select(subnormal, self.every(_WORD, 121 << 23), self.every(_WORD, 120 << 23))
         floats = ir.VectorType(_FLOAT, SCALE_BLOCK)
         value = b.bitcast(b.add(b.shl(magnitude, self.every(_WORD, 20)), bias), floats)
+        # A subnormal code f / 8 * 2^-6 is (1 + f / 8) * 2^-6 - 2^-6: however the processor treats subnormal numbers.
         value = b.fsub(value, b.select(subnormal, self.every(_FLOAT, 2.0**-6), self.every(_FLOAT, 0.0)))
         is_nan = b.icmp_unsigned("==", magnitude, self.every(_WORD, 0x7F))
         value = b.select(is_nan, self.every(_FLOAT, float("nan")), value)

@@ -5,10 +5,6 @@ Here the values are cut into chunks of a fixed size, and each chunk has a genera
 and the number of the chunk: however many threads share the chunks, the values are the same. They are not torch's,
 and another version of NumPy may draw or round others: what must not change is saved.
 
-NumPy's own normal numbers are drawn value by value and take three times as long as torch's. Here whole arrays of
-uniform numbers u, v become sqrt(-2 log u) * cos(2 pi v), and the same with sin: two normal numbers from two uniform
-ones (Box and Muller, 1958), in less time than torch needs.
-
     fill_normal(values, seed=0)
 
 What does not fit into memory at once is drawn piece by piece, each told how many values come before it.
@@ -74,6 +70,8 @@ def _fill_share(share: list[tuple[int, Tensor]], seed: int) -> None:
 
 def _draw(generator: np.random.Generator, out: np.ndarray, scratch: np.ndarray) -> None:
     """Normal numbers for float32 `out` [n]: the cosines first, then the sines; none is beyond 5.8."""
+    # Two uniform numbers u, v give two normal ones, sqrt(-2 log u) times the cosine and the sine of 2 pi v (Box and
+    # Muller, 1958): whole arrays in less time than torch needs, where NumPy's own take three times as long as torch's.
     pairs = (len(out) + 1) // 2
     radius, angle = scratch[0, :pairs], scratch[1, :pairs]
     _uniform(generator, radius)

@@ -3,8 +3,7 @@
     gather(table, rows, out)        # out[i] = table[rows[i]], all as bytes
 
 With numba the loop of `gather_fused` does it, without it torch's index_select. A few rows (decoding) are copied by
-the calling thread alone: waking others takes longer. Many (a long prompt) are split over as many threads as torch
-may use; they are ordinary threads that end, not a pool that spins on processors which others need.
+the calling thread alone, many (a long prompt) by as many threads as torch may use.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ _THREAD_BYTES = 4 << 20  # of output for each thread: 0.3 ms or more, against 0.
 
 
 def are_below(rows: Tensor, limit: int) -> bool:
-    """Whether row numbers [N], int32 or int64, contiguous, on the CPU, are all in 0 .. limit - 1.
-
-    Without waking threads, as torch would for a long vector: up to 10 ms on a busy machine.
-    """
+    """Whether row numbers [N], int32 or int64, contiguous, on the CPU, are all in 0 .. limit - 1."""
+    # In one thread: torch would wake others for a long vector, up to 10 ms on a busy machine.
     wide = rows.dtype == torch.int64
     limit = min(limit, 2**63 if wide else 2**31)  # from here on, unsigned, stand the negative ones
     if _are_below is not None:
@@ -88,7 +85,7 @@ def in_threads(work: Callable[[int, int], object], count: int, nbytes: int) -> N
         work(0, count)
         return
     bounds = [count * i // threads for i in range(threads + 1)]
-    pool = Pool(threads, "gather")
+    pool = Pool(threads, "gather")  # threads that end: none spins on a processor that others need
     try:
         pool.do_all([partial(work, *share) for share in pairwise(bounds)])
     finally:

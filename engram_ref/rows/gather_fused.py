@@ -3,8 +3,7 @@
 A row of a table of gigabytes is in no cache, so copying rows one by one waits for memory once per row. Here the
 processor is told of rows some way ahead, so that several are on their way at once.
 
-The loop is given addresses, because unpacking three arrays takes numba longer than copying a few rows; it checks
-nothing. `engram_ref.rows.gather` does, and is what to call. Compiled once, then kept on disk by numba.
+The loop checks nothing; `engram_ref.rows.gather` does, and is what to call. Compiled once, then kept on disk by numba.
 
     python -m pytest tests/ref/rows/test_gather.py
 """
@@ -29,13 +28,13 @@ _BYTES = ir.IntType(8).as_pointer()
 
 @intrinsic
 def _prefetch(typing_context, address):
-    """Ask for the cache line at `address`, into the second-level cache: asking for it as read once was slower."""
+    """Ask for the cache line at `address`."""
 
     def generate(context, builder, signature, arguments):
         int32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, int32, int32, int32])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", (_BYTES,), kind)
-        to_read, again_soon, data = int32(0), int32(2), int32(1)
+        to_read, again_soon, data = int32(0), int32(2), int32(1)  # to be read once, 0, was slower than 2, the L2 cache
         builder.call(prefetch, [builder.inttoptr(arguments[0], _BYTES), to_read, again_soon, data])
         return context.get_dummy_value()
 
@@ -91,8 +90,8 @@ def _place(table, rows, is_int64, at, row_bytes):
 
 @njit(inline="always")
 def _copy_row(target, source, row_bytes):
-    """Whole words after whole cache lines, as fp8 rows are, take longer to be looked at than to be copied."""
     lines = row_bytes // CACHE_LINE * CACHE_LINE
+    # Whole words behind whole cache lines, as in fp8 rows, memcpy looks at for longer than it copies them.
     if lines == row_bytes or (row_bytes - lines) % 8:
         _copy(target, source, row_bytes)
         return
@@ -114,6 +113,7 @@ def _copy_rows(table, rows, is_int64, first, last, row_bytes, out, out_stride):
         target += out_stride
 
 
+# Addresses, since to unpack three arrays takes numba longer than to copy a few rows.
 # copy_rows(address of the table, address of the row numbers, whether they are int64 (else int32), first and last: which
 # of them to do, bytes of a row, address of the output, bytes from one row of it to the next).
 _ARGUMENTS = ["void(int64, int64, boolean, int64, int64, int64, int64, int64)"]

@@ -12,10 +12,7 @@ The value of an fp8 code and its scale (`engram_ref.rows.fp8`), in float32 witho
     z = y * 2^(scale - 127)       still four bits, the last at 2^-136 or above, where float32's end at 2^-149: exact,
                                   or infinite from 2^128, where bfloat16 is too
 
-What is left is to round z's bits to the upper half, ties to even: in integers, as the GPUs before Ampere have no
-instruction for it; it changes bfloat16's subnormals only. The code that stands for NaN is 480 to this arithmetic, so
-NaN is put in its place, as 0xFFFF. Subnormal numbers must not be flushed to zero: Triton's mul.f32 does not, and a
-test looks for `ftz` in what it compiles.
+What is left is to round z's bits to the upper half, ties to even, and to put NaN in its place, as 0xFFFF.
 
 How host memory gets to a kernel: Triton's launcher takes any tensor, asks the driver for the device address of
 its first byte (cuPointerGetAttribute, CU_POINTER_ATTRIBUTE_DEVICE_POINTER, in backends/nvidia/driver.c) and
@@ -157,14 +154,12 @@ def load_scaled(
     CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Codes of some fp8 rows, int8 [TILE, 32 * LANES], and their scales, uint8 [TILE, LANES].
-
-    Codes are addressed as what they are, a stretch of bytes. Had they a dimension for blocks, Triton would spread a
-    warp over rows before it spread it over a row's blocks, and four rows would cross the bus in pieces of 64 bytes.
-    """
+    """Codes of some fp8 rows, int8 [TILE, 32 * LANES], and their scales, uint8 [TILE, LANES]."""
     block = tl.arange(0, LANES)
     here = readable[:, None] & (block < BLOCKS)[None, :]  # [TILE, LANES]
     scale = tl.load(scales + row[:, None] * SCALE_STRIDE + block[None, :], mask=here, other=0)
+    # Codes are addressed as a stretch of bytes. Had they a dimension for blocks, Triton would spread a warp over rows
+    # before it spread it over a row's blocks, and four rows would cross the bus in pieces of 64 bytes.
     lane = tl.arange(0, LANES * _BLOCK)
     at = tl.multiple_of(codes + row[:, None] * CODE_STRIDE + lane[None, :], [1, ALIGNED])
     there = readable[:, None] & (lane < BLOCKS * _BLOCK)[None, :]
@@ -177,9 +172,12 @@ def bfloat16_bits(code, scale):
     code = code.to(tl.int32).reshape(scale.shape[0], scale.shape[1], _BLOCK)
     scale = scale.to(tl.int32)
     power = tl.where(scale == 0, _SMALLEST_SCALE, scale << 23).to(tl.float32, bitcast=True)
+    # Subnormal numbers are not flushed to zero by Triton's mul.f32: a test looks for `ftz` in what it compiles.
     small = ((code << 20) & _SIGN_AND_FIELDS).to(tl.float32, bitcast=True)
     bits = (small * _REBIAS * power[:, :, None]).to(tl.int32, bitcast=True)
+    # In integers: the GPUs before Ampere have no instruction for it. It changes bfloat16's subnormals only.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # To the arithmetic above, the code of NaN is 480.
     is_nan = ((code & 0x7F) == 0x7F) | (scale == 0xFF)[:, :, None]
     return tl.where(is_nan, -1, rounded).to(tl.int16).reshape(scale.shape[0], scale.shape[1] * _BLOCK)
 

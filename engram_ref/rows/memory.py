@@ -2,9 +2,7 @@
 
 A table is read one row here, one row there: with 4 KiB pages nearly every row misses the TLB, so the memory
 asks for huge pages, and says how much of it really got them. Memory that a GPU copies from or reads in place is
-page-locked with cudaHostRegister in pieces: torch's own pinned allocator rounds up to a power of two and keeps
-what is freed. One copy may not span two pieces (CUDA calls it an invalid value), so what is copied as a whole is
-locked as a whole. Whoever forgets to close leaves nothing locked: the lock belongs to the mapping and ends before it.
+page-locked. Whoever forgets to close leaves nothing locked: the lock belongs to the mapping and ends before it.
 
     with HostMemory(rows * row_bytes) as memory:
         raw = memory.bytes.view(rows, row_bytes)
@@ -67,7 +65,7 @@ class HostMemory:
         """Page-lock it, until `close` or until nobody has the memory any more.
 
         Args:
-            piece: bytes to lock at a time; one copy may not reach over two pieces.
+            piece: bytes to lock at a time; one copy may not reach over two pieces (CUDA calls it an invalid value).
 
         Raises:
             ValueError: CUDA refuses; the memory is closed then.
@@ -75,6 +73,7 @@ class HostMemory:
         self.pinned = True
         start = self.bytes.data_ptr()
         for offset in range(0, self.nbytes, piece):
+            # Not torch's own pinned allocator: it rounds up to a power of two and keeps what is freed.
             error = self._pages.lock(start + offset, min(piece, self.nbytes - offset))
             if error:
                 _forget_cuda_error()
@@ -122,8 +121,7 @@ class _Pages(mmap.mmap):
     """Mapped pages that are unlocked before they are unmapped, whichever way they end.
 
     The driver keeps what was registered: where the next mapping gets the same addresses, it refuses to lock them (error
-    712), or reads the pages that were there before. The last tensor keeps the pages; a finaliser of the tensors' owner
-    would come too early, and the callback of a weak reference too late: mmap unmaps before it makes these.
+    712), or reads the pages that were there before.
     """
 
     locked: Sequence[int] = ()  # addresses of the pieces
@@ -151,6 +149,8 @@ class _Pages(mmap.mmap):
             for address in pieces:
                 self._runtime.cudaHostUnregister(address)
 
+    # The last tensor keeps the pages. A finaliser of the tensors' owner would come too early, the callback of a weak
+    # reference too late: mmap unmaps before it makes these.
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # then CUDA may be down already, and the process takes its locks with it
             self.unlock()

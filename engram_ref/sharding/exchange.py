@@ -172,7 +172,7 @@ class AllToAll(Exchange):
 
     def answer(self, asked: Asked, rows: Tensor, error: BaseException | None = None) -> Arrival:
         """Exchange notices and rows."""
-        said = notice(error).repeat(self.plan.ranks, 1).to(self.device)
+        said = notice(error).repeat(self.plan.ranks, 1).to(self.device)  # [P, NOTICE_BYTES]
         notices = torch.empty_like(said)
         found = torch.empty((sum(asked.wanted), self.row_bytes), dtype=torch.uint8, device=self.device)
         with watched(self.group):

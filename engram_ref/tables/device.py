@@ -54,8 +54,8 @@ class DeviceTable(Table):
         """Fetch now, on the current stream.
 
         On CUDA the row of a number outside the table is bytes 0xFF, and the number is raised later, by this fetch's
-        `wait`, the next `start` or `close`: to look at the numbers beforehand, the CPU would have to wait for them.
-        Without Triton it stops the device with an assertion, as where rows are fetched to be trained.
+        `wait`, the next `start` or `close`. Without Triton it stops the device with an assertion, as where rows are
+        fetched to be trained.
         """
         with self._users.here():
             pending = self._start(self._open(), rows, out)
@@ -64,7 +64,7 @@ class DeviceTable(Table):
 
     def _start(self, table: Rows, rows: Tensor, out: Tensor | None) -> Pending:
         if self._delivery is None:
-            check_shape(rows, self.index_device)
+            check_shape(rows, self.index_device)  # not the numbers, for which the CPU would have to wait
         else:
             rows = check_rows(rows, self.rows)
         trained = self._trained if torch.is_grad_enabled() else None
@@ -81,7 +81,7 @@ class DeviceTable(Table):
             return self._in_place.checked(Ready(self._in_place.read(rows, out)))
         if not self.format.scaled:
             return Ready(torch.index_select(table.values(), 0, rows, out=out))
-        found = [torch.index_select(part, 0, rows) for part in table.parts]
+        found = [torch.index_select(part, 0, rows) for part in table.parts]  # uint8 [N, w] each
         return Ready(self.format.decode(torch.cat(found, dim=1), out))
 
     def _open(self) -> Rows:

@@ -166,8 +166,7 @@ class FileTable(Table):
     def ask(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Ask the disk for the rows now; they are read by whoever waits for them.
 
-        A thread could not hide more: it is the disk that works meanwhile, and what is left are a few calls. For an
-        accelerator, which is to wait for nothing but a copy, this is `start`.
+        For an accelerator, which is to wait for nothing but a copy, this is `start`.
 
         Raises:
             As `start`; what the disk says later, and of a table that was closed or changed meanwhile, `wait` does.
@@ -179,6 +178,7 @@ class FileTable(Table):
         with self._users.here():
             ordered, places = self._sorted(rows)
             take = self._reader.ask(ordered)
+        # No thread could hide more: it is the disk that works meanwhile, and what is left are a few calls.
         return Later(functools.partial(self._take, ordered, places, take, out))
 
     def _take(self, ordered: np.ndarray, places: np.ndarray, take: Take, out: Tensor | None) -> Tensor:

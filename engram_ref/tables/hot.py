@@ -54,10 +54,8 @@ class HotReport:
 class HotTable(Table):
     """A table some of whose rows are on the device.
 
-    Where the table behind wants row numbers on the device, hits and misses are told apart there, and the CPU waits
-    for the numbers, to check them and to learn how many miss.
-
-    Hot rows are kept as they are stored: fp8 rows as fp8.
+    Where the table behind wants row numbers on the device, hits and misses are told apart there, and the CPU waits for
+    the numbers. Hot rows are kept as they are stored: fp8 rows as fp8.
 
     Args:
         behind: all rows; it is closed with this table.
@@ -145,13 +143,13 @@ class HotTable(Table):
         if self.index_device.type == "cpu":
             return self._tell_apart_here(rows.numpy())
         slots = self._slots.index_select(0, rows)
-        missed = (slots < 0).nonzero().view(-1)
+        missed = (slots < 0).nonzero().view(-1)  # [M]: the CPU waits for M
         self._hot_seen[slots] = True
         self._slots[rows.index_select(0, missed)] = _SEEN
         return slots.clamp_(min=0), missed
 
     def _tell_apart_here(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """In NumPy: passes over a few numbers, each of which takes torch several times as long to begin."""
+        # In NumPy: passes over a few numbers, each of which takes torch several times as long to begin.
         table, seen = self._slots.numpy(), self._hot_seen.numpy()
         slots = table[rows]
         missed = np.flatnonzero(slots < 0)

@@ -205,7 +205,7 @@ class _Fetch:
 
     def wait(self) -> Tensor:
         """The rows, [N, D]; raises what was wrong on any rank."""
-        raw = self.arrival.wait()  # [M, row_bytes]
+        raw = self.arrival.wait()  # [M, row_bytes], in the order of the owners; each row once, if `unique`
         places, delivery = torch.from_numpy(self.places), self.table._delivery
         row_format = self.table.format
         if raw.is_cuda:

@@ -8,8 +8,6 @@ the error that it met. Nothing can be left behind, whoever dies when: the system
 that maps it. Where the first one dies while it lays rows down, the next begins anew; where it ends later, one of the
 others hands on the same memory. Another user's process, and a table of another shape or content, are refused.
 
-Not a file in /dev/shm: a container gives that 64 MiB, and a process killed before it unlinks its file leaves it full.
-
     python -m pytest tests/ref/tables/test_shared.py
 """
 
@@ -108,6 +106,7 @@ def _lead(
     fd = -1
     try:
         require_host_bytes(nbytes)
+        # No file in /dev/shm: a container gives that 64 MiB, and a killed process leaves it full.
         fd = os.memfd_create(address[1:].decode(), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, max(nbytes, 1))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # no reader falls off its end

@@ -1,9 +1,8 @@
 """How rows that the CPU gathers reach the device: at once on a CPU, through pinned staging and a side stream on CUDA.
 
-Two staging buffers at least: while one is being copied, the next fetch gathers into the other. A buffer is
-filled again only after the copy that reads it has ended; the rows are used only after the stream that uses them
-was told to wait for their copy; and their memory is not recycled before that stream is done with them. Take
-away any of the three and rows come out wrong, now and then: the tests do.
+Two staging buffers at least: while one is being copied, the next fetch gathers into the other. Three lines, numbered
+below, keep copies apart from what is before and behind them. Take away any and rows come out wrong, now and then: the
+tests do.
 """
 
 from __future__ import annotations
@@ -146,6 +145,7 @@ class Delivery:
     def _copy(self, staged: Tensor, out: Tensor | None, encoded: bool) -> Tensor:
         """Start the copy of a filled buffer on the current stream; the values, there once it has ended."""
         values = self.empty(staged.shape[0]) if out is None else out
+        # Bytes that cross, [N, row_bytes] as stored, or [N, D * itemsize] where the CPU has decoded them.
         raw = torch.empty_like(staged, device=self.device) if encoded else values.view(torch.uint8)
         raw.copy_(staged, non_blocking=True)
         if encoded:
@@ -156,7 +156,7 @@ class Delivery:
     def _next_slot(self) -> _Slot:
         self._turn = (self._turn + 1) % len(self._slots)
         slot = self._slots[self._turn]
-        slot.finish()
+        slot.finish()  # 1: the copy that reads the buffer has ended before it is filled again
         return slot
 
     def trim(self) -> None:
@@ -167,11 +167,7 @@ class Delivery:
 
 
 class _Slot:
-    """One pinned staging buffer.
-
-    It grows by doubling at least, because growing stops the device; it is locked in one piece, because it is copied
-    as a whole.
-    """
+    """One pinned staging buffer."""
 
     def __init__(self) -> None:
         self.memory: HostMemory | None = None
@@ -194,8 +190,9 @@ class _Slot:
         if self.memory is None or held < nbytes:
             self.free()
             with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
+                # Doubled at least: to grow stops the device.
                 memory = HostMemory(-(-max(nbytes, 2 * held, 1) // HUGE_PAGE) * HUGE_PAGE)
-            memory.pin(piece=memory.nbytes)
+            memory.pin(piece=memory.nbytes)  # one copy does not reach over two pieces
             self.memory = memory
         return self.memory.bytes[:nbytes]
 
@@ -219,6 +216,6 @@ class Arriving:
         """The rows; the current stream waits for them, the CPU does not."""
         stream = torch.cuda.current_stream(self.values.device)
         if self.stream is None or stream != self.stream:  # torch finds that no stream differs from None
-            stream.wait_event(self.arrived)
-            self.values.record_stream(stream)
+            stream.wait_event(self.arrived)  # 2: whoever uses the rows does so behind their copy
+            self.values.record_stream(stream)  # 3: and their memory is not recycled before that
         return self.values

@@ -142,18 +142,16 @@ def require_uva(device: torch.device, nbytes: int) -> ModuleType:
 
 
 def _is_page_locked(raw: Tensor) -> bool:
-    """Whether the first and the last byte are. A tensor's own `is_pinned` asks about its storage, which may begin
-    before the tensor does: before what was registered."""
+    """Whether the first and the last byte are."""
+    # A tensor's own `is_pinned` asks about its storage, which may begin before what was registered does.
     ends = (raw.data_ptr(), raw.data_ptr() + raw.nbytes - 1) if raw.nbytes else ()
     return all(torch.frombuffer((ctypes.c_char * 1).from_address(x), dtype=torch.uint8).is_pinned() for x in ends)
 
 
 def _host_addresses_serve() -> bool:
-    """Whether every visible GPU reads registered host memory at the CPU's addresses.
-
-    Only then is memory that was registered piece by piece one stretch for a kernel too. If one visible GPU cannot,
-    the driver gives all of them other addresses, and those of the pieces need not follow one another.
-    """
+    """Whether every visible GPU reads registered host memory at the CPU's addresses."""
+    # Only then is memory that was registered piece by piece one stretch for a kernel too. If one visible GPU cannot,
+    # the driver gives all of them other addresses, and those of the pieces need not follow one another.
     driver, answer = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
     for index in range(torch.cuda.device_count()):
         gpu = ctypes.c_int()

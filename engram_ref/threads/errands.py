@@ -174,12 +174,12 @@ def call_off(errands: Sequence[Errand[Any]]) -> None:
 class Pool:
     """Threads that begin with the first errand, belong to one process, and end with `close`.
 
-    Not a ThreadPoolExecutor: its own locks stay locked if Ctrl-C comes while something is submitted.
-
     Args:
         threads: at most.
         name: of the threads.
     """
+
+    # Not a ThreadPoolExecutor: its own locks stay locked if Ctrl-C comes while something is submitted.
 
     def __init__(self, threads: int, name: str) -> None:
         self._threads = threads

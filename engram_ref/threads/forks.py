@@ -2,8 +2,7 @@
 
     renew_after_fork(thing)     # from now on `thing.renew()` is called in every child of this process
 
-A child has one thread, a copy of that which called fork. A lock that another thread held stays locked there for good,
-and a pool waits for threads that are not there: both would hang the child at its first fetch.
+A child has one thread, a copy of that which called fork: without new locks and pools it would hang at its first fetch.
 
     python -m pytest tests/ref/threads/test_forks.py
 """

@@ -6,8 +6,7 @@
         ...
     users.close()                       # nobody comes in any more, and all have left
 
-Each thread holds a lock of its own while it is inside. A `with` on a plain lock is what an interruption (Ctrl-C) cannot
-break in two, as it can a counter: nobody is counted who has left, and closing never waits in vain.
+Each thread holds a lock of its own while it is inside: closing never waits in vain, whatever an interruption breaks off.
 
     python -m pytest tests/ref/threads/test_users.py
 """
@@ -57,6 +56,7 @@ class Users:
         thread = threading.get_ident()
         lock = self._locks.get(thread)
         if lock is None:
+            # A `with` on a lock is what Ctrl-C cannot break in two, as it can a counter: who has left is not counted.
             return self._locks.setdefault(thread, threading.Lock())
         if lock.locked():
             raise RuntimeError(f"{self.what} is used from within a call of its own (observer, signal): return first")
