@@ -128,9 +128,8 @@ def _fullest_waits(events: Log) -> array[int]:
     load; the moment of its begin is not among those that a value looks at.
 
     Let F be, at every moment, the number of waits that were going on then and have ended since. The most of F from a
-    moment on goes down by ones as the moment goes up. These steps are marks. A wait that ends now adds one to F from
-    its begin on: a mark is made at the moment before now, and the nearest one before the begin is rubbed out. What is
-    asked is the number of marks from the moment after the begin on.
+    moment on goes down by ones as the moment goes up. These steps are marks, and what is asked is how many there are
+    from the moment after the begin on.
     """
     fixed, count, nothing = events.argument_depth or (), len(events.left), set(events.unstored)
     before = array("i", [-1]) * (events.inputs + count)  # how many marks lie before the begin of a value's wait
@@ -145,6 +144,8 @@ def _fullest_waits(events: Log) -> array[int]:
                 depths.append(fixed[value])
             else:
                 depths.append(1 + (timeline.depth(after[value]) if after[value] < marks else 0))
+                # The wait ends now, and adds one to F from its begin on: the nearest mark before that is rubbed out,
+                # and one is made at the moment before now.
                 mark = find(nearest, before[value])
                 if mark:
                     timeline.clear(mark - 1)

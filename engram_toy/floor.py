@@ -10,10 +10,7 @@ Why: ceil(sqrt(a)) is 1 plus the number of k >= 1 with k*k < a. So the whole pri
 1 for every other read, and for every k the number of those reads that come from beyond the first k*k addresses, or
 bring their value back from there. An interval that does not takes one of those places all along, open at both ends: at
 most so many intervals can be spared as c places can hold, and `misses` counts the others.
-How: the most intervals that c places can hold are found by taking them in the order of their ends and keeping each for
-which a place has been free since its begin, the one that fell free last (Carlisle and Lloyd 1995, Faigle and Nawijn
-1995). An element of b bytes is b values that are read together: c bytes then hold what c/b places do, and between two
-whole numbers of places exactly what lies between them (a flow of least cost is linear there).
+How: the most intervals that c places can hold are found by taking them in the order of their ends (`_misses`).
 
 `engram_toy.fast.floor` finds the same numbers compiled, and the floor under rows of a table. The floor is not ordered
 against "lru", "two-stack", "live" and "stationary": on a stack values move up for free when others die, and those with
@@ -114,6 +111,8 @@ def enclose(
     @cache
     def missed(root: int) -> int:
         """Bytes read from beyond the first root*root bytes."""
+        # An element of b bytes is b values that are read together: c bytes hold what c/b places do, and between two
+        # whole numbers of places exactly what lies between them (a flow of least cost is linear there).
         places, rest = divmod(root * root, bytes_per_element)
         return (bytes_per_element - rest) * at(places) + rest * at(places + 1)
 
@@ -160,6 +159,8 @@ def _misses(ends_before: Sequence[int], capacity: int) -> int:
     nearest = array("q", range(len(ends_before) + 1))  # the mark that is left at or below each; 0 for none
     unused, missed = capacity, 0
     for mark, begin in enumerate(ends_before, start=1):
+        # Most are kept where each takes, of the places free since its begin, the one that fell free last (Carlisle and
+        # Lloyd 1995, Faigle and Nawijn 1995).
         free = find(nearest, begin)
         if free:
             nearest[free] = free - 1

@@ -32,9 +32,9 @@ def e4m3(code: int) -> float:
         raise ValueError(f"code {code:#04x} is NaN: fp8 rows hold numbers only")
     sign = -1.0 if code & 0x80 else 1.0
     exponent, fraction = code >> 3 & 0xF, code & 0x7
-    if exponent == 0:  # subnormal
+    if exponent == 0:  # subnormal: f / 8 * 2^-6
         return sign * fraction * 2.0**-9
-    return sign * (8 + fraction) * 2.0 ** (exponent - 10)
+    return sign * (8 + fraction) * 2.0 ** (exponent - 10)  # (1 + f / 8) * 2^(e - 7)
 
 
 def e8m0(byte: int) -> float:

@@ -1,8 +1,4 @@
-"""Vector arithmetic on plain lists, written so that every value stays inside the tracer.
-
-Square roots are powers and the exponential is a power of e: `math.sqrt` and `math.exp` would return plain
-numbers whose later reads go unseen. Signs and maxima are comparisons.
-"""
+"""Vector arithmetic on plain lists, written so that every value stays inside the tracer."""
 
 from __future__ import annotations
 
@@ -36,13 +32,13 @@ def linear(weight: Matrix, x: Vector, bias: Vector | None = None) -> list[Any]:
 
 def rms_norm(x: Vector, weight: Vector, eps: float) -> list[Any]:
     """x / rms(x) * weight."""
-    scale = (dot(x, x) / len(x) + eps) ** -0.5
+    scale = (dot(x, x) / len(x) + eps) ** -0.5  # `math.sqrt` returns a plain number, whose later reads go unseen
     return [v * scale * w for v, w in zip(x, weight)]
 
 
 def sigmoid(x: Any) -> Any:
     """1 / (1 + e^-x)."""
-    return 1.0 / (1.0 + math.e**-x)
+    return 1.0 / (1.0 + math.e**-x)  # so does `math.exp`
 
 
 def softmax(scores: Vector) -> list[Any]:
@@ -64,5 +60,5 @@ def mix(weights: Vector, rows: Matrix) -> list[Any]:
 
 
 def copy(row: Vector) -> list[Any]:
-    """A new value for each value of a row, equal to the bit: `+x` keeps -0.0, where `x + 0` would not."""
-    return [+value for value in row]
+    """A new value for each value of a row, equal to the bit."""
+    return [+value for value in row]  # x + 0 would lose the sign of -0.0

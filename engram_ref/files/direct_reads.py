@@ -4,8 +4,8 @@
     nbytes = queues.read([fd], [plan_reads(unique, part, direct=True)], [rows])
 
 Linux works on many reads of one thread, which asks for all of them in one call and sleeps in another until they are
-there (io_submit, io_getevents). Where there are no such queues (other systems, sandboxes), threads that wait for each
-read take turns (`read_blocks`).
+there (io_submit, io_getevents). Where there are no such queues (other systems, sandboxes), threads wait for each read
+(`read_blocks`).
 
     python -m pytest tests/ref/files/test_direct_reads.py tests/ref/tables/test_file.py
 """
@@ -99,7 +99,7 @@ class Queues:
             OSError: the disk failed, or the system has no room for a read.
         """
         queue = self._any()
-        if queue is None:  # now or later a thread sleeps and wakes for each read: far more work than the read itself
+        if queue is None:
             return functools.partial(read_blocks, fds, plans)
         queue.ask(np.repeat(fds, [len(plan) for plan in plans]), *_flat(plans))
 

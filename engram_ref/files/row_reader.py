@@ -1,8 +1,8 @@
 """Many small reads from a file, as fast as the disk serves them: the I/O of a table that lives in a file.
 
 A disk serves scattered reads fast only when it has many of them at a time. Threads that each wait for one are the
-usual way; here a thread asks for many without waiting: what is in the page cache is read at once, and what is not, when
-AHEAD others have been asked for. Rows in two parts, codes and scales, are asked for in both before either is waited for.
+usual way; here a thread asks for many without waiting: what is in the page cache is read at once, the others when AHEAD
+more have been asked for. Rows in two parts, codes and scales, are asked for in both before either is waited for.
 
 With numba this is compiled (`row_reader_fused`). With `direct`, which bypasses the page cache, the system is given a
 queue of reads (`direct_reads`). Where neither can be (macOS), threads that wait read instead. All of this only makes
@@ -85,6 +85,8 @@ class RowReader:
         most, self._fewest = _ASKING if self._ahead else _WAITING
         self._threads = threads or most
         self._pool = Pool(self._threads, "rows")
+        # A thread that waits for each read costs far more of the processor than the read: it goes to sleep, is woken,
+        # and takes a turn at the interpreter lock, all beside the model that computes meanwhile.
         self._queues = Queues.where_possible() if direct and threads is None else None
         self.can_ask = self._ahead or self._queues is not None
         if hasattr(os, "posix_fadvise"):

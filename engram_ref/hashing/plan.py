@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
-_LAYER_SEED_STEP = 10007  # as all published models draw: between the seeds of two layers
+_LAYER_SEED_STEP = 10007  # between the seeds of two layers, in every published form
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, made odd
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -159,7 +159,7 @@ class HashPlan:
                 f"layer {layer.layer_id}: {len(layer.multipliers)} multipliers and {len(layer.primes)} primes; "
                 f"max_ngram={self.max_ngram} and heads={self.heads} need {self.max_ngram} and {columns}"
             )
-        if max(layer.primes) > INT32_MAX:  # an index within a column takes 32 bits
+        if max(layer.primes) > INT32_MAX:
             raise ValueError(f"layer {layer.layer_id}: prime {max(layer.primes)} exceeds 2^31 - 1")
         if (self.compressed_size - 1) * max(layer.multipliers) > INT64_MAX:
             raise ValueError(

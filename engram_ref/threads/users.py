@@ -6,7 +6,7 @@
         ...
     users.close()                       # nobody comes in any more, and all have left
 
-Each thread holds a lock of its own while it is inside: closing never waits in vain, whatever an interruption breaks off.
+Each thread holds a lock of its own while it is inside: closing never waits in vain, whatever is interrupted.
 
     python -m pytest tests/ref/threads/test_users.py
 """

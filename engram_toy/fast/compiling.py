@@ -1,10 +1,7 @@
 """numba's `njit`, which keeps machine code on disk where it may and goes without where it may not.
 
-    @compiled(nogil=True)
-    def loop(...): ...
-
-Why: numba raises where neither the folder of the code nor the user's cache can be written, as in a read-only
-installation without a home, and when the disk is full. A cache spares seconds; it is no reason to end.
+@compiled(nogil=True)
+def loop(...): ...
 """
 
 from __future__ import annotations
@@ -25,7 +22,9 @@ def compiled(**options: bool) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher: Any = njit(function, **options)  # type: ignore[call-overload]
-        with suppress(RuntimeError, OSError):  # there is no place for a cache
+        # Neither the folder of the code nor the user's cache can be written, as in a read-only installation without a
+        # home: a cache spares seconds, and is no reason to end.
+        with suppress(RuntimeError, OSError):
             dispatcher._cache = _Cache(function)  # what `cache=True` does, with one that may fail
         return dispatcher
 
@@ -33,14 +32,12 @@ def compiled(**options: bool) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Cache(FunctionCache):
-    """A cache that knows no machine code of other sources, and stores nothing where it cannot.
-
-    numba's own looks at the time and the size of the one file that a function is in; a loop holds the code of others
-    that it calls, too, and files of two releases may have the same time. So all files of the folder count, by content.
-    """
+    """A cache that knows no machine code of other sources, and stores nothing where it cannot."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
+        # numba's own stamp is the time and the size of the one file that a function is in. A loop holds the code of
+        # others, too, and files of two releases may have the same time: so the whole folder counts, by content.
         self._cache_file._source_stamp = (self._cache_file._source_stamp, _sources())
 
     def save_overload(self, *overload: Any) -> None:

@@ -1,10 +1,7 @@
 """The bound under all memory managers, compiled: what `engram_toy.floor` finds, and the same for rows of a table.
 
-    misses(intervals, capacity), floor(first_addresses, intervals), bracket(first_addresses, intervals)
-    row_floor(reads, start(reads, held=True), row_bytes=264)      # (low, high), within 1 %
-
-Where places fell free is a set of whole numbers, and what is asked is its largest member up to some number: one bit for
-each, and five levels of words over them that say which words below hold any. Most questions end in the first word.
+misses(intervals, capacity), floor(first_addresses, intervals), bracket(first_addresses, intervals)
+row_floor(reads, start(reads, held=True), row_bytes=264)      # (low, high), within 1 %
 """
 
 from __future__ import annotations
@@ -91,6 +88,8 @@ def _ends_before(intervals: Iterable[Interval]) -> np.ndarray:
 
 
 def _missed(ends_before: np.ndarray, capacity: int) -> int:
+    # Where places fell free is a set of numbers, of which the largest up to some number is asked for: a bit for each,
+    # and levels of words over them that say which words below hold any. Most questions end in the first word.
     sizes = [len(ends_before) // 64 + 1]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 64 + 1)

@@ -5,10 +5,8 @@
         linker.add_layer(rows, bounds)
     reads = linker.finish()                       # reads.links, one entry per read, in the order of reading
 
-Why: sorting tens of millions of row numbers costs more than pricing them. Every column of an Engram table has rows of
-its own, so one column at a time is walked with a small hash table of its rows, whatever the size of the real one;
-columns are independent, and the cores share them. Memory is 4 bytes a read, and nothing else that grows with the text
-but the distinct rows and one column's hash table per core.
+Memory is 4 bytes a read, and nothing else that grows with the text but the distinct rows and one column's hash table
+per core.
 
 The order of reading: step by step; within a step layer by layer; then token by token and column by column.
 """
@@ -98,6 +96,8 @@ class Linker:
                 f"rows of shape {rows.shape} with {len(edges)} bounds; this stream needs {self._shape} "
                 f"and {self._shape[1] + 1}"
             )
+        # To sort tens of millions of row numbers costs more than to price them. Every column has rows of its own: one
+        # at a time is walked with a small hash table of its rows, and the cores share the columns.
         columns = range(rows.shape[1])
         found = _on_all_cores(lambda column: self._link(rows, edges, column), columns)
         firsts = np.cumsum([self._found, *map(len, found)])
@@ -149,7 +149,7 @@ def _on_all_cores(work: Callable[[int], Any], items: Iterable[int]) -> list[Any]
 def _slot(keys, row):
     """Where a row stands in a hash table, or would."""
     mask = np.uint64(len(keys) - 1)
-    mixed = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: neighbours land far apart
     slot = (mixed ^ (mixed >> np.uint64(32))) & mask
     while keys[slot] != row and keys[slot] >= 0:
         slot = (slot + np.uint64(1)) & mask

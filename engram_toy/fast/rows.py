@@ -281,12 +281,9 @@ def _price(
 ):  # fmt: skip
     """Price every read into the tallies. `address`, of each distinct row, and `known`, the depth of each read in rows,
     are empty where the stack says them. `ahead` counts the taken slots from the read in hand on, which is to come.
-
-    A slot of the time axis is a read. From the start a slot counts as taken if its row stays on the stack after that
-    read: then nothing has to be written when it comes, and only leaving is. The heads of an n-gram that is seen again
-    were read one after the other before, too: along such a run the count of taken slots goes down by one, and the tree
-    is told of what left a word at once.
     """
+    # A slot of the time axis is a read. From the start it counts as taken if its row stays on the stack after that
+    # read: nothing is written when the read comes, only when the row leaves.
     by_value, live, step, step_begins = 0, 0, 0, 0
     run, taken, word, given_up = -2, 0, 0, 0
     one = np.uint64(1)
@@ -305,6 +302,8 @@ def _price(
                 rows = live + buried[place] + count_from(untouched, untouched_above, rank[place])
             give_up(untouched, untouched_above, rank[place])
         else:
+            # The heads of an n-gram that is seen again were read one after the other before, too: along such a run the
+            # count goes down by one, and the tree is told of what left a word at once.
             if link == run + 1:
                 taken -= 1
             else:

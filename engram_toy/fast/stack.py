@@ -76,10 +76,10 @@ def _price(value, argument_depth, slot_of, words, above, untaken):
 
 @compiled()
 def _move(value, dies, slot_of, words, above, new):
-    """Give up the slot of an operand; take the next one if it lives on. A dying value takes none: nothing can tell."""
+    """Give up the slot of an operand; take the next one if it lives on."""
     if slot_of[value] >= 0:
         give_up(words, above, slot_of[value])
-    if dies:
+    if dies:  # it would give up a new one at once: no count could tell
         return new
     slot_of[value] = new
     return new + 1

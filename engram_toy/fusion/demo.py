@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from engram_toy.functional import Matrix, Vector, copy, dot, linear, rms_norm, sigmoid
 
 NORM_EPS = 2.0**-52  # the framework's default for float64
-CONV_NORM_EPS = 1e-5
-GATE_FLOOR = 1e-6
+CONV_NORM_EPS = 1e-5  # of the demo
+GATE_FLOOR = 1e-6  # under the square root: in the code of the demo and of V4.1, not in the paper
 
 
 class EngramWeights(NamedTuple):
@@ -46,7 +46,7 @@ def signed_sqrt(x: Any) -> Any:
     root = floored_root(x)
     if x > 0:
         return root
-    return -root if x < 0 else root * 0.0
+    return -root if x < 0 else root * 0.0  # a zero that the tracer still sees
 
 
 def floored_root(x: Any) -> Any:
@@ -59,10 +59,10 @@ def floored_root(x: Any) -> Any:
 
 def gated_value(e: Vector, hidden: Matrix, weights: EngramWeights) -> list[list[Any]]:
     """gate_g * V(e) for each residual copy: [G][H]."""
-    value = linear(weights.value_proj_weight, e, weights.value_proj_bias)
+    value = linear(weights.value_proj_weight, e, weights.value_proj_bias)  # [H]
     out = []
     for g, stream in enumerate(hidden):
-        key = linear(weights.key_projs_weight[g], e, weights.key_projs_bias[g])
+        key = linear(weights.key_projs_weight[g], e, weights.key_projs_bias[g])  # [H]
         opening = gate(rms_norm(key, weights.norm1[g], NORM_EPS), rms_norm(stream, weights.norm2[g], NORM_EPS))
         out.append([opening * v for v in value])
     return out
@@ -75,6 +75,7 @@ def short_conv(past: Sequence[Matrix], weights: EngramWeights | Any, dilation: i
     """
     out = []
     for g, kernels in enumerate(weights.short_conv_conv):
+        # [H] each, K of them or as many as there are; the position's own first.
         taps = [past[-1 - back][g] for back in range(0, len(past), dilation)][: len(kernels[0])]
         row = []
         for h, kernel in enumerate(kernels):

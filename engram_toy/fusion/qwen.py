@@ -1,8 +1,7 @@
 """The twin of Qwen3.8-Flash-Next's layer: rows -> gate -> short convolution, one position at a time.
 
-The demo's layer (`engram_toy.fusion.demo`) but for its projections, which have no bias, and its norms: all three have
-one eps, and a gain that is stored as its distance from 1. The caller adds the result to the residual stream.
-Source: transformers' class `qwen4_exp`.
+The demo's layer (`engram_toy.fusion.demo`) but for its projections, which have no bias, and its norms. The caller adds
+the result to the residual stream. Source: transformers' class `qwen4_exp`.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ class QwenWeights(NamedTuple):
 
 def centered_norm(x: Vector, weight: Vector, eps: float) -> list[Any]:
     """x / rms(x) * (1 + weight)."""
-    return rms_norm(x, [1.0 + w for w in weight], eps)
+    return rms_norm(x, [1.0 + w for w in weight], eps)  # gains are stored as their distance from 1
 
 
 def gated_value(e: Vector, hidden: Matrix, weights: QwenWeights, eps: float) -> list[list[Any]]:
     """gate_g * V(e) for each residual copy: [G][H]."""
-    value = linear(weights.value_proj, e)
+    value = linear(weights.value_proj, e)  # [H]
     out = []
     for g, stream in enumerate(hidden):
         key = centered_norm(linear(weights.key_proj[g], e), weights.norm_key[g], eps)

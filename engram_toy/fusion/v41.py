@@ -20,7 +20,7 @@ from engram_toy.fp8 import dequantise
 from engram_toy.functional import Matrix, Vector, dot, linear, sigmoid
 from engram_toy.fusion.demo import floored_root
 
-NORM_EPS = 1e-20
+NORM_EPS = 1e-20  # of DeepSeek-V4.1-Flash
 
 
 class V41Weights(NamedTuple):
@@ -54,20 +54,18 @@ def signed_sqrt(x: Any) -> Any:
 
 
 def is_negative(x: Any) -> bool:
-    """Whether the sign bit of x is set.
-
-    A comparison tells, except of zeros: for these alone `float(x)` is looked at, which the tracer counts as an escape.
-    """
+    """Whether the sign bit of x is set."""
     if x < 0:
         return True
+    # Of zeros alone no comparison tells: `copysign` calls `float(x)`, which the tracer counts as an escape.
     return not x > 0 and math.copysign(1.0, x) < 0
 
 
 def add_gated(e: Vector, stream: Matrix, gains: Matrix, weights: V41Weights) -> list[list[Any]]:
     """stream_g + gate_g * value for each residual copy: [G][H], from the values `e` [C*D]."""
     width = len(stream[0])
-    packed = linear(weights.wkv_weight, e)
-    *keys, value = [packed[start : start + width] for start in range(0, len(packed), width)]
+    packed = linear(weights.wkv_weight, e)  # [(G+1)*H]
+    *keys, value = [packed[start : start + width] for start in range(0, len(packed), width)]  # [H] each
     out = []
     for x, key, gain in zip(stream, keys, gains):
         opening = gate(key, x, gain)
@@ -88,7 +86,7 @@ def engram_v41(
         lookups: per position its C rows; taken one position at a time.
         dead: per position whether it is no text; then its rows are not read and its stream passes through untouched.
     """
-    gains = [[q * k for q, k in zip(*pair)] for pair in zip(weights.q_weight, weights.k_weight)]
+    gains = [[q * k for q, k in zip(*pair)] for pair in zip(weights.q_weight, weights.k_weight)]  # [G][H]
     out = []
     for position, (stream, rows) in enumerate(zip(hidden, lookups)):
         passes = dead is not None and dead[position]

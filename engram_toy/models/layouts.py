@@ -8,8 +8,6 @@ f(..., above, ..., pad, below) finds the former shallow and the latter buried:
     offload_naive     every row below
     offload_prefetch  every row below; the rows of the next position are copied before they are needed
     offload_hot       the most frequent rows above, the others below
-
-The padding must be held live by returning it: values that are never read and not returned occupy no depth.
 """
 
 from __future__ import annotations

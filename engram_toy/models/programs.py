@@ -117,7 +117,7 @@ def _lookup(
     def function(above: Matrix, pad: Vector, below: Matrix) -> Any:
         table = layout.join(above, below)
         kept = ended(ending, deliver, layout.lookups(table, indices))
-        return (kept, pad) if hold else (kept,)
+        return (kept, pad) if hold else (kept,)  # what is neither read nor returned occupies no depth
 
     return function
 
@@ -154,7 +154,7 @@ def _apply(weights: Any, hidden: Matrix, lookups: Iterable[Sequence[Vector]], ma
     """The layer on one residual copy, [T][H]: an update to the stream, or in the V4.1 form the stream after it."""
     if isinstance(weights, BankWeights):
         return kv_bank(hidden, lookups, weights)
-    copies = [[x] for x in hidden]
+    copies = [[x] for x in hidden]  # [T][1][H]
     if isinstance(weights, v41.V41Weights):
         return [one for (one,) in v41.engram_v41(copies, lookups, weights)]
     if isinstance(weights, QwenWeights):

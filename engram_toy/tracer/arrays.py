@@ -2,8 +2,6 @@
 
 What: a NumPy array among the arguments becomes an array of objects, of which each element holds a NumPy scalar. Its
 arithmetic is that of the array's own type: an int64 wraps, a float32 rounds.
-Why a class: an array of objects stores whatever it is given, where `a[0] = 0.5` in an array of integers stores 0.
-Here what is stored is cast first, free of charge and under the number of the value that it comes from.
 
 Loaded only where there is an array; numba is not needed.
 """
@@ -31,6 +29,8 @@ class TrackedArray(np.ndarray):
         self.plain_dtype = getattr(source, "plain_dtype", None)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        # An array of objects stores whatever it is given, where `a[0] = 0.5` in one of integers stores 0: what is
+        # stored is cast first, free of charge and under the number of the value that it comes from.
         super().__setitem__(index, self._cast(value) if self.dtype == object else value)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:

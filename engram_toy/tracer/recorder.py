@@ -2,9 +2,7 @@
 
 An operation on `Tracked` values computes the plain result, appends the operands' numbers to the log and wraps
 the result under the next number. Instruction k of a run stores value `inputs + k`; what it stores may be dead
-at once. A traced operation costs some twenty times the plain one, and most of a run's time: hence two
-classes per run, one for numbers and texts with operators that are spelt out, one for everything else with
-operators that go through `Recorder.instruction`; and `Recorder.inner_product`, which logs a whole loop at once.
+at once.
 """
 
 from __future__ import annotations
@@ -53,6 +51,8 @@ class Recorder:
         self.recent_right: list[int] = []
         self.plain_types = plain_types()
         namespace = {"__slots__": (), "_recorder": self}
+        # A traced operation costs some twenty times the plain one, and most of a run's time. So numbers and texts have
+        # a class of their own, whose operators are spelt out; those of all else go through `instruction`.
         self.plain: type[Tracked] = type("Tracked", (Tracked,), namespace)
         self.opaque: type[Tracked] = type("TrackedObject", (_TrackedObject,), dict(namespace))
         self.shared = self._closed = False

@@ -32,11 +32,9 @@ def _with_numpy() -> frozenset[type]:
 
 
 class Tracked:
-    """One watched value. Each run has subclasses of its own, which hold that run's recorder and operators.
+    """One watched value. Each run has subclasses of its own, which hold that run's recorder and operators."""
 
-    There is no __init__, and `Recorder.watch` fills the slots: that makes an operation a sixth faster.
-    """
-
+    # Filled by `Recorder.watch`: without an __init__ an operation is a sixth faster.
     __slots__ = ("value", "id")
     # NumPy: a scalar on the left leaves the operation to the operators here, an array does not.
     __array_priority__ = -1.0
