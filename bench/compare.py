@@ -36,7 +36,7 @@ from bench.instruments.words import markdown
 from engram_ref import cli
 
 PROG = "compare"
-_RESAMPLES = 1000
+_RESAMPLES = 1000  # of both sides, where they are not paired
 _SAMPLES = 2000  # of a quantity that has more, evenly chosen, so that a comparison takes seconds
 _FIELDS = ("quantity", "a", "b", "ratio", "low", "high", "how", "verdict")
 _MACHINE = ("cpu", "cpu_count", "memory_bytes", "python", "platform", "accelerator")

@@ -63,9 +63,9 @@ from engram_ref.tables.uva import require_uva
 from engram_ref.vocab import CompressedVocab
 
 PROG: Final = "lookup_speed"
-WARM_UP = 10
+WARM_UP = 10  # samples of each way that are not kept
 DELAY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes to launch two kernels
-_CHECKED = (2, 16)
+_CHECKED = (2, 16)  # sequences and tokens whose rows are compared before anything is timed
 _TWO = "uva by two"
 WHAT = {
     "resident": "device memory, by kernels from token ids to rows",

@@ -21,7 +21,7 @@ from typing import Any
 
 _LEAST = 40  # characters: room for the beginning, the end and how long the whole is
 _FEWEST = 6  # characters: room in which a part says anything
-_BITS_PER_DIGIT = 3.3219
+_BITS_PER_DIGIT = 3.3219  # the logarithm of 10 to the base 2
 
 
 def quoted(value: Any, limit: int = 80) -> str:

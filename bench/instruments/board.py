@@ -23,7 +23,7 @@ from bench.instruments.driver import Answer, Driver, EnergyMeter, PcieCounter, a
 from bench.schemas.common import Fallback, Traffic
 
 ENOUGH_BYTES = 50_000_000  # of rows, so that what else crosses the link is small beside them
-ENOUGH_S = 1.0
+ENOUGH_S = 1.0  # after which there are enough passes in any case
 THROUGHPUT = "nvmlDeviceGetPcieThroughput, windows of 20 ms"
 _RX = "NVML_PCIE_UTIL_RX_BYTES"
 _KILOBYTE = 1000

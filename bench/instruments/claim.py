@@ -1,18 +1,16 @@
 """What a ratio means: the classification of one comparison, as a pure function of measured numbers.
 
-The thresholds are those of the task that asked the question: a price ratio of prefetch to resident of up to 5
-is a WIN for the claim, above 20 a LOSS, and in between nothing is decided.
-
-The task was put twice, and not alike. Its public form, task 011, says no-go above 20 *while the overhead in wall time
-stays under 3 %*. The form in which it was handed out kept the first half alone. `classify` follows the former, in that
-the reason of a LOSS says whether the second half holds; `by_task` and `by_seed` say what each form makes of a ratio, to
-be shown side by side.
+The task that asked the question was put twice, and not alike. Its public form, task 011, says no-go above 20 *while the
+overhead in wall time stays under 3 %*. The form in which it was handed out kept the first half alone. `classify`
+follows the former, in that the reason of a LOSS says whether the second half holds; `by_task` and `by_seed` say what
+each form makes of a ratio, to be shown side by side.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+# Price ratios of prefetch to resident, as the task has them; between the first and the last nothing is decided.
 WIN_UP_TO = 5.0
 STRONG_BELOW = 2.0
 LOSS_ABOVE = 20.0

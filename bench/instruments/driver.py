@@ -128,8 +128,8 @@ def open_driver(device: torch.device, nvml: Any = None) -> Driver:
 
 
 def _handle(nvml: Any, properties: Any) -> Any:
-    """NVML's handle of the device with these torch properties; the two number devices in different orders."""
-    if hasattr(properties, "pci_bus_id"):
+    """NVML's handle of the device with these torch properties."""
+    if hasattr(properties, "pci_bus_id"):  # not by its number: the two count devices in different orders
         bus, slot = properties.pci_bus_id, properties.pci_device_id
         return nvml.nvmlDeviceGetHandleByPciBusId(f"{properties.pci_domain_id:08x}:{bus:02x}:{slot:02x}.0")
     if hasattr(properties, "uuid"):

@@ -32,10 +32,8 @@ def median_interval(samples: tuple[float, ...]) -> tuple[float, float]:
 
 @functools.cache
 def _middle_draws(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two middle draws of a resample (of an odd number one, twice): by rank, [P] each, and each pair's chance, [P].
-
-    Ranks too far from the middle to matter are left out.
-    """
+    """The two middle draws of a resample (of an odd number one, twice): by rank, [P] each, and their chances, [P]."""
+    # Ranks too far from the middle to matter are left out.
     half, far = count // 2, math.ceil(_FAR / 2 * math.sqrt(count)) + 1
     edges = np.arange(max(0, half - far), min(count, half + far) + 1)  # draws among the first `edge` samples
     ranks = edges[:-1]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
 
-CONV_NORM_EPS = 1e-5
+CONV_NORM_EPS = 1e-5  # both as in the demo
 GATE_FLOOR = 1e-6
 
 

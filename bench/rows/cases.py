@@ -26,7 +26,7 @@ from engram_toy.fast.rows import Priced, among, price_rows, start
 
 LAYOUTS = {"held live": True, "compacted": False}
 LEAST_STEPS = 32  # of a size, that its second half may be called steady
-_WHOLE_TEXT = 1 << 62  # bytes
+_WHOLE_TEXT = 1 << 62  # bytes: more than there are
 _SHORT_TEXT, _SHORT_TOKENS = 1 << 20, 1 << 16  # a megabyte of sources has several times as many tokens
 
 Record = dict[str, Any]
@@ -108,9 +108,7 @@ def read_rows(ids: np.ndarray, config: EngramConfig, mode: str = "token", tokens
     """The linked row reads of a stream of compressed ids [T].
 
     In the mode "prefill" a step is the next tokens of the text. In the mode "decode" the text is cut into as many parts
-    as a step has tokens, and each step reads the next token of every part. The text is hashed as a whole first: a part
-    begins in the middle of a sequence, as those of a running server do, and not with padding. Tokens that fill no step
-    are left out.
+    as a step has tokens, and each step reads the next token of every part. Tokens that fill no step are left out.
     """
     plan = plan_of(config)
     hasher = NgramHasher(plan)
@@ -118,9 +116,10 @@ def read_rows(ids: np.ndarray, config: EngramConfig, mode: str = "token", tokens
     ids = ids[: steps * tokens_per_step]
     linker = Linker(ids.size, len(plan.layers), config.columns, tokens_per_step)
     for layer in plan.layers:
+        # As a whole: a part then begins in the middle of a sequence, as on a running server, and not with padding.
         rows = hasher(ids[None], layer.layer_id)[0]  # [T, C]
         if mode == "decode":
-            rows = rows.reshape(tokens_per_step, steps, config.columns).transpose(1, 0, 2)
+            rows = rows.reshape(tokens_per_step, steps, config.columns).transpose(1, 0, 2)  # [steps, tokens, C]
         linker.add_layer(rows.reshape(ids.size, config.columns), [*layer.offsets, layer.rows])
     return linker.finish()
 
@@ -179,10 +178,7 @@ def _hot(case: Case) -> list[Record]:
 
 
 def _place(case: Case) -> list[Record]:
-    """The lookup boundary: the same reads with the table above so many bytes that are never read, and below them.
-
-    Nothing is read in between, so those bytes bury a row until it is first read.
-    """
+    """The lookup boundary: the same reads with the table above so many bytes that are never read, and below them."""
     config, stream = EngramConfig.preset(case.table), _source(case)
     reads = read_rows(stream.ids, config)
     about = _about(case, stream, config, reads)
@@ -192,6 +188,7 @@ def _place(case: Case) -> list[Record]:
         places = [0, *map(int, case.values)]
         priced = {}
         for schedule, events in _schedules(reads, held, case.prefetch):
+            # Nothing is read in between: those bytes bury a row until it is first read.
             one_step = replace(events, begins=events.begins[[0, -1]])
             above = [[nbytes] for nbytes in places]
             priced[schedule] = price_steps(one_step, begin, case.row_size(config), above).prices.sum(axis=1).tolist()
@@ -203,7 +200,8 @@ def _place(case: Case) -> list[Record]:
 
 
 def _schedules(reads: RowReads, held: bool, prefetch: bool) -> Iterator[tuple[str, Events]]:
-    """Without a prefetch, and with copies one step ahead, by the names of their prices; one at a time, being large."""
+    """Without a prefetch, and with copies one step ahead, by the names of their prices."""
+    # One at a time: they are large.
     yield "offload_naive", as_read(reads, held)
     if prefetch:
         yield "prefetch_stands", prefetched(reads, held, for_one_use=False)
@@ -265,13 +263,11 @@ def _steady(prices: dict[str, np.ndarray]) -> Record:
 
 
 def _weights(model: WholeModel, around: Surroundings, rows_above: int) -> Record:
-    """What a step costs without Engram, and what Engram adds beside its rows.
-
-    Its own weights are read in every step. They and the rows of a step, with their copies, come to lie above the
-    model's weights, and make those dearer.
-    """
+    """What a step costs without Engram, and what Engram adds beside its rows."""
     nbytes, own = around.read_bytes, model.engram_weight_bytes()
     without = step_price(nbytes, model.blocks)
+    # Its own weights are read in every step. They and the rows of a step, with their copies, come to lie above the
+    # model's weights, and make those dearer.
     return {
         "read_bytes": nbytes,
         "live_bytes": around.live_bytes,

@@ -89,11 +89,9 @@ def ratio(results: Record, definition: str, table: str, tokens: int, layout: str
 
 
 def best_manager(results: Record, table: str, tokens: int, layout: str, padding: int) -> tuple[float, float]:
-    """Between which ratios the best manager's lies: no price of its is below the floor, or above that of the copies.
-
-    A ratio of two floors, or of two prices of one memory that could be built, is no bound of it.
-    """
+    """Between which ratios the best manager's lies: no price of its is below the floor, or above that of the copies."""
     floor, kept = (_lines(results)[table, tokens, layout, name] for name in (FLOOR, KEPT))
+    # One over the other: a ratio of two floors, or of two prices of one memory that could be built, bounds nothing.
     return floor[padding]["price"] / kept[0]["price"], kept[padding]["price"] / floor[0]["price"]
 
 

@@ -71,7 +71,7 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
     around = next(a for a in model.surroundings("decode", STEP) if a.experts in ("", "expected") and not a.context)
     steps = price_steps(as_read(dealt, held=True), start(dealt, True), config.row_bytes(), [model.above(around, STEP)])
     share = int(steps.prices.sum()) / (steps.prices.shape[1] * step_price(around.read_bytes, model.blocks))
-    number = np.arange(len(dealt.links), dtype=np.int64)
+    number = np.arange(len(dealt.links), dtype=np.int64)  # of each read; a step begins at a multiple of step_reads
     return {
         "reads": len(reads.links),
         "distinct_rows": len(reads.rows),
@@ -86,7 +86,8 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
 
 
 def _rows(ids: np.ndarray, plan: HashPlan) -> np.ndarray:
-    """Row numbers of every layer, [L, T, C]: the text is hashed once, with its own context."""
+    """Row numbers of every layer, [L, T, C]."""
+    # Hashed once, with its own context, however it is dealt out afterwards.
     hasher = NgramHasher(plan)
     return np.stack([hasher(ids[None], layer.layer_id)[0] for layer in plan.layers])
 

@@ -9,10 +9,7 @@ bytes above for each byte of the table, and y bytes read for each byte of rows t
     ratio(x, y) = (rows buried under x + y * w) / (rows of a table that stays on top + y * w)
 
 with w the price of one byte that lies at the foot of what is above, as the weights do in their cycle. The lookup alone
-is y = 0. A ratio falls as y grows, so each level is crossed at one y, which is found exactly.
-
-A published model that holds more than a step reads, idle experts, stands at all that lies above; but its weights are
-priced where they lie, at the foot of what a step reads. So its ratio is no smaller than that of its rows by themselves.
+is y = 0.
 """
 
 from __future__ import annotations
@@ -83,6 +80,7 @@ def ratio(record: Record, per_byte: float, price_of_a_byte: float | None = None)
 
 def boundary(record: Record, level: float) -> float:
     """Bytes read for each byte of rows at which the ratio falls to a level; 0 where the lookup alone is below it."""
+    # The ratio falls as y grows: each level is crossed at one y.
     over = record["buried"] - level * record["pinned"]
     return max(0.0, over / ((level - 1) * record["row_bytes_read"] * record["price_of_a_byte_below"]))
 
@@ -101,6 +99,8 @@ def point_ratio(results: Record, layout: str, model: str, experts: str, tokens: 
     """At most so much does a decode step of a published model cost with its table buried, over one with it on top."""
     x, y = point(model, experts, tokens)
     table = next(name for name, models in AROUND.items() if model in models)
+    # A model with idle experts stands at all that lies above, but its weights are priced where they lie, at the foot of
+    # what a step reads: its ratio is no smaller than that of its rows by themselves.
     read = _around(model, experts, tokens).read_bytes
     return ratio(_nearest(results, table, layout, x), y, step_price(read, MODELS[model].blocks) / read)
 

@@ -109,10 +109,10 @@ def estimate(plan: Plan, device: torch.device) -> Needs:
     names, hot = plan.choice.names, plan.choice.hot_shares if "offload_hot" in plan.choice.names else ()
     fetched = _prefill_tokens(plan) * plan.config.columns  # rows
     values = row_format.width * row_format.dtype.itemsize
-    staged = sum(name in names for name in _STAGED) * 2 * fetched * row_format.row_bytes
+    staged = sum(name in names for name in _STAGED) * 2 * fetched * row_format.row_bytes  # two buffers each
     # Fetched for a whole round before its first step.
     on_hand = sum(_tokens(plan)) * plan.config.columns * values if OWN_COMPUTE in names else 0
-    fusion = 2 * plan.config.hidden * plan.config.embedding_width * plan.itemsize
+    fusion = 2 * plan.config.hidden * plan.config.embedding_width * plan.itemsize  # one key, one value
     of_model = {
         "weights": (plan.parameters + plan.head) * plan.itemsize + fusion,
         "keys and values": served_bytes(plan.shape, plan.blocks, plan.slots, plan.prompt + plan.output, plan.itemsize),
@@ -136,10 +136,8 @@ def _prefill_tokens(plan: Plan) -> int:
 
 
 def _tokens(plan: Plan) -> tuple[int, int]:
-    """Tokens of a round at most: of prompts, padding included, and of decode steps, idle places included.
-
-    Every place but the last to end is kept busy by waiting sequences, so steps are few more than tokens over places.
-    """
+    """Tokens of a round at most: of prompts, padding included, and of decode steps, idle places included."""
+    # Waiting sequences keep every place busy but the last to end: steps are few more than tokens over places.
     steps = -(-plan.sequences * plan.output // plan.slots) + plan.output
     return plan.sequences * plan.prompt, plan.slots * steps
 

@@ -191,7 +191,7 @@ def weight_reading(limits: Json, case: Json, row: Json) -> Weights:
     """How fast a median decode step reads the weights, each once; and whether it is launch-bound: `value` and `why`.
 
     Launch-bound is a step that takes over twice as long as its weights do at the bandwidth that was measured on the
-    device. Keys and values are not counted, so a large batch with a long context is marked by what it reads of them.
+    device.
     """
     if limits["gather"] is None:
         return {"value": None, "why": "a CPU: no kernels are launched, and nothing is read from a device's memory"}
@@ -199,6 +199,7 @@ def weight_reading(limits: Json, case: Json, row: Json) -> Weights:
     if not times:
         return {"value": None, "why": "no decode step was measured"}
     step, limit = statistics.median(times), limits["gather"]["bytes_per_s"]
+    # Without keys and values: a large batch with a long context is marked by what it reads of them.
     nbytes = case["weight_bytes"]["model"] + (case["weight_bytes"]["engram"] if row["variant"] != "no_engram" else 0)
     value: Reading = {
         "bytes": nbytes,
@@ -271,10 +272,8 @@ def round_bytes(case: Json) -> tuple[float, float]:
 
 
 def copies_agree(case: Json, row: Json) -> bool:
-    """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not.
-
-    What a graph takes for itself, no CPU copies.
-    """
+    """Whether a row that is staged copied in every round exactly what the ids ask for; true of all that are not."""
+    # What a graph asks for by itself, no CPU copies.
     if case["device"] == "cpu" or row["variant"] not in _STAGED or row["schedule"] == ASKING:
         return True
     row_bytes = case["table"]["row_bytes"]
@@ -361,8 +360,6 @@ class Break(NamedTuple):
 def breaking_bus(case: Json) -> Break:
     """Where a slower bus costs 3 %.
 
-    The prediction is the window before the join, and 3 % of a step more: `resident` needs the rows as early.
-
     Raises:
         NotMeasured: no bus was slowed.
     """
@@ -374,4 +371,5 @@ def breaking_bus(case: Json) -> Break:
     first = min(breaking, default=None)
     holding = [one.delay_s for one in buses if one.breaks is False and (first is None or one.delay_s < first)]
     window = statistics.median(one.window_s for one in buses)
+    # Predicted: the window before the join, and 3 % of a step more; `resident` needs the rows as early.
     return Break(max(holding, default=None), first, window + WALL_TIME_CLAIM * step)

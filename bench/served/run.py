@@ -47,7 +47,7 @@ PROG: Final = "end_to_end"
 _QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
-_CHECKED_TOKENS = (2, 16)
+_CHECKED_TOKENS = (2, 16)  # sequences and tokens whose rows are compared before anything is timed
 # Options that change no sample of such a run: another that differs in these goes on with its results.
 _NOT_COMPARED = ("out", "fresh", "device", "end_to_end", "cases", "iterations", "batch_size", "seq_len", "steps",
                  "context", "stream", "page_cache", "hot_share", "profile", "backbone")  # fmt: skip
@@ -177,7 +177,7 @@ class EndToEnd:
         with Contenders(
             self.config, self.plan, self.vocab, self.choice, self.device, options.out, options.seed, sample
         ) as contenders:
-            batch, length = _CHECKED_TOKENS  # rows that differ are never timed
+            batch, length = _CHECKED_TOKENS
             contenders.check_tokens(text.tokens[: batch * length].reshape(batch, length))
             for backbone, cases in missing.items():
                 if cases:

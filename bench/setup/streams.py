@@ -157,11 +157,8 @@ def halves(path: Path | None, vocab: CompressedVocab, tokens: int) -> tuple[np.n
 
 
 def random_source(name: str, size: int, tokens: int = RANDOM_TOKENS) -> Source:
-    """Independent ids of a vocabulary of `size`: "uniform", or "zipf", where id i is drawn as often as 1/(i + 1).
-
-    The same on every machine, drawn from the generator that Python promises never to change.
-    """
-    draw = random.Random(name).random
+    """Independent ids of a vocabulary of `size`: "uniform", or "zipf", where id i is drawn as often as 1/(i + 1)."""
+    draw = random.Random(name).random  # Python promises never to change it: the same ids on every machine
     if name == "uniform":
         drawn = [int(draw() * size) for _ in range(tokens)]
     else:

@@ -11,9 +11,6 @@ zero and none is a copy of another, so a row that is missing, misplaced or torn 
 
 fp8 rows have words of codes and, at the end, words of scales: codes of 2^-3 up to 2, scales of 2^-7 .. 2^0. Neither is
 NaN, and every product is exact in bfloat16.
-
-Pattern and odd numbers are splitmix64, from Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators" (2014).
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from engram_ref.rows.rows import Rows
 
 _WORD = np.dtype("<u8")
 _CHUNK = 1 << 16  # words: chunk and pattern, 1 MiB together, stay in a core's cache
+# Of splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
@@ -191,8 +189,8 @@ def _factors(seed: int, chunks: np.ndarray) -> np.ndarray:
 
 
 def _splitmix64(seed: int, draws: np.ndarray) -> np.ndarray:
-    """Draws of these numbers from splitmix64, uint64; seeds are mixed first, so that none is another one shifted."""
-    state = _mix(np.array([seed & _MASK64], _WORD))
+    """Draws of these numbers from splitmix64, uint64."""
+    state = _mix(np.array([seed & _MASK64], _WORD))  # or the draws of a seed would be another one's, shifted
     return _mix((draws + np.uint64(1)) * np.uint64(_GAMMA) + state)
 
 

@@ -43,7 +43,7 @@ ASKING = "in graph, asking the CPU"  # the branch sends the ids to the CPU, whic
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
-_CHECKED_ROWS = 4096
+_CHECKED_ROWS = 4096  # of a step: what each variant must find as it was written
 _PIECE = 1 << 28  # bytes of a table copied to the device at a time; divides what is pinned in one piece
 
 
@@ -227,13 +227,12 @@ class TableSet(AbstractContextManager[Any]):
     def on_disk(self, direct: bool = False) -> FileTable:
         """The table as a file, written once; `direct`: its reads pass the page cache.
 
-        One that a killed run left behind is whole, since files get their name when they are; its rows are checked, too.
-
         Raises:
             ValueError: the file system knows no direct reads.
         """
         stored = f"{self.rows}x{self.format.row_bytes}-{self.format.dtype}-{self.layout}-{self._seed}"
         path = self._folder / f"table-{stored}.safetensors"
+        # One that a killed run left behind is whole: files get their name when they are. Its rows are checked, too.
         if not path.exists():
             save_rows(path, self.in_host)
         self._stack.callback(path.unlink, missing_ok=True)
@@ -302,8 +301,8 @@ class TableSet(AbstractContextManager[Any]):
 
 
 def _to_device(memory: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, made in pieces from the beginning: one copy may not span two page-locked regions."""
+    """A copy on the device."""
     target = torch.empty(memory.shape, dtype=torch.uint8, device=device)
-    for start in range(0, len(memory), _PIECE):
+    for start in range(0, len(memory), _PIECE):  # one copy may not span two page-locked regions
         target[start : start + _PIECE].copy_(memory[start : start + _PIECE])
     return target

@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_RANDOM_BYTES = 8
+_RANDOM_BYTES = 8  # in the name of a part, which nobody can guess
 
 
 @contextmanager

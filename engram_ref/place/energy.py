@@ -51,10 +51,8 @@ TIERS = {
 
 
 def pages_per_row(row_bytes: int) -> float:
-    """Pages that a row lies on, on average over the rows of a table that begins at a page.
-
-    Rows start at all multiples of their greatest common divisor with a page, equally often.
-    """
+    """Pages that a row lies on, on average over the rows of a table that begins at a page."""
+    # Rows start at all multiples of their greatest common divisor with a page, equally often.
     starts = range(0, PAGE, math.gcd(row_bytes, PAGE))
     return sum((start + row_bytes - 1) // PAGE + 1 for start in starts) / len(starts)
 

@@ -32,7 +32,7 @@ _COPY = 1 << 27  # bytes
 _MANY = 1 << 14  # rows of a fetch in memory
 _SOME = 1 << 11  # rows of a fetch from a file
 _FACTOR, _FACTOR_GPU = 1 << 10, 1 << 12  # rows and columns of matrices that are multiplied
-_REPEATS = 7
+_REPEATS = 7  # of which the median is taken
 _SOURCE = "measured"
 
 

@@ -23,7 +23,7 @@ import torch
 
 from engram_ref.free_memory import HOST_GIB, free_host_bytes, kilobytes, text_of, total_host_bytes
 
-HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20  # of x86-64, and of arm64 with pages of 4 KiB
 PIN_PIECE = 1 << 30  # bytes per cudaHostRegister call: one call for a whole table would hold the driver for minutes
 _HEADROOM = 1 << 28  # left to everybody else
 

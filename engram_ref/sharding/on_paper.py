@@ -3,8 +3,8 @@
     received = exchange_bytes(rows=64 * 24, ranks=8, row_bytes=264)     # one layer, 64 tokens of a rank
     exchange_seconds(LINKS["nvlink"], 8, received)
 
-A fetch is three messages behind one another: counts, row numbers, rows (notices travel beside them). Each costs what a
-collective costs before the first byte, something for every other rank, and its bytes over the bandwidth of the link:
+A fetch is a few messages behind one another. Each costs what a collective costs before the first byte, something for
+every other rank, and its bytes over the bandwidth of the link:
 
     message = base + hop + (P - 1) * per_peer + bytes / bandwidth
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES
 
-MESSAGES = 3
+MESSAGES = 3  # counts, row numbers, rows; notices travel beside them
 # NCCL's own tuning table: base of a ring that sends whole buffers ("Simple"), and one hop of it.
 BASE_S = 8.4e-6
 # A small all-to-all of NCCL on 8 B300 takes 41 us (published by vLLM): what base and hop leave of it, for each peer.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-MOST_RANKS = 1 << 16
+MOST_RANKS = 1 << 16  # an owner takes 16 bits where rows are sorted by it
 COUNT_BYTES = 16  # a count, and whether the rank is idle; both int64
 NOTICE_BYTES = 256  # what a rank says of its part: nothing, or an error in so many bytes that everybody knows how many
 _INT32_MAX = 2**31 - 1

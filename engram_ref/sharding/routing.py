@@ -4,8 +4,7 @@
     route.ids                               # [M], those for rank 0 first, then those for rank 1, ...
     answers[route.places]                   # [N, ...], answers [M, ...] in the order of `ids`
 
-The sort by owner is stable, so equal requests give equal messages on every machine. DEAD is no row number: positions
-without a lookup read the rows of the pad id, as they do from every table.
+DEAD is no row number: positions without a lookup read the rows of the pad id, as they do from every table.
 
     python -m pytest tests/ref/sharding/test_plan.py
 """
@@ -48,7 +47,7 @@ def route_rows(numbers: np.ndarray, plan: ShardPlan, unique: bool = False) -> Ro
         ids, places = np.unique(numbers, return_inverse=True)  # in rising order, so by owner, too
         return Route(ids.astype(wire), _counts(np.searchsorted(bounds, ids, side="right"), plan), places.reshape(-1))
     owners = np.searchsorted(bounds, numbers, side="right").astype(np.uint16)  # 16 bits: sorted by counting
-    order = np.argsort(owners, kind="stable")
+    order = np.argsort(owners, kind="stable")  # equal requests give equal messages on every machine
     places = np.empty(len(numbers), dtype=np.int64)
     places[order] = np.arange(len(numbers))
     return Route(numbers[order].astype(wire), _counts(owners, plan), places)

@@ -41,7 +41,7 @@ from engram_ref.threads.forks import renew_after_fork
 PATIENCE = 3600.0  # seconds that a process waits for another one to lay down the rows
 _LONGEST_NAME = 200
 _SAMPLE = 64  # rows whose bytes tell one table's content from another's
-_HEAD_BYTES = 4096
+_HEAD_BYTES = 4096  # of a message: what a copy holds, as JSON, or an error
 _AGAIN_S = 0.005  # between two looks at a name that is just changing hands
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _WAITING = 4096  # processes that may wait to be served; the system may allow fewer at a time

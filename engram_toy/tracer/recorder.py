@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from engram_toy.tracer.tracked import Tracked, _TrackedObject, is_array, plain_types
 
-_FLUSH_EVERY = 1 << 12
+_FLUSH_EVERY = 1 << 12  # instructions: their columns are still in the cache
 
 
 class Recorder:
@@ -45,8 +45,8 @@ class Recorder:
         self.unstored = array("i")
         self.labels: dict[int, str] = {}
         self.escapes: Counter[str] = Counter()
-        # Appending to a list is three times cheaper than to an array. Numbers are handed out in blocks, and
-        # after each block the lists are emptied into the arrays while they are still in the cache.
+        # Appending to a list is three times cheaper than to an array: numbers are handed out in blocks, and after each
+        # block the lists are emptied into the arrays.
         self.recent_left: list[int] = []
         self.recent_right: list[int] = []
         self.plain_types = plain_types()
