@@ -176,12 +176,10 @@ class EngramConfig:
         return (self.hc_mult + 1) * self.hidden * self.embedding_width
 
     def flops_per_token(self) -> int:
-        """Floating-point operations: projections, the gate's inner products, the convolution.
-
-        A multiply-add counts as two. Norms and activations, a few per value, are left out.
-        """
+        """Floating-point operations: projections, the gate's inner products, the convolution."""
         gate = self.hc_mult * self.hidden
         convolution = self.kernel_size * self.hc_mult * self.hidden
+        # A multiply-add counts as two. Norms and activations, a few per value, are left out.
         return 2 * len(self.layer_ids) * (self.projection_macs() + gate + convolution)
 
 

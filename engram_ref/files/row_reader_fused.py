@@ -1,8 +1,7 @@
 """Asking the disk for rows and reading them to their places, compiled: the fast path of `row_reader`.
 
-No Python runs between the system calls, so that a fetch takes one turn at the interpreter lock and not three for
-every row. Rows that follow each other in the file are read by one call, each to its own place. Where rows lie in two
-parts, the disk is asked for both before either is waited for. The C library is called by name.
+Rows that follow each other in the file are read by one call, each to its own place. Where rows lie in two parts, the
+disk is asked for both before either is waited for. The C library is called by name.
 
     python -m pytest tests/ref/tables/test_file.py
 """
@@ -39,14 +38,14 @@ def can_compile() -> bool:
 def _find_runs(ordered, bounds, firsts, shards):
     """Where each run of rows that follow each other begins, and at the end how many there are; the runs' number.
 
-    No run goes from one tensor on into another; `shards` takes the number of the tensor that each lies in.
+    `shards` takes the number of the tensor that each lies in.
     """
     runs = rows = shard = 0
     for at in range(len(ordered)):
         step = ordered[at] - ordered[at - 1] if at else 2
         while ordered[at] >= bounds[shard + 1]:
             shard += 1
-            step = 2
+            step = 2  # no run goes from one tensor on into another
         if step > 1 or (step == 1 and rows == _MOST):
             firsts[runs] = at
             shards[runs] = shard
@@ -114,7 +113,7 @@ def _read_rows(parts, bounds, ordered, places, raw, ahead, now):
     per_row = len(parts) // (len(bounds) - 1)
     done = np.zeros((runs, per_row), dtype=np.bool_)
     for at in range(runs + ahead):
-        late = at - ahead
+        late = at - ahead  # the run that has been asked for long enough to be waited for
         for index in range(per_row):
             if at < runs:
                 part = _part(parts, shards[at] * per_row + index)
@@ -136,6 +135,7 @@ def _read_rows(parts, bounds, ordered, places, raw, ahead, now):
 # of each in `raw`; raw; runs of rows to be ahead; whether to try first what is in memory): how many different rows were
 # read, or -1 if one could not be read whole; the plain way will say why.
 _ARGUMENTS: list[Any] = ["int64(int64[:, ::1], int64[::1], int64[::1], int64[::1], uint8[:, ::1], int64, boolean)"]
+# One turn at the interpreter lock for a fetch, and not three for every row.
 read_rows = compiled(_read_rows, _ARGUMENTS, nogil=True) if can_compile() else None
 
 # ask_rows(the first three of these): asks the disk for the rows, and waits for none.

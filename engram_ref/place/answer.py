@@ -249,8 +249,9 @@ def _largest(placement: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _freed_then_fast(placement: dict[str, Any]) -> tuple[float, float]:
-    """Freed memory counts in steps of a per cent of what is held, so that a buffer's size decides nothing."""
+    """The more freed memory the better; of equals, the faster fetch."""
     largest = max(placement["held"].values()) or 1
+    # In steps of a per cent of what is held: a buffer's size is to decide nothing.
     return round(100 * placement["freed"] / largest), -_largest(placement)[0]["seconds"]
 
 

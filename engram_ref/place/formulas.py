@@ -146,7 +146,7 @@ def seconds(
         wire = exchange_seconds(group.link, group.ranks, exchange_bytes(rows, group.ranks, row_bytes))
         return seconds(machine, OWNED[placement], rows, distinct, row_bytes, 0.0, group) + wire
     if placement == "device":
-        return machine["start_device"] + 2 * nbytes / machine["device"]
+        return machine["start_device"] + 2 * nbytes / machine["device"]  # read, and written where they are used
     if placement == "memory":
         return machine["start_host"] + rows / machine["gather"]
     if placement == "uva":
