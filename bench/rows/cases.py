@@ -143,7 +143,7 @@ def _scale(case: Case) -> list[Record]:
 
 def _first_by_order(reads: RowReads, config: EngramConfig) -> dict[str, int]:
     """Reads of a row that was not read before, by the order of the n-gram."""
-    shape = (-1, len(config.layer_ids), len(config.orders), config.heads)
+    shape = (-1, len(config.layer_ids), len(config.orders), config.heads)  # [T, L, orders, heads], token by token
     first = (reads.links < 0).reshape(shape).sum(axis=(0, 1, 3))
     return {str(order): int(count) for order, count in zip(config.orders, first)}
 

@@ -142,7 +142,7 @@ def measure_batch(parts: list[np.ndarray], plans: dict[str, tuple[EngramConfig, 
     for name, (_, plan) in plans.items():
         hasher = NgramHasher(plan)
         rows = np.stack([hasher(batch, layer.layer_id) for layer in plan.layers])  # [L, B, T, C]
-        by_step = rows.transpose(0, 2, 1, 3).reshape(len(plan.layers), -1, rows.shape[3])
+        by_step = rows.transpose(0, 2, 1, 3).reshape(len(plan.layers), -1, rows.shape[3])  # [L, T*B, C]
         reads = link(by_step, plan, len(batch))
         number = np.arange(len(reads.links), dtype=np.int64)
         in_step = (reads.links < number // reads.step_reads * reads.step_reads).sum()

@@ -403,7 +403,7 @@ class _Plain:
         for s in range(1, self.plan.max_ngram):
             mix = mix ^ (shifts[s] * layer.multipliers[s])
             order = slice((s - 1) * heads, s * heads)
-            rows[:, :, order] = mix[:, :, None] % primes[order] + offsets[order]
+            rows[:, :, order] = mix[:, :, None] % primes[order] + offsets[order]  # [B, T, heads]
         return rows
 
 

@@ -75,7 +75,8 @@ def quantise(values: Tensor, block_rows: int = 1) -> tuple[Tensor, Tensor]:
         raise ValueError("values that are not finite: fp8 rows hold numbers only")
     blocks = values.to(torch.float32).double()
     blocks = blocks.unflatten(-1, (-1, SCALE_BLOCK)).unflatten(-3, (-1, block_rows))  # [..., R/b, b, W/32, 32]
-    fraction, exponent = torch.frexp(blocks.abs().amax(dim=(-3, -1), keepdim=True))
+    fraction, exponent = torch.frexp(blocks.abs().amax(dim=(-3, -1), keepdim=True))  # [..., R/b, 1, W/32, 1]
+    # The least shift with which the largest of a block is no more than the largest code.
     shift = exponent - _LARGEST_EXPONENT + (fraction > _LARGEST_FRACTION)
     shift = torch.where(fraction == 0, 0, shift).clamp(-_BIAS, _BIAS)
     codes = (blocks * torch.exp2(-shift.double())).float().to(CODE_DTYPE)

@@ -151,7 +151,7 @@ class HotTable(Table):
     def _tell_apart_here(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         # In NumPy: passes over a few numbers, each of which takes torch several times as long to begin.
         table, seen = self._slots.numpy(), self._hot_seen.numpy()
-        slots = table[rows]
+        slots = table[rows]  # [N]
         missed = np.flatnonzero(slots < 0)
         seen[slots] = True
         table[rows[missed]] = _SEEN

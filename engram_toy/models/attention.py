@@ -19,7 +19,7 @@ class AttentionWeights(NamedTuple):
 def attention(hidden: Matrix, weights: AttentionWeights) -> list[list[Any]]:
     """Each position attends to itself and what came before: [T][H] -> [T][H]."""
     scale = len(hidden[0]) ** -0.5
-    keys: list[list[Any]] = []
+    keys: list[list[Any]] = []  # [H] each, of the positions so far
     values: list[list[Any]] = []
     out = []
     for x in hidden:

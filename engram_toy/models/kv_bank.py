@@ -27,7 +27,7 @@ def kv_bank(hidden: Matrix, lookups: Iterable[Sequence[Vector]], weights: BankWe
     out = []
     for x, rows in zip(hidden, lookups):
         query = linear(weights.query, x)
-        scores = [dot(query, row[:width]) * scale for row in rows]
-        attended = mix(softmax(scores), [row[width:] for row in rows])
+        scores = [dot(query, row[:width]) * scale for row in rows]  # [C]
+        attended = mix(softmax(scores), [row[width:] for row in rows])  # [H]
         out.append(linear(weights.output, attended))
     return out
