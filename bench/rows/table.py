@@ -223,7 +223,7 @@ def additions(record: Record) -> dict[str, float]:
     """What Engram adds to a step whose copies were priced, by part, as shares of the same step without Engram."""
     weights = record["steps"] * record["weights_step_price"]
     own, buried = (record[name] / record["weights_step_price"] for name in (_OWN, _BURIED))
-    copied = max(record["prefetch_stands"], record["prefetch_one_use"]) / weights
+    copied = max(record["prefetch_stands"], record["prefetch_one_use"]) / weights  # of both kinds, the dearer
     parts = {"pinned": record["pinned"] / weights, "below": record["offload_naive"] / weights, "copied": copied}
     return {**parts, "own weights": own, "buried": buried, "in all": copied + own + buried}
 

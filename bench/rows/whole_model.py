@@ -6,15 +6,12 @@
         model.above(around, tokens=512)               # what lies above a row, by the steps since it was last read
 
 A step reads all active weights once, block by block, whatever the batch: reuse across the batch is perfect, and
-activations are free. In a steady run every block was last read one step ago, so that all others lie above it; table
-rows are left out there. A block is read by one instruction. All of this makes the model cheaper than any real one. So
-Engram's share of the price comes out as an upper bound:
+activations are free. Table rows are left out of what lies above a block, and a block is read by one instruction. All of
+this makes the model cheaper than any real one. So Engram's share of the price comes out as an upper bound:
 
 Bytes that a step reads and that are left out on both sides only raise the share. A row at depth D under W bytes costs
 its bytes' roots of D + W, the weights cost W times the root of W; so their quotient falls as W grows, for any D >= 0:
 the root of (D + W) / W falls, and it is divided by W. Idle experts are no such bytes: they bury rows and cost nothing.
-So all that is live lies above a row that was never read. What was read passes everything that is not: an expert that no
-step reads never comes to lie above it again. Above a row of g steps ago lie the weights that g steps have read.
 """
 
 from __future__ import annotations
@@ -118,6 +115,9 @@ class WholeModel:
 
         It ends where more steps read no more. Which experts a step reads is drawn anew each time for "expected" alone.
         """
+        # All that is live lies above a row that was never read. What was read passes everything that is not: an expert
+        # that no step reads never comes to lie above it again. Above a row of g steps ago lie the weights that g steps
+        # have read.
         if self.experts is None or around.experts != "expected":
             return [around.read_bytes, around.live_bytes]
         touched = [self.experts.touched(tokens)]
@@ -138,6 +138,7 @@ def step_price(nbytes: int, blocks: int, above: int = 0) -> int:
     Args:
         above: bytes of other things that come to lie above each block between two reads of it.
     """
+    # In a steady run every block was last read one step ago: all others lie above it.
     edges = [nbytes * i // blocks for i in range(blocks + 1)]
     deepest = nbytes + above
     return sum(cumulative_price(deepest) - cumulative_price(deepest - (b - a)) for a, b in itertools.pairwise(edges))
