@@ -56,12 +56,11 @@ def environment() -> Environment:
 def git_commit() -> Git:
     """Commit of the code that ran, and whether the code had changes since.
 
-    ENGRAM_GIT_COMMIT names it for a copy, where there is no checkout, or another's. Then nobody
-    knows of changes.
+    ENGRAM_GIT_COMMIT names it for a copy, where there is no checkout, or another's.
     """
     said = os.environ.get("ENGRAM_GIT_COMMIT")
     if said:
-        return {"commit": said, "dirty": None}
+        return {"commit": said, "dirty": None}  # nobody knows of changes
     commit = _git("rev-parse", "HEAD")
     # Results are written by the run itself, and change no number.
     status = _git("status", "--porcelain", "--", "engram_ref", "engram_toy", "engram_price", "bench", ":!bench/results")

@@ -41,7 +41,7 @@ from engram_ref.tables.sharded import ShardedTable
 
 WAYS: dict[str, dict[str, Any]] = {"owners": {}, "unique": {"unique": True}, "same tokens": {"same_tokens": True}}
 COMPRESSED, PAD = 9973, 2  # a vocabulary of this size; the rows of a token depend on it, the bytes do not
-WARMUP = 2
+WARMUP = 2  # rounds that are not kept
 _PIECE = 1 << 16  # rows that are made together
 _START = "torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py --sharded"
 

@@ -52,7 +52,7 @@ class ExposedTime:
     def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # two a wait are all that the stream has to do more
+        event = torch.cuda.Event(enable_timing=True)  # two a wait: all that measuring adds to the stream
         event.record(torch.cuda.current_stream(self._device))
         return event
 

@@ -472,7 +472,7 @@ def _without_padding(ids: Tensor, mask: Any, eos: int) -> Tensor:
     """Token ids as the class hashes them: the end of text where a batch is filled up."""
     if isinstance(mask, Mapping):
         mask = mask.get("linear_attention")
-    if mask is None or mask.ndim != 2 or ids.shape[1] == 1:  # one token is none that fills up
+    if mask is None or mask.ndim != 2 or ids.shape[1] == 1:  # a chunk of one token is not filled up
         return ids
     return torch.where(mask[:, -ids.shape[1] :].to(ids.device, torch.bool), ids, eos)
 

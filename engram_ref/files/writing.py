@@ -3,8 +3,7 @@
     save_rows("table.safetensors", values)              # values: [R, D], or `Rows`
     save_pieces("table.safetensors", rows, row_format, pieces)
 
-The safetensors library writes what is in memory; tables are written as they are made, and their rows must begin at
-a multiple of a page, so that no row of 128 or 256 bytes lies on two. Spaces at the end of the header see to that.
+The safetensors library writes what is in memory; tables are written as they are made, and their rows begin on a page.
 
 fp8 rows are written as they lie: codes and scales in two tensors, as in a checkpoint, or packed, as one tensor of bytes
 that the file's metadata mark as such (`packed_mark`).
@@ -59,6 +58,7 @@ def make_header(
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         before = start if on_page in (None, name) else before
     text = json.dumps(entries).encode()
+    # Spaces at the end, so that no row of 128 or 256 bytes lies on two pages.
     text += b" " * (-(LENGTH_BYTES + len(text) + before) % BLOCK)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 

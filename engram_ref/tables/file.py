@@ -3,7 +3,7 @@
     table = FileTable(StoredRows.find("table.safetensors"), torch.device("cuda"))
     values = table.start(rows).wait()                   # [N, D]
 
-The row numbers of a fetch are sorted and freed of repeats, the rows are read in the order of the file (`reading`
+The row numbers of a fetch are sorted and freed of repeats, the rows are read in the order of the file (`row_reader`
 says how), and put where they were asked for. What was read is counted; what will be read can be computed before,
 from the row numbers alone, so that a benchmark can compare the two. `drop_cache` and `cached_share` make cold reads
 honest, and so does `direct=True`, which never touches the page cache. fp8 rows that hold NaN are refused when they are
