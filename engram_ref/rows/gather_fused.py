@@ -34,7 +34,7 @@ def _prefetch(typing_context, address):
         int32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, int32, int32, int32])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", (_BYTES,), kind)
-        to_read, again_soon, data = int32(0), int32(2), int32(1)  # to be read once, 0, was slower than 2, the L2 cache
+        to_read, again_soon, data = int32(0), int32(2), int32(1)  # 2: into the L2 cache; as read once, 0, was slower
         builder.call(prefetch, [builder.inttoptr(arguments[0], _BYTES), to_read, again_soon, data])
         return context.get_dummy_value()
 

@@ -3,7 +3,7 @@
     received = exchange_bytes(rows=64 * 24, ranks=8, row_bytes=264)     # one layer, 64 tokens of a rank
     exchange_seconds(LINKS["nvlink"], 8, received)
 
-A fetch is a few messages behind one another. Each costs what a collective costs before the first byte, something for
+A fetch is three messages behind one another. Each costs what a collective costs before the first byte, something for
 every other rank, and its bytes over the bandwidth of the link:
 
     message = base + hop + (P - 1) * per_peer + bytes / bandwidth
