@@ -16,8 +16,6 @@ from torch import Tensor
 from engram_ref.tables.base import Pending, Table
 
 _SPIN_S = 3e-4  # the end of a wait is spun, because sleeping is no more exact than this
-
-
 _SLOWEST = 1e3  # bytes per second; a step reads kilobytes at least, and is to end
 
 
