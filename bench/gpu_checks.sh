@@ -5,17 +5,18 @@
 #                                      benchmarks, all at a time. 170 s.
 #   bench/gpu_checks.sh measure OUT    what it costs: how rows are read in place; the lookup alone; 100 B parameters in fp8
 #                                      beside an 8B model, resident and offloaded; the 8B model under every variant, at
-#                                      batch 64, 1, 16. 580 s. Called again it goes on: prefill steps, batch 256, steps
-#                                      that ask the CPU, a 4B model.
+#                                      batch 64, 1, 16. 580 s. Called again it goes on: steps that ask the CPU, prefill
+#                                      steps, batch 256, a 4B model.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
 #   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh check "$OUT"
 #   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh measure "$OUT"
+#   and with what is left of the machine's time: LIMIT=seconds less 15, and the line before
 #
 # What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
 # has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
-# the same machine goes on: finished rounds are not measured again, nor is a table built whose rounds are all there.
+# the same machine goes on: steps that ended well with the same code are left out, of others finished rounds.
 #
 #   WHEELS    a folder of wheels that the machine lacks; a wheel is an archive that Python imports from, unpacked:
 #             pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .wheels \
@@ -51,12 +52,12 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 
 # --- sizes: the real ones, and toy ones ---
-LARGE=qwen3-8b SMALL=qwen3-4b BATCHES="64 1 16 256" ROUNDS=5 LENGTHS="--prompt_tokens 128 256 --output_tokens 64 64"
-PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="1 2 4 16 64 256" REPEATS=300 READS=4e9 FEW="16 256"
+LARGE=qwen3-8b SMALL=qwen3-4b BATCHES="64 1 16" MANY=256 ROUNDS=5 LENGTHS="--prompt_tokens 128 256 --output_tokens 64 64"
+PARAMS=1.6e10 SHORT=1e9 HUGE=1e11 FALLBACK=5e10 SHAPES="prefill:1x4096 prefill:8x4096" TOKENS="256 1 2 4 16 64" REPEATS=300 READS=4e9 FEW="256 16"
 PRESET=v41-flash RUN=${RUN:-$PYTHON} WALL="--blocks 18 --rounds 6" TESTS="" SLACK=1
 if [ -n "${REHEARSE:-}" ]; then
   [ "$RUN" = "$PYTHON" ] && RUN="$PYTHON -m tests.rehearsal"
-  LARGE=tiny SMALL=tiny BATCHES="2 1" ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 2 3 --output_tokens 2 2"
+  LARGE=tiny SMALL=tiny BATCHES="2 1" MANY=3 ROUNDS=1 LENGTHS="--blocks 2 --prompt_tokens 2 3 --output_tokens 2 2"
   PARAMS=2e5 SHORT=2e5 HUGE=3e5 FALLBACK=2e5 SHAPES="prefill:1x3 prefill:2x3" TOKENS="1 2" REPEATS=3 READS=2e5 FEW=1
   PRESET=tiny WALL="--blocks 2 --rounds 1" TESTS="-p tests.rehearsal.few" SLACK=10 # for a CPU that others use, too
 fi
@@ -74,12 +75,21 @@ note() {        # when a log's last line changed, for whoever asks later where t
 
 left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
+ended_well() { # whether a step did so in any call with this code
+  awk -v code="${GIT_COMMIT:-unknown}" -v name="$1" \
+    '/ call, / { same = $NF == code } same && $1 == name && / ended with 0,/ { found = 1 } END { exit !found }' "$WORK/steps.txt"
+}
+
 failed=0
 declare -A child begun # by name of a step that runs
 begin() {              # begin SECONDS NAME COMMAND...: start it, with its limit or what is left; its log is kept
   local limit=$1 name=$2 rest
   shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
+  if [ "$CALL" = measure ] && ended_well "$name"; then
+    echo "$name not run: it is there"
+    return 0
+  fi
   rest=$(left)
   if [ "$rest" -lt 3 ]; then
     echo "$name not run: no time is left" | tee -a "$WORK/steps.txt"
@@ -151,12 +161,11 @@ trap 'failed=143; exit 143' INT TERM
   grep -E '^(MemTotal|MemAvailable|HugePages_Total)' /proc/meminfo
   ulimit -l
   nproc
+  cat /proc/driver/nvidia/version /proc/driver/nvidia/params # the latter: how large the pages are that map host memory
 } >"$WORK/machine.txt" 2>&1
 echo "$CALL call, $(date -u +%FT%TZ), code ${GIT_COMMIT:-unknown}" >>"$WORK/steps.txt"
 
-if [ "$CALL" = check ] || [[ $(grep "^preflight ended" "$WORK/steps.txt" | tail -n 1) != *" with 0,"* ]]; then
-  step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
-fi # else this machine was looked at: 20 s less
+step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
 
 served() { # served SECONDS NAME BACKBONE BATCHES PARAMETERS VARIANTS...: the whole model, on text
   local limit=$1 name=$2 backbone=$3 batches=$4 parameters=$5
@@ -187,6 +196,7 @@ if [ "$CALL" = check ]; then # each has until the end: a dozen at a time are slo
   tests 135 interpreted tests/ref/rows/test_kernels.py tests/ref/tables/test_uva.py tests/ref/tables/test_in_place.py \
     tests/ref/hashing/test_device.py
   served 135 short_served $LARGE ${BATCHES%% *} $SHORT $ALL --rounds 1
+  served 135 short_asking $LARGE ${BATCHES%% *} $SHORT no_engram resident offload_prefetch --asking --rounds 1
   prefill 135 short_prefill $SHORT "${SHAPES%% *}"
   settle
   exit
@@ -196,19 +206,23 @@ rate=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["pin_s_p
 $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinning takes $rate s/GiB: $HUGE parameters"; }
 # First what the last runs left open: how rows are read in place, and what staging them is made of. Limits: what an H200
 # took, a pass more in each round, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside
-# it: lookup: 40; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16.
-# Prefill (40, then 15 and 50 for the two shapes), batch 256, steps that ask the CPU and a 4B model have what is left, or the next call.
+# it: lookup: 40, and some 6 for parts that were not timed then; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at
+# batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16. Reads and lookup begin with the most tokens, which tell most of the bus.
+# Steps that ask the CPU (some 75), prefill (40, then 15 and 50 for the two shapes), batch 256 and a 4B model have what is
+# left, or the next call.
 step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
-step 45 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
+step 53 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
 served 175 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
 settle
 served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
+# By itself, since it has never run on CUDA: what the CPU gathers, asked for from inside of the step's graph.
+served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch --asking --rounds 3
+settle
 prefill 105 prefill $PARAMS "$SHAPES"
 settle
-# By itself, since it has never run on CUDA: what the CPU gathers, asked for from inside of the step's graph.
-served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch offload_uva --asking
+served 130 served_many $LARGE $MANY $PARAMS $ALL
 settle
 served 90 served_4b $SMALL ${BATCHES%% *} $PARAMS no_engram own_compute resident offload_prefetch offload_uva
 settle

@@ -67,11 +67,12 @@ def draw_lookup(results: Json, out: Path, narrow: bool = False) -> list[Path]:
 def _lookup(results: Json) -> Any:
     title = f"From token ids to rows, one layer\n{device_label(results)}"
     figure, (axis,) = panels([3.6], width=6, margin=1, title=title)
-    tokens = [case["tokens"] for case in results["cases"]]
+    cases = sorted(results["cases"], key=lambda case: case["tokens"])
+    tokens = [case["tokens"] for case in cases]
     for way, colour in _WAYS.items():
-        us = [1e6 * statistics.median(case["samples_s"][way]) for case in results["cases"]]
+        us = [1e6 * statistics.median(case["samples_s"][way]) for case in cases]
         axis.plot(tokens, us, "o-", color=COLOURS[colour], label=way)
-    floor = [1e6 * case["bytes"] / results["limits"]["copy"]["bytes_per_s"] for case in results["cases"]]
+    floor = [1e6 * case["bytes"] / results["limits"]["copy"]["bytes_per_s"] for case in cases]
     axis.plot(tokens, floor, ":", color="0.3", label="the rows' bytes over the bus")
     axis.plot(PUBLISHED, [published_us(count) for count in PUBLISHED], "x", color="black", label="vLLM, on a GB300")
     axis.set_xscale("log", base=2)

@@ -27,7 +27,8 @@ PROG = "gpu_evidence"
 LARGEST = 16 << 20  # bytes of a file that comes back
 SUMMARY = 12_000  # characters
 _LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
-_SERVED = ("hundred_billion", "served_8b", "served_asking", "served_4b", "short_served")
+_SERVED = ("hundred_billion", "served_8b", "served_asking", "served_many", "served_4b",
+           "short_served", "short_asking")  # fmt: skip
 _TOLD = 1200  # characters of a failed step's log in the summary
 _ROUNDS = re.compile(r": (?:warm-up|round \d+ of \d+) +(\d+) s")  # as `bench.instruments.timing.time_left` ends it
 _DAY = 24 * 3600
@@ -105,7 +106,8 @@ def summary(work: Path) -> str:
     """What a reader wants first, at most SUMMARY characters: steps, figures, tests, then the ends of failed logs."""
     steps = _text(work / "steps.txt")
     served = [_served(work / name) for name in _SERVED]
-    parts = [steps, *_setups(work), _preflight(work), *served, *_prefills(work), _lookup(work), _tests(work)]
+    parts = [steps, *_setups(work), _preflight(work), *served, *_prefills(work)]
+    parts += [_printed(work / "reads.log"), _printed(work / "lookup.log"), _tests(work)]
     head = "\n".join(part for part in parts if part)
     last = {line.split()[0]: line for line in steps.splitlines() if " ended with " in line}
     failed = [name for name, line in last.items() if " ended with 0," not in line]
@@ -163,6 +165,9 @@ def _served(folder: Path) -> str:
         lines.append(
             f"{folder.name}: {case['backbone']}, batch {case['batch']}, {case['table']['parameters']:.3g} parameters"
         )
+        graphs = case["rows"][0].get("graphs", {})
+        if graphs.get("used") is False:
+            lines.append(f"  no graphs: {graphs['why']}")
         for row in case["rows"]:
             common = sorted(set(control) & (own := _per_token(row)).keys())
             ratios = sorted(own[number] / control[number] for number in common)
@@ -178,9 +183,9 @@ def _per_token(row: dict[str, Any]) -> dict[int, float]:
     return {s["round"]: sum(s["decode_s"]) / len(s["decode_s"]) for s in row["rounds"] if s["decode_s"]}
 
 
-def _lookup(work: Path) -> str:
-    """The end of what was printed, without the last line, which is everything once more as JSON."""
-    return _text(work / "lookup.log").rpartition("\n{")[0][-1500:]
+def _printed(log: Path) -> str:
+    """The end of a table that was printed, without the last line, which is everything once more as JSON."""
+    return _text(log).rpartition("\n{")[0][-1800:]
 
 
 def _tests(work: Path) -> str:

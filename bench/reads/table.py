@@ -3,9 +3,9 @@
     print(report(results))          # of bench/lookup_speed.py --reads
 
 Read it from the end. `stream` is what the bus gives a kernel at best, `in_order` what it gives to the requests of
-`as_is`. If `near` is about as fast as `in_order` and `as_is` is not, rows wait for their addresses to be translated,
-and sorting helps if `presorted` is near them. If not, it is the requests: time goes with the lines that are asked for,
-or with the sectors, and the way with the fewest wins.
+`as_is`. If `shuffled` is about as fast as `in_order` and `as_is` is not, rows wait for the translation of their
+addresses, and sorting helps if `presorted` is near them. If `shuffled` is about as slow as `as_is`, it is the requests:
+time goes with the lines that are asked for, or with the sectors, and the way with the fewest wins.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.reads import kernels
 from bench.reads.layouts import Layouts
-from bench.reads.methods import METHODS, NEAR, PADDED, Method
+from bench.reads.methods import METHODS, PADDED, Method
 from bench.reads.requests import LINE, Span, asked
 from bench.schemas.lookup_speed import Asked
 from bench.setup.table_content import require_written
@@ -107,12 +107,9 @@ class Reads(AbstractContextManager["Reads"]):
         draw = np.random.default_rng((self._seed, count, list(METHODS).index(name)))
         if method.by == "stream":
             rows, count = len(self._stretches()), -(-count * PADDED // _STREAMED)
-        if method.by == "stream" or method.order == "in_order":
-            return (draw.integers(0, rows, (samples, 1)) + np.arange(count)) % rows
-        if method.order == "near":
-            near = min(rows, NEAR // self.rows.format.row_bytes)
-            start = near * np.arange(samples) % (rows - near + 1)
-            return start[:, None] + draw.integers(0, near, (samples, count))
+        if method.by == "stream" or method.order in ("in_order", "shuffled"):
+            numbers = (draw.integers(0, rows, (samples, 1)) + np.arange(count)) % rows
+            return draw.permuted(numbers, axis=1) if method.order == "shuffled" else numbers
         numbers = draw.integers(0, rows, (samples, count))
         return np.sort(numbers, axis=1) if method.order == "sorted" else numbers
 

@@ -25,10 +25,11 @@ STEPS = [
 ]
 LIMITS = {name: seconds for name, seconds, _ in STEPS}
 MEASURED = ["reads", "lookup", "hundred_billion", "served_8b"]  # what tells most comes first
-IN_WHAT_IS_LEFT = ["prefill", "served_asking", "served_4b"]  # or in the next call
+IN_WHAT_IS_LEFT = ["served_asking", "prefill", "served_many", "served_4b"]  # or in the next call
 ENDING = 10  # seconds that a call keeps for packing
 # Seconds on an H200 on 2026-11-27. Of `served_8b` the batches 64, 1 and 16, whose last round was cut and is counted as
-# the four before it; of `prefill` the first shape in one call, and 51 s for the second in another.
+# the four before it; of `prefill` the first shape in one call, and 51 s for the second in another. Of `lookup`
+# before the parts of staged rows were timed, too.
 SEEN = {"preflight": 22, "hundred_billion": 147, "served_8b": 228, "lookup": 40, "prefill": 101}
 
 
@@ -40,8 +41,12 @@ def test_the_calls_and_what_each_runs():
     names, measured = [name for name, _, _ in STEPS], [*MEASURED, *IN_WHAT_IS_LEFT]
     assert names[-len(measured) :] == measured
     checked = names[: -len(measured)]
-    assert checked[:2] == ["preflight", "tests_controls"] and checked[-2:] == ["short_served", "short_prefill"]
-    assert all(name.startswith("tests_") for name in checked[1:-2])
+    assert checked[:2] == ["preflight", "tests_controls"] and checked[-3:] == [
+        "short_served",
+        "short_asking",
+        "short_prefill",
+    ]
+    assert all(name.startswith("tests_") for name in checked[1:-3])
     assert {"170", "580"} == set(re.findall(r"LIMIT=\$\{LIMIT:-(\d+)\}", TEXT))
 
 
@@ -57,8 +62,34 @@ def test_no_limit_is_below_what_was_seen(name):
     assert SEEN[name] < LIMITS[name]
 
 
+def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path):
+    def call(code):
+        environment = {**os.environ, "RUN": "echo", "ONLY": "reads lookup", "PYTHON": sys.executable,
+                       "WORK": str(tmp_path / "work"), "GIT_COMMIT": code}  # fmt: skip
+        subprocess.run(["bash", str(SCRIPT), "measure", str(tmp_path / "out")], env=environment, capture_output=True)
+        return [(tmp_path / f"work/{name}.log").read_text().count("lookup_speed") for name in ("reads", "lookup")]
+
+    assert [call("one"), call("one"), call("another")] == [[1, 1], [1, 1], [2, 2]]
+    steps = tmp_path / "work/steps.txt"
+    steps.write_text(steps.read_text().replace("reads ended with 0,", "reads ended with 124,"))
+    assert call("another") == [3, 2]
+
+
+def test_a_step_that_was_not_captured_says_why(tmp_path):
+    (tmp_path / "work/served_asking").mkdir(parents=True)
+    rows = [{"label": "no_engram", "rounds": [], "graphs": {"used": False, "why": "CallError: waited in vain"}}]
+    case = {"backbone": "qwen3-8b", "batch": 64, "table": {"parameters": 1e9}, "rows": rows}
+    (tmp_path / "work/served_asking/results.json").write_text(json.dumps({"cases": [case]}), encoding="utf-8")
+    assert "  no graphs: CallError: waited in vain\n" in gpu_evidence.summary(tmp_path / "work")
+
+
+def test_the_most_tokens_come_first():
+    counts = [list(map(int, found.split())) for found in re.findall(r'(?:TOKENS|FEW)="([\d ]+)"', TEXT)]
+    assert [numbers[0] == max(numbers) for numbers in counts] == [True, True, False], "the last one is the rehearsal's"
+
+
 def test_the_sizes_are_those_of_the_question():
-    assert 'BATCHES="64 1 16 256"' in TEXT and "HUGE=1e11" in TEXT and "LARGE=qwen3-8b" in TEXT
+    assert 'BATCHES="64 1 16" MANY=256' in TEXT and "HUGE=1e11" in TEXT and "LARGE=qwen3-8b" in TEXT
 
 
 def test_the_call_lines_are_short_and_complete():

@@ -25,9 +25,13 @@ VALUES = (2, 96, 256)  # two layers, four tokens of V4.1
 
 
 @contextmanager
-def captured_call(device, **more):
-    """A call, its graph, the ids that it reads and what it writes; the main branch computes meanwhile."""
-    call = CpuCall((4, 1), VALUES, torch.bfloat16, device, **more)
+def captured_call(device, polls=None):
+    """A call, its graph, the ids that it reads and what it writes; the main branch computes meanwhile.
+
+    Args:
+        polls: looks of a replay; the step before it, which compiles and is to be answered, takes as many as it needs.
+    """
+    call = CpuCall((4, 1), VALUES, torch.bfloat16, device)
     ids = torch.zeros((4, 1), dtype=torch.int64, device=device)
     out = torch.zeros(VALUES, dtype=torch.bfloat16, device=device)
     busy, side, graph = torch.ones(512, 512, device=device), side_stream(device), torch.cuda.CUDAGraph()
@@ -40,12 +44,14 @@ def captured_call(device, **more):
         torch.cuda.current_stream().wait_stream(side)
         return made
 
+    torch.cuda.synchronize()  # what was filled on this stream is there on any other
     try:
         with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled, libraries take their workspaces
             call.expect(answer)
             step()
         torch.cuda.synchronize()
         call.settle()
+        call._polls = polls or call._polls  # a number in the graph from here on
         with torch.cuda.graph(graph):
             made = step()
         yield call, graph, ids, out, made

@@ -62,6 +62,15 @@ def assert_fits_schema(results):
     jsonschema.validate(results, json_schema(Results))
 
 
+def test_a_staged_copy_is_as_many_bytes_as_rows_were_asked_for(serve):
+    (case,) = serve("run", "--variants", "no_engram", "resident", "offload_naive")["cases"]
+    naive = next(row for row in case["rows"] if row["label"] == "offload_naive")
+    asked = {entry["round"]: entry["bytes_staged"] for entry in case["rounds"]}
+    fewest = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
+    assert all(fewest[number] <= asked[number] for number in asked)
+    assert {sample["round"]: sample["copied"] for sample in naive["rounds"]} == asked
+
+
 @pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")])
 def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, serve):
     preset, dtype = geometry
@@ -86,12 +95,3 @@ def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, serve)
     assert (
         chosen[0][0] == chosen[1][0] and chosen[0][1] == chosen[1][1]
     )  # without Engram; and with it, all are the same
-
-
-def test_a_staged_copy_is_as_many_bytes_as_rows_were_asked_for(serve):
-    (case,) = serve("run", "--variants", "no_engram", "resident", "offload_naive")["cases"]
-    naive = next(row for row in case["rows"] if row["label"] == "offload_naive")
-    asked = {entry["round"]: entry["bytes_staged"] for entry in case["rounds"]}
-    fewest = {entry["round"]: entry["rows_requested"] * case["table"]["row_bytes"] for entry in case["rounds"]}
-    assert all(fewest[number] <= asked[number] for number in asked)
-    assert {sample["round"]: sample["copied"] for sample in naive["rounds"]} == asked
