@@ -183,18 +183,21 @@ def replayed(log: Log, fate: np.ndarray, live: Sequence[int] | np.ndarray = (), 
     return result
 
 
-def read_kinds(log: Log, definition: str, code_of_value: bytearray) -> bytes:
-    """The kind of every read; see `engram_toy.tracer.stack.read_kinds`, which it equals."""
+def read_values(log: Log, definition: str = "lru") -> np.ndarray:
+    """The value behind every depth; see `engram_toy.tracer.stack.read_values`, which it equals."""
     columns = [np.asarray(log.left, np.int32), np.asarray(log.right, np.int32)]
     if log.third:
-        third = np.full(len(log.left), -1, np.int32)
-        third[list(log.third)] = list(log.third.values())
-        columns.append(third)
+        columns.append(third_column(log))
     operands = np.stack(columns, axis=1).ravel()
     reads = operands[operands >= 0]
     if definition == "two-stack":
-        reads = np.concatenate([reads, np.asarray(log.returned, np.int32)])
-    return np.frombuffer(code_of_value, np.uint8)[reads].tobytes()
+        reads = np.concatenate([reads, returned_column(log)])
+    return reads
+
+
+def read_kinds(log: Log, definition: str, code_of_value: bytearray) -> bytes:
+    """The kind of every read; see `engram_toy.tracer.stack.read_kinds`, which it equals."""
+    return np.frombuffer(code_of_value, np.uint8)[read_values(log, definition)].tobytes()
 
 
 def tally(kinds: bytes, depths: array[int]) -> Counter[tuple[int, int]]:

@@ -22,6 +22,7 @@ from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.hashing import HashPlan
 from engram_toy import definitions
 from engram_toy.bytedmd import record, trace
+from engram_toy.fast import first_reads as fast_first_reads
 from engram_toy.fast import floor as fast_floor
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, build
@@ -72,6 +73,15 @@ def as_arguments(log, arguments, pad, padding, held):
     return Log(inputs, *columns, {k: new(v) for k, v in log.third.items()}, returned, depth)
 
 
+def same(first, compiled, arguments, pad):
+    """Whether both forms found the same reads, and the same depths of them, laid so."""
+    for name in ("places", "inputs", "instructions", "touched", "unread"):
+        if list(getattr(first, name)) != getattr(compiled, name).tolist():
+            return False
+    starts = first.lay(arguments, pad), compiled.lay(arguments, pad)
+    return all(starts[0].depths(padding) == starts[1].depths(padding).tolist() for padding in PADDINGS)
+
+
 @pytest.mark.parametrize("definition", DEFINITIONS)
 @pytest.mark.parametrize("seed", range(60))
 def test_a_random_log_laid_otherwise(seed, definition, monkeypatch):
@@ -87,6 +97,8 @@ def test_a_random_log_laid_otherwise(seed, definition, monkeypatch):
     depths = stack_depths(log, definition)
     first = first_reads(log, depths, definition)
     assert definition == "lru" or not any(first.touched)  # places alone decide
+    compiled = fast_first_reads.first_reads(log, depths, definition)
+    assert same(first, compiled, arguments, pad)
     start = first.lay(arguments, pad)
     for padding in (0, 1, 9):
         relaid = depths[:]
