@@ -42,7 +42,7 @@ def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
     return types.void(values, types.int64), generate
 
 
-_prefetch: Any = intrinsic(_fetch_soon)
+prefetch: Any = intrinsic(_fetch_soon)
 
 
 @compiled()
@@ -94,8 +94,8 @@ def replay(inputs, left, right, third, fate, argument_depth, slot_of, words, abo
         a, b, c = left[k], right[k], third[k] if len(third) else -1
         untaken = slots - new
         if k + _AHEAD < len(left):
-            _prefetch(slot_of, left[k + _AHEAD])
-            _prefetch(slot_of, right[k + _AHEAD])
+            prefetch(slot_of, left[k + _AHEAD])
+            prefetch(slot_of, right[k + _AHEAD])
         if a >= 0:
             depths[reads] = _price(a, argument_depth, slot_of, words, above, untaken)
             reads += 1
