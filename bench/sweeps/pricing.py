@@ -19,7 +19,7 @@ from bench.price.job import output_digest, price_of
 from bench.price.models import digest, make_workload, row_stream
 from bench.setup.streams import Stream
 from bench.sweeps.points import Case
-from bench.sweeps.readdressed import Readdressed, TableInputs, reads_by_kind, without
+from bench.sweeps.readdressed import Readdressed, TableInputs, reads_by_kind, trace, without
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_toy.bytedmd import Recording, Trace, record
@@ -182,7 +182,7 @@ class Relaid:
 
     def __init__(self, recording: Recording, table: TableInputs, definition: str = "lru") -> None:
         self._table = table
-        traced = recording.trace(definition)
+        traced = trace(recording, definition)
         self.first = _first_reads(recording.log, traced, definition)
         places = np.asarray(self.first.places, np.int64)
         self._kinds = np.frombuffer(traced.kinds, np.uint8)[places]

@@ -12,6 +12,7 @@ It stands in for `bench.sweeps.pricing.Relaid`, where first reads are charged fo
 from __future__ import annotations
 
 import importlib.util
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -69,7 +70,7 @@ class Readdressed:
         if definition == FLOOR:
             self._lay_bare(recording.log)
             return
-        traced = recording.trace(definition)
+        traced = trace(recording, definition)
         places, values = _addressed(recording.log, definition, traced.compiled)
         self.reads_by_kind = reads_by_kind(traced)
         kinds = np.frombuffer(traced.kinds, np.uint8)[places]
@@ -88,30 +89,29 @@ class Readdressed:
         self.reads_by_kind = {FLOOR: len(first) + len(intervals)}
         self._rest = lambda nbytes: {FLOOR: bracket([], intervals, nbytes, within=_WITHIN)[0]}
 
-    def lay(self, layout: Layout) -> list[Sequence[int]]:
-        """The inputs of every argument as another layout lays them down."""
-        return self._table.laid(layout)
+    def lay(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """The address of every input as another layout lays them down, without padding; and whether that lies above."""
+        return addresses(self._inputs, self._table.laid(layout), self._table.pad)
 
-    def cost_by_kind(self, arguments: Sequence[Sequence[int]], padding: int, bytes_per_element: int) -> dict[str, int]:
+    def cost_by_kind(self, laid: tuple[np.ndarray, np.ndarray], padding: int, bytes_per_element: int) -> dict[str, int]:
         """Price of the reads of every kind; of the floor a bound itself, short of it by a ten-thousandth at most."""
         if bytes_per_element not in self._rest_costs:
             self._rest_costs[bytes_per_element] = self._rest(bytes_per_element)
-        address = addresses(self._inputs, arguments, self._table.pad, padding)
         costs = dict(self._rest_costs[bytes_per_element])
+        address = laid[0] + padding * laid[1]
         for kind, values in self._values.items():
             found, reads = np.unique(address[values], return_counts=True)
             costs[kind] += price_of(dict(zip(found.tolist(), reads.tolist())), bytes_per_element)
         return costs
 
 
-def addresses(inputs: int, arguments: Sequence[Sequence[int]], pad: int, padding: int) -> np.ndarray:
-    """Where every input lies: argument after argument, so many places more from argument `pad` on."""
+def addresses(inputs: int, arguments: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where every input lies, argument after argument from 1, and whether it does so from argument `pad` on."""
     # All that a layout decides here: padding that is not read only moves the arguments behind it.
+    order = np.fromiter(chain.from_iterable(arguments), np.int64)
     address = np.zeros(inputs, np.int64)
-    address[np.fromiter(chain.from_iterable(arguments), np.int64)] = np.arange(1, 1 + sum(map(len, arguments)))
-    behind = np.fromiter(chain.from_iterable(arguments[pad:]), np.int64)
-    address[behind] += padding
-    return address
+    address[order] = np.arange(1, 1 + len(order))
+    return address, address > sum(map(len, arguments[:pad]))
 
 
 def _addressed(log: Log, definition: str, compiled: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -138,6 +138,12 @@ def _used(log: Log) -> int:
     for column in (log.left, log.right, list(log.third.values()), log.returned):
         used[np.asarray(column, np.int64)] = True
     return int(used[: log.inputs].sum())
+
+
+def trace(recording: Recording, definition: str) -> Trace:
+    """The depth of every read, compiled where that is worth it: also of a short run, once numba has been loaded."""
+    loaded = "engram_toy.fast.definitions" in sys.modules  # by a longer one, in this worker
+    return recording.trace(definition, compiled=loaded or None)
 
 
 def without(traced: Trace, places: np.ndarray) -> Trace:
