@@ -1,7 +1,7 @@
 """Rebuild every result, figure and document of the findings, from nothing.
 
-    make findings                     59 minutes on two cores that had other work; alone some 45, an estimate
-    make findings QUICK=1             small versions of every step, two minutes; committed files untouched
+    make findings                     some 33 minutes on two cores, an estimate from the processor time of single jobs
+    make findings QUICK=1             small versions of every step, under two minutes; committed files untouched
     python bench/findings.py --help
 
 Steps: the toy in both forms, all sweeps, production scale, rows under every definition, the lookup's range, row reads

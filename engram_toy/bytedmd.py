@@ -207,11 +207,9 @@ def _record(func: Callable[..., Any], args: Sequence[Any], kinds: Sequence[str],
 def _argument_depth(arguments: list[Any], inputs: int) -> array[int]:
     """Position of every input in the flattened arguments, from 1: its depth, where that is fixed."""
     position = array("i", bytes(4 * inputs))
-    depth = 0
-    for leaf in leaves(arguments):
-        if not position[leaf.id]:
-            depth += 1
-            position[leaf.id] = depth
+    met = dict.fromkeys([leaf.id for leaf in leaves(arguments)])  # what is met twice lies where it was first
+    for depth, value in enumerate(met, start=1):
+        position[value] = depth
     return position
 
 

@@ -114,7 +114,8 @@ def enclose(
         # An element of b bytes is b values that are read together: c bytes hold what c/b places do, and between two
         # whole numbers of places exactly what lies between them (a flow of least cost is linear there).
         places, rest = divmod(root * root, bytes_per_element)
-        return (bytes_per_element - rest) * at(places) + rest * at(places + 1)
+        beyond = rest and rest * at(places + 1)  # asked only where it counts: a question walks all intervals
+        return (bytes_per_element - rest) * at(places) + beyond
 
     def open_between(left: int, right: int) -> tuple[int, int, int]:
         return -(right - left - 1) * (missed(left) - missed(right)), left, right

@@ -22,7 +22,7 @@ from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.vocab import CompressedVocab, vocab_for
 from engram_toy.fast.last_reads import Linker, RowReads
 from engram_toy.fast.placing import Events, as_read, prefetched, price_steps
-from engram_toy.fast.rows import Priced, among, price_rows, start
+from engram_toy.fast.rows import Priced, among, price_rows, price_starts, start
 
 LAYOUTS = {"held live": True, "compacted": False}
 LEAST_STEPS = 32  # of a size, that its second half may be called steady
@@ -157,23 +157,23 @@ def _hot(case: Case) -> list[Record]:
     reads = read_rows(stream.ids[half:], config)
     frequency = reads.frequency()
     about = _about(case, stream, config, reads)
+    hot_rows = [np.sort(calibration.rows[ranking[: int(share * reads.table_rows)]]) for share in case.values]
+    tiers = {len(hot): hot for hot in hot_rows}  # those that the text cannot fill hold the same rows
+    priced: dict[str, dict[int, Record]] = {}
+    for name, held in LAYOUTS.items():
+        found = price_starts(reads, (start(reads, held, hot) for hot in tiers.values()), case.row_size(config))
+        priced[name] = dict(zip(tiers, map(_priced, found)))
     records = []
-    priced: dict[tuple[str, int], Record] = {}  # tiers that the text cannot fill hold the same rows
-    for share in case.values:
-        tier = int(share * reads.table_rows)
-        hot = np.sort(calibration.rows[ranking[:tier]])
+    for share, hot in zip(case.values, hot_rows):
         hit = among(reads.rows, hot)[1]
         facts = {
             "hot_share": share,
-            "tier_rows": tier,
+            "tier_rows": int(share * reads.table_rows),
             "tier_rows_filled": len(hot),
             "tier_rows_read": int(hit.sum()),
             "reads_of_tier": int(frequency[hit].sum()),
         }
-        for name, held in LAYOUTS.items():
-            if (name, len(hot)) not in priced:
-                priced[name, len(hot)] = _priced(price_rows(reads, start(reads, held, hot), case.row_size(config)))
-            records.append({**about, **facts, "layout": name, **priced[name, len(hot)]})
+        records += [{**about, **facts, "layout": name, **priced[name][len(hot)]} for name in LAYOUTS]
     return records
 
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,15 +19,18 @@ from bench.price.job import output_digest, price_of
 from bench.price.models import digest, make_workload, row_stream
 from bench.setup.streams import Stream
 from bench.sweeps.points import Case
-from bench.sweeps.readdressed import Readdressed, TableInputs
+from bench.sweeps.readdressed import Readdressed, TableInputs, reads_by_kind, trace, without
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
-from engram_toy.bytedmd import Recording, record
+from engram_toy.bytedmd import Recording, Trace, record
 from engram_toy.models.layouts import Layout, most_frequent
 from engram_toy.models.programs import Workload, build
 from engram_toy.tracer import stack
-from engram_toy.tracer.first_reads import Start, first_reads
-from engram_toy.tracer.stack import read_price
+from engram_toy.tracer.first_reads import FirstReads, Start, first_reads
+from engram_toy.tracer.stack import Log
+
+if TYPE_CHECKING:
+    from engram_toy.fast import first_reads as fast_first_reads
 
 Indices = Sequence[Sequence[int]]
 
@@ -174,41 +177,49 @@ class Relaid:
 
     Attributes:
         first: its first reads.
+        reads_by_kind: how many reads there are, the same in every layout.
     """
 
     def __init__(self, recording: Recording, table: TableInputs, definition: str = "lru") -> None:
         self._table = table
-        traced = recording.trace(definition)
-        self.first = first_reads(recording.log, traced.depths, definition)
-        self._kinds = [traced.kind_names[traced.kinds[place]] for place in self.first.places]
-        self._rest = traced.tally()  # of the reads that no layout changes, once the first ones are taken out
-        for place, kind in zip(self.first.places, self._kinds):
-            self._rest[kind][traced.depths[place]] -= 1
+        traced = trace(recording, definition)
+        self.first = _first_reads(recording.log, traced, definition)
+        places = np.asarray(self.first.places, np.int64)
+        self._kinds = np.frombuffer(traced.kinds, np.uint8)[places]
+        self._names = traced.kind_names
+        self.reads_by_kind = reads_by_kind(traced)
+        self._rest = without(traced, places).tally()  # of the reads that no layout changes
         self._rest_costs: dict[int, dict[str, int]] = {}  # by bytes per element
 
-    def lay(self, layout: Layout) -> Start:
+    def lay(self, layout: Layout) -> Start | fast_first_reads.Start:
         """The inputs as another layout lays them down."""
         return self.first.lay(self._table.laid(layout), self._table.pad)
-
-    @property
-    def reads_by_kind(self) -> dict[str, int]:
-        """How many reads there are, the same in every layout."""
-        first = Counter(self._kinds)
-        return {kind: sum(counts.values()) + first[kind] for kind, counts in self._rest.items()}
 
     @property
     def working_set(self) -> int:
         """Live inputs at the start, without the padding."""
         return len(set(self.first.inputs)) + len(self.first.unread)
 
-    def cost_by_kind(self, start: Start, padding: int, bytes_per_element: int) -> dict[str, int]:
+    def cost_by_kind(
+        self, start: Start | fast_first_reads.Start, padding: int, bytes_per_element: int
+    ) -> dict[str, int]:
         """Price of the reads of every kind."""
         if bytes_per_element not in self._rest_costs:
             self._rest_costs[bytes_per_element] = {
-                kind: price_of(+counts, bytes_per_element) for kind, counts in self._rest.items()
+                kind: price_of(counts, bytes_per_element) for kind, counts in self._rest.items()
             }
         costs = dict(self._rest_costs[bytes_per_element])
-        first = Counter(zip(self._kinds, start.depths(padding)))
-        for (kind, depth), reads in first.items():
-            costs[kind] += reads * read_price(depth, bytes_per_element)
+        depths = np.asarray(start.depths(padding))
+        for code in np.unique(self._kinds).tolist():
+            found, reads = np.unique(depths[self._kinds == code], return_counts=True)
+            costs[self._names[code]] += price_of(dict(zip(found.tolist(), reads.tolist())), bytes_per_element)
         return costs
+
+
+def _first_reads(log: Log, traced: Trace, definition: str) -> FirstReads | fast_first_reads.FirstReads:
+    """By the engine that found the depths."""
+    if not traced.compiled:
+        return first_reads(log, traced.depths, definition)
+    from engram_toy.fast import first_reads as fast
+
+    return fast.first_reads(log, traced.depths, definition)

@@ -1,30 +1,32 @@
 """One recorded run under a definition in which arguments have addresses, priced anew in every layout; and the floor.
 
-Under "classic", "live", "stationary" and "opt" the log is kept, the addresses are written again, and the replay finds
-all depths. The floor under all managers needs less.
+Under "classic", "live" and "opt" the first read of an input is charged its address, under "stationary" every read of
+it; no other read knows where inputs lie. So one replay does for all layouts, and so it is with the floor.
 
     priced = Readdressed(recording, program, recorded, "stationary")
     priced.cost_by_kind(priced.lay(layout), padding=10**6, bytes_per_element=1)
 
-It stands in for `bench.sweeps.pricing.Relaid`, which spares the replay where only first reads change.
+It stands in for `bench.sweeps.pricing.Relaid`, where first reads are charged for what lies above the input.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+
+import numpy as np
 
 from bench.price.job import price_of
 from bench.sweeps.points import FLOOR
-from engram_toy.bytedmd import Recording
+from engram_toy.bytedmd import Recording, Trace
+from engram_toy.definitions import reads_like
 from engram_toy.models.layouts import Layout
 from engram_toy.models.programs import Program
-from engram_toy.tracer.stack import Log, read_price
+from engram_toy.tracer.stack import Log
 
 _WITHIN = 1e-4  # of the floor's sum, which is the same in every layout
 
@@ -62,53 +64,100 @@ class Readdressed:
     """
 
     def __init__(self, recording: Recording, table: TableInputs, definition: str) -> None:
-        self._recording, self._table, self._definition = recording, table, definition
-        log = recording.log
-        used = {value for column in (log.left, log.right, log.third.values(), log.returned) for value in column}
-        self.working_set = sum(0 <= value < log.inputs for value in used)
+        self._table, self._inputs = table, recording.log.inputs
+        self.working_set = _used(recording.log)
+        self._rest_costs: dict[int, dict[str, int]] = {}  # by bytes per element
         if definition == FLOOR:
-            # The module that finds floors: compiled, where numba is installed.
-            fast = importlib.util.find_spec("numba") is not None
-            self._floors: Any = importlib.import_module("engram_toy.fast.floor" if fast else "engram_toy.floor")
-            first, self._intervals = self._floors.waits(log)
-            self._reused: dict[int, int] = {}  # by bytes per element
-            self.reads_by_kind = {FLOOR: len(first) + len(self._intervals)}
+            self._lay_bare(recording.log)
+            return
+        traced = trace(recording, definition)
+        places, values = _addressed(recording.log, definition, traced.compiled)
+        self.reads_by_kind = reads_by_kind(traced)
+        kinds = np.frombuffer(traced.kinds, np.uint8)[places]
+        self._values = {name: values[kinds == code] for code, name in enumerate(traced.kind_names)}
+        tally = without(traced, places).tally()
+        self._rest = lambda nbytes: {kind: price_of(counts, nbytes) for kind, counts in tally.items()}
+
+    def _lay_bare(self, log: Log) -> None:
+        """The same of the floor: first loads, which the addresses decide, and the reuses."""
+        if importlib.util.find_spec("numba") is not None:
+            from engram_toy.fast.floor import bracket, waits
         else:
-            tally = recording.trace(definition).tally()
-            self.reads_by_kind = {kind: sum(counts.values()) for kind, counts in tally.items()}
+            from engram_toy.floor import bracket, waits  # type: ignore[assignment]
+        first, intervals = waits(replace(log, argument_depth=array("i", range(1, log.inputs + 1))))
+        self._values = {FLOOR: np.asarray(first, np.int64) - 1}
+        self.reads_by_kind = {FLOOR: len(first) + len(intervals)}
+        self._rest = lambda nbytes: {FLOOR: bracket([], intervals, nbytes, within=_WITHIN)[0]}
 
-    def lay(self, layout: Layout) -> list[Sequence[int]]:
-        """The inputs of every argument as another layout lays them down."""
-        return self._table.laid(layout)
+    def lay(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """The address of every input as another layout lays them down, without padding; and whether that lies above."""
+        return addresses(self._inputs, self._table.laid(layout), self._table.pad)
 
-    def cost_by_kind(self, arguments: Sequence[Sequence[int]], padding: int, bytes_per_element: int) -> dict[str, int]:
+    def cost_by_kind(self, laid: tuple[np.ndarray, np.ndarray], padding: int, bytes_per_element: int) -> dict[str, int]:
         """Price of the reads of every kind; of the floor a bound itself, short of it by a ten-thousandth at most."""
-        log = readdressed(self._recording.log, arguments, self._table.pad, padding)
-        if self._definition == FLOOR:
-            return {FLOOR: self._floor(log, bytes_per_element)}
-        tally = replace(self._recording, log=log).trace(self._definition).tally()
-        return {kind: price_of(counts, bytes_per_element) for kind, counts in tally.items()}
-
-    def _floor(self, log: Log, bytes_per_element: int) -> int:
-        """First loads, which the addresses decide, and the reuses, which are the same in every layout."""
-        if bytes_per_element not in self._reused:
-            low, _ = self._floors.bracket([], self._intervals, bytes_per_element, within=_WITHIN)
-            self._reused[bytes_per_element] = low
-        first, _ = self._floors.waits(log)  # the addresses decide these, and nothing else of the floor
-        return self._reused[bytes_per_element] + sum(read_price(int(a), bytes_per_element) for a in first)
+        if bytes_per_element not in self._rest_costs:
+            self._rest_costs[bytes_per_element] = self._rest(bytes_per_element)
+        costs = dict(self._rest_costs[bytes_per_element])
+        address = laid[0] + padding * laid[1]
+        for kind, values in self._values.items():
+            found, reads = np.unique(address[values], return_counts=True)
+            costs[kind] += price_of(dict(zip(found.tolist(), reads.tolist())), bytes_per_element)
+        return costs
 
 
-def readdressed(log: Log, arguments: Sequence[Sequence[int]], pad: int, padding: int) -> Log:
-    """The same log with its inputs at other addresses: argument after argument, so many more from argument `pad` on."""
+def addresses(inputs: int, arguments: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where every input lies, argument after argument from 1, and whether it does so from argument `pad` on."""
     # All that a layout decides here: padding that is not read only moves the arguments behind it.
-    address = array("i", bytes(4 * log.inputs))
-    place = 0
-    for number, values in enumerate(arguments):
-        place += padding * (number == pad)
-        for value in values:
-            place += 1
-            address[value] = place
-    return replace(log, argument_depth=address)
+    order = np.fromiter(chain.from_iterable(arguments), np.int64)
+    address = np.zeros(inputs, np.int64)
+    address[order] = np.arange(1, 1 + len(order))
+    return address, address > sum(map(len, arguments[:pad]))
+
+
+def _addressed(log: Log, definition: str, compiled: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The reads that are charged the address of an input, by their places in reading order, and that input.
+
+    Every read of an input where arguments stay where they are, else the first one alone.
+    """
+    if compiled:
+        from engram_toy.fast.stack import read_values
+    else:
+        from engram_toy.tracer.stack import read_values  # type: ignore[assignment]
+    values = np.asarray(read_values(log, reads_like(definition)))
+    places = np.flatnonzero(values < log.inputs)
+    if definition != "stationary":
+        first = np.full(log.inputs, -1)
+        first[values[places[::-1]]] = places[::-1]  # of all that go to one place, the last stays
+        places = np.sort(first[first >= 0])
+    return places, values[places]
+
+
+def _used(log: Log) -> int:
+    """How many inputs are ever read or returned."""
+    used = np.zeros(log.inputs + len(log.left) + 1, np.bool_)  # -1, no operand, is the entry too many
+    for column in (log.left, log.right, list(log.third.values()), log.returned):
+        used[np.asarray(column, np.int64)] = True
+    return int(used[: log.inputs].sum())
+
+
+def trace(recording: Recording, definition: str) -> Trace:
+    """The depth of every read, compiled where that is worth it: also of a short run, once numba has been loaded."""
+    loaded = "engram_toy.fast.definitions" in sys.modules  # by a longer one, in this worker
+    return recording.trace(definition, compiled=loaded or None)
+
+
+def without(traced: Trace, places: np.ndarray) -> Trace:
+    """A trace without the reads at these places."""
+    kept = np.full(len(traced.depths), True)
+    kept[places] = False
+    depths = array("i", np.asarray(traced.depths, np.int32)[kept].tobytes())
+    return replace(traced, depths=depths, kinds=np.frombuffer(traced.kinds, np.uint8)[kept].tobytes())
+
+
+def reads_by_kind(traced: Trace) -> dict[str, int]:
+    """How many reads there are of every kind."""
+    counts = np.bincount(np.frombuffer(traced.kinds, np.uint8), minlength=len(traced.kind_names))
+    return dict(zip(traced.kind_names, counts.tolist()))
 
 
 def _numbers(sizes: Sequence[int]) -> list[Sequence[int]]:

@@ -23,6 +23,7 @@ returned, so "two-stack" and "live" are one here. `engram_toy.fast.floor` has th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +32,12 @@ from engram_toy.definitions import check_definition
 from engram_toy.fast.compiling import compiled
 from engram_toy.fast.definitions import find
 from engram_toy.fast.last_reads import RowReads
+from engram_toy.fast.stack import prefetch
 from engram_toy.fast.time_axis import axis_of, count_from, full_axis, give_up, settle
 
 BINS = 64  # powers of two of depth in bytes
 MOST_BYTES = 1 << 51  # the root of a depth beyond 2^52 may be rounded
+_AHEAD = 16  # reads; of many distinct rows, waiting for memory is most of the time
 STORE = -(2**31)  # in the place of a link: a block is put on top, and nothing is read
 
 
@@ -162,6 +165,37 @@ def price_rows(
     return Priced(sum(steps.tolist()), by_value, *tallies, steps, depths)
 
 
+def price_starts(reads: RowReads, begins: Iterable[Start], row_bytes: int) -> Iterator[Priced]:
+    """Price a stream as `price_rows` does from each of several starts, held live all of them or none; without steps.
+
+    How deep a row lies that was read before does not depend on where it started: such reads are priced once.
+
+    Raises:
+        ValueError: as `price_rows`; starts of which some are held and some are not.
+    """
+    later: Priced | None = None
+    by_value, held = 0, False
+    for begin in begins:
+        first, counts, costs = _first(reads, begin, row_bytes)
+        if later is None:
+            later, held = price_rows(reads, begin, row_bytes), begin.held
+            by_value = later.by_value - first
+        if begin.held != held:
+            raise ValueError(f"held is {begin.held} here, {held} before: price either kind of start by itself")
+        tallies = np.stack([counts, later.reads[1]]), np.stack([costs, later.cost[1]])
+        yield Priced(int(tallies[1].sum()), by_value + first, *tallies, later.steps[:0], later.depths)
+
+
+def _first(reads: RowReads, begin: Start, row_bytes: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The first reads alone: their price value by value, how many there are by depth, and their price."""
+    check_depth(reads, row_bytes, 0)
+    stays = np.full(len(reads.links), True) if begin.held else _read_again(reads.links)
+    counts, costs = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    axis = axis_of(np.full(len(reads.rows), True))
+    by_value = _price_first(reads.links, begin.rank, begin.buried, stays, *axis, row_bytes, counts, costs)
+    return by_value, counts, costs
+
+
 def check_depth(reads: RowReads, row_bytes: int, above: int) -> None:
     """Raise ValueError for fewer than one byte a row, or a stack too deep to be priced exactly."""
     deepest = 2 * reads.table_rows * row_bytes + above  # of every row a copy at most
@@ -275,6 +309,27 @@ def _bin(n):
 
 
 @compiled(nogil=True)
+def _price_first(links, rank, buried, stays, untouched, untouched_above, row_bytes, reads, cost):
+    """What `_price` finds of the first reads, without a time axis: it counts what is live, and asks not how deep."""
+    by_value, live = 0, 0
+    for read in range(len(links)):
+        if read + _AHEAD < len(links) and links[read + _AHEAD] < 0:
+            prefetch(rank, -1 - links[read + _AHEAD])
+            prefetch(buried, -1 - links[read + _AHEAD])
+        link = links[read]
+        if link < 0:
+            place = -1 - link
+            deepest = row_bytes * (live + buried[place] + count_from(untouched, untouched_above, rank[place]))
+            give_up(untouched, untouched_above, rank[place])
+            by_value += row_bytes * _ceil_root(deepest)
+            b = _bin(deepest)
+            reads[b] += 1
+            cost[b] += row_price(deepest, row_bytes)
+        live += np.int64(stays[read]) - np.int64(link >= 0)
+    return by_value
+
+
+@compiled(nogil=True)
 def _price(
     links, rank, buried, address, known, words, above, ahead, untouched, untouched_above,
     step_reads, row_bytes, between_steps, reads, cost, steps, depths, fixed,
@@ -288,6 +343,13 @@ def _price(
     run, taken, word, given_up = -2, 0, 0, 0
     one = np.uint64(1)
     for read in range(len(links)):
+        if read + _AHEAD < len(links):
+            soon = links[read + _AHEAD]
+            if soon >= 0:
+                prefetch(words, soon >> 6)
+            elif soon != STORE:
+                prefetch(rank, -1 - soon)
+                prefetch(buried, -1 - soon)
         if read - step_begins == step_reads:
             step, step_begins = step + 1, read
         link = links[read]

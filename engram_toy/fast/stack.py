@@ -42,7 +42,7 @@ def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
     return types.void(values, types.int64), generate
 
 
-_prefetch: Any = intrinsic(_fetch_soon)
+prefetch: Any = intrinsic(_fetch_soon)
 
 
 @compiled()
@@ -94,8 +94,8 @@ def replay(inputs, left, right, third, fate, argument_depth, slot_of, words, abo
         a, b, c = left[k], right[k], third[k] if len(third) else -1
         untaken = slots - new
         if k + _AHEAD < len(left):
-            _prefetch(slot_of, left[k + _AHEAD])
-            _prefetch(slot_of, right[k + _AHEAD])
+            prefetch(slot_of, left[k + _AHEAD])
+            prefetch(slot_of, right[k + _AHEAD])
         if a >= 0:
             depths[reads] = _price(a, argument_depth, slot_of, words, above, untaken)
             reads += 1
@@ -183,18 +183,21 @@ def replayed(log: Log, fate: np.ndarray, live: Sequence[int] | np.ndarray = (), 
     return result
 
 
-def read_kinds(log: Log, definition: str, code_of_value: bytearray) -> bytes:
-    """The kind of every read; see `engram_toy.tracer.stack.read_kinds`, which it equals."""
+def read_values(log: Log, definition: str = "lru") -> np.ndarray:
+    """The value behind every depth; see `engram_toy.tracer.stack.read_values`, which it equals."""
     columns = [np.asarray(log.left, np.int32), np.asarray(log.right, np.int32)]
     if log.third:
-        third = np.full(len(log.left), -1, np.int32)
-        third[list(log.third)] = list(log.third.values())
-        columns.append(third)
+        columns.append(third_column(log))
     operands = np.stack(columns, axis=1).ravel()
     reads = operands[operands >= 0]
     if definition == "two-stack":
-        reads = np.concatenate([reads, np.asarray(log.returned, np.int32)])
-    return np.frombuffer(code_of_value, np.uint8)[reads].tobytes()
+        reads = np.concatenate([reads, returned_column(log)])
+    return reads
+
+
+def read_kinds(log: Log, definition: str, code_of_value: bytearray) -> bytes:
+    """The kind of every read; see `engram_toy.tracer.stack.read_kinds`, which it equals."""
+    return np.frombuffer(code_of_value, np.uint8)[read_values(log, definition)].tobytes()
 
 
 def tally(kinds: bytes, depths: array[int]) -> Counter[tuple[int, int]]:

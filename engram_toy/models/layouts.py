@@ -16,6 +16,7 @@ import operator
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from engram_toy.bytedmd import label
@@ -98,5 +99,5 @@ def _arrived(table: Sequence[Vector], position: Sequence[Any], staged: Sequence[
 
 def most_frequent(indices: Sequence[Sequence[int]], count: int) -> list[int]:
     """The `count` row numbers that occur most often; of equals, the smaller number first."""
-    tally = Counter(index for position in indices for index in position)
-    return sorted(tally, key=lambda row: (-tally[row], row))[:count]
+    tally = Counter(chain.from_iterable(indices))
+    return sorted(sorted(tally), key=tally.__getitem__, reverse=True)[:count]  # of equals, the order stays

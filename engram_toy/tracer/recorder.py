@@ -75,8 +75,8 @@ class Recorder:
 
     def flush(self) -> None:
         """Complete the columns."""
-        self.left.extend(self.recent_left)
-        self.right.extend(self.recent_right)
+        self.left.fromlist(self.recent_left)  # `extend` takes twice as long
+        self.right.fromlist(self.recent_right)
         self.recent_left.clear()
         self.recent_right.clear()
 

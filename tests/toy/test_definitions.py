@@ -202,3 +202,14 @@ def test_rows_and_values_agree(definition):
         deeper = [d + 5 * (definition == "stationary" or link < 0) for d, link in zip(depths, reads.links)]
         assert padded.depths.tolist() == deeper
         assert stack.price(padded.depths.tolist()) == padded.total
+
+
+def test_a_floor_asks_for_no_capacity_in_vain():
+    """A question walks all intervals; between two whole numbers of elements it takes both, else the one."""
+    for size, wanted in ((1, {1, 4, 16}), (4, {0, 1, 4}), (3, {0, 1, 5, 6})):
+        asked = set()
+        floor.enclose(lambda capacity, asked=asked: asked.add(capacity) or max(0, 5 - capacity), 9, 0, size, within=1.0)
+        assert wanted <= asked
+        roots = [root * root for root in range(1, 20)]
+        needed = {square // size + extra for square in roots for extra in ((0, 1) if square % size else (0,))}
+        assert asked <= needed

@@ -13,7 +13,7 @@ pytest.importorskip("numba", reason="row prices are compiled: pip install numba"
 from engram_toy.bytedmd import bytedmd, trace, traced_eval
 from engram_toy.fast import rows as rows_module
 from engram_toy.fast.last_reads import Linker
-from engram_toy.fast.rows import price_rows, start
+from engram_toy.fast.rows import price_rows, price_starts, start
 from engram_toy.tracer.stack import cumulative_price, read_price
 
 
@@ -82,6 +82,24 @@ def test_rows_and_values_agree(held):
             assert (priced.depths // row_bytes).tolist() == depths
             assert priced.total == bytedmd(function, arguments, row_bytes) == int(priced.cost.sum())
             assert priced.by_value == sum(row_bytes * read_price(depth * row_bytes) for depth in depths)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held live", "compacted"])
+def test_many_starts_cost_what_each_costs_by_itself(held):
+    for seed in range(40):
+        stream, row_bytes = Stream(seed), 1 + 131 * (seed % 3)
+        reads = stream.reads()
+        begins = [start(reads, held, np.array(hot, np.int64)) for hot in (stream.hot, (), stream.hot[::2])]
+        for begin, priced in zip(begins, price_starts(reads, begins, row_bytes), strict=True):
+            alone = price_rows(reads, begin, row_bytes)
+            assert (priced.total, priced.by_value) == (alone.total, alone.by_value)
+            assert np.array_equal(priced.reads, alone.reads) and np.array_equal(priced.cost, alone.cost)
+
+
+def test_starts_of_both_kinds_are_refused():
+    reads = Stream(0).reads()
+    with pytest.raises(ValueError, match="held is False here, True before"):
+        list(price_starts(reads, [start(reads, True), start(reads, False)], 1))
 
 
 def weighted(stream: Stream, weights: int):

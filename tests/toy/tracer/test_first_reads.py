@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import random
+import sys
 from array import array
 from itertools import chain
 
+import numpy as np
 import pytest
 
 from bench.price.models import make_workload, toy_config
@@ -22,6 +25,7 @@ from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.hashing import HashPlan
 from engram_toy import definitions
 from engram_toy.bytedmd import record, trace
+from engram_toy.fast import first_reads as fast_first_reads
 from engram_toy.fast import floor as fast_floor
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import BOUNDARIES, build
@@ -72,6 +76,15 @@ def as_arguments(log, arguments, pad, padding, held):
     return Log(inputs, *columns, {k: new(v) for k, v in log.third.items()}, returned, depth)
 
 
+def same(first, compiled, arguments, pad):
+    """Whether both forms found the same reads, and the same depths of them, laid so."""
+    for name in ("places", "inputs", "instructions", "touched", "unread"):
+        if list(getattr(first, name)) != getattr(compiled, name).tolist():
+            return False
+    starts = first.lay(arguments, pad), compiled.lay(arguments, pad)
+    return all(starts[0].depths(padding) == starts[1].depths(padding).tolist() for padding in PADDINGS)
+
+
 @pytest.mark.parametrize("definition", DEFINITIONS)
 @pytest.mark.parametrize("seed", range(60))
 def test_a_random_log_laid_otherwise(seed, definition, monkeypatch):
@@ -87,6 +100,8 @@ def test_a_random_log_laid_otherwise(seed, definition, monkeypatch):
     depths = stack_depths(log, definition)
     first = first_reads(log, depths, definition)
     assert definition == "lru" or not any(first.touched)  # places alone decide
+    compiled = fast_first_reads.first_reads(log, depths, definition)
+    assert same(first, compiled, arguments, pad)
     start = first.lay(arguments, pad)
     for padding in (0, 1, 9):
         relaid = depths[:]
@@ -94,6 +109,41 @@ def test_a_random_log_laid_otherwise(seed, definition, monkeypatch):
             relaid[place] = depth
         direct = as_arguments(log, arguments, pad, padding, held=definition == "lru")
         assert relaid == stack_depths(direct, definition)[: len(depths)]
+
+
+BY_HAND = {  # inputs, left, right, third, returned
+    "nothing at all": (0, [], [], {}, []),
+    "nothing is read": (3, [], [], {}, [2, 0]),
+    "third operands": (4, [0, 4], [1, 3], {0: 2, 1: 0}, [5]),
+    "one input, twice and three times": (2, [1, 0], [1, 0], {1: 0}, []),
+    "again as the last of three": (3, [2], [1], {0: 2}, [0]),
+    "no operand": (2, [-1, 1], [-1, 2], {}, [0, 3]),
+    "returned unread, and read": (5, [3, 1], [-1, 3], {}, [4, 3, 0, 5]),
+}
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize("case", BY_HAND.values(), ids=BY_HAND)
+def test_both_forms_agree_by_hand(case, definition):
+    inputs, left, right, third, returned = case
+    log = Log(inputs, array("i", left), array("i", right), third, returned, array("i", range(1, inputs + 1)))
+    depths = stack_depths(log, definition)
+    forms = [engine.first_reads(log, depths, definition) for engine in (relaying, fast_first_reads)]
+    for pad in range(3):
+        assert same(*forms, [range(inputs)[::-1], [], []], pad)
+
+
+@pytest.mark.parametrize("name", ["places", "inputs", "instructions", "touched", "unread"])
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_another_form_would_be_seen(definition, name):
+    log = Log(4, array("i", [0, 1]), array("i", [1, 2]), {}, [3, 5], array("i", [4, 3, 2, 1]))
+    depths = stack_depths(log, definition)
+    first, right = (engine.first_reads(log, depths, definition) for engine in (relaying, fast_first_reads))
+    arguments = [[3], [2, 1], [0]]
+    assert same(first, right, arguments, 1)
+    found = getattr(right, name)
+    wrong = np.append(found, 0) if not len(found) else np.r_[found[:-1], found[-1] ^ 1]
+    assert not same(first, dataclasses.replace(right, **{name: wrong}), arguments, 1)
 
 
 # --- the experiment ---------------------------------------------------------------------------------
@@ -194,6 +244,25 @@ def test_every_variant_of_other_definitions_is_the_direct_run(workload, recorded
                 assert priced.reads_by_kind == {kind: reads.total() for kind, reads in want.items()}
     if boundary == "lookup":  # else a small table above pushes everything else down, and that weighs as much
         assert totals["offload_naive", PADDINGS[1]] > totals["resident", PADDINGS[1]]
+
+
+@pytest.mark.parametrize("definition", [*definitions.DEFINITIONS, FLOOR])
+def test_without_numba_prices_are_the_same(workload, recorded, definition, monkeypatch):
+    """Every price that a sweep finds; of layouts with a hot tier, so that rows lie on both sides of the padding."""
+    layout = starts(workload)[3]
+    program, recording = recorded("lookup", layout.name, 0, True)
+    table = TableInputs(recording, program, layout)
+
+    def prices():
+        priced = (Relaid if definition in DEFINITIONS else Readdressed)(recording, table, definition)
+        start = priced.lay(layout)
+        costs = [priced.cost_by_kind(start, padding, size) for padding in PADDINGS for size in (1, 3)]
+        return costs, priced.reads_by_kind, priced.working_set
+
+    compiled = prices()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "engram_toy.fast.definitions")
+    assert prices() == compiled
 
 
 def test_another_place_gives_another_trace(workload):

@@ -148,7 +148,8 @@ def test_any_small_log(stack_depths: StackDepths, definition: str, log: Log) -> 
     assert depths.typecode == "i"
     assert list(depths) == oracle(log, definition)
     read = [value for k in range(len(log.left)) for value in operands_of(log, k)]
-    assert list(read_values(log, definition)) == read + (log.returned if definition == "two-stack" else [])
+    read += log.returned if definition == "two-stack" else []
+    assert list(read_values(log, definition)) == fast_stack.read_values(log, definition).tolist() == read
 
 
 @both_definitions
