@@ -197,13 +197,11 @@ def _hash_lanes(typing_context, ids, constants, segment_end, hashes, order):
         ids, constants, segment_end, hashes, order = arguments
         lanes, int64 = _Lanes(builder, _LANES), ir.IntType(64)
         size, pad, max_ngram = (builder.load(builder.gep(constants, [int64(at)])) for at in range(3))
-        flags = ir.VectorType(ir.IntType(1), _LANES)
+        # blocked: -1 where it is so; as flags of one bit they would be packed and unpacked each time
         state = {
-            name: cgutils.alloca_once_value(builder, ir.Constant(kind, [value] * _LANES))
-            for name, kind, value in (
-                ("h", lanes.wide, 0), ("blocked", flags, 0), ("end", lanes.wide, -1)
-            )
-        }  # fmt: skip
+            name: cgutils.alloca_once_value(builder, lanes.every(value))
+            for name, value in (("h", 0), ("blocked", 0), ("end", -1))
+        }
         own = builder.load(lanes.pointer(ids, lanes.wide), align=8)
         valid = builder.icmp_unsigned("<=", builder.add(own, lanes.every(1)), lanes.splat(size))
         with cgutils.for_range(builder, max_ngram) as loop:
@@ -211,11 +209,12 @@ def _hash_lanes(typing_context, ids, constants, segment_end, hashes, order):
             place = builder.sub(ids, builder.mul(loop.index, int64(8)))
             c = builder.load(lanes.pointer(place, lanes.wide), align=8)
             ends = builder.or_(builder.icmp_signed("==", c, lanes.every(-1)), builder.icmp_signed("==", c, end))
-            blocked = builder.or_(blocked, ends)
+            blocked = builder.or_(blocked, builder.sext(ends, lanes.wide))
             builder.store(blocked, state["blocked"])
             builder.store(lanes.splat(segment_end), state["end"])
             multiplier = builder.load(builder.gep(constants, [builder.add(loop.index, int64(_HEADER))]))
-            known = lanes.low(builder.select(blocked, lanes.splat(pad), c))
+            is_blocked = builder.icmp_signed("<", blocked, lanes.every(0))
+            known = lanes.low(builder.select(is_blocked, lanes.splat(pad), c))
             h = builder.xor(h, builder.mul(known, lanes.splat(multiplier)))
             builder.store(h, state["h"])
             with builder.if_then(builder.icmp_signed(">", loop.index, int64(0))):
