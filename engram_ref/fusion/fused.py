@@ -46,6 +46,7 @@ _MOST = np.float32(88.0)  # e^88 is below float32's largest value
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(k)) for k in range(2, 7))
 _ONE, _SHIFT = np.float32(1), np.float32(1.5 * 2**23)  # whose neighbours are the integers
 _FREE = {"reassoc", "contract"}  # sums in any order, so in vectors; infinities and NaNs stay what they are
+_ONE_ROUNDING = {"contract"}  # a product and a sum in one instruction
 
 
 @intrinsic
@@ -60,7 +61,7 @@ def _power_of_two(typing_context, shifted):
     return types.float32(types.float32), generate
 
 
-@njit  # in the order that it is written in: what rounds to an integer must not be simplified away
+@njit(fastmath=_ONE_ROUNDING)  # in the order that it is written in: what rounds to an integer must not vanish
 def _exp(x):
     """e^x in float32, for vectors; from 88 on what it is there."""
     x = _MOST if x > _MOST else x
@@ -131,7 +132,7 @@ def _scaled(target, scale, value, width):
         target[h] = scale * value[h]
 
 
-@njit(error_model="numpy")  # a division by 0 is no branch
+@njit(fastmath=_ONE_ROUNDING, error_model="numpy")  # a division by 0 is no branch
 def _write(out, stream, gate, value, mixed, width):
     """The update of a step: its gated value and SiLU of what the convolution made, and the stream if there is one."""
     for h in range(width):

@@ -1,10 +1,10 @@
 """The same indices in one pass over the ids, compiled: the fast path of `NgramHasher`, one thread.
 
-NumPy makes a 64-bit array for every shift, product and remainder. Here the hashes of 64 tokens are made, eight at a
-time, and each is put where its first indices will lie; then the indices of all heads are written over them, so that
-the constants of a head are read once for 64 tokens. What costs is the remainder: a 64-bit division per index. It is
-replaced by four 32-bit multiplications, exact for every odd modulus below 2^31 (below), on eight heads at a time.
-Compiling takes a few seconds once; numba then keeps the machine code on disk.
+NumPy makes a 64-bit array for every shift, product and remainder. Here the hashes of 64 tokens are made on the stack,
+eight at a time; then the indices of all heads, so that the constants of a head are read once for 64 tokens. What costs
+is the remainder: a 64-bit division per index. It is replaced by four 32-bit multiplications, exact for every odd
+modulus below 2^31 (below), on eight heads at a time. Compiling takes a few seconds once; numba then keeps the machine
+code on disk.
 
     python -m pytest tests/ref/hashing/test_fused.py
     python bench/hashing_speed.py
@@ -39,17 +39,21 @@ from engram_ref.loops import compiled, pointer
 
 _LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
 # Constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end.
-_SEGMENT_END, _HEADER = 4, 5
+_MAX_NGRAM, _HEADS, _SEGMENT_END, _HEADER = 2, 3, 4, 5
 _NARROW = np.uint64(2**32)  # vocabularies whose ids have no upper half
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
 _BLOCK = 64  # tokens whose hashes are made before their remainders, which share their constants
+_HASHES = 512  # that are kept meanwhile: of so many tokens, or of fewer where an n-gram is longer than 9
+# In this order of the lanes, the halves of two AVX2 registers go side by side in one instruction, columns in order.
+_MIXED = [0, 1, 4, 5, 2, 3, 6, 7]
 _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
 
 
 def can_fuse(layer: LayerPlan) -> bool:
-    """Whether this layer's constants suit the compiled loop: no even modulus, 63-bit multipliers."""
-    return all(prime % 2 for prime in layer.primes) and max(layer.multipliers) <= INT64_MAX
+    """Whether this layer's constants suit the compiled loop: no even modulus, 63-bit multipliers, n-grams up to 512."""
+    multipliers = layer.multipliers
+    return all(prime % 2 for prime in layer.primes) and max(multipliers) <= INT64_MAX and len(multipliers) <= _HASHES
 
 
 def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:
@@ -79,6 +83,14 @@ class _Lanes:
         self.builder = builder
         self.wide = ir.VectorType(ir.IntType(64), count)
         self.narrow = ir.VectorType(ir.IntType(32), count)
+        self.mixed = [lane for lane in _MIXED if lane < count]
+
+    def pointer(self, address: Any, kind: Any) -> Any:
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+    def mix(self, x: Any) -> Any:
+        """The lanes in the order `mixed`."""
+        return self.builder.shuffle_vector(x, x, ir.Constant(self.narrow, self.mixed))
 
     def every(self, value: int) -> Any:
         return ir.Constant(self.wide, [value] * self.wide.count)
@@ -91,8 +103,12 @@ class _Lanes:
     def low(self, x: Any) -> Any:
         return self.builder.and_(x, self.every(2**32 - 1))
 
-    def high(self, x: Any) -> Any:
-        return self.builder.trunc(self.builder.lshr(x, self.every(32)), self.narrow)
+    def halves(self, x: Any, which: int) -> Any:
+        """The lower (0) or upper (1) 32 bits of every lane, or of every `mixed` one: those in their usual order."""
+        words = self.builder.bitcast(x, ir.VectorType(ir.IntType(32), 2 * self.wide.count))
+        order = [self.mixed.index(lane) for lane in range(self.wide.count)]
+        at = ir.Constant(self.narrow, [2 * lane + which for lane in order])
+        return self.builder.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), at)
 
     def times(self, x: Any, y: Any) -> Any:
         """lo(x) * lo(y), all 64 bits: with both upper halves known to be zero it is one instruction."""
@@ -103,120 +119,117 @@ class _Lanes:
         return self.builder.select(self.builder.icmp_unsigned("<", x, y), x, y)
 
     def remainder(self, h: Any, p: Any, q: Any, r1: Any, r2: Any) -> Any:
-        """h mod p in 32-bit lanes, by the lines of the module's docstring."""
+        """h mod p in 32-bit lanes, by the lines of the module's docstring; the others' lanes are mixed."""
         b = self.builder
-        p32 = b.trunc(p, self.narrow)
+        p32 = self.halves(p, 0)
         v = b.add(self.times(b.lshr(h, self.every(32)), r2), self.times(h, r1))
         m = self.times(self.times(v, q), p)
-        above = self.high(v)
+        above = self.halves(v, 1)
         above = self.smaller(above, b.sub(above, p32))
-        r = b.sub(above, self.high(m))
+        r = b.sub(above, self.halves(m, 1))
         return self.smaller(r, b.add(r, p32))
 
 
 def _column_writer(count: int) -> Callable[..., None]:
-    """A compiled `write(rows, slot, stride, tokens, constants, first, column, columns)`: indices of `count` columns.
+    """A compiled `write(rows, slot, hashes, tokens, constants, column, columns)`: indices of `count` columns.
 
-    For each of `tokens` places, `stride` bytes apart from the address `slot` on: the hash lies at the place itself, and
-    the index of column i of this order goes i indices further on. `first` is the place in `constants` of the modulus of
-    the order's column 0, `column` the first that is written; its other constants follow at steps of `columns`.
+    The hashes of `tokens` tokens lie from the address `hashes` on, and the index of the first in column 0 goes to the
+    address `slot`. `column` is the first that is written; `columns` are all of a row, and so many places are between
+    the constants of a column. They begin with its modulus.
     """
 
     @intrinsic
-    def write(typing_context, rows, slot, stride, tokens, constants, first, column, columns):
+    def write(typing_context, rows, slot, hashes, tokens, constants, column, columns):
         def generate(context, builder, signature, arguments):
-            _, slot, stride, tokens, constants, first, column, columns = arguments
+            _, slot, hashes, tokens, constants, column, columns = arguments
             dtype = signature.args[0].dtype
-            lanes = _Lanes(builder, count)
-            loaded, at = [], builder.add(first, column)
+            lanes, itemsize = _Lanes(builder, count), ir.IntType(64)(signature.args[0].dtype.bitwidth // 8)
+            max_ngram = builder.load(builder.gep(constants, [ir.IntType(64)(_MAX_NGRAM)]))
+            loaded, at = [], builder.add(builder.add(max_ngram, max_ngram.type(_HEADER)), column)
             for _ in range(5):
                 place = builder.bitcast(builder.gep(constants, [at]), lanes.wide.as_pointer())
                 loaded.append(builder.load(place, align=8))
                 at = builder.add(at, columns)
-            p, q, r1, r2, offset = loaded
-            shift = builder.mul(column, ir.Constant(column.type, dtype.bitwidth // 8))
+            offset = loaded.pop()
+            p, q, r1, r2 = map(lanes.mix, loaded)
+            first, hashes = builder.add(slot, builder.mul(column, itemsize)), lanes.pointer(hashes, ir.IntType(64))
             with cgutils.for_range(builder, tokens) as loop:
-                place = builder.add(slot, builder.mul(loop.index, stride))
-                h = builder.load(builder.inttoptr(place, ir.IntType(64).as_pointer()), align=4)
+                h = builder.load(builder.gep(hashes, [loop.index]))
                 index = lanes.remainder(lanes.splat(h), p, q, r1, r2)
                 if dtype == types.int32:
                     index = builder.add(index, builder.trunc(offset, lanes.narrow))
                 else:
                     index = builder.add(builder.zext(index, lanes.wide), offset)
-                target = builder.inttoptr(builder.add(place, shift), index.type.as_pointer())
-                builder.store(index, target, align=dtype.bitwidth // 8)
+                place = builder.add(first, builder.mul(loop.index, builder.mul(columns, itemsize)))
+                builder.store(index, lanes.pointer(place, index.type), align=dtype.bitwidth // 8)
             return context.get_dummy_value()
 
-        return types.void(rows, slot, stride, tokens, constants, first, column, columns), generate
+        return types.void(rows, slot, hashes, tokens, constants, column, columns), generate
 
     return write
 
 
 _write_lanes = _column_writer(_LANES)
-_write_two, _write_one = _column_writer(2), _column_writer(1)
+_write_one = _column_writer(1)
 
 
 @intrinsic
-def _keep(typing_context, address, h):
-    """Write a hash to an address that is a multiple of 4."""
+def _stack(typing_context):
+    """The address of room for _HASHES hashes, as long as the function runs that asks for it."""
 
     def generate(context, builder, signature, arguments):
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.store(arguments[1], place, align=4)
-        return context.get_dummy_value()
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), _HASHES))
+        room.align = 32
+        return builder.ptrtoint(room, ir.IntType(64))
 
-    return types.void(address, h), generate
+    return types.int64(), generate
 
 
 @intrinsic
-def _hash_lanes(typing_context, ids, constants, segment_end, slot, stride, order):
-    """As `_hash_one` for _LANES tokens, `stride` bytes apart from the address `slot` on.
+def _hash_lanes(typing_context, ids, constants, segment_end, hashes, order):
+    """As `_hash_one` for _LANES tokens, and whether their own ids are valid.
 
     `ids` is the address of the id of the first; all that count before it lie before it, side by side. Valid ones have
     no upper half.
     """
 
     def generate(context, builder, signature, arguments):
-        ids, constants, segment_end, slot, stride, order = arguments
+        ids, constants, segment_end, hashes, order = arguments
         lanes, int64 = _Lanes(builder, _LANES), ir.IntType(64)
         size, pad, max_ngram = (builder.load(builder.gep(constants, [int64(at)])) for at in range(3))
-        flags = ir.VectorType(ir.IntType(1), _LANES)
+        # blocked: -1 where it is so; as flags of one bit they would be packed and unpacked each time
         state = {
-            name: cgutils.alloca_once_value(builder, ir.Constant(kind, [value] * _LANES))
-            for name, kind, value in (
-                ("h", lanes.wide, 0), ("blocked", flags, 0), ("valid", flags, 1), ("end", lanes.wide, -1)
-            )
-        }  # fmt: skip
+            name: cgutils.alloca_once_value(builder, lanes.every(value))
+            for name, value in (("h", 0), ("blocked", 0), ("end", -1))
+        }
+        own = builder.load(lanes.pointer(ids, lanes.wide), align=8)
+        valid = builder.icmp_unsigned("<=", builder.add(own, lanes.every(1)), lanes.splat(size))
         with cgutils.for_range(builder, max_ngram) as loop:
-            h, blocked, valid, end = (builder.load(place) for place in state.values())
+            h, blocked, end = (builder.load(place) for place in state.values())
             place = builder.sub(ids, builder.mul(loop.index, int64(8)))
-            c = builder.load(builder.inttoptr(place, lanes.wide.as_pointer()), align=8)
-            inside = builder.icmp_unsigned("<=", builder.add(c, lanes.every(1)), lanes.splat(size))
-            builder.store(builder.and_(valid, inside), state["valid"])
+            c = builder.load(lanes.pointer(place, lanes.wide), align=8)
             ends = builder.or_(builder.icmp_signed("==", c, lanes.every(-1)), builder.icmp_signed("==", c, end))
-            blocked = builder.or_(blocked, ends)
+            blocked = builder.or_(blocked, builder.sext(ends, lanes.wide))
             builder.store(blocked, state["blocked"])
             builder.store(lanes.splat(segment_end), state["end"])
             multiplier = builder.load(builder.gep(constants, [builder.add(loop.index, int64(_HEADER))]))
-            known = lanes.low(builder.select(blocked, lanes.splat(pad), c))
+            is_blocked = builder.icmp_signed("<", blocked, lanes.every(0))
+            known = lanes.low(builder.select(is_blocked, lanes.splat(pad), c))
             h = builder.xor(h, builder.mul(known, lanes.splat(multiplier)))
             builder.store(h, state["h"])
             with builder.if_then(builder.icmp_signed(">", loop.index, int64(0))):
-                place = builder.add(slot, builder.mul(builder.sub(loop.index, int64(1)), order))
-                for lane in range(_LANES):
-                    one = builder.extract_element(h, ir.Constant(ir.IntType(32), lane))
-                    builder.store(one, builder.inttoptr(place, int64.as_pointer()), align=4)
-                    place = builder.add(place, stride)
+                place = builder.add(hashes, builder.mul(builder.sub(loop.index, int64(1)), order))
+                builder.store(h, lanes.pointer(place, lanes.wide), align=8)
         bits = ir.IntType(_LANES)
-        return builder.icmp_unsigned("==", builder.bitcast(builder.load(state["valid"]), bits), bits(2**_LANES - 1))
+        return builder.icmp_unsigned("==", builder.bitcast(valid, bits), bits(2**_LANES - 1))
 
-    return types.boolean(ids, constants, segment_end, slot, stride, order), generate
+    return types.boolean(ids, constants, segment_end, hashes, order), generate
 
 
 @njit(inline="always")
-def _hash_one(ids, before, constants, b, t, segment_end, slot, order):
-    """Hashes of all orders for one token, to where its indices will lie; whether its ids are valid."""
-    size, pad, max_ngram = constants[0], constants[1], types.intp(constants[2])
+def _hash_one(ids, before, constants, b, t, segment_end, hashes, order):
+    """Hashes of all orders for one token, `order` bytes apart from the address `hashes` on; are its ids valid."""
+    size, pad, max_ngram = constants[0], constants[1], types.intp(constants[_MAX_NGRAM])
     past = before.shape[1]
     h = uint64(0)
     blocked, valid = False, True
@@ -232,55 +245,50 @@ def _hash_one(ids, before, constants, b, t, segment_end, slot, order):
         end = segment_end  # of the ids before this one; its own does not end what it belongs to
         h ^= (pad if blocked else c) * constants[_HEADER + s]
         if s:
-            _keep(slot + (s - 1) * order, h)
+            pointer(hashes + (s - 1) * order, uint64(0))[0] = h
     return valid
 
 
 @njit(inline="always")
-def _write_all(rows, constants, slot, order, tokens):
-    """Indices of all columns of some tokens, over their hashes: the first columns, where these lie, come last."""
-    max_ngram, heads = types.intp(constants[2]), types.intp(constants[3])
-    columns = rows.shape[2]
-    first = _HEADER + max_ngram
+def _write_all(rows, constants, slot, hashes, order, tokens):
+    """Indices of all columns of some tokens."""
+    max_ngram, heads, columns = types.intp(constants[_MAX_NGRAM]), types.intp(constants[_HEADS]), rows.shape[2]
+    column = 0
     for s in range(max_ngram - 1):
-        column = heads
-        while column % _LANES:
-            if column == 2:  # a hash may be as wide as two indices
-                column = 0
-                _write_two(rows, slot + s * order, columns * rows.itemsize, tokens, constants, first, column, columns)
-            else:
-                column -= 1
-                _write_one(rows, slot + s * order, columns * rows.itemsize, tokens, constants, first, column, columns)
-        while column:
-            column -= _LANES
-            _write_lanes(rows, slot + s * order, columns * rows.itemsize, tokens, constants, first, column, columns)
-        first += heads
+        end = column + heads
+        while column + _LANES <= end:
+            _write_lanes(rows, slot, hashes + s * order, tokens, constants, column, columns)
+            column += _LANES
+        while column < end:
+            _write_one(rows, slot, hashes + s * order, tokens, constants, column, columns)
+            column += 1
 
 
 @njit(inline="always")
 def _hash_all(ids, before, address, rows, segment_end):
     constants = pointer(address, uint64(0))
-    context = types.intp(constants[2]) - 1
+    context = types.intp(constants[_MAX_NGRAM]) - 1
     batch, length, columns = rows.shape
-    stride, order = columns * rows.itemsize, types.intp(constants[3]) * rows.itemsize
-    slot, first_id = types.intp(rows.ctypes.data), types.intp(ids.ctypes.data)
+    slot, first_id, hashes = types.intp(rows.ctypes.data), types.intp(ids.ctypes.data), _stack()
     together = ids.strides[1] == 8 and constants[0] <= _NARROW
+    block = min(_BLOCK, _HASHES // context)
+    order = 8 * block
     valid = True
     for b in range(batch):
-        for begin in range(0, length, _BLOCK):
-            tokens = min(_BLOCK, length - begin)
+        for begin in range(0, length, block):
+            tokens = min(block, length - begin)
             t = begin
             while t < begin + tokens:
-                at = slot + (t - begin) * stride
+                at = hashes + 8 * (t - begin)
                 if together and t >= context and t + _LANES <= begin + tokens:
                     some = first_id + b * ids.strides[0] + t * 8
-                    valid &= _hash_lanes(some, constants, segment_end, at, stride, order)
+                    valid &= _hash_lanes(some, constants, segment_end, at, order)
                     t += _LANES
                 else:
                     valid &= _hash_one(ids, before, constants, b, t, segment_end, at, order)
                     t += 1
-            _write_all(rows, constants, slot, order, tokens)
-            slot += tokens * stride
+            _write_all(rows, constants, slot, hashes, order, tokens)
+            slot += tokens * columns * rows.itemsize
     return valid
 
 
@@ -299,10 +307,10 @@ _segmented = compiled(_hash_segmented, _SIGNATURES, nogil=True)
 
 def _hash_rows(ids, before, address, rows):
     constants = pointer(address, uint64(0))
-    if rows.size == 0 or constants[3] * uint64(rows.itemsize) < uint64(8):  # room for the hash of an order
+    if rows.size == 0:
         return False
     past = before.shape[1]
-    if past != 0 and (past != types.intp(constants[2]) - 1 or before.shape[0] != rows.shape[0]):
+    if past != 0 and (past != types.intp(constants[_MAX_NGRAM]) - 1 or before.shape[0] != rows.shape[0]):
         return False
     if constants[_SEGMENT_END] == _DEAD:
         return _unsegmented(ids, before, address, rows)
@@ -318,7 +326,7 @@ hash_rows = compiled(_hash_rows, _SIGNATURES, nogil=True)
 def _hash_tokens(tokens, vocab, before, address, stride, rows, compressed):
     layers, batch, length, columns = rows.shape
     constants = pointer(address, uint64(0))
-    if columns != types.intp((constants[2] - uint64(1)) * constants[3]):
+    if columns != types.intp((constants[_MAX_NGRAM] - uint64(1)) * constants[_HEADS]):
         return False
     if tokens.shape != (batch, length) or compressed.shape != (batch, length):
         return False
