@@ -24,13 +24,6 @@ if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: a quarter of the time a worker waits for a browser, a disk, or processes of its own."""
-    cores = len(os.sched_getaffinity(0))
-    return cores + (cores + 1) // 2
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quicker_interpreter():
     """For the tests that have imported it."""
