@@ -81,8 +81,8 @@ ended_well() { # whether a step did so in any call with this code
 }
 
 failed=0
-declare -A child begun # by name of a step that runs
-begin() {              # begin SECONDS NAME COMMAND...: start it, with its limit or what is left; its log is kept
+declare -A child=() begun=() # by name of a step that runs
+begin() {                          # begin SECONDS NAME COMMAND...: start it, with its limit or what is left; its log is kept
   local limit=$1 name=$2 rest
   shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac

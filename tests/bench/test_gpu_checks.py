@@ -66,7 +66,9 @@ def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path)
     def call(code):
         environment = {**os.environ, "RUN": "echo", "ONLY": "reads lookup", "PYTHON": sys.executable,
                        "WORK": str(tmp_path / "work"), "GIT_COMMIT": code}  # fmt: skip
-        subprocess.run(["bash", str(SCRIPT), "measure", str(tmp_path / "out")], env=environment, capture_output=True)
+        command = ["bash", str(SCRIPT), "measure", str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith((tmp_path / "out/summary.txt").read_text()), done.stderr
         return [(tmp_path / f"work/{name}.log").read_text().count("lookup_speed") for name in ("reads", "lookup")]
 
     assert [call("one"), call("one"), call("another")] == [[1, 1], [1, 1], [2, 2]]
