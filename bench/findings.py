@@ -10,7 +10,7 @@ documents and figures filled from them. Prices are exact and the same everywhere
 ones stays as it is, wall times included, so that the tree does not change when nothing has changed. Every step keeps
 what it has finished in --out: a run that is killed, at any moment, continues when it is started again. Another text,
 for one the standard library of another Python, gives other prices and other files. Texts of other kinds need a network:
-`make corpora` is no step.
+`make corpora` measures them. The one text among them that is here is measured again, and has to be as it is committed.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ STEPS = (
     _ROWS,
     *map(_single, ("lookup_range", "energy_by_tier", "verdict_map")),
 )
+OWN_TEXT = Step(  # of more texts than can be measured here
+    "own_text", ("how_far.py", "other_texts", "--only", "python-stdlib"), {}, "bench.ranges.other_texts"
+)
 
 
 def run_step(step: Step, out: Path, quick: bool) -> None:
@@ -108,6 +111,24 @@ def adopt(new: Path, committed: Path) -> bool:
     with replacing(committed) as file:
         file.write(new.read_bytes())
     return True
+
+
+def require_same(part: Path, committed: Path) -> None:
+    """Compare records with those of the same texts, known by their digests, in a committed file.
+
+    Raises:
+        ValueError: these are others.
+    """
+    stand = {record["text"]: record for record in read_results(committed)["records"]}
+    for record in read_results(part)["records"]:
+        before = stand.get(record["text"], record)
+        if before["sha256"] != record["sha256"]:
+            say(f"{committed.name}: another text {record['text']} than here")
+        elif before != record:
+            raise ValueError(
+                f"{committed.name} holds other numbers of the text {record['text']!r} than {part}: "
+                f"run make corpora, and put the results.json that it writes in its place"
+            )
 
 
 def _timeless(value: Any) -> Any:
@@ -146,6 +167,8 @@ def main() -> None:
                 run_step(step, out, options.quick)
             if options.quick:
                 return fill_documents("--check")
+            run_step(OWN_TEXT, out, quick=False)
+            require_same(out / OWN_TEXT.name / "results.json", RESULTS / "other_texts.json")
             for step in STEPS:
                 for made, name in step.results.items():
                     changed = adopt(out / step.name / made, RESULTS / f"{name}.json")

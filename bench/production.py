@@ -1,6 +1,6 @@
 """What reading a table of published size costs under ByteDMD, row by row and exactly, on real index streams.
 
-    python bench/production.py                 some quarter of an hour on two cores; writes out/production/results.json
+    python bench/production.py                 eleven minutes on two cores; writes out/production/results.json
     python bench/production.py --quick         a small version in seconds
     python bench/production.py --part hot      one part only: scale, hot, place, whole_model
     python bench/production.py --preset qwen38-flash-next --out out/qwen    Qwen3.8-Flash-Next's table and model instead

@@ -1,7 +1,7 @@
 """Real index streams under every definition of ByteDMD, and the floor under all managers; how long each takes.
 
-    python bench/row_definitions.py                        10^5 tokens, three tables; writes out/row_definitions
-    python bench/row_definitions.py --tokens 1000000   a quarter of an hour, mostly one core; no step of `make findings`
+    python bench/row_definitions.py                    10^5 and 10^6 tokens of three tables; writes out/row_definitions
+    python bench/row_definitions.py --tokens 100000    a minute or two
 
 DeepSeek-V4.1-Flash's rows and those of the paper's tables, token by token, in both layouts; the table on top, and below
 10^10 and 10^11 bytes. Prices are the same on every machine; seconds are not. The floor is given between two numbers,
@@ -10,6 +10,7 @@ within 1 %, of which the lower is a bound itself.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 from bench.instruments.output import require_writable
 from bench.instruments.results import conclude, priced_head, write_unless_same
-from bench.rows.definitions import TABLES, definitions_table, records
+from bench.rows.definitions import LAYOUTS, TABLES, Record, definitions_table, records
+from bench.setup.parallel import add_jobs, in_parallel
 from engram_ref import cli
 
 PROG = "row_definitions"
@@ -29,20 +31,31 @@ def main() -> None:
     """The command."""
     parser = cli.Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
-    add("--tokens", type=cli.at_least(1, 1 << 25), nargs="+", default=[10**5], metavar="N", help="default: 10^5")
+    tokens = [10**5, 10**6]
+    add("--tokens", type=cli.at_least(1, 1 << 25), nargs="+", default=tokens, metavar="N", help="default: 10^5, 10^6")
     add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=f"default: {', '.join(TABLES)}")
     add("--out", type=Path, default=Path("out/row_definitions"), metavar="DIR", help="results.json goes here")
     add("--quick", action="store_true", help="1,000 tokens of each table")
+    add_jobs(parser)
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
         results: dict[str, Any] = {**priced_head(PROG, "bench.rows.definitions"), "records": []}
-        for tokens in [1000] if options.quick else options.tokens:
-            for table in options.tables:
-                print(f"{table}, {tokens:,} tokens", file=sys.stderr, flush=True)
-                results["records"] += records(table, tokens)
-                write_unless_same(options.out / "results.json", results, "records")  # what is finished is kept
+        # The longest come last here, and are started first.
+        jobs = list(itertools.product([1000] if options.quick else options.tokens, options.tables, LAYOUTS))[::-1]
+        found: dict[int, list[Record]] = {}
+        for place, priced in in_parallel(_records_of, jobs, options.jobs):
+            found[place] = priced
+            tokens, table, layout = jobs[place]
+            print(f"{table}, {tokens:,} tokens, {layout}: {len(found)} of {len(jobs)}", file=sys.stderr, flush=True)
+            results["records"] = [record for at in sorted(found, reverse=True) for record in found[at]]
+            write_unless_same(options.out / "results.json", results, "records")  # what is finished is kept
         conclude(results, options.out / "results.json", definitions_table, rows="records")
+
+
+def _records_of(job: tuple[int, str, str]) -> list[Record]:
+    tokens, table, layout = job
+    return list(records(table, tokens, layout))
 
 
 if __name__ == "__main__":

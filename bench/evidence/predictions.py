@@ -30,7 +30,6 @@ NOT_PREDICTED = {
     "bytedmd_sweeps": "the toy prices every read itself",
     "bytedmd_grid": "the toy prices every read itself",
     "row_definitions": "other definitions of the metric",
-    "row_definitions_million": "other definitions of the metric",
     "production_qwen": "rows under too little: its model is known in part",
     "row_speed": "how long pricing takes",
     "pricing_speed": "how long pricing takes",

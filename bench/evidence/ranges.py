@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,7 @@ from engram_toy.models.endings import ENDINGS, NEAREST
 
 _TOYS = {"engram": "engram", "v41": "engram, V4.1's form", "bank": "kv-bank"}
 _SMALL = {"small": "kv-bank, at most 1,000 values", "small.once": "kv-bank, at most 1,000 values, 3 tokens"}
-_TABLE, _TOKENS = "v41-flash", 10**5  # of which row definitions are quoted
-_ROW_DEFINITIONS = {_TOKENS: "row_definitions", 10**6: "row_definitions_million"}  # results files by tokens
+_TABLE, _TOKENS = "v41-flash", (10**5, 10**6)  # of which row definitions are quoted
 _LAYOUT_KEYS = {"held live": "held", "compacted": "compacted"}
 
 
@@ -40,13 +38,9 @@ def blocks(e: Evidence) -> dict[str, Callable[[], str]]:
         "map_table": lambda: verdict_map.map_table(e["verdict_map"]),
         "map_points": lambda: verdict_map.points_table(e["verdict_map"]),
         "other_texts": lambda: texts.texts_table(e["other_texts"]),
-        **{name: functools.partial(_row_definitions, e, name) for name in _ROW_DEFINITIONS.values()},
+        "row_definitions": lambda: definitions.definitions_table(e["row_definitions"]),
         "text_batches": lambda: texts.batch_table(e["other_texts"]),
     }
-
-
-def _row_definitions(e: Evidence, name: str) -> str:
-    return definitions.definitions_table(e[name])
 
 
 def walls(e: Evidence) -> dict[str, float | None]:
@@ -114,14 +108,15 @@ def _definition_values(e: Evidence) -> dict[str, str]:
     found = {
         "defs.lookup": ", ".join(f"`{name}` {_with_class(ratio)}" for name, ratio in lookup.items() if name != FLOOR),
         "defs.lookup.floor": " to ".join(map(_with_class, lookup_floors(e))),
-        "rowdefs.tokens": f"{_TOKENS:,}",
+        "rowdefs.tokens": f"{_TOKENS[0]:,}",
         "defs.cheaper": ", ".join(cheaper) or "none",
         "defs.layer.classes": layer_classes(e),
         "defs.layer.stationary": f"{_defined(e, 'layer')['stationary']:.2f}",
     }
-    for (tokens, name), (layout, key) in itertools.product(_ROW_DEFINITIONS.items(), _LAYOUT_KEYS.items()):
-        priced, at = e[name], (_TABLE, tokens, layout, max(definitions.PADDINGS))
-        key = key if tokens == _TOKENS else f"{key}.{tokens}"
+    priced = e["row_definitions"]
+    for tokens, (layout, key) in itertools.product(_TOKENS, _LAYOUT_KEYS.items()):
+        at = (_TABLE, tokens, layout, max(definitions.PADDINGS))
+        key = key if tokens == _TOKENS[0] else f"{key}.{tokens}"
         low, high = definitions.spread(priced, *at)
         found[f"rowdefs.{key}"] = f"{low:.3g} to {high:.3g}"
         for short, definition in (("floor", FLOOR), ("kept", definitions.KEPT)):

@@ -1,6 +1,6 @@
 """One real index stream under every definition of ByteDMD, under the floor, and with a memory that could be built.
 
-    found = records("v41-flash", tokens=100_000)
+    found = list(records("v41-flash", 100_000, "compacted"))
     definitions_table({"records": found})
 
 A definition says what a read costs. The floor is what no manager can beat that moves a value only by reading it; "kept
@@ -10,6 +10,7 @@ these two. Each of them with the table on top, and below so many bytes that nobo
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,20 +34,18 @@ ROWS = (*(name for name in DEFINITIONS if name != "two-stack"), KEPT, FLOOR)  # 
 Record = dict[str, Any]
 
 
-def records(table: str, tokens: int, paddings: tuple[int, ...] = PADDINGS) -> Iterator[Record]:
-    """Price and seconds of every definition, layout and padding, for the first so many tokens."""
+def records(table: str, tokens: int, layout: str) -> Iterator[Record]:
+    """Price and seconds under every definition and padding, for the first so many tokens."""
     config = EngramConfig.preset(table)
     reads = read_rows(source("python-stdlib", tokens).ids, config)
     about = {"table": table, "tokens": tokens, "reads": len(reads.links), "distinct_rows": len(reads.rows)}
-    for layout, held in LAYOUTS.items():
-        begin = start(reads, held)
-        for definition in ROWS:
-            for padding in paddings:
-                began = time.perf_counter()
-                low, high = price(definition, reads, begin, config.row_bytes(), padding)
-                case = {"layout": layout, "definition": definition, "padding_bytes": padding}
-                prices = {"price": low, "price_at_most": high, "seconds": time.perf_counter() - began}
-                yield {**about, **case, **prices}
+    begin = start(reads, LAYOUTS[layout])
+    for definition, padding in itertools.product(ROWS, PADDINGS):
+        began = time.perf_counter()
+        low, high = price(definition, reads, begin, config.row_bytes(), padding)
+        case = {"layout": layout, "definition": definition, "padding_bytes": padding}
+        prices = {"price": low, "price_at_most": high, "seconds": time.perf_counter() - began}
+        yield {**about, **case, **prices}
 
 
 def price(definition: str, reads: RowReads, begin: Start, row_bytes: int, padding: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench import findings
-from bench.findings import Step, adopt, run_step
+from bench.findings import Step, adopt, require_same, run_step
 
 TOY = {
     "started": "now",
@@ -45,6 +45,18 @@ def test_other_prices_replace_it(tmp_path, other):
     assert adopt(new, committed) is True
     assert committed.read_bytes() == new.read_bytes()
     assert adopt(new, tmp_path / "folder" / "none.json") is True  # from nothing
+
+
+def test_a_text_that_is_here_has_to_be_as_it_is_committed(tmp_path, capsys):
+    own, other = {"text": "own", "sha256": "a", "share": 0.5}, {"text": "novel", "sha256": "b", "share": 0.7}
+    part = write(tmp_path / "part.json", {"records": [own]})
+    require_same(part, write(tmp_path / "committed.json", {"records": [other, own]}))
+    assert capsys.readouterr().err == ""
+    require_same(part, write(tmp_path / "committed.json", {"records": [{**own, "sha256": "c", "share": 0.4}]}))
+    assert capsys.readouterr().err == "findings: committed.json: another text own than here\n"
+    stale = write(tmp_path / "committed.json", {"records": [other, {**own, "share": 0.4}]})
+    with pytest.raises(ValueError, match=r"committed\.json holds other numbers of the text 'own' .* run make corpora"):
+        require_same(part, stale)
 
 
 @pytest.fixture
@@ -92,5 +104,5 @@ def test_a_failed_step_is_not_finished(program, tmp_path):
 def test_every_step_names_a_program_and_its_files():
     names = [name for step in findings.STEPS for name in step.results.values()]
     assert len(set(names)) == len(names) == 10
-    for step in findings.STEPS:
+    for step in (*findings.STEPS, findings.OWN_TEXT):
         assert (findings.BENCH / step.command[0]).exists()
