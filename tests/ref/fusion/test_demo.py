@@ -213,9 +213,11 @@ def test_gradients_are_at_most_twice_as_far_from_float64_as_the_plain_ways(dtype
     want = gradients(exact, e.double(), hidden.double())
     ours, theirs = gradients(fusion, e, hidden), gradients(plain, e, hidden)
     assert ours.keys() == want.keys()
+    # Where both ways are as near as their results can be written, luck decides.
+    rounding = max(TOLERANCE, torch.finfo(dtype).eps)
     for name, right in want.items():
         error = (ours[name] - right).norm()
-        assert error <= 2 * (theirs[name] - right).norm() + TOLERANCE * right.norm(), name
+        assert error <= 2 * (theirs[name] - right).norm() + rounding * right.norm(), name
 
 
 # --- time, batch, memory --------------------------------------------------------------------------
@@ -316,12 +318,16 @@ def test_chunks_give_one_shot(shape, cuts, either_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_chunks_give_one_shot_in_low_precision(dtype, either_path):
-    """To one rounding of the matrix product, which may sum in another order for another number of rows."""
+    """To one rounding of the matrix product, which may sum in another order for another number of rows.
+
+    The gate multiplies it by up to 125; in half precision the gate is float32, and only the result is rounded.
+    """
     config = make_config()
     fusion = make_fusion(config, dtype)
     e, hidden = make_inputs(config, 3, 26, dtype)
     chunked = run_chunked(fusion, e, hidden, CUTS["odd chunks"], ShortConvHistory(fusion, 3))
-    torch.testing.assert_close(chunked, fusion(e, hidden), rtol=0, atol=8 * torch.finfo(dtype).eps)
+    roundings = 125 if dtype == torch.float32 else 8
+    torch.testing.assert_close(chunked, fusion(e, hidden), rtol=0, atol=roundings * torch.finfo(dtype).eps)
 
 
 def test_without_history_a_chunk_starts_anew():
