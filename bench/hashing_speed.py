@@ -8,7 +8,7 @@ Of the hash alone, from compressed ids on, and of the whole path from token ids:
   numba       the compiled loop, called in the same way
   demo path   token ids looked up in the vocabulary's map as the demo does, then hashed as `baseline`
   steps       `hasher(vocab(token_ids), layer_id)`
-  one pass    `hasher.from_tokens(token_ids, vocab, out=before)`: mapped, checked and hashed by one compiled loop, into
+  one pass    `hasher.from_tokens(token_ids, vocab, out=before)`: mapped, checked and hashed by one compiled call, into
               the memory of the call before
 
 All run in one process, interleaved, on fresh random ids, after a check that their indices are equal. Ratios are medians

@@ -1,4 +1,4 @@
-"""What the compiled loops share: a pointer from an address, and numba's cache where there can be one.
+"""What the compiled loops share: pointers from addresses, cache lines asked for, and numba's cache where there is one.
 
     hash_rows = compiled(_hash_rows, ["boolean(int64[:,:], int64)"], nogil=True)
 
@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llvmlite import ir
 from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
@@ -35,6 +36,14 @@ def pointer(typing_context, address, value):
         return builder.inttoptr(arguments[0], context.get_value_type(kind))
 
     return kind(address, value), generate
+
+
+def emit_prefetch(builder: Any, address: Any, to_write: bool, level: int) -> None:
+    """Write the instruction that asks for the cache line at `address`, an integer: into the L1 (3) or L2 (2) cache."""
+    byte, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
+    prefetch, data = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind), int32(1)
+    builder.call(prefetch, [builder.inttoptr(address, byte), int32(int(to_write)), int32(level), data])
 
 
 def compiled(function: Callable[..., Any], signatures: list[Any], **options: bool) -> Any:

@@ -169,7 +169,7 @@ class NgramHasher:
         dead: np.ndarray | None = None,
         out: Hashed | None = None,
     ) -> Hashed:
-        """Compress token ids [B, T], check them and hash them for all layers: one pass of the compiled loop.
+        """Compress token ids [B, T], check them and hash them for all layers: one call of compiled code.
 
         Args:
             token_ids, dead: as for a call of the vocabulary.

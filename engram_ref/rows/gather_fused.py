@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from engram_ref.loops import compiled, pointer
+from engram_ref.loops import compiled, emit_prefetch, pointer
 
 CACHE_LINE = 64
 _AHEAD_BYTES = 8192  # asked for ahead of the copy; a quarter of it is slower, twice as much no faster
@@ -31,11 +31,7 @@ def _prefetch(typing_context, address):
     """Ask for the cache line at `address`."""
 
     def generate(context, builder, signature, arguments):
-        int32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [_BYTES, int32, int32, int32])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (_BYTES,), kind)
-        to_read, again_soon, data = int32(0), int32(2), int32(1)  # 2: into the L2 cache; as read once, 0, was slower
-        builder.call(prefetch, [builder.inttoptr(arguments[0], _BYTES), to_read, again_soon, data])
+        emit_prefetch(builder, arguments[0], to_write=False, level=2)  # as read once, 0, was slower
         return context.get_dummy_value()
 
     return types.void(address), generate
