@@ -11,6 +11,7 @@
 #   make end-to-end-cpu   a whole tiny model with Engram, served, its overhead taken apart; on a CPU
 #   make mutants    random one-place changes of the exact files, each run against its tests; most of an hour
 #   make ranges  both ends of the stated ranges of versions, each in an environment of its own; ENDS=newest: one
+#   make processors   the tests of floating-point numbers as older processors compute them, on this one
 #   make bench-layer  gather, convolution, layer, construction and cold reads against what others do
 #   make fuzz    stress: random programs, damaged files, kills, threads, forks, leaks; some ten minutes
 
@@ -18,7 +19,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges mutants fuzz clean
+.PHONY: toy test check site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges processors mutants fuzz clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -65,6 +66,13 @@ bench-layer: $(VENV)/stamp-fast,plot,ref
 
 ranges:
 	$(PYTHON) tests/ranges.py $(ENDS) $(if $(TORCH),--torch $(TORCH))
+
+# What torch compiled for one set of instructions, its cache gives to another, so compiled steps are left out.
+processors: $(VENV)/stamp-fast,plot,ref,test,docs
+	for set in "default COMPATIBLE SSE41" "avx2 AVX2 AVX2"; do set -- $$set; echo "$$1"; \
+		ATEN_CPU_CAPABILITY=$$1 MKL_CBWR=$$2 ONEDNN_MAX_CPU_ISA=$$3 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		-q -n auto --ignore tests/ref/fusion/test_compiled.py tests/ref/fusion tests/ref/test_layer.py tests/ref/rows \
+		tests/ref/attach tests/cross tests/bench/rivals || exit 1; done
 
 mutants: $(VENV)/stamp-fast,plot,ref,test,docs
 	$(BIN)/python -m tests.mutants

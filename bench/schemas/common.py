@@ -165,3 +165,4 @@ class Traffic(TypedDict):
     seconds: Amount
     row_bytes: Annotated[Count, "of the rows that these asked for"]
     fallback: Fallback | None
+    first: NotRequired[Annotated[Count, "as `value`, counted before, where it was far more than was asked for"]]

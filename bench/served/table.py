@@ -196,14 +196,19 @@ def _board_notes(case: Json) -> list[str]:
 
 
 def _bus_notes(case: Json) -> list[str]:
-    """The sampled throughput, where there is no byte counter: never a number of the table."""
+    """What was counted twice, and the sampled throughput, where there is no byte counter: no numbers of the table."""
+    notes = [
+        f"   PCIe, {row['label']}: {_scaled(row['pcie']['first'], 1e6)} MB counted first; shown is the second count"
+        for row in case["rows"]
+        if row["pcie"] and "first" in row["pcie"]
+    ]
     rates = {
         row["label"]: row["pcie"]["fallback"]["value"]["bytes_per_s"]
         for row in case["rows"]
         if row["pcie"] and row["pcie"].get("fallback") and row["pcie"]["fallback"]["value"]
     }
     if not rates:
-        return []
+        return notes
     what = next(row["pcie"]["fallback"]["what"] for row in case["rows"] if row["label"] in rates)
     control = rates.get("no_engram")
     texts = [
@@ -211,7 +216,7 @@ def _bus_notes(case: Json) -> list[str]:
         + (f" ({_scaled(rate - control, 1e6)} more)" if control is not None and label != "no_engram" else "")
         for label, rate in rates.items()
     ]
-    return [f"   PCIe sampled instead ({what}): {', '.join(texts)}"]
+    return [*notes, f"   PCIe sampled instead ({what}): {', '.join(texts)}"]
 
 
 def _reasons(case: Json) -> list[str]:

@@ -114,6 +114,24 @@ def test_passes_are_repeated_until_there_is_something_to_see(nvml, row_bytes, pa
     validator(Traffic).validate(found)
 
 
+@pytest.mark.parametrize(
+    ("row_bytes", "per_pass", "counted_again"),
+    [(60_000_000, 180_000_000, False), (60_000_000, 180_000_001, True), (0, 180_000_001, False)],
+)
+def test_far_more_than_the_rows_is_counted_again(nvml, row_bytes, per_pass, counted_again):
+    nvml.per_pass = per_pass
+
+    def one_pass():
+        nvml.one_pass()
+        nvml.per_pass = 70_000_000  # what came with the first does not come again
+
+    found = count_traffic(Driver(nvml, "gpu"), one_pass, row_bytes, nvml.clock)
+    assert found.get("first") == (per_pass if counted_again else None)
+    if counted_again:
+        assert (found["value"], found["passes"], found["row_bytes"]) == (70_000_000, 1, row_bytes)
+    validator(Traffic).validate(found)
+
+
 def test_without_a_counter_throughput_is_sampled_for_a_second_and_says_so(nvml):
     nvml.refused = {"nvmlDeviceGetFieldValues"}
     found = count_traffic(Driver(nvml, "gpu"), nvml.one_pass, 60_000_000, nvml.clock)

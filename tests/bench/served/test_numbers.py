@@ -163,6 +163,15 @@ def test_what_the_control_received_is_taken_off():
     assert line.split()[-5:-2] == ["5", "3", "-"]
 
 
+def test_what_was_counted_twice_is_said():
+    one = example()
+    row = next(row for row in one["cases"][0]["rows"] if row["label"] == "offload_prefetch")
+    counted = {"why": None, "passes": 1, "seconds": 1.0, "row_bytes": 129_000_000, "fallback": None}
+    row["pcie"] = {"value": 160_000_000, "first": 3_740_000_000, **counted}
+    SCHEMA.validate(one)
+    assert "PCIe, offload_prefetch: 3740 MB counted first; shown is the second count" in report(one)
+
+
 def test_a_sampled_throughput_is_a_note_and_no_number_of_the_table():
     one = example()
     rows = {row["label"]: row for row in one["cases"][0]["rows"]}
