@@ -83,7 +83,6 @@ def interval(
     colour: str,
     filled: bool = True,
     upright: bool = False,
-    label: str | None = None,
 ) -> None:
     """A median on the line from its low to its high; hollow where it says nothing.
 
@@ -95,7 +94,12 @@ def interval(
     line, point = ([*found[1:]], [place, place]), ([found[0]], [place])
     axis.plot(*(line[::-1] if upright else line), color="black", linewidth=1.2, solid_capstyle="butt", zorder=2)
     style = {"color": colour, "markeredgecolor": "black", "markerfacecolor": colour if filled else "white"}
-    axis.plot(*(point[::-1] if upright else point), "o", markersize=7, zorder=3, label=label, **style)
+    axis.plot(*(point[::-1] if upright else point), "o", markersize=7, zorder=3, clip_on=False, **style)
+
+
+def name_points(axis: Any, colour: str, label: str) -> None:
+    """The legend's point for those that `interval` draws: a filled one, whatever the first of them says."""
+    axis.plot([], [], "o", markersize=7, color=colour, markeredgecolor="black", label=label)
 
 
 def legend_below(figure: Any, axis: Any, foot: float = 0.07, columns: int | None = None) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.drawing import COLOURS, interval, legend_below, panels, redraw, save_all
+from bench.instruments.drawing import COLOURS, interval, legend_below, name_points, panels, redraw, save_all
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import device_label
 from bench.served import numbers
@@ -52,6 +52,8 @@ def baselines(results: Json) -> Any:
         rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.axvline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
+        for baseline in BASELINES:
+            name_points(axis, COLOURS[baseline], f"against {baseline}")
         for place, row in enumerate(rows):
             _compare(axis, place, case, row)
         axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
@@ -70,8 +72,7 @@ def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
         except NotMeasured:
             continue
         # Both baselines on either side of the variant's line.
-        height, label = place + 0.3 * number - 0.15, f"against {baseline}" if place == 0 else None
-        interval(axis, height, part.in_percent, COLOURS[baseline], part.resolved, label=label)
+        interval(axis, place + 0.3 * number - 0.15, part.in_percent, COLOURS[baseline], part.resolved)
 
 
 def overhead_parts(results: Json) -> Any:
@@ -117,9 +118,9 @@ def slower_bus(results: Json) -> Any:
 
 
 def _draw_buses(axis: Any, buses: list[Slowed]) -> None:
-    for number, one in enumerate(buses):
-        label, colour = None if number else "median, 95 %", COLOURS["offload_prefetch"]
-        interval(axis, 1e6 * one.delay_s, one.extra.in_percent, colour, one.extra.resolved, True, label)
+    name_points(axis, COLOURS["offload_prefetch"], "median, 95 %")
+    for one in buses:
+        interval(axis, 1e6 * one.delay_s, one.extra.in_percent, COLOURS["offload_prefetch"], one.extra.resolved, True)
     axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
     if buses:
         axis.axvline(1e6 * buses[0].window_s, color=COLOURS["resident"], linewidth=1.2, label="window here")

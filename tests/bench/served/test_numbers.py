@@ -11,7 +11,7 @@ from bench.instruments.output import source
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.schemas.served import Results
 from bench.served import numbers
-from bench.served.figures import draw_all
+from bench.served.figures import baselines, draw_all
 from bench.served.table import report
 from bench.setup.variants import ASKING
 from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
@@ -387,3 +387,11 @@ def test_figures_are_drawn_and_name_their_results(tmp_path):
     for path in paths:
         text = path.read_text(encoding="utf-8")
         assert source(results) in text and text.count("<path") > 10
+
+
+def test_the_legend_names_both_baselines_whichever_row_is_first_and_fills_its_points():
+    one = example()
+    one["cases"][0]["rows"].sort(key=lambda row: row["label"] != "resident")
+    (legend,) = baselines(one).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["3 %", "against no_engram", "against resident"]
+    assert "white" not in [handle.get_markerfacecolor() for handle in legend.legend_handles]
