@@ -3,7 +3,7 @@
     python bench/bytedmd_toy.py                    about a minute; prints a table, writes out/bytedmd_toy/
     python bench/bytedmd_toy.py --quick            a small version in seconds
     python bench/bytedmd_toy.py --text FILE        your own text
-    python bench/bytedmd_toy.py --preset v41-flash DeepSeek-V4.1-Flash's form of Engram; two minutes and 4 GB, two cores
+    python bench/bytedmd_toy.py --preset v41-flash DeepSeek-V4.1-Flash's form of Engram; three minutes, 4 GB, two cores
     python bench/bytedmd_toy.py --sweep all        every sweep, prices only; resumable (--sweep padding share: some)
 
 Text goes through DeepSeek's tokenizer and Engram's hash; the rows that it names are read by two small models
@@ -34,7 +34,7 @@ written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at 
               bytes       1, 2, 4 per value
               compute     width of the model, 8 to 128
               wrong       share of the prefetch's copies that are of another row, 0 to 0.5
-              definition  one stack, or two
+              definition  every definition of the price
               seed        another window of the text, other weights
               preset      tiny, v41-flash
               grid        padding, share, hot tier and width jointly, for the model engram

@@ -39,10 +39,10 @@ def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True
         raise ValueError(f"price ratio {price_ratio}: prices are positive")
     if price_ratio < STRONG_BELOW:
         return Verdict(
-            "WIN", f"below {STRONG_BELOW:g}x, clearly; by the thresholds of the question, not by the paper's 3 %"
+            "WIN", f"below {STRONG_BELOW:g}x, clearly; by the given task's thresholds, not by the paper's 3 %"
         )
     if price_ratio <= WIN_UP_TO:
-        return Verdict("WIN", f"up to {WIN_UP_TO:g}x, by the thresholds of the question, not by the paper's 3 %")
+        return Verdict("WIN", f"up to {WIN_UP_TO:g}x, by the given task's thresholds, not by the paper's 3 %")
     if price_ratio <= LOSS_ABOVE:
         return Verdict(
             "INCONCLUSIVE",

@@ -173,9 +173,9 @@ def redraw(
     benchmark: str | None = None,
 ) -> None:
     """Draw the figures of the results file that the command line names, beside it; before, print what it says."""
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m {module} RESULTS.json")
-    path = Path(sys.argv[1])
+    parser = cli.Parser(prog=f"python -m {module}", description=sys.modules["__main__"].__doc__)
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what a run has written")
+    path = parser.parse_args().results
     with cli.one_line_errors(module), as_this_version(path):
         results = read_results(path, benchmark)
         print(report(results), end="\n\n" if benchmark else "")

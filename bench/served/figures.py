@@ -130,7 +130,7 @@ def _draw_buses(axis: Any, buses: list[Slowed]) -> None:
     axis.set_yscale("symlog", linthresh=10)
     axis.margins(y=0.12)
     axis.set_xlabel("us from the request until a step's rows have arrived")
-    axis.set_ylabel("% of no_engram")
+    axis.set_ylabel("slowed - resident, % of no_engram")
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def verdict_lines(evidence: Evidence) -> str:
         ),
         "What does not": (
             f"the claim about the lookup. By padding and what becomes of the rows it adds {added(least)[1:]} to "
-            f"{added(most)[1:]}, and other definitions give other classes. Foresight does not help: the bound under "
-            f"every manager of memory is {floors} higher offloaded than resident ({of_v41} in V4.1's form), as a first "
-            "read cannot be avoided; copies made ahead saved nothing on any text priced."
+            f"{added(most)[1:]}, and other definitions give other classes. Foresight cannot spare a first read: "
+            f"even the bound under every manager of memory is {floors} higher offloaded than resident ({of_v41} in "
+            "V4.1's form); copies made ahead saved nothing on any text priced."
         ),
         "Where it turns": (
             f"if all tokens of a step choose the same experts, Engram makes V4.1-Flash's step {added(1 + one)[1:]} "

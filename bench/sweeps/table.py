@@ -9,7 +9,6 @@ offload_prefetch (`bench.instruments.claim`); no wall time was measured, so a LO
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,9 +207,11 @@ def report_all(results: Results) -> str:
 
 def main() -> None:
     """Print the tables of a results file."""
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m bench.sweeps.table SWEEPS.json [NAME ...]")
-    path, *names = Path(sys.argv[1]), *sys.argv[2:]
+    parser = cli.Parser(prog="python -m bench.sweeps.table", description=__doc__)
+    parser.add_argument("path", type=Path, metavar="SWEEPS.json", help="what `bytedmd_toy.py --sweep` has written")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="sweeps to show; without any, all of them")
+    options = parser.parse_args()
+    path, names = options.path, options.names
     with cli.one_line_errors("sweep_table"), as_this_version(path):
         results = read_results(path)
         if unknown := [name for name in names if name not in results["sweeps"]]:

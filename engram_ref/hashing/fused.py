@@ -40,8 +40,8 @@ from engram_ref.loops import compiled, emit_prefetch, pointer
 _LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
 # Constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end.
 _MAX_NGRAM, _HEADS, _SEGMENT_END, _HEADER = 2, 3, 4, 5
-# Bytes ahead of what is written that are asked for. By itself no processor runs ahead of a stream beyond its page of
-# 4 KiB, which are the rows of 64 tokens of the demo; 4096 ahead were slower by a tenth.
+# Bytes ahead of what is written that are asked for: a Xeon did not run ahead of a stream by itself beyond its page of
+# 4 KiB, which are the rows of 64 tokens of the demo. 4096 ahead were slower by a tenth.
 _AHEAD = 1024
 _NARROW = np.uint64(2**32)  # vocabularies whose ids have no upper half
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number

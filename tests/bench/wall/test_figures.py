@@ -195,4 +195,4 @@ def test_the_command_draws_the_same_bytes_and_names_the_results(results, tmp_pat
 def test_the_command_without_a_file_says_how_to_use_it():
     command = [sys.executable, "-m", "bench.wall.figures"]
     bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert bare.returncode == 1 and bare.stderr == "usage: python -m bench.wall.figures RESULTS.json\n"
+    assert bare.returncode == 2 and "the following arguments are required: RESULTS.json" in bare.stderr
