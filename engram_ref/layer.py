@@ -35,6 +35,7 @@ from engram_ref.rows.filling import fill_normal
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import Pending, RowFormat, Table, make_table
+from engram_ref.tables.base import Ready
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.uva import UvaTable
@@ -124,7 +125,7 @@ class Engram(nn.Module):
         if isinstance(rows, (Tensor, np.ndarray)):
             if tuple(rows.shape) != shape:
                 raise ValueError(f"row numbers of shape {tuple(rows.shape)}; hidden needs {shape}")
-            rows = self.table.start(torch.as_tensor(rows).reshape(-1).to(self.table.index_device))
+            rows = self.table.start(torch.as_tensor(rows, device=self.table.index_device).reshape(-1))
         values = rows.wait()  # [B*T*C, D]
         if tuple(values.shape) != (batch * length * config.columns, config.row_width):
             raise ValueError(
@@ -133,7 +134,10 @@ class Engram(nn.Module):
             )
         if values.device.type != stream.device.type:
             raise ValueError(f"rows on {values.device}, hidden on {stream.device}: make the table for that device")
-        return values.view(batch, length, config.embedding_width).to(self.fusion.dtype)
+        # Gradients need the rows after a fetch in flight has given its buffer back, which compiled code then writes to.
+        lent = values.device.type == "cpu" and not isinstance(rows, Ready) and not values.requires_grad
+        keep = lent and torch.is_grad_enabled()
+        return values.view(batch, length, config.embedding_width).to(self.fusion.dtype, copy=keep)
 
 
 def build_engram(
@@ -186,7 +190,7 @@ def _fill(rows: Rows, seed: int) -> None:
         return fill_normal(rows.values(), seed)
     for first in range(0, len(rows), _ENCODED):  # a few at a time: drawn and encoded they take far more memory
         piece = raw[first : first + _ENCODED]
-        values = torch.empty((len(piece), rows.format.width), dtype=rows.format.dtype)
+        values = torch.empty((len(piece), rows.format.width), dtype=rows.format.dtype, device="cpu")
         fill_normal(values, seed, start=first * rows.format.width)
         piece.copy_(rows.format.encode(values))
 
@@ -202,8 +206,10 @@ def _adopt(placement: str, rows: Rows, device: torch.device, memory: HostMemory)
 
 def check_plan(config: EngramConfig, layer_plan: LayerPlan) -> None:
     """Refuse a plan that was not made for this configuration."""
-    if layer_plan.layer_id not in config.layer_ids or len(layer_plan.primes) != config.columns:
+    columns, longest = len(layer_plan.primes), len(layer_plan.multipliers)
+    if layer_plan.layer_id not in config.layer_ids or (columns, longest) != (config.columns, config.max_ngram):
         raise ValueError(
-            f"a plan of layer {layer_plan.layer_id} with {len(layer_plan.primes)} columns; this configuration has "
-            f"layers {config.layer_ids} with {config.columns}: build the plan from the same configuration"
+            f"a plan of layer {layer_plan.layer_id} with {columns} columns, n-grams up to {longest}; this "
+            f"configuration has layers {config.layer_ids} with {config.columns}, n-grams up to {config.max_ngram}: "
+            "build the plan from the same configuration"
         )

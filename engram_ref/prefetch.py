@@ -38,6 +38,7 @@ from torch import Tensor
 from engram_ref.devices import side_stream
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.hashing.ngram import Hashed, NgramHasher, TokenHistory
+from engram_ref.hashing.plan import LayerPlan
 from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.staging import Arriving
 from engram_ref.threads.errands import Done, Errand, Pool, call_off
@@ -68,7 +69,8 @@ class Prefetcher:
         observer: is told how long each stage took (hash, gather, wait), from whichever thread it ran in.
 
     Raises:
-        ValueError: no table, a layer the plan does not have, or a hasher on another device than a table.
+        ValueError: no table, a layer the plan does not have, a table of other rows than the plan's, or a hasher on
+            another device than a table.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Prefetcher:
         self.tables = dict(tables)
         self.hasher = hasher
         for layer_id, table in self.tables.items():
-            hasher.plan.layer(layer_id)
+            _check_rows(hasher.plan.layer(layer_id), table)
             _check_hasher(hasher, table)
         self._inline_tokens = self._most_inline_tokens()
         # A table that waits by itself, for a disk or for other processes, keeps the order of the worker.
@@ -553,9 +555,18 @@ class _Buffers:
         kept = self._arrivals.get(layer_id)
         if kept is None or kept.shape[0] < count:
             with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
-                kept = torch.empty((count, table.format.width), dtype=table.format.dtype)
+                kept = torch.empty((count, table.format.width), dtype=table.format.dtype, device="cpu")
             self._arrivals[layer_id] = kept
         return kept if kept.shape[0] == count else kept[:count]  # a slice takes longer than a lookup
+
+
+def _check_rows(layer: LayerPlan, table: Table) -> None:
+    """Refuse a plan that names other rows: of a larger table it would fetch wrong ones in silence."""
+    if table.rows != layer.rows:
+        raise ValueError(
+            f"a plan of {layer.rows} rows for the table of layer {layer.layer_id}, which has {table.rows}: give the "
+            "plan that the table was made with"
+        )
 
 
 def _check_hasher(hasher: NgramHasher | DeviceHasher, table: Table) -> None:

@@ -219,7 +219,7 @@ class Places(CacheHistory):
         Raises:
             ValueError: a place that does not exist or is named twice, or a prompt without a token.
         """
-        slots, lengths = torch.as_tensor(slots), torch.as_tensor(lengths)
+        slots, lengths = torch.as_tensor(slots, device="cpu"), torch.as_tensor(lengths, device="cpu")
         named = slots.tolist()
         if len(set(named)) < len(named) or not all(0 <= slot < self.batch_size for slot in named):
             raise ValueError(f"places {named} of {self.batch_size}: name different ones, 0 .. {self.batch_size - 1}")

@@ -139,7 +139,7 @@ class Source:
             return None
         if self._sent is None or self._sent[0].shape != ids.shape or self._sent[0].dtype != ids.dtype:
             with torch.inference_mode(False):  # written to in whatever mode a later step runs
-                self._sent = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+                self._sent = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
         here, copied = self._sent  # page-locked memory and an event cost more to get than the copy does
         here.copy_(ids, non_blocking=True)
         copied.record()

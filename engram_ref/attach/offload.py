@@ -336,7 +336,7 @@ class _Seat:
         if self.was is not None:
             weight, (shape, device) = self.table.weight, self.was
             data = torch.empty(shape, dtype=weight.dtype, device=device)
-            for numbers in torch.arange(len(data)).split(_COMPARED):
+            for numbers in torch.arange(len(data), device="cpu").split(_COMPARED):
                 data[numbers[0] : numbers[-1] + 1] = table.stored(numbers).view(weight.dtype).to(device)
             weight.data = data
             self.was = None
@@ -452,7 +452,7 @@ def _check_table(block: int, embedding: Any, table: Table, plan: HashPlan, given
         )
     if weight.is_meta or not given:
         return
-    for numbers in torch.arange(table.rows).split(_COMPARED):
+    for numbers in torch.arange(table.rows, device="cpu").split(_COMPARED):
         own = weight.detach()[numbers[0] : numbers[-1] + 1].cpu().contiguous().view(torch.uint8)
         stored = table.stored(numbers)
         if stored.shape != own.shape or not torch.equal(stored, own):

@@ -59,7 +59,7 @@ def save_layer(
     table_format = RowFormat(table_values.dtype, table_values.shape[-1])
     _check_table("table_values", len(table_values), table_format, fusion.config, layer_plan)
     # The table comes last, so that only the header must be padded for its rows to begin on a page of their own.
-    tensors = {OFFSETS: torch.tensor(layer_plan.offsets), **fusion.named_views(), TABLE: table_values}
+    tensors = {OFFSETS: torch.tensor(layer_plan.offsets, device="cpu"), **fusion.named_views(), TABLE: table_values}
     metadata = {prefix + PLAN: layer_plan.to_json()}
     entries = {prefix + name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     header = make_header(entries, metadata)

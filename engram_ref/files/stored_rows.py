@@ -180,7 +180,7 @@ class StoredRows:
             ValueError: they do not fit into memory, a file was changed, or fp8 rows hold NaN.
         """
         require_host_bytes(self.nbytes)
-        parts = tuple(torch.empty((self.rows, width), dtype=torch.uint8) for width in self.widths)
+        parts = tuple(torch.empty((self.rows, width), dtype=torch.uint8, device="cpu") for width in self.widths)
         self.read_into(parts)
         return Rows(self.format, parts)
 

@@ -102,7 +102,7 @@ class Header:
             raise ValueError(f"{self.what(name)} is {entry.dtype}: known are {', '.join(DTYPES)}")
         if not self.sparse:
             require_written([entry])
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
         fd = open_same(self.path, self.stamp)
         try:
             read_whole(fd, raw.numpy().data, entry.offset)

@@ -381,7 +381,7 @@ def causal_conv(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None = 
         return _shift_and_add(x, weight, dilation, past)
     reach = (len(weight) - 1) * dilation
     steps = max(CPU_CONV_VALUES // max(1, x[:, :1].numel()), reach, 1)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for span in spans(0, x.shape[1], steps):
         before = x[:, span.start - reach : span.start] if span.start else past
         _shift_and_add(x[:, span], weight, dilation, before, out=y[:, span])

@@ -225,8 +225,9 @@ def demo(
     batch, length, copies, width = hidden.shape
     packed, gains = packed.float(), fusion.gains()
     taps = gains.gate if gains.taps is None else gains.taps
-    zeros = torch.zeros(width)
-    mixes = torch.empty(batch * copies, width)
+    # The compiled loop knows addresses alone: whatever the caller's defaults are, these are its types.
+    zeros = torch.zeros(width, dtype=torch.float32, device="cpu")
+    mixes = torch.empty(batch * copies, width, dtype=torch.float32, device="cpu")
     masked = (0, 0, 0) if padding is None else (padding.data_ptr(), *padding.stride())
     arguments = (
         (length, copies, width, fusion.config.kernel_size, fusion.config.max_ngram, int(adds)),

@@ -176,7 +176,7 @@ class Fp8Projection(Projection):
         if self._codes.is_meta:
             return
         for span in self.blocks(self._codes.device):
-            drawn = torch.empty(self._codes[span].shape, device=self._codes.device)
+            drawn = torch.empty(self._codes[span].shape, dtype=torch.float32, device=self._codes.device)
             codes, scales = quantise(drawn.uniform_(-self.bound, self.bound, generator=generator), SCALE_BLOCK)
             self._codes[span] = codes.view(torch.uint8)
             self._scales[_of_scales(span)] = scales.view(torch.uint8)

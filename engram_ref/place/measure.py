@@ -49,7 +49,8 @@ def measured(folder: Path, row_bytes: int) -> dict[str, Rate]:
     width = -(-row_bytes // 2)
     free = free_host_bytes()
     nbytes = _TABLE if free is None else min(_TABLE, free // 8)
-    rows = torch.randint(-(2**62), 2**62, (max(1, nbytes // (2 * width)) * width // 4 + 1,))  # every byte its own
+    count = max(1, nbytes // (2 * width)) * width // 4 + 1
+    rows = torch.randint(-(2**62), 2**62, (count,), device="cpu")  # every byte its own
     values = rows.view(torch.int16)[: rows.numel() * 4 // width * width].view(-1, width).view(torch.bfloat16)
     found = {**_in_memory(values), **_on_disk(values, folder)}
     return {**found, **_on_gpu(values)} if torch.cuda.is_available() else found
@@ -65,7 +66,10 @@ def _in_memory(values: Tensor) -> dict[str, Rate]:
         "start_host": Rate(start, _SOURCE),
         "gather": Rate(rate, _SOURCE),
         "memory": Rate(_COPY / copy, _SOURCE),
-        "processor": Rate(_operations_per_second(torch.randn(_FACTOR, _FACTOR)), f"{_SOURCE}: float32"),
+        "processor": Rate(
+            _operations_per_second(torch.randn(_FACTOR, _FACTOR, dtype=torch.float32, device="cpu")),
+            f"{_SOURCE}: float32",
+        ),
     }
 
 

@@ -71,7 +71,7 @@ def gather_values(parts: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
     if _decode_rows is not None:
         _decode(parts, rows, width, out)
         return
-    raw = torch.empty((len(rows), sum(part.shape[1] for part in parts)), dtype=torch.uint8)
+    raw = torch.empty((len(rows), sum(part.shape[1] for part in parts)), dtype=torch.uint8, device="cpu")
     gather_parts(parts, rows, raw)
     dequantise_rows(raw, width, out)
 

@@ -103,7 +103,7 @@ class HostMemory:
         if self.pinned:
             self._pages.unlock()
             self.pinned = False
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         if hasattr(mmap, "MADV_DONTNEED"):
             with contextlib.suppress(OSError):  # a sandbox may refuse; they then go with the last tensor
                 self._pages.madvise(mmap.MADV_DONTNEED)  # the addresses stay mapped while a tensor looks at them

@@ -109,7 +109,7 @@ class Rows:
     def take(self, numbers: Tensor) -> Tensor:
         """The bytes of some rows, uint8 [N, row_bytes], in host memory; the numbers, on the CPU, were checked."""
         if self.device.type == "cpu":
-            out = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8)
+            out = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8, device="cpu")
             gather_parts(self.parts, numbers, out)
             return out
         numbers = numbers.to(self.device)

@@ -57,11 +57,11 @@ def _reason(error: RuntimeError) -> str:
 
 def notice(error: BaseException | None) -> Tensor:
     """What a rank says of its part, uint8 [NOTICE_BYTES]: zeros if all went well."""
-    said = torch.zeros(NOTICE_BYTES, dtype=torch.uint8)
+    said = torch.zeros(NOTICE_BYTES, dtype=torch.uint8, device="cpu")
     if error is not None:
         kind = next((number for number, kind in enumerate(_KINDS, 1) if isinstance(error, kind)), len(_KINDS))
         text = one_line(error, NOTICE_BYTES - 2).encode()[: NOTICE_BYTES - 2]
-        said[: 2 + len(text)] = torch.tensor([kind, len(text), *text], dtype=torch.uint8)
+        said[: 2 + len(text)] = torch.tensor([kind, len(text), *text], dtype=torch.uint8, device="cpu")
     return said
 
 
@@ -109,7 +109,7 @@ def require_same(group: Any, mine: str, what: str) -> None:
     Raises:
         ValueError: some rank has another one than rank 0.
     """
-    found = gather(group, torch.tensor(list(mine.ljust(_TEXT).encode()), dtype=torch.uint8))
+    found = gather(group, torch.tensor(list(mine.ljust(_TEXT).encode()), dtype=torch.uint8, device="cpu"))
     for rank, other in enumerate(found):
         if not torch.equal(other, found[0]):
             shown = [bytes(text[:_SHOWN].tolist()).decode().strip() for text in (other, found[0])]

@@ -193,7 +193,9 @@ class AllGather(Exchange):
         Raises:
             ValueError: they do not, or a rank has an error; the same on all.
         """
-        prints = torch.tensor([len(route.ids), zlib.crc32(route.ids.tobytes())]).view(torch.uint8)  # two int64 as [16]
+        prints = torch.tensor([len(route.ids), zlib.crc32(route.ids.tobytes())], device="cpu").view(
+            torch.uint8
+        )  # two int64 as [16]
         said = gather(self.group, torch.cat([notice(error), prints]))
         self._count(control=said.shape[1])
         raise_first(said[:, :NOTICE_BYTES])

@@ -207,7 +207,7 @@ class FileTable(Table):
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; counted like any fetch."""
         numbers = check_rows(rows, self.rows).numpy()
         places = np.argsort(numbers)
-        raw = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8)
+        raw = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8, device="cpu")
         with self._users.here():
             self._require_open()
             self._fill(numbers[places].astype(np.int64, copy=False), places, raw)

@@ -274,6 +274,6 @@ def most_frequent(rows_stream: Tensor, count: int, table_rows: int) -> Tensor:
     ranked = rows[times.argsort(descending=True, stable=True)][:count]
     if len(ranked) == count:
         return ranked
-    lowest = torch.arange(count)
+    lowest = torch.arange(count, device="cpu")
     unseen = lowest[~torch.isin(lowest, ranked)]
     return torch.cat([ranked, unseen[: count - len(ranked)]])

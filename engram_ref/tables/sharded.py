@@ -133,12 +133,12 @@ class ShardedTable(Table):
                 except Exception as found:  # whatever it is, the others must hear of it: they would wait
                     error = found
             asked = self.exchange.ask(route, error, idle)
-            own = torch.empty((0, self.format.row_bytes), dtype=torch.uint8)
+            own = torch.empty((0, self.format.row_bytes), dtype=torch.uint8, device="cpu")
             try:
                 own = self._own(asked.ids)
             except Exception as found:
                 error = error or found
-                own = torch.zeros((len(asked.ids), self.format.row_bytes), dtype=torch.uint8)
+                own = torch.zeros((len(asked.ids), self.format.row_bytes), dtype=torch.uint8, device="cpu")
             return self.exchange.answer(asked, own.to(self.exchange.device), error), route.places, asked
 
     def _route(self, rows: Tensor, out: Tensor | None) -> Route:

@@ -334,12 +334,14 @@ def describe(rows: Tensor | Rows | StoredRows, widths: list[int]) -> dict[str, A
 
 def _sample(rows: Tensor | Rows | StoredRows, count: int) -> str:
     """A digest of some rows from the first to the last."""
-    numbers = torch.linspace(0, max(0, count - 1), min(_SAMPLE, count), dtype=torch.float64).long()
+    numbers = torch.linspace(0, max(0, count - 1), min(_SAMPLE, count), dtype=torch.float64, device="cpu").long()
     if isinstance(rows, StoredRows):
         with FileTable(rows, torch.device("cpu")) as table:
             raw = table.stored(numbers)
     elif isinstance(rows, Rows):
         raw = rows.take(numbers)
     else:
-        raw = Rows.of(rows.detach()[numbers.to(rows.device)].contiguous()).take(torch.arange(len(numbers)))
+        raw = Rows.of(rows.detach()[numbers.to(rows.device)].contiguous()).take(
+            torch.arange(len(numbers), device="cpu")
+        )
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]

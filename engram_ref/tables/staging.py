@@ -89,7 +89,7 @@ class Delivery:
         if not self.format.scaled:
             fill(values.view(torch.uint8))
             return Ready(values)
-        raw = torch.empty((count, self.format.row_bytes), dtype=torch.uint8)
+        raw = torch.empty((count, self.format.row_bytes), dtype=torch.uint8, device="cpu")
         fill(raw)
         return Ready(self.format.decode(raw, values))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 
 from engram_ref import layer as layer_module
 from engram_ref.config import EngramConfig
+from engram_ref.files.stored_rows import StoredRows
+from engram_ref.files.writing import save_rows
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
@@ -23,6 +26,7 @@ from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables.base import Ready
 from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.hot import HotTable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
 GOLDEN_V41 = GOLDEN.with_name("layer_v41.safetensors")
@@ -185,6 +189,23 @@ def test_gradients_reach_the_rows_of_the_table():
     assert torch.equal(weights.grad.abs().sum(dim=1) > 0, read)
 
 
+def test_gradients_are_those_of_the_fetched_rows_whatever_is_fetched_before_they_are_asked_for():
+    """Several losses, one backward: the buffers of the first fetches have been filled again by then."""
+    engram = build_engram(CONFIG, LAYER, "host")
+    batches = [make_batch(2, 30, seed) for seed in range(4)]
+
+    want, got = [], []
+    with Prefetcher(NgramHasher(PLAN), {1: engram.table}) as prefetcher:
+        for ids, rows, hidden in batches:
+            want.append(engram(hidden.float(), rows).square().mean())
+            with prefetcher.start(ids) as fetch:
+                got.append(engram(hidden.float(), fetch[1]).square().mean())
+    weight = engram.fusion.projection_weight
+    (right,), (ours,) = (torch.autograd.grad(sum(losses), weight) for losses in (want, got))
+    assert torch.equal(ours, right) and right.any()
+    engram.table.close()
+
+
 def test_a_frozen_table_still_trains_the_fusion(engram):
     _, rows, hidden = make_batch(2, 5)
     engram(hidden, rows).square().sum().backward()
@@ -243,6 +264,48 @@ def test_rows_can_be_left_zero():
     engram = build_engram(CONFIG, LAYER, "host", init=False)
     assert not fetched(engram).any() and engram.fusion.projection_weight.any()
     engram.table.close()
+
+
+@contextmanager
+def defaults(dtype=torch.float32, device="cpu"):
+    """What a caller may have set for all of torch."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "caller", [dict(dtype=torch.bfloat16), dict(dtype=torch.float64), dict(device="meta")], ids=str
+)
+@pytest.mark.parametrize("config", [CONFIG, CONFIG_V41], ids=["demo", "v41"])
+@pytest.mark.parametrize("placement", ["device", "host", "hot", "file"])
+def test_the_callers_defaults_change_no_bit(placement, config, caller, tmp_path):
+    """From building a layer to its output, with and without gradients: compiled loops know addresses and no types."""
+    plan = HashPlan.build(config, SIZE, 2)
+    ids, rows, _ = make_batch(2, 11)
+    every, some = np.arange(plan.layer(1).rows), np.unique(rows)[:7]
+    hidden = torch.randn(2, 11, config.hc_mult, config.hidden, generator=torch.Generator().manual_seed(1))
+
+    def outputs():
+        engram = build_engram(config, plan.layer(1), "host" if placement == "host" else "device")
+        if placement in ("hot", "file"):
+            path = tmp_path / "rows.safetensors"
+            save_rows(path, Rows(engram.table.format, (engram.table.stored(torch.from_numpy(every)),)))
+            table = make_table("file", StoredRows.find(path))
+            engram = Engram(engram.fusion, table if placement == "file" else HotTable(table, torch.from_numpy(some)))
+        history = ShortConvHistory(engram.fusion, 2) if config.form == "demo" else None
+        prefetcher = Prefetcher(NgramHasher(plan), {1: engram.table})
+        with torch.no_grad(), prefetcher, prefetcher.start(ids) as fetch:
+            return [engram(hidden, fetch[1], history).clone(), engram(hidden, rows), *engram.state_dict().values()]
+
+    want = outputs()
+    with defaults(**caller):
+        got = outputs()
+    assert all(map(torch.equal, want, got)) and len(want) == len(got)
 
 
 @pytest.mark.parametrize("placement", ["file", "hot", "nowhere"])

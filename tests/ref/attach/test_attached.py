@@ -407,7 +407,12 @@ def test_layers_that_do_not_fit_are_refused(model, layers):
     engram = layers.engrams[1]
     other = EngramConfig.preset("tiny").replace(hc_mult=4)
     wide = {1: build_engram(other, HashPlan.build(other, VOCAB, PAD).layer(1))}
-    plan = HashPlan.build(EngramConfig.preset("tiny").replace(heads=2), VOCAB, PAD)
+    config = EngramConfig.preset("tiny")
+    plan = HashPlan.build(config.replace(heads=2), VOCAB, PAD)
+    orders = HashPlan.build(config.replace(max_ngram=5, heads=2, table_size_per_order=(50,) * 4), VOCAB, PAD)
+    larger, smaller = (
+        HashPlan.build(config.replace(table_size_per_order=(size, size)), VOCAB, PAD) for size in (5000, 50)
+    )
     for engrams, hashed, message in [
         ({}, layers.plan, "no Engram layers"),
         ({3: engram}, layers.plan, r"layer 3: the model has blocks 0 \.\. 2"),
@@ -415,6 +420,9 @@ def test_layers_that_do_not_fit_are_refused(model, layers):
         ({0: engram}, layers.plan, "layer_id=0"),
         (wide, layers.plan, "4 x 64 values.*1 x 64"),
         ({1: engram}, plan, "a plan of layer 1 with 4 columns"),
+        ({1: engram}, orders, "a plan of layer 1 with 8 columns, n-grams up to 5; this .* n-grams up to 3"),
+        ({1: engram}, larger, f"a plan of {larger.layer(1).rows} rows .* which has {engram.table.rows}"),
+        ({1: engram}, smaller, f"a plan of {smaller.layer(1).rows} rows .* which has {engram.table.rows}"),
         ({1: engram, 2: make_layers((2,), "v41").engrams[2]}, layers.plan, "demo, v41"),
     ]:
         with pytest.raises(ValueError, match=message):
