@@ -438,25 +438,29 @@ class Attached(StagedSteps):
 
         Args:
             cache: of transformers, with one position at least.
-            input_ids: the token ids of its last positions, [B, R]: max_ngram - 1 at least, or as many as it holds.
+            input_ids: the token ids of its last positions, [B, R]: max_ngram - 1 at least, or as many as it holds. For
+                as many as there are beyond, the cache can be cropped.
             convolutions: by layer id, the past of every layer that has a convolution; a forward advances it.
 
         Raises:
-            ValueError: an empty cache, too few ids, or layers with a convolution other than those that are given one.
+            ValueError: an empty cache, too few ids or more than it holds, or layers with a convolution other than those
+                that are given one.
         """
         length, least = int(length_of(cache)), self._source.plan.max_ngram - 1
         if length < 1:
             raise ValueError("an empty cache, before which nothing came: give it to the forward as it is")
-        if input_ids.ndim != 2 or input_ids.shape[1] < min(length, least):
+        if input_ids.ndim != 2 or not min(length, least) <= input_ids.shape[1] <= length:
             raise ValueError(
                 f"token ids of shape {tuple(input_ids.shape)} for a cache of {length} positions: give the last "
-                f"{min(length, least)} of every sequence at least, [B, R]"
+                f"{min(length, least)} of every sequence at least, [B, R], and none beyond the cache"
             )
         history = CacheHistory(self._source.plan, len(input_ids), self._source.device, self.engrams)
         self._require_convolutions(convolutions or {})
         history.convolutions.update(convolutions or {})
         history.append(self._source.compress(input_ids))
         history.length = length
+        if input_ids.shape[1] < length:  # the sequence did not begin there, so nothing is known of what came before
+            history.recent = history.recent[:, least:]
         self._follow(cache, history)
 
     def _require_convolutions(self, given: Mapping[int, ShortConvHistory]) -> None:

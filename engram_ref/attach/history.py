@@ -143,8 +143,12 @@ class CacheHistory:
                 f"the cache was cropped by {count} positions; the short convolution cannot go back: use a form without "
                 "one, or generate without an assistant"
             )
-        if count > self.recent.shape[1] - self._context:
-            raise ValueError(f"the cache was cropped by {count} positions; at most {SLACK} can be followed")
+        most = self.recent.shape[1] - self._context
+        if count > most:
+            raise ValueError(
+                f"the cache was cropped by {count} positions; what is remembered of it can follow {most}: begin with a "
+                "new cache, or tell `remember` of more tokens"
+            )
         self.recent = self.recent[:, :-count]
         self.length -= count
 

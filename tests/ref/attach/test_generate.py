@@ -209,7 +209,7 @@ def test_more_is_cropped_than_is_remembered(model, v41):
     cache = DynamicCache()
     model(make_ids(1, 80), past_key_values=cache)
     cache.crop(-70)
-    with pytest.raises(ValueError, match="cropped by 70 positions; at most 64"):
+    with pytest.raises(ValueError, match=r"cropped by 70 positions; .* can follow 64"):
         model(make_ids(1, 1), past_key_values=cache)
 
 
@@ -362,12 +362,30 @@ def test_a_cache_goes_on_with_engram_attached_anew(known, vocab, model, layers, 
     assert not torch.allclose(other, want[:, 6:7], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("known", [2, 3, 4, 12])
+def test_a_cache_that_is_remembered_is_cropped_as_far_as_its_ids_are_known(known, model):
+    """By one, so that generate has a token to begin with; what came before the known ids is not a beginning."""
+    layers, ids, cache = make_layers(form="v41"), make_ids(1, 12), DynamicCache()
+    with torch.no_grad():
+        with attach(model, layers.engrams, layers.plan):
+            want = model(ids, past_key_values=cache).logits[:, -1:]
+        with attach(model, layers.engrams, layers.plan) as attached:
+            attached.remember(cache, ids[:, -known:])
+            cache.crop(-1)
+            if known == 2:
+                with pytest.raises(ValueError, match=r"cropped by 1 positions; .* can follow 0"):
+                    model(ids[:, -1:], past_key_values=cache)
+            else:
+                torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits, want, **EXACT)
+
+
 @pytest.mark.parametrize(
     ("length", "shape", "given", "said"),
     [
         (0, (2, 4), True, "an empty cache"),
         (6, (2, 1), True, "for a cache of 6 positions: give the last 2 of every sequence"),
         (6, (4,), True, "give the last 2 of every sequence"),
+        (6, (2, 7), True, "none beyond the cache"),
         (6, (2, 2), False, r"the convolutions of layers \[\]; those of \[1, 2\] have one"),
     ],
 )
