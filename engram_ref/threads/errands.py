@@ -172,7 +172,7 @@ def call_off(errands: Sequence[Errand[Any]]) -> None:
 
 
 class Pool:
-    """Threads that begin with the first errand, belong to one process, and end with `close`.
+    """Threads that begin with the first errand, belong to one process, and end with `close`, or when nobody has it.
 
     Args:
         threads: at most.
@@ -186,6 +186,14 @@ class Pool:
         self._name = name
         self.renew()
         renew_after_fork(self)
+
+    def __del__(self) -> None:
+        # The threads know the queue only, and so do not keep the pool. Garbage may be collected in any thread, even in
+        # the middle of its `put` or `give`: nothing is locked or waited for here, and a SimpleQueue's `put` may be
+        # called inside of another one.
+        queue = getattr(self, "_queue", None)
+        if queue is not None:  # or whoever made the pool was interrupted
+            queue.put(None)
 
     def renew(self) -> None:
         """In a forked process: the threads are not there."""

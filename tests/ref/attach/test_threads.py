@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -134,6 +135,17 @@ def test_a_thread_that_ends_in_an_error_stops_nobody(model, layers):
         in_threads(broken, 1)
         hook.remove()
         assert all(torch.equal(logits(model, make_ids()), want) for _ in range(3))
+
+
+def test_an_attachment_that_is_forgotten_with_its_model_leaves_no_thread(layers):
+    before, model = set(threading.enumerate()), make_model()
+    attached = attach(model, layers.engrams, layers.plan)
+    logits(model, make_ids(2, 70))
+    (worker,) = set(threading.enumerate()) - before
+    del attached, model
+    gc.collect()
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_staging_belongs_to_one_thread(model, layers):

@@ -567,6 +567,19 @@ def test_threads_begin_with_the_first_fetch_that_needs_them_and_end_with_the_tab
     assert reading_threads() == 0
 
 
+def test_threads_end_with_a_table_that_nobody_has_any_more(kept, monkeypatch):
+    monkeypatch.setattr(row_reader, "_ASKING", (3, 20))
+    table = FileTable(kept("256 B", R), CPU)
+    fetch(table, torch.arange(0, 400, 2))
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
+    assert threads
+    del table
+    gc.collect()
+    for thread in threads:
+        thread.join(20)
+    assert reading_threads() == 0
+
+
 def test_a_closed_table_says_so(make):
     table = make("256 B")
     table.close()

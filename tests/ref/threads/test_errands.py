@@ -5,6 +5,7 @@ python -m pytest tests/ref/threads/test_errands.py
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -166,6 +167,79 @@ def test_all_have_ended_or_never_begin_when_the_caller_is_interrupted(pool, monk
     before = len(written)
     pool.close()
     assert len(written) == before <= 2
+
+
+def threads_of(pool, count):
+    """A pool's threads, each of which has something to do at the same time."""
+    together = threading.Barrier(count)
+
+    def meet():
+        together.wait(20)
+        return threading.current_thread()
+
+    return pool.do_all([meet] * count)
+
+
+def all_end(threads):
+    for thread in threads:
+        thread.join(20)
+    return not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("in_a_circle", [False, True])
+def test_threads_end_with_a_pool_that_was_forgotten(in_a_circle):
+    pool = Pool(3, "errand")
+    if in_a_circle:
+        pool.itself = pool
+    threads = threads_of(pool, 3)
+    del pool
+    gc.collect()
+    assert all_end(threads)
+
+
+def test_what_was_given_to_a_forgotten_pool_is_done():
+    begun, go_on, done = threading.Event(), threading.Event(), []
+    pool = Pool(1, "errand")
+    pool.give(lambda: (begun.set(), go_on.wait(20), done.append(threading.current_thread())))
+    errand = Errand(lambda: done.append(2))
+    pool.give(errand)
+    assert begun.wait(20)
+    del pool
+    gc.collect()
+    go_on.set()
+    errand.wait()
+    assert done[1:] == [2] and all_end(done[:1])
+
+
+def test_a_pool_that_its_own_thread_lets_go_of_ends_it():
+    """The last who has it is the work that it was given."""
+    held, go_on = [Pool(1, "errand")], threading.Event()
+    (thread,) = threads_of(held[0], 1)
+    pool = held[0]
+    pool.give(lambda kept=held: (go_on.wait(20), kept.clear()))
+    del pool
+    go_on.set()
+    assert all_end([thread])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pool_whose_making_was_interrupted_is_let_go_of(monkeypatch):
+    def interrupted(pool):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pool, "renew", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Pool(1, "errand")
+    gc.collect()
+
+
+def test_a_pool_is_let_go_of_while_its_own_lock_is_held():
+    """Garbage is collected in the middle of anything, in any thread."""
+    pool = Pool(1, "errand")
+    (thread,) = threads_of(pool, 1)
+    with pool._lock:
+        del pool
+    assert all_end([thread])
 
 
 def test_threads_end_with_the_pool_and_begin_again():
