@@ -98,13 +98,18 @@ def attach(
     check_layers(model, blocks, engrams, plan if isinstance(plan, HashPlan) else plan.plan)
     refuse_twice(blocks, engrams)
     with torch.inference_mode(False):  # what is made here is written to in whatever mode the model runs
-        made = _attach(decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
-    if not isinstance(prefetcher, OnHand):
-        tell_larger(decoder, made.token_ids)
-    return made
+        made = _make(decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
+    try:
+        if not isinstance(prefetcher, OnHand):
+            tell_larger(decoder, made.token_ids)
+        made._put_in()
+        return made  # in here: until the caller has it, nobody else could detach it
+    except BaseException:
+        made._take_out()
+        raise
 
 
-def _attach(
+def _make(
     decoder: nn.Module,
     blocks: nn.ModuleList,
     engrams: Mapping[int, Engram],
@@ -134,7 +139,7 @@ def _attach(
 
 
 class Attached(StagedSteps):
-    """Engram layers that are in a model; made by `attach`, a context manager that detaches.
+    """Engram layers that are in a model; made and put in by `attach`, a context manager that detaches.
 
     Attributes:
         decoder: the module whose input are token ids.
@@ -174,12 +179,14 @@ class Attached(StagedSteps):
         self._device = next(iter(self.engrams.values())).fusion.device
         self._list = next(name for name, child in decoder.named_children() if child is blocks)
         self._read = reader(decoder)
-        enter, leave = Hook(self._enter), Hook(self._leave)
-        self._handles: list[Any] = [enter, leave, decoder.register_forward_pre_hook(enter, with_kwargs=True)]
-        for layer_id in self.engrams:
-            before = Hook(self._before(layer_id), layer_id)
-            self._handles += [before, blocks[layer_id].register_forward_pre_hook(before, with_kwargs=True)]
-        self._handles.append(decoder.register_forward_hook(leave, always_call=True))
+        self._hooks = [Hook(decoder, self._enter)]
+        self._hooks += [Hook(blocks[layer_id], self._before(layer_id), layer_id) for layer_id in self.engrams]
+        self._hooks.append(Hook(decoder, self._leave, behind=True))
+
+    def _put_in(self) -> None:
+        """Let the model call the hooks; until now there is nothing of us in it."""
+        for hook in self._hooks:
+            hook.stand()
         forget_compiled()
 
     def detach(self) -> None:
@@ -189,12 +196,15 @@ class Attached(StagedSteps):
             RuntimeError: another thread is inside of a forward; then nothing has been done.
             ValueError: what `check` had to say.
         """
-        if not self._handles:
+        if not self._hooks:
             return
         self._refuse_inside()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._take_out()
+
+    def _take_out(self) -> None:
+        """Remove the hooks, as many of them as stand, and close what is ours; if interrupted, to be called again."""
+        for hook in self._hooks:
+            hook.remove()
         forget_compiled()
         for cache in list(self._caches):
             unfollow(cache, self._key)
@@ -208,6 +218,7 @@ class Attached(StagedSteps):
             self._close_stagings()
             if self._own is not None:
                 self._own.close()
+            self._hooks.clear()
 
     def _refuse_inside(self) -> None:
         alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}

@@ -98,11 +98,16 @@ def offload_table(
             _check_table(block, embedding, tables[block], plan, given[block] is not None)
         made = OffloadedTable(text, embeddings, tables, plan, prefetch, buffers, observer)
         undo.pop_all()
-    return made
+    try:
+        made._put_in()
+        return made  # in here: until the caller has it, nobody else could restore it
+    except BaseException:
+        made._take_out()
+        raise
 
 
 class OffloadedTable:
-    """A table that is away from its model; made by `offload_table`, a context manager that brings it back.
+    """A table that is away from its model; made and put in by `offload_table`, a context manager that brings it back.
 
     Attributes:
         tables: by block.
@@ -130,15 +135,24 @@ class OffloadedTable:
         self._room = threading.Semaphore(buffers)
         self._steps: dict[int, Fetch] = {}  # begun and not ended, by thread
         self._differs: Tensor | None = None  # on an accelerator: whether a row number was another
-        self._seats = [_Seat(embedding, embedding.ngram_embedding) for embedding in embeddings.values()]
+        self._seats = [
+            _Seat(one, one.ngram_embedding, _Lookup(self, block, one.ngram_embedding, tables[block].device))
+            for block, one in embeddings.items()
+        ]
         self.freed_bytes: dict[str, int] = {}
-        for (block, embedding), seat in zip(embeddings.items(), self._seats):
-            embedding.ngram_embedding = _Lookup(self, block, seat.table, tables[block].device)
-            for device, nbytes in seat.free(tables[block]).items():
-                self.freed_bytes[device] = self.freed_bytes.get(device, 0) + nbytes
-        enter, leave = Hook(self._begin), Hook(self._end)
-        self._handles: list[Any] = [enter, text.register_forward_pre_hook(enter, with_kwargs=True)]
-        self._handles += [leave, text.register_forward_hook(leave, always_call=True)]
+        self._hooks = [Hook(text, self._begin), Hook(text, self._end, behind=True)]
+
+    def _put_in(self) -> None:
+        """Take the model's places; until now there is nothing of us in it."""
+        for hook in self._hooks:
+            hook.stand()
+        for seat in self._seats:
+            seat.take()
+        with torch.inference_mode(False):
+            # Last of all, because from here on the tables have the only copy.
+            for seat, table in zip(self._seats, self.tables.values()):
+                for device, nbytes in seat.free(table).items():
+                    self.freed_bytes[device] = self.freed_bytes.get(device, 0) + nbytes
 
     def restore(self) -> None:
         """Put the table back into the model and make everything as it was. Calling it again does nothing.
@@ -147,16 +161,20 @@ class OffloadedTable:
             RuntimeError: another thread is inside of a forward; then nothing has been done.
             ValueError: what `check` had to say.
         """
-        if not self._handles:
+        if not self._hooks:
             return
         alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         if alive & self._steps.keys():
             raise RuntimeError("another thread is inside of a forward of this model: let it end before restore()")
-        for seat, table in zip(self._seats, self.tables.values()):
-            seat.bring_back(table)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._take_out()
+
+    def _take_out(self) -> None:
+        """Give the model back what was taken of it, and close what is ours; if interrupted, to be called again."""
+        with torch.inference_mode(False):  # the parameter is to be trained, in whatever mode it is brought back
+            for seat, table in zip(self._seats, self.tables.values()):
+                seat.bring_back(table)
+        for hook in self._hooks:
+            hook.remove()
         try:
             for thread in list(self._steps):
                 self._drop(thread)
@@ -166,6 +184,7 @@ class OffloadedTable:
                 self._prefetcher.close()
             for table in self.tables.values():
                 table.close()
+            self._hooks.clear()
 
     def counters(self) -> dict[int, dict[str, int]]:
         """By block, what was asked of its table so far: see `Table.counters`."""
@@ -314,12 +333,18 @@ class _Seat:
     Attributes:
         embedding: the class's module around it.
         table: the module that was there.
+        lookup: what takes its place.
         was: shape and device of the weights that were let go.
     """
 
     embedding: Any
     table: Any
+    lookup: _Lookup
     was: tuple[torch.Size, torch.device] | None = None
+
+    def take(self) -> None:
+        """Put the lookup where the table was; its parameter keeps all that is in it."""
+        self.embedding.ngram_embedding = self.lookup
 
     def free(self, table: Table) -> dict[str, int]:
         """Let the parameter's bytes go, unless the new table uses them; how many those were, by device."""

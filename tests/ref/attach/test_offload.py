@@ -100,6 +100,16 @@ def test_every_placement(model, tmp_path, name, prefetch):
     offloaded.restore()  # does nothing more
 
 
+def test_restoring_again_does_nothing_to_the_next_one(model):
+    ids = ids_of(1, 9)
+    first = offload_table(model, "device")
+    first.restore()
+    with offload_table(model, "device") as second:
+        first.restore()
+        logits(model, ids)
+        assert (second.prefetched, second.late) == (1, 0)
+
+
 # --- what a model is used for ---------------------------------------------------------------------
 
 
