@@ -282,6 +282,8 @@ class Attached(StagedSteps):
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._staged is None:
             self._end(output)
+        elif self._entered:
+            self._leave_staged(output)
 
     # --- what they do ----------------------------------------------------------------------------
 
@@ -301,6 +303,7 @@ class Attached(StagedSteps):
         if isinstance(places, Places):
             goes_on = places.next_step(given.ids.shape)
             fetch, recent = self._source.start(given.ids, None, goes_on, room, None, waited_for)
+            goes_on.begin()
             return Step(fetch, given.ids.shape, recent, goes_on, None)
         blocks = getattr(decoder, self._list)
         again = is_checkpointed(decoder, blocks)
@@ -327,7 +330,7 @@ class Attached(StagedSteps):
         fetch, recent = self._source.start(given.ids, padding, history, room, packing, waited_for)
         try:
             if history is not None:
-                history.open = True
+                history.begin()
             if packing is not None:
                 padding = packing.lay_padding(padding)
             return Step(fetch, given.ids.shape, recent, history, padding, again, packing, counted)

@@ -108,15 +108,22 @@ class CacheHistory:
         recent = self.recent
         return recent.new_empty((len(recent), min(recent.shape[1] + count, self._context + self.slack)))
 
+    def begin(self) -> None:
+        """A step begins: until `end`, blocks write what cannot be taken back."""
+        self.open = True
+
+    def end(self) -> None:
+        """It has ended well, or no block has run."""
+        self.open = False
+
     def append(self, ids: Tensor) -> None:
-        """Go on by some positions, [B, T]: a step has ended."""
+        """Go on by some positions, [B, T]."""
         self.go_on(Ready(self.followed_by(ids)), ids.shape[1])
 
     def go_on(self, recent: Pending, count: int) -> None:
         """Go on by so many positions, which have been put behind the others already."""
         self._recent = recent
         self.length += count
-        self.open = False
 
     def settle(self, length: int) -> None:
         """Go back to the `length` positions that the cache holds.
@@ -126,16 +133,24 @@ class CacheHistory:
         """
         if length == 0:
             return self.reset()
-        if self.open:
-            raise ValueError(
-                "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
-            )
+        self.require_whole()
         if self.packed:
             raise ValueError("a cache of several sequences packed into one row, of which none can go on: use a new one")
         if length > self.length:
             raise ValueError(_apart(length, self.length))
         if length < self.length:
             self._crop(self.length - length)
+
+    def require_whole(self) -> None:
+        """Refuse to go on behind a step that was broken off.
+
+        Raises:
+            ValueError: one was.
+        """
+        if self.open:
+            raise ValueError(
+                "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
+            )
 
     def _crop(self, count: int) -> None:
         if self.convolutions:  # their past is kept for the end alone
@@ -185,6 +200,10 @@ class Places(CacheHistory):
 
     On an accelerator the ids stay in the same memory, so that a captured lookup finds them there in every replay.
 
+    Of a forward that fails halfway, some layers have advanced the past of its places and others have not. These are in
+    doubt then, and no step of all places is taken before they are cleared, or prompts admitted to them. The replay of a
+    captured forward, of which nothing is known here, leaves none in doubt.
+
     Args:
         plan: of the hash.
         count: places.
@@ -204,17 +223,30 @@ class Places(CacheHistory):
         with torch.inference_mode(False):  # written to in whatever mode the model runs
             super().__init__(plan, count, device, {})
         self.convolutions = dict(convolutions or {})
+        self.in_doubt: set[int] = set()
         self._admitted: Prompts | None = None
 
-    def clear(self) -> None:
-        """No place has a sequence."""
+    def clear(self, slots: Any = None) -> None:
+        """No place has a sequence, or none of these; prompts that were admitted are forgotten.
+
+        Args:
+            slots: places, [b], integers on the CPU; None for all.
+
+        Raises:
+            ValueError: a place that does not exist or is named twice.
+        """
+        slots = torch.arange(self.batch_size) if slots is None else torch.as_tensor(slots, device="cpu")
+        named = self._named(slots)
         self._admitted = None
-        self._put(torch.full_like(self.recent, DEAD))
+        self._put(self.recent.index_fill(0, slots.to(self.recent.device), DEAD))
         for past in self.convolutions.values():
-            past.values.zero_()
+            past.values.index_fill_(0, slots.to(past.values.device), 0)
+        self.in_doubt.difference_update(named)
 
     def admit(self, slots: Any, lengths: Any) -> None:
         """The next forward is of prompts that take places; all other places stay as they are.
+
+        If that forward fails halfway, its places are in doubt, too.
 
         Args:
             slots: the place of each prompt, [b], integers on the CPU.
@@ -224,18 +256,22 @@ class Places(CacheHistory):
             ValueError: a place that does not exist or is named twice, or a prompt without a token.
         """
         slots, lengths = torch.as_tensor(slots, device="cpu"), torch.as_tensor(lengths, device="cpu")
-        named = slots.tolist()
-        if len(set(named)) < len(named) or not all(0 <= slot < self.batch_size for slot in named):
-            raise ValueError(f"places {named} of {self.batch_size}: name different ones, 0 .. {self.batch_size - 1}")
+        named = self._named(slots)
         if not named or lengths.shape != slots.shape or lengths.min() < 1:
             raise ValueError(f"prompts of {lengths.tolist()} tokens for places {named}: give one at least for each")
         self._admitted = Prompts(self, slots, lengths)
+
+    def _named(self, slots: Tensor) -> list[int]:
+        named: list[int] = slots.tolist()
+        if len(set(named)) < len(named) or not all(0 <= slot < self.batch_size for slot in named):
+            raise ValueError(f"places {named} of {self.batch_size}: name different ones, 0 .. {self.batch_size - 1}")
+        return named
 
     def next_step(self, shape: torch.Size) -> Places | Prompts:
         """Whose past the step with token ids of this shape, [B, T], goes on: that of all places, or of new prompts.
 
         Raises:
-            ValueError: another number of sequences than that, or prompts longer than T.
+            ValueError: another number of sequences than that, prompts longer than T, or places in doubt.
         """
         step, self._admitted = self._admitted or self, None
         if step.batch_size != shape[0]:
@@ -245,7 +281,29 @@ class Places(CacheHistory):
             )
         if isinstance(step, Prompts):
             step.require_within(shape[1])
+        else:
+            self.require_whole()
         return step
+
+    def begin(self) -> None:
+        """A step of all places begins."""
+        self.in_doubt.update(range(self.batch_size))
+
+    def end(self) -> None:
+        """It has ended well, or no block has run."""
+        self.in_doubt.clear()
+
+    def require_whole(self) -> None:
+        """Refuse to go on in places whose last step was broken off.
+
+        Raises:
+            ValueError: there are some.
+        """
+        if self.in_doubt:
+            raise ValueError(
+                f"an earlier step of places {sorted(self.in_doubt)} was broken off, so cache and Engram may differ: "
+                "admit() prompts to them, or clear() them"
+            )
 
     def room_after(self, count: int) -> Tensor:
         """The ids themselves: a lookup advances them where they lie."""
@@ -302,6 +360,14 @@ class Prompts(CacheHistory):
         longest = int(self._lengths.max())
         if longest > length:
             raise ValueError(f"a prompt of {longest} tokens was admitted; the token ids have {length} positions")
+
+    def begin(self) -> None:
+        """Blocks write to the places that the prompts take."""
+        self._places.in_doubt.update(self._slots.tolist())
+
+    def end(self) -> None:
+        """It has ended well, or no block has run."""
+        self._places.in_doubt.difference_update(self._slots.tolist())
 
     def go_on(self, recent: Pending, count: int) -> None:
         """The prompts have been read: what came last in each goes to its place."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engram_ref.attach.blocks import Given, is_on_accelerator
 from engram_ref.attach.graphs import Staged
-from engram_ref.attach.history import LengthsOnDevice, Places, Prompts, history_of
+from engram_ref.attach.history import CacheHistory, LengthsOnDevice, Places, Prompts, history_of
 from engram_ref.attach.lookup import Room, Source
 from engram_ref.attach.packing import borders_of
 from engram_ref.attach.step import ForBlock, Step, give_back
@@ -50,6 +50,8 @@ class StagedSteps(ABC):
         self._staged: Staged | None = None  # inside of `staging`
         self._between: Callable[[], object] | None = None  # likewise
         self._begun: Callable[[], Step] | None = None  # by `begin`, until `lay_down`
+        self._entered = False  # a staged forward runs as it is written: of a replay, or a whole graph, nothing is known
+        self._advancing: CacheHistory | None = None  # by it
         self._staging_thread = 0
         # By overlap and asking; captured graphs read their buffers as long as we live.
         self._stagings: dict[tuple[bool, bool], Staged] = {}
@@ -71,6 +73,10 @@ class StagedSteps(ABC):
 
         A graph that was captured in one staging may be replayed in another, until Engram is detached; and longer, if
         its buffers are `staged`, which are the caller's.
+
+        A cache whose forward failed halfway is refused at the next `stage`, if the forward ran as it is written, block
+        by block. Of a replay, and of a forward compiled as one graph, nothing is known here but that it was staged:
+        where one fails, begin with a new cache, or reset this one.
 
         Args:
             overlap: on CUDA, let the graph itself wait for the rows, just before the block that needs them.
@@ -95,6 +101,7 @@ class StagedSteps(ABC):
             yield self
         finally:
             self._staged = self._between = self._begun = None
+            self._forget_entered()
 
     def stage(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
         """Fetch the rows of a step, and lay them down for the forward, or the graph's replay, that follows.
@@ -108,6 +115,7 @@ class StagedSteps(ABC):
             ValueError: as the forward would raise.
         """
         if self._staged is not None and self._staged.asking:
+            self._forget_entered()
             self._ask(self._staged, input_ids, past_key_values)
             return
         self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=True)
@@ -199,6 +207,7 @@ class StagedSteps(ABC):
             raise ValueError("begin() where steps ask for their rows themselves: capture stage(), then answer()")
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
         room = self._room_in(self._staged)
+        self._forget_entered()
         self._staged.forget()
         self._staged.shape = input_ids.shape
         arrived = self._source.send_for(input_ids)
@@ -232,10 +241,12 @@ class StagedSteps(ABC):
             self._staged.fill(step, self.engrams)
         except BaseException:
             give_back(step.fetch)
-            if step.history is not None:
-                step.history.open = False  # no block has run, so the cache is as it was
+            if step.history is not None and not self._entered:
+                step.history.end()  # no block has run, so the cache is as it was
             raise
         step.end()
+        if self._entered:  # the blocks behind the first layer are still to come
+            self._let_advance(step.history)
 
     def _require_staging_thread(self) -> None:
         if threading.get_ident() != self._staging_thread:
@@ -253,8 +264,15 @@ class StagedSteps(ABC):
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
         history = None if given.cache is None else history_of(given.cache, self._key)
-        if history is None or isinstance(history, Places) or self._begun is not None:
-            return  # of places, or before `lay_down`, there is no length to compare
+        if history is not None and self._begun is None:  # before `lay_down` a step is open, and has no length
+            history.require_whole()
+            self._compare_length(given, history)
+        self._entered = True
+        self._let_advance(history)
+
+    def _compare_length(self, given: Given, history: CacheHistory) -> None:
+        if isinstance(history, Places):
+            return  # each is at a position of its own
         length = given.cache.get_seq_length() + given.ids.shape[1]
         if is_on_accelerator(length):
             if not torch.cuda.is_current_stream_capturing():
@@ -264,6 +282,22 @@ class StagedSteps(ABC):
                 f"a step that ends at position {int(length)}; staged was one that ends at {history.length}: call "
                 "stage() once before every forward"
             )
+
+    def _let_advance(self, history: CacheHistory | None) -> None:
+        """A forward writes to this history, and to its cache, until it leaves."""
+        self._advancing = history
+        if history is not None:
+            history.begin()
+
+    @torch.compiler.disable
+    def _leave_staged(self, output: Any) -> None:
+        """The forward has ended; without output, by an exception, after which its history stays open."""
+        if output is not None and self._advancing is not None:
+            self._advancing.end()
+        self._forget_entered()
+
+    def _forget_entered(self) -> None:
+        self._entered, self._advancing = False, None
 
     def _laid_down(self, staged: Staged, layer_id: int) -> ForBlock:
         """What a block of the forward that was staged reads."""

@@ -75,6 +75,7 @@ class Step:
             assert self.recent is not None
             self.history.go_on(self.recent, self.shape[1])
             self.history.packed = self.packing is not None
+            self.history.end()
 
 
 def give_back(fetch: Any) -> None:

@@ -204,6 +204,62 @@ def test_staging_twice_without_a_step_is_noticed(model, layers, ids):
             attached.stage(ids[:, 4:5], cache)
 
 
+def fail(*_):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("form", ["demo", "v41"])
+@pytest.mark.parametrize("failing", [0, 1], ids=["before the layer", "behind it"])
+@pytest.mark.parametrize("laid_down", ["before", "between"])
+def test_a_cache_whose_staged_forward_failed_is_refused(laid_down, failing, form, model, ids):
+    layers = make_layers((1,), form)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        between = attached.lay_down if laid_down == "between" else None
+        begin = attached.begin if between else attached.stage
+        with attached.staging(between=between):
+            caches = [static(model), static(model)]
+            for cache in caches:
+                begin(ids[:, :4], cache)
+                model(ids[:, :4], past_key_values=cache)
+            begin(ids[:, 4:5], caches[0])
+            hook = model.model.layers[failing].mlp.register_forward_pre_hook(fail)
+            with pytest.raises(MemoryError):
+                model(ids[:, 4:5], past_key_values=caches[0])
+            hook.remove()
+            if laid_down == "before":  # not even run again as it was staged
+                with pytest.raises(ValueError, match=r"broken off.*begin with a new cache"):
+                    model(ids[:, 4:5], past_key_values=caches[0])
+            with pytest.raises(ValueError, match=r"broken off.*begin with a new cache"):
+                begin(ids[:, 5:6], caches[0])
+            begin(ids[:, 4:5], caches[1])  # another cache goes on
+            got = model(ids[:, 4:5], past_key_values=caches[1]).logits
+            caches[0].reset()
+            begin(ids[:, :4], caches[0])
+            again = model(ids[:, :4], past_key_values=caches[0]).logits
+        with pytest.raises(ValueError, match=r"broken off.*begin with a new cache"):
+            hook = model.model.layers[failing].mlp.register_forward_pre_hook(fail)
+            with attached.staging(between=between), contextlib.suppress(MemoryError):
+                begin(ids[:, 4:5], caches[0])
+                model(ids[:, 4:5], past_key_values=caches[0])
+            hook.remove()
+            model(ids[:, 5:6], past_key_values=caches[0])  # nor outside of staging
+    whole = by_hand(model, layers, ids[:, :5])
+    torch.testing.assert_close(torch.cat([again, got], 1), whole, **EXACT)
+
+
+def test_steps_that_are_replayed_are_never_taken_for_broken(model, layers, ids):
+    """A replay runs no hook: staged steps follow one another, whatever is known of forwards between them."""
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached, attached.staging():
+        cache = static(model)
+        for t in range(4):
+            attached.stage(ids[:, t : t + 1], cache)
+            cache.update(*[torch.zeros(2, 2, 1, 16, dtype=torch.float64)] * 2, 0)  # as a replay advances it
+        rows = attached._staged.at(1).rows.clone()
+        attached.stage(ids[:, :4])
+        whole = attached._staged.at(1).rows.view(2, 4, -1)
+    assert torch.equal(rows.view(2, 1, -1), whole[:, 3:])
+
+
 def test_overlap_without_a_gpu_is_refused(model, layers):
     with attach(model, layers.engrams, layers.plan) as attached:
         with pytest.raises(ValueError, match="overlap=True on cpu"), attached.staging(overlap=True):

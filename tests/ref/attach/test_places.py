@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -241,3 +242,73 @@ def test_places_that_do_not_fit_and_steps_that_cannot_be_staged_are_refused():
             attached.stage(make_ids(2, 1), cache)
             with pytest.raises(RuntimeError, match="without a step"):
                 attached.lay_down()
+
+
+def fail(*_):
+    raise MemoryError
+
+
+@pytest.fixture
+def seated():
+    """A model whose second block can fail, places of which both have a sequence, their cache, and what is attached."""
+    model, layers = Tokenwise(), make_layers((0, 1))
+    pasts = {i: ShortConvHistory(engram.fusion, 2) for i, engram in layers.engrams.items()}
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        cache, places = Cache(), Places(layers.plan, 2, CPU, pasts)
+        attached.seat(cache, places)
+        places.admit([0, 1], [4, 4])
+        model(make_ids(2, 4), past_key_values=cache)
+        yield SimpleNamespace(model=model, attached=attached, cache=cache, places=places)
+
+
+def run_into_failure(seated, ids):
+    hook = seated.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        seated.model(ids, past_key_values=seated.cache)
+    hook.remove()
+
+
+@pytest.mark.parametrize("way", ["forward", "stage", "begin"])
+def test_places_whose_step_failed_do_not_go_on(way, seated):
+    model, attached, cache, places = seated.model, seated.attached, seated.cache, seated.places
+    ids = make_ids(2, 5)
+    want = model(ids)[:, 4:]
+    staging = attached.staging(between=attached.lay_down if way == "begin" else None)
+    with staging if way != "forward" else nullcontext():
+        before = {"forward": lambda *_: None, "stage": attached.stage, "begin": attached.begin}[way]
+        before(ids[:, 4:], cache)
+        run_into_failure(seated, ids[:, 4:])
+        with pytest.raises(ValueError, match=r"step of places \[0, 1\] was broken off.*: admit\(\) .*clear\(\)"):
+            before(ids[:, 4:], cache)
+            model(ids[:, 4:], past_key_values=cache)
+    places.admit([1], [4])
+    model(ids[1:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"step of places \[0\] was broken off"):
+        model(ids[:, 4:], past_key_values=cache)
+    places.admit([0], [4])
+    model(ids[:1, :4], past_key_values=cache)
+    torch.testing.assert_close(model(ids[:, 4:], past_key_values=cache), want, rtol=0, atol=1e-12)  # as above
+
+
+def test_prompts_whose_forward_failed_take_no_place(seated):
+    model, cache, places = seated.model, seated.cache, seated.places
+    ids = make_ids(2, 5)
+    want = model(ids)[0, 4]
+    places.admit([1], [3])
+    run_into_failure(seated, make_ids(1, 3, seed=1))
+    with pytest.raises(ValueError, match=r"step of places \[1\] was broken off"):
+        model(ids[:, 4:], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"places \[2\] of 2: name different ones"):
+        places.clear([2])
+    places.clear([1])
+    fresh = model(ids[1:, 4:])[0, 0]
+    got = model(ids[:, 4:], past_key_values=cache)[:, 0]
+    torch.testing.assert_close(got, torch.stack([want, fresh]), rtol=0, atol=1e-12)  # as above
+
+
+def test_cleared_places_are_in_no_doubt(seated):
+    model, cache = seated.model, seated.cache
+    run_into_failure(seated, make_ids(2, 1))
+    seated.places.clear()
+    ids = make_ids(2, 1, seed=1)
+    torch.testing.assert_close(model(ids, past_key_values=cache), model(ids), rtol=0, atol=1e-12)  # as above
