@@ -27,7 +27,7 @@ class DeviceTable(Table):
 
     Args:
         rows: plain values [R, D], contiguous, or `Rows`; they are used as they are. If values require gradients, rows
-            fetched while gradients are on pass them back.
+            fetched while gradients are on pass them back, and after `values.data = ...` the new ones are fetched.
         memory: what they lie in; it is closed with the table.
         checked: fp8 rows were searched for NaN just now, and are not searched again.
 
@@ -87,7 +87,20 @@ class DeviceTable(Table):
     def _open(self) -> Rows:
         self._require_open()
         assert self._rows is not None
+        if self._trained is not None and self._trained.data_ptr() != self._rows.parts[0].data_ptr():
+            self._follow(self._trained)
         return self._rows
+
+    def _follow(self, values: Tensor) -> None:
+        """Rows that are trained lie elsewhere now: `values.data = ...`, as an average of weights is swapped in."""
+        if values.device != self.device or len(values) != self.rows:
+            raise ValueError(
+                f"this table was made of {self.rows} rows on {self.device}, its weight has {len(values)} on "
+                f"{values.device} now: make a new DeviceTable of it"
+            )
+        self._rows = Rows(self.format, (self.format.encode(values),))
+        if self._in_place is not None:
+            self._in_place.table = self._rows
 
     def in_place(self) -> Rows | None:
         """The rows; None where they are trained, as no kernel passes gradients back."""

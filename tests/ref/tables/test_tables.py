@@ -508,6 +508,38 @@ def test_rows_are_used_as_they_are_now():
             assert_same_bits(out, weight.detach(), torch.arange(R))
 
 
+@pytest.mark.parametrize("gathered", [True, False], ids=["compiled gather", "kernel"])
+def test_rows_that_were_exchanged_for_others_are_followed(gathered, monkeypatch):
+    """As an average of weights is swapped in, and out again; whether gradients are on or off."""
+    if not gathered:
+        monkeypatch.setattr("engram_ref.tables.device.kernels_for", lambda device: Kernels())
+    weight = torch.nn.Parameter(random_values())
+    own, average = weight.data, random_values().flip(0)
+    numbers = torch.arange(R)
+    with DeviceTable(weight) as table:
+        for values in (average, own, own.roll(1)):
+            weight.data = values
+            assert_same_bits(fetch(table, numbers).detach(), values, numbers)
+            with torch.no_grad():
+                assert_same_bits(fetch(table, numbers), values, numbers)
+            assert_same_bits(table.stored(numbers).view(values.dtype), values, numbers)
+        for values, message in (
+            (own[:-1].clone(), f"made of {R} rows on cpu, its weight has {R - 1} on cpu now: make a new DeviceTable"),
+            (own.double(), "torch.float64: this table has"),
+        ):
+            weight.data = values
+            with pytest.raises(ValueError, match=message), torch.no_grad():
+                fetch(table, numbers)
+
+
+class Kernels:
+    """In place of those that run on an accelerator."""
+
+    @staticmethod
+    def gather_rows(raw, numbers, out, bad_row):
+        out.copy_(raw[numbers.long()])
+
+
 # --- the factory ------------------------------------------------------------------------------------------
 
 
