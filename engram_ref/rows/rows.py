@@ -57,7 +57,12 @@ class Rows:
 
     @classmethod
     def of(cls, values: Tensor) -> Rows:
-        """Plain rows [R, D]; nothing is copied."""
+        """Plain rows [R, D]; nothing is copied.
+
+        Raises:
+            ValueError: values that require gradients, of another shape, or that do not lie one after the other.
+        """
+        refuse_trained(values)
         row_format = RowFormat(values.dtype, values.shape[-1])
         return cls(row_format, (row_format.encode(values),))
 
@@ -156,6 +161,19 @@ class Rows:
                     refuse_nan("these rows", piece.cpu().numpy(), count, number)
 
 
+def refuse_trained(values: Tensor) -> None:
+    """Refuse values that ask for gradients where none reach them: they would stay as they are, without a word.
+
+    Raises:
+        ValueError: they do.
+    """
+    if values.requires_grad:
+        raise ValueError(
+            "rows that require gradients, and a table that passes none back: give them to DeviceTable(weight), which "
+            "trains them, or give weight.detach()"
+        )
+
+
 def rows_of_table(rows: Tensor | Rows, checked: bool) -> Rows:
     """What somebody gives a table to use as it is: plain values [R, D], or `Rows`.
 
@@ -163,7 +181,7 @@ def rows_of_table(rows: Tensor | Rows, checked: bool) -> Rows:
         checked: whether fp8 rows were searched for NaN just now; they are searched here otherwise, 30 ns a row.
 
     Raises:
-        ValueError: fp8 rows with a code or a scale that is NaN.
+        ValueError: fp8 rows with a code or a scale that is NaN, or values that require gradients.
     """
     rows = rows if isinstance(rows, Rows) else Rows.of(rows)
     if not checked:

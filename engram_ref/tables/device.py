@@ -40,7 +40,7 @@ class DeviceTable(Table):
 
     def __init__(self, rows: Tensor | Rows, memory: HostMemory | None = None, *, checked: bool = False) -> None:
         self._trained = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
-        rows = rows_of_table(rows, checked)
+        rows = rows_of_table(rows.detach() if isinstance(rows, Tensor) else rows, checked)
         super().__init__(len(rows), rows.format, rows.device, rows.device)
         self.trained = self._trained is not None
         self._rows: Rows | None = rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engram_ref.devices import as_device
 from engram_ref.rows.memory import HostMemory, require_bytes
-from engram_ref.rows.rows import Rows
+from engram_ref.rows.rows import Rows, refuse_trained
 from engram_ref.sharding.agreement import agreed, group_device, require_same
 from engram_ref.sharding.plan import Columns, ShardPlan
 from engram_ref.tables.base import Table
@@ -56,8 +56,8 @@ def make_table(
             those of `make_sharded`.
 
     Raises:
-        ValueError: an unknown placement, one that this machine cannot serve, rows that do not fit, or fp8 rows with a
-            code or a scale that is NaN.
+        ValueError: an unknown placement, one that this machine cannot serve, rows that do not fit, rows that require
+            gradients, which copies do not pass back, or fp8 rows with a code or a scale that is NaN.
     """
     target = as_device(device)
     if placement == "sharded":
@@ -65,6 +65,8 @@ def make_table(
     if placement not in PLACEMENTS:
         raise ValueError(f"no placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
     _require_types(rows, packed, hot)
+    if isinstance(rows, Tensor):
+        refuse_trained(rows)
     if placement == "hot":
         return _hot(rows, target, hot, behind, {"packed": packed, "shared": shared, **options})
     if hot is not None:

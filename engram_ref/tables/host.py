@@ -26,7 +26,7 @@ class HostTable(Table):
         checked: fp8 rows were searched for NaN just now, and are not searched again.
 
     Raises:
-        ValueError: rows on another device, or fp8 rows with a code or a scale that is NaN.
+        ValueError: rows on another device, rows that require gradients, or fp8 rows with a code or a scale that is NaN.
     """
 
     placement = "host"

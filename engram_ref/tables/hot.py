@@ -62,13 +62,18 @@ class HotTable(Table):
         hot: numbers of the rows to keep on the device, each once; they are read from `behind` now.
 
     Raises:
-        ValueError: no hot row, one twice or one that does not exist, or rows that do not fit.
+        ValueError: no hot row, one twice or one that does not exist, rows that do not fit, or rows that are trained.
     """
 
     placement = "hot"
 
     def __init__(self, behind: Table, hot: Tensor) -> None:
         super().__init__(behind.rows, behind.format, behind.device, behind.index_device)
+        if behind.trained:
+            raise ValueError(
+                "rows that are trained, behind copies of some, which would not learn: use the table behind alone, or "
+                "DeviceTable(weight.detach())"
+            )
         hot = check_hot(hot, behind.rows).to(self.index_device)
         require_bytes(behind.rows * _NUMBER.row_bytes, self.index_device)
         require_bytes(len(hot) * self.format.row_bytes, self.device)

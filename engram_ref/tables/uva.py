@@ -37,8 +37,8 @@ class UvaTable(Table):
         checked: fp8 rows were searched for NaN just now, and are not searched again.
 
     Raises:
-        ValueError: this machine cannot serve the placement, the memory is not page-locked, or fp8 rows have a code or
-            a scale that is NaN.
+        ValueError: this machine cannot serve the placement, the memory is not page-locked, rows require gradients, or
+            fp8 rows have a code or a scale that is NaN.
     """
 
     placement = "uva"

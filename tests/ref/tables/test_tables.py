@@ -37,6 +37,7 @@ from engram_ref.tables.base import check_rows
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import StoredRows, save_pieces, save_rows
 from engram_ref.tables.host import HostTable
+from engram_ref.tables.hot import HotTable
 from engram_ref.tables.uva import UvaTable
 from engram_ref.vocab import CompressedVocab
 from tests.ref.rows.fp8_pairs import assert_bits, rows_of
@@ -530,6 +531,25 @@ def test_rows_that_were_exchanged_for_others_are_followed(gathered, monkeypatch)
             weight.data = values
             with pytest.raises(ValueError, match=message), torch.no_grad():
                 fetch(table, numbers)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda weight: HostTable(weight, "cpu"),
+        lambda weight: HotTable(DeviceTable(weight), torch.arange(5)),
+        lambda weight: DeviceTable(Rows.of(weight)),
+        lambda weight: make_table("device", weight),
+        lambda weight: make_table("host", weight),
+        lambda weight: make_table("hot", weight, hot=torch.arange(5)),
+        lambda weight: make_table("uva", weight),
+    ],
+    ids=["HostTable", "HotTable", "Rows", "device", "host", "hot", "uva"],
+)
+def test_rows_that_would_not_learn_are_refused(take):
+    weight = torch.nn.Parameter(random_values())
+    with pytest.raises(ValueError, match=r"^rows that .*DeviceTable\(.*weight\.detach\(\)"):
+        take(weight)
 
 
 class Kernels:
