@@ -108,8 +108,8 @@ def save_pieces(
     """
     if row_format.dtype not in ROW_DTYPES:
         raise ValueError(f"rows of {row_format.dtype}: a table's are one of {', '.join(map(str, ROW_DTYPES))}")
-    if rows < 1 or row_format.width < 1:
-        raise ValueError(f"a table of {rows} rows of {row_format.width} values: it needs one of each at least")
+    if rows < 1:
+        raise ValueError(f"a table of {rows} rows of {row_format.width} values: it needs one at least")
     split = split and row_format.scaled
     header = _table_header(rows, row_format, name, split)
     written = 0

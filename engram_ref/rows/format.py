@@ -27,7 +27,7 @@ class RowFormat:
             values are bfloat16. Otherwise the values lie there as they are.
 
     Raises:
-        ValueError: scaled rows of another dtype or of a width that is not made of whole blocks.
+        ValueError: rows of no value, or scaled rows of another dtype or of a width that is not made of whole blocks.
     """
 
     dtype: torch.dtype
@@ -35,6 +35,8 @@ class RowFormat:
     scaled: bool = False
 
     def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"rows of {self.width} values: a row has one at least")
         if self.scaled and (self.dtype != torch.bfloat16 or self.width % SCALE_BLOCK):
             raise ValueError(
                 f"scaled rows of {self.width} values, {self.dtype}: "

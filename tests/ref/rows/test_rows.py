@@ -39,6 +39,12 @@ def test_packed_and_split_are_made_of_one_another():
     )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_row_has_values(scaled):
+    with pytest.raises(ValueError, match=r"^rows of 0 values: a row has one at least$"):
+        RowFormat(torch.bfloat16, 0, scaled)
+
+
 def test_rows_are_not_copied():
     raw = fp8_rows().packed().parts[0]
     assert Rows.from_packed(raw).parts[0].data_ptr() == raw.data_ptr()

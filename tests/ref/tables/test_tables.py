@@ -614,6 +614,15 @@ def test_what_is_no_rows_is_refused(rows, placement):
         make_table(placement, rows, **hot)
 
 
+@pytest.mark.parametrize("placement", ["device", "host", "hot"])
+@pytest.mark.parametrize("count", [3, 0])
+def test_rows_of_no_value_are_refused(count, placement):
+    """A table of no row is none to refuse: a rank may own none."""
+    hot = {"hot": torch.tensor([1])} if placement == "hot" else {}
+    with pytest.raises(ValueError, match=r"^rows of 0 values: a row has one at least$"):
+        make_table(placement, torch.zeros(count, 0), **hot)
+
+
 def test_an_option_that_a_file_table_has_not_is_refused(tmp_path):
     save_rows(tmp_path / "table.safetensors", Rows.of(random_values()))
     with pytest.raises(ValueError, match="placement 'file' has no option thread: it has threads and direct"):
