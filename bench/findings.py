@@ -1,6 +1,6 @@
 """Rebuild every result, figure and document of the findings, from nothing.
 
-    make findings                     half an hour on two cores (26 minutes on a Xeon, other work beside for a third of it)
+    make findings                     half an hour on two cores (26 minutes on a Xeon, not quite alone)
     make findings QUICK=1             small versions of every step, under two minutes; committed files untouched
     python bench/findings.py --help
 

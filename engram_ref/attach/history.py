@@ -235,7 +235,7 @@ class Places(CacheHistory):
         Raises:
             ValueError: a place that does not exist or is named twice.
         """
-        slots = torch.arange(self.batch_size) if slots is None else torch.as_tensor(slots, device="cpu")
+        slots = torch.arange(self.batch_size, device="cpu") if slots is None else torch.as_tensor(slots, device="cpu")
         named = self._named(slots)
         self._admitted = None
         self._put(self.recent.index_fill(0, slots.to(self.recent.device), DEAD))
