@@ -59,7 +59,7 @@ bench-cpu: $(VENV)/stamp-fast,plot,ref
 		--backbone qwen3-4b --steps prefill:1x64 decode:4 --rounds 30 --seq_len 1024 --batch_size 1 --iterations 12
 
 end-to-end-cpu: $(VENV)/stamp-fast,plot,ref
-	$(BIN)/python bench/gpu_wall.py --end-to-end --device cpu --out out/end_to_end_cpu
+	OMP_NUM_THREADS=1 $(BIN)/python bench/gpu_wall.py --end-to-end --device cpu --out out/end_to_end_cpu # more of them wait for each other
 
 bench-layer: $(VENV)/stamp-fast,plot,ref
 	$(BIN)/python bench/layer_speed.py --out out/layer_speed/results.json
