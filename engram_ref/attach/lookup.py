@@ -22,7 +22,7 @@ from engram_ref.attach.step import give_back
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
-from engram_ref.ids import DEAD
+from engram_ref.ids import DEAD, check_ids
 from engram_ref.layer import Engram
 from engram_ref.lookup.device import DeviceLookup, can_fuse
 from engram_ref.prefetch import Prefetcher
@@ -245,7 +245,11 @@ class Source:
     def _compressed(self, ids: Tensor) -> Tensor:
         if self._uploaded is not None:
             return self._uploaded(ids)
-        return ids.to(torch.int64) if self._on_cpu is None else torch.from_numpy(self._on_cpu(ids.numpy()))
+        if self._on_cpu is not None:
+            return torch.from_numpy(self._on_cpu(ids.numpy()))
+        if not self._on_device:  # now, before any block has run: the worker would find out behind the first of them
+            check_ids(ids.numpy(), self.token_ids, least=DEAD)
+        return ids.to(torch.int64)
 
     def _fetch(self, compressed: Tensor, history: CacheHistory | None, waited_for: bool) -> Any:
         if not self._looks_up:
