@@ -30,6 +30,8 @@ def _is_importable() -> bool:
     try:
         for name in ("llvmlite.ir", "numba", "numba.extending"):
             importlib.import_module(name)
+        if importlib.import_module("numba").config.DISABLE_JIT:  # by NUMBA_DISABLE_JIT, to debug: it compiles nothing
+            return False
     # ImportError, SystemError, OSError, AttributeError: each numba supports some versions of NumPy and Python only.
     except Exception as error:
         versions = ", ".join(f"{name} {_version(name)}" for name in ("numba", "llvmlite", "numpy"))

@@ -50,6 +50,6 @@ def kilobytes(text: str, field: str) -> int:
 def text_of(path: Path) -> str:
     """What the system says there; nothing where it has no such file."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8", errors="replace")  # names of mapped files may be of any encoding
     except OSError:
         return ""

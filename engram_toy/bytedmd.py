@@ -241,6 +241,10 @@ def _engine(compiled: bool) -> tuple[Any, Any]:
 def _compiled_engine() -> tuple[Any, Any] | None:
     """The compiled modules, loaded only here; None, with a warning, where they cannot be."""
     try:
+        import numba
+
+        if getattr(numba.config, "DISABLE_JIT", False):  # by NUMBA_DISABLE_JIT, to debug: it compiles nothing
+            return None
         from engram_toy.fast import definitions as fast_definitions
         from engram_toy.fast import stack as fast_stack
     # What a broken installation raises: numpy too new or too old for numba, libraries of LLVM missing or foreign.

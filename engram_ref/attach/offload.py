@@ -334,13 +334,13 @@ class _Seat:
         embedding: the class's module around it.
         table: the module that was there.
         lookup: what takes its place.
-        was: shape and device of the weights that were let go.
+        was: shape and device of the weights that were let go, and whether they were made in inference mode.
     """
 
     embedding: Any
     table: Any
     lookup: _Lookup
-    was: tuple[torch.Size, torch.device] | None = None
+    was: tuple[torch.Size, torch.device, bool] | None = None
 
     def take(self) -> None:
         """Put the lookup where the table was; its parameter keeps all that is in it."""
@@ -351,7 +351,7 @@ class _Seat:
         weight = self.table.weight
         if weight.is_meta or isinstance(table, _OwnMemory):
             return {}
-        self.was = weight.shape, weight.device
+        self.was = weight.shape, weight.device, weight.is_inference()
         nbytes = weight.nbytes
         weight.data = weight.data.new_empty(0)
         return {str(self.was[1]): nbytes}
@@ -359,11 +359,12 @@ class _Seat:
     def bring_back(self, table: Table) -> None:
         """The parameter with all its bytes, in its place."""
         if self.was is not None:
-            weight, (shape, device) = self.table.weight, self.was
-            data = torch.empty(shape, dtype=weight.dtype, device=device)
-            for numbers in torch.arange(len(data), device="cpu").split(_COMPARED):
-                data[numbers[0] : numbers[-1] + 1] = table.stored(numbers).view(weight.dtype).to(device)
-            weight.data = data
+            weight, (shape, device, inference) = self.table.weight, self.was
+            with torch.inference_mode(inference):  # a parameter keeps for good what it was made in
+                data = torch.empty(shape, dtype=weight.dtype, device=device)
+                for numbers in torch.arange(len(data), device="cpu").split(_COMPARED):
+                    data[numbers[0] : numbers[-1] + 1] = table.stored(numbers).view(weight.dtype).to(device)
+                weight.data = data
             self.was = None
         self.embedding.ngram_embedding = self.table
 

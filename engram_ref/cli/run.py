@@ -52,6 +52,9 @@ def run(main: Callable[[], None], prog: str, left: str = "nothing was written") 
     (`... | head`), it ends in silence, with code 141.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us, as for a daemon: nobody reads there
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     try:
         try:
             main()

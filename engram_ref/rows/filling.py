@@ -47,12 +47,14 @@ def fill_normal(values: Tensor, seed: int, start: int = 0) -> None:
     chunks = list(enumerate(values.detach().view(-1).split(_CHUNK), start // _CHUNK))
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        started = [pool.submit(_fill_share, chunks[first::threads], seed) for first in range(threads)]
+        # A thread is in no mode of the caller's, and without it may not write to what was made there.
+        inference = values.is_inference()
+        started = [pool.submit(_fill_share, chunks[first::threads], seed, inference) for first in range(threads)]
     for share in started:
         share.result()
 
 
-def _fill_share(share: list[tuple[int, Tensor]], seed: int) -> None:
+def _fill_share(share: list[tuple[int, Tensor]], seed: int, inference: bool) -> None:
     """What one thread does, with one scratch memory for all its chunks."""
     scratch = np.empty((3, _CHUNK), dtype=np.float32)
     for number, chunk in share:
@@ -64,8 +66,9 @@ def _fill_share(share: list[tuple[int, Tensor]], seed: int) -> None:
         else:
             drawn = scratch[2, : len(chunk)]
             _draw(generator, drawn, scratch)
-            for part, rounded in zip(torch.from_numpy(drawn).split(_ROUNDED), chunk.split(_ROUNDED)):
-                rounded.copy_(part)
+            with torch.inference_mode(inference):
+                for part, rounded in zip(torch.from_numpy(drawn).split(_ROUNDED), chunk.split(_ROUNDED)):
+                    rounded.copy_(part)
 
 
 def _draw(generator: np.random.Generator, out: np.ndarray, scratch: np.ndarray) -> None:

@@ -23,6 +23,7 @@ returned, so "two-stack" and "live" are one here. `engram_toy.fast.floor` has th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ from engram_toy.fast.time_axis import axis_of, count_from, full_axis, give_up, s
 
 BINS = 64  # powers of two of depth in bytes
 MOST_BYTES = 1 << 51  # the root of a depth beyond 2^52 may be rounded
+# A longer row may span several steps of the root, over which a sum leaves 64 bits. Shipped ones have hundreds.
+MOST_ROW_BYTES = 1 << 20
 _AHEAD = 16  # reads; of many distinct rows, waiting for memory is most of the time
 STORE = -(2**31)  # in the place of a link: a block is put on top, and nothing is read
 
@@ -197,10 +200,16 @@ def _first(reads: RowReads, begin: Start, row_bytes: int) -> tuple[int, np.ndarr
 
 
 def check_depth(reads: RowReads, row_bytes: int, above: int) -> None:
-    """Raise ValueError for fewer than one byte a row, or a stack too deep to be priced exactly."""
+    """Raise ValueError for rows of no byte or over a MiB, or a stack too deep for prices to be exact in 64 bits."""
     deepest = 2 * reads.table_rows * row_bytes + above  # of every row a copy at most
     if row_bytes < 1 or above < 0 or deepest > MOST_BYTES:
         raise ValueError(f"a stack of {deepest:,} bytes, {row_bytes} a row: give 1 byte or more, up to 2^51 in all")
+    dearest = len(reads.links) * row_bytes * (math.isqrt(deepest) + 1)
+    if row_bytes > MOST_ROW_BYTES or dearest >= 1 << 63:
+        raise ValueError(
+            f"{len(reads.links):,} reads of {row_bytes:,} bytes from a stack of {deepest:,}: give rows of at most 2^20 "
+            "bytes, and so few that their price is below 2^63"
+        )
 
 
 def addresses(begin: Start) -> np.ndarray:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -267,3 +269,15 @@ def test_another_pipe_that_breaks_is_told(capsys):
     with pytest.raises(SystemExit) as ended, cli.one_line_errors("some"):
         raise BrokenPipeError(32, "Broken pipe")
     assert ended.value.code == 2 and "Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--preset", "demo"], 0), (["--preset", "none"], 2), (["--help"], 0)])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_that_was_started_without_output_ends_as_any_other(closed, arguments, code):
+    """As a daemon's child may be; what is an error does not go to the other stream instead."""
+    command = shlex.join([sys.executable, "-m", "engram_ref.plan", *arguments])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {closed}"], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert "error" not in done.stdout and (code == 0 or closed != ">&-" or len(done.stderr.splitlines()) == 1)

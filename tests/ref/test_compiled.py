@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,4 +89,22 @@ def test_the_package_works_with_a_broken_numba(tmp_path):
     (tmp_path / "numba" / "__init__.py").write_text(f"raise ImportError({str(ERRORS[0])!r})\n", encoding="utf-8")
     code = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; FILE = {str(tmp_path / 't')!r}\n{EVERYTHING}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+UNCOMPILED = """
+import numpy, torch
+import engram_ref.layer
+from engram_ref.config import EngramConfig
+from engram_ref.hashing import HashPlan, NgramHasher
+from engram_toy.bytedmd import traced_eval
+assert NgramHasher(HashPlan.build(EngramConfig.preset("tiny"), 97, 2)).backend == "numpy"
+assert traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3)) == ([1, 2, 1, 2], 6)
+"""
+
+
+def test_the_package_works_where_numba_is_told_to_compile_nothing():
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", UNCOMPILED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -393,3 +393,11 @@ def test_rows_of_our_own_table_are_the_models(model):
     with make_table("host", own) as table:
         numbers = torch.tensor([0, 16_895, 7, 7])
         assert torch.equal(table.start(numbers).wait(), own[numbers])
+
+
+def test_a_model_that_was_made_in_inference_mode_goes_on_in_it():
+    with torch.inference_mode():
+        model, ids = make_model(), ids_of(2, 17)
+        want = model(ids).logits
+        offload_table(model, placement="device").restore()
+        assert torch.equal(model(ids).logits, want)

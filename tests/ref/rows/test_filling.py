@@ -67,6 +67,16 @@ def test_the_number_of_threads_changes_nothing(dtype, monkeypatch):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@every_dtype
+def test_memory_that_was_made_in_inference_mode_is_filled(dtype):
+    want = torch.empty(100, dtype=dtype)
+    fill_normal(want, 3)
+    with torch.inference_mode():
+        values = torch.empty(100, dtype=dtype)
+        fill_normal(values, 3)
+    assert torch.equal(values, want)
+
+
 def test_chunks_and_seeds_differ(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 1000)
     values = torch.stack([filled((4, 1000), seed) for seed in (0, 1, 2)]).view(12, 1000)

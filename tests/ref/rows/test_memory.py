@@ -318,3 +318,10 @@ def test_unlocked_memory_is_closed_without_cuda(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", unexpected)
     HostMemory(MIB).close()
+
+
+def test_what_the_system_says_in_no_encoding_is_read(tmp_path):
+    """A mapped file may have any name."""
+    path = tmp_path / "smaps"
+    path.write_bytes(b"7f00-7f01 r--p 0 0:0 1  /home/jos\xff/lib.so\nAnonHugePages:  2048 kB\n")
+    assert free_memory.kilobytes(free_memory.text_of(path), "AnonHugePages") == 2048
