@@ -6,10 +6,10 @@
     engram-price --preset v41-flash                4-grams and fp8 rows, a number for each stored byte
     engram-price --json
 
-The text goes through a tokenizer and Engram's hash; the rows that it names are read in plain Python, and traced. One
-layer in the form of a preset, its table small enough to lay out value by value; what it was cut to is said. Only row
-reads are priced: with the layer and the block around them the ratios come close to 1: `make toy` in the repository
-prices those, too.
+The text goes through a tokenizer and Engram's hash, its last tokens as if nothing came before them; the rows that they
+name are read in plain Python, and traced. One layer in the form of a preset, its table small enough to lay out value
+by value; what it was cut to is said. Only row reads are priced: with the layer and the block around them the ratios
+come close to 1: `make toy` in the repository prices those, too.
 
   resident          the table above the padding: the baseline
   offload_naive     the table below the padding
@@ -55,7 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=sorted(ROWS), default="tiny", help="form of Engram, its table cut to fit (default: tiny)")
     add("--text", metavar="FILE", help="a UTF-8 text, - for standard input (default: Python's help topics)")
     add("--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hub name (default: DeepSeek-V4's)")
-    add("--tokens", type=cli.at_least(2, MOST_TOKENS), default=128, help="of the end of the text (default: 128)")
+    add("--tokens", type=cli.at_least(2, MOST_TOKENS), default=128,
+        help="of the end of the text, as a text of their own (default: 128)")  # fmt: skip
     add("--padding", type=cli.at_least(0, 10**7), nargs="+", default=[10**6], metavar="VALUES",
         help="that bury the table (default: 10^6)")  # fmt: skip
     add("--hot-share", type=cli.share, default=0.1, help="of all rows, that offload_hot keeps above (default: 0.1)")

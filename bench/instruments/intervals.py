@@ -20,7 +20,13 @@ _FAR = 8  # standard deviations: a middle draw that far from the middle has a ch
 
 @functools.lru_cache(maxsize=4096)
 def median_interval(samples: tuple[float, ...]) -> tuple[float, float]:
-    """The 95 % percentile interval of the median of some samples; reports ask for the same one again and again."""
+    """The 95 % percentile interval of the median of some samples; reports ask for the same one again and again.
+
+    Raises:
+        ValueError: no sample, or one that is no finite number, of which there is no order.
+    """
+    if not samples or not np.isfinite(samples).all():
+        raise ValueError(f"{len(samples)} samples, some of them no numbers: there is no median")
     lower, upper, chances = _middle_draws(len(samples))
     ordered = np.sort(samples)
     medians = (ordered[lower] + ordered[upper]) / 2
@@ -40,12 +46,19 @@ def _middle_draws(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if count % 2:
         return ranks, ranks, np.diff(_at_least(half + 1, count, edges / count))
     # Two different ones: half of the draws end at the first, and the other half begin at the second.
-    below, above = (2 * edges / count) ** half, (2 - 2 * edges / count) ** half
-    splits = math.exp(_log_choose(count, half) - count * math.log(2))
-    apart = np.triu(splits * np.outer(np.diff(below), -np.diff(above)), 1)
+    # In logarithms, since of some 31,000 samples a power by itself is beyond float64, and the other one below it.
+    with np.errstate(divide="ignore"):  # of an end, which no draw is beyond
+        below, above = half * np.log(edges / count), half * np.log(1 - edges / count)
+    inside = _log_difference(below[1:], below[:-1])[:, None] + _log_difference(above[:-1], above[1:])[None, :]
+    apart = np.exp(np.where(np.tri(len(ranks), dtype=bool), -np.inf, _log_choose(count, half) + inside))
     same = np.diff(_at_least(half, count, edges / count)) - apart.sum(axis=1)
     lower, upper = np.triu_indices(len(ranks))
     return ranks[lower], ranks[upper], (apart + np.diag(same))[lower, upper]
+
+
+def _log_difference(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:
+    """log(e^larger - e^smaller), for each."""
+    return larger + np.log1p(-np.exp(smaller - larger))
 
 
 def _at_least(least: int, count: int, shares: np.ndarray) -> np.ndarray:

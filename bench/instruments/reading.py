@@ -42,7 +42,7 @@ def read_results(path: Path, benchmark: str | None = None) -> dict[str, Any]:
     """
     found = read_small(path, _MOST_BYTES, "name a results file")
     try:
-        content = harmless(json.loads(found.decode("utf-8")))
+        content = harmless(json.loads(found.decode("utf-8"), parse_constant=_refuse))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets without end
         raise ValueError(f"{path} is not a results file: {harmless(str(error))}") from None
     if not isinstance(content, dict):
@@ -52,6 +52,11 @@ def read_results(path: Path, benchmark: str | None = None) -> dict[str, Any]:
             f"{path} holds results of {content.get('benchmark')!r}; those of {benchmark!r} are wanted here"
         )
     return content
+
+
+def _refuse(constant: str) -> None:
+    """No measurement is NaN or infinite, and what is computed from one compares with nothing."""
+    raise ValueError(f"it holds {constant}, which is no number")
 
 
 def harmless(value: Any) -> Any:

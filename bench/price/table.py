@@ -13,11 +13,19 @@ Run = dict[str, Any]
 
 
 def find_run(results: dict[str, Any], model: str, boundary: str, variant: str) -> Run:
-    """The one run of these names."""
-    for run in results["runs"]:
-        if (run["model"], run["boundary"], run["variant"]) == (model, boundary, variant):
-            return run
-    raise ValueError(f"no run of {model}/{boundary}/{variant} in these results")
+    """The one run of these names.
+
+    Raises:
+        ValueError: none or several, or a price that is not the sum of its parts'.
+    """
+    names = (model, boundary, variant)
+    found = [run for run in results["runs"] if (run["model"], run["boundary"], run["variant"]) == names]
+    if len(found) != 1:
+        raise ValueError(f"{len(found) or 'no'} runs of {'/'.join(names)} in these results: one is wanted")
+    (run,) = found
+    if run["cost"] != sum(run["cost_by_kind"].values()):
+        raise ValueError(f"the price of {'/'.join(names)}, {run['cost']}, is not the sum of what its values cost")
+    return run
 
 
 def groups(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,8 +1,14 @@
-"""`bench/verdict.py`: the whole answer, on one screen."""
+"""`bench/verdict.py`: the whole answer, on one screen, and what it is not concluded from."""
 
 from __future__ import annotations
 
-from bench.evidence.committed import Evidence
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.evidence.committed import RESULTS, Evidence
+from bench.price.table import find_run
 from bench.verdict import screen
 
 
@@ -20,3 +26,27 @@ def test_all_of_the_answer_fits_a_screen():
         assert part in text
     for word in ("definition", "On other texts", "every manager of memory", "SSD"):
         assert word in text
+
+
+NAMES = ("engram", "lookup", "resident")
+
+
+@pytest.fixture
+def toy():
+    return json.loads((Path(RESULTS) / "bytedmd_toy.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_that_is_there_twice_or_not_at_all_is_refused(toy):
+    run = find_run(toy, *NAMES)
+    toy["runs"].insert(0, {**run, "cost": 10**12})
+    with pytest.raises(ValueError, match="2 runs of engram/lookup/resident"):
+        find_run(toy, *NAMES)
+    toy["runs"] = []
+    with pytest.raises(ValueError, match="no runs of engram/lookup/resident"):
+        find_run(toy, *NAMES)
+
+
+def test_a_price_that_is_not_the_sum_of_its_parts_is_refused(toy):
+    find_run(toy, *NAMES)["cost"] += 1
+    with pytest.raises(ValueError, match="602987, is not the sum"):
+        find_run(toy, *NAMES)

@@ -57,6 +57,7 @@ def run(variant, cost, wall, **changes):
         "boundary": "lookup",
         "variant": variant,
         "cost": cost,
+        "cost_by_kind": {"row": cost},
         "wall_time_s": wall,
         "escapes": {"index": 3},
         "untracked_outputs": 0,

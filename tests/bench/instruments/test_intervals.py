@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from collections import Counter
@@ -47,3 +48,19 @@ def test_the_order_of_samples_does_not_matter_and_scaling_scales():
     assert median_interval(tuple(4 * sample for sample in samples)) == tuple(
         4 * end for end in median_interval(samples)
     )
+
+
+@pytest.mark.parametrize("count", [40_000, 100_000])
+def test_an_even_number_of_very_many_samples_has_the_interval_of_one_more(count):
+    """A power in the chances of an even number leaves float64 there; those of an odd number have none."""
+    draw = random.Random(count)
+    samples = tuple(draw.gauss(1, 0.1) for _ in range(count))
+    step = 0.1 * (2 * math.pi) ** 0.5 / count  # from one of the middle samples to the next
+    for even, odd in zip(median_interval(samples), median_interval((*samples, 1.0))):
+        assert abs(even - odd) < 20 * step
+
+
+@pytest.mark.parametrize("samples", [(), (1.0, float("nan"), 2.0), (float("inf"),)])
+def test_what_has_no_median_is_refused(samples):
+    with pytest.raises(ValueError, match="no median"):
+        median_interval(samples)

@@ -91,6 +91,8 @@ def test_nothing_of_a_results_file_reaches_a_page_as_markup(hostile_results):
     ("content", "said"),
     [
         ("{", "is not a results file"),
+        ('{"wall_s": [1.0, NaN]}', "it holds NaN, which is no number"),
+        ('{"cost": -Infinity}', "it holds -Infinity"),
         ("[1]", "holds a list"),
         ("\xff", "is not a results file"),
         ("[" * 10**5, "is not a results file"),

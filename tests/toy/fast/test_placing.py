@@ -150,6 +150,10 @@ def test_bad_numbers_are_refused():
     reads = Stream(1).reads()
     with pytest.raises(ValueError, match="up to 2\\^51"):
         price_steps(as_read(reads, True), start(reads, True), 8, [[0], [0, 2**51]])
+    for row_bytes, table_rows in ((2**20 + 1, 1), (2**20, 2**29)):  # the latter's price is beyond 2^63
+        few = RowReads(np.full(2**19, -1, np.int32), np.array([0]), table_rows, 1)
+        with pytest.raises(ValueError, match="at most 2\\^20 bytes, and so few"):
+            rows_module.check_depth(few, row_bytes, 0)
     many = RowReads(np.broadcast_to(np.int32(-1), 2**30), np.array([0]), 1, 1)
     with pytest.raises(ValueError, match="3,221,225,472 events"):
         prefetched(many, True, for_one_use=True)
