@@ -35,7 +35,7 @@ class Recorder:
         escapes: how often a value left the tracer, by conversion.
         owned: whether the calling thread may log.
         shared: whether another thread has tried to.
-        plain, opaque: the run's Tracked subclasses, for PLAIN_TYPES and for other objects.
+        plain, opaque: the run's Tracked subclasses, for `plain_types` and for other objects.
     """
 
     def __init__(self) -> None:

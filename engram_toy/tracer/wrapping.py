@@ -18,7 +18,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, Tra
 from typing import Any
 
 from engram_toy.tracer.recorder import Recorder
-from engram_toy.tracer.tracked import PLAIN_TYPES, Tracked, is_array
+from engram_toy.tracer.tracked import Tracked, is_array
 
 # What an operation has not done yet, it is not charged for: iterators and generators, coroutines, asynchronous ones.
 _LAZY = ("__next__", "__await__", "__anext__")
@@ -94,7 +94,7 @@ class Wrapper:
         Raises:
             ValueError: it holds a value of another traced run.
         """
-        if value.__class__ in PLAIN_TYPES:
+        if value.__class__ in self.recorder.plain_types:
             return self._leaf(value)  # equal numbers may be one object: they are never shared
         if id(value) not in self._wrapped:
             self._wrapped[id(value)] = value, self._wrap_object(value)
@@ -124,7 +124,7 @@ class Wrapper:
 
     def _wrap_parts(self, values: Iterable[Any]) -> list[Any]:
         values = list(values)
-        if not PLAIN_TYPES.issuperset(map(type, values)):
+        if not self.recorder.plain_types.issuperset(map(type, values)):
             return list(map(self.wrap, values))
         first, self.inputs = self.inputs, self.inputs + len(values)
         return list(self.recorder.watch_plain(values, first))
@@ -132,9 +132,7 @@ class Wrapper:
     def _wrap_array(self, array: Any) -> Any:
         from engram_toy.tracer.arrays import elements, tracked_array
 
-        scalars = self.recorder.plain_types
-        parts = [self._leaf(x) if type(x) in scalars else self.wrap(x) for x in elements(array)]
-        copy = tracked_array(parts, array.shape, array.dtype)
+        copy = tracked_array(self._wrap_parts(elements(array)), array.shape, array.dtype)
         copy.flags.writeable = array.flags.writeable
         return copy
 
@@ -179,7 +177,7 @@ class Unwrapper:
         if isinstance(value, Tracked):
             self._recorder.check_own(value)
             return value.value
-        if value.__class__ in PLAIN_TYPES or value is None or isinstance(value, _NOT_SEARCHED):
+        if value.__class__ in self._recorder.plain_types or value is None or isinstance(value, _NOT_SEARCHED):
             return value
         if id(value) not in self._plain:
             self._plain[id(value)] = value, value  # before its parts: it may hold itself

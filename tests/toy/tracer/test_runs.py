@@ -459,6 +459,14 @@ def test_arrays_are_priced_as_lists_are():
     ]  # each part on its own, then the scalar, as in the original
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.int8, np.bool_, np.str_])
+def test_numpy_scalars_that_are_one_object_are_separate_values_as_equal_numbers_are(kind):
+    zero = kind(0)
+    for padding in ([zero] * 4, (zero, [zero], zero, zero), np.array([zero] * 4, object)):
+        assert traced_eval(lambda padding, row: (padding, row[0] + 1), (padding, [1]))[0] == [5]  # four lie above it
+    assert traced_eval(lambda a, b: a + b, (zero, zero))[0] == [1, 2]
+
+
 def test_an_array_that_is_not_written_to_is_left_alone():
     array = np.arange(3)
     array.setflags(write=False)
