@@ -12,7 +12,7 @@ import operator
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from itertools import chain, count, islice
 from reprlib import repr as shortened
 from typing import Any, NoReturn
@@ -230,6 +230,8 @@ _SIGNS |= {"ge": ">="}
 def _add_operators(cls: type[Tracked], recorder: Recorder, spelt_out: bool) -> None:
     for name, compute in {**_BINARY, **_COMPARISON}.items():
         general = _general(recorder, compute)
+        if spelt_out and name == "mul":
+            general = _unless_repeated(general)
         fast = spelt_out and name in _SIGNS
         setattr(cls, f"__{name}__", _spelt_out(cls, recorder, _SIGNS[name], general) if fast else general)
     for name, compute in _BINARY.items():
@@ -238,6 +240,8 @@ def _add_operators(cls: type[Tracked], recorder: Recorder, spelt_out: bool) -> N
         setattr(cls, f"__{name}__", _general(recorder, apply))
     for name, convert in _CONVERSION.items():
         setattr(cls, f"__{name}__", _conversion(recorder, name, convert))
+    if spelt_out:
+        setattr(cls, "__rmul__", _unless_repeated(_reflected(recorder, operator.mul)))
     setattr(cls, "__pow__", _general(recorder, pow))
     setattr(cls, "__rpow__", _reflected(recorder, pow))
     setattr(cls, "__round__", _general(recorder, round))
@@ -251,6 +255,17 @@ def _general(recorder: Recorder, compute: Callable[..., Any]) -> Any:
 def _reflected(recorder: Recorder, compute: Callable[..., Any]) -> Any:
     instruction = recorder.instruction
     return lambda self, other, *modulus: instruction(compute, other, self, *modulus)
+
+
+def _unless_repeated(multiply: Callable[..., Any]) -> Any:
+    # A container's `*` computes nothing: told NotImplemented, Python itself repeats it, in place for `*=`, after one
+    # conversion by `__index__`. So its parts stay the objects that they are.
+    def operate(self: Tracked, other: Any) -> Any:
+        if isinstance(other, (tuple, MutableSequence)) and hasattr(self.value, "__index__"):
+            return NotImplemented
+        return multiply(self, other)
+
+    return operate
 
 
 def _conversion(recorder: Recorder, name: str, convert: Callable[[Any], Any]) -> Any:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -251,6 +252,53 @@ def test_a_new_list_in_an_argument_and_in_the_result_lives_to_the_end():
         return new
 
     assert traced_eval(function, ([1], 5))[0] == traced_eval(lambda xs, y: (xs[0] + 1, y + y, y + y)[:1], ([1], 5))[0]
+
+
+def repeated_in_place(xs, n):
+    xs *= n
+    return xs
+
+
+def changed_by_its_repetition(xs, n):
+    rows = [xs] * n
+    for row in rows:
+        row[0] = row[0] + n
+    return rows
+
+
+REPETITIONS = {
+    "an argument": lambda xs, n: ([xs] * n)[0].append(7),
+    "an argument's part": changed_by_its_repetition,
+    "a row": lambda xs, n: (rows := [[0]] * n, rows[0].append(xs[0])),
+    "number first": lambda xs, n: (rows := n * ([0],), rows[0].append(xs[0])),
+    "dicts": lambda xs, n: (found := [{}] * n, found[0].update(key=xs[0])),
+    "deque": lambda xs, n: (rows := deque([xs]) * n, rows[0].append(7)),
+    "array": lambda xs, n: (cells := array("q", [0]) * n, cells.append(7)),
+    "in place": repeated_in_place,
+}
+
+
+@pytest.mark.parametrize("n", [2, 0, True, np.int64(2)])
+@pytest.mark.parametrize("name", REPETITIONS)
+def test_a_traced_number_repeats_as_a_plain_one_does(name, n):
+    def outcome(run):
+        xs = [1, 2]
+        try:
+            return repr(run((xs, n))), xs
+        except IndexError:  # no times
+            return xs
+
+    function = REPETITIONS[name]
+    assert outcome(lambda args: traced_eval(function, args)[1]) == outcome(lambda args: function(*args))
+
+
+def test_a_repetition_reads_its_number_once():
+    for repeat in (lambda xs, n: xs * n, lambda xs, n: n * xs, lambda xs, n: xs * (n + 0)):
+        run = trace(lambda xs, n: [repeat(xs, n)[0] + repeat([5], n)[0]], ([1], 2))  # noqa: B023 - called at once
+        assert run.result == [6] and run.escapes == {"index": 2}
+    assert traced_eval(lambda xs, n: (xs * n)[1] + ([5] * 2)[1], ([1], 2)) == ([2, 1], 6)  # constants stay constants
+    with pytest.raises(TypeError):
+        traced_eval(lambda xs, x: xs * x, ([1], 2.5))
 
 
 def test_changes_before_an_error_are_the_callers():
