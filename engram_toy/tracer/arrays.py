@@ -15,6 +15,8 @@ import numpy as np
 
 from engram_toy.tracer.tracked import Tracked
 
+_TOTALS = ("reduce", "accumulate", "reduceat")  # of a ufunc, over an array
+
 
 class TrackedArray(np.ndarray):
     """Tracked values, or constants, in an array of objects.
@@ -43,7 +45,19 @@ class TrackedArray(np.ndarray):
         """`np.dot`, which comes by `__array_function__`."""
         return np.dot(self, other, out)
 
+    def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, *args: Any, **options: Any) -> Any:
+        """`np.mean`: NumPy's own asks an array of objects for its type, and divides by a float64."""
+        plain = _dtype_of(self)
+        if dtype is not None or out is not None or plain.kind not in "biufc":
+            return super().mean(axis, dtype, out, *args, **options)
+        wide = np.dtype(np.float32 if plain == np.float16 else np.float64 if plain.kind in "biu" else plain)
+        mean = np.ndarray.mean(_cast_all(self, wide), axis, None, None, *args, **options)
+        return _cast_all(mean, np.ones(1, plain).mean().dtype)
+
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = (), **options: Any) -> Any:
+        total = None
+        if ufunc in (np.add, np.multiply) and method in _TOTALS and np.dtype(options.get("dtype") or object) == object:
+            inputs, total = _widened(ufunc, method, inputs, out)
         bare = [x.view(np.ndarray) if isinstance(x, TrackedArray) else x for x in inputs]
         traced_out = any(isinstance(target, TrackedArray) for target in out)
         if out and not traced_out:
@@ -52,6 +66,8 @@ class TrackedArray(np.ndarray):
         integers = all(_dtype_of(x).kind in "iub" for x in inputs if isinstance(x, TrackedArray))
         with np.errstate(over="ignore" if integers else None):
             result = getattr(ufunc, method)(*bare, **options)
+        if total is not None and not out:
+            result = _cast_all(result, total)
         if not traced_out:
             return tuple(map(_traced, result)) if isinstance(result, tuple) else _traced(result)
         results = result if isinstance(result, tuple) else (result,)
@@ -134,6 +150,35 @@ def _cast_one(part: Any, dtype: np.dtype) -> Any:
     cell = np.empty((), dtype)
     cell[()] = value  # exactly as numpy stores it
     return part._recorder.watch(cell[()], part.id) if isinstance(part, Tracked) else cell[()]
+
+
+def _cast_all(parts: Any, dtype: np.dtype) -> Any:
+    """An array of these parts, or a single one, in another type: free of charge, and read in the same order."""
+    if not isinstance(parts, np.ndarray):
+        return _cast_one(parts, dtype)
+    if parts.dtype != object or _dtype_of(parts.view(TrackedArray)) == dtype:
+        return parts
+    # NumPy goes through an array as it lies in memory, whatever the signs of its strides: the copy lies likewise.
+    turned = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in parts.strides)
+    cast = parts.view(np.ndarray)[turned].copy(order="K")[turned]
+    for place in np.ndindex(parts.shape):
+        cast[place] = _cast_one(cast[place], dtype)
+    traced = cast.view(TrackedArray)
+    traced.plain_dtype = dtype
+    return traced
+
+
+def _widened(ufunc: np.ufunc, method: str, inputs: Any, out: Any) -> tuple[Any, np.dtype | None]:
+    """An array of numbers in the type in which NumPy adds or multiplies it up, and the type of the total."""
+    array, *rest = inputs
+    plain = _dtype_of(array) if isinstance(array, TrackedArray) else np.dtype(object)
+    if plain.kind not in "biufc":
+        return inputs, None
+    total = ufunc.reduce(np.empty(0, plain)).dtype  # bools and small integers become integers of 64 bits
+    if out:
+        total = np.result_type(plain, _dtype_of(out[0]) if isinstance(out[0], TrackedArray) else out[0].dtype)
+    halves = total == np.float16 and method != "accumulate"  # which NumPy rounds only once they are all added up
+    return (_cast_all(array, np.dtype(np.float32) if halves else total), *rest), total
 
 
 def _traced(result: Any) -> Any:

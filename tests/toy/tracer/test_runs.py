@@ -507,6 +507,45 @@ def test_arrays_are_priced_as_lists_are():
     ]  # each part on its own, then the scalar, as in the original
 
 
+TOTALS = {
+    "sum": lambda a: a.sum(),
+    "sum of rows": lambda a: a.sum(axis=1),
+    "kept axes": lambda a: np.sum(a, axis=0, keepdims=True),
+    "mean": lambda a: a.mean(),
+    "mean of rows": lambda a: np.mean(a, axis=1),
+    "average": np.average,
+    "product": lambda a: a.prod(),
+    "running sum": lambda a: a.cumsum(),
+    "running product": lambda a: np.cumprod(a, axis=1),
+    "trace": lambda a: a[:, :2].trace(),
+    "nansum": np.nansum,
+    "reduce": lambda a: np.add.reduce(a),
+    "reduceat": lambda a: np.add.reduceat(a[0], [0, 2]),
+    "across memory": lambda a: a.T.sum(axis=1),
+    "backwards": lambda a: a[::-1, ::-1].sum(),
+    "none": lambda a: a[:0].sum(),
+}
+
+
+@pytest.mark.parametrize("kind", [bool, np.int8, np.uint8, np.int16, np.int32, np.int64, np.float16, np.float32])
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_are_those_of_numpy_and_cost_what_wide_numbers_cost(name, kind):
+    values = np.array([[100, 100, 101], [99, 100, 100]])
+    array = (values % 2 if kind is bool else values).astype(kind)
+    with np.errstate(all="ignore"):
+        want, (trace, got) = TOTALS[name](array), traced_eval(TOTALS[name], (array.copy(),))
+    assert type(got) is type(want) and got.dtype == want.dtype
+    assert got.tolist() == want.tolist()
+    if name != "nansum":  # which asks floats, one by one, whether they are numbers
+        assert trace == traced_eval(TOTALS[name], (values.astype(np.int64),))[0]
+
+
+def test_halves_are_rounded_once_they_are_added_up():
+    for function in (np.sum, np.mean):
+        ones = np.ones(4096, np.float16)  # added one by one in half precision, they end at 2048
+        assert traced_eval(function, (ones,))[1] == function(ones)
+
+
 @pytest.mark.parametrize("kind", [np.float64, np.int8, np.bool_, np.str_])
 def test_numpy_scalars_that_are_one_object_are_separate_values_as_equal_numbers_are(kind):
     zero = kind(0)
