@@ -36,6 +36,8 @@ class TrackedArray(np.ndarray):
         super().__setitem__(index, self._cast(value) if self.dtype == object else value)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if function is np.average and args and isinstance(args[0], TrackedArray) and _dtype_of(args[0]).kind in "biu":
+            args = (_cast_all(args[0], np.dtype(np.float64)), *args[1:])  # before it is weighted
         result = super().__array_function__(function, types, args, kwargs)
         if isinstance(result, TrackedArray) and not function.__name__.endswith("_like"):
             result.plain_dtype = None  # of `concatenate`, say, it is not that of the first array
@@ -127,6 +129,8 @@ def _fields(element: Any) -> Any:
 
 
 def _dtype_of(array: TrackedArray) -> np.dtype:
+    if array.dtype != object:  # such as `np.zeros_like(a, dtype=int)`
+        return array.dtype
     if array.plain_dtype is None:
         array.plain_dtype = _common_dtype(x.value if isinstance(x, Tracked) else x for x in array.flat)
     return array.plain_dtype

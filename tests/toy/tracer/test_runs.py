@@ -514,6 +514,8 @@ TOTALS = {
     "mean": lambda a: a.mean(),
     "mean of rows": lambda a: np.mean(a, axis=1),
     "average": np.average,
+    "weighted": lambda a: np.average(a[0], weights=np.array([3, 1, 4], np.float16)),
+    "into a wider one": lambda a: np.add.reduce(a, out=np.zeros_like(a[0], dtype=np.float64)),
     "product": lambda a: a.prod(),
     "running sum": lambda a: a.cumsum(),
     "running product": lambda a: np.cumprod(a, axis=1),
