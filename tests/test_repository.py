@@ -84,6 +84,7 @@ def test_a_changed_number_is_noticed(monkeypatch):
         results = right(name)
         if name == "bytedmd_toy":
             results["runs"][0]["cost"] += 1
+            results["runs"][0]["cost_by_kind"]["row"] += 1
         return results
 
     monkeypatch.setattr(fill_docs, "load", wrong)

@@ -165,11 +165,13 @@ def test_the_start_page_says_what_was_measured(tmp_path):
 
 
 def replace(path, rows, which, key, factor):
-    """The same results with one number of some of their rows multiplied."""
+    """The same results with one number of some of their rows multiplied, and what it is the sum of."""
     content = json.loads(path.read_text(encoding="utf-8"))
     for row in content[rows]:
         if which(row):
             row[key] *= factor
+            parts = row.get(f"{key}_by_kind", {})
+            parts.update({kind: factor * part for kind, part in parts.items()})
     path.unlink()
     path.write_text(json.dumps(content), encoding="utf-8")
 
