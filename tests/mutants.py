@@ -69,7 +69,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engram_toy/fast/first_reads.py": ("tests/toy/tracer/test_first_reads.py",),
     "engram_toy/models/layouts.py": ("tests/toy/models/test_programs.py",),
     "bench/rows/cases.py": ("tests/bench/rows/test_cases.py", "tests/bench/test_production.py"),
-    "bench/sweeps/readdressed.py": ("tests/bench/sweeps/test_readdressed.py", "tests/bench/sweeps/test_sweeps.py"),
+    "bench/sweeps/readdressed.py": (
+        "tests/bench/sweeps/test_readdressed.py",
+        "tests/bench/sweeps/test_lookup_range.py",
+        "tests/toy/tracer/test_first_reads.py",
+    ),
     "bench/rows/whole_model.py": ("tests/bench/rows/test_whole_model.py",),
     "bench/instruments/journal.py": ("tests/bench/instruments/test_journal.py",),
     "bench/instruments/results.py": ("tests/bench/instruments/test_results.py",),

@@ -1,4 +1,4 @@
-"""The parts of pricing one replay under every layout, at their edges; `test_sweeps` holds the whole to direct runs."""
+"""The parts of pricing one replay under every layout, at their edges; other tests hold the whole to direct runs."""
 
 from __future__ import annotations
 
