@@ -231,7 +231,7 @@ def _add_operators(cls: type[Tracked], recorder: Recorder, spelt_out: bool) -> N
     for name, compute in {**_BINARY, **_COMPARISON}.items():
         general = _general(recorder, compute)
         if spelt_out and name == "mul":
-            general = _unless_repeated(general)
+            general = _unless_repeated(recorder, general)
         fast = spelt_out and name in _SIGNS
         setattr(cls, f"__{name}__", _spelt_out(cls, recorder, _SIGNS[name], general) if fast else general)
     for name, compute in _BINARY.items():
@@ -241,7 +241,7 @@ def _add_operators(cls: type[Tracked], recorder: Recorder, spelt_out: bool) -> N
     for name, convert in _CONVERSION.items():
         setattr(cls, f"__{name}__", _conversion(recorder, name, convert))
     if spelt_out:
-        setattr(cls, "__rmul__", _unless_repeated(_reflected(recorder, operator.mul)))
+        setattr(cls, "__rmul__", _unless_repeated(recorder, _reflected(recorder, operator.mul)))
     setattr(cls, "__pow__", _general(recorder, pow))
     setattr(cls, "__rpow__", _reflected(recorder, pow))
     setattr(cls, "__round__", _general(recorder, round))
@@ -257,13 +257,14 @@ def _reflected(recorder: Recorder, compute: Callable[..., Any]) -> Any:
     return lambda self, other, *modulus: instruction(compute, other, self, *modulus)
 
 
-def _unless_repeated(multiply: Callable[..., Any]) -> Any:
+def _unless_repeated(recorder: Recorder, multiply: Callable[..., Any]) -> Any:
     # A container's `*` computes nothing: told NotImplemented, Python itself repeats it, in place for `*=`, after one
-    # conversion by `__index__`. So its parts stay the objects that they are.
+    # conversion by `__index__`. So its parts stay the objects that they are. Of plain numbers alone the original makes
+    # new values, and so do we.
     def operate(self: Tracked, other: Any) -> Any:
-        if isinstance(other, (tuple, MutableSequence)) and hasattr(self.value, "__index__"):
-            return NotImplemented
-        return multiply(self, other)
+        container = isinstance(other, (tuple, MutableSequence)) and hasattr(self.value, "__index__")
+        numbers = type(other) in (list, tuple) and recorder.plain_types.issuperset(map(type, other))
+        return NotImplemented if container and not numbers else multiply(self, other)
 
     return operate
 

@@ -294,11 +294,25 @@ def test_a_traced_number_repeats_as_a_plain_one_does(name, n):
 
 def test_a_repetition_reads_its_number_once():
     for repeat in (lambda xs, n: xs * n, lambda xs, n: n * xs, lambda xs, n: xs * (n + 0)):
-        run = trace(lambda xs, n: [repeat(xs, n)[0] + repeat([5], n)[0]], ([1], 2))  # noqa: B023 - called at once
+        run = trace(lambda xs, n: [repeat(xs, n)[0] + repeat([xs, 5], n)[1]], ([1], 2))  # noqa: B023 - called at once
         assert run.result == [6] and run.escapes == {"index": 2}
-    assert traced_eval(lambda xs, n: (xs * n)[1] + ([5] * 2)[1], ([1], 2)) == ([2, 1], 6)  # constants stay constants
+    assert traced_eval(lambda xs, n: (xs * n)[1] + ([5] * 2)[1], ([1], 2)) == ([2, 1], 6)
     with pytest.raises(TypeError):
         traced_eval(lambda xs, x: xs * x, ([1], 2.5))
+
+
+@pytest.mark.parametrize(
+    ("function", "depths"),
+    [
+        (lambda a, n: ([0] * n)[0] + a, [2, 1, 2]),
+        (lambda a, n: sum([0] * n) + a, [2, 3, 1, 3, 1, 2, 1, 2]),
+        (lambda a, n: [x * a for x in n * (1,)][-1], [2, 3, 4, 3, 1, 2, 1]),
+        (lambda a, n: ([a] * n)[2] + a, [2, 1, 1]),
+    ],
+)
+def test_repeated_numbers_are_new_values_as_in_the_original(function, depths):
+    """The depths are those that the original gives."""
+    assert traced_eval(function, (5, 3))[0] == depths
 
 
 def test_changes_before_an_error_are_the_callers():
