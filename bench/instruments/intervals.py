@@ -64,7 +64,8 @@ def _log_difference(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:
 def _at_least(least: int, count: int, shares: np.ndarray) -> np.ndarray:
     """The chance that of so many draws at least `least` fall into a share, for each share, [E]."""
     inside, outside = (np.log(np.maximum(each, 1e-300)) for each in (shares, 1 - shares))
-    draws = np.arange(least, count + 1)
+    # Shares are at most _FAR standard deviations above the middle, and so many more draws than that have no chance.
+    draws = np.arange(least, min(count, least + 2 * math.ceil(_FAR / 2 * math.sqrt(count)) + 2) + 1)
     ways = np.array([_log_choose(count, each) for each in draws.tolist()])
     return np.exp(ways + np.outer(inside, draws) + np.outer(outside, count - draws)).sum(axis=1)
 
