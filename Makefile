@@ -69,9 +69,10 @@ ranges:
 
 # What torch compiled for one set of instructions, its cache gives to another, so compiled steps are left out.
 processors: $(VENV)/stamp-fast,plot,ref,test,docs
-	for set in "default COMPATIBLE SSE41" "avx2 AVX2 AVX2"; do set -- $$set; echo "$$1"; \
+	for set in "default COMPATIBLE SSE41 nehalem" "avx2 AVX2 AVX2 haswell"; do set -- $$set; echo "$$1"; \
+		NUMBA_CPU_NAME=$$4 NUMBA_CPU_FEATURES= \
 		ATEN_CPU_CAPABILITY=$$1 MKL_CBWR=$$2 ONEDNN_MAX_CPU_ISA=$$3 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-		-q -n auto --ignore tests/ref/fusion/test_compiled.py tests/ref/fusion tests/ref/test_layer.py tests/ref/rows \
+		-q -n auto --ignore tests/ref/fusion/test_compiled.py tests/ref/fusion tests/ref/test_layer.py tests/ref/rows tests/ref/hashing \
 		tests/ref/attach tests/cross tests/bench/rivals || exit 1; done
 
 mutants: $(VENV)/stamp-fast,plot,ref,test,docs

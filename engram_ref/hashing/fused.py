@@ -2,22 +2,22 @@
 
 NumPy makes a 64-bit array for every shift, product and remainder. Here the hashes of 64 tokens are made on the stack,
 eight at a time; then the indices of all heads, so that the constants of a head are read once for 64 tokens. What costs
-is the remainder: a 64-bit division per index. It is replaced by four 32-bit multiplications, exact for every odd
-modulus below 2^31 (below), on eight heads at a time. Compiling takes a few seconds once; numba then keeps the machine
-code on disk.
+is the remainder: a 64-bit division per index. It is replaced by a multiplication by the reciprocal in double precision
+and one of 32 bits, exact for every modulus from 2^13 up (below), on eight heads at a time. Smaller ones, of toy tables,
+are divided by. Compiling takes a few seconds once; numba then keeps the machine code on disk.
 
     python -m pytest tests/ref/hashing/test_fused.py
     python bench/hashing_speed.py
 
-The remainder of h < 2^63 by an odd p < 2^31, with R1 = 2^32 mod p, R2 = 2^64 mod p, q = p^-1 mod 2^32 and
-x = hi(x) * 2^32 + lo(x):
+The remainder of h < 2^63 by p, 2^13 <= p < 2^31:
 
-    v = hi(h)*R2 + lo(h)*R1       congruent to h * 2^32; v < (2^31 + 2^32) * p < 2^64: it cannot overflow
-    m = lo(lo(v) * q) * p         a multiple of p with lo(m) = lo(v), so v - m = (hi(v) - hi(m)) * 2^32
-    r = hi(v) - hi(m)             hence congruent to h, with hi(v) < 1.5 p and hi(m) < p
+    q = round(double(h) * double(1/p))    h/p is at most 2^50, and each of three roundings, of h, of 1/p and of the
+                                          product, changes it by at most 2^-53 of that: by 3/8 together. So q is less
+                                          than 7/8 away from h/p
+    r = h - q*p                           hence congruent to h, and between -7/8 p and 7/8 p. It fits 32 bits, so only
+                                          the lower 32 of h and of q*p are computed
 
-One conditional subtraction of p from hi(v) and one conditional addition to r give 0 <= r < p (Montgomery's
-reduction, 1985). No step rounds, so small moduli are as exact as large ones; an even modulus has no q.
+A negative r needs one p more. Adding 2^52 rounds to an integer and leaves it in the lower bits of the double.
 """
 
 # mypy: disable-error-code="call-arg, call-overload, var-annotated"
@@ -37,46 +37,45 @@ from numba.extending import intrinsic
 from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
 from engram_ref.loops import compiled, emit_prefetch, pointer
 
-_LANES = 8  # heads reduced at once: one AVX-512 register of 64-bit lanes, two of AVX2, four of SSE or NEON
-# Constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end.
-_MAX_NGRAM, _HEADS, _SEGMENT_END, _HEADER = 2, 3, 4, 5
-# Bytes ahead of what is written that are asked for: a Xeon did not run ahead of a stream by itself beyond its page of
-# 4 KiB, which are the rows of 64 tokens of the demo. 4096 ahead were slower by a tenth.
-_AHEAD = 1024
+_LANES = 8  # heads reduced at once
+# Constants before the multipliers: compressed size, compressed pad, longest n-gram, heads, segment end, least modulus.
+_MAX_NGRAM, _HEADS, _SEGMENT_END, _LEAST, _HEADER = 2, 3, 4, 5, 6
+_LEAST_MODULUS = 2**13  # for which the remainder is exact: see above
+_TO_INTEGER = 2.0**52  # a double of this size has no fraction
 _NARROW = np.uint64(2**32)  # vocabularies whose ids have no upper half
 _DEAD = np.uint64(2**64 - 1)  # DEAD, -1, read as an unsigned number
 _BLOCK = 64  # tokens whose hashes are made before their remainders, which share their constants
 _HASHES = 512  # that are kept meanwhile: of so many tokens, or of fewer where an n-gram is longer than 9
-# In this order of the lanes, the halves of two AVX2 registers go side by side in one instruction, columns in order.
-_MIXED = [0, 1, 4, 5, 2, 3, 6, 7]
+_AS_DOUBLES = 8 * _HASHES  # bytes behind the hashes: the same, converted once for all heads
+# Doubles of eight heads, in two registers of AVX2: AVX-512 has more units for these than for its own. In this order one
+# instruction puts the lower halves of both side by side, columns in order.
+_PARTS = [[0, 1, 4, 5], [2, 3, 6, 7]]
 _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for rows in ("int32", "int64")]
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
 
 
 def can_fuse(layer: LayerPlan) -> bool:
-    """Whether this layer's constants suit the compiled loop: no even modulus, 63-bit multipliers, n-grams up to 512."""
-    multipliers = layer.multipliers
-    return all(prime % 2 for prime in layer.primes) and max(multipliers) <= INT64_MAX and len(multipliers) <= _HASHES
+    """Whether this layer's constants suit the compiled loop: 63-bit multipliers, n-grams up to 512."""
+    return max(layer.multipliers) <= INT64_MAX and len(layer.multipliers) <= _HASHES
 
 
 def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:
-    """All constants of a layer in one array, in the loop's order: header, multipliers, then 5 rows [C]."""
+    """All constants of a layer in one array, in the loop's order: header, multipliers, then 3 rows [C]."""
     primes = layer.primes
     return np.array(
         [plan.compressed_size, plan.pad_compressed, plan.max_ngram, plan.heads]
         + [_DEAD if plan.segment_end is None else plan.segment_end]  # where none is, what blocks anyway
+        + [min(primes)]
         + list(layer.multipliers)
         + list(primes)
-        + [pow(p, -1, 2**32) for p in primes]
-        + [2**32 % p for p in primes]
-        + [2**64 % p for p in primes]
+        + np.reciprocal(np.array(primes, np.float64)).view(np.uint64).tolist()
         + (list(layer.offsets) if offsets else [0] * len(primes)),
         dtype=np.uint64,
     )
 
 
 class _Lanes:
-    """Writes LLVM instructions on vectors of `count` 64-bit lanes.
+    """Writes LLVM instructions on vectors of `count` lanes.
 
     By hand, because the compiler's own vectoriser gives up on this loop: it cannot tell that writing the
     indices leaves the constants as they are.
@@ -84,53 +83,49 @@ class _Lanes:
 
     def __init__(self, builder: Any, count: int) -> None:
         self.builder = builder
+        self.count = count
         self.wide = ir.VectorType(ir.IntType(64), count)
         self.narrow = ir.VectorType(ir.IntType(32), count)
-        self.mixed = [lane for lane in _MIXED if lane < count]
+        self.real = ir.VectorType(ir.DoubleType(), count)
 
     def pointer(self, address: Any, kind: Any) -> Any:
         return self.builder.inttoptr(address, kind.as_pointer())
 
-    def mix(self, x: Any) -> Any:
-        """The lanes in the order `mixed`."""
-        return self.builder.shuffle_vector(x, x, ir.Constant(self.narrow, self.mixed))
+    def every(self, value: float, kind: Any = None) -> Any:
+        return ir.Constant(kind or self.wide, [value] * self.count)
 
-    def every(self, value: int) -> Any:
-        return ir.Constant(self.wide, [value] * self.wide.count)
+    def pick(self, x: Any, y: Any, places: list[int]) -> Any:
+        """The lanes at these places of x and y, one behind the other."""
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places))
 
     def splat(self, scalar: Any) -> Any:
-        undefined = ir.Constant(self.wide, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(scalar.type, self.count), ir.Undefined)
         first = self.builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(self.narrow, [0] * self.wide.count))
+        return self.pick(first, undefined, [0] * self.count)
 
     def low(self, x: Any) -> Any:
         return self.builder.and_(x, self.every(2**32 - 1))
 
-    def halves(self, x: Any, which: int) -> Any:
-        """The lower (0) or upper (1) 32 bits of every lane, or of every `mixed` one: those in their usual order."""
-        words = self.builder.bitcast(x, ir.VectorType(ir.IntType(32), 2 * self.wide.count))
-        order = [self.mixed.index(lane) for lane in range(self.wide.count)]
-        at = ir.Constant(self.narrow, [2 * lane + which for lane in order])
-        return self.builder.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), at)
+    def times(self, real: Any, reciprocal: Any) -> Any:
+        """Their product, rounded to an integer that lies in the lower bits of each lane."""
+        product = self.builder.fmul(self.splat(real), reciprocal, flags=("contract",))
+        return self.builder.fadd(product, self.every(_TO_INTEGER, self.real), flags=("contract",))
 
-    def times(self, x: Any, y: Any) -> Any:
-        """lo(x) * lo(y), all 64 bits: with both upper halves known to be zero it is one instruction."""
-        return self.builder.mul(self.low(x), self.low(y))
+    def quotients(self, real: Any, reciprocals: Any) -> Any:
+        """Lower 32 bits of each rounded product of a number and a lane's reciprocal."""
+        parts = _PARTS if self.count == _LANES else [list(range(self.count))]
+        lanes = _Lanes(self.builder, len(parts[0]))
+        products = [lanes.times(real, self.pick(reciprocals, reciprocals, part)) for part in parts]
+        words = [self.builder.bitcast(each, ir.VectorType(ir.IntType(32), 2 * lanes.count)) for each in products]
+        mixed = [lane for part in parts for lane in part]
+        return self.pick(words[0], words[-1], [2 * mixed.index(lane) for lane in range(self.count)])
 
-    def smaller(self, x: Any, y: Any) -> Any:
-        """Unsigned minimum: it picks x - p or x, x + p or x, by which of them has not wrapped around."""
-        return self.builder.select(self.builder.icmp_unsigned("<", x, y), x, y)
-
-    def remainder(self, h: Any, p: Any, q: Any, r1: Any, r2: Any) -> Any:
-        """h mod p in 32-bit lanes, by the lines of the module's docstring; the others' lanes are mixed."""
+    def remainder(self, h: Any, real: Any, p: Any, reciprocals: Any) -> Any:
+        """h mod each p, by the lines of the module's docstring; of h the lower 32 bits, and all of it as a double."""
         b = self.builder
-        p32 = self.halves(p, 0)
-        v = b.add(self.times(b.lshr(h, self.every(32)), r2), self.times(h, r1))
-        m = self.times(self.times(v, q), p)
-        above = self.halves(v, 1)
-        above = self.smaller(above, b.sub(above, p32))
-        r = b.sub(above, self.halves(m, 1))
-        return self.smaller(r, b.add(r, p32))
+        r = b.sub(self.splat(h), b.mul(self.quotients(real, reciprocals), p))
+        other = b.add(r, p)
+        return b.select(b.icmp_unsigned("<", r, other), r, other)  # a negative one has wrapped around
 
 
 def _column_writer(count: int) -> Callable[..., None]:
@@ -146,25 +141,33 @@ def _column_writer(count: int) -> Callable[..., None]:
         def generate(context, builder, signature, arguments):
             _, slot, hashes, tokens, constants, column, columns = arguments
             dtype = signature.args[0].dtype
-            lanes, itemsize = _Lanes(builder, count), ir.IntType(64)(signature.args[0].dtype.bitwidth // 8)
-            max_ngram = builder.load(builder.gep(constants, [ir.IntType(64)(_MAX_NGRAM)]))
+            lanes, int64 = _Lanes(builder, count), ir.IntType(64)
+            itemsize = int64(dtype.bitwidth // 8)
+            max_ngram = builder.load(builder.gep(constants, [int64(_MAX_NGRAM)]))
             loaded, at = [], builder.add(builder.add(max_ngram, max_ngram.type(_HEADER)), column)
-            for _ in range(5):
-                place = builder.bitcast(builder.gep(constants, [at]), lanes.wide.as_pointer())
+            for kind in (lanes.wide, lanes.real, lanes.wide):
+                place = builder.bitcast(builder.gep(constants, [at]), kind.as_pointer())
                 loaded.append(builder.load(place, align=8))
                 at = builder.add(at, columns)
-            offset = loaded.pop()
-            p, q, r1, r2 = map(lanes.mix, loaded)
-            first, hashes = builder.add(slot, builder.mul(column, itemsize)), lanes.pointer(hashes, ir.IntType(64))
+            p, reciprocals, offset = loaded
+            p, first = builder.trunc(p, lanes.narrow), builder.add(slot, builder.mul(column, itemsize))
+            words = lanes.pointer(hashes, ir.IntType(32))
+            doubles = lanes.pointer(builder.add(hashes, hashes.type(_AS_DOUBLES)), ir.DoubleType())
+            # The lines of the next block, as many for each index, so that they come while this one is computed: a Xeon
+            # did not run ahead of a stream by itself beyond a page, and waited for lines that were asked for at once.
+            past = builder.mul(builder.mul(tokens, itemsize), builder.add(columns, column))
+            ahead = builder.add(slot, past)
             with cgutils.for_range(builder, tokens) as loop:
-                h = builder.load(builder.gep(hashes, [loop.index]))
-                index = lanes.remainder(lanes.splat(h), p, q, r1, r2)
+                h = builder.load(builder.gep(words, [builder.add(loop.index, loop.index)]))
+                real = builder.load(builder.gep(doubles, [loop.index]))
+                index = lanes.remainder(h, real, p, reciprocals)
                 if dtype == types.int32:
                     index = builder.add(index, builder.trunc(offset, lanes.narrow))
                 else:
                     index = builder.add(builder.zext(index, lanes.wide), offset)
                 place = builder.add(first, builder.mul(loop.index, builder.mul(columns, itemsize)))
-                emit_prefetch(builder, builder.add(place, place.type(_AHEAD)), to_write=True, level=3)
+                line = builder.add(ahead, builder.mul(loop.index, int64(count * dtype.bitwidth // 8)))
+                emit_prefetch(builder, line, to_write=True, level=3)
                 builder.store(index, lanes.pointer(place, index.type), align=dtype.bitwidth // 8)
             return context.get_dummy_value()
 
@@ -179,10 +182,10 @@ _write_one = _column_writer(1)
 
 @intrinsic
 def _stack(typing_context):
-    """The address of room for _HASHES hashes, as long as the function runs that asks for it."""
+    """The address of room for _HASHES hashes and as many doubles, as long as the function runs that asks for it."""
 
     def generate(context, builder, signature, arguments):
-        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), _HASHES))
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2 * _HASHES))
         room.align = 32
         return builder.ptrtoint(room, ir.IntType(64))
 
@@ -224,6 +227,8 @@ def _hash_lanes(typing_context, ids, constants, segment_end, hashes, order):
             with builder.if_then(builder.icmp_signed(">", loop.index, int64(0))):
                 place = builder.add(hashes, builder.mul(builder.sub(loop.index, int64(1)), order))
                 builder.store(h, lanes.pointer(place, lanes.wide), align=8)
+                place = builder.add(place, int64(_AS_DOUBLES))
+                builder.store(builder.sitofp(h, lanes.real), lanes.pointer(place, lanes.real), align=8)
         bits = ir.IntType(_LANES)
         return builder.icmp_unsigned("==", builder.bitcast(valid, bits), bits(2**_LANES - 1))
 
@@ -250,6 +255,7 @@ def _hash_one(ids, before, constants, b, t, segment_end, hashes, order):
         h ^= (pad if blocked else c) * constants[_HEADER + s]
         if s:
             pointer(hashes + (s - 1) * order, uint64(0))[0] = h
+            pointer(hashes + _AS_DOUBLES + (s - 1) * order, 0.0)[0] = types.int64(h)
     return valid
 
 
@@ -266,6 +272,17 @@ def _write_all(rows, constants, slot, hashes, order, tokens):
         while column < end:
             _write_one(rows, slot, hashes + s * order, tokens, constants, column, columns)
             column += 1
+
+
+@njit(inline="always")
+def _divide_all(rows, constants, b, begin, hashes, order, tokens):
+    """The same by divisions, where a modulus is too small to do without."""
+    heads, columns = types.intp(constants[_HEADS]), rows.shape[2]
+    moduli = types.intp(constants[_MAX_NGRAM]) + _HEADER
+    for t in range(tokens):
+        for column in range(columns):
+            h = pointer(hashes + column // heads * order + 8 * t, uint64(0))[0]
+            rows[b, begin + t, column] = h % constants[moduli + column] + constants[moduli + 2 * columns + column]
 
 
 @njit(inline="always")
@@ -291,7 +308,10 @@ def _hash_all(ids, before, address, rows, segment_end):
                 else:
                     valid &= _hash_one(ids, before, constants, b, t, segment_end, at, order)
                     t += 1
-            _write_all(rows, constants, slot, hashes, order, tokens)
+            if constants[_LEAST] < _LEAST_MODULUS:
+                _divide_all(rows, constants, b, begin, hashes, order, tokens)
+            else:
+                _write_all(rows, constants, slot, hashes, order, tokens)
             slot += tokens * columns * rows.itemsize
     return valid
 

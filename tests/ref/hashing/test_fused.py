@@ -1,7 +1,7 @@
 """The compiled hash equals the NumPy definition bit for bit: indices, dtypes and error messages.
 
 The definition is `NgramHasher(plan, "numpy")`; every comparison here is `==` on integers. The remainder by
-multiplications gets a test of its own against Python's `%`, and a wrong candidate that this test must catch.
+multiplications gets tests of its own against Python's `%`, and a wrong candidate that these must catch.
 
     python -m pytest tests/ref/hashing/test_fused.py
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,9 +24,15 @@ from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, INT64_MAX, Hashed, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.vocab import CompressedVocab
 
-PRIMES = (3, 5, 7, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
-# Eight columns whose rows are int32, and eight whose rows are int64.
-EIGHT = {"int32 rows": PRIMES[:8], "int64 rows": PRIMES[2:]}
+# Moduli that the compiled loop multiplies by the reciprocals of; an odd one is a prime. One smaller, and it divides.
+PRIMES = (2**13, 8209, 10_007, 65_537, 646_403, 16_000_057, 2**28, 2**30 - 35, 2**31 - 19, 2**31 - 1)
+SMALL = (2, 3, 5, 7, 9, 1009, 2**12, 2**13 - 1)
+EIGHT = {  # columns
+    "int32 rows": PRIMES[:8],
+    "int64 rows": PRIMES[2:],
+    "int32 rows, divided": (*PRIMES[:4], *SMALL[4:]),
+    "int64 rows, divided": (*SMALL[:6], *PRIMES[-2:]),
+}
 either_rows = pytest.mark.parametrize("primes", EIGHT.values(), ids=EIGHT)
 
 
@@ -63,7 +70,7 @@ def random_ids(rng: np.random.Generator, size: int, shape: tuple[int, int], dead
 def test_random_plans(data):
     max_ngram, heads = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 9))
     columns = (max_ngram - 1) * heads
-    allowed = data.draw(st.sampled_from([PRIMES[:7], PRIMES]))
+    allowed = data.draw(st.sampled_from([PRIMES[:7], PRIMES, SMALL + PRIMES[:2], SMALL + PRIMES]))
     primes = data.draw(st.lists(st.sampled_from(allowed), min_size=columns, max_size=columns))
     size = data.draw(st.sampled_from([1, 2, 50, 99_092, 2**31, INT64_MAX]))
     plan = plan_of(tuple(primes), heads, size)
@@ -88,13 +95,14 @@ def test_presets(preset):
         assert_same(NgramHasher(plan, "numba")(ids, layer_id), expected)
 
 
+@pytest.mark.parametrize("primes", [PRIMES, SMALL], ids=["large", "small"])
 @pytest.mark.parametrize("size", [2, 98_627, INT64_MAX])
-def test_largest_id_everywhere(size):
-    plan = plan_of(PRIMES, 2, size)
+def test_largest_id_everywhere(size, primes):
+    plan = plan_of(primes, 2, size)
     assert_backends_agree(plan, np.full((2, 9), size - 1))
 
 
-def remainders(values: list[int], primes: tuple[int, ...]) -> np.ndarray:
+def remainders(values: Sequence[int] | np.ndarray, primes: tuple[int, ...]) -> np.ndarray:
     """Each value modulo each prime, by the compiled loop alone. [values, primes]
 
     With multipliers of one, the pad id 0 and one token per sequence, the hash of an id is the id.
@@ -104,20 +112,26 @@ def remainders(values: list[int], primes: tuple[int, ...]) -> np.ndarray:
     return NgramHasher(plan, "numba")(np.array(values)[:, None], 0, offsets=False)[:, 0]
 
 
-def by_two_reciprocals(values: list[int], primes: tuple[int, ...]) -> np.ndarray:
-    """A plausible wrong candidate: floor(h / p) in double precision, corrected once either way. It is right
-    for most h and p: 63 bits do not fit a double, so for small moduli the quotient is off by more than one."""
+def by_reciprocals(values: list[int], primes: tuple[int, ...]) -> np.ndarray:
+    """The formula without its limit, a plausible wrong candidate: of small moduli the quotient has no room in a double,
+    and is off by more than one."""
     h, p = np.array(values)[:, None], np.array(primes)
-    r = h - (h * (1.0 / p)).astype(np.int64) * p
-    r = np.where(r < 0, r + p, r)
-    return np.where(r >= p, r - p, r)
+    r = h - np.rint(h * (1.0 / p)).astype(np.int64) * p
+    return np.where(r < 0, r + p, r)
 
 
 def hard_values() -> list[int]:
     rng = np.random.default_rng(7)
     values = [int(h) for h in rng.integers(0, INT64_MAX, 100_000)]
-    edges = [0, 1, 2**31, 2**32 - 1, 2**32, 2**62, INT64_MAX - 1]
-    near = [p * (INT64_MAX // p - k) + d for p in PRIMES for k in (1, 2, 12_345) for d in (-1, 0, 1)]
+    edges = [0, 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**62, INT64_MAX - 1]
+    # Around multiples, and around the middle between two of them, where the rounded quotient may be of either.
+    near = [
+        p * (INT64_MAX // p - k) + part + d
+        for p in (*SMALL, *PRIMES)
+        for k in (1, 2, 12_345)
+        for part in (0, p // 2)
+        for d in (-1, 0, 1)
+    ]
     return values + edges + near + [p - 1 for p in PRIMES] + list(PRIMES)
 
 
@@ -133,7 +147,7 @@ def test_every_place_of_a_row_longer_than_what_is_hashed_together(primes):
             if valid:
                 assert_backends_agree(plan, changed)
             else:
-                rows = np.empty((2, 83, 8), np.int32 if primes == EIGHT["int32 rows"] else np.int64)
+                rows = np.empty((2, 83, 8), np.int32 if sum(primes) < 2**31 else np.int64)
                 given = hasher._by_row[4][0]
                 assert not hasher._hash_rows(changed, hasher._no_history, given, rows)
     for strided in (ids[:, ::2], ids[:, ::-1], np.asfortranarray(ids), ids[::-1]):
@@ -143,7 +157,7 @@ def test_every_place_of_a_row_longer_than_what_is_hashed_together(primes):
 @pytest.mark.parametrize("heads", range(1, 18))
 def test_rows_of_any_number_of_heads(heads):
     """Any number of heads, in rows of 32 and of 64 bits, and nothing is written behind the last row."""
-    for primes in (PRIMES[3:5], PRIMES[-2:]):
+    for primes in (PRIMES[3:5], PRIMES[-2:], SMALL[-2:]):
         plan = plan_of((primes * heads)[: 2 * heads], heads)
         ids = random_ids(np.random.default_rng(heads), 1000, (3, 70))
         rows = assert_backends_agree(plan, ids)
@@ -172,24 +186,26 @@ def test_ids_that_have_an_upper_half(size):
     assert_backends_agree(plan, np.full((1, 20), size - 1))
 
 
-def test_remainder_is_exact_and_a_wrong_one_is_caught():
+@pytest.mark.parametrize("primes", [PRIMES, SMALL], ids=["multiplied", "divided"])
+def test_remainder_is_exact_and_a_wrong_one_is_caught(primes):
     values = hard_values()
-    expected = np.array([[h % p for p in PRIMES] for h in values])
-    assert (remainders(values, PRIMES) == expected).all()
-    wrong = by_two_reciprocals(values, PRIMES)
-    assert (wrong[:, -1] == expected[:, -1]).mean() > 0.99  # it looks right for the largest prime
-    assert not (wrong == expected).all()
+    expected = np.array([[h % p for p in primes] for h in values])
+    assert (remainders(values, primes) == expected).all()
+    assert (by_reciprocals(values, primes) == expected).all() == (primes is PRIMES)
+
+
+@pytest.mark.parametrize("modulus", [2**13, 2**13 + 1, 8209, 2**31 - 1])
+def test_remainders_of_the_largest_hashes(modulus):
+    """The most roundings to an integer that is wrong by the most: of the largest quotients, at all remainders."""
+    values = np.arange(INT64_MAX - 300_000, INT64_MAX)
+    assert (remainders(values, (modulus,))[:, 0] == values % modulus).all()
 
 
 def test_hash_of_all_63_bits():
-    plan = HashPlan(INT64_MAX, 1, 2, len(PRIMES), (plan_of(PRIMES, len(PRIMES), INT64_MAX).layers[0],))
-    rows = assert_backends_agree(plan, np.array([[INT64_MAX - 1]]), offsets=False)  # xor the pad id: 2^63 - 1
-    assert rows[0, 0].tolist() == [INT64_MAX % p for p in PRIMES]
-
-
-def test_even_modulus_takes_the_definition():
-    plan = plan_of((2, 3, 2**30, 9), 2)
-    assert_backends_agree(plan, random_ids(np.random.default_rng(0), 1000, (2, 30)))
+    for primes in (PRIMES, SMALL):
+        plan = HashPlan(INT64_MAX, 1, 2, len(primes), (plan_of(primes, len(primes), INT64_MAX).layers[0],))
+        rows = assert_backends_agree(plan, np.array([[INT64_MAX - 1]]), offsets=False)  # xor the pad id: 2^63 - 1
+        assert rows[0, 0].tolist() == [INT64_MAX % p for p in primes]
 
 
 def test_layers_above_int32_give_int64():
@@ -322,7 +338,7 @@ def in_steps(
 SEVERAL = {
     "int32 rows": layers_of(EIGHT["int32 rows"], EIGHT["int32 rows"][::-1]),
     "int64 rows": layers_of(EIGHT["int64 rows"], EIGHT["int64 rows"][::-1]),
-    "both, and an even modulus": layers_of(EIGHT["int32 rows"], (4, *EIGHT["int64 rows"][1:])),
+    "both, and a small modulus": layers_of(EIGHT["int32 rows"], (4, *EIGHT["int64 rows"][1:])),
     "segments": replace(layers_of(EIGHT["int32 rows"], EIGHT["int32 rows"][::-1]), segment_end=3),
 }
 
