@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
@@ -450,13 +452,10 @@ class _Join:
         begin = time.perf_counter()
         self.settle()
         if self._lease.over:
-            raise RuntimeError(f"the rows of layer {self._layer_id} were released: wait for them before release()")
+            raise self._released()
         self.tell()
         pending = self._errand.result()
-        try:
-            values = pending.wait()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+        values = pending.values if type(pending) is Ready else self._write(pending)
         if self._observer:
             self._observer("wait", self._layer_id, begin, time.perf_counter())
         return values
@@ -473,6 +472,19 @@ class _Join:
         if self._lease.users.is_here():
             raise RuntimeError("a fetch is waited for from within one of the same prefetcher (observer): return first")
         self._errand.wait()
+
+    def _write(self, pending: Pending) -> Tensor:
+        """Rows that arrive only while somebody waits for them."""
+        with self._lease.writing() as may:
+            if not may:
+                raise self._released()
+            try:
+                return pending.wait()
+            except (OSError, ValueError) as error:
+                raise self._failed(error) from error
+
+    def _released(self) -> RuntimeError:
+        return RuntimeError(f"the rows of layer {self._layer_id} were released: wait for them before release()")
 
     def tell(self) -> None:
         """Raise what went wrong in the background."""
@@ -494,14 +506,30 @@ class _Lease:
         self.users = users  # of the prefetcher
         self.errands: list[Errand[Pending]] = []  # each is here before anybody can begin it
         self._ended = threading.Lock()  # locked once, by the first who ends it
+        self._ending = False
+        self._writers: list[tuple[int, Any]] = []  # processes, and what is locked while somebody there writes
 
     @property
     def over(self) -> bool:
         """Whether the slot may be lent to another fetch."""
         return self._ended.locked()
 
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Around writing to the buffers while waiting: until then nobody else gets them. Whether it is not too late."""
+        lock = threading.RLock()
+        with lock:
+            # In this order: either this sees that the lease ends, or who ends it sees this.
+            self._writers.append((os.getpid(), lock))
+            yield not self._ending
+
     def end(self) -> None:
-        """Give the slot and the buffers back."""
+        """Give the slot and the buffers back, once nobody writes to them."""
+        self._ending = True
+        for process, lock in self._writers:
+            if process == os.getpid():  # a fork has no other thread
+                with lock:
+                    pass
         if self._ended.acquire(False):
             self.slot.kept = self.buffers
 

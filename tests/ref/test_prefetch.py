@@ -22,6 +22,7 @@ from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables.base import Ready, check_rows
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.hot import HotTable
+from engram_ref.threads.errands import Later
 from engram_ref.vocab import CompressedVocab
 
 CPU = torch.device("cpu")
@@ -348,6 +349,40 @@ def test_a_failed_layer_frees_no_buffer_that_another_is_writing(values):
         releasing.join(30)
         assert fetch._lease.over
         fetch.release()  # it was told
+
+
+class Late(SlowTable):
+    """A table whose rows arrive only while somebody waits for them, and when they may; a file's do."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def start(self, rows, out=None):
+        def gather():
+            self.begun.set()
+            assert self.may_end.wait(30)
+            return super(Late, self).start(rows, out).wait()
+
+        return Later(gather)
+
+
+def test_no_other_fetch_gets_the_place_of_rows_that_a_thread_is_waiting_for(values):
+    table = Late(values[1])
+    with Prefetcher(NgramHasher(PLAN), {1: table}) as prefetcher, ThreadPoolExecutor(2) as threads:
+        fetch, other = prefetcher.start(random_ids(0)), random_ids(1)
+        joined = threads.submit(fetch[1].wait)
+        assert table.begun.wait(30)
+        released = threads.submit(fetch.release)
+        time.sleep(0.02)
+        assert not released.done()
+        table.may_end.set()
+        assert torch.equal(joined.result(), expected(values, random_ids(0), 1))
+        released.result()
+        with pytest.raises(RuntimeError, match="were released"):
+            fetch[1].wait()
+        with prefetcher.start(other) as next_one:
+            assert torch.equal(next_one[1].wait(), expected(values, other, 1))
 
 
 def test_an_error_of_the_block_is_not_hidden_by_one_of_the_fetch(values):

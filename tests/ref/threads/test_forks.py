@@ -23,7 +23,7 @@ from engram_ref.tables import make_table
 from engram_ref.tables.base import Ready
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.host import HostTable
-from engram_ref.threads.errands import Pool
+from engram_ref.threads.errands import Later, Pool
 from engram_ref.threads.users import Users
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -119,6 +119,26 @@ class Held(HostTable):
             self.begun.set()
             assert self.may_end.wait(30)
             return Ready(torch.index_select(VALUES, 0, rows, out=out))
+
+
+class HeldLater(Held):
+    """The same of a fetch whose rows are gathered by whoever waits for them."""
+
+    def start(self, rows, out=None):
+        return Later(lambda: super(HeldLater, self).start(rows, out).wait())
+
+
+def test_forked_while_a_thread_waits_for_rows():
+    table = HeldLater()
+    with Prefetcher(NgramHasher(PLAN), {1: table}) as prefetcher, prefetcher.start(ids_of(1)) as fetch:
+        thread = threading.Thread(target=fetch[1].wait)
+        thread.start()
+        assert table.begun.wait(30)
+        try:
+            assert in_child(fetch.release) == 0
+        finally:
+            table.may_end.set()
+            thread.join()
 
 
 def test_forked_in_the_middle_of_a_fetch():
