@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.devices import as_device
-from engram_ref.hashing.plan import INT32_MAX, INT64_MAX, HashPlan, LayerPlan
+from engram_ref.hashing.plan import INT32_MAX, HashPlan, LayerPlan
 from engram_ref.ids import DEAD
 
 if TYPE_CHECKING:
@@ -48,13 +48,10 @@ class DeviceHasher:
             is installed.
 
     Raises:
-        ValueError: a kernel is asked for that cannot run here, or a multiplier is no 64-bit integer.
+        ValueError: a kernel is asked for that cannot run here.
     """
 
     def __init__(self, plan: HashPlan, device: str | torch.device, fused: bool | None = None) -> None:
-        largest = max(m for layer in plan.layers for m in layer.multipliers)
-        if largest > INT64_MAX:
-            raise ValueError(f"multiplier {largest} exceeds 2^63 - 1: torch has no integers for it; use NgramHasher")
         self.plan = plan
         self.device = as_device(device)
         self._ids = _IdRange("compressed ids", DEAD, plan.compressed_size, self.device)

@@ -34,7 +34,7 @@ from numba import njit, types, uint64
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from engram_ref.hashing.plan import INT64_MAX, HashPlan, LayerPlan
+from engram_ref.hashing.plan import HashPlan, LayerPlan
 from engram_ref.loops import compiled, emit_prefetch, pointer
 
 _LANES = 8  # heads reduced at once
@@ -55,8 +55,8 @@ NO_HISTORY = np.empty((0, 0), dtype=np.int64)
 
 
 def can_fuse(layer: LayerPlan) -> bool:
-    """Whether this layer's constants suit the compiled loop: 63-bit multipliers, n-grams up to 512."""
-    return max(layer.multipliers) <= INT64_MAX and len(layer.multipliers) <= _HASHES
+    """Whether this layer's n-grams suit the compiled loop: up to 512."""
+    return len(layer.multipliers) <= _HASHES
 
 
 def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:

@@ -238,7 +238,8 @@ class NgramHasher:
                 f"a history of {history.ids.shape}; {len(ids)} sequences of this plan need "
                 f"{(len(ids), self.plan.max_ngram - 1)}: make one with TokenHistory(plan, batch_size)"
             )
-        return hash_columns(self.plan, layer, ids, history.ids, offsets)
+        before = check_ids(history.ids, self.plan.compressed_size, least=DEAD, what="the history's ids")
+        return hash_columns(self.plan, layer, ids, before, offsets)
 
 
 def _row_dtype(layer: LayerPlan) -> type[np.signedinteger[Any]]:

@@ -161,6 +161,8 @@ class HashPlan:
             )
         if max(layer.primes) > INT32_MAX:
             raise ValueError(f"layer {layer.layer_id}: prime {max(layer.primes)} exceeds 2^31 - 1")
+        if max(layer.multipliers) > INT64_MAX:
+            raise ValueError(f"layer {layer.layer_id}: multiplier {max(layer.multipliers)} exceeds 2^63 - 1")
         if (self.compressed_size - 1) * max(layer.multipliers) > INT64_MAX:
             raise ValueError(
                 f"layer {layer.layer_id}: id {self.compressed_size - 1} times multiplier {max(layer.multipliers)} "
@@ -331,17 +333,19 @@ def _prime_columns(config: EngramConfig) -> list[tuple[int, ...]]:
     from sympy import nextprime  # slow to import, needed once
 
     taken: set[int] = set()
+    reached: dict[int, int] = {}  # from each size on: everything up to there is taken
     layers = []
     for _ in config.layer_ids:
         columns = []
         for size in config.table_size_per_order:
-            prime = size - 1
+            prime = reached.get(size, size - 1)
             for _ in range(config.heads):
                 prime = int(nextprime(prime))
                 while prime in taken:
                     prime = int(nextprime(prime))
                 taken.add(prime)
                 columns.append(prime)
+            reached[size] = prime
         layers.append(tuple(columns))
     return layers
 

@@ -359,12 +359,6 @@ def test_what_is_no_batch_of_ids_is_refused(case, tiny, way):
         hasher(ids if ids.is_meta else ids.to(hasher.device))
 
 
-def test_a_multiplier_beyond_64_bits_is_refused(way):
-    plan = HashPlan(1, 0, 2, 1, (LayerPlan(0, (1, 2**63), (7,), (0,)),))
-    with pytest.raises(ValueError, match=r"multiplier 9223372036854775808 exceeds 2\^63 - 1: .* use NgramHasher"):
-        hasher_of(plan, way)
-
-
 def test_a_cpu_is_refused_outside_the_interpreter(tiny, monkeypatch):
     pytest.importorskip("engram_ref.rows.kernels", reason="needs Triton", exc_type=ImportError)
     monkeypatch.setattr(gpu, "INTERPRETED", False)

@@ -290,6 +290,16 @@ def test_history_of_other_sequences(primes):
 
 
 @either_rows
+def test_a_history_with_ids_of_another_vocabulary(primes):
+    plan, larger = plan_of(primes, 4), plan_of(primes, 4, size=50_000)
+    history = TokenHistory(larger, 1)
+    history.advance(np.array([[7, 40_000]]))
+    for backend in ("numba", "numpy"):
+        with pytest.raises(ValueError, match=r"the history's ids contain 40000; the vocabulary has -1 \.\. 999"):
+            NgramHasher(plan, backend)(np.ones((1, 4), dtype=np.int64), 4, history=history)
+
+
+@either_rows
 @pytest.mark.parametrize("batch", [1, 2])
 def test_chunks_equal_one_shot(primes, batch):
     plan = plan_of(primes, 2)

@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,18 @@ def test_a_size_that_is_prime_is_taken():
     assert HashPlan.build(config, 100, 2).layers[0].primes == (11, 7)
 
 
+def test_thousands_of_columns_take_no_longer_each():
+    """Every prime from a size up is taken once: a search that began at the size each time took three quarters of an
+    hour for as many columns as a configuration may have."""
+    config = EngramConfig.preset("tiny").replace(
+        layer_ids=tuple(range(128)), heads=64, table_size_per_order=(16_000_000, 16_000_000)
+    )
+    begin = time.monotonic()
+    primes = [prime for layer in HashPlan.build(config, 100, 2).layers for prime in layer.primes]
+    assert time.monotonic() - begin < 20
+    assert primes == sorted(set(primes)) and len(primes) == 128 * 64 * 2
+
+
 def test_multipliers_are_odd_and_cannot_overflow(plans):
     for plan in plans.values():
         for layer in plan.layers:
@@ -438,6 +451,12 @@ SOUND = LayerPlan(4, (3, 5), (7, 11), (0, 7))
 def test_sound_plan_is_accepted():
     largest = dataclasses.replace(SOUND, layer_id=5, multipliers=(3, INT64_MAX // 99))
     assert HashPlan(100, 2, 2, 2, (SOUND, largest)).layers == (SOUND, largest)
+
+
+def test_a_multiplier_that_is_no_64_bit_integer_is_refused():
+    """Of a vocabulary of one id no product exceeds anything."""
+    with pytest.raises(ValueError, match=r"layer 0: multiplier 9223372036854775808 exceeds 2\^63 - 1"):
+        HashPlan(1, 0, 2, 1, (LayerPlan(0, (1, 2**63), (7,), (0,)),))
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
