@@ -23,7 +23,8 @@ import importlib.util
 import json
 import os
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,10 @@ class CompressedVocab:
         array = np.array(ids)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
             raise ValueError(f"not a compressed map: {array.dtype} {array.shape}; give one integer per token")
-        newest = np.maximum.accumulate(array.astype(np.int64))
+        array = array.astype(np.int64)  # of what does not fit, to negative ids
+        newest = np.maximum.accumulate(array)
         if array.min() < 0 or np.diff(newest, prepend=-1).max() > 1:
             raise ValueError("not a compressed map: ids must be numbered 0, 1, 2, … in order of first appearance")
-        array = array.astype(np.int64)
         array.flags.writeable = False
         return cls(array, int(newest[-1]) + 1, map_digest(array))
 
@@ -142,7 +143,9 @@ class CompressedVocab:
         vocab = None if cache is None else _read_cache(cache, text, sha256)
         if vocab is None:
             tokenizer = _parse(text, origin)
-            vocab = cls.from_map(_build_map(tokenizer))
+            with _panics(origin):
+                compressed = _build_map(tokenizer)
+            vocab = cls.from_map(compressed)
             _check_published(fingerprint(tokenizer), vocab)
             if cache is not None:
                 _write_cache(cache, vocab)
@@ -270,7 +273,8 @@ def _hub_json(name: str) -> bytes:
 def _parse(text: bytes, origin: object) -> Tokenizer:
     """The tokenizer, without what a file may carry of somebody's training run: a text is encoded whole and as it is."""
     try:
-        tokenizer = Tokenizer.from_str(text.decode())
+        with _panics(origin):
+            tokenizer = Tokenizer.from_str(text.decode())
     except Exception as error:  # tokenizers raises plain Exception for anything that it cannot parse
         raise ValueError(f"{origin} is not a tokenizer.json: {one_line(error)}") from error
     tokenizer.no_truncation()
@@ -278,6 +282,17 @@ def _parse(text: bytes, origin: object) -> Tokenizer:
     if getattr(tokenizer.model, "dropout", None):  # would merge at random, another stream of ids at every call
         tokenizer.model.dropout = None
     return tokenizer
+
+
+@contextmanager
+def _panics(origin: object) -> Iterator[None]:
+    """Around the library's work on somebody's file: what it gives up with is no Exception to Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{origin} is a damaged tokenizer.json: its library gave up with {one_line(error)}") from None
 
 
 def _build_map(tokenizer: Tokenizer) -> list[int]:

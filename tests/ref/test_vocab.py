@@ -169,6 +169,7 @@ BAD_MAPS = {
     "fractions": [0, 0.9, 1.5],
     "texts": ["0", "1"],
     "beyond int64": [0, 2**70],
+    "DEAD in disguise": np.array([0, 1, 2**64 - 1, 2], dtype=np.uint64),
 }
 
 
@@ -278,6 +279,22 @@ def test_file_and_folder_are_the_same(small_tokenizer):
 def test_missing_path(path):
     with pytest.raises(ValueError, match=f"no tokenizer at {path}: give a tokenizer.json, or a folder"):
         CompressedVocab.from_tokenizer(path)
+
+
+DAMAGED = {
+    "where it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////////w=="}},
+    "where a token is decoded": {"decoder": {"type": "Strip", "content": "a", "start": 10**8, "stop": 10**8}},
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_file_that_makes_its_library_panic(case, tmp_path):
+    """Which is no Exception in Python, and would end a command in a traceback."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"version": "1.0", "model": model, **DAMAGED[case]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{file} is a damaged tokenizer.json: its library gave up with "):
+        CompressedVocab.from_tokenizer(file, cache_dir=tmp_path / "cache")
 
 
 def test_folder_without_tokenizer(tmp_path):
