@@ -30,7 +30,7 @@ def number(text: str) -> int | float | None:
     Whole numbers come out as integers, exactly; those of more digits than anything has here, as infinite.
     """
     if power := _POWER.fullmatch(text):
-        value = Decimal(power[1]) ** int(power[2])
+        value = Decimal(int(power[1]) ** int(power[2]))
     elif _NUMBER.fullmatch(text):
         value = Decimal(text.strip())
     else:

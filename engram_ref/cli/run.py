@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     """Around reading input and writing output: what the user can mend becomes one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             _leave_unread()
         if isinstance(error, ModuleNotFoundError) and error.name != "torch":
@@ -55,6 +56,8 @@ def run(main: Callable[[], None], prog: str, left: str = "nothing was written") 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us, as for a daemon: nobody reads there
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding; as on stderr
     try:
         try:
             main()

@@ -27,6 +27,8 @@ from typing import BinaryIO
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MOST_BYTES = 200  # of the name of a file in that of its part, which has 255 in all
+_LONGEST_ENDING = 20
 _RANDOM_BYTES = 8  # in the name of a part, which nobody can guess
 
 
@@ -45,7 +47,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
     """The same, by name, with the ending of `path`; for what opens the file itself. Errors as `replacing`."""
-    with _part(path, path.suffix) as (part, _):
+    with _part(path, _ending(path)) as (part, _):
         yield part
 
 
@@ -64,7 +66,7 @@ def _part(path: Path, ending: str) -> Iterator[tuple[Path, BinaryIO]]:
             part.replace(path)  # with the lock held: until it has its name, nobody takes it for abandoned
         _sync_folder(path.parent)
     except OSError as error:
-        if error.filename is None or Path(error.filename).name.startswith(f".{path.name}-"):
+        if error.filename is None or Path(error.filename).name.startswith(_beginning(path)):
             error.filename = str(path)  # a write does not know what it writes to, and a part means nothing to anybody
         raise
     finally:
@@ -75,7 +77,7 @@ def _part(path: Path, ending: str) -> Iterator[tuple[Path, BinaryIO]]:
 def _create(path: Path, ending: str) -> tuple[Path, BinaryIO]:
     """A new file that is locked, so that others see that somebody is writing it."""
     while True:
-        part = path.with_name(f".{path.name}-{secrets.token_hex(_RANDOM_BYTES)}.part{ending}")
+        part = path.with_name(f"{_beginning(path)}{secrets.token_hex(_RANDOM_BYTES)}.part{ending}")
         file = open(os.open(part, _NEW, 0o666), "w+b")  # noqa: SIM115  the caller closes it
         with suppress(OSError):  # a file system without locks; there nothing is ever taken for abandoned
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -84,9 +86,21 @@ def _create(path: Path, ending: str) -> tuple[Path, BinaryIO]:
         file.close()  # it was removed before it was locked
 
 
+def _beginning(path: Path) -> str:
+    """Of the name of a part: of a name so long that there is no room for the rest, as much as there is room for."""
+    return "." + os.fsdecode(os.fsencode(path.name)[:_MOST_BYTES]) + "-"
+
+
+def _ending(path: Path) -> str:
+    """Of `path`, by which others know what is in the file; one that is long says nothing of that."""
+    return path.suffix if len(path.suffix) <= _LONGEST_ENDING else ""
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove what killed processes left of their attempts to write `path`."""
-    name = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.part({re.escape(path.suffix)})?")
+    name = re.compile(
+        rf"{re.escape(_beginning(path))}[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.part({re.escape(_ending(path))})?"
+    )
     with suppress(OSError):  # no such folder, or one that is not ours to read
         for found in [entry for entry in os.listdir(path.parent) if name.fullmatch(entry)]:
             with suppress(OSError):  # locked, gone, or not ours

@@ -29,6 +29,8 @@ def read_text(path: str | Path | None, most: int = TEXT_CHARACTERS) -> tuple[str
 
         return "pydoc_data.topics", "\n\n".join(topics[name] for name in sorted(topics))
     if str(path) == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: name a text file")
         name, content = "standard input", sys.stdin.buffer.read(_BYTES_PER_CHARACTER * most + 1)
     else:
         name = Path(path).name

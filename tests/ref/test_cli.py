@@ -6,12 +6,14 @@ python -m pytest tests/ref/test_cli.py
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import bytedmd_toy, gpu_wall, production
@@ -19,6 +21,7 @@ from bench.served import options as end_to_end_options
 from bench.wall import options as wall_options
 from engram_ref import __version__, cli
 from engram_ref.checkpoint import sample
+from engram_ref.files.texts import read_text
 
 HUGE = ("99999999999999", "1" + "0" * 30, "9" * 5000)
 
@@ -91,6 +94,7 @@ def test_the_bounds_themselves():
 
 
 NUMBERS = {"12": 12, " 3 ": 3, "2.5": 2.5, "1e6": 10**6, "10^6": 10**6, "2^20": 1 << 20, "1.5e3": 1500, "1e-3": 1e-3}
+NUMBERS |= {"0^0": 1, "0^6": 0, "10^25": 10**25}
 NO_NUMBERS = ("", "x", "1_0", "nan", "inf", "0x10", "1e", "10^", "^6", "10^-6", "1 2", "٣", "1e9999999999")
 
 
@@ -269,6 +273,26 @@ def test_another_pipe_that_breaks_is_told(capsys):
     with pytest.raises(SystemExit) as ended, cli.one_line_errors("some"):
         raise BrokenPipeError(32, "Broken pipe")
     assert ended.value.code == 2 and "Broken pipe" in capsys.readouterr().err
+
+
+def test_a_name_in_no_encoding_is_printed(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8", errors="strict"))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: print(os.fsdecode(b"folder-\xff")), "some")
+    assert ended.value.code == 0 and written.getvalue() == b"folder-\\udcff\n"
+
+
+def test_what_does_not_fit_into_memory_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, cli.one_line_errors("some"):
+        np.empty(1 << 60, np.uint8)
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("some: error: Unable to allocate 1.00 EiB")
+
+
+def test_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed: name a text file"):
+        read_text("-")
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--preset", "demo"], 0), (["--preset", "none"], 2), (["--help"], 0)])

@@ -54,6 +54,16 @@ def test_the_mode_is_the_umasks(tmp_path, way, mask):
     assert (tmp_path / "results.json").read_bytes() == b"whole"
 
 
+@pytest.mark.parametrize("name", ["n" * 251 + ".csv", "é" * 120 + ".json", "n." + "x" * 253])
+def test_a_name_may_be_as_long_as_the_system_lets_it(tmp_path, way, name):
+    write(tmp_path / name, way)
+    assert os.listdir(tmp_path) == [name]
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 3
+    write(tmp_path / name, way)
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path, way):
     path = tmp_path / "results.json"
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT)
