@@ -120,6 +120,9 @@ def test_any_difference_makes_it_invalid(results, change):
         ([1.01, 1.02, 0.99, 1.01, 1.0], (0.99, 1.01), None, 0.02),
         ([1.01, 1.02, 0.99, 1.01, 1.0], (0.99, 1.05), None, None),
         ([0.8, 1.3, 0.9, 1.2, 1.1], (1.0, 1.0), None, None),
+        # Slower than resident without doubt, but on which side of 3 % is open: neither half of the claim.
+        ([1.01, 1.02, 1.02, 1.02, 1.7], (1.0, 1.0), 0.02, None),
+        ([1.01, 1.045, 1.045, 1.05, 1.07], (1.0, 1.0), 0.045, None),
     ],
 )
 def test_wall_time_needs_resolution(wall, floor, shown, claimed):
