@@ -122,7 +122,7 @@ def _line(name: str, a: Quantity | None, b: Quantity | None, pairs: bool, tolera
 def _judged(low: float, high: float, one: float, tolerance: float) -> str:
     if high < one:
         return "better"
-    if low > one * (1 + tolerance):
+    if low > (one * (1 + tolerance) if tolerance else one):  # a price may have more digits than a product
         return "worse"
     return "within tolerance" if low > one else "not resolved"
 
@@ -139,11 +139,16 @@ def _ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, fl
     # Not paired: what the machine did meanwhile happened to one of the two alone, so each is drawn by itself.
     draw = random.Random(0)
     found = sorted(
-        statistics.median(draw.choices(b, k=len(b))) / statistics.median(draw.choices(a, k=len(a)))
+        _over(statistics.median(draw.choices(b, k=len(b))), statistics.median(draw.choices(a, k=len(a))))
         for _ in range(_RESAMPLES if len(a) + len(b) < 200 else 200)
     )
     median = statistics.median(b) / statistics.median(a)
     return {"median": median, "low": quantile(found, 0.025), "high": quantile(found, 0.975)}
+
+
+def _over(b: float, a: float) -> float:
+    """b / a; of a 0, which some of the drawn medians may be, the largest number there is, so that it can be sorted."""
+    return b / a if a else sys.float_info.max
 
 
 def machines(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:

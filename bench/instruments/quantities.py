@@ -91,7 +91,7 @@ def _field(key: str, value: Any, path: tuple[str, ...], times: bool) -> Iterator
     elif key in _EXACT and (_number(value) or _nested_numbers(value)):
         leaves = list(_leaves(value))
         for number, leaf in enumerate(leaves):
-            yield (name if len(leaves) == 1 else f"{name} / {number}"), Quantity((float(leaf),), exact=True)
+            yield (name if len(leaves) == 1 else f"{name} / {number}"), Quantity((leaf,), exact=True)
     elif isinstance(value, (Mapping, list)):
         yield from _walk(value, (*path, key), times or key == "samples_s")
 

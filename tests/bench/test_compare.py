@@ -88,6 +88,19 @@ def test_a_price_that_changed_is_noticed():
     assert [line.how for line in changed] == ["exact"] and "offload_prefetch / cost" in changed[0].quantity
 
 
+def test_a_price_of_more_digits_than_a_double_has():
+    """A few prices of whole tables are above 2^53."""
+    large = {**HEAD, "runs": [{"model": "m", "cost": 12071253563228523}]}
+    larger = {**HEAD, "runs": [{"model": "m", "cost": 12071253563228524}]}
+    assert [compare.compare(large, each)[0].verdict for each in (large, larger)] == ["same", "worse"]
+    assert compare.compare(larger, large)[0].verdict == "better"
+
+
+def test_samples_of_no_time_at_all():
+    assert verdict([0, 0, 1, 2, 3], [1.0] * 5).verdict == "not resolved"
+    assert verdict([0, 0, 1, 2, 3], [4.0] * 5).verdict == "worse"
+
+
 def test_verdicts():
     base = [1.0, 1.1, 0.9, 1.05, 0.95]
     slower, faster = ([factor * x for x in base] for factor in (1.5, 0.5))
