@@ -75,8 +75,11 @@ note() {        # when a log's last line changed, for whoever asks later where t
 
 left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
+CODE="${REHEARSE:+rehearsal-of-}${GIT_COMMIT:-$(git describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)}"
+
 ended_well() { # whether a step did so in any call with this code
-  awk -v code="${GIT_COMMIT:-unknown}" -v name="$1" \
+  case $CODE in *unknown | *-dirty) return 1 ;; esac # which may be another by now
+  awk -v code="$CODE" -v name="$1" \
     '/ call, / { same = $NF == code } same && $1 == name && / ended with 0,/ { found = 1 } END { exit !found }' "$WORK/steps.txt"
 }
 
@@ -163,7 +166,7 @@ trap 'failed=143; exit 143' INT TERM
   nproc
   cat /proc/driver/nvidia/version /proc/driver/nvidia/params # the latter: how large the pages are that map host memory
 } >"$WORK/machine.txt" 2>&1
-echo "$CALL call, $(date -u +%FT%TZ), code ${GIT_COMMIT:-unknown}" >>"$WORK/steps.txt"
+echo "$CALL call, $(date -u +%FT%TZ), code $CODE" >>"$WORK/steps.txt"
 
 step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
 

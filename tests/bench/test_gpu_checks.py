@@ -62,15 +62,29 @@ def test_no_limit_is_below_what_was_seen(name):
     assert SEEN[name] < LIMITS[name]
 
 
-def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path):
-    def call(code):
+@pytest.fixture
+def call(tmp_path):
+    """Calls the script for two steps that only say what they would run; how often each has run so far."""
+
+    def start(code, **settings):
         environment = {**os.environ, "RUN": "echo", "ONLY": "reads lookup", "PYTHON": sys.executable,
-                       "WORK": str(tmp_path / "work"), "GIT_COMMIT": code}  # fmt: skip
+                       "WORK": str(tmp_path / "work"), "GIT_COMMIT": code, **settings}  # fmt: skip
         command = ["bash", str(SCRIPT), "measure", str(tmp_path / "out")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.endswith((tmp_path / "out/summary.txt").read_text()), done.stderr
         return [(tmp_path / f"work/{name}.log").read_text().count("lookup_speed") for name in ("reads", "lookup")]
 
+    return start
+
+
+def test_what_a_rehearsal_did_or_unknown_code_is_done_again(call):
+    rehearsed = [call("one", REHEARSE="1") for _ in range(2)]
+    assert rehearsed == [[1, 1], [1, 1]] and call("one") == [2, 2] and call("one", REHEARSE="1") == [2, 2]
+    # Where the code is read from git, what has not been committed may be another thing each time.
+    assert call("", GIT_DIR="/nowhere") == [3, 3] and call("", GIT_DIR="/nowhere") == [4, 4]
+
+
+def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path, call):
     assert [call("one"), call("one"), call("another")] == [[1, 1], [1, 1], [2, 2]]
     steps = tmp_path / "work/steps.txt"
     steps.write_text(steps.read_text().replace("reads ended with 0,", "reads ended with 124,"))
