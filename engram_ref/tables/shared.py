@@ -199,30 +199,41 @@ class _Keeper:
     def _serve(self) -> bool:
         """Serve one process; whether to go on."""
         assert self._listener is not None
-        ready = select.select([self._listener, self._stopped], [], [])[0]
-        if self._stopped in ready:
+        if self._stopped in _ready(self._listener, self._stopped):
             return False
-        with contextlib.suppress(OSError):  # it may have gone again
+        try:
             line = self._listener.accept()[0]
             if _peer(line)[1] == os.getuid() and _send(line, self._head, self.fd):
                 self._lines = [*filter(_is_there, self._lines), line]  # open until the end, which it learns by this
             else:
                 line.close()
+        except OSError:  # it may have gone again; or no descriptor is left, and it still waits
+            time.sleep(_AGAIN_S)
         return True
 
     def _stand_by(self) -> bool:
         """Wait until the one who serves is gone, and try to take its place; whether to go on."""
-        ready = select.select([*self._lines, self._stopped], [], [], None if self._lines else _AGAIN_S)[0]
-        if self._stopped in ready:
+        if self._stopped in _ready(*self._lines, self._stopped, seconds=None if self._lines else _AGAIN_S):
             return False
         if self._lines and _greets(self._lines[0]):
             return True
         for line in self._lines:
             line.close()
-        self._listener = _bind(self._address)
-        successor = _connect(self._address) if self._listener is None else None  # was quicker: the same memory
-        self._lines = [] if successor is None else [successor]
+        self._lines = []
+        with contextlib.suppress(OSError):  # no descriptor is left: it tries again
+            self._listener = _bind(self._address)
+            successor = _connect(self._address) if self._listener is None else None  # was quicker: the same memory
+            self._lines = [] if successor is None else [successor]
         return True
+
+
+def _ready(*ends: socket.socket, seconds: float | None = None) -> list[socket.socket]:
+    """Those of which something can be read, or the end; waits for one, or so long."""
+    poll = select.poll()  # select.select refuses descriptors from 1024 on, which a server with many clients has
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    found = {fd for fd, _ in poll.poll(None if seconds is None else 1000 * seconds)}
+    return [end for end in ends if end.fileno() in found]
 
 
 def _greets(line: socket.socket) -> bool:
@@ -312,7 +323,7 @@ def _peer(line: socket.socket) -> tuple[int, int, int]:
 
 def _is_there(line: socket.socket) -> bool:
     """Whether the other end is open: it never sends anything, so what can be read is its end."""
-    if select.select([line], [], [], 0)[0]:
+    if _ready(line, seconds=0):
         line.close()
         return False
     return True

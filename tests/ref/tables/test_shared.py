@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -226,6 +228,61 @@ def test_a_wait_has_an_end(name):
             shared_module.shared_memory(name, 8, {}, lambda memory: None, patience=0.1)
     finally:
         listener.close()
+
+
+@pytest.fixture
+def many_open_files():
+    """As a server with a thousand clients has them: whatever is opened next has a larger number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard == resource.RLIM_INFINITY else min(hard, 4096), hard))
+    files = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while files[-1] < 1100:  # the sets of select() end at 1023
+            files.append(os.dup(files[0]))
+        yield
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def wait_for_successor(name):
+    """Until another process, or thread, serves under the name."""
+    until = time.monotonic() + 5
+    while (line := shared_module._connect(shared_module._address(name))) is None:
+        assert time.monotonic() < until, "nobody takes its place"
+    line.close()
+
+
+@pytest.mark.usefixtures("many_open_files")
+def test_descriptors_beyond_a_thousand(name):
+    first = shared_module.shared_memory(name, 8, {}, lambda memory: memory.bytes.fill_(7))
+    with shared_module.shared_memory(name, 8, {}, refuses_to_lay, patience=5) as second:
+        first.close()
+        wait_for_successor(name)
+        with shared_module.shared_memory(name, 8, {}, refuses_to_lay, patience=5) as third:
+            assert second.bytes.tolist() == third.bytes.tolist() == [7] * 8
+
+
+def test_a_successor_without_a_descriptor_tries_again(name, monkeypatch):
+    first = shared_module.shared_memory(name, 8, {}, lambda memory: None)
+    with shared_module.shared_memory(name, 8, {}, refuses_to_lay, patience=5):
+        failures = [OSError(errno.EMFILE, "Too many open files")]
+        bind = shared_module._bind
+
+        def bind_later(address):
+            if failures:
+                raise failures.pop()
+            return bind(address)
+
+        monkeypatch.setattr(shared_module, "_bind", bind_later)
+        first.close()
+        wait_for_successor(name)
+        assert not failures
+
+
+def refuses_to_lay(memory):
+    raise AssertionError("the rows are there already")
 
 
 def test_another_users_copy_is_refused(name, monkeypatch):
