@@ -60,6 +60,7 @@ class SharedMemory(HostMemory):
     def __init__(self, nbytes: int, keeper: _Keeper) -> None:
         super().__init__(nbytes, fd=keeper.fd)
         self._end = weakref.finalize(self, keeper.close)
+        keeper.start()
 
     def close(self) -> None:
         """Hand it to nobody any more, and let go of it."""
@@ -89,89 +90,96 @@ def shared_memory(
     while True:
         listener = _bind(address)
         if listener is not None:
-            return _lead(listener, address, nbytes, head, lay)
+            return _lead(_Keeper(address, head, listener=listener), listener, nbytes, lay)
         line = _connect(address)
-        found = None if line is None else _receive(line, name, deadline)
-        if line is not None and found is not None:
-            return _follow(line, address, name, nbytes, head, *found)
+        memory = None if line is None else _follow(_Keeper(address, head, line=line), line, name, nbytes, deadline)
+        if memory is not None:
+            return memory
         time.sleep(_AGAIN_S)  # who had the name is gone: whoever binds it first lays the rows down
         if time.monotonic() > deadline:
             raise TimeoutError(f"shared={quoted(name)}: nobody laid the rows down within {patience:.0f} s")
 
 
-def _lead(
-    listener: socket.socket, address: bytes, nbytes: int, head: Head, lay: Callable[[HostMemory], object]
-) -> SharedMemory:
+def _lead(keeper: _Keeper, listener: socket.socket, nbytes: int, lay: Callable[[HostMemory], object]) -> SharedMemory:
     """Lay the content down, then serve whoever asks; whoever has asked so far is told of an error."""
-    fd = -1
     try:
         require_host_bytes(nbytes)
         # No file in /dev/shm: a container gives that 64 MiB, and a killed process leaves it full.
-        fd = os.memfd_create(address[1:].decode(), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, max(nbytes, 1))
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # no reader falls off its end
-        lay(HostMemory(nbytes, fd=fd))
+        keeper.fd = os.memfd_create(keeper.address[1:].decode(), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(keeper.fd, max(nbytes, 1))
+        # No reader falls off its end.
+        fcntl.fcntl(keeper.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        lay(HostMemory(nbytes, fd=keeper.fd))
+        return SharedMemory(nbytes, keeper)
     except BaseException as error:
         _tell_waiting(listener, error)
-        listener.close()
-        if fd >= 0:
-            os.close(fd)
+        keeper.close()
         raise
-    return SharedMemory(nbytes, _Keeper(address, fd, head, listener=listener))
 
 
 def _tell_waiting(listener: socket.socket, error: BaseException) -> None:
-    listener.setblocking(False)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # nobody asks any more
+        listener.setblocking(False)
         while True:
             _send(listener.accept()[0], {"error": one_line(error), "mended": isinstance(error, ValueError)})
 
 
-def _follow(
-    line: socket.socket, address: bytes, name: str, nbytes: int, head: Head, found: Head, fd: int
-) -> SharedMemory:
+def _follow(keeper: _Keeper, line: socket.socket, name: str, nbytes: int, deadline: float) -> SharedMemory | None:
+    """The memory that the other side has laid down; None if it ended before."""
     try:
+        found, keeper.fd = _receive(line, name, deadline)
+        if keeper.fd < 0:
+            keeper.close()
+            return None
+        head = keeper.head
         other = [key for key in head if head[key] != found.get(key)]
         if other:
             raise ValueError(
                 f"shared={quoted(name)} names a table with {other[0]} {quoted(found.get(other[0]))}; this one has "
                 f"{quoted(head[other[0]])}: give another table another name"
             )
-        return SharedMemory(nbytes, _Keeper(address, fd, head, line=line))
+        return SharedMemory(nbytes, keeper)
     except BaseException:
-        line.close()
-        os.close(fd)
+        keeper.close()
         raise
 
 
 class _Keeper:
     """Hands a descriptor to whoever asks under an address; while another process does so, waits for its end.
 
+    It is made before there is a descriptor, since rows take long to be laid down: a process forked meanwhile would keep
+    the address, and never answer there.
+
     Args:
         address: where they ask.
-        fd: the descriptor; it is closed in the end.
-        head: goes with it.
+        head: goes with the descriptor.
         listener: bound to the address; or
         line: to the process that is.
+
+    Attributes:
+        fd: the descriptor, -1 until there is one; it is closed in the end.
     """
 
     def __init__(
         self,
         address: bytes,
-        fd: int,
         head: Head,
         listener: socket.socket | None = None,
         line: socket.socket | None = None,
     ) -> None:
-        self.fd = fd
-        self._address = address
-        self._head = head
+        self.address = address
+        self.head = head
+        self.fd = -1
         self._listener = listener
         self._lines = [] if line is None else [line]  # to the one process that serves, or from all that are served
         self._stop, self._stopped = socket.socketpair()
+        self._thread: threading.Thread | None = None
+        renew_after_fork(self)
+
+    def start(self) -> None:
+        """Hand the descriptor on, from now on."""
         self._thread = threading.Thread(target=self._keep, name="engram-shared", daemon=True)
         self._thread.start()
-        renew_after_fork(self)
 
     def renew(self) -> None:
         """In a forked process: the parent keeps the memory. It stays mapped here, and is not handed on."""
@@ -181,7 +189,8 @@ class _Keeper:
         """Stop, and close the descriptor."""
         with contextlib.suppress(OSError):  # closed already: a forked process has let go of it
             self._stop.send(b".")
-            self._thread.join()
+            if self._thread is not None and self._thread.is_alive():  # it was never started where laying failed
+                self._thread.join()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -203,7 +212,7 @@ class _Keeper:
             return False
         try:
             line = self._listener.accept()[0]
-            if _peer(line)[1] == os.getuid() and _send(line, self._head, self.fd):
+            if _peer(line)[1] == os.getuid() and _send(line, self.head, self.fd):
                 self._lines = [*filter(_is_there, self._lines), line]  # open until the end, which it learns by this
             else:
                 line.close()
@@ -221,8 +230,8 @@ class _Keeper:
             line.close()
         self._lines = []
         with contextlib.suppress(OSError):  # no descriptor is left: it tries again
-            self._listener = _bind(self._address)
-            successor = _connect(self._address) if self._listener is None else None  # was quicker: the same memory
+            self._listener = _bind(self.address)
+            successor = _connect(self.address) if self._listener is None else None  # was quicker: the same memory
             self._lines = [] if successor is None else [successor]
         return True
 
@@ -283,8 +292,8 @@ def _send(line: socket.socket, head: Head, fd: int | None = None) -> bool:
     return False
 
 
-def _receive(line: socket.socket, name: str, deadline: float) -> tuple[Head, int] | None:
-    """What the other side has, and its descriptor; None if it ended before it had anything.
+def _receive(line: socket.socket, name: str, deadline: float) -> tuple[Head, int]:
+    """What the other side has, and its descriptor; -1 if it ended before it had anything.
 
     Raises:
         ValueError: what went wrong there.
@@ -292,14 +301,12 @@ def _receive(line: socket.socket, name: str, deadline: float) -> tuple[Head, int
     """
     process, user, _ = _peer(line)
     if user != os.getuid():
-        line.close()
         raise PermissionError(f"shared={quoted(name)}: user {user} has taken this name: give another one")
     line.settimeout(max(0.001, deadline - time.monotonic()))
     try:
         text, rights, _, _ = line.recvmsg(_HEAD_BYTES, socket.CMSG_SPACE(4))
         line.settimeout(None)
     except TimeoutError:
-        line.close()
         raise TimeoutError(
             f"shared={quoted(name)}: process {process} has not laid the rows down in time: is it stopped?"
         ) from None
@@ -307,13 +314,9 @@ def _receive(line: socket.socket, name: str, deadline: float) -> tuple[Head, int
         text, rights = b"", []
     found = json.loads(text) if text else {}
     if "error" in found:
-        line.close()
         kind = ValueError if found["mended"] else OSError
         raise kind(f"{found['error']} (in process {process}, which laid down shared={quoted(name)})")
-    if not rights:
-        line.close()
-        return None
-    return found, array.array("i", rights[0][2])[0]
+    return found, array.array("i", rights[0][2])[0] if rights else -1
 
 
 def _peer(line: socket.socket) -> tuple[int, int, int]:

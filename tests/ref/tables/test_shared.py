@@ -304,6 +304,47 @@ def test_a_forked_child_does_not_hold_the_name(name):
         pass
 
 
+@pytest.fixture
+def fork():
+    """Makes a child, as a data loader does, that lives until the end of the test."""
+    go_on, go = os.pipe()
+    children = []
+
+    def make(*_):
+        children.append(os.fork())
+        if not children[-1]:
+            os.close(go)
+            os.read(go_on, 1)
+            os._exit(0)
+
+    yield make
+    os.close(go)
+    os.close(go_on)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def test_a_child_forked_while_rows_are_laid_down_does_not_hold_the_name(name, fork):
+    shared_module.shared_memory(name, 8, {}, fork).close()
+    laid = []
+    shared_module.shared_memory(name, 8, {}, laid.append, patience=5).close()
+    assert laid
+
+
+def test_a_child_forked_while_its_parent_waits_for_rows_does_not_wait(name, fork, monkeypatch):
+    listener = shared_module._bind(shared_module._address(name))
+
+    def fork_and_end(*_):
+        fork()
+        raise TimeoutError("waited long enough")
+
+    monkeypatch.setattr(shared_module, "_receive", fork_and_end)
+    with pytest.raises(TimeoutError, match="long enough"):
+        shared_module.shared_memory(name, 8, {}, refuses_to_lay)
+    with listener, listener.accept()[0] as line:
+        assert shared_module._ready(line, seconds=5), "the child keeps the parent's line"
+
+
 def test_the_rows_are_laid_down_once(name, monkeypatch):
     laid = []
     monkeypatch.setattr(
