@@ -304,7 +304,8 @@ def _receive(line: socket.socket, name: str, deadline: float) -> tuple[Head, int
         raise PermissionError(f"shared={quoted(name)}: user {user} has taken this name: give another one")
     line.settimeout(max(0.001, deadline - time.monotonic()))
     try:
-        text, rights, _, _ = line.recvmsg(_HEAD_BYTES, socket.CMSG_SPACE(4))
+        # Python makes no descriptor that a program started from here inherits; of one that it receives, one must ask.
+        text, rights, _, _ = line.recvmsg(_HEAD_BYTES, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
         line.settimeout(None)
     except TimeoutError:
         raise TimeoutError(

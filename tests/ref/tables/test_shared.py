@@ -304,6 +304,13 @@ def test_a_forked_child_does_not_hold_the_name(name):
         pass
 
 
+def test_a_program_started_meanwhile_does_not_keep_the_memory(name):
+    what = f"/memfd:{shared_module._address(name)[1:].decode()}"
+    with placed(name, VALUES), placed(name, VALUES):
+        numbers = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd).startswith(what)]
+        assert len(numbers) >= 2 and not any(map(os.get_inheritable, numbers))
+
+
 @pytest.fixture
 def fork():
     """Makes a child, as a data loader does, that lives until the end of the test."""
