@@ -148,9 +148,15 @@ class ModelFolder:
 
         codes, scales = self.tensor(layer_id, "embed.weight"), self.tensor(layer_id, "embed.scale")
         stored = StoredRows.find(codes.path, codes.name, scale=scales.name, scale_path=scales.path, sparse=self.sparse)
-        if [(part.offset, part.nbytes) for part in stored.parts] != [(x.offset, x.nbytes) for x in (codes, scales)]:
-            raise ValueError(f"{codes.path} was changed after it was checked: call ModelFolder.open again")
+        require_same_rows(stored, (codes, scales), "ModelFolder.open")
         return stored
+
+
+def require_same_rows(stored: StoredRows, entries: Iterable[TensorEntry], opener: str) -> None:
+    """Refuse rows of a file that is not any more what it was when the folder was opened by `opener`."""
+    for part, entry in zip(stored.parts, entries):
+        if (part.offset, part.nbytes, part.stamp) != (entry.offset, entry.nbytes, entry.stamp):
+            raise ValueError(f"{entry.path} was changed after it was checked: call {opener} again")
 
 
 def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None, text: bytes) -> CompressedVocab:

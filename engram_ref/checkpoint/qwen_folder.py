@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engram_ref.checkpoint.folder import INDEX_FILE, read_shard, read_weight_map, some_names
+from engram_ref.checkpoint.folder import INDEX_FILE, read_shard, read_weight_map, require_same_rows, some_names
 from engram_ref.checkpoint.qwen_config import CONFIG_FILE, read_qwen_config
 from engram_ref.config import EngramConfig
 from engram_ref.files.header import TensorEntry, require_written
@@ -125,8 +125,7 @@ class QwenFolder:
             (layer_id,) = self.shards
         entries = self.shards[self.plan.layer(layer_id).layer_id]
         stored = StoredRows.find_shards([(entry.path, entry.name) for entry in entries], sparse=self.sparse)
-        if [(part.offset, part.nbytes) for part in stored.parts] != [(x.offset, x.nbytes) for x in entries]:
-            raise ValueError(f"{entries[0].path} was changed after it was checked: call QwenFolder.open again")
+        require_same_rows(stored, entries, "QwenFolder.open")
         return stored
 
 

@@ -2,6 +2,7 @@
 
     entry = read_header("model-00047-of-00048.safetensors")["layers.1.engram.embed.weight"]
     print(entry.dtype, entry.shape, entry.offset)       # F8_E4M3 (384006168, 256) ...
+    entry.stamp                                         # the state of the file in which it said so
 
 A file begins with the length of its header (eight bytes, little-endian) and the header, a JSON object that gives every
 tensor a dtype, a shape and a stretch of the data that follow. The stretches must have the bytes that dtype and shape
@@ -20,10 +21,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engram_ref.files.small_files import open_regular, read_small
 from engram_ref.quoting import one_line, quoted
@@ -43,6 +44,20 @@ DTYPE_BITS = {
 }
 
 
+class Stamp(NamedTuple):
+    """What tells a file, and its state, from others."""
+
+    device: int
+    inode: int
+    nbytes: int
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Stamp:
+        """The stamp of what `os.stat` found."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies.
@@ -54,6 +69,7 @@ class TensorEntry:
         shape: as in the header.
         offset: byte of the file at which it begins.
         nbytes: how many it has; always what dtype and shape make.
+        stamp: of the file when its header was read: an equal entry is in the same file, unchanged.
     """
 
     path: Path
@@ -62,6 +78,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stamp: Stamp = field(repr=False)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -71,9 +88,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         ValueError: not a safetensors file, one that is cut off, or a header that contradicts itself or the file.
         OSError: it cannot be read.
     """
-    header, _, data, size = _read(path)
-    entries = {name: _entry(path, name, given, data) for name, given in header.items()}
-    _require_side_by_side(path, entries, data, size)
+    header, _, data, stamp = _read(path)
+    entries = {name: _entry(path, name, given, data, stamp) for name, given in header.items()}
+    _require_side_by_side(path, entries, data, stamp.nbytes)
     return entries
 
 
@@ -82,10 +99,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read(path)[1]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
-    """Tensors and texts of a header, the byte at which the data begin, and that at which the file ends."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], int, Stamp]:
+    """Tensors and texts of a header, the byte at which the data begin, and the file's stamp from before it was read."""
     with open_regular(path, "give a safetensors file") as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = Stamp.of(os.fstat(file.fileno()))
+        size = stamp.nbytes
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         data = LENGTH_BYTES + length
         if length > LARGEST_HEADER or data > size:
@@ -98,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"the header of {path} is damaged: its __metadata__ are not texts; download it again")
-    return header, metadata, data, size
+    return header, metadata, data, stamp
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,7 +158,7 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
-def _entry(path: Path, name: str, given: Any, data: int) -> TensorEntry:
+def _entry(path: Path, name: str, given: Any, data: int, stamp: Stamp) -> TensorEntry:
     """One tensor of the header; the data begin at byte `data` of the file."""
     damaged = f"{path}, tensor {quoted(name)}:"
     mend = "the header is damaged, download the file again"
@@ -162,7 +180,7 @@ def _entry(path: Path, name: str, given: Any, data: int) -> TensorEntry:
             f"{damaged} {dtype} of shape {quoted(shape)} has {quoted(nbytes)} bytes, data_offsets={span} span "
             f"{span[1] - span[0]}: {mend}"
         )
-    return TensorEntry(path, name, dtype, tuple(shape), data + span[0], nbytes)
+    return TensorEntry(path, name, dtype, tuple(shape), data + span[0], nbytes, stamp)
 
 
 def _are_counts(values: Any) -> bool:

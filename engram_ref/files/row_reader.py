@@ -28,8 +28,9 @@ import numpy as np
 
 from engram_ref.compiled import numba_works
 from engram_ref.files.direct_reads import AT_ONCE, Queues, open_direct, read_blocks
+from engram_ref.files.header import Stamp
 from engram_ref.files.read_plan import Reads, plan_reads, rows_in
-from engram_ref.files.validated import Stamp, StoredPart, read_whole
+from engram_ref.files.validated import StoredPart, read_whole
 from engram_ref.threads.errands import Pool
 
 AHEAD = 1024  # pieces that the disk is asked for before the first is waited for

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -21,17 +20,8 @@ import torch
 from torch import Tensor
 
 from engram_ref.files.conventions import DTYPES
-from engram_ref.files.header import TensorEntry, read_header, read_metadata, require_written
+from engram_ref.files.header import Stamp, TensorEntry, read_header, read_metadata, require_written
 from engram_ref.quoting import listed, quoted
-
-
-class Stamp(NamedTuple):
-    """What tells a file, and its state, from others."""
-
-    device: int
-    inode: int
-    nbytes: int
-    changed: int  # nanoseconds
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Header:
             OSError: the file cannot be opened.
         """
         path = Path(path)
-        stamp = _stamp(os.stat(path))
+        stamp = Stamp.of(os.stat(path))
         header = cls(path, stamp, read_header(path), read_metadata(path), sparse)
         os.close(open_same(path, stamp))
         return header
@@ -138,12 +128,8 @@ def require_same(path: Path, fd: int, stamp: Stamp) -> None:
     Raises:
         ValueError: it was written to, or it is another file.
     """
-    if _stamp(os.fstat(fd)) != stamp:
+    if Stamp.of(os.fstat(fd)) != stamp:
         raise ValueError(f"{path} was changed after it was validated: call StoredRows.find again")
-
-
-def _stamp(found: os.stat_result) -> Stamp:
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -301,14 +301,14 @@ def test_the_published_checkpoint_opens(real_folder, golden):
 @pytest.mark.parametrize("layer_id", [1, 14])
 def test_the_last_row_of_the_published_table_is_read_in_place(real_folder, layer_id):
     """Rows lie up to 98 GB into the file: no offset may be cut to 32 bits."""
-    model = ModelFolder.open(real_folder, sparse=True)
-    codes, scales = model.tensor(layer_id, "embed.weight"), model.tensor(layer_id, "embed.scale")
+    tensors = read_header(real_folder / SHARDS[layer_id])
+    codes, scales = (tensors[tensor_name(layer_id, part)] for part in ("embed.weight", "embed.scale"))
     last = codes.shape[0] - 1
     with open(codes.path, "r+b") as file:
         for entry, content in ((codes, bytes(range(1, 127)) + bytes(130)), (scales, bytes([127] * 8))):
             file.seek(entry.offset + last * entry.shape[1])
             file.write(content)
-    stored = model.stored_rows(layer_id)
+    stored = ModelFolder.open(real_folder, sparse=True).stored_rows(layer_id)
     assert stored.rows == last + 1 and stored.nbytes == (last + 1) * 264
     with make_table("file", stored) as table:
         first, found = table.start(torch.tensor([0, last])).wait()
@@ -421,6 +421,21 @@ def test_a_file_that_was_changed_meanwhile_is_noticed(folder):
     rewrite(folder / SECOND, embed_scale=("F8_E8M0", [header[tensor_name(1, "embed.scale")].shape[0] - 1, 8]))
     with pytest.raises(ValueError, match=r"was changed after it was checked: call ModelFolder\.open again"):
         model.stored_rows(1)
+
+
+@pytest.mark.parametrize("exchanged", [False, True], ids=["written to", "exchanged"])
+def test_other_rows_of_the_same_shape_are_noticed(folder, exchanged):
+    put(folder / SECOND, (folder / SECOND).read_bytes())
+    model = ModelFolder.open(folder)
+    entry = model.tensor(1, "embed.weight")
+    content = entry.path.read_bytes()
+    if exchanged:
+        entry.path.rename(folder / "before")
+    entry.path.write_bytes(content[: entry.offset] + b"\1" + content[entry.offset + 1 :])
+    os.utime(entry.path, ns=(0, entry.stamp.changed + (not exchanged)))
+    with pytest.raises(ValueError, match=rf"{SECOND} was changed after it was checked: call ModelFolder\.open again"):
+        model.stored_rows(1)
+    assert ModelFolder.open(folder).stored_rows(1).read().parts[0][0, 0] == 1
 
 
 # --- what is wrong with weights and index ---------------------------------------------------------

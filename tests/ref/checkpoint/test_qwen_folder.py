@@ -315,3 +315,25 @@ def test_a_file_that_is_changed_after_it_was_checked(folder):
     save_file({"aaa": torch.zeros(5), **tensors}, entry.path)
     with pytest.raises(ValueError, match=r"was changed after it was checked: call QwenFolder\.open again"):
         opened.stored_rows(2)
+
+
+def exchange(entry):
+    """Another file with the same names and shapes: every tensor one larger."""
+    tensors = {name: tensor + 1 for name, tensor in load_file(entry.path).items()}
+    entry.path.unlink()
+    save_file(tensors, entry.path, metadata={"format": "pt"})  # as transformers has it: no byte is moved
+
+
+def test_other_values_of_the_same_shape_are_noticed(folder, model):
+    opened = QwenFolder.open(folder)
+    shard, weight = opened.shards[2][3], opened.tensors[2]["conv1d.weight"]
+    exchange(shard)
+    with pytest.raises(ValueError, match=rf"{shard.path.name} was changed after it was checked: call QwenFolder\.open"):
+        opened.stored_rows(2)
+    again = QwenFolder.open(folder)
+    assert not torch.equal(again.stored_rows(2).read().values(), table_of(model, 2))
+    exchange(weight)
+    with pytest.raises(
+        ValueError, match=rf"{weight.path.name} was changed after it was checked: call QwenFolder\.open"
+    ):
+        load_layer_qwen(again, 2)

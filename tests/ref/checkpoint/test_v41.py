@@ -157,6 +157,14 @@ def test_a_file_that_was_changed_meanwhile_is_refused(linked):
         load_fusion_v41(opened, 1)
 
 
+def test_another_projection_of_the_same_shape_is_refused(linked):
+    opened = ModelFolder.open(linked)
+    overwrite(linked, opened.tensor(1, "q_weight"), 5, 1)
+    for load in (load_fusion_v41, load_layer_v41):
+        with pytest.raises(ValueError, match=r"was changed after it was checked: call ModelFolder\.open again"):
+            load(opened, 1)
+
+
 def test_unknown_layers_and_placements_are_refused(model):
     with pytest.raises(ValueError, match=r"layer_id=3: this plan has layers \[1, 14\]"):
         load_layer_v41(model, 3)
