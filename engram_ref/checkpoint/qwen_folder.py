@@ -45,8 +45,9 @@ _CONSTANTS = {  # name in the checkpoint -> of a layer's plan
     "ple_embedding.ngram_heads_vocab_sizes": "primes",
     "ple_embedding.ngram_heads_offsets": "offsets",
 }
-_NAME = re.compile(r"(?P<prefix>(?:[a-z_]+\.)*)layers\.(?P<block>\d{1,6})\.ple\.(?P<part>.+)")
-_SHARD = re.compile(r"shard_(\d{1,6})\.weight")
+_NAME = re.compile(r"(?P<prefix>(?:[a-z_]+\.)*)layers\.(?P<block>\d+)\.ple\.(?P<part>.+)")
+_NUMBER = re.compile("0|[1-9][0-9]{0,5}")  # as transformers writes it: 01 and digits of other scripts are 1, too
+_SHARD = re.compile(rf"shard_({_NUMBER.pattern})\.weight")
 _MEND = "download the checkpoint again"
 
 
@@ -134,6 +135,12 @@ def _find_layers(path: Path, weight_map: Mapping[str, str], config: EngramConfig
     named = {name: match for name in weight_map if (match := _NAME.fullmatch(name))}
     if not named:
         raise ValueError(f"{path} has no tensor of an n-gram layer (…layers.<k>.ple.…): {_MEND}, its index included")
+    strange = [name for name, match in named.items() if not _NUMBER.fullmatch(match["block"])]
+    if strange:
+        raise ValueError(
+            f"{path} has {some_names(strange)}: its layer's number is not written as transformers does, so that the "
+            f"tensor may be there twice: {_MEND}"
+        )
     _refuse_other_layers(path, named.values(), config)
     headers = {file: read_shard(path / file) for file in sorted({weight_map[name] for name in named})}
     layers: dict[int, dict[str, TensorEntry]] = {layer: {} for layer in config.layer_ids}
@@ -176,7 +183,7 @@ def _check_table(
         numbers = {}
         for name, entry in table.items():
             match = _SHARD.fullmatch(name.removeprefix(_TABLE))
-            if match is None or int(match[1]) in numbers:
+            if match is None:
                 raise ValueError(
                     f"{where} {one_line(entry.name, 200)} is no shard, or one that is there twice: {_MEND}"
                 )

@@ -230,6 +230,22 @@ DAMAGES = {
         put(f"{TABLE}shard_04.weight", lambda _: torch.zeros(1, 8)),
         r"shard_0?4\.weight is no shard, or one that is there twice",
     ),
+    "a shard under a number of another script": (
+        lambda tensors: tensors.update({f"{TABLE}shard_\u0664.weight": tensors.pop(f"{TABLE}shard_4.weight")}),
+        "is no shard, or one that is there twice",
+    ),
+    **{
+        f"a tensor twice, of layer {number}": (
+            put(f"model.layers.{number}.ple.{part}", lambda _: torch.zeros(1, 8)),
+            rf"has model\.layers\..+\.ple\.{part}: its layer's number is not written as transformers does",
+        )
+        for number, part in {
+            "02": "ple_embedding.ngram_embedding.shard_0.weight",
+            "00": "key_proj.weight",
+            "\u0662": "conv1d.weight",
+            "0000002": "norm_key.weight",
+        }.items()
+    },
     "a stranger among them": (put(f"{TABLE}scale", lambda _: torch.zeros(1, 8)), "scale is no shard"),
     "no shards": (
         lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(TABLE)],
