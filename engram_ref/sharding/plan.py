@@ -43,6 +43,11 @@ class Columns(Protocol):
         """First row of each column."""
         ...
 
+    @property
+    def rows(self) -> int:
+        """Of the table: those of its columns, and perhaps some behind them that no token reads."""
+        ...
+
     def to_json(self) -> str:
         """All that its rows depend on."""
         ...
@@ -108,6 +113,8 @@ class ShardPlan:
     def of_layer(cls, layer: Columns, ranks: int) -> ShardPlan:
         """Whole columns where they divide by the ranks, otherwise ranges of rows.
 
+        The last rank also owns the rows behind all columns, to which a table is filled up.
+
         Raises:
             ValueError: columns that do not lie one behind the other.
         """
@@ -119,8 +126,8 @@ class ShardPlan:
             )
         columns, rest = divmod(len(layer.primes), ranks)
         if rest or not columns:
-            return cls.even(starts[-1], ranks, layer.to_json())
-        return cls(starts[::columns], columns, layer.to_json())
+            return cls.even(layer.rows, ranks, layer.to_json())
+        return cls((*starts[:-1:columns], layer.rows), columns, layer.to_json())
 
     @property
     def ranks(self) -> int:

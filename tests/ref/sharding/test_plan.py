@@ -32,6 +32,17 @@ def test_row_ranges_where_columns_do_not_divide(plans, ranks):
     assert plan.columns == 0 and sum(sizes) == plan.rows and max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16])
+def test_rows_that_fill_a_table_up_belong_to_the_last_rank(ranks):
+    """Of Qwen's form; no token reads them, but they are in the checkpoint, and so in the table."""
+    layer = HashPlan.build(EngramConfig.preset("qwen38-flash-next"), 248_320, 248_044).layers[0]
+    assert layer.rows > sum(layer.primes)
+    plan = ShardPlan.of_layer(layer, ranks)
+    assert plan.rows == layer.rows and plan.columns == (0 if 16 % ranks else 16 // ranks)
+    if plan.columns:
+        assert plan.bounds[:-1] == layer.offsets[:: plan.columns]
+
+
 def test_row_numbers_of_every_published_table_travel_in_four_bytes(plans):
     for name in PUBLISHED:
         for layer in plans[name].layers:
