@@ -53,6 +53,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/cross/test_hash_qwen.py",
         "tests/ref/hashing/test_fused.py",
     ),
+    "engram_ref/hashing/fused.py": ("tests/ref/hashing/test_fused.py",),
     "engram_ref/hashing/plan.py": (
         "tests/ref/hashing/test_identity.py",
         "tests/ref/hashing/test_ngram.py",

@@ -11,9 +11,9 @@ are divided by. Compiling takes a few seconds once; numba then keeps the machine
 
 The remainder of h < 2^63 by p, 2^13 <= p < 2^31:
 
-    q = round(double(h) * double(1/p))    h/p is at most 2^50, and each of three roundings, of h, of 1/p and of the
-                                          product, changes it by at most 2^-53 of that: by 3/8 together. So q is less
-                                          than 7/8 away from h/p
+    q = round(double(h) * double(1/p))    to the nearest integer. h/p is at most 2^50, and each of three roundings, of
+                                          h, of 1/p and of the product, changes it by at most 2^-53 of that: by 3/8
+                                          together. So q is less than 7/8 away from h/p
     r = h - q*p                           hence congruent to h, and between -7/8 p and 7/8 p. It fits 32 bits, so only
                                           the lower 32 of h and of q*p are computed
 

@@ -283,7 +283,7 @@ def test_bad_inputs_have_one_message(case, with_history, primes):
 def test_history_of_other_sequences(primes):
     plan, wider = plan_of(primes, 4), plan_of(primes, 2)
     ids = np.ones((3, 4), dtype=np.int64)
-    for history in (TokenHistory(plan, 1), TokenHistory(plan, 2), TokenHistory(wider, 3)):
+    for history in (*(TokenHistory(plan, batch) for batch in (1, 2, 4)), TokenHistory(wider, 3)):
         for backend in ("numba", "numpy"):
             with pytest.raises(ValueError, match="make one with TokenHistory"):
                 NgramHasher(plan, backend)(ids, 4, history=history)
