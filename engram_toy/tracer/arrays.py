@@ -1,21 +1,28 @@
 """Arrays of tracked values that compute and store as arrays of numbers do.
 
-What: a NumPy array among the arguments becomes an array of objects, of which each element holds a NumPy scalar. Its
-arithmetic is that of the array's own type: an int64 wraps, a float32 rounds.
+What: a NumPy array among the arguments becomes an array of objects, of which each element holds a NumPy scalar.
+How: whatever NumPy does with such arrays is done twice. On the objects it writes the log: which values are read, and in
+which order. On plain arrays of the same values it is the plain program, from which the values of the result are taken:
+an int64 wraps, a float32 rounds, a NaN is the maximum.
 
 Loaded only where there is an array; numba is not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from engram_toy.tracer.tracked import Tracked
 
-_TOTALS = ("reduce", "accumulate", "reduceat")  # of a ufunc, over an array
+# Methods that go past `__array_ufunc__` and `__array_function__`.
+_METHODS = ["__pow__", "argmax", "argmin", "argpartition", "argsort", "choose", "fill", "item", "mean", "partition"]
+_METHODS += ["put", "searchsorted", "sort", "tolist"]
+# Functions of operands alone, that multiply them.
+_PRODUCTS = (np.dot, np.einsum, np.inner, np.outer, np.tensordot, np.vdot)
 
 
 class TrackedArray(np.ndarray):
@@ -36,46 +43,22 @@ class TrackedArray(np.ndarray):
         super().__setitem__(index, self._cast(value) if self.dtype == object else value)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if function is np.average and args and isinstance(args[0], TrackedArray) and _dtype_of(args[0]).kind in "biu":
-            args = (_cast_all(args[0], np.dtype(np.float64)), *args[1:])  # before it is weighted
-        result = super().__array_function__(function, types, args, kwargs)
-        if isinstance(result, TrackedArray) and not function.__name__.endswith("_like"):
-            result.plain_dtype = None  # of `concatenate`, say, it is not that of the first array
-        return result
+        if function in (np.real, np.imag):
+            return getattr(args[0], function.__name__)
+        if any(callable(x) and not isinstance(x, type) for x in (*args, *kwargs.values())):  # it may read: call it once
+            result = super().__array_function__(function, types, args, kwargs)
+            if isinstance(result, TrackedArray):
+                result.plain_dtype = None
+            return result
+        return _twice(function, args, kwargs, _objects(args) if function in _PRODUCTS else args)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
+        return _twice(getattr(ufunc, method), inputs, options, operands)
 
     def dot(self, other: Any, out: Any = None) -> Any:
         """`np.dot`, which comes by `__array_function__`."""
         return np.dot(self, other, out)
-
-    def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, *args: Any, **options: Any) -> Any:
-        """`np.mean`: NumPy's own asks an array of objects for its type, and divides by a float64."""
-        plain = _dtype_of(self)
-        if dtype is not None or out is not None or plain.kind not in "biufc":
-            return super().mean(axis, dtype, out, *args, **options)
-        wide = np.dtype(np.float32 if plain == np.float16 else np.float64 if plain.kind in "biu" else plain)
-        mean = np.ndarray.mean(_cast_all(self, wide), axis, None, None, *args, **options)
-        return _cast_all(mean, np.ones(1, plain).mean().dtype)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = (), **options: Any) -> Any:
-        total = None
-        if ufunc in (np.add, np.multiply) and method in _TOTALS and np.dtype(options.get("dtype") or object) == object:
-            inputs, total = _widened(ufunc, method, inputs, out)
-        bare = [x.view(np.ndarray) if isinstance(x, TrackedArray) else x for x in inputs]
-        traced_out = any(isinstance(target, TrackedArray) for target in out)
-        if out and not traced_out:
-            options["out"] = out
-        # Scalars warn of an integer's overflow, arrays do not.
-        integers = all(_dtype_of(x).kind in "iub" for x in inputs if isinstance(x, TrackedArray))
-        with np.errstate(over="ignore" if integers else None):
-            result = getattr(ufunc, method)(*bare, **options)
-        if total is not None and not out:
-            result = _cast_all(result, total)
-        if not traced_out:
-            return tuple(map(_traced, result)) if isinstance(result, tuple) else _traced(result)
-        results = result if isinstance(result, tuple) else (result,)
-        for target, part in zip(out, results):
-            _store_in_place(target, part, options.get("casting", "same_kind"))
-        return out if isinstance(result, tuple) else out[0]
 
     def _cast(self, value: Any) -> Any:
         dtype = _dtype_of(self)
@@ -83,16 +66,38 @@ class TrackedArray(np.ndarray):
             return value
         if isinstance(value, (list, tuple, np.ndarray)):
             parts = np.array(value, dtype=object)
-            return tracked_array([_cast_one(part, dtype) for part in parts.flat], parts.shape, dtype).view(np.ndarray)
+            return tracked_array([_cast_one(part, dtype) for part in parts.flat], parts, dtype).view(np.ndarray)
         return _cast_one(value, dtype)
 
 
-def tracked_array(parts: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype | None) -> TrackedArray:
-    """These elements, in row-major order, as an array of objects."""
-    array = np.empty(len(parts), object)
+def _method(name: str) -> Any:
+    method = getattr(np.ndarray, name)
+    return lambda self, *args, **options: _twice(method, (self, *args), options, (self, *args))
+
+
+def _part(name: str) -> Any:
+    def part(array: TrackedArray) -> Any:
+        if _dtype_of(array).kind == "c":
+            raise ValueError(f".{name} of a traced complex array is not traced: pass its parts as two arrays")
+        return _twice(attrgetter(name), (array,), {}, (array,))
+
+    return property(part)
+
+
+for _name in _METHODS:
+    setattr(TrackedArray, _name, _method(_name))
+for _name in ("real", "imag"):
+    setattr(TrackedArray, _name, _part(_name))
+
+
+def tracked_array(parts: Sequence[Any], like: np.ndarray, dtype: np.dtype | None) -> TrackedArray:
+    """These elements, in row-major order, as an array of objects that lies in memory as another one does."""
+    flat = np.empty(len(parts), object)
     for i, part in enumerate(parts):  # one by one: numpy would make axes of tuples
-        array[i] = part
-    traced = array.reshape(shape).view(TrackedArray)
+        flat[i] = part
+    array = np.empty_like(like.view(np.ndarray), dtype=object)
+    array[...] = flat.reshape(like.shape)
+    traced = array.view(TrackedArray)
     traced.plain_dtype = dtype
     return traced
 
@@ -156,48 +161,119 @@ def _cast_one(part: Any, dtype: np.dtype) -> Any:
     return part._recorder.watch(cell[()], part.id) if isinstance(part, Tracked) else cell[()]
 
 
-def _cast_all(parts: Any, dtype: np.dtype) -> Any:
-    """An array of these parts, or a single one, in another type: free of charge, and read in the same order."""
-    if not isinstance(parts, np.ndarray):
-        return _cast_one(parts, dtype)
-    if parts.dtype != object or _dtype_of(parts.view(TrackedArray)) == dtype:
-        return parts
-    # NumPy goes through an array as it lies in memory, whatever the signs of its strides: the copy lies likewise.
-    turned = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in parts.strides)
-    cast = parts.view(np.ndarray)[turned].copy(order="K")[turned]
-    for place in np.ndindex(parts.shape):
-        cast[place] = _cast_one(cast[place], dtype)
-    traced = cast.view(TrackedArray)
-    traced.plain_dtype = dtype
+def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operands: Any) -> Any:
+    """The outcome of a call on tracked values, with the values that it has on plain ones.
+
+    Args:
+        operands: what it is called with where it is traced, in place of `args`.
+    """
+    plain_args, plain_options = _plain(args), {name: _plain(x) for name, x in options.items()}
+    plain = call(*plain_args, **plain_options)
+    with np.errstate(all="ignore"):  # the plain call has warned
+        traced = call(*_bare(operands), **{name: _bare(x) for name, x in options.items()})
+    if plain is None:  # it has changed what it was given
+        for x, after in zip((*args, *options.values()), (*plain_args, *plain_options.values())):
+            if isinstance(x, TrackedArray):
+                _settle(call, x, after)
+    result, out = _settle(call, traced, plain), options.get("out")
+    if not isinstance(out, tuple):
+        return result if out is None else out
+    results = result if isinstance(result, tuple) else (result,)
+    stored = tuple(part if target is None else target for target, part in zip(out, results))
+    return stored if isinstance(result, tuple) else stored[0]
+
+
+def _plain(value: Any) -> Any:
+    """A copy of what the plain program has here."""
+    if isinstance(value, Tracked):
+        return value.value
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    if not isinstance(value, np.ndarray):
+        return value
+    plain = value.view(np.ndarray)
+    if value.dtype == object:
+        plain = plain_array(_values(value), value)
+    copy = _laid_like(value, plain.dtype)
+    copy[...] = plain
+    return copy
+
+
+def _laid_like(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A new array in which NumPy goes its ways in the same order: that of memory, whatever the signs of strides."""
+    turned: Any = (..., *(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides))
+    return np.empty_like(array.view(np.ndarray)[turned], dtype=dtype)[turned]
+
+
+def _values(array: np.ndarray) -> list[Any]:
+    return [part.value if isinstance(part, Tracked) else part for part in array.flat]
+
+
+def _traces(value: Any) -> bool:
+    return isinstance(value, Tracked) or (isinstance(value, np.ndarray) and value.dtype == object)
+
+
+def _objects(operands: Any, but: int | None = None) -> Any:
+    """Untraced arrays among the operands as arrays of NumPy scalars: NumPy would make Python numbers of them."""
+    if not any(map(_traces, operands)):
+        return operands
+    return tuple(x if i == but else _object(x) for i, x in enumerate(operands))
+
+
+def _object(value: Any) -> Any:
+    if not isinstance(value, (np.ndarray, np.generic)) or _traces(value):
+        return value
+    array = np.asarray(value)
+    objects = _laid_like(array, object)
+    for place in np.ndindex(array.shape):
+        objects[place] = array[place]
+    return objects
+
+
+def _bare(value: Any) -> Any:
+    """Arrays as NumPy's own, on which it does what it does with any objects."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_bare, value))
+    return value.view(np.ndarray) if isinstance(value, TrackedArray) else value
+
+
+def _settle(call: Any, traced: Any, plain: Any) -> Any:
+    """What was traced, with the values of the plain program under the numbers of the traced ones."""
+    if isinstance(traced, (tuple, list)) and len(traced) == len(plain):
+        parts = [_settle(call, *pair) for pair in zip(traced, plain)]
+        return parts if isinstance(traced, list) else tuple.__new__(type(traced), parts)
+    if isinstance(traced, np.ndarray):
+        return _settle_array(call, traced, np.asarray(plain))
+    if isinstance(plain, (np.generic, bool, int, float, complex)):
+        return traced._recorder.watch(plain, traced.id) if isinstance(traced, Tracked) else plain
     return traced
 
 
-def _widened(ufunc: np.ufunc, method: str, inputs: Any, out: Any) -> tuple[Any, np.dtype | None]:
-    """An array of numbers in the type in which NumPy adds or multiplies it up, and the type of the total."""
-    array, *rest = inputs
-    plain = _dtype_of(array) if isinstance(array, TrackedArray) else np.dtype(object)
-    if plain.kind not in "biufc":
-        return inputs, None
-    total = ufunc.reduce(np.empty(0, plain)).dtype  # bools and small integers become integers of 64 bits
-    if out:
-        total = np.result_type(plain, _dtype_of(out[0]) if isinstance(out[0], TrackedArray) else out[0].dtype)
-    halves = total == np.float16 and method != "accumulate"  # which NumPy rounds only once they are all added up
-    return (_cast_all(array, np.dtype(np.float32) if halves else total), *rest), total
+def _settle_array(call: Any, traced: np.ndarray, plain: np.ndarray) -> Any:
+    if traced.shape != plain.shape:
+        name = getattr(call, "__name__", call)
+        raise ValueError(f"{name} of traced values has shape {traced.shape}, not {plain.shape}: keep NaN out of it")
+    cells = traced.view(np.ndarray)
+    if traced.dtype != object:
+        if traced.dtype != plain.dtype:
+            return plain
+        if traced.tobytes() != plain.tobytes():
+            cells[...] = plain
+        return traced
+    if not plain.dtype.hasobject and not plain.dtype.names and not _holds(cells, plain):
+        if not cells.flags.writeable:  # the zeros of `imag`
+            traced = cells = cells.copy("K")
+        for place in np.ndindex(plain.shape):
+            part = cells[place]
+            value = plain[place]
+            cells[place] = part._recorder.watch(value, part.id) if isinstance(part, Tracked) else value
+    result = traced if isinstance(traced, TrackedArray) else traced.view(TrackedArray)
+    result.plain_dtype = plain.dtype
+    return result
 
 
-def _traced(result: Any) -> Any:
-    return result.view(TrackedArray) if type(result) is np.ndarray and result.dtype == object else result
-
-
-def _store_in_place(target: Any, result: Any, casting: Any) -> None:
-    """What `a += b` and `out=` do."""
-    if not isinstance(target, TrackedArray) or target.dtype != object:
-        target[...] = result
-    elif casting == "unsafe":  # numpy's own mean: there, the plain program has another type
-        target.view(np.ndarray)[...] = result
-        target.plain_dtype = None
-    else:
-        computed = _dtype_of(np.asarray(result, object).view(TrackedArray))
-        if not np.can_cast(computed, _dtype_of(target), casting):
-            raise TypeError(f"{computed} does not fit into an array of {_dtype_of(target)}: compute a new array")
-        target[...] = result
+def _holds(cells: np.ndarray, plain: np.ndarray) -> bool:
+    """Whether an array of objects holds these very values: then it may be a view, which stays what it is."""
+    values = _values(cells)
+    same_type = all(type(value) is plain.dtype.type for value in values)
+    return same_type and np.array(values, plain.dtype).tobytes() == plain.tobytes()

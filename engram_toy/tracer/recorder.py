@@ -175,7 +175,7 @@ class Recorder:
         if is_array(result):
             from engram_toy.tracer.arrays import tracked_array
 
-            return tracked_array(parts, result.shape, None)
+            return tracked_array(parts, result, getattr(result, "plain_dtype", None))
         return parts if isinstance(result, list) else tuple(parts)
 
 
@@ -211,7 +211,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "invert": operator.invert,
     "floor": math.floor,
     "ceil": math.ceil,
-    "trunc": math.trunc,
+    "trunc": lambda x: math.trunc(x) if hasattr(x, "__trunc__") else int(x),  # NumPy's float32 has none
 }
 _CONVERSION: dict[str, Callable[[Any], Any]] = {
     "bool": bool,

@@ -33,7 +33,7 @@ def leaves(value: Any) -> list[Any]:
 
     def walk(container: Any) -> None:
         walked.add(id(container))
-        items = container.flatten().tolist() if is_array(container) else container
+        items = list(container.flat) if is_array(container) else container
         if all(issubclass(kind, Tracked) for kind in set(map(type, items))):  # a million values of padding, say
             found.extend(items)
             return
@@ -132,7 +132,7 @@ class Wrapper:
     def _wrap_array(self, array: Any) -> Any:
         from engram_toy.tracer.arrays import elements, tracked_array
 
-        copy = tracked_array(self._wrap_parts(elements(array)), array.shape, array.dtype)
+        copy = tracked_array(self._wrap_parts(elements(array)), array, array.dtype)
         copy.flags.writeable = array.flags.writeable
         return copy
 

@@ -1,0 +1,153 @@
+"""NumPy arrays under the tracer: the values are NumPy's to the bit, the reads those of the original.
+
+python -m pytest tests/toy/tracer/test_arrays.py
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from engram_toy.bytedmd import traced_eval
+
+NAN = np.nan
+BYTES, HALVES, SINGLES = np.array([100, 1], np.int8), np.array([300.5, 0.5], np.float16), np.array([3, 1], np.float32)
+GRID = np.arange(1.0, 7).reshape(2, 3)
+
+
+def sorted_in_place(a):
+    a.sort()
+    return a
+
+
+def scattered(a, b):
+    np.add.at(a, [0, 0, 1], b)
+    return a
+
+
+def copied(a, b):
+    np.copyto(a, b, casting="unsafe")
+    np.put(a, [0], [7.9])
+    return a * 100
+
+
+def filled(a):
+    a.fill(a[1])
+    return a
+
+
+def through_a_view(a):
+    a.T[0] += 1
+    np.real(a)[1] = 5
+    return a * 2
+
+
+def backwards_in_place(a):
+    a[::-1] += 1
+    return a
+
+
+def overlapping_in_place(a):
+    a[1:] += a[:-1]
+    return a
+
+
+def larger_out(z, a):
+    assert np.add(z, 1, out=a) is a
+    return a
+
+
+PROGRAMS = {
+    "scalar of a wider type": (lambda a: a + np.int64(100), BYTES),
+    "array of a wider type": (lambda a: np.array([300, 100]) + a, BYTES),
+    "floats of a wider type": (lambda a: np.array([0.1, 0.1]) * a, SINGLES),
+    "traced scalar of a wider type": (lambda a, b: b[0] + a, BYTES, np.array([100])),
+    "matrix of a wider type": (lambda a: np.array([[100, 300], [1, 1]]) @ a, BYTES),
+    "dot with a wider type": (lambda a: np.dot(np.array([300, 1]), a), BYTES),
+    "a Python number is weak": (lambda a: 100 + a, BYTES),
+    "no dimensions": (lambda a, b: a + b, np.array(3, np.int8), np.array(100)),
+    "max of NaN": (lambda a: a.max(), np.array([1, NAN, 0.5])),
+    "maximum of NaN": (lambda a: np.maximum(a, 0) + np.fmin(a, 0), np.array([NAN, 1])),
+    "sort with NaN": (np.sort, np.array([2, NAN, 0.5, 1])),
+    "sort in place with NaN": (sorted_in_place, np.array([2, NAN, 0.5, 1])),
+    "argmax of NaN": (lambda a: a[np.argmax(a)] + a.argmin(), np.array([1, NAN, 5])),
+    "median of NaN": (np.median, np.array([1, NAN, 5])),
+    "truth of both": (lambda a, b: np.logical_and(a, b).sum(), np.array([5, 7]), np.array([2, 3])),
+    "truth of either": (lambda a, b: np.logical_or(a, b) + 0, np.array([5, 7]), np.array([2, 3])),
+    "truth of all": (lambda a: a.all() + a, np.array([5, 7])),
+    "maximum of a number": (lambda a: np.maximum(a, 100) * np.maximum(a, 100), BYTES),
+    "clip": (lambda a: np.clip(a, 1, 99) * 3, BYTES),
+    "ceil of integers": (lambda a: np.ceil(a) * 200, np.array([3, 1], np.uint8)),
+    "floor of halves": (lambda a: np.floor(a) * np.floor(a), HALVES),
+    "trunc": (lambda a: 1 / np.trunc(a), np.array([3.5, -0.5])),
+    "trunc of singles": (lambda a: np.trunc(a) / 3, SINGLES),
+    "sign": (lambda a: np.sign(a) / 3, SINGLES),
+    "where of two types": (lambda a, b: np.where(a > 1, a, b) / 7, SINGLES, np.array([2.5, 3.5])),
+    "einsum of bools": (lambda a: np.einsum("i,i", a, a), np.array([True, True])),
+    "power of bools": (lambda a: a**2, np.array([True, False])),
+    "halves added in pairs": (lambda a: a.sum(), np.full(1000, 0.1, np.float16)),
+    "singles added in pairs": (lambda a: (a.mean(), a.sum()), np.arange(1000, dtype=np.float32) / 7),
+    "elements as Python numbers": (lambda a: sum(a.tolist()) + a.item(0), BYTES),
+    "imaginary part of none": (lambda a: np.imag(a) + a.imag, SINGLES),
+    "likes": (lambda a: np.full_like(a, 2.9) + np.zeros_like(a), BYTES),
+    "stacked": (lambda a, b: np.stack([a, b]) * 100, BYTES, np.array([2.5, 3])),
+    "scattered": (scattered, np.array([100, 1], np.int8), np.array([100, 100, 1], np.int8)),
+    "copied": (copied, np.array([100, 1], np.int8), np.array([1.9, 300.5], np.float16)),
+    "filled": (filled, BYTES),
+    "through a view": (through_a_view, np.arange(6, dtype=np.int8).reshape(2, 3) * 20),
+    "argument in Fortran order": (lambda a: a @ a.T / 3, np.asfortranarray(GRID.astype(np.float32))),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_values_are_those_of_numpy(name):
+    function, *arrays = PROGRAMS[name]
+    plain_arguments, traced_arguments = copy.deepcopy(arrays), copy.deepcopy(arrays)
+    with np.errstate(all="ignore"):
+        plain, traced = function(*plain_arguments), traced_eval(function, traced_arguments)[1]
+    plain, traced = ([*x] if isinstance(x, tuple) else [x] for x in (plain, traced))
+    for want, got in zip([*plain, *plain_arguments], [*traced, *traced_arguments], strict=True):
+        assert type(got) is type(want)
+        want, got = np.asarray(want), np.asarray(got)
+        assert got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+
+
+# Programs, and the depths that the original gives.
+DEPTHS = {
+    "transposed": (lambda a: -a, [GRID.T], [6, 5, 4, 6, 6, 6]),
+    "Fortran order": (lambda a: a * 2, [np.asfortranarray(GRID)], [6, 4, 6, 5, 6, 6]),
+    "two orders": (lambda a, b: a + b, [GRID.T, GRID.reshape(3, 2)], [6, 12, 6, 11, 6, 10, 6, 9, 6, 8, 6, 7]),
+    "total": (lambda a: ((a + 1) * 2).sum(), [GRID.T], [6, 5, 4, *[6] * 10, 5, 1, 5, 1, 4, 1, 3, 1, 2]),
+    "copied": (lambda a: a.copy() * a, [GRID.T], [6] * 12),
+    "number times array": (lambda s, a: s * a + s, [3.0, GRID.T], [7, 6, 5, *[7] * 5, 1, *[7, 2] * 5]),
+    "backwards in place": (backwards_in_place, [np.arange(4.0)], [4, 4, 4, 4]),
+    "overlapping in place": (overlapping_in_place, [np.arange(4.0)], [3, 4, 5, 3, 5, 2]),
+    "out larger than the operands": (larger_out, [np.array(3.0), np.zeros((2, 2))], [1, 2, 2, 2]),
+    "max of NaN": (lambda a: a.max(), [np.array([1, NAN, 0.5])], [3, 2, 1, 1, 2, 1]),
+    "sort": (np.sort, [np.array([2.0, 1, 0])], [2, 3, 1, 3, 1, 1, 2, 3, 1]),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_depths_are_those_of_the_original(name):
+    function, arrays, depths = DEPTHS[name]
+    assert traced_eval(function, copy.deepcopy(arrays))[0] == depths
+
+
+@pytest.mark.parametrize("part", [lambda a: a.real, lambda a: a.imag, np.real, np.imag])
+def test_parts_of_complex_arrays_are_refused_by_name(part):
+    with pytest.raises(ValueError, match=r"\.(real|imag) of a traced complex array .*: pass its parts as two arrays"):
+        traced_eval(part, (np.array([1 + 2j]),))
+
+
+def test_another_number_of_values_than_numpy_finds_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"unique of traced values has shape \(3,\), not \(2,\): keep NaN out of it"):
+        traced_eval(np.unique, (np.array([NAN, 1, NAN]),))
+
+
+def test_what_numpy_calls_is_called_once():
+    calls = []
+    run = traced_eval(lambda a: np.apply_along_axis(lambda row: calls.append(1) or row.sum(), 1, a), (GRID,))
+    assert len(calls) == 2 and run[1].tolist() == [6, 15]
