@@ -53,6 +53,9 @@ class TrackedArray(np.ndarray):
         return _twice(function, args, kwargs, _objects(args) if function in _PRODUCTS else args)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        if set("".join(ufunc.types)) <= set("O->"):  # made by `np.frompyfunc`: it may read, too
+            result = getattr(ufunc, method)(*_bare(inputs), **options)
+            return result.view(TrackedArray) if isinstance(result, np.ndarray) else result
         operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
         return _twice(getattr(ufunc, method), inputs, options, operands)
 
@@ -116,7 +119,8 @@ def changed(before: np.ndarray, after: np.ndarray) -> list[tuple[tuple[int, ...]
 def plain_array(parts: list[Any], array: np.ndarray) -> np.ndarray:
     """The array that the plain program has, from plain elements."""
     dtype = array.plain_dtype if isinstance(array, TrackedArray) else None
-    if dtype is None or (not dtype.names and any(type(part) is not dtype.type for part in parts)):
+    kept = dtype is not None and (dtype.hasobject or dtype.names)
+    if dtype is None or (not kept and any(type(part) is not dtype.type for part in parts)):
         dtype = _common_dtype(parts)
     if dtype.hasobject:
         plain = np.empty(len(parts), object)
@@ -171,10 +175,10 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
     plain = call(*plain_args, **plain_options)
     with np.errstate(all="ignore"):  # the plain call has warned
         traced = call(*_bare(operands), **{name: _bare(x) for name, x in options.items()})
-    if plain is None:  # it has changed what it was given
-        for x, after in zip((*args, *options.values()), (*plain_args, *plain_options.values())):
-            if isinstance(x, TrackedArray):
-                _settle(call, x, after)
+    if plain is None:  # it has changed the first thing that it was given
+        changed_one, after = next(zip((*args, *options.values()), (*plain_args, *plain_options.values())))
+        if isinstance(changed_one, TrackedArray):
+            _settle(call, changed_one, after)
     result, out = _settle(call, traced, plain), options.get("out")
     if not isinstance(out, tuple):
         return result if out is None else out
