@@ -177,6 +177,14 @@ def check_positions(name: str, marked: Tensor | None, hidden: Tensor) -> None:
         )
 
 
+def without(e: Tensor, marked: Tensor) -> Tensor:
+    """Rows [..., C*D] for a product, zeros at marked positions [...], whose own may be anything."""
+    # A gradient of 0 times a NaN is NaN; and torch 2.13's products of bfloat16, on a CPU with AMX, let a NaN into the
+    # next row where C*D is no multiple of 32. Elsewhere rows keep apart by themselves.
+    apart = e.device.type != "cpu" and not torch.is_grad_enabled()
+    return e if apart else e.masked_fill(marked[..., None], 0)
+
+
 def mean_square(x: Tensor) -> Tensor:
     """Over the last dimension, which stays: [..., 1]."""
     # A norm is one pass; x.square() would write as much again.
@@ -198,7 +206,8 @@ class ShortConvHistory:
         for chunk in chunks:
             update = fusion(chunk.e, chunk.hidden, history)
 
-    `copy` keeps a state to return to, for instance before tokens that may be rejected.
+    `copy` keeps a state to return to, for instance before tokens that may be rejected. Whatever computes a chunk a
+    second time, as `torch.utils.checkpoint` does for its gradients, must be given a copy of the state before it.
 
     Attributes:
         values: the last (K-1) * max_ngram gated values, normalised, before the norm's gain: [B, P, G, H].

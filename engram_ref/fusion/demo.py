@@ -36,6 +36,7 @@ from engram_ref.fusion.base import (
     mean_square,
     side_by_side,
     spans,
+    without,
 )
 
 CPU_CONV_VALUES = 1 << 20  # convolved at once, when nothing else is done with them
@@ -163,6 +164,10 @@ class DemoFusion(Fusion):
         self._check("e", e, self.config.embedding_width, hidden)
         self._check_history(hidden, history)
         check_positions("padding", padding, hidden)
+        if padding is not None:
+            e = without(e, padding)
+            if torch.is_grad_enabled():
+                hidden = hidden.masked_fill(padding[..., None, None], 0)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             # Blocks are written with `out=`, which passes no gradients back; the compiler makes its own.
             return self._combine_at_once(self.project(e), hidden, history, padding)
@@ -282,13 +287,14 @@ class DemoFusion(Fusion):
         packed = packed.to(inner).unflatten(-1, (-1, self.config.hidden))  # [B, T, G+1, H]
         value = packed[..., -1:, :]  # [B, T, 1, H]
         gate, scale = _gate_and_scale(packed, hidden, gains.gate, *self.norm_eps)  # [B, T, G, 1]
+        if padding is not None:
+            gate = self._at_padding(gate, padding)
         if gains.taps is None:
             gated = torch.mul(gate, value, out=out)
             return gated.to(dtype), gated[:, :0]
         normed = scale * value  # [B, T, G, H]
         if padding is not None:
             normed = normed.masked_fill(padding[..., None, None], 0)
-            gate = self._at_padding(gate, padding)
         mixed = causal_conv(normed, gains.taps, self.config.max_ngram, past)
         update = torch.addcmul(nn.functional.silu(mixed, inplace=True), gate, value, out=out)
         return update.to(dtype), _last(past, normed, self.reach)

@@ -33,6 +33,7 @@ from engram_ref.fusion.base import (
     mean_square,
     side_by_side,
     spans,
+    without,
 )
 from engram_ref.fusion.projection import Fp8Projection, PlainProjection
 
@@ -104,7 +105,7 @@ class V41Fusion(Fusion):
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return self._fuse_in_blocks(e, hidden, dead)
         if dead is not None:
-            e = e.masked_fill(dead[..., None], 0)  # see _fuse
+            e = without(e, dead)
         return self._fuse(self.project(e), hidden, self.gains(), dead)
 
     def add_to(
@@ -154,7 +155,8 @@ class V41Fusion(Fusion):
         into = out.flatten(0, 1)  # [N, G, H], a view
         positions, values = block_sizes(hidden.device)
         for chunk in spans(0, len(e), positions):
-            packed, some = self.project(e[chunk]), None if dead is None else dead[chunk]  # [n, (G+1)*H], [n]
+            rows, some = e[chunk], None if dead is None else dead[chunk]  # [n, C*D], [n]
+            packed = self.project(rows if some is None else without(rows, some))  # [n, (G+1)*H]
             if one_pass is None:
                 self._fuse_block(packed, hidden[chunk], some, into[chunk], values)
             else:
