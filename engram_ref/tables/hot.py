@@ -205,6 +205,11 @@ class HotTable(Table):
         return held
 
     @property
+    def behind(self) -> Table:
+        """The table of all rows, which misses are asked of."""
+        return self._behind
+
+    @property
     def hot_rows(self) -> int:
         """How many rows are on the device."""
         return len(self._hot_seen) - 2

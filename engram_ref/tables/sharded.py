@@ -33,6 +33,7 @@ from engram_ref.sharding.exchange import AllGather, AllToAll, Arrival, Asked, Ex
 from engram_ref.sharding.plan import ShardPlan, Traffic
 from engram_ref.sharding.routing import Route, route_rows
 from engram_ref.tables.base import Pending, Table, check_out, check_rows
+from engram_ref.tables.hot import HotTable
 from engram_ref.tables.staging import Delivery
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -218,19 +219,29 @@ def serve_others(tables: Iterable[Table]) -> None:
     """Answer the other ranks until none of them wants anything more: when this rank has no tokens left, and they do.
 
     Args:
-        tables: sharded ones, in the order in which a fetch asks them (the prefetcher's).
+        tables: of all layers, in the order in which a fetch asks them (the prefetcher's): sharded ones, with hot rows
+            in front or without; others ask nobody, and are passed over.
 
     Raises:
-        ValueError: a table that cannot tell, or what is wrong on a rank that still fetches.
+        ValueError: a table that cannot tell, what is no table, or what is wrong on a rank that still fetches.
         RankLost: a rank ended.
     """
-    shared = [table for table in tables if isinstance(table, ShardedTable)]
+    shared = [table for table in map(_of_all_rows, tables) if isinstance(table, ShardedTable)]
     for table in shared:
         if not isinstance(table.exchange, AllToAll) or table.exchange.steady:
             raise ValueError("serve_others: with same_tokens or steady all ranks have tokens in every step")
     idle = not shared
     while not idle:
         idle = sum(table.idle() for table in shared) == len(shared)  # each table is asked in each round
+
+
+def _of_all_rows(table: Table) -> Table:
+    """What a fetch of this table asks of the other ranks is asked by this one."""
+    while isinstance(table, HotTable):
+        table = table.behind
+    if not isinstance(table, Table):  # passed over in silence, the others would wait
+        raise ValueError(f"serve_others: a {type(table).__name__} is no table: give those of the layers, engram.table")
+    return table
 
 
 def _check(table: ShardedTable, local: Table) -> None:

@@ -29,6 +29,7 @@ from engram_ref.sharding.agreement import RankLost
 from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES, ShardPlan
 from engram_ref.tables import make_table
 from engram_ref.tables import sharded as sharded_module
+from engram_ref.tables.hot import HotTable
 from engram_ref.tables.sharded import serve_others
 from engram_toy import hashing as twin
 from tests.ref.ranks import run_ranks, start_ranks
@@ -405,6 +406,25 @@ def unequal(rank):
 
 def test_a_rank_that_is_done_serves_the_others():
     assert run_ranks(2, unequal) == [(True, [8] * len(LAYERS))] * 2
+
+
+def serves_behind_hot_rows(rank):
+    """Rank 0 has no tokens: hot tiers in front of its rows, and a table beside them that asks nobody."""
+    values, numbers = values_of(), torch.tensor([3, 700])
+    front = make_table("hot", values, hot=torch.arange(10), behind="sharded", timeout=5)
+    with make_table("host", values) as alone, HotTable(front, torch.tensor([5])) as table:
+        refused = [said(lambda what=what: serve_others([what])) for what in (1, None, {})]
+        good = [same(table.start(numbers).wait(), values, numbers) for _ in range(2 * rank)]
+        serve_others([alone, table])
+        return good, refused, front.behind.report().fetches
+
+
+def test_a_rank_that_is_done_serves_the_others_behind_hot_rows():
+    (idle, refused, served), (good, same_words, fetches) = run_ranks(2, serves_behind_hot_rows)
+    assert (idle, good) == ([], [True, True]) and refused == same_words
+    assert served == fetches == 2 + 2 + 1  # hot rows of two tiers, two fetches, and one that nobody wants
+    for (kind, words), name in zip(refused, ("int", "NoneType", "dict")):
+        assert kind == "ValueError" and words.startswith(f"serve_others: a {name} is no table")
 
 
 # --- ends ----------------------------------------------------------------------------------------------------
