@@ -60,7 +60,7 @@ def notice(error: BaseException | None) -> Tensor:
     said = torch.zeros(NOTICE_BYTES, dtype=torch.uint8, device="cpu")
     if error is not None:
         kind = next((number for number, kind in enumerate(_KINDS, 1) if isinstance(error, kind)), len(_KINDS))
-        text = one_line(error, NOTICE_BYTES - 2).encode()[: NOTICE_BYTES - 2]
+        text = one_line(str(error) or type(error).__name__, NOTICE_BYTES - 2).encode()[: NOTICE_BYTES - 2]
         said[: 2 + len(text)] = torch.tensor([kind, len(text), *text], dtype=torch.uint8, device="cpu")
     return said
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engram_ref.rows.rows import Rows
-from engram_ref.sharding.agreement import agreed, require_same
+from engram_ref.sharding.agreement import RankLost, agreed, require_same
 from engram_ref.sharding.exchange import AllGather, AllToAll, Arrival, Asked, Exchange
 from engram_ref.sharding.plan import ShardPlan, Traffic
 from engram_ref.sharding.routing import Route, route_rows
@@ -89,6 +89,7 @@ class ShardedTable(Table):
         require_same(group, hashlib.sha256(way.encode()).hexdigest(), "row format or way to exchange rows")
         self._local = local
         self._own_group = own_group
+        self._in_step = True  # with the other ranks: between two fetches
         self._delivery = Delivery(self.device, self.format)
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
@@ -102,7 +103,7 @@ class ShardedTable(Table):
             The fetch. Its `wait` raises what was wrong on any rank.
 
         Raises:
-            RankLost: a rank ended, or did not come in time.
+            RankLost: a rank ended, or did not come in time; or an earlier fetch was stopped here between its messages.
             ValueError: a closed table; with `same_tokens`, what is wrong on any rank.
         """
         return _Fetch(self, *self._take_part(rows, out), out)
@@ -133,14 +134,32 @@ class ShardedTable(Table):
                     route = self._route(rows, out)
                 except Exception as found:  # whatever it is, the others must hear of it: they would wait
                     error = found
+            arrival, asked = self._ask_and_answer(route, error, idle)
+            return arrival, route.places, asked
+
+    def _ask_and_answer(self, route: Route, error: BaseException | None, idle: bool) -> tuple[Arrival, Asked]:
+        if not self._in_step:
+            raise RankLost(
+                f"rank {self.exchange.rank} of {self.plan.ranks}: an earlier exchange of rows broke off on this rank, "
+                "which is out of step with the others: start all ranks anew"
+            )
+        self._in_step = False  # should anything end this between two messages, as Ctrl-C does where the caller goes on
+        try:
             asked = self.exchange.ask(route, error, idle)
-            own = torch.empty((0, self.format.row_bytes), dtype=torch.uint8, device="cpu")
-            try:
-                own = self._own(asked.ids)
-            except Exception as found:
-                error = error or found
-                own = torch.zeros((len(asked.ids), self.format.row_bytes), dtype=torch.uint8, device="cpu")
-            return self.exchange.answer(asked, own.to(self.exchange.device), error), route.places, asked
+        except Exception as found:
+            self._in_step = not isinstance(found, RankLost)  # any other all ranks have
+            raise
+        stopped = None
+        try:
+            own = self._own(asked.ids)
+        except BaseException as found:  # Ctrl-C, too: the others have asked
+            error, stopped = error or found, None if isinstance(found, Exception) else found
+            own = torch.zeros((len(asked.ids), self.format.row_bytes), dtype=torch.uint8, device="cpu")
+        arrival = self.exchange.answer(asked, own.to(self.exchange.device), error)
+        self._in_step = True
+        if stopped is not None:
+            raise stopped
+        return arrival, asked
 
     def _route(self, rows: Tensor, out: Tensor | None) -> Route:
         numbers = check_rows(rows, self.rows).numpy()

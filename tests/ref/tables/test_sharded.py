@@ -456,6 +456,37 @@ def test_a_rank_that_ends_or_is_late_ends_the_others_with_one_line(how):
     ranks[1].process.kill()
 
 
+def stopped(rank, same_tokens):
+    """Ctrl-C on rank 1 while it looks its rows up, then between two messages; the caller catches it, and goes on."""
+    values, found = values_of(), []
+    with make_table("sharded", values, timeout=5, same_tokens=same_tokens) as table:
+        place = (exchange_module, "gather") if same_tokens else (table.exchange, "_exchange_counts")
+        whole = getattr(*place)
+
+        def late(*arguments):
+            whole(*arguments)
+            raise KeyboardInterrupt
+
+        stops = mock.patch.object(table, "_own", side_effect=KeyboardInterrupt), mock.patch.object(*place, late)
+        for stop in (*stops, nullcontext()):
+            with stop if rank == 1 else nullcontext():
+                try:
+                    found.append(said(lambda: table.start(torch.arange(R)).wait()))
+                except KeyboardInterrupt:
+                    found.append("stopped")
+            if stop is stops[0]:
+                assert same(table.start(torch.arange(R)).wait(), values, torch.arange(R))
+        return found
+
+
+@pytest.mark.parametrize("same_tokens", [False, True])
+def test_a_rank_that_is_stopped_answers_first_or_is_lost(same_tokens):
+    first, second = run_ranks(2, stopped, same_tokens)
+    assert first[0] == ("RuntimeError", "KeyboardInterrupt (on rank 1 of 2)")
+    assert [kind for kind, _ in first[1:]] == ["RankLost"] * 2 and second[:2] == ["stopped"] * 2
+    assert second[2][0] == "RankLost" and "an earlier exchange of rows broke off on this rank" in second[2][1]
+
+
 # --- negative controls: each of these makes wrong rows, or an error, and the comparison sees it ---------------
 
 
