@@ -154,6 +154,7 @@ def make_sharded(
             count = len_of(rows)
             plan = ShardPlan.even(count, dist.get_world_size(group)) if plan is None else plan
             own = _own_rows(rows, count, plan, rank, dist.get_world_size(group))
+            hot = None if hot is None else check_hot(hot, plan.rows)  # each rank keeps its own, and sees no others
         require_same(group, plan.checksum, "plan of shards")
         with agreed(group):
             local = undo.enter_context(_make_own(owned, own, plan.first(rank), where, hot, options))

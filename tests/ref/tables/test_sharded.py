@@ -302,6 +302,8 @@ def strangers(rank):
         "placement": lambda: make_table("sharded", values, owned="tape" if first else "host"),
         "no table": lambda: make_table("sharded", values if first else None),
         "hot": lambda: make_table("hot", values, hot=torch.tensor([R if rank else 1]), behind="sharded"),
+        "own hot": lambda: make_table("sharded", values, owned="hot", hot=torch.tensor([5, 900, R])),
+        "hot twice": lambda: make_table("sharded", values, owned="hot", hot=torch.tensor([5, 900, 900])),
     }
     found = {name: said(case) for name, case in cases.items()}
     with make_table("sharded", values) as table:  # the ranks are still in step
@@ -318,6 +320,9 @@ def test_strangers_are_refused_by_all():
     assert "gradients do not travel back" in words["trained"] and "a group of 2" in words["ranks"]
     assert "no placement 'tape'" in words["placement"] and "option direct" in words["option"]
     assert "give all 1009 of the table, or its own 505" in words["count"] and f"row {R} does not exist" in words["hot"]
+    assert f"row {R} does not exist" in words["own hot"] and words["hot twice"].startswith(
+        "hot row 900 is given 2 times"
+    )
     assert all(("\n" not in text and "on rank" in text) or "than rank 0" in text for text in words.values())
 
 
