@@ -175,6 +175,10 @@ class HotTable(Table):
             self._require_open()
             return self._behind.stored(rows)
 
+    def count(self, rows: int) -> None:
+        """Whoever notes what he read by `stored` has read it behind."""
+        self._behind.count(rows)
+
     def counters(self) -> dict[str, int]:
         """As for every table; what was read behind it when the hot rows were chosen is among the bytes."""
         behind = self._behind.counters()

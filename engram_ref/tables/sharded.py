@@ -106,7 +106,9 @@ class ShardedTable(Table):
             RankLost: a rank ended, or did not come in time; or an earlier fetch was stopped here between its messages.
             ValueError: a closed table; with `same_tokens`, what is wrong on any rank.
         """
-        return _Fetch(self, *self._take_part(rows, out), out)
+        arrival, places, asked = self._take_part(rows, out)
+        self.count(len(places))  # none, where the rows were refused
+        return _Fetch(self, arrival, places, asked, out)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; all ranks take part."""
@@ -180,8 +182,19 @@ class ShardedTable(Table):
         numbers = ids - self.plan.first(self.exchange.rank)
         rows = self._local.in_place() if numbers.is_cuda else None
         if rows is not None and rows.device == numbers.device:
-            return torch.cat([part.index_select(0, numbers) for part in rows.parts], dim=1)
-        return self._local.stored(numbers.cpu())
+            found = torch.cat([part.index_select(0, numbers) for part in rows.parts], dim=1)
+        else:
+            found = self._local.stored(numbers.cpu())
+        self._local.count(len(numbers))
+        return found
+
+    def counters(self) -> dict[str, int]:
+        """As for every table: `rows` are those that this rank asked for, and none of them is a hit.
+
+        Bytes are counted where they are read, by the owner: those of this rank's own rows, for itself and for the
+        others. What came from the others is in `report`.
+        """
+        return {**self._local.counters(), "rows": self._asked, "row_hits": 0}
 
     def report(self) -> Traffic:
         """What this rank received from the others so far."""

@@ -175,6 +175,24 @@ def test_every_placement_underneath_and_a_hot_tier_in_front(tmp_path):
     assert first.keys() == second.keys()
 
 
+def counted(rank):
+    values, numbers, found = values_of(), torch.tensor([1, 2, 2, R - 1] if rank else [5]), []
+    for owned in ({"owned": "host"}, {"owned": "device"}, {"owned": "hot", "hot": torch.tensor([1, R - 1])}):
+        with make_table("sharded", values, **owned) as table:
+            for _ in range(5):
+                table.start(numbers).wait()
+            said(lambda table=table: table.start(numbers + R * rank).wait())  # refused on rank 1
+            found.append({name: count for name, count in table.counters().items() if count})
+    return found
+
+
+def test_rows_are_counted_where_they_are_asked_for_and_bytes_where_they_are_read():
+    read = [(5 * (1 + 3) + 1) * D * 4, 5 * D * 4]  # rank 0 owns 1, 2 and 5
+    for rank, found in enumerate(run_ranks(2, counted)):
+        rows = 5 * 4 if rank else 5 + 1
+        assert found == [{"rows": rows, place: read[rank]} for place in ("bytes_host", "bytes_device", "bytes_host")]
+
+
 # --- columns: bytes by formula, the twin's index stream ------------------------------------------------------
 
 
