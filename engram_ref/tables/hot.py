@@ -185,8 +185,8 @@ class HotTable(Table):
         return {
             **behind,
             "rows": self._lookups,
-            "row_hits": self._hits,
-            "bytes_device": self._hits * self.format.row_bytes,
+            "row_hits": behind["row_hits"] + self._hits,  # misses are hits, too, where all rows are on the device
+            "bytes_device": behind["bytes_device"] + self._hits * self.format.row_bytes,
         }
 
     def report(self) -> HotReport:

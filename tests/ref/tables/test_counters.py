@@ -36,12 +36,15 @@ def values():
         ("device", {"rows": 7, "row_hits": 7, "bytes_device": 7 * ROW_BYTES}),
         ("file", {"rows": 7, "bytes_disk": 6 * ROW_BYTES}),  # a repeat within a fetch is read once
         ("hot", {"rows": 7, "row_hits": 3, "bytes_device": 3 * ROW_BYTES, "bytes_host": 4 * ROW_BYTES}),
+        ("hot, device", {"rows": 7, "row_hits": 7, "bytes_device": 7 * ROW_BYTES}),
     ],
 )
 def test_two_fetches_by_hand(values, tmp_path, placement, expected):
     save_rows(tmp_path / "t.safetensors", values)
     rows = StoredRows.find(tmp_path / "t.safetensors") if placement == "file" else values
-    with make_table(placement, rows, **({"hot": torch.tensor([3, 9])} if placement == "hot" else {})) as table:
+    placement, _, behind = placement.partition(", ")
+    hot = {"hot": torch.tensor([3, 9]), "behind": behind or "host"} if placement == "hot" else {}
+    with make_table(placement, rows, **hot) as table:
         assert table.counters() == NONE
         for numbers in ([3, 3, 8, 9], [20, 21, 22]):
             table.start(torch.tensor(numbers)).wait()
