@@ -124,24 +124,21 @@ class HotTable(Table):
                 check_rows(rows.cpu(), self.rows)
                 if out is not None:
                     check_out(out, len(rows), self.format, self.device)
-            except ValueError as error:
+                slots, missed = self._tell_apart(rows)
+                misses = rows.index_select(0, missed)
+                numbers = self._send(slots, missed, beside)
+            except Exception as error:  # whatever it is: others who share the table behind would wait
                 self._behind.excuse(error)
                 raise
-            return self._start(rows, out, behind, beside)
+            with self._users.alone:
+                self._lookups += len(rows)
+                self._hits += len(rows) - len(misses)
+            assert self._hot is not None
+            return _Mixed(self._hot, len(misses), numbers, behind(misses), out)
 
     def excuse(self, error: BaseException) -> None:
         """Tell those who share the table behind."""
         self._behind.excuse(error)
-
-    def _start(self, rows: Tensor, out: Tensor | None, behind: Callable[[Tensor], Pending], beside: bool) -> Pending:
-        assert self._hot is not None
-        slots, missed = self._tell_apart(rows)
-        misses = rows.index_select(0, missed)
-        with self._users.alone:
-            self._lookups += len(rows)
-            self._hits += len(rows) - len(misses)
-        numbers = self._send(slots, missed, beside)
-        return _Mixed(self._hot, len(misses), numbers, behind(misses), out)
 
     def _tell_apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of all rows, int32 [N], 0 for those that miss; and the places of these, int64 [M]. All are noted."""

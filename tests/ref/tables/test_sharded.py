@@ -300,6 +300,23 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all_and_nobody_hangs():
     assert "give a vector of int32 or int64" in errors[0]["float"][1]
 
 
+def wrong_in_front(rank):
+    values, numbers = values_of(), torch.tensor([1, 700])
+    with make_table("hot", values, hot=torch.arange(10), behind="sharded", timeout=5) as table:
+        found = [said(lambda: table.start([1, 2] if rank else numbers).wait())]
+        full = mock.patch.object(table, "_send", side_effect=RuntimeError("out of memory"))
+        with full if rank else nullcontext():
+            found.append(said(lambda: table.start(numbers).wait()))
+        return found, same(table.start(numbers).wait(), values, numbers)
+
+
+def test_whatever_is_wrong_on_one_rank_with_hot_rows_in_front_is_raised_on_all():
+    (first, good), (second, fine) = run_ranks(2, wrong_in_front)
+    assert good and fine and first == second
+    assert "'list' object has no attribute" in first[0][1]
+    assert first[1] == ("RuntimeError", "out of memory (on rank 1 of 2)")
+
+
 def strangers(rank):
     """Tables that do not belong together, and options that only one rank has wrong."""
     values, packed = values_of(), FP8.clone()
