@@ -223,10 +223,8 @@ def _hot(
     with ExitStack() as undo:
         others = undo.enter_context(make_table(behind, rows, target, **options))
         if isinstance(others, ShardedTable):
-            with agreed(others.group):
-                check_hot(hot, others.rows)
             # They are read in pieces, in each of which all ranks take part; which rows they are may differ.
-            require_same(others.group, str(len(hot)), "number of hot rows")
+            require_same(others.group, str(hot.numel()), "number of hot rows")
         table = HotTable(others, hot)
         undo.pop_all()
     return table

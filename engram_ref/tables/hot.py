@@ -69,27 +69,35 @@ class HotTable(Table):
 
     def __init__(self, behind: Table, hot: Tensor) -> None:
         super().__init__(behind.rows, behind.format, behind.device, behind.index_device)
-        if behind.trained:
-            raise ValueError(
-                "rows that are trained, behind copies of some, which would not learn: use the table behind alone, or "
-                "DeviceTable(weight.detach())"
-            )
-        hot = check_hot(hot, behind.rows).to(self.index_device)
-        require_bytes(behind.rows * _NUMBER.row_bytes, self.index_device)
-        require_bytes(len(hot) * self.format.row_bytes, self.device)
         self.waits = behind.waits
         self._behind = behind
-        self._slots = torch.full((behind.rows,), _NEW, dtype=torch.int32, device=self.index_device)  # [R]
-        self._slots[hot] = torch.arange(len(hot), dtype=torch.int32, device=self.index_device)
-        self._hot: DeviceTable | None = DeviceTable(self._read(hot), checked=True)  # by the table behind
+        try:
+            hot, kept = self._make_room(hot)
+        except Exception as error:  # others who share the table behind have begun to read
+            behind.excuse(error)
+            raise
+        self._hot: DeviceTable | None = DeviceTable(self._read(hot, kept), checked=True)  # by the table behind
         # One place for every slot; what is not hot marks the last two, which indexing by -1 and -2 means.
         self._hot_seen = torch.zeros(len(hot) + 2, dtype=torch.bool, device=self.index_device)
         self._lookups = self._hits = 0
         self._numbers = Delivery(self.device, _NUMBER)
 
-    def _read(self, hot: Tensor) -> Rows:
+    def _make_room(self, hot: Tensor) -> tuple[Tensor, Tensor]:
+        """The hot rows' numbers, checked and noted in the map, and memory for their bytes."""
+        if self._behind.trained:
+            raise ValueError(
+                "rows that are trained, behind copies of some, which would not learn: use the table behind alone, or "
+                "DeviceTable(weight.detach())"
+            )
+        hot = check_hot(hot, self.rows).to(self.index_device)
+        require_bytes(self.rows * _NUMBER.row_bytes, self.index_device)
+        require_bytes(len(hot) * self.format.row_bytes, self.device)
+        self._slots = torch.full((self.rows,), _NEW, dtype=torch.int32, device=self.index_device)  # [R]
+        self._slots[hot] = torch.arange(len(hot), dtype=torch.int32, device=self.index_device)
+        return hot, torch.empty((len(hot), self.format.row_bytes), dtype=torch.uint8, device=self.device)
+
+    def _read(self, hot: Tensor, kept: Tensor) -> Rows:
         """The hot rows as they are stored, a bounded number at a time."""
-        kept = torch.empty((len(hot), self.format.row_bytes), dtype=torch.uint8, device=self.device)
         step = max(1, _READ_BYTES // self.format.row_bytes)
         for first in range(0, len(hot), step):
             part = slice(first, first + step)

@@ -27,6 +27,7 @@ from engram_ref.rows.rows import Rows
 from engram_ref.sharding import exchange as exchange_module
 from engram_ref.sharding.agreement import RankLost
 from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES, ShardPlan
+from engram_ref.tables import hot as hot_module
 from engram_ref.tables import make_table
 from engram_ref.tables import sharded as sharded_module
 from engram_ref.tables.hot import HotTable
@@ -303,7 +304,11 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all_and_nobody_hangs():
 def wrong_in_front(rank):
     values, numbers = values_of(), torch.tensor([1, 700])
     with make_table("hot", values, hot=torch.arange(10), behind="sharded", timeout=5) as table:
-        found = [said(lambda: table.start([1, 2] if rank else numbers).wait())]
+        found = [said(lambda: HotTable(table.behind, torch.tensor([R if rank else 1])))]
+        full = mock.patch.object(hot_module, "require_bytes", side_effect=RuntimeError("out of memory"))
+        with full if rank else nullcontext():
+            found.append(said(lambda: HotTable(table, torch.tensor([1]))))
+        found.append(said(lambda: table.start([1, 2] if rank else numbers).wait()))
         full = mock.patch.object(table, "_send", side_effect=RuntimeError("out of memory"))
         with full if rank else nullcontext():
             found.append(said(lambda: table.start(numbers).wait()))
@@ -313,8 +318,8 @@ def wrong_in_front(rank):
 def test_whatever_is_wrong_on_one_rank_with_hot_rows_in_front_is_raised_on_all():
     (first, good), (second, fine) = run_ranks(2, wrong_in_front)
     assert good and fine and first == second
-    assert "'list' object has no attribute" in first[0][1]
-    assert first[1] == ("RuntimeError", "out of memory (on rank 1 of 2)")
+    assert f"row {R} does not exist" in first[0][1] and "'list' object has no attribute" in first[2][1]
+    assert first[1] == first[3] == ("RuntimeError", "out of memory (on rank 1 of 2)")
 
 
 def strangers(rank):
