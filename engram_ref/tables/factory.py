@@ -126,9 +126,11 @@ def make_sharded(
     """A table whose rows the ranks of a group own together; all of them call this, each with its own rows or all rows.
 
     Args:
-        rows: as for `make_table`: all rows, of which this rank takes its own and looks at no others, or its own alone.
+        rows: as for `make_table`: all rows, of which this rank takes its own and looks at no others, or its own alone,
+            which needs a plan.
         device: where fetched rows arrive.
-        plan: which rank owns what; None gives each the same number of rows.
+        plan: which rank owns what; None gives each the same number of rows, of those that it was given: pieces of equal
+            length would be taken for one small table on all ranks.
         group: of `torch.distributed`, for this table alone; None makes one of all ranks.
         timeout: of the new group: seconds that a rank waits for the others.
         owned: placement of the rows that this rank owns.
