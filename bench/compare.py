@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
     Attributes:
         a, b: medians; None where the file does not have it.
-        ratio, low, high: B over A, and its interval; None where one of them is 0 or missing.
+        ratio, low, high: B over A, and its interval; None where one of them is or may be 0, or is missing.
         how: "paired", "unpaired", "exact" or "one sample".
         verdict: "worse", "better", "same", "not resolved", "within tolerance", "only in A" or "only in B".
     """
@@ -113,6 +113,8 @@ def _line(name: str, a: Quantity | None, b: Quantity | None, pairs: bool, tolera
     # Round n of both met the same input, and has one ratio.
     paired = pairs and len(a.samples) == len(b.samples) and min(a.samples) > 0
     found = _ratio(_some(a.samples), _some(b.samples), paired)
+    if found is None:
+        return Line(name, a.median, b.median, None, None, None, "unpaired", "not resolved")
     few = min(len(a.samples), len(b.samples)) < LEAST_SAMPLES
     verdict = "not resolved" if few else _judged(found["low"], found["high"], 1.0, tolerance)
     how = "one sample" if few else "paired" if paired else "unpaired"
@@ -132,23 +134,21 @@ def _some(samples: Sequence[float]) -> list[float]:
     return list(samples[::step])
 
 
-def _ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, float]:
-    """B over A: of pairs, or of medians that are drawn anew from each."""
+def _ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, float] | None:
+    """B over A: of pairs, or of medians that are drawn anew from each; None where that of A may be 0."""
     if paired:
         return paired_ratio(b, a)
     # Not paired: what the machine did meanwhile happened to one of the two alone, so each is drawn by itself.
     draw = random.Random(0)
-    found = sorted(
-        _over(statistics.median(draw.choices(b, k=len(b))), statistics.median(draw.choices(a, k=len(a))))
+    drawn = [
+        tuple(statistics.median(draw.choices(each, k=len(each))) for each in (b, a))
         for _ in range(_RESAMPLES if len(a) + len(b) < 200 else 200)
-    )
+    ]
+    if not all(one for _, one in drawn):
+        return None
+    found = sorted(other / one for other, one in drawn)
     median = statistics.median(b) / statistics.median(a)
     return {"median": median, "low": quantile(found, 0.025), "high": quantile(found, 0.975)}
-
-
-def _over(b: float, a: float) -> float:
-    """b / a; of a 0, which some of the drawn medians may be, the largest number there is, so that it can be sorted."""
-    return b / a if a else sys.float_info.max
 
 
 def machines(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
