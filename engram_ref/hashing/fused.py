@@ -54,9 +54,9 @@ _SIGNATURES = [f"boolean(int64[:,:], int64[:,:], int64, {rows}[:,:,::1])" for ro
 NO_HISTORY = np.empty((0, 0), dtype=np.int64)
 
 
-def can_fuse(layer: LayerPlan) -> bool:
-    """Whether this layer's n-grams suit the compiled loop: up to 512."""
-    return len(layer.multipliers) <= _HASHES
+def can_fuse(plan: HashPlan) -> bool:
+    """Whether the compiled loop takes n-grams of this length: up to 512."""
+    return plan.max_ngram <= _HASHES
 
 
 def pack(plan: HashPlan, layer: LayerPlan, offsets: bool) -> np.ndarray:

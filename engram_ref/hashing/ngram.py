@@ -112,17 +112,17 @@ class NgramHasher:
 
         self._hash_rows, self._no_history = fused.hash_rows, fused.NO_HISTORY
         self._constants = []  # the compiled loop is given addresses, so these must live as long as the hasher
-        for layer in filter(fused.can_fuse, self.plan.layers):
+        if not fused.can_fuse(self.plan):
+            return
+        for layer in self.plan.layers:
             dtype = np.dtype(_row_dtype(layer))
             for offsets, table in ((True, self._by_row), (False, self._by_column)):
                 constants = fused.pack(self.plan, layer, offsets)
                 self._constants.append(constants)
                 table.setdefault(layer.layer_id, (constants.ctypes.data, len(layer.primes), dtype))
-
-        if len(self._by_row) == len(self.plan.layers) and len({len(layer.primes) for layer in self.plan.layers}) == 1:
-            together = np.stack([fused.pack(self.plan, layer, True) for layer in self.plan.layers])
-            self._constants.append(together)
-            self._hash_tokens = fused.hash_tokens, together.ctypes.data, together.strides[0]
+        together = np.stack([fused.pack(self.plan, layer, True) for layer in self.plan.layers])
+        self._constants.append(together)
+        self._hash_tokens = fused.hash_tokens, together.ctypes.data, together.strides[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NgramHasher, (self.plan, self.backend)  # a copy, or another process, needs addresses of its own
