@@ -16,7 +16,8 @@
 #
 # What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
 # has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
-# the same machine goes on: steps that ended well with the same code are left out, of others finished rounds.
+# the same machine goes on: steps that ended well with the same code are left out, of others finished rounds; of a
+# rehearsal, or of code that is not committed, nothing is.
 #
 #   WHEELS    a folder of wheels that the machine lacks; a wheel is an archive that Python imports from, unpacked:
 #             pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .wheels \
@@ -34,6 +35,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 CALL=${1:-} OUT=$(realpath -m "${2:-out/gpu_checks}") WORK=$(realpath -m "${WORK:-/tmp/gpu_checks}")
 PYTHON=${PYTHON:-python3}
+CODE=${GIT_COMMIT:-$(git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown)}
+CODE=${REHEARSE:+rehearsal-of-}$CODE
 STARTED=$(date +%s) PACK_EVERY=${PACK_EVERY:-20}
 case $CALL in check) LIMIT=${LIMIT:-170} ;; measure) LIMIT=${LIMIT:-580} ;; *)
   echo "gpu_checks: error: say check or measure, and a folder for the results" >&2
@@ -75,10 +78,8 @@ note() {        # when a log's last line changed, for whoever asks later where t
 
 left() { echo $((STARTED + LIMIT * SLACK - 10 - $(date +%s))); } # seconds, less those for the end
 
-CODE="${REHEARSE:+rehearsal-of-}${GIT_COMMIT:-$(git describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)}"
-
 ended_well() { # whether a step did so in any call with this code
-  case $CODE in *unknown | *-dirty) return 1 ;; esac # which may be another by now
+  case $CODE in *unknown | *-dirty) return 1 ;; esac # the code may be another by now
   awk -v code="$CODE" -v name="$1" \
     '/ call, / { same = $NF == code } same && $1 == name && / ended with 0,/ { found = 1 } END { exit !found }' "$WORK/steps.txt"
 }

@@ -475,8 +475,8 @@ class _Join:
 
     def _write(self, pending: Pending) -> Tensor:
         """Rows that arrive only while somebody waits for them."""
-        with self._lease.writing() as may:
-            if not may:
+        with self._lease.writing() as in_time:
+            if not in_time:
                 raise self._released()
             try:
                 return pending.wait()

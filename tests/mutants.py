@@ -60,7 +60,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/cross/test_hash_qwen.py",
     ),
     "engram_ref/prefetch.py": ("tests/ref/test_prefetch.py",),
-    "engram_ref/tables/hot.py": ("tests/ref/tables/test_hot.py",),
+    "engram_ref/tables/hot.py": ("tests/ref/tables/test_hot.py", "tests/ref/tables/test_counters.py"),
     "engram_ref/tables/staging.py": ("tests/ref/tables/test_staging.py",),
     "engram_ref/files/read_plan.py": ("tests/ref/files/test_read_plan.py",),
     "engram_ref/rows/fp8.py": ("tests/ref/rows/test_fp8.py",),
