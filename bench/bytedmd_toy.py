@@ -1,10 +1,10 @@
 """Does "under 3 % offload overhead" survive ByteDMD? Real text in, a verdict out, on any laptop.
 
-    python bench/bytedmd_toy.py                    about a minute; prints a table, writes out/bytedmd_toy/
-    python bench/bytedmd_toy.py --quick            a small version in seconds
-    python bench/bytedmd_toy.py --text FILE        your own text
-    python bench/bytedmd_toy.py --preset v41-flash DeepSeek-V4.1-Flash's form of Engram; three minutes, 4 GB, two cores
-    python bench/bytedmd_toy.py --sweep all        every sweep, prices only; resumable (--sweep padding share: some)
+    python bench/bytedmd_toy.py                     about a minute; prints a table, writes out/bytedmd_toy/
+    python bench/bytedmd_toy.py --quick             a small version in seconds
+    python bench/bytedmd_toy.py --text FILE         your own text
+    python bench/bytedmd_toy.py --preset v41-flash  DeepSeek-V4.1-Flash's form of Engram; three minutes, 4 GB, two cores
+    python bench/bytedmd_toy.py --sweep all         every sweep, prices only; resumable (--sweep padding share: some)
 
 Text goes through DeepSeek's tokenizer and Engram's hash; the rows that it names are read by two small models
 written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at depth d of one LRU stack.
@@ -38,8 +38,9 @@ written in plain Python, and every read is priced: ceil(sqrt(d)) for a value at 
               seed        another window of the text, other weights
               preset      tiny, v41-flash
               grid        padding, share, hot tier and width jointly, for the model engram
-              All take some minutes on two cores. Finished prices are kept in sweeps.journal: a sweep that was stopped
-              goes on where it stopped. Results are sweeps.json, grid.json and a figure per sweep in --out.
+
+Sweeps take some minutes on two cores. Finished prices are kept in sweeps.journal: a sweep that was stopped goes on
+where it stopped. Results are sweeps.json, grid.json and a figure per sweep in --out.
 
 All variants compute the same output, to the bit; only the layout of memory differs. The verdict classifies
 the price of offload_prefetch against resident: up to 5x WIN for the claim, over 20x LOSS, in between

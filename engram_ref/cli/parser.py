@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from engram_ref import __version__
-from engram_ref.cli.width import folded
+from engram_ref.cli.width import wrapped
 
 _ABSENT = object()  # what no command line can say
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """A description as it is laid out, folded where COLUMNS, or the terminal, has no room; and every default, once."""
+    """A description as it is laid out, wrapped where COLUMNS, or the terminal, has no room; and every default, once."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         said, default = action.help or "", action.default
@@ -25,7 +26,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{said} (default: {shown})".replace("%", "%%") if "%" in shown else f"{said} (default: {shown})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + part for line in text.splitlines() for part in folded(line, width - len(indent)))
+        return textwrap.indent(wrapped(text, width - len(indent)), indent)
 
 
 class Parser(argparse.ArgumentParser):

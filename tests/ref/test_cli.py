@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import bytedmd_toy, gpu_wall, production
+from bench import bytedmd_toy, compare, gpu_wall, how_far, lookup_speed, production
 from bench.served import options as end_to_end_options
 from bench.wall import options as wall_options
-from engram_ref import __version__, cli
+from engram_ref import __version__, cli, plan
 from engram_ref.checkpoint import sample
+from engram_ref.cli.width import wrapped
 from engram_ref.files.texts import read_text
+from engram_ref.place import command as place
 
 HUGE = ("99999999999999", "1" + "0" * 30, "9" * 5000)
 
@@ -208,6 +210,44 @@ def test_help_has_the_width_of_the_reader(parser, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     said = parser.format_help()
     assert max(map(len, said.splitlines())) <= columns and said.count("word") == 30
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.parametrize("module", [bytedmd_toy, compare, gpu_wall, how_far, lookup_speed, place, plan, production])
+def test_a_narrower_reader_is_told_the_same(module, columns):
+    said = wrapped(module.__doc__, columns)
+    assert said.split() == module.__doc__.split() and max(map(len, said.splitlines())) <= columns
+    assert wrapped(said, columns) == said and wrapped(module.__doc__, 120) == module.__doc__
+
+
+LAID_OUT = """Prose that begins at the margin goes on there, and
+flows anew.
+
+    command --short      what it does, in words that need
+                         a second line
+    command --alone
+    command --and-a-very-long-name --indeed
+                         said below it
+
+  one  of  three"""
+NARROW = """Prose that begins at the margin goes on
+there, and flows anew.
+
+    command --short
+        what it does, in words that need
+        a second line
+    command --alone
+    command --and-a-very-long-name
+      --indeed
+        said below it
+
+  one  of  three"""
+
+
+def test_help_flows_as_its_author_meant_it():
+    assert wrapped(LAID_OUT, 40) == NARROW and wrapped(LAID_OUT, 60) == LAID_OUT
+    beside = wrapped("  term  " + "word " * 20 + "\n        and more", 60).splitlines()
+    assert [line[:8] for line in beside] == ["  term  ", *[" " * 8] * (len(beside) - 1)] and len(beside) > 1
 
 
 TABLE = """a title
