@@ -23,13 +23,20 @@ _LOCAL_LINK = re.compile(r"\[([^\]]*)\]\((?!http|#)[^)]*\)")
 
 
 def export(folder: Path) -> list[Path]:
-    """Write all files below a folder; each is complete or absent. Returns their paths."""
+    """Write all files below a folder; each is complete or absent. Returns their paths.
+
+    Raises:
+        ValueError: the folder is this project, whose own document would be replaced.
+    """
+    target = folder / "docs" / "findings" / PAPER
+    if target.exists() and _MARK.search(target.read_text(encoding="utf-8")):
+        raise ValueError(f"{target} is the document that is exported, not an export: name a folder of its own")
     experiment = folder / "experiments" / "engram-offload"
     texts = {
         experiment / name: _standing_alone((ROOT / "bench/lab" / name).read_text(encoding="utf-8")) for name in SOURCES
     }
     paper = (ROOT / "docs/findings" / PAPER).read_text(encoding="utf-8")
-    texts[folder / "docs" / "findings" / PAPER] = _LOCAL_LINK.sub(r"\1", _MARK.sub("", paper))
+    texts[target] = _LOCAL_LINK.sub(r"\1", _MARK.sub("", paper))
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

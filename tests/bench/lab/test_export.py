@@ -32,6 +32,17 @@ def run(monkeypatch):
     sys.modules.pop("bench.lab.run", None)
 
 
+def test_the_document_that_is_exported_is_not_replaced(tmp_path):
+    export.export(tmp_path)
+    export.export(tmp_path)
+    source = (ROOT / "docs/findings" / export.PAPER).read_bytes()
+    target = tmp_path / "docs/findings" / export.PAPER
+    target.write_bytes(source)  # as in a clone of this project
+    with pytest.raises(ValueError, match="name a folder of its own"):
+        export.export(tmp_path)
+    assert target.read_bytes() == source
+
+
 def test_the_folder_runs_by_itself_and_its_finding_holds_only_its_numbers(tmp_path):
     written = export.export(tmp_path / "tree")
     experiment = tmp_path / "tree/experiments/engram-offload"
