@@ -25,7 +25,8 @@ from bench.setup.slow_bus import Bus
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.hashing.device import DeviceHasher
-from engram_ref.prefetch import Observer, Prefetcher
+from engram_ref.prefetch import Prefetcher
+from engram_ref.prefetch.fetch import Observer
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import HostMemory, require_bytes
 from engram_ref.rows.rows import Rows

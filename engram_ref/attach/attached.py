@@ -55,7 +55,8 @@ from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.ngram import NgramHasher
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.layer import Engram
-from engram_ref.prefetch import LEAST_BUFFERS, Observer, Prefetcher
+from engram_ref.prefetch import LEAST_BUFFERS, Prefetcher
+from engram_ref.prefetch.fetch import Observer
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
 

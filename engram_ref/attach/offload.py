@@ -42,7 +42,8 @@ from engram_ref.files.stored_rows import StoredRows
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
-from engram_ref.prefetch import LEAST_BUFFERS, Fetch, Observer, Prefetcher
+from engram_ref.prefetch import LEAST_BUFFERS, Fetch, Prefetcher
+from engram_ref.prefetch.fetch import Observer
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import Table, make_table
 from engram_ref.tables.host import HostTable

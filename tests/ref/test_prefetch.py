@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from engram_ref import prefetch as module
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher, TokenHistory
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.ngram import Hashed
-from engram_ref.prefetch import Fetch, FetchError, Prefetcher
+from engram_ref.prefetch import Fetch, FetchError, Prefetcher, slots
+from engram_ref.prefetch import fetch as fetching
+from engram_ref.prefetch import prefetcher as starting
 from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables.base import Ready, check_rows
 from engram_ref.tables.file import StoredRows, save_rows
@@ -144,7 +145,7 @@ def test_token_ids_are_compressed_and_hashed_for_all_layers_at_once(values, back
         for wrong in (np.array([[900]]), np.array([[0.5]])):
             with pytest.raises(ValueError, match="token ids"):
                 prefetcher.hash_tokens(wrong, vocab)
-        assert all(slot.is_free() for slot in prefetcher._slots)
+        assert all(slot.is_free() for slot in prefetcher._slots._all)
 
 
 def test_without_a_background_nothing_overlaps(values):
@@ -238,8 +239,8 @@ def test_without_the_join_rows_are_wrong(values, monkeypatch):
 
 def test_without_the_second_buffer_rows_are_wrong(values, monkeypatch):
     def one_buffer(prefetcher, patch):
-        shared = module._Buffers()
-        patch.setattr(module, "_Buffers", lambda: shared)
+        shared = slots.Buffers()
+        patch.setattr(slots, "Buffers", lambda: shared)
 
     assert steps_gone_wrong(values, monkeypatch, one_buffer, AFTER_OTHER_FETCHES) > 10
 
@@ -399,7 +400,7 @@ def test_a_release_that_is_interrupted_lends_the_slot_when_nobody_writes_any_mor
         first, second = prefetcher.start(random_ids(0, (4, 60))), prefetcher.start(random_ids(1, (4, 60)))
         assert tables[3].begun.wait(30)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module._Join, "settle", lambda join: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(fetching.Join, "settle", lambda join: (_ for _ in ()).throw(KeyboardInterrupt))
             first.release()
         threading.Timer(0.1, tables[3].may_end.set).start()
         with prefetcher.start(random_ids(2, (4, 60))) as third:  # the same slot, which the worker was writing to
@@ -414,7 +415,7 @@ def test_a_start_that_is_interrupted_keeps_no_slot(values, background, monkeypat
     with Prefetcher(NgramHasher(PLAN), tables, background=background) as prefetcher:
         for _ in range(5):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-                where, name = (module, "Fetch") if background else (tables[3], "start")
+                where, name = (starting, "Fetch") if background else (tables[3], "start")
                 patch.setattr(where, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
                 prefetcher.start(random_ids(0))
             assert caught.tb  # it holds the frames, and what was in them
@@ -597,7 +598,7 @@ def test_closing_leaves_no_thread_and_no_memory(values):
     assert len(alive()) == 1
     prefetcher.close()
     assert not alive() and all(table.trims == 1 for table in tables.values())
-    assert all(slot.kept is None for slot in prefetcher._slots)
+    assert all(slot.kept is None for slot in prefetcher._slots._all)
     with pytest.raises(RuntimeError, match="closed"):
         prefetcher.start(random_ids(0))
 
@@ -755,7 +756,7 @@ def test_closing_says_what_the_device_found_wrong(values, monkeypatch):
 
 
 def test_buffers_are_kept_until_they_are_too_small_and_are_written_to_in_any_mode(values):
-    table, buffers = SlowTable(values[1]), module._Buffers()
+    table, buffers = SlowTable(values[1]), slots.Buffers()
     with torch.inference_mode():
         first = buffers.room(1, table, 5)
     assert first.shape == (5, CONFIG.row_width) and first.dtype == values[1].dtype and not first.is_inference()

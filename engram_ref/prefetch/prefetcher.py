@@ -1,31 +1,11 @@
-"""When rows are fetched: as soon as the token ids are known, joined just before they are used.
-
-    with Prefetcher(NgramHasher(plan), {1: table_1, 15: table_15}) as prefetcher:
-        with prefetcher.start(compressed_ids, history) as fetch:     # [B, T]; hashing and gathering begin
-            hidden = first_block(hidden)
-            hidden = engram_1(hidden, fetch[1])                      # the layer joins: fetch[1].wait()
-
-Tables that the CPU gathers from are served by one worker thread, which also hashes; tables that the accelerator
-reads by itself by a side stream, with hashing on the device. A few rows are asked for by whoever starts the fetch, and
-so are rows that the caller waits for before he does anything else (`waited_for`), on his own stream.
-Waiting at once (`background=False`) is the synchronous schedule: the same code, nothing overlapped. At most `buffers`
-fetches are in flight. An error in the background is raised at the join.
-
-Whose buffers are whose: a fetch has a lease on a slot, and the slot is lent again when that lease is over: released, or
-in nobody's hands any more (an exception, Ctrl-C, a fetch that was forgotten).
-"""
+"""Which rows are asked for, by whom and when: one worker, a side stream, or whoever starts the fetch."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import os
 import sys
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
@@ -41,23 +21,19 @@ from engram_ref.devices import side_stream
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.hashing.ngram import Hashed, NgramHasher, TokenHistory
 from engram_ref.hashing.plan import LayerPlan
+from engram_ref.prefetch.fetch import Fetch, Observer, Outcome
+from engram_ref.prefetch.slots import Buffers, Lease, Slots
 from engram_ref.tables.base import Pending, Ready, Table
 from engram_ref.tables.staging import Arriving
-from engram_ref.threads.errands import Done, Errand, Pool, call_off
+from engram_ref.threads.errands import Done, Errand, Pool
 from engram_ref.threads.forks import renew_after_fork
 from engram_ref.threads.users import Users
 
 if TYPE_CHECKING:
     from engram_ref.vocab import CompressedVocab
 
-_Outcome = Errand[Pending] | Done[Pending]  # of one layer
 _Way = Callable[[Table], Callable[..., Pending]]  # picks `start`, or what does it in other ways
-Observer = Callable[[str, int, float, float], None]  # stage, layer id, begin and end by time.perf_counter
 LEAST_BUFFERS = 2  # one fetch is used while the next is filled
-
-
-class FetchError(RuntimeError):
-    """A fetch that was running in the background failed; the cause is chained."""
 
 
 class Prefetcher:
@@ -108,7 +84,7 @@ class Prefetcher:
     def renew(self) -> None:
         """In a forked process: slots that nobody uses."""
         # Whoever writes for fetches of before the fork does so in the parent, and would never end here.
-        self._slots = [_Slot() for _ in range(self._buffers)]
+        self._slots = Slots(self._buffers)
 
     def _on_device(self) -> bool:
         return isinstance(self.hasher, DeviceHasher)
@@ -196,7 +172,7 @@ class Prefetcher:
         """
         others: list[Pending] = []
 
-        def begin(lease: _Lease) -> dict[int, _Outcome]:
+        def begin(lease: Lease) -> dict[int, Outcome]:
             arrive: Callable[[Tensor], Pending] = Ready
             if self._stream is None:
                 values, other = lookup()
@@ -210,39 +186,18 @@ class Prefetcher:
 
         return self._lent(begin), others[0]
 
-    def _lent(self, begin: Callable[[_Lease], Mapping[int, _Outcome]]) -> Fetch:
+    def _lent(self, begin: Callable[[Lease], Mapping[int, Outcome]]) -> Fetch:
         """A fetch with a slot for it, and what `begin` has begun."""
         with self._users.here():
             if self._users.closed:
                 raise RuntimeError("this prefetcher is closed: make a new one")
-            lease = self._lend()
+            with self._users.alone:
+                lease = self._slots.lend(self._users)
             try:
                 return Fetch(lease, begin(lease), self._observer)
             except BaseException:  # nobody has the fetch, so nobody else would release it
                 lease.end()
                 raise
-
-    def _lend(self) -> _Lease:
-        with self._users.alone:
-            slot = self._free_slot()
-            if slot is None:
-                gc.collect()  # a fetch that was forgotten may be part of a circle
-                slot = self._free_slot()
-            if slot is None:
-                raise RuntimeError(
-                    f"{self._buffers} fetches are in flight, one per buffer: release one (`with prefetcher.start(...)`)"
-                )
-            return slot.lend(self._users)
-
-    def _free_slot(self) -> _Slot | None:
-        """A slot that no fetch has, best one that nobody writes to."""
-        written = None
-        for slot in self._slots:
-            if slot.is_free():
-                if not slot.is_written():
-                    return slot
-                written = written or slot
-        return written
 
     def _way(self, tokens: int, waited_for: bool) -> _Way | None:
         """How whoever starts a fetch asks a table by himself; None where the worker does."""
@@ -252,12 +207,12 @@ class Prefetcher:
             return lambda table: table.bring
         return lambda table: table.ask
 
-    def _on_cpu(self, ids: Any, history: Any, lease: _Lease, way: _Way | None) -> Mapping[int, _Outcome]:
+    def _on_cpu(self, ids: Any, history: Any, lease: Lease, way: _Way | None) -> Mapping[int, Outcome]:
         if way is None:
             ids, history = np.array(ids), copy.copy(history)  # the caller may go on with both
         return self._by_layer(lease, way, partial(self._fetch, ids, history, lease.buffers))
 
-    def _by_layer(self, lease: _Lease, way: _Way | None, fetch: Callable[..., Pending]) -> Mapping[int, _Outcome]:
+    def _by_layer(self, lease: Lease, way: _Way | None, fetch: Callable[..., Pending]) -> Mapping[int, Outcome]:
         """Do `fetch(layer_id, table, how to start)` for all layers: here, or in the worker."""
         if way is not None:
             return {i: Done(partial(fetch, i, table, way(table))) for i, table in self.tables.items()}
@@ -277,7 +232,7 @@ class Prefetcher:
         self,
         ids: np.ndarray,
         history: TokenHistory | None,
-        buffers: _Buffers,
+        buffers: Buffers,
         layer_id: int,
         table: Table,
         start: Callable[..., Pending],
@@ -295,7 +250,7 @@ class Prefetcher:
     def _gather(
         self,
         rows: Mapping[int, np.ndarray],
-        buffers: _Buffers,
+        buffers: Buffers,
         layer_id: int,
         table: Table,
         start: Callable[..., Pending],
@@ -311,14 +266,14 @@ class Prefetcher:
         if self._observer:
             self._observer("hash", layer_id, begin, time.perf_counter())
 
-    def _on_stream(self, ids: Any, history: Any, buffers: _Buffers) -> dict[int, _Outcome]:
+    def _on_stream(self, ids: Any, history: Any, buffers: Buffers) -> dict[int, Outcome]:
         """Hash and gather on the device; on a side stream, which first waits for the token ids."""
         assert isinstance(self.hasher, DeviceHasher)
         if self._stream is None:
             rows = self.hasher(ids, history)
             buffers.numbers |= {layer_id: rows[layer_id].reshape(-1) for layer_id in self.tables}
             return {i: Done(partial(table.start, rows[i].reshape(-1))) for i, table in self.tables.items()}
-        outcomes: dict[int, _Outcome] = {}
+        outcomes: dict[int, Outcome] = {}
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             ids.record_stream(self._stream)  # the caller may let go of it
@@ -360,8 +315,7 @@ class Prefetcher:
         if self._worker is not None:
             self._worker.close()
         with self._users.here(), self._users.alone:  # others may close it, too
-            for slot in self._slots:
-                slot.empty()
+            self._slots.empty()
             for table in self.tables.values():
                 table.trim()
         if isinstance(self.hasher, DeviceHasher):
@@ -379,213 +333,6 @@ class Prefetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class Fetch(Mapping[int, Pending]):
-    """The started fetch of one batch: per layer id something to wait for.
-
-    The rows stay as they are until `release`; use the fetch as a context manager and they are released at its end.
-    A fetch that was forgotten is given back when it is collected; rows of it that somebody has kept stay as they are.
-    """
-
-    def __init__(self, lease: _Lease, outcomes: Mapping[int, _Outcome], observer: Observer | None) -> None:
-        self._lease = lease
-        self._joins = {layer_id: _Join(layer_id, outcome, lease, observer) for layer_id, outcome in outcomes.items()}
-
-    def __getitem__(self, layer_id: int) -> _Join:
-        return self._joins[layer_id]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._joins)
-
-    def __len__(self) -> int:
-        return len(self._joins)
-
-    def release(self) -> None:
-        """Let the buffers be filled again, once nobody writes to them; a second time does nothing.
-
-        Raises:
-            FetchError: the fetch of a layer failed, and no join has raised it.
-        """
-        if self._lease.over:
-            return
-        try:
-            for join in self._joins.values():
-                join.settle()
-            self._lease.errands.clear()  # all have ended
-        finally:
-            self._lease.end()
-        for join in self._joins.values():
-            if not join.told:
-                join.tell()
-
-    def __enter__(self) -> Fetch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.release()
-        except FetchError:
-            if error is None:  # otherwise what ended the block is raised, which came first
-                raise
-
-
-class _Join:
-    """The pending fetch of one layer, wherever it is running."""
-
-    def __init__(self, layer_id: int, errand: _Outcome, lease: _Lease, observer: Observer | None) -> None:
-        self._layer_id = layer_id
-        self._errand = errand
-        self._lease = lease  # while somebody may still wait, nobody else gets the slot
-        self._observer = observer
-        self.told = False
-
-    def wait(self) -> Tensor:
-        """The rows, [B*T*C, D], safe to use on the current stream.
-
-        Raises:
-            FetchError: the fetch failed; the cause is chained.
-            RuntimeError: the fetch was released.
-        """
-        begin = time.perf_counter()
-        self.settle()
-        if self._lease.over:
-            raise self._released()
-        self.tell()
-        pending = self._errand.result()
-        values = pending.values if type(pending) is Ready else self._write(pending)
-        if self._observer:
-            self._observer("wait", self._layer_id, begin, time.perf_counter())
-        return values
-
-    @property
-    def row_numbers(self) -> Tensor:
-        """The numbers of the rows, [B*T*C], where the table wanted them; there once `wait` has returned."""
-        return self._lease.buffers.numbers[self._layer_id]
-
-    def settle(self) -> None:
-        """Wait until nobody writes into the buffers any more."""
-        if self._errand.ended or self._lease.over:
-            return
-        if self._lease.users.is_here():
-            raise RuntimeError("a fetch is waited for from within one of the same prefetcher (observer): return first")
-        self._errand.wait()
-
-    def _write(self, pending: Pending) -> Tensor:
-        """Rows that arrive only while somebody waits for them."""
-        with self._lease.writing() as in_time:
-            if not in_time:
-                raise self._released()
-            try:
-                return pending.wait()
-            except (OSError, ValueError) as error:
-                raise self._failed(error) from error
-
-    def _released(self) -> RuntimeError:
-        return RuntimeError(f"the rows of layer {self._layer_id} were released: wait for them before release()")
-
-    def tell(self) -> None:
-        """Raise what went wrong in the background."""
-        self.told = True
-        error = self._errand.error
-        if error is not None:
-            raise self._failed(error) from error
-
-    def _failed(self, error: BaseException) -> FetchError:
-        return FetchError(f"fetching the rows of layer {self._layer_id} failed: {error}")
-
-
-class _Lease:
-    """The right of one fetch to a slot and the buffers in it, until it ends it or nobody has it any more."""
-
-    def __init__(self, slot: _Slot, buffers: _Buffers, users: Users) -> None:
-        self.slot = slot
-        self.buffers = buffers
-        self.users = users  # of the prefetcher
-        self.errands: list[Errand[Pending]] = []  # each is here before anybody can begin it
-        self._ended = threading.Lock()  # locked once, by the first who ends it
-        self._ending = False
-        self._writers: list[tuple[int, Any]] = []  # processes, and what is locked while somebody there writes
-
-    @property
-    def over(self) -> bool:
-        """Whether the slot may be lent to another fetch."""
-        return self._ended.locked()
-
-    @contextmanager
-    def writing(self) -> Iterator[bool]:
-        """Around writing to the buffers while waiting: until then nobody else gets them. Whether it is not too late."""
-        lock = threading.RLock()
-        with lock:
-            # In this order: either this sees that the lease ends, or who ends it sees this.
-            self._writers.append((os.getpid(), lock))
-            yield not self._ending
-
-    def end(self) -> None:
-        """Give the slot and the buffers back, once nobody writes to them."""
-        self._ending = True
-        for process, lock in self._writers:
-            if process == os.getpid():  # a fork has no other thread
-                with lock:
-                    pass
-        if self._ended.acquire(False):
-            self.slot.kept = self.buffers
-
-
-class _Slot:
-    """Room for one fetch in flight; at any time one lease on it is valid, or none.
-
-    Attributes:
-        kept: buffers that were given back; those of a forgotten lease were not, and stay with whoever has rows of it.
-    """
-
-    def __init__(self) -> None:
-        self.kept: _Buffers | None = None
-        self._lease: weakref.ref[_Lease] | None = None
-        self._errands: list[Errand[Pending]] = []  # of the last lease
-
-    def is_free(self) -> bool:
-        """Whether no fetch has it."""
-        lease = None if self._lease is None else self._lease()
-        return lease is None or lease.over
-
-    def is_written(self) -> bool:
-        """Whether somebody still works for a lease that is over."""
-        return bool(self._errands) and any(errand.is_being_done for errand in self._errands)
-
-    def lend(self, users: Users) -> _Lease:
-        """A new lease, as soon as nobody works for the old one."""
-        if self._errands:
-            call_off(self._errands)  # what writes is waited for, and what has not begun never will
-        lease = _Lease(self, self.kept or _Buffers(), users)
-        self.kept, self._errands, self._lease = None, lease.errands, weakref.ref(lease)
-        return lease
-
-    def empty(self) -> None:
-        """Let go of all buffers, as soon as nobody writes to them."""
-        call_off(self._errands)
-        self.kept = None
-
-
-class _Buffers:
-    """Where the rows of one fetch arrive on a CPU; on an accelerator the table brings the memory."""
-
-    def __init__(self) -> None:
-        self._arrivals: dict[int, Tensor] = {}
-        self.numbers: dict[int, Tensor] = {}  # of the rows of the last fetch, by layer id
-
-    def room(self, layer_id: int, table: Table, count: int) -> Tensor | None:
-        """[count, D] to receive rows, kept from fetch to fetch: new memory costs more than the gather."""
-        if table.device.type != "cpu" or table.trained:
-            return None
-        kept = self._arrivals.get(layer_id)
-        if kept is None or kept.shape[0] < count:
-            with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
-                kept = torch.empty((count, table.format.width), dtype=table.format.dtype, device="cpu")
-            self._arrivals[layer_id] = kept
-        return kept if kept.shape[0] == count else kept[:count]  # a slice takes longer than a lookup
 
 
 def _check_rows(layer: LayerPlan, table: Table) -> None:
