@@ -42,7 +42,10 @@ ROOMS = {
     "engram_ref.prefetch": "devices threads hashing tables",
     "engram_ref.layer": "config devices rows hashing tables fusion",
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
-    "engram_ref.attach": "config ids devices rows files vocab hashing tables fusion lookup calling prefetch layer",
+    "engram_ref.histories": "ids hashing tables fusion layer",
+    "engram_ref.attach": (
+        "config ids devices rows files vocab hashing tables fusion lookup calling prefetch layer histories"
+    ),
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
     "engram_ref.place": "config cli free_memory files vocab hashing checkpoint tables rows sharding",
     # engram_toy

@@ -18,7 +18,7 @@ before a sequence is, and nothing of them enters the convolution; in the form v4
 them bit for bit. So a row that is padded on the left gives what it gives alone.
 
 Caches. The history (the last compressed ids, and the convolution's past) is kept in the transformers cache and
-compared with its length before each step: see `engram_ref.attach.history`. Of a cache that was filled elsewhere, or
+compared with its length before each step: see `engram_ref.histories`. Of a cache that was filled elsewhere, or
 before Engram was attached this time, `remember` says what is in it. A server whose sequences come and go in the places
 of one cache, each at a position of its own, gives it `Places` by `seat`.
 
@@ -61,7 +61,7 @@ import engram_ref.needs_torch  # noqa: F401
 from engram_ref.attach.attached import Attached, attach
 from engram_ref.attach.exposed import ExposedTime
 from engram_ref.attach.graphs import Staged
-from engram_ref.attach.history import Places
 from engram_ref.attach.offload import OffloadedTable, offload_table, without_table
+from engram_ref.histories.places import Places
 
 __all__ = ["Attached", "ExposedTime", "OffloadedTable", "Places", "Staged", "attach", "offload_table", "without_table"]

@@ -33,15 +33,6 @@ from engram_ref.attach.blocks import (
 from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
 from engram_ref.attach.exposed import Place, Waits
 from engram_ref.attach.graphs import keep_address
-from engram_ref.attach.history import (
-    CacheHistory,
-    LengthsOnDevice,
-    Places,
-    convolved,
-    follow,
-    history_of,
-    unfollow,
-)
 from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
 from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
@@ -54,6 +45,9 @@ from engram_ref.fusion.base import ShortConvHistory
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.ngram import NgramHasher
 from engram_ref.hashing.plan import HashPlan
+from engram_ref.histories.cache import CacheHistory, LengthsOnDevice, convolved
+from engram_ref.histories.following import follow, history_of, unfollow
+from engram_ref.histories.places import Places
 from engram_ref.layer import Engram
 from engram_ref.prefetch import LEAST_BUFFERS, Prefetcher
 from engram_ref.prefetch.fetch import Observer

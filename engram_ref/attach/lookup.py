@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_ref.attach.history import CacheHistory
 from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing
 from engram_ref.attach.step import give_back
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
+from engram_ref.histories.cache import CacheHistory
 from engram_ref.ids import DEAD, check_ids
 from engram_ref.layer import Engram
 from engram_ref.lookup.device import DeviceLookup, can_fuse

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from engram_ref.attach.blocks import Given, is_on_accelerator
 from engram_ref.attach.graphs import Staged
-from engram_ref.attach.history import CacheHistory, LengthsOnDevice, Places, Prompts, history_of
 from engram_ref.attach.lookup import Room, Source
 from engram_ref.attach.packing import borders_of
 from engram_ref.attach.step import ForBlock, Step, give_back
+from engram_ref.histories.cache import CacheHistory, LengthsOnDevice
+from engram_ref.histories.following import history_of
+from engram_ref.histories.places import Places, Prompts
 from engram_ref.layer import Engram
 from engram_ref.tables.base import Ready
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engram_ref.attach.history import CacheHistory, Prompts
 from engram_ref.attach.packing import Packing
 from engram_ref.fusion.base import ShortConvHistory
+from engram_ref.histories.cache import CacheHistory
+from engram_ref.histories.places import Prompts
 from engram_ref.prefetch import FetchError
 from engram_ref.tables.base import Pending
 

@@ -10,8 +10,9 @@ from transformers import DynamicCache, StaticCache
 
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import reader
-from engram_ref.attach.history import CacheHistory, history_of
 from engram_ref.hashing.device import DeviceHasher
+from engram_ref.histories.cache import CacheHistory
+from engram_ref.histories.following import history_of
 from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model, padded_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

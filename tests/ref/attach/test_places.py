@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from engram_ref.attach import Places, Staged, attach
-from engram_ref.attach.history import history_of
 from engram_ref.calling.call import CallError
 from engram_ref.fusion import ShortConvHistory
 from engram_ref.hashing import NgramHasher
 from engram_ref.hashing.device import DeviceHasher
+from engram_ref.histories.following import history_of
 from engram_ref.layer import Engram
 from engram_ref.tables.host import HostTable
 from tests.ref.attach.models import VOCAB, make_ids, make_layers

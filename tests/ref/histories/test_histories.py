@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from engram_ref.attach.history import SLACK, CacheHistory, LengthsOnDevice, follow, history_of, unfollow
 from engram_ref.hashing import DEAD
+from engram_ref.histories.cache import SLACK, CacheHistory, LengthsOnDevice
+from engram_ref.histories.following import follow, history_of, unfollow
 from tests.ref.attach.models import make_layers, make_model
 
 LAYERS = make_layers((1,))
