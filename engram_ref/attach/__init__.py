@@ -44,7 +44,6 @@ blocks          the decoder and its blocks, found in a model
 hooks           what a model, its copies and its wrappers know of it
 padding         which positions are padding
 packing         several sequences in one row
-history         what is remembered of a sequence, in its cache, or in its place of a server's
 lookup          token ids in, a started fetch out
 staging         forwards that start nothing, and what is laid down for them
 graphs          rows in buffers that stay where they are
@@ -53,6 +52,7 @@ checkpointing   gradient checkpointing that runs hooks a second time
 exposed         how long the model waited for rows
 on_hand         rows that are there already
 offload         the n-gram table that a model of transformers has by itself, behind any placement
+own_table       where such a model has it, and what is put in its place
 versions        releases that are newer than the tested ones
 """
 
@@ -61,7 +61,8 @@ import engram_ref.needs_torch  # noqa: F401
 from engram_ref.attach.attached import Attached, attach
 from engram_ref.attach.exposed import ExposedTime
 from engram_ref.attach.graphs import Staged
-from engram_ref.attach.offload import OffloadedTable, offload_table, without_table
+from engram_ref.attach.offload import OffloadedTable, offload_table
+from engram_ref.attach.own_table import without_table
 from engram_ref.histories.places import Places
 
 __all__ = ["Attached", "ExposedTime", "OffloadedTable", "Places", "Staged", "attach", "offload_table", "without_table"]

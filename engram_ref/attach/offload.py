@@ -22,12 +22,10 @@ with the same bytes.
 
 from __future__ import annotations
 
-import importlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,24 +33,15 @@ from torch import Tensor, nn
 
 from engram_ref.attach.blocks import cache_among, named_arguments
 from engram_ref.attach.hooks import Hook
+from engram_ref.attach.own_table import Lookup, Seat, Source, check_table, ids_before, plan_of, table_for, text_model
 from engram_ref.attach.step import give_back
 from engram_ref.attach.versions import tell_untested
-from engram_ref.config import EngramConfig
-from engram_ref.files.stored_rows import StoredRows
 from engram_ref.hashing.device import DeviceHasher, DeviceHistory
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.prefetch import LEAST_BUFFERS, Fetch, Prefetcher
 from engram_ref.prefetch.fetch import Observer
-from engram_ref.rows.rows import Rows
-from engram_ref.tables import Table, make_table
-from engram_ref.tables.host import HostTable
-
-Source = Tensor | Rows | StoredRows
-_MODULE = "transformers.models.qwen4_exp.modeling_qwen4_exp"
-_TOKEN_STATE = 2  # of a cache: where the class keeps the last token ids
-_COMPARED = 1 << 16  # rows that are compared, or put back, at once
-_TABLE_NAME = r"ngram_embedding\.(shard_\d+\.)?weight"
+from engram_ref.tables import Table
 
 
 def offload_table(
@@ -82,11 +71,11 @@ def offload_table(
             than the model's; a placement that this machine cannot serve.
     """
     tell_untested()
-    text = _text_model(model)
+    text = text_model(model)
     embeddings = {i: layer.ple.ple_embedding for i, layer in enumerate(text.layers) if layer.ple is not None}
     if not embeddings:
         raise ValueError("this model has no n-gram table: its configuration has no ple_layer_ids")
-    plan = _plan_of(text, embeddings)
+    plan = plan_of(text, embeddings)
     given = rows if isinstance(rows, Mapping) else dict.fromkeys(embeddings, rows)
     if given.keys() != embeddings.keys() or (rows is not None and given is not rows and len(embeddings) > 1):
         raise ValueError(f"rows for blocks {list(given)}: give a mapping with those of blocks {list(embeddings)}")
@@ -94,9 +83,9 @@ def offload_table(
         tables = {}
         for block, embedding in embeddings.items():
             device = text.layers[block].ple.key_proj.weight.device
-            table = _make_table(embedding, given[block], placement, device, options)
+            table = table_for(embedding, given[block], placement, device, options)
             tables[block] = undo.enter_context(table)
-            _check_table(block, embedding, tables[block], plan, given[block] is not None)
+            check_table(block, embedding, tables[block], plan, given[block] is not None)
         made = OffloadedTable(text, embeddings, tables, plan, prefetch, buffers, observer)
         undo.pop_all()
     try:
@@ -137,7 +126,7 @@ class OffloadedTable:
         self._steps: dict[int, Fetch] = {}  # begun and not ended, by thread
         self._differs: Tensor | None = None  # on an accelerator: whether a row number was another
         self._seats = [
-            _Seat(one, one.ngram_embedding, _Lookup(self, block, one.ngram_embedding, tables[block].device))
+            Seat(one, one.ngram_embedding, Lookup(self.look_up, block, one.ngram_embedding, tables[block].device))
             for block, one in embeddings.items()
         ]
         self.freed_bytes: dict[str, int] = {}
@@ -232,7 +221,7 @@ class OffloadedTable:
             raise
 
     def _start(self, prefetcher: Prefetcher, ids: Tensor, cache: Any) -> Fetch:
-        before = None if cache is None else _ids_before(cache, next(iter(self.tables)))
+        before = None if cache is None else ids_before(cache, next(iter(self.tables)))
         device = prefetcher.hasher.device if isinstance(prefetcher.hasher, DeviceHasher) else torch.device("cpu")
         ids = ids.to(device, torch.int64)
         history: Any = None
@@ -297,196 +286,6 @@ class OffloadedTable:
     def _forget(self, thread: int) -> None:
         del self._steps[thread]
         self._room.release()
-
-
-class _Lookup(nn.Module):
-    """What stands in the model where its table was."""
-
-    def __init__(self, owner: OffloadedTable, block: int, table: Any, device: torch.device) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
-        self.weight = torch.empty(
-            0, table.embedding_dim, dtype=table.weight.dtype, device=device
-        )  # asked for its place
-        self._owner = owner
-        self._block = block
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        return self._owner.look_up(self._block, numbers)
-
-
-class _Absent(nn.Module):
-    """What `without_table` builds in place of a table."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = rows, width
-        self.weight = torch.empty(rows, width, dtype=dtype, device="meta")
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        raise RuntimeError("this model was loaded without its n-gram table: offload_table(model, placement, rows=...)")
-
-
-@dataclass
-class _Seat:
-    """A place in the model, and the table that belongs there.
-
-    Attributes:
-        embedding: the class's module around it.
-        table: the module that was there.
-        lookup: what takes its place.
-        was: shape and device of the weights that were let go, and whether they were made in inference mode.
-    """
-
-    embedding: Any
-    table: Any
-    lookup: _Lookup
-    was: tuple[torch.Size, torch.device, bool] | None = None
-
-    def take(self) -> None:
-        """Put the lookup where the table was; its parameter keeps all that is in it."""
-        self.embedding.ngram_embedding = self.lookup
-
-    def free(self, table: Table) -> dict[str, int]:
-        """Let the parameter's bytes go, unless the new table uses them; how many those were, by device."""
-        weight = self.table.weight
-        if weight.is_meta or isinstance(table, _OwnMemory):
-            return {}
-        self.was = weight.shape, weight.device, weight.is_inference()
-        nbytes = weight.nbytes
-        weight.data = weight.data.new_empty(0)
-        return {str(self.was[1]): nbytes}
-
-    def bring_back(self, table: Table) -> None:
-        """The parameter with all its bytes, in its place."""
-        if self.was is not None:
-            weight, (shape, device, inference) = self.table.weight, self.was
-            with torch.inference_mode(inference):  # a parameter keeps for good what it was made in
-                data = torch.empty(shape, dtype=weight.dtype, device=device)
-                for numbers in torch.arange(len(data), device="cpu").split(_COMPARED):
-                    data[numbers[0] : numbers[-1] + 1] = table.stored(numbers).view(weight.dtype).to(device)
-                weight.data = data
-            self.was = None
-        self.embedding.ngram_embedding = self.table
-
-
-class _OwnMemory(HostTable):
-    """A table in host memory whose rows are the parameter's own, where they lie."""
-
-
-@contextmanager
-def without_table() -> Iterator[None]:
-    """Inside, models of this class are built without their table, and `from_pretrained` does not read it.
-
-    For one thread at a time: while it lasts, every such model in this process is built so.
-    """
-    modeling = _modeling()
-    kind, parent = modeling.Qwen4ExpTextNGramEmbedding, modeling.Qwen4ExpPreTrainedModel
-    build, ignored = kind.__init__, parent._keys_to_ignore_on_load_unexpected
-
-    def build_without(self: Any, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
-        table = self.ngram_embedding
-        self.ngram_embedding = _Absent(table.num_embeddings, table.embedding_dim, table.weight.dtype)
-
-    kind.__init__ = build_without
-    parent._keys_to_ignore_on_load_unexpected = [*(ignored or []), _TABLE_NAME]
-    try:
-        yield
-    finally:
-        kind.__init__, parent._keys_to_ignore_on_load_unexpected = build, ignored
-
-
-def _modeling() -> ModuleType:
-    try:
-        return importlib.import_module(_MODULE)
-    except ImportError as error:
-        raise ValueError(f"this transformers has no qwen4_exp ({error}): pip install 'transformers>=5.17'") from None
-
-
-def _ids_before(cache: Any, block: int) -> Tensor | None:
-    """The last token ids that the class keeps in a cache, of shape (batch, places); None before the first."""
-    # Read there, they follow whatever is done to the cache.
-    # `cache.get_conv_state` says the same, but not before transformers 5.23.
-    return cache.layers[block].conv_states[_TOKEN_STATE] if cache.has_previous_state(block, _TOKEN_STATE) else None
-
-
-def _text_model(model: nn.Module) -> Any:
-    kind = _modeling().Qwen4ExpTextModel
-    found = [module for module in model.modules() if isinstance(module, kind)]
-    if len(found) != 1:
-        raise ValueError(
-            f"a {type(model).__name__} with {len(found)} text models of the class qwen4_exp: give one that has one"
-        )
-    return found[0]
-
-
-def _plan_of(text: Any, embeddings: Mapping[int, Any]) -> HashPlan:
-    """The plan, computed by ourselves from what the class was built with; its primes must be the class's."""
-    one = next(iter(embeddings.values()))
-    config = EngramConfig(
-        layer_ids=tuple(embeddings),
-        max_ngram=one.ngram_size,
-        heads=one.heads_per_ngram,
-        row_width=one.ngram_embedding.embedding_dim,
-        table_size_per_order=(one.ngram_vocab_size_base,) * (one.ngram_size - 1),
-        hidden=text.config.hidden_size,
-        hc_mult=text.config.hc_count,
-        kernel_size=text.config.ple_conv_kernel_size,
-        pad_id=one.eos_token_id,
-        seed=one.seed,
-        form="qwen",
-        compressed_size=one.unigram_vocab_size,
-        rows_multiple=text.config.make_ngram_vocab_size_divisible_by,
-        norm_eps=text.config.rms_norm_eps,
-    )
-    plan = HashPlan.build(config, one.unigram_vocab_size, one.eos_token_id)
-    for layer, (block, embedding) in zip(plan.layers, embeddings.items()):
-        if isinstance(embedding.ngram_embedding, _Lookup):
-            raise ValueError(f"the table of block {block} is offloaded already: restore() that one first")
-        if list(layer.primes) != embedding.head_vocab_sizes or layer.rows != embedding.ngram_embedding.num_embeddings:
-            raise ValueError(
-                f"block {block}: the class has a table of {embedding.ngram_embedding.num_embeddings} rows, the plan of "
-                f"its configuration one of {layer.rows}: this transformers hashes otherwise than the tested ones"
-            )
-    return plan
-
-
-def _make_table(
-    embedding: Any, rows: Source | None, placement: str, device: torch.device, options: dict[str, Any]
-) -> Table:
-    weight = embedding.ngram_embedding.weight
-    if device.type == "meta":
-        raise ValueError("the weights of this model are not loaded: load everything but the table first")
-    if rows is None and weight.is_meta:
-        raise ValueError("the table's weights are not in this model: give rows=, for instance folder.stored_rows()")
-    if rows is not None:
-        return make_table(placement, rows, device, **options)
-    own = weight.detach()
-    if placement == "host" and own.device.type == "cpu" and not options:
-        return _OwnMemory(own, device)
-    return make_table(placement, own, device, **options)
-
-
-def _check_table(block: int, embedding: Any, table: Table, plan: HashPlan, given: bool) -> None:
-    """Refuse rows that are not this layer's."""
-    weight = embedding.ngram_embedding.weight
-    needed = (plan.layer(block).rows, weight.shape[1], weight.dtype)
-    if (table.rows, table.format.width, table.format.dtype) != needed:
-        raise ValueError(
-            f"rows for block {block}: {table.rows} of {table.format.width} values, {table.format.dtype}; the model "
-            f"has {needed[0]} of {needed[1]}, {needed[2]}"
-        )
-    if weight.is_meta or not given:
-        return
-    for numbers in torch.arange(table.rows, device="cpu").split(_COMPARED):
-        own = weight.detach()[numbers[0] : numbers[-1] + 1].cpu().contiguous().view(torch.uint8)
-        stored = table.stored(numbers)
-        if stored.shape != own.shape or not torch.equal(stored, own):
-            raise ValueError(
-                f"rows for block {block} differ from the model's own, between {int(numbers[0])} and "
-                f"{int(numbers[-1])}: use the checkpoint that the model was loaded from"
-            )
 
 
 def _prefetcher(plan: HashPlan, tables: Mapping[int, Table], buffers: int, observer: Observer | None) -> Prefetcher:

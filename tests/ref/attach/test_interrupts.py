@@ -16,17 +16,17 @@ import pytest
 import torch
 from torch import nn
 
-from engram_ref.attach import attach, offload_table
+from engram_ref.attach import attach, offload_table, own_table
 from engram_ref.attach import attached as attached_module
 from engram_ref.attach import hooks as hooks_module
 from engram_ref.attach import offload as offload_module
-from engram_ref.attach.offload import _plan_of as plan_of
+from engram_ref.attach.own_table import plan_of
 from tests.ref.attach.models import Plainest, make_ids, make_layers
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = {module.__file__ for module in (attached_module, hooks_module, offload_module)}
+OURS = {module.__file__ for module in (attached_module, hooks_module, offload_module, own_table)}
 TORCHS = [nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook, nn.Module.__setattr__]
 TABLE = "model.layers.{}.ple.ple_embedding.ngram_embedding"
 
@@ -180,8 +180,8 @@ def test_an_offload_that_is_interrupted_loses_nothing(placement, two_tables, mon
     want, none = model(ids).logits, registers_of(model)
     # What comes before anything is changed would be most of the steps.
     embeddings = {block: model.model.layers[block].ple.ple_embedding for block in (0, 2)}
-    monkeypatch.setattr(offload_module, "_text_model", mock.Mock(return_value=model.model))
-    monkeypatch.setattr(offload_module, "_plan_of", mock.Mock(return_value=plan_of(model.model, embeddings)))
+    monkeypatch.setattr(offload_module, "text_model", mock.Mock(return_value=model.model))
+    monkeypatch.setattr(offload_module, "plan_of", mock.Mock(return_value=plan_of(model.model, embeddings)))
 
     for step, made in interrupted_everywhere(offload_table, model, placement):
         if made is not None:
@@ -221,14 +221,14 @@ def test_a_restore_that_is_interrupted_can_be_done_again(two_tables):
 def test_an_error_when_the_bytes_are_gone_brings_them_back(two_tables, monkeypatch):
     """Of both tables, though only the first one's had been let go."""
     model, ids = two_tables, make_ids(1, 7)
-    want, free = model(ids).logits, offload_module._Seat.free
+    want, free = model(ids).logits, own_table.Seat.free
 
     def freed_and_then(seat, table):
         free(seat, table)
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(offload_module._Seat, "free", freed_and_then)
+        patch.setattr(own_table.Seat, "free", freed_and_then)
         offload_table(model, "device")
     assert torch.equal(model(ids).logits, want)
     with offload_table(model, "device") as offloaded:
