@@ -18,7 +18,8 @@ from torch import Tensor
 from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing
 from engram_ref.attach.step import give_back
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.histories.cache import CacheHistory

@@ -36,7 +36,8 @@ from engram_ref.attach.hooks import Hook
 from engram_ref.attach.own_table import Lookup, Seat, Source, check_table, ids_before, plan_of, table_for, text_model
 from engram_ref.attach.step import give_back
 from engram_ref.attach.versions import tell_untested
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.prefetch import LEAST_BUFFERS, Fetch, Prefetcher

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from engram_ref.hashing.device import DeviceHasher, DeviceVocab, Hashed
+from engram_ref.hashing.device import DeviceHasher, Hashed
+from engram_ref.hashing.device_ids import DeviceVocab
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
 from engram_ref.tables.base import Table

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from engram_ref.devices import side_stream
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory
 from engram_ref.hashing.ngram import Hashed, NgramHasher, TokenHistory
 from engram_ref.hashing.plan import LayerPlan
 from engram_ref.prefetch.fetch import Fetch, Observer, Outcome

@@ -23,7 +23,8 @@ import engram_toy.hashing as toy
 from engram_ref import gpu
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory
 from engram_ref.vocab import CompressedVocab, load_tokenizer, vocab_for
 
 WAYS = ("numpy", "numba", "torch", "triton", "twin")

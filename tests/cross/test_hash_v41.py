@@ -20,7 +20,8 @@ import engram_toy.hashing as toy
 from engram_ref.files.texts import read_text
 from engram_ref.hashing import DEAD, HashPlan
 from engram_ref.hashing import ngram as ref
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from engram_ref.vocab import load_tokenizer
 
 LENGTH = 64

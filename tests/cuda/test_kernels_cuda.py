@@ -15,7 +15,8 @@ import torch
 
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from engram_ref.rows.memory import PIN_PIECE, HostMemory
 from engram_ref.tables import make_table, uva
 from engram_ref.tables.uva import UvaTable

@@ -14,7 +14,8 @@ import torch
 
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from engram_ref.vocab import CompressedVocab
 
 VOCAB = CompressedVocab.from_map(np.arange(60) % 50)

@@ -25,7 +25,8 @@ from engram_ref import gpu
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.hashing import device as hashing_torch
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from tests.ref.hashing.test_ngram import DEMO_BATCHES, DEMO_CONFIGS, demo_config, digest, recipe_ids, v41_ids
 
 WAYS = ["plain", "fused"]

@@ -25,8 +25,7 @@ pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engr
 from engram_ref import gpu
 from engram_ref.attach import attach
 from engram_ref.attach.lookup import Source
-from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.hashing import device as hashing_torch
+from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory, device_ids
 from engram_ref.hashing import kernels as kernels_hashing
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.lookup import device as device_lookup
@@ -282,7 +281,7 @@ def test_one_program_of_a_sequence_reads_what_came_before(max_ngram):
 @pytest.fixture
 def later(monkeypatch):
     """As on CUDA: a bad id is not looked for at once."""
-    monkeypatch.setattr(hashing_torch, "_known_at_once", lambda device: False)
+    monkeypatch.setattr(device_ids, "_known_at_once", lambda device: False)
 
 
 @pytest.mark.usefixtures("later")
@@ -487,7 +486,7 @@ def test_launches_that_there_are_not():
 
 @pytest.mark.usefixtures("later")
 def test_without_the_kernels_the_vocabulary_takes_seven(plan, monkeypatch):
-    vocab = hashing_torch.DeviceVocab(vocab_of(), "cpu")
+    vocab = device_ids.DeviceVocab(vocab_of(), "cpu")
     with counted(monkeypatch) as names:
         vocab(IDS)
     assert names == ["aminmax", "minimum", "maximum", "clamp", "eq", "index", "where"]

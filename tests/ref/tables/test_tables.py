@@ -27,7 +27,8 @@ from engram_ref.config import EngramConfig
 from engram_ref.devices import as_device
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing import HashPlan
-from engram_ref.hashing.device import DeviceHasher, DeviceHistory, DeviceVocab
+from engram_ref.hashing.device import DeviceHasher
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from engram_ref.layer import build_engram
 from engram_ref.rows import nan_check
 from engram_ref.rows.memory import HostMemory
