@@ -25,9 +25,17 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers
 
-from engram_ref import vocab as module
 from engram_ref.hashing import DEAD
-from engram_ref.vocab import CompressedVocab, load_tokenizer, tokenizer_json
+from engram_ref.vocab import (
+    CompressedVocab,
+    compressed,
+    forms,
+    kept,
+    load_tokenizer,
+    published,
+    tokenizer_file,
+    tokenizer_json,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +97,7 @@ def steps_without(*left_out: str) -> normalizers.Sequence:
 
 
 def small_map(small_tokenizer) -> list[int]:
-    return module._build_map(load_tokenizer(small_tokenizer))
+    return forms.build_map(load_tokenizer(small_tokenizer))
 
 
 LOST_STEPS = [("lone space", "back"), ("nfkc",), ("nfd",), ("accents",), ("lowercase",), ("white",), ("strip",)]
@@ -98,15 +106,15 @@ LOST_STEPS = [("lone space", "back"), ("nfkc",), ("nfd",), ("accents",), ("lower
 @pytest.mark.parametrize("lost", LOST_STEPS, ids=" ".join)
 def test_map_without_a_step_is_caught(lost, small_tokenizer, golden, monkeypatch):
     expected = golden("hash_demo.json")["compressed_map"]
-    monkeypatch.setattr(module, "_NORMALIZER", steps_without())
+    monkeypatch.setattr(forms, "NORMALIZER", steps_without())
     assert small_map(small_tokenizer) == expected
-    monkeypatch.setattr(module, "_NORMALIZER", steps_without(*lost))
+    monkeypatch.setattr(forms, "NORMALIZER", steps_without(*lost))
     assert small_map(small_tokenizer) != expected
 
 
 @pytest.mark.parametrize("replacement", ["", "never in a token"])
 def test_map_without_the_partial_character_rule_is_caught(replacement, small_tokenizer, golden, monkeypatch):
-    monkeypatch.setattr(module, "_REPLACEMENT", replacement)
+    monkeypatch.setattr(forms, "_REPLACEMENT", replacement)
     wrong = small_map(small_tokenizer)
     assert wrong != golden("hash_demo.json")["compressed_map"]
     if replacement == "":  # always found in the text: nothing is normalised, and every token stays on its own
@@ -326,10 +334,10 @@ def test_missing_package(tmp_path, monkeypatch):
 
 
 def test_map_that_differs_from_the_published_one(small_tokenizer, tmp_path, monkeypatch, vocab_small):
-    key = module.fingerprint(load_tokenizer(small_tokenizer))
-    monkeypatch.setitem(module.KNOWN_MAPS, key, vocab_small.digest)
+    key = published.fingerprint(load_tokenizer(small_tokenizer))
+    monkeypatch.setitem(published.KNOWN_MAPS, key, vocab_small.digest)
     assert len(CompressedVocab.from_tokenizer(small_tokenizer, tmp_path / "fits")) == len(vocab_small)
-    monkeypatch.setitem(module.KNOWN_MAPS, key, "0" * 64)
+    monkeypatch.setitem(published.KNOWN_MAPS, key, "0" * 64)
     with pytest.raises(ValueError, match=f"has digest {vocab_small.digest}, published is 0000"):
         CompressedVocab.from_tokenizer(small_tokenizer, tmp_path / "differs")
     assert not (tmp_path / "differs").exists()
@@ -339,7 +347,7 @@ def test_the_published_map_is_compared_however_the_tokenizer_is_named(tmp_path, 
     v4 = load_tokenizer()
     loaded = types.SimpleNamespace(backend_tokenizer=v4)
     fake_transformers(monkeypatch, lambda name, **options: loaded)
-    monkeypatch.setattr(module, "_REPLACEMENT", "")  # no token is normalised
+    monkeypatch.setattr(forms, "_REPLACEMENT", "")  # no token is normalised
     with pytest.raises(ValueError, match="published is c60a8632"):
         CompressedVocab.from_tokenizer("owner/model", tmp_path)
 
@@ -401,7 +409,7 @@ def test_hub_name_keeps_remote_code_off(monkeypatch, small_tokenizer, tmp_path, 
 
 def test_auto_tokenizer_gives_the_same_map(small_tokenizer, tmp_path, vocab_small):
     file = tmp_path / "tokenizer.json"
-    file.write_bytes(module._hub_json(str(small_tokenizer)))
+    file.write_bytes(tokenizer_file._hub_json(str(small_tokenizer)))
     assert CompressedVocab.from_tokenizer(file, cache_dir=tmp_path / "cache").digest == vocab_small.digest
 
 
@@ -432,7 +440,7 @@ def no_building(monkeypatch):
         def build(tokenizer):
             raise AssertionError("the map was built again")
 
-        monkeypatch.setattr(module, "_build_map", build)
+        monkeypatch.setattr(compressed, "build_map", build)
 
     return forbid
 
@@ -451,16 +459,18 @@ def test_cache_is_one_file_named_by_content_library_and_code(cached, small_token
     assert re.fullmatch(rf"{key}-tokenizers-{version}-[0-9a-f]{{16}}\.map", cached.name)
 
 
-@pytest.mark.parametrize("part", ["_NORMALIZER", "_source"])
+@pytest.mark.parametrize("part", ["normaliser", "source"])
 def test_other_code_builds_anew(part, cached, small_tokenizer, monkeypatch, vocab_small):
-    """A changed step of the normaliser, and any change of the file, be it only of the rule for partial characters."""
-    if part == "_NORMALIZER":
-        monkeypatch.setattr(module, part, steps_without("lowercase"))
+    """A changed step of the normaliser, and any change of the code, be it only of the rule for partial characters."""
+    if part == "normaliser":
+        for module in (forms, kept):
+            monkeypatch.setattr(module, "NORMALIZER", steps_without("lowercase"))
         assert CompressedVocab.from_tokenizer(small_tokenizer, cached.parent).digest != vocab_small.digest
     else:
-        source = Path(module.__file__).read_bytes()
-        assert module._source() == source
-        monkeypatch.setattr(module, part, lambda: source.replace(b'"\\ufffd"', b'"\\ufffe"'))
+        source = kept._source()
+        for module in (compressed, forms, kept, published, tokenizer_file):
+            assert Path(module.__file__).read_bytes() in source
+        monkeypatch.setattr(kept, "_source", lambda: source.replace(b'"\\ufffd"', b'"\\ufffe"'))
         CompressedVocab.from_tokenizer(small_tokenizer, cached.parent)
     assert len(list(cached.parent.iterdir())) == 2
 
@@ -494,7 +504,7 @@ def flip(file: Path, at: int) -> None:
 def store(file: Path, ids: list[int]) -> None:
     """A file whose digest fits, whatever the ids are."""
     stored = np.array(ids, "<i4").tobytes()
-    file.write_bytes(module._signature(file.name, stored) + stored)
+    file.write_bytes(kept._signature(file.name, stored) + stored)
 
 
 def tokens_in(file: Path) -> int:
@@ -593,7 +603,7 @@ def test_tokens_are_found_in_every_form_of_model(form, tmp_path, no_building):
     tokenizer = Tokenizer(form)
     tokenizer.add_special_tokens(["<s>", "a"])
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
-    assert module._tokens(tokenizer.to_str().encode()) == ["a", "A", "b", "<s>"]
+    assert tokenizer_file.tokens_of(tokenizer.to_str().encode()) == ["a", "A", "b", "<s>"]
     first = CompressedVocab.from_tokenizer(tmp_path, tmp_path / "cache")
     no_building()
     assert (
@@ -604,7 +614,7 @@ def test_tokens_are_found_in_every_form_of_model(form, tmp_path, no_building):
 @pytest.mark.parametrize("version", ["v4", "v3"])
 def test_known_files_are_known_maps(version, request):
     vocab = request.getfixturevalue(f"vocab_{version}")
-    assert vocab.digest in {module.KNOWN_MAPS[tokens] for tokens in module.KNOWN_FILES.values()}
+    assert vocab.digest in {published.KNOWN_MAPS[tokens] for tokens in published.KNOWN_FILES.values()}
 
 
 def test_a_training_runs_settings_do_not_cut_fill_or_shuffle(small_tokenizer, tmp_path):
@@ -622,5 +632,5 @@ def test_a_training_runs_settings_do_not_cut_fill_or_shuffle(small_tokenizer, tm
 
 
 def test_cached_vocabulary_needs_no_tokenizer_to_be_parsed(cached, small_tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "_parse", None)
+    monkeypatch.setattr(compressed, "parse", None)
     assert len(CompressedVocab.from_tokenizer(small_tokenizer, cached.parent)) == 5_403
