@@ -6,7 +6,10 @@
 
 A ratio is of medians with a 95 % bootstrap interval. It is paired, round by round, where both files have equally many
 samples of the same machine and the same configuration; else both are drawn by themselves. It is not resolved where the
-interval holds 1, or on fewer than three samples. Prices and counts are exact: any difference is one.
+interval holds 1, or on fewer than three samples. Of what was mostly nothing, such as bytes copied, there is no ratio: it
+is worse where every sample is more than all of A's. Prices and counts of reads are exact: any difference is one.
+
+Compared are times, bytes that crossed the bus, and prices; not the energy and the clocks of a board.
 
 Exit status: 0 if nothing is resolved to be worse, that is, larger in B by more than --tolerance; 1 if something is, or
 something that A has is missing in B; 2 for files that cannot be compared.
@@ -109,7 +112,7 @@ def _line(name: str, a: Quantity | None, b: Quantity | None, pairs: bool, tolera
         ratio = b.median / a.median if a.median else None
         return Line(name, a.median, b.median, ratio, ratio, ratio, "exact", verdict)
     if a.median <= 0 or b.median <= 0:
-        return Line(name, a.median, b.median, None, None, None, "unpaired", "not resolved")
+        return Line(name, a.median, b.median, None, None, None, "unpaired", _without_ratio(a.samples, b.samples))
     # Round n of both met the same input, and has one ratio.
     paired = pairs and len(a.samples) == len(b.samples) and min(a.samples) > 0
     found = _ratio(_some(a.samples), _some(b.samples), paired)
@@ -127,6 +130,15 @@ def _judged(low: float, high: float, one: float, tolerance: float) -> str:
     if low > (one * (1 + tolerance) if tolerance else one):  # a price may have more digits than a product
         return "worse"
     return "within tolerance" if low > one else "not resolved"
+
+
+def _without_ratio(a: Sequence[float], b: Sequence[float]) -> str:
+    """Of what may be 0: apart where all samples of the one lie beyond all of the other."""
+    if a == b:
+        return "same"
+    if min(len(a), len(b)) < LEAST_SAMPLES or min(b) <= max(a) <= max(b) or min(a) <= max(b) <= max(a):
+        return "not resolved"
+    return "worse" if min(b) > max(a) else "better"
 
 
 def _some(samples: Sequence[float]) -> list[float]:

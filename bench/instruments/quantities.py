@@ -1,10 +1,11 @@
-"""What a results file measured, as named quantities: samples of times, and exact numbers such as prices.
+"""What a results file measured, as named quantities: samples of times and bytes, and exact numbers such as prices.
 
     found = quantities(read_results(path))
     found["steps / decode 4 x 1 / resident / step_s"].samples
 
-A list of numbers under a name that ends in `_s` is samples, a number under the name of a price is exact, and an entry
-of a list is named by the fields that say which one it is.
+Numbers under a name that ends in `_s` are samples, and so are bytes that crossed the bus; a number under the name of a
+price is exact, and an entry of a list is named by the fields that say which one it is. What a board counted of energy
+and clocks is not among them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ _EXACT = (
     *("cost", "price", "offload_naive", "offload_prefetch", "resident", "pinned"),
     *("reads", "distinct_rows", "faults"),
 )
+_CROSSED = ("copied", "counter", "pcie")  # bytes: by explicit copies, and as the driver or the kernel counted
 _ONE_TIME = ("seconds", "total_s", "step_s")
 # Not what was measured, but on what and by whom; or what a model on paper says beside it.
 _ABOUT = (
     *("environment", "git", "configuration", "limits", "sessions", "needs", "held"),
     *("spans", "depth_histogram", "config", "model", "schedule"),
+    *("launched_late", "disturbed"),  # samples that something else has met, by way or variant
 )
 
 
@@ -39,7 +42,7 @@ class Quantity(NamedTuple):
     """One measured or computed thing.
 
     Attributes:
-        samples: seconds; of an exact number, it alone.
+        samples: seconds or bytes; of an exact number, it alone.
         exact: the same on every machine, so that any difference is one.
     """
 
@@ -81,11 +84,13 @@ def _walk(node: Any, path: tuple[str, ...], times: bool = False) -> Iterator[tup
 
 def _field(key: str, value: Any, path: tuple[str, ...], times: bool) -> Iterator[tuple[str, Quantity]]:
     name = " / ".join((*path, key))
-    if _numbers(value) and (times or key.endswith("_s")):
+    if _numbers(value) and (times or key.endswith("_s") or key in _CROSSED):
         yield name, Quantity(tuple(map(float, value)), exact=False)
     elif isinstance(value, list) and value and all(isinstance(v, Mapping) and _rounds(v) for v in value):
         for part in _rounds(value[0]):
             yield f"{name} / {part}", Quantity(tuple(_total(entry[part]) for entry in value), exact=False)
+    elif key in _CROSSED and isinstance(value, Mapping) and _number(value.get("value")):
+        yield name, Quantity((float(value["value"]),), exact=False)
     elif key in _ONE_TIME and _number(value) and not times:
         yield name, Quantity((float(value),), exact=False)
     elif key in _EXACT and (_number(value) or _nested_numbers(value)):
@@ -93,13 +98,14 @@ def _field(key: str, value: Any, path: tuple[str, ...], times: bool) -> Iterator
         for number, leaf in enumerate(leaves):
             yield (name if len(leaves) == 1 else f"{name} / {number}"), Quantity((leaf,), exact=True)
     elif isinstance(value, (Mapping, list)):
-        yield from _walk(value, (*path, key), times or key == "samples_s")
+        yield from _walk(value, (*path, key), times or key.endswith("_s"))
 
 
 def _rounds(entry: Mapping[str, Any]) -> list[str]:
-    """Times of an entry that is one round of many: what it spent on each part, or in all."""
+    """What an entry that is one round of many spent on each part, or in all, and what it copied."""
     if "round" in entry:
-        return [key for key, value in entry.items() if key.endswith("_s") and _numbers(value)]
+        copied = [key for key in _CROSSED if _number(entry.get(key))]
+        return [key for key, value in entry.items() if key.endswith("_s") and _numbers(value)] + copied
     return ["total_s"] if "total_s" in entry else []
 
 
@@ -144,7 +150,7 @@ def _leaves(value: Any) -> Iterator[float]:
 
 
 def last_line(results: Mapping[str, Any], path: Path | None) -> str:
-    """A run's result as one JSON object: whose, where the whole lies, and the median of everything that it measured."""
+    """A run's result as one JSON object: whose, where the whole lies, and the median of each of its quantities."""
     return json.dumps(
         {
             "benchmark": results.get("benchmark"),

@@ -110,7 +110,7 @@ def test_verdicts():
     assert verdict(base, slower, tolerance=0.6).verdict == "within tolerance"
     assert verdict(base, [0.5, 2.0, 1.0, 0.7, 1.4]).verdict == "not resolved"
     assert verdict(base[:2], slower[:2]).verdict == "not resolved"
-    assert verdict(base, [0.0] * 5).verdict == "not resolved"
+    assert verdict(base, [0.0] * 5)[3:] == (None, None, None, "unpaired", "better")
 
 
 def test_only_the_same_inputs_on_the_same_machine_are_paired():
@@ -161,3 +161,52 @@ def test_the_last_line_of_a_benchmark_is_its_result(capsys, tmp_path):
     last = json.loads(lines[-1])
     assert last["benchmark"] == "x" and last["results"] == lines[-2]
     assert list(last["medians"].values()) == [2.0] and next(iter(last["medians"])).endswith("ours")
+
+
+def test_what_is_measured_beside_the_steps_is_compared_and_what_disturbed_them_is_not(tmp_path):
+    """Parts of a fetch by name, bytes that crossed, nothing copied before; samples that the machine met late."""
+    case = {
+        "case": "a",
+        "parts_s": {"start": [1.0, 2.0, 3.0]},
+        "bytes": {"copied": [10, 10, 10], "counter": [0, 0, 1], "from_ids": [1, 1, 1]},
+        "pcie": {"value": 70, "seconds": 9.0},
+        "rounds": [{"round": n, "step_s": [1.0, 1.0], "copied": 0} for n in range(3)],
+        "launched_late": {"resident": 2},
+    }
+    a = {**timed([1.0]), "cases": [case]}
+    found = {name.removeprefix("cases / a / "): q for name, q in quantities(a).items()}
+    assert {name: q.samples for name, q in found.items()} == {
+        "parts_s / start": (1, 2, 3),
+        "bytes / copied": (10, 10, 10),
+        "bytes / counter": (0, 0, 1),
+        "pcie": (70,),
+        "rounds / step_s": (2, 2, 2),
+        "rounds / copied": (0, 0, 0),
+    }
+    assert not any(q.exact for q in found.values())
+    b = copy.deepcopy(a)
+    (more,) = b["cases"]
+    more["parts_s"]["start"] = [10.0, 20.0, 30.0]
+    more["bytes"]["counter"] = [2, 3, 2]
+    more["launched_late"]["resident"] = 200
+    for entry in more["rounds"]:
+        entry["copied"] = 5
+    assert {line.quantity.rpartition(" / ")[2]: line.verdict for line in compare.compare(a, b)} == {
+        "start": "worse", "copied": "worse", "counter": "worse", "pcie": "not resolved", "step_s": "not resolved",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ([0, 0, 0], [0, 0, 0], "same"),
+        ([0, 0, 0], [0, 0, 1], "not resolved"),
+        ([0, 0, 1], [2, 2, 2], "worse"),
+        ([2, 2, 2], [0, 0, 1], "better"),
+        ([0, 0], [2, 2], "not resolved"),
+        ([0, 0, 2], [1, 1, 1], "not resolved"),
+    ],
+)
+def test_what_may_be_nothing_is_apart_or_not_resolved(a, b, said):
+    line = verdict(a, b)
+    assert (line.ratio, line.verdict) == (None, said)
