@@ -1,6 +1,6 @@
 """Does "under 3 % offload overhead" survive ByteDMD? Real text in, a verdict out, on any laptop.
 
-    python bench/bytedmd_toy.py                     about a minute; prints a table, writes out/bytedmd_toy/
+    python bench/bytedmd_toy.py                     a minute or two; prints a table, writes out/bytedmd_toy/
     python bench/bytedmd_toy.py --quick             a small version in seconds
     python bench/bytedmd_toy.py --text FILE         your own text
     python bench/bytedmd_toy.py --preset v41-flash  DeepSeek-V4.1-Flash's form of Engram; three minutes, 4 GB, two cores

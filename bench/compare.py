@@ -6,8 +6,8 @@
 
 A ratio is of medians with a 95 % bootstrap interval. It is paired, round by round, where both files have equally many
 samples of the same machine and the same configuration; else both are drawn by themselves. It is not resolved where the
-interval holds 1, or on fewer than three samples. Of what was mostly nothing, such as bytes copied, there is no ratio: it
-is worse where every sample is more than all of A's. Prices and counts of reads are exact: any difference is one.
+interval holds 1, or on fewer than three samples. Of what was mostly nothing, such as bytes copied, there is no ratio:
+it is worse where every sample is more than all of A's. Prices and counts of reads are exact: any difference is one.
 
 Compared are times, bytes that crossed the bus, and prices; not the energy and the clocks of a board.
 

@@ -2,8 +2,8 @@
 
     from engram_toy.bytedmd import bytedmd, traced_eval
 
-    bytedmd(lambda a, b, c: (a + b) + c, (1, 2, 3))        # 6
-    traced_eval(lambda a, b, c: (a + b) + c, (1, 2, 3))    # ([1, 2, 1, 2], 6)
+    bytedmd(lambda a, b, c: (a + b) + c, (10, 20, 30))        # 6, the price
+    traced_eval(lambda a, b, c: (a + b) + c, (10, 20, 30))    # ([1, 2, 1, 2], 60): depths and the result
 
 All live values lie on one stack, the last used on top; reading the value at depth d costs ceil(sqrt(d)),
 writing and computing cost nothing. `bytedmd` and `traced_eval` have the names, arguments and meaning of the

@@ -150,7 +150,7 @@ class Evidence:
         return [record[kind] / record["offload_naive"] - 1 for record in found]
 
 
-def rounded_up(value: float) -> str:
-    """A positive value to one digit, upwards: what follows "less than" must not be less."""
-    unit = 10.0 ** math.floor(math.log10(value))
-    return f"{math.ceil(value / unit) * unit:.1g}"
+def rounded_up(value: float, digits: int = 1) -> str:
+    """A positive value to so many digits, upwards: what follows "less than" or "from" must not be less."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return f"{math.ceil(value / unit) * unit:.{digits}g}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.energy import table as energy_table
-from bench.evidence.committed import STEP, Evidence
+from bench.evidence.committed import STEP, Evidence, rounded_up
 from bench.evidence.published import energy_tiers
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, by_seed
 from bench.price.table import claimed_overhead, denominator_table, find_run, most_ratio, noise_floor
@@ -140,7 +140,8 @@ def _map_values(e: Evidence) -> dict[str, str]:
     records = e["verdict_map"]["records"]
     highest = {f"map.{name}": max(verdict_map.boundary(r, level) for r in records) for name, level in levels.items()}
     lowest = min(verdict_map.point(*point)[1] for point in verdict_map.POINTS)
-    return {name: f"{value:.2g}" for name, value in {**highest, "map.models": lowest}.items()}
+    # Upwards: a step that reads as much as the page says is on the right side of every record's boundary.
+    return {**{name: rounded_up(value, 2) for name, value in highest.items()}, "map.models": f"{lowest:.2g}"}
 
 
 def _text_values(e: Evidence) -> dict[str, str]:

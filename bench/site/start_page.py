@@ -25,8 +25,8 @@ def verdict_sentence(evidence: Evidence) -> str:
     more = rounded_up(100 * evidence.prefetched_share(_MODEL))
     return (
         "**The claim survives at the model and not at the lookup**: in ByteDMD's price, an offloaded and prefetched "
-        f"table makes a step of {MODELS[_MODEL].name} with {STEP} tokens less than **{more} %** dearer than a resident "
-        "one, even if resident rows were free, and its lookups by themselves many times as dear."
+        f"table makes a step of {MODELS[_MODEL].name} with {STEP} tokens of Python sources less than **{more} %** "
+        "dearer than a resident one, even if resident rows were free, and its lookups by themselves many times as dear."
     )
 
 
@@ -79,7 +79,8 @@ def verdict_lines(evidence: Evidence) -> str:
         "What survives": (
             f"the claim about the model. Against no Engram, as the paper counts, all that Engram reads adds "
             f"{100 * added_in_all:.2g} % to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a step. "
-            f"On other texts the rows alone are {text_spread(e)} % of its weights. Within the layer the class is "
+            f"On other texts the rows alone are {text_spread(e)} % of its weights, with random ids "
+            f"{100 * e.step(_MODEL, stream='uniform'):.2g} %. Within the layer the class is "
             f"{layer_classes(e)} under every definition."
         ),
         "What does not": (

@@ -168,6 +168,12 @@ def _block(options: argparse.Namespace, model: Model) -> float | None:
     blocks = options.blocks or (model.backbone and model.backbone.blocks)
     if not blocks:
         raise ValueError("--model-time: nothing is known of this model's blocks, say how many with --blocks")
+    last = max(model.config.layer_ids)
+    if blocks <= last:
+        raise ValueError(
+            f"--blocks {blocks}: this model reads rows before block {last}, the first being 0, so it has {last + 1} at "
+            "least"
+        )
     return options.model_time / blocks
 
 

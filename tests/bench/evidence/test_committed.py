@@ -61,6 +61,10 @@ def test_less_than_is_never_less(value, said):
     assert rounded_up(value) == said and float(said) >= value
 
 
+def test_a_boundary_is_rounded_to_its_safe_side():
+    assert [rounded_up(value, 2) for value in (0.2218, 0.0442, 0.22)] == ["0.23", "0.045", "0.22"]
+
+
 def test_the_lookups_class_depends_on_the_padding(evidence):
     """A WIN up to one crossing, a LOSS from another: the finding calls the class the choice of whoever pads."""
     found = [evidence.swept("padding", padding, "engram", "lookup", "offload_prefetch") for padding in (10**4, 10**7)]

@@ -405,7 +405,7 @@ def test_the_engines_flag_follows_the_recommendation(capsys, quick):
 def test_model_time_is_divided_by_the_blocks(capsys, quick):
     found = json.loads(run(capsys, "--preset", "v41-flash", *SIZES, "--model-time", "4ms", "--json"))
     assert found["block"] == {"seconds": pytest.approx(1e-4), "source": "given", "formula": "window"}
-    found = json.loads(run(capsys, "--preset", "demo", *SIZES, "--model-time", "4ms", "--blocks", "4", "--json"))
+    found = json.loads(run(capsys, "--preset", "demo", *SIZES, "--model-time", "16ms", "--blocks", "16", "--json"))
     assert found["block"]["seconds"] == pytest.approx(1e-3)
 
 
@@ -429,6 +429,10 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
         (["--preset", "demo", "--gpu", "80G"], "bytes, such as 80GB"),
         (["--preset", "demo", "--block-time", "56"], "a time with its unit"),
         (["--preset", "demo", "--model-time", "4ms"], "say how many with --blocks"),
+        (
+            ["--preset", "demo", "--model-time", "4ms", "--blocks", "15"],
+            "before block 15, the first being 0, so it has 16",
+        ),
         (["--preset", "demo", "--blocks", "4"], "--blocks does nothing without --model-time"),
         (["--preset", "demo", "--json", "--engram-config"], "leave --engram-config away"),
         (["--preset", "tiny", "--gpu", "1GB", "--memory-rate", "1e9"], "--memory-rate does nothing where a GPU"),
