@@ -13,7 +13,13 @@ Matrix = Sequence[Vector]  # [rows][columns]
 
 
 def dot(a: Vector, b: Vector) -> Any:
-    """Inner product, summed from the left."""
+    """Inner product, summed from the left.
+
+    Raises:
+        ValueError: vectors of different lengths, or without a value.
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"vectors of {len(a)} and {len(b)} values: an inner product needs equally many, one at least")
     if isinstance(a[0], Tracked):  # nearly every read of the models happens here: let the tracer log it at once
         total = a[0]._recorder.inner_product(a, b)
         if total is not NotImplemented:
@@ -25,8 +31,10 @@ def dot(a: Vector, b: Vector) -> Any:
 
 
 def linear(weight: Matrix, x: Vector, bias: Vector | None = None) -> list[Any]:
-    """weight @ x + bias."""
+    """weight @ x + bias, which has a value for each row of the weight."""
     out = [dot(row, x) for row in weight]
+    if bias is not None and len(bias) != len(out):
+        raise ValueError(f"a bias of {len(bias)} values for {len(out)} rows of weights")
     return out if bias is None else [y + b for y, b in zip(out, bias)]
 
 
@@ -42,7 +50,7 @@ def sigmoid(x: Any) -> Any:
 
 
 def softmax(scores: Vector) -> list[Any]:
-    """Weights that sum to one; the largest score is subtracted first."""
+    """Weights that sum to one, of one score at least; the largest is subtracted first."""
     top = scores[0]
     for score in scores[1:]:
         if score > top:

@@ -223,6 +223,16 @@ def build_backbone(
     return Backbone(name, model, BlockShape.of(model.config.to_dict()))
 
 
+def check_backbone(name: str, blocks: int | None) -> None:
+    """Refuse at once what `build_backbone` would refuse of a description, whatever memory there is.
+
+    Raises:
+        ValueError, OSError: as there.
+    """
+    if name != "none":
+        _checked(name, _fields(name), blocks)
+
+
 def measure_backbone(name: str, blocks: int | None, vocabulary: int) -> tuple[BlockShape, int, int]:
     """Sizes of a block, how many blocks, and how many parameters with the embedding: before anything is allocated."""
     fields = _checked(name, _fields(name), blocks)

@@ -17,7 +17,7 @@ from bench.instruments.driver import device_head
 from bench.instruments.journal import begin_session, earlier
 from bench.instruments.output import tell
 from bench.instruments.results import write_json
-from bench.setup.backbones import Backbone, build_backbone
+from bench.setup.backbones import Backbone, build_backbone, check_backbone
 from bench.setup.sizes import pick_device, require_disk, table_config
 from bench.setup.streams import halves
 from bench.setup.token_batches import TokenBatches, text_batches, uniform_batches
@@ -46,6 +46,8 @@ class Benchmark:
         self.device = pick_device(options.device)
         self.dtype = getattr(torch, options.dtype)
         self.variants = wanted_variants(options.variants, self.device)
+        if self.variants:
+            check_backbone(options.backbone, options.blocks)  # before the text is tokenized
         self.vocab = vocab_for(EngramConfig.preset(options.preset))
         self.published_rows = self.plan_of(EngramConfig.preset(options.preset)).layers[0].rows
         tell("tokenizing the text")

@@ -30,8 +30,11 @@ def make_fusion(
         fused: whether what follows the projection is done in one pass where it can be; see `Fusion`.
 
     Raises:
-        ValueError: fp8 weights for another form than v41, or for a projection that is not made of 32 x 32 blocks.
+        ValueError: fp8 weights for another form than v41, or for a projection that is not made of 32 x 32 blocks; a
+            dtype in which nothing can be computed.
     """
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}: a fusion computes in float64, float32, float16 or bfloat16")
     if device is not None and str(device) != "meta":
         device = as_device(device)
     if config.form == "v41":

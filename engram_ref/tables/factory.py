@@ -35,7 +35,7 @@ def make_table(
     *,
     packed: bool | None = None,
     hot: Tensor | None = None,
-    behind: str = "host",
+    behind: str | None = None,
     shared: str | None = None,
     **options: Any,
 ) -> Table:
@@ -49,7 +49,7 @@ def make_table(
         packed: of fp8 rows: True lays codes and scales of each row side by side, so that a row is one scattered read,
             False lays them apart; None leaves them as they are.
         hot: for `hot`, the row numbers to keep on the device (`most_frequent`).
-        behind: for `hot`, the placement of all the others.
+        behind: for `hot`, also as what a rank of `sharded` owns, the placement of all the others (default: host).
         shared: for `host` and `uva`, a name: all processes of this machine that name it map one copy, which the first
             of them lays down (`engram_ref.tables.shared`).
         options: for `file`, also behind `hot`, those of `FileTable`; for `sharded`, which all ranks make together,
@@ -61,14 +61,16 @@ def make_table(
     """
     target = as_device(device)
     if placement == "sharded":
-        return make_sharded(rows, target, packed=packed, hot=hot, shared=shared, **options)
+        return make_sharded(rows, target, packed=packed, hot=hot, behind=behind, shared=shared, **options)
     if placement not in PLACEMENTS:
         raise ValueError(f"no placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
+    if behind is not None and placement != "hot":
+        raise ValueError(f"placement {placement!r} has no placement behind it: use placement 'hot', behind={behind!r}")
     _require_types(rows, packed, hot)
     if isinstance(rows, Tensor):
         refuse_trained(rows)
     if placement == "hot":
-        return _hot(rows, target, hot, behind, {"packed": packed, "shared": shared, **options})
+        return _hot(rows, target, hot, behind or "host", {"packed": packed, "shared": shared, **options})
     if hot is not None:
         raise ValueError(f"placement {placement!r} keeps no hot rows: use placement 'hot', behind={placement!r}")
     if shared is not None and placement not in ("host", "uva"):
@@ -105,6 +107,8 @@ def _require_types(rows: Any, packed: Any, hot: Any) -> None:
         raise ValueError(f"rows of shape {tuple(rows.shape)}: a table is [rows, values per row]")
     if packed not in (None, True, False):
         raise ValueError(f"packed={packed!r}: use True, False or None")
+    if packed is not None and (isinstance(rows, Tensor) or not rows.format.scaled):
+        raise ValueError(f"packed={packed}: only fp8 rows have scales, to lie in one piece with their codes or apart")
     if hot is not None and not isinstance(hot, Tensor):
         raise ValueError(f"hot is a {type(hot).__name__}: give a tensor of row numbers, as most_frequent makes it")
 
@@ -211,7 +215,7 @@ def _make_own(
     if hot is not None:
         inside = hot[(hot >= first) & (hot < first + len_of(rows))] - first
         if owned == "hot" and not len(inside):
-            owned = options.pop("behind", "host")  # none of them is here
+            owned = options.pop("behind", None) or "host"  # none of them is here
         else:
             options = {**options, "hot": inside}
     return make_table(owned, rows, device, **options)

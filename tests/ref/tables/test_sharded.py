@@ -152,6 +152,7 @@ def placed(rank, path):
             numbers = numbers_for(rank, 1)
             arrived = table.start(numbers).wait()
             good[name] = torch.equal(arrived.view(torch.int16), packed.values()[numbers].view(torch.int16))
+            good[name, "behind"] = name != "hot" or table.local.behind.placement == "device"
             good[name, "held"] = sum(table.local.bytes_held().values()) >= table.plan.size(rank) * 66
     with make_table("hot", StoredRows.find(path), hot=hot[:190], behind="sharded", owned="file") as table:
         before = table._behind.report()

@@ -595,7 +595,9 @@ REFUSED = {
     "a number for a device": (("host",), {"device": 3}, "device 3: use 'cpu' or 'cuda'"),
     "packed or not": (("host",), {"packed": "yes"}, "packed='yes': use True, False or None"),
     "hot rows in a list": (("hot",), {"hot": [1, 2]}, "hot is a list: give a tensor of row numbers"),
-    "behind nothing": (("hot",), {"hot": torch.tensor([1]), "behind": None}, "no placement None"),
+    "scales of plain rows": (("host",), {"packed": True}, "packed=True: only fp8 rows have scales"),
+    "behind nothing": (("hot",), {"hot": torch.tensor([1]), "behind": "nothing"}, "no placement 'nothing'"),
+    "behind what is not hot": (("device",), {"behind": "file"}, "has no placement behind it: use placement 'hot'"),
 }
 NO_ROWS = {
     "a list": [[1.0, 2.0]],
