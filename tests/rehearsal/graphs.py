@@ -7,13 +7,31 @@ with a pattern, so that a caller who reads it without a replay gets garbage, as 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 POOL = (0, 1)
 _ACTIVE: list[CUDAGraph] = []
+
+
+def leaves(given: Any) -> Iterator[Any]:
+    """What an operation is given, or gives, one by one; torch's pytree knows more containers, and takes much longer."""
+    if isinstance(given, (list, tuple, dict)):
+        for one in given.values() if isinstance(given, dict) else given:
+            yield from leaves(one)
+    else:
+        yield given
+
+
+def mapped(change: Callable[[Any], Any], given: Any) -> Any:
+    """The same containers of changed leaves."""
+    if isinstance(given, dict):
+        return {name: mapped(change, one) for name, one in given.items()}
+    if isinstance(given, list):
+        return [mapped(change, one) for one in given]
+    return tuple(mapped(change, one) for one in given) if isinstance(given, tuple) else change(given)
 
 
 def capturing() -> CUDAGraph | None:
@@ -95,7 +113,7 @@ class CUDAGraph:
 
     def about_to_write(self, *given: Any) -> None:
         """Keep the content of all tensors that an operation may write to, until the capture ends."""
-        for tensor in pytree.tree_leaves(given):
+        for tensor in leaves(given):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._before:
                 storage = tensor.untyped_storage()
                 self._before[storage.data_ptr()] = storage, storage.clone()
@@ -134,7 +152,7 @@ class CUDAGraph:
 
 def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     made = func(*args, **kwargs)
-    for kept, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(made)):
+    for kept, new in zip(leaves(out), leaves(made)):
         shared = (
             isinstance(kept, torch.Tensor) and kept.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
         )
@@ -144,8 +162,8 @@ def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 def _spoil(args: Any, kwargs: Any, out: Any) -> None:
     """Fill what a captured operation made with a pattern: a GPU has not computed it yet."""
-    given = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+    given = {x.untyped_storage().data_ptr() for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
     with torch.inference_mode():
-        for made in pytree.tree_leaves(out):
+        for made in leaves(out):
             if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
                 made.fill_(float("nan") if made.is_floating_point() else 85)

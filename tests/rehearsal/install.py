@@ -19,7 +19,6 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.interpreter import repeat_nothing
@@ -164,11 +163,11 @@ def _launch_kernels_on_what_is_held() -> None:
     launch = GridExecutor.__call__
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        for given in pytree.tree_leaves((args, kwargs)):
+        for given in graphs.leaves((args, kwargs)):
             host = isinstance(given, torch.Tensor) and not isinstance(given, CudaTensor)
             if host and given.numel() and not RUNTIME.holds_all(given.data_ptr(), tensors._span(given)):
                 raise CudaError(f"a kernel was given {given.numel()} values at an address that no GPU can read")
-        plain = pytree.tree_map(held, (args, kwargs))
+        plain = graphs.mapped(held, (args, kwargs))
 
         def again(*plain_args: Any, **plain_kwargs: Any) -> None:
             with _disable_current_modes():

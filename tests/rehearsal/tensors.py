@@ -6,11 +6,11 @@ capture, and copies that CUDA calls an invalid value raise. What a capture meets
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.rehearsal import graphs, host_memory
@@ -117,14 +117,19 @@ def held(value: Any) -> Any:
     return value.held if isinstance(value, CudaTensor) else value
 
 
+@functools.cache
+def _is_made_of_others(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run one operation of aten."""
     name = func._schema.name.split("::")[1]
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in graphs.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     on_cuda = [x for x in tensors if isinstance(x, CudaTensor)]
     if not on_cuda and not is_cuda(kwargs.get("device")):
         return _on_host(func, name, args, kwargs)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if _is_made_of_others(func):
         with Dispatching():  # in inference mode, operations that are made of others come as they are
             return func.decompose(*args, **kwargs)
     _refuse_mixed(name, args, tensors, on_cuda)
@@ -153,7 +158,7 @@ def _on_cuda(func: Any, args: Any, kwargs: dict[str, Any], on_cuda: list[CudaTen
         raise CudaError("Expected a 'cuda' device type for generator but found 'cpu'")
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
-    plain = pytree.tree_map(held, (args, kwargs))
+    plain = graphs.mapped(held, (args, kwargs))
     graph = graphs.capturing()
     if graph is not None and func._schema.is_mutable:
         graph.about_to_write(plain)
@@ -170,7 +175,7 @@ def _on_cuda(func: Any, args: Any, kwargs: dict[str, Any], on_cuda: list[CudaTen
             raise NotImplementedError(f"{func}: the stand-in has no operations that change a tensor's shape in place")
         return CudaTensor(value) if made is None else made
 
-    return pytree.tree_map(wrapped, out)
+    return graphs.mapped(wrapped, out)
 
 
 def _refuse_mixed(name: str, args: Any, tensors: list[torch.Tensor], on_cuda: list[CudaTensor]) -> None:
