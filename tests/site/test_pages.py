@@ -274,12 +274,11 @@ def test_search_finds_a_page_by_a_word_of_it(served, page, site, address, browse
 # apart, three of each kind stay; axe walks through all that there is, whatever it is asked about.
 PRUNE = """(() => {
     const seen = {}, told = ({ tagName, className, style }) => `${tagName} ${className} ${style.cssText}`;
-    const isPlain = (leaf) => !leaf.children.length && [...leaf.attributes].every(
-        ({ name }) => name === 'class' || name === 'style');
+    const isPlain = ({ attributes }) => [...attributes].every(({ name }) => name === 'class' || name === 'style');
     for (const one of document.querySelectorAll('tbody tr, pre span')) {
-        const leaves = one.tagName === 'TR' ? [...one.cells] : [one];
-        const kind = [one.parentElement.parentElement, one.parentElement, one, ...leaves].map(told).join();
-        if (leaves.every(isPlain) && (seen[kind] = (seen[kind] ?? 0) + 1) > 3) one.remove();
+        const parts = [one, ...one.querySelectorAll('*')];
+        const kind = [one.parentElement.parentElement, one.parentElement, ...parts].map(told).join();
+        if (parts.every(isPlain) && (seen[kind] = (seen[kind] ?? 0) + 1) > 3) one.remove();
     }
 })()"""
 ALONE = "{ const part = document.querySelector(%r); document.querySelector('article').replaceChildren(%s); }"
