@@ -10,13 +10,14 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_tokenizer():
-    """Each command reads DeepSeek's, half a second; nobody changes it."""
+    """Each command reads DeepSeek's, half a second, and encodes the same text with it; nobody changes either."""
     from bench.setup import streams
     from engram_ref.vocab import load_tokenizer
 
-    once = functools.cache(load_tokenizer)
+    encode = functools.cache(streams.encode_texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "load_tokenizer", once)
+        patch.setattr(streams, "load_tokenizer", functools.cache(load_tokenizer))
+        patch.setattr(streams, "encode_texts", lambda tokenizer, texts: encode(tokenizer, tuple(texts)).copy())
         yield
 
 
