@@ -19,6 +19,7 @@ _OPTIONS = [
     # One process draws all pages: else each load starts one, and another in reserve.
     "--disable-site-isolation-trials",
     "--disable-features=IsolateOrigins,site-per-process,SpareRendererForSitePerProcess,BackForwardCache",
+    "--js-flags=--single-threaded --no-opt",  # pages are gone before quicker code for them would pay
 ]  # fmt: skip
 
 
