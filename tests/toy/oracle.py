@@ -72,17 +72,19 @@ def oracle_trace(func, args):
         last.update(dict.fromkeys(read, time))
     last.update(dict.fromkeys(live_to_the_end, math.inf))
 
-    stack = [name for name in inputs if name in last]  # the top is the end
+    stack = [name for name in reversed(inputs) if name in last]  # the top is first: most of what is read lies near it
     depths = []
     for time, (read, stored) in enumerate(run.events):
-        depths += [len(stack) - stack.index(name) for name in read]
+        depths += [stack.index(name) + 1 for name in read]
         for name in dict.fromkeys(read):
             stack.remove(name)
-            stack.append(name)
+            stack.insert(0, name)
         for name in read:
             if last[name] == time and name in stack:
                 stack.remove(name)
-        stack += [name for name in stored if name in last]
+        for name in stored:
+            if name in last:
+                stack.insert(0, name)
     return depths
 
 
