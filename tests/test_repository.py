@@ -87,8 +87,10 @@ def test_a_changed_number_is_noticed(monkeypatch):
             results["runs"][0]["cost_by_kind"]["row"] += 1
         return results
 
+    showing = ["README.md", "docs/index.md", "docs/log.md"]
     monkeypatch.setattr(fill_docs, "load", wrong)
-    assert set(fill_docs.stale()) >= {"README.md", "docs/index.md", "docs/log.md", "docs/figures/ratios.svg"}
+    monkeypatch.setattr(fill_docs, "DOCUMENTS", showing)
+    assert set(fill_docs.stale()) >= {*showing, "docs/figures/ratios.svg"}
 
 
 FIGURES = {

@@ -9,6 +9,7 @@ file without such characters is read as it is: every committed one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -73,6 +74,7 @@ def harmless(value: Any) -> Any:
     return value
 
 
+@functools.lru_cache(maxsize=1 << 12)  # a file says the same few hundred things over and over
 def _harmless_text(text: str) -> str:
     if len(text) > MOST_CHARACTERS:  # no honest name is as long
         text = f"{text[:MOST_CHARACTERS]}..."
