@@ -134,7 +134,10 @@ def fails_while_laying(name, path, connection):
         return str(error)
 
 
-def follows(name, path):
+def follows(name, path, connection):
+    """Says when it has asked the leader, and is about to wait for the answer."""
+    receive = shared_module._receive
+    shared_module._receive = lambda *arguments: (connection.send("waiting"), receive(*arguments))[1]  # in this process
     try:
         placed(name, StoredRows.find(path))
     except ValueError as error:
@@ -145,8 +148,9 @@ def test_the_error_of_the_leader_is_everybodys(name, path):
     mine, its = shared_connection()
     leader = Rank(fails_while_laying, name, path, its)
     assert hear(mine) == "laying"
-    followers = [Rank(follows, name, path) for _ in range(2)]
-    time.sleep(4.0)  # both are waiting, on a busy machine too
+    lines = [shared_connection() for _ in range(2)]
+    followers = [Rank(follows, name, path, end) for _, end in lines]
+    assert [hear(line) for line, _ in lines] == ["waiting"] * 2
     mine.send("go on")
     error = leader.result()
     assert error.startswith("row 7 has")
