@@ -21,6 +21,10 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.pop("COLUMNS", None)  # readline, which pytest imports, exports a terminal's, and tables would be cut to it
 os.unsetenv("COLUMNS")  # it does so behind os.environ's back
+# Torch reads both when it is imported. What it compiles is worth keeping. Whether the compiler knows this processor's
+# vectors takes it a program to find out, 6 s; if not, it says so.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "engram-tests-inductor")))
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -44,10 +48,6 @@ def _quicker():
 def _scratch(tmp_path_factory):
     """Temporary folders, also those of examples in pages and of other processes, go where pytest clears away."""
     with pytest.MonkeyPatch.context() as patch:
-        kept = Path(tempfile.gettempdir(), "engram-tests-inductor")  # what torch compiles is worth keeping
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(kept)))
-        # Whether the compiler knows this processor's vectors takes it a program to find out, 6 s; if not, it says so.
-        patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scratch")))
         patch.setattr(tempfile, "tempdir", None)  # found anew at the next call
         yield
