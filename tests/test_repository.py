@@ -30,6 +30,11 @@ MOST_BYTES = 2 << 20  # a golden file of the layer's has 1.8 MB
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+
+
 def functions(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -201,8 +206,7 @@ EXAMPLES = ["README.md", "docs/how-it-works.md", "docs/how-bytedmd-works.md", "d
 
 
 @pytest.mark.parametrize("document", EXAMPLES)
-def test_the_examples_of_the_documents_run(document, monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_the_examples_of_the_documents_run(document):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)
     assert blocks
     for block in blocks:
