@@ -22,8 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.pop("COLUMNS", None)  # readline, which pytest imports, exports a terminal's, and tables would be cut to it
 os.unsetenv("COLUMNS")  # it does so behind os.environ's back
 # Torch reads both when it is imported. What it compiles is worth keeping. Whether the compiler knows this processor's
-# vectors takes it a program to find out, 6 s; if not, it says so.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "engram-tests-inductor")))
+# vectors takes it a program to find out, 6 s; if not, it says so. Code for other vectors is kept apart: it would be run.
+_CODE = f"engram-tests-inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _CODE)))
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -39,9 +40,10 @@ def _quicker():
         from tests.interpreter import repeat_nothing
 
         repeat_nothing()
-    vocab: Any = sys.modules.get("engram_ref.vocab")
-    if vocab and not hasattr(vocab._parse, "cache_info"):  # a text takes a quarter of a second
-        vocab._parse = functools.lru_cache(maxsize=4)(vocab._parse)
+    reading: Any = sys.modules.get("engram_ref.vocab.tokenizer_file")
+    if reading and not hasattr(reading.parse, "cache_info"):  # a text takes a quarter of a second
+        parse = functools.lru_cache(maxsize=4)(reading.parse)
+        reading.parse = sys.modules["engram_ref.vocab.compressed"].parse = parse  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)

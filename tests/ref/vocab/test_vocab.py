@@ -3,7 +3,7 @@
 Every multiplier derives from the size of this map, so it is compared in whole, by `==`; wrong candidates, each
 with one normalisation step lost, show that the comparison would tell.
 
-    python -m pytest tests/ref/test_vocab.py
+    python -m pytest tests/ref/vocab/test_vocab.py
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from engram_ref.vocab import (
     tokenizer_json,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
