@@ -79,14 +79,14 @@ def verdict_lines(evidence: Evidence) -> str:
         "What survives": (
             f"the claim about the model. Against no Engram, as the paper counts, all that Engram reads adds "
             f"{100 * added_in_all:.2g} % to that step; its rows reach {claim} at {e.crossing(_MODEL)} tokens a step. "
-            f"On other texts the rows alone are {text_spread(e)} % of its weights, with random ids "
+            f"On other texts the rows alone are {text_spread(e)} % of its weights, on random ids "
             f"{100 * e.step(_MODEL, stream='uniform'):.2g} %. Within the layer the class is "
             f"{layer_classes(e)} under every definition."
         ),
         "What does not": (
             f"the claim about the lookup. By padding and what becomes of the rows it adds {added(least)[1:]} to "
             f"{added(most)[1:]}, and other definitions give other classes. Foresight cannot spare a first read: "
-            f"even the bound under every manager of memory is {floors} higher offloaded than resident ({of_v41} in "
+            f"even the bound under every memory manager is {floors} higher offloaded than resident ({of_v41} in "
             "V4.1's form); copies made ahead saved nothing on any text priced."
         ),
         "Where it turns": (
@@ -94,7 +94,7 @@ def verdict_lines(evidence: Evidence) -> str:
             f"dearer than none, mostly by its own weights. In random rows from an SSD the *energy* of "
             f"{MODELS[_MODEL].name}'s rows reaches {claim} of its weights' at "
             f"{energy_span(e, 'NVMe SSD, random rows')} tokens a step, from host DDR at "
-            f"{energy_span(e, 'host DDR over PCIe')}; which ByteDMD, without pages, hides."
+            f"{energy_span(e, 'host DDR over PCIe')}; which ByteDMD hides, without pages."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())

@@ -18,7 +18,7 @@ import warnings
 
 import pytest
 
-from engram_ref.prefetch import Prefetcher
+from engram_ref.prefetch import Prefetcher, slots
 from tests.fuzz import folders, forks, headers, kills, leaks, prefetch, programs
 from tests.fuzz.resumable import resumable
 
@@ -142,7 +142,7 @@ def test_prefetch_finds_other_rows(monkeypatch):
 
 
 def test_prefetch_finds_a_buffer_that_is_lent_twice(monkeypatch):
-    slot = sys.modules[Prefetcher.__module__]._Slot
+    slot = slots._Slot
     monkeypatch.setattr(slot, "is_free", lambda self: True)
     assert_finds(prefetch, 200, "called off")
 
