@@ -2,7 +2,7 @@
 
 Is every fetch above its floor? Is `resident` the same as itself? Do times come in the order in which work is added?
 Is what a slow bus exposes its delay less the window? Do more hot rows hit more often? Did all variants choose the
-same? Was any row launch-bound, or the board slowed? Which class follows, against which baseline?
+same? Was any row slow for its weights, or the board slowed? Which class follows, against which baseline?
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ QUESTIONS: dict[str, Callable[[Json, Json], str]] = {
     "slow bus, delay less window": _bus,
     "more hot rows, more hits": _hits,
     "same tokens": _tokens,
-    "launch-bound": _launches,
+    "slow for its weights": _launches,
     "board slowed": _board,
     "class against no_engram": _classes("no_engram"),
     "class against resident": _classes("resident"),

@@ -14,23 +14,21 @@ This file needs CUDA; what it is given is tested without.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.schemas.served import Graphs
-
 _WARM_UP = 2  # calls before a capture: libraries take their workspaces, Triton compiles
 
 
-class Pieces:
-    """Captured steps by key. They share one pool of memory, since only one step runs at a time.
+class CaptureError(ValueError):
+    """A step cannot be captured: what it times would be another step's than its name says."""
 
-    Where a capture fails, nothing can be replayed, and `report` says why.
-    """
+
+class Pieces:
+    """Captured steps by key. They share one pool of memory, since only one step runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,11 +36,6 @@ class Pieces:
         self._pool = torch.cuda.graph_pool_handle()  # taken first: a graph tells its own only when it is captured
         self._stream = torch.cuda.Stream(device)
         self._recording: list[Any] = []  # graphs of the step that is being captured, the last one open
-        self._why: str | None = None
-
-    def report(self) -> Graphs:
-        """Whether graphs are used; if not, why."""
-        return {"used": self._why is None, "why": self._why}
 
     def prepare(self, key: Hashable, step: Callable[[], Tensor]) -> None:
         """Capture a step. It is run a few times before, so whatever state it advances is to be set anew afterwards.
@@ -50,15 +43,17 @@ class Pieces:
         Args:
             key: of all that a graph cannot change.
             step: runs the model, and calls `cut` where it is to be cut.
+
+        Raises:
+            CaptureError: that failed, or one of the runs before.
         """
-        if self._why is not None or key in self._captured:
+        if key in self._captured:
             return
         try:
             self._captured[key] = self._record(step)
         except RuntimeError as error:  # what cannot be captured depends on releases of torch and transformers
-            self._why = f"capturing failed: {str(error).splitlines()[0]}"
-            self._captured.clear()
-            print(f"warning: decoding without CUDA graphs: {self._why}", file=sys.stderr, flush=True)
+            why = str(error).partition("\n")[0]
+            raise CaptureError(f"capturing a decode step failed: {why}; --eager decodes without graphs") from error
 
     def replay(self, key: Hashable, join: Callable[[], object]) -> Tensor:
         """Run a step that was prepared with this key; `join` is called between its pieces."""

@@ -143,9 +143,7 @@ class ServedModel:
     @property
     def graphs(self) -> Graphs:
         """Whether decode steps are graphs; if not, why."""
-        if self._pieces is None:
-            return {"used": False, "why": "not on CUDA, or --eager"}
-        return self._pieces.report()
+        return {"used": self._pieces is not None, "why": None if self._pieces else "not on CUDA, or --eager"}
 
     @contextmanager
     def serving(
@@ -211,7 +209,7 @@ class ServedModel:
         """
         self._tokens.copy_(ids[:, None])
         self._positions.copy_(positions)
-        if self._pieces is None or not self.graphs["used"]:
+        if self._pieces is None:
             return self._decode_once(span)
         with torch.inference_mode():
             return self._replayed(self._pieces, span).clone()  # a graph writes every step's choice to the same place
@@ -250,6 +248,9 @@ class ServedModel:
             shortest: tokens of the shortest prompt.
             table: any of those that are served, if Engram is.
             in_graph: variants that are looked up inside of graphs, in steps of their own.
+
+        Raises:
+            CaptureError: a step cannot be captured.
         """
         pieces = self._pieces
         if pieces is None:

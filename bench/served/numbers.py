@@ -25,7 +25,7 @@ from bench.instruments.timing import (
     quantile,
 )
 from bench.schemas.served import Freed, Reading, Weights
-from bench.setup.variants import ASKING
+from bench.setup.variants import ASKING, BESIDE, IN_GRAPH
 
 Json = dict[str, Any]
 PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
@@ -39,6 +39,7 @@ WHOLE = "overhead"
 # What an offloaded table is compared with, and whose baseline that is.
 BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
 NO_LOOKUP = ("no_engram", "own_compute")
+UNSEEN = (IN_GRAPH, BESIDE, ASKING)  # schedules in which rows are waited for inside of a graph, where no clock is
 LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 
@@ -188,9 +189,9 @@ def freed_bytes(case: Json, row: Json) -> int | None:
 
 
 def weight_reading(limits: Json, case: Json, row: Json) -> Weights:
-    """How fast a median decode step reads the weights, each once; and whether it is launch-bound: `value` and `why`.
+    """How fast a median decode step reads the weights, each once; and whether something else holds it up: `value` and `why`.
 
-    Launch-bound is a step that takes over twice as long as its weights do at the bandwidth that was measured on the
+    It is called launch-bound where it takes over twice as long as its weights do at the bandwidth that was measured on the
     device.
     """
     if limits["gather"] is None:

@@ -17,7 +17,7 @@ from bench.instruments.timing import NotMeasured, noise_interval
 from bench.instruments.words import aligned, commit_of, gib, measured_on, short, signed
 from bench.served import numbers
 from bench.served.classes import NO_CLASS, losses
-from bench.served.numbers import LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, WHOLE, Json, Slowed
+from bench.served.numbers import LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, UNSEEN, WHOLE, Json, Slowed
 
 # Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S = 56e-6
@@ -97,6 +97,7 @@ def _columns(case: Json) -> list[tuple[str, str, Callable[[Json], str]]]:
     def if_looked_up(cell: Callable[[Json], str]) -> Callable[[Json], str]:
         return lambda row: "" if row["variant"] in NO_LOOKUP else cell(row)
 
+    exposed = of_steps("decode_exposed_s", 1e6)
     copied = if_looked_up(lambda row: short(statistics.median(one["copied"] for one in row["rounds"]) / 1e6))
     control = "no_engram"
     return [
@@ -106,7 +107,7 @@ def _columns(case: Json) -> list[tuple[str, str, Callable[[Json], str]]]:
         ("per token", "ms", of_steps("decode_s", 1e3)),
         ("p99", "ms", lambda row: short(1e3 * numbers.token_times(row)["p99"])),
         ("first token", "ms", of_steps("first_token_s", 1e3)),
-        ("exposed", "us/token", if_looked_up(of_steps("decode_exposed_s", 1e6))),
+        ("exposed", "us/token", if_looked_up(lambda r: "-" if r["schedule"] in UNSEEN else exposed(r))),
         ("freed", "GiB", lambda row: _scaled(numbers.freed_bytes(case, row), 2**30, "")),
         ("hits", "%", lambda row: "" if (hits := numbers.hit_rate(row)) is None else f"{100 * hits:.1f}"),
         ("copied", "MB/round", copied),
@@ -129,11 +130,11 @@ def _scaled(value: float | None, unit: float, missing: str = "-") -> str:
 
 
 def _weights(row: Json) -> str:
-    """Bandwidth at which a median decode step reads the weights; marked where launching is what it waits for."""
+    """Bandwidth at which a median decode step reads the weights; marked where something else is what it waits for."""
     found = row.get("weights") and row["weights"]["value"]
     if not found:
         return "-"
-    return f"{'launch-bound ' if found['launch_bound'] else ''}{short(found['bytes_per_s'] / 1e9)}"
+    return f"{'slow ' if found['launch_bound'] else ''}{short(found['bytes_per_s'] / 1e9)}"
 
 
 def _floor_note(results: Json, case: Json) -> str:
@@ -173,7 +174,7 @@ def _weight_notes(case: Json) -> list[str]:
     return [
         f"   weights: {short(model / 1e9)} GB a step without Engram's, over the median step; within the device "
         f"{short(limit / 1e9)} GB/s were measured; a step of more than {LAUNCH_BOUND:g} times what that allows is "
-        "marked launch-bound; keys and values, up to "
+        "marked slow, be it for launches or, in graphs, for many small kernels; keys and values, up to "
         f"{gib(case['needs']['device']['keys and values'])}, are not counted"
     ]
 

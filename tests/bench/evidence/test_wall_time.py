@@ -132,7 +132,7 @@ def test_a_sceptics_questions_are_answered_from_the_samples():
     assert "  same tokens: yes, in 5 rounds" in text and "no hot rows were measured" in text
     assert "  class against no_engram: offload_naive LOSS / LOSS, offload_prefetch LOSS / LOSS (decode steps" in text
     assert "  class against resident: offload_naive LOSS / LOSS, offload_prefetch WIN / WIN (decode steps" in text
-    assert "  launch-bound: a CPU" in text and "  board slowed: unknown" in text
+    assert "  slow for its weights: a CPU" in text and "  board slowed: unknown" in text
 
 
 def test_a_sceptic_is_told_what_held_the_device_back():
@@ -145,8 +145,8 @@ def test_a_sceptic_is_told_what_held_the_device_back():
             reasons = ["idle", "software power cap"] if sample["round"] == 2 else ["idle"]
             sample["board"] = {"value": {**board, "throttled": reasons}, "why": None}
     text = reading(one)
-    assert "  launch-bound: YES, no_engram" in text and "  board slowed: YES, software power cap" in text
-    assert "launch-bound <0.0001" in report(one) and "slowed by idle, software power cap" in report(one)
+    assert "  slow for its weights: YES, no_engram" in text and "  board slowed: YES, software power cap" in text
+    assert "slow <0.0001" in report(one) and "slowed by idle, software power cap" in report(one)
 
 
 def test_a_sceptic_is_told_what_is_wrong():

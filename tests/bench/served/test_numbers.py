@@ -147,7 +147,7 @@ def test_the_weights_column_is_marked():
         row["weights"] = numbers.weight_reading({"gather": {"bytes_per_s": 0.4e12}}, one["cases"][0], row)
     SCHEMA.validate(one)
     text = report(one)
-    assert text.count("launch-bound 1") == 9 and "is marked launch-bound" in text and "400 GB/s were measured" in text
+    assert text.count("slow 1") == 9 and "is marked slow" in text and "400 GB/s were measured" in text
 
 
 def test_what_the_control_received_is_taken_off():
