@@ -50,6 +50,8 @@ class TrackedArray(np.ndarray):
             if isinstance(result, TrackedArray):
                 result.plain_dtype = None
             return result
+        if function in (np.dot, np.outer) and len(args) > 2:
+            args, kwargs = args[:2], {**kwargs, "out": args[2]}
         return _twice(function, args, kwargs, _objects(args) if function in _PRODUCTS else args)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
@@ -57,6 +59,8 @@ class TrackedArray(np.ndarray):
             result = getattr(ufunc, method)(*_bare(inputs), **options)
             return result.view(TrackedArray) if isinstance(result, np.ndarray) else result
         operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
+        if method == "at" and not isinstance(inputs[0], TrackedArray):  # and so does what is written to
+            operands = (inputs[0], *operands[1:])
         return _twice(getattr(ufunc, method), inputs, options, operands)
 
     def dot(self, other: Any, out: Any = None) -> Any:
@@ -175,16 +179,21 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
     plain = call(*plain_args, **plain_options)
     with np.errstate(all="ignore"):  # the plain call has warned
         traced = call(*_bare(operands), **{name: _bare(x) for name, x in options.items()})
-    if plain is None:  # it has changed the first thing that it was given
-        changed_one, after = next(zip((*args, *options.values()), (*plain_args, *plain_options.values())))
-        if isinstance(changed_one, TrackedArray):
-            _settle(call, changed_one, after)
+    if plain is None:  # it has changed an array
+        target = _target(args, options)
+        if isinstance(target, np.ndarray):
+            _settle(call, target, _target(plain_args, plain_options))
     result, out = _settle(call, traced, plain), options.get("out")
     if not isinstance(out, tuple):
         return result if out is None else out
     results = result if isinstance(result, tuple) else (result,)
     stored = tuple(part if target is None else target for target, part in zip(out, results))
     return stored if isinstance(result, tuple) else stored[0]
+
+
+def _target(args: Any, options: dict[str, Any]) -> Any:
+    """What a function that returns nothing changes."""
+    return args[0] if args else next((options[name] for name in ("a", "arr", "dst") if name in options), None)
 
 
 def _plain(value: Any) -> Any:
