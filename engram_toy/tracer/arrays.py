@@ -120,12 +120,16 @@ def changed(before: np.ndarray, after: np.ndarray) -> list[tuple[tuple[int, ...]
     return [(place, new) for place, old, new in places if new is not old]
 
 
-def plain_array(parts: list[Any], array: np.ndarray) -> np.ndarray:
-    """The array that the plain program has, from plain elements."""
+def plain_array(parts: list[Any], array: np.ndarray, beside: Iterable[np.dtype] = ()) -> np.ndarray:
+    """The array that the plain program has, from plain elements.
+
+    Args:
+        beside: types that count as well where the array has none of its own.
+    """
     dtype = array.plain_dtype if isinstance(array, TrackedArray) else None
     kept = dtype is not None and (dtype.hasobject or dtype.names)
     if dtype is None or (not kept and any(type(part) is not dtype.type for part in parts)):
-        dtype = _common_dtype(parts)
+        dtype = _common_dtype([*parts, *(np.empty(0, other) for other in beside)])
     if dtype.hasobject:
         plain = np.empty(len(parts), object)
         for i, part in enumerate(parts):
@@ -175,8 +179,16 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
     Args:
         operands: what it is called with where it is traced, in place of `args`.
     """
-    plain_args, plain_options = _plain(args), {name: _plain(x) for name, x in options.items()}
-    plain = call(*plain_args, **plain_options)
+    given = [args, *options.values()]
+    plain_args, plain_options = _plain(args, given), {name: _plain(x, given) for name, x in options.items()}
+    try:
+        plain = call(*plain_args, **plain_options)
+    except TypeError:
+        out = options.get("out")
+        if not any(map(_untyped, out if isinstance(out, tuple) else (out,))):
+            raise
+        plain_options["out"] = _open_to_all(out, plain_options["out"])
+        plain = call(*plain_args, **plain_options)
     with np.errstate(all="ignore"):  # the plain call has warned
         traced = call(*_bare(operands), **{name: _bare(x) for name, x in options.items()})
     if plain is None:  # it has changed an array
@@ -196,20 +208,47 @@ def _target(args: Any, options: dict[str, Any]) -> Any:
     return args[0] if args else next((options[name] for name in ("a", "arr", "dst") if name in options), None)
 
 
-def _plain(value: Any) -> Any:
-    """A copy of what the plain program has here."""
+def _plain(value: Any, given: Any = ()) -> Any:
+    """A copy of what the plain program has here.
+
+    Args:
+        given: all that the call is given: untraced objects that are Python numbers take their type from the traced
+            arrays in it, as a single Python number does. The plain program may have made them by `np.zeros(n, a.dtype)`.
+    """
     if isinstance(value, Tracked):
         return value.value
     if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
+        return type(value)([_plain(part, given) for part in value])
     if not isinstance(value, np.ndarray):
         return value
     plain = value.view(np.ndarray)
     if value.dtype == object:
-        plain = plain_array(_values(value), value)
+        weak = _untyped(value) and all(type(part) in (bool, int, float, complex) for part in value.flat)
+        plain = plain_array(_values(value), value, _dtypes(given) if weak else ())
     copy = _laid_like(value, plain.dtype)
     copy[...] = plain
     return copy
+
+
+def _untyped(value: Any) -> bool:
+    """Whether it is an array of objects that did not come from the arguments."""
+    return isinstance(value, np.ndarray) and value.dtype == object and not isinstance(value, TrackedArray)
+
+
+def _open_to_all(out: Any, plain: Any) -> Any:
+    """What stands for `out` in the plain call, but that untraced objects may become any: the traced call's own stay."""
+    if isinstance(out, tuple):
+        return tuple(map(_open_to_all, out, plain))
+    return plain.astype(object) if _untyped(out) else plain
+
+
+def _dtypes(given: Any) -> Iterator[np.dtype]:
+    """The types of the traced arrays of numbers."""
+    for value in given:
+        if isinstance(value, (list, tuple)):
+            yield from _dtypes(value)
+        elif isinstance(value, TrackedArray) and _dtype_of(value).kind in "biufc":
+            yield _dtype_of(value)
 
 
 def _laid_like(array: np.ndarray, dtype: Any) -> np.ndarray:
