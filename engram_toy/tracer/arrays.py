@@ -11,7 +11,7 @@ Loaded only where there is an array; numba is not needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
+from operator import attrgetter, eq, ne
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,10 @@ _METHODS = ["__pow__", "argmax", "argmin", "argpartition", "argsort", "choose", 
 _METHODS += ["put", "searchsorted", "sort", "tolist"]
 # Functions of operands alone, that multiply them.
 _PRODUCTS = (np.dot, np.einsum, np.inner, np.outer, np.tensordot, np.vdot)
+# What an element may be that holds tracked values.
+_CONTAINERS = (tuple, list, np.ndarray)
+# What compares structured arrays, where the ufunc of the sign has no loop for them.
+_COMPARE: dict[Any, Callable[..., Any]] = {np.equal: eq, np.not_equal: ne}
 
 
 class TrackedArray(np.ndarray):
@@ -61,19 +65,33 @@ class TrackedArray(np.ndarray):
         operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
         if method == "at" and not isinstance(inputs[0], TrackedArray):  # and so does what is written to
             operands = (inputs[0], *operands[1:])
-        return _twice(getattr(ufunc, method), inputs, options, operands)
+        call = ufunc if method == "__call__" else getattr(ufunc, method)
+        if ufunc in _COMPARE and any(isinstance(x, TrackedArray) and _dtype_of(x).names for x in inputs):
+            call = _COMPARE[ufunc]
+        return _twice(call, inputs, options, operands)
 
     def dot(self, other: Any, out: Any = None) -> Any:
         """`np.dot`, which comes by `__array_function__`."""
         return np.dot(self, other, out)
 
+    @property
+    def itemsize(self) -> int:
+        """Of the plain program's array."""
+        return _dtype_of(self).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of the plain program's array."""
+        return self.size * self.itemsize
+
     def _cast(self, value: Any) -> Any:
         dtype = _dtype_of(self)
         if dtype.hasobject or dtype.names:
             return value
-        if isinstance(value, (list, tuple, np.ndarray)):
+        if hasattr(value, "__len__") and not isinstance(value, (Tracked, str, bytes)):
             parts = np.array(value, dtype=object)
-            return tracked_array([_cast_one(part, dtype) for part in parts.flat], parts, dtype).view(np.ndarray)
+            if parts.ndim or isinstance(value, np.ndarray):  # not a dict or a set
+                return tracked_array([_cast_one(part, dtype) for part in parts.flat], parts, dtype).view(np.ndarray)
         return _cast_one(value, dtype)
 
 
@@ -91,6 +109,19 @@ def _part(name: str) -> Any:
     return property(part)
 
 
+def _refused(name: str) -> Any:
+    method = getattr(np.ndarray, name)
+
+    def refuse(self: Any, *args: Any, **options: Any) -> Any:
+        if self.dtype != object:
+            return method(self, *args, **options)
+        raise ValueError(f"{name} of a traced array is not traced: its bytes are pointers, take its elements")
+
+    return refuse
+
+
+for _name in ("byteswap", "tobytes", "tofile"):
+    setattr(TrackedArray, _name, _refused(_name))
 for _name in _METHODS:
     setattr(TrackedArray, _name, _method(_name))
 for _name in ("real", "imag"):
@@ -189,8 +220,11 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
             raise
         plain_options["out"] = _open_to_all(out, plain_options["out"])
         plain = call(*plain_args, **plain_options)
+    traced_options = {name: _bare(x) for name, x in options.items()}
+    if isinstance(call, np.ufunc) and any(_typed(target) for target in options.get("out", ())):
+        traced_options["casting"] = "unsafe"  # a traced value becomes a number by a read, as in `x[0] = a[0]`
     with np.errstate(all="ignore"):  # the plain call has warned
-        traced = call(*_bare(operands), **{name: _bare(x) for name, x in options.items()})
+        traced = call(*_bare(operands), **traced_options)
     if plain is None:  # it has changed an array
         target = _target(args, options)
         if isinstance(target, np.ndarray):
@@ -212,8 +246,8 @@ def _plain(value: Any, given: Any = ()) -> Any:
     """A copy of what the plain program has here.
 
     Args:
-        given: all that the call is given: untraced objects that are Python numbers take their type from the traced
-            arrays in it, as a single Python number does. The plain program may have made them by `np.zeros(n, a.dtype)`.
+        given: all that the call is given. An untraced array of objects that are Python numbers takes its type from the
+            traced arrays in it, as a single Python number does: it may be `np.zeros(n, a.dtype)`.
     """
     if isinstance(value, Tracked):
         return value.value
@@ -230,8 +264,12 @@ def _plain(value: Any, given: Any = ()) -> Any:
     return copy
 
 
+def _typed(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype != object
+
+
 def _untyped(value: Any) -> bool:
-    """Whether it is an array of objects that did not come from the arguments."""
+    """Whether it is an array of objects that was not made from a traced one."""
     return isinstance(value, np.ndarray) and value.dtype == object and not isinstance(value, TrackedArray)
 
 
@@ -258,7 +296,11 @@ def _laid_like(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _values(array: np.ndarray) -> list[Any]:
-    return [part.value if isinstance(part, Tracked) else part for part in array.flat]
+    # A structured element is a tuple of tracked values.
+    return [
+        part.value if isinstance(part, Tracked) else _plain(part) if isinstance(part, _CONTAINERS) else part
+        for part in array.flat
+    ]
 
 
 def _traces(value: Any) -> bool:
@@ -277,8 +319,8 @@ def _object(value: Any) -> Any:
         return value
     array = np.asarray(value)
     objects = _laid_like(array, object)
-    for place in np.ndindex(array.shape):
-        objects[place] = array[place]
+    for place, element in zip(np.ndindex(array.shape), elements(array)):
+        objects[place] = element
     return objects
 
 

@@ -149,6 +149,11 @@ class Wrapper:
             else:
                 from engram_toy.tracer.arrays import changed
 
+                if copy.shape != before.shape:
+                    raise ValueError(
+                        f"the function has reshaped an argument in place, {before.shape} to {copy.shape}: "
+                        "return a.reshape(...) instead"
+                    )
                 for place, part in changed(before, copy):
                     original[place] = unwrap(part)
 
