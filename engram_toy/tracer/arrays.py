@@ -23,8 +23,8 @@ _METHODS = ["__pow__", "argmax", "argmin", "argpartition", "argsort", "choose", 
 _METHODS += ["put", "searchsorted", "sort", "tolist"]
 # Functions of operands alone, that multiply them.
 _PRODUCTS = (np.dot, np.einsum, np.inner, np.outer, np.tensordot, np.vdot)
-# What an element may be that holds tracked values.
-_CONTAINERS = (tuple, list, np.ndarray)
+# Python's, which take the type of an array beside them.
+_NUMBERS = frozenset((bool, int, float, complex))
 # What compares structured arrays, where the ufunc of the sign has no loop for them.
 _COMPARE: dict[Any, Callable[..., Any]] = {np.equal: eq, np.not_equal: ne}
 
@@ -142,7 +142,8 @@ def tracked_array(parts: Sequence[Any], like: np.ndarray, dtype: np.dtype | None
 
 def elements(array: np.ndarray) -> Iterator[Any]:
     """The elements of a plain array as scalars of its type; a structured one is a tuple of its fields."""
-    return map(_fields, array.flatten())
+    flat = array.flatten()
+    return map(_fields, flat) if flat.dtype.kind in "OV" else iter(flat)
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> list[tuple[tuple[int, ...], Any]]:
@@ -221,7 +222,7 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
         plain_options["out"] = _open_to_all(out, plain_options["out"])
         plain = call(*plain_args, **plain_options)
     traced_options = {name: _bare(x) for name, x in options.items()}
-    if isinstance(call, np.ufunc) and any(_typed(target) for target in options.get("out", ())):
+    if "out" in options and isinstance(call, np.ufunc) and any(map(_typed, options["out"])):
         traced_options["casting"] = "unsafe"  # a traced value becomes a number by a read, as in `x[0] = a[0]`
     with np.errstate(all="ignore"):  # the plain call has warned
         traced = call(*_bare(operands), **traced_options)
@@ -257,8 +258,16 @@ def _plain(value: Any, given: Any = ()) -> Any:
         return value
     plain = value.view(np.ndarray)
     if value.dtype == object:
-        weak = _untyped(value) and all(type(part) in (bool, int, float, complex) for part in value.flat)
-        plain = plain_array(_values(value), value, _dtypes(given) if weak else ())
+        parts = _values(value)
+        beside: Iterable[np.dtype] = ()
+        dtype = getattr(value, "plain_dtype", None)
+        if dtype is None or dtype.kind in "OV":
+            kinds = set(map(type, parts))
+            if any(issubclass(kind, (tuple, list, np.ndarray)) for kind in kinds):
+                parts = list(map(_plain, parts))  # a structured element is a tuple of tracked values
+            elif _untyped(value) and _NUMBERS.issuperset(map(type, value.flat)):
+                beside = _dtypes(given)
+        plain = plain_array(parts, value, beside)
     copy = _laid_like(value, plain.dtype)
     copy[...] = plain
     return copy
@@ -296,11 +305,7 @@ def _laid_like(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _values(array: np.ndarray) -> list[Any]:
-    # A structured element is a tuple of tracked values.
-    return [
-        part.value if isinstance(part, Tracked) else _plain(part) if isinstance(part, _CONTAINERS) else part
-        for part in array.flat
-    ]
+    return [part.value if isinstance(part, Tracked) else part for part in array.flat]
 
 
 def _traces(value: Any) -> bool:
