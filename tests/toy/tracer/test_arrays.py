@@ -6,6 +6,8 @@ python -m pytest tests/toy/tracer/test_arrays.py
 from __future__ import annotations
 
 import copy
+from array import array
+from collections import deque
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from engram_toy.bytedmd import traced_eval
 NAN = np.nan
 BYTES, HALVES, SINGLES = np.array([100, 1], np.int8), np.array([300.5, 0.5], np.float16), np.array([3, 1], np.float32)
 GRID = np.arange(1.0, 7).reshape(2, 3)
+PAIRS = np.array([(1, 2.0), (3, 4.0)], [("x", "i4"), ("y", "f8")])
+OTHER_PAIRS = np.array([(1, 2.0), (3, 5.0)], PAIRS.dtype)
 
 
 def sorted_in_place(a):
@@ -66,6 +70,41 @@ def larger_out(z, a):
     return a
 
 
+def histogram(target):
+    def program(weights):
+        bins = target.copy()
+        np.add.at(bins, [0, 2, 0, 0], weights)
+        np.maximum.at(bins, [1], weights[:1])
+        return bins
+
+    return program
+
+
+def into(target, write):
+    """What `write` leaves in an array that the function makes."""
+
+    def program(*arrays):
+        made = target(arrays[0])
+        write(made, *arrays)
+        return made
+
+    return program
+
+
+def added(made, a):
+    made += a * a
+
+
+def by_name(a, b):
+    np.copyto(src=b, dst=a, casting="unsafe")
+    np.put_along_axis(indices=np.array([0]), arr=a, values=b[1:], axis=0)
+    return a * 2
+
+
+def zeros_of_its_type(a):
+    return np.zeros(a.shape, a.dtype)
+
+
 PROGRAMS = {
     "scalar of a wider type": (lambda a: a + np.int64(100), BYTES),
     "array of a wider type": (lambda a: np.array([300, 100]) + a, BYTES),
@@ -107,6 +146,28 @@ PROGRAMS = {
     "into itself": (into_itself, np.array([100, 1, 7, 9], np.int8)),
     "filled": (filled, BYTES),
     "through a view": (through_a_view, np.arange(6, dtype=np.int8).reshape(2, 3) * 20),
+    "histogram": (histogram(np.zeros(3)), SINGLES.repeat(2)),
+    "histogram of integers": (histogram(np.zeros(3, int)), BYTES.repeat(2)),
+    "by name": (by_name, np.array([1, 2]), np.array([0.5, 1.5])),
+    "pairs that are equal": (lambda a, b: a == b, PAIRS, OTHER_PAIRS),
+    "pairs that differ": (lambda a, b: a != b, PAIRS, OTHER_PAIRS),
+    "pairs of another array": (lambda a: (a == OTHER_PAIRS, OTHER_PAIRS[:1] == a, a == PAIRS[0]), PAIRS),
+    "accumulated doubles": (into(zeros_of_its_type, added), np.array([0.5, 1.5])),
+    "accumulated singles": (into(zeros_of_its_type, added), SINGLES / 7),
+    "accumulated bytes": (into(zeros_of_its_type, added), BYTES),
+    "accumulated words": (into(zeros_of_its_type, added), np.array([2**63 + 5, 1], np.uint64)),
+    "out of its type": (lambda a: np.multiply(a, 2, out=zeros_of_its_type(a)), HALVES),
+    "matmul into its type": (lambda a: np.matmul(a, a, out=zeros_of_its_type(a)), np.eye(2, dtype=np.float32) / 3),
+    "dot into its type": (lambda a: np.dot(a, a, zeros_of_its_type(a)), np.eye(2) / 3),
+    "einsum into its type": (lambda a: np.einsum("ij->ji", a, out=zeros_of_its_type(a.T)), GRID),
+    "ones of its type": (lambda a: np.ones(2, a.dtype) * a, SINGLES / 7),
+    "threes of its type": (lambda a: np.full(2, 3, a.dtype) * a, BYTES.view(np.uint8)),
+    "where of its type": (lambda a: np.where(a > 1, zeros_of_its_type(a), a), HALVES),
+    "joined to its type": (lambda a: np.concatenate([zeros_of_its_type(a), a]), HALVES),
+    "cast and added": (into(lambda a: a.astype(float), added), BYTES),
+    "added to plain zeros": (into(lambda a: np.zeros(2), added), SINGLES / 7),
+    "added to zeros of another type": (into(lambda a: np.zeros_like(a, dtype=complex), added), SINGLES),
+    "size in bytes": (lambda a: (a.nbytes, a.itemsize), SINGLES),
     "argument in Fortran order": (lambda a: a @ a.T / 3, np.asfortranarray(GRID.astype(np.float32))),
 }
 
@@ -138,6 +199,11 @@ DEPTHS = {
     "out larger than the operands": (larger_out, [np.array(3.0), np.zeros((2, 2))], [1, 2, 2, 2]),
     "max of NaN": (lambda a: a.max(), [np.array([1, NAN, 0.5])], [3, 2, 1, 1, 2, 1]),
     "sort": (np.sort, [np.array([2.0, 1, 0])], [2, 3, 1, 3, 1, 1, 2, 3, 1]),
+    "histogram": (histogram(np.zeros(3)), [np.arange(1.0, 5)], [4, 1, 4, 1, 3, 1, 2, 1, 1, 1, 1]),
+    "cast and added": (into(lambda a: a.astype(float), added), [np.arange(2.0)], [*[2] * 9, 1]),
+    "pairs moved": (lambda a: np.roll(np.concatenate([a, a]), 1), [PAIRS], []),
+    "pairs compared": (lambda a, b: a == b, [PAIRS, OTHER_PAIRS], [4, 8, 1, 3, 6, 1, 2, 4, 1, 1, 2, 1]),
+    "nested": (lambda a: a * 2, [np.array([np.arange(2), np.arange(3), None], object)[:2]], [5] * 5),
 }
 
 
@@ -145,6 +211,70 @@ DEPTHS = {
 def test_depths_are_those_of_the_original(name):
     function, arrays, depths = DEPTHS[name]
     assert traced_eval(function, copy.deepcopy(arrays))[0] == depths
+
+
+SEQUENCES = [range(2), deque([7, 8]), array("d", [1.9, -1]), memoryview(array("l", [7, 8]))]
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES, ids=lambda sequence: type(sequence).__name__)
+def test_any_sequence_is_stored_as_numpy_stores_it(sequence):
+    def store(a):
+        a[:] = sequence
+        return a
+
+    depths, stored = traced_eval(store, (BYTES.copy(),))
+    assert depths == [] and stored.dtype == np.int8
+    assert stored.tolist() == store(BYTES.copy()).tolist()
+
+
+def objects(a):
+    return np.zeros(a.shape, object)
+
+
+def integers_then_floats(made, a, b):
+    made += a
+    made += b
+    made /= a
+
+
+def product(made, a, b):
+    for i in range(2):
+        made += b[i] * a
+
+
+# What a function makes of objects holds what Python numbers would hold.
+WRITES = {
+    "added": (added, np.array([0.5, 1.5])),
+    "integers, then floats": (integers_then_floats, np.array([3, 4]), np.array([0.5, 1.5])),
+    "quotient": (lambda made, a: np.divide(a, 2, out=made), np.array([3, 4])),
+    "row by row": (product, np.array([1.5, 2]), np.array([0.5, 3])),
+    "where": (lambda made, a: np.add(a, 1, out=made, where=[True, False]), np.array([0.5, 1.5])),
+    "matmul": (lambda made, a: np.matmul(a, a, out=made), np.eye(2) / 3),
+    "einsum": (lambda made, a: np.einsum("ij->ji", a, out=made), np.eye(2) / 3),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_arrays_of_objects_take_what_comes(name):
+    write, *arrays = WRITES[name]
+    result = traced_eval(into(objects, write), copy.deepcopy(arrays))[1]
+    assert result.dtype == np.float64 and result.tolist() == into(objects, write)(*arrays).tolist()
+
+
+REFUSED = {
+    "reshaped": (lambda a: setattr(a, "shape", (1, 2)), r"reshaped an argument in place, \(2,\) to \(1, 2\): return"),
+    "resized": (lambda a: a.resize(2, 1), r"reshaped an argument in place, \(2,\) to \(2, 1\): return"),
+    "bytes": (lambda a: a.tobytes(), "tobytes of a traced array is not traced: its bytes are pointers"),
+    "swapped": (lambda a: a.byteswap(), "byteswap of a traced array is not traced: its bytes are pointers"),
+    "dot into numbers": (lambda a: np.dot(a, a[:, None], np.zeros(1)), "output array is not acceptable"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_objects_cannot_do_is_refused(name):
+    function, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        traced_eval(function, (np.array([0.5, 1.5]),))
 
 
 @pytest.mark.parametrize("part", [lambda a: a.real, lambda a: a.imag, np.real, np.imag])
