@@ -4,15 +4,16 @@
 #   bench/gpu_checks.sh check OUT      does it work: canary; the CUDA tests, negative controls and short runs of the
 #                                      benchmarks, all at a time. 170 s.
 #   bench/gpu_checks.sh measure OUT    what it costs: how rows are read in place; the lookup alone; 100 B parameters in fp8
-#                                      beside an 8B model, resident and offloaded; the 8B model under every variant, at
-#                                      batch 64, 1, 16. 580 s. Called again it goes on: steps that ask the CPU, prefill
-#                                      steps, batch 256, a 4B model.
+#                                      beside an 8B model, resident and offloaded; steps that ask the CPU for their rows;
+#                                      the 8B model under every variant, at batch 64, 1, 16. 580 s. Called again it goes
+#                                      on: prefill steps, batch 256, a 4B model.
 #
 # As they are called, from the project's root (on a machine with 139 GiB on the device and 128 GiB beside it):
 #
 #   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh check "$OUT"
-#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 bash bench/gpu_checks.sh measure "$OUT"
-#   and with what is left of the machine's time: LIMIT=seconds less 15, and the line before
+#   GIT_COMMIT=$(git rev-parse HEAD) WHEELS=.wheels HOST_GIB=118 LIMIT=... bash bench/gpu_checks.sh measure "$OUT"
+#   where LIMIT is what is left of the machine's time, less 20 s, and 580 at most: starts, transfers and gaps have taken
+#   236 s of 900. With what is then left, the last line again.
 #
 # What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
 # has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
@@ -28,7 +29,7 @@
 #   STRESS_STEPS  of the stress tests (default 1000)
 #   WORK          default: /tmp/gpu_checks
 #   ONLY          names of steps, such as "served_8b tests_attach": the others are left out
-#   GO_ON=1       measure even where the canary fails
+#   GO_ON=1       measure even where the canary, or the short run of the same kind, fails
 #   PYTHON        default: python3; it needs torch with CUDA, Triton, transformers, numba
 #   REHEARSE=1    the same lines at toy sizes; RUN names what runs them (default: python3 -m tests.rehearsal, a stand-in)
 set -uo pipefail
@@ -84,14 +85,25 @@ ended_well() { # whether a step did so in any call with this code
     '/ call, / { same = $NF == code } same && $1 == name && / ended with 0,/ { found = 1 } END { exit !found }' "$WORK/steps.txt"
 }
 
+refused() { # whether a step ended by itself in an error with this code, and never well
+  ended_well "$1" && return 1
+  awk -v code="$CODE" -v name="$1" \
+    '/ call, / { same = $NF == code } same && $1 == name && / ended with [12],/ { found = 1 } END { exit !found }' "$WORK/steps.txt"
+}
+
 failed=0
 declare -A child=() begun=() # by name of a step that runs
-begin() {                          # begin SECONDS NAME COMMAND...: start it, with its limit or what is left; its log is kept
+begin() { # [first=SHORT_RUN] begin SECONDS NAME COMMAND...: start it, with its limit or what is left; its log is kept
   local limit=$1 name=$2 rest
   shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
   if [ "$CALL" = measure ] && ended_well "$name"; then
     echo "$name not run: it is there"
+    return 0
+  fi
+  if [ "$CALL" = measure ] && [ -z "${GO_ON:-}" ] && [ -n "${first:-}" ] && refused "$first"; then
+    echo "$name not run: $first has refused what it would begin with, see its log" | tee -a "$WORK/steps.txt"
+    failed=1
     return 0
   fi
   rest=$(left)
@@ -172,9 +184,10 @@ echo "$CALL call, $(date -u +%FT%TZ), code $CODE" >>"$WORK/steps.txt"
 step 35 preflight $RUN bench/gpu/preflight.py --out "$WORK/preflight.json" --preset $PRESET || [ -n "${GO_ON:-}" ] || exit 3
 
 served() { # served SECONDS NAME BACKBONE BATCHES PARAMETERS VARIANTS...: the whole model, on text
-  local limit=$1 name=$2 backbone=$3 batches=$4 parameters=$5
+  local limit=$1 name=$2 backbone=$3 batches=$4 parameters=$5 short=short_served
   shift 5
-  begin "$limit" "$name" $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/$name" --backbones "$backbone" \
+  case " $* " in *" --asking "*) short=short_asking ;; esac
+  first=$short begin "$limit" "$name" $RUN bench/gpu_wall.py --end-to-end --device cuda --out "$WORK/$name" --backbones "$backbone" \
     --batches $batches --sequences batch --streams text $LENGTHS --rounds $ROUNDS --preset $PRESET \
     --table_params "$parameters" --variants "$@"
 }
@@ -212,17 +225,17 @@ $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinn
 # took, a pass more in each round, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside
 # it: lookup: 40, and some 6 for parts that were not timed then; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at
 # batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16. Reads and lookup begin with the most tokens, which tell most of the bus.
-# Steps that ask the CPU (some 75), prefill (40, then 15 and 50 for the two shapes), batch 256 and a 4B model have what is
-# left, or the next call.
+# Then steps that ask the CPU (some 75): the one way that nobody has measured. Prefill (40, then 15 and 50 for the two
+# shapes), batch 256 and a 4B model have what is left, or the next call.
 step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 step 53 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
 served 175 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
 settle
-served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL
-settle
 # By itself, since it has never run on CUDA: what the CPU gathers, asked for from inside of the step's graph.
 served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch --asking --rounds 3
+settle
+served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
 prefill 105 prefill $PARAMS "$SHAPES"
 settle

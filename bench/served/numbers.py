@@ -189,10 +189,10 @@ def freed_bytes(case: Json, row: Json) -> int | None:
 
 
 def weight_reading(limits: Json, case: Json, row: Json) -> Weights:
-    """How fast a median decode step reads the weights, each once; and whether something else holds it up: `value` and `why`.
+    """How fast a median decode step reads the weights, each once, and whether something else holds it up; or why not.
 
-    It is called launch-bound where it takes over twice as long as its weights do at the bandwidth that was measured on the
-    device.
+    It is called launch-bound where it takes over twice as long as its weights do at the bandwidth that was measured on
+    the device.
     """
     if limits["gather"] is None:
         return {"value": None, "why": "a CPU: no kernels are launched, and nothing is read from a device's memory"}

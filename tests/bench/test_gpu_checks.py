@@ -24,8 +24,8 @@ STEPS = [
     for kind, seconds, name, rest in re.findall(r"^ *(step|tests|served|prefill) (\d+) (\w+) (.*)", line)
 ]
 LIMITS = {name: seconds for name, seconds, _ in STEPS}
-MEASURED = ["reads", "lookup", "hundred_billion", "served_8b"]  # what tells most comes first
-IN_WHAT_IS_LEFT = ["served_asking", "prefill", "served_many", "served_4b"]  # or in the next call
+MEASURED = ["reads", "lookup", "hundred_billion", "served_asking"]  # what has not been measured comes first
+IN_WHAT_IS_LEFT = ["served_8b", "prefill", "served_many", "served_4b"]  # or in the next call
 ENDING = 10  # seconds that a call keeps for packing
 # Seconds on an H200 on 2026-11-27. Of `served_8b` the batches 64, 1 and 16, whose last round was cut and is counted as
 # the four before it; of `prefill` the first shape in one call, and 51 s for the second in another. Of `lookup`
@@ -66,12 +66,12 @@ def test_no_limit_is_below_what_was_seen(name):
 def call(tmp_path):
     """Calls the script for two steps that only say what they would run; how often each has run so far."""
 
-    def start(code, **settings):
+    def start(code, ends=0, **settings):
         environment = {**os.environ, "RUN": "echo", "ONLY": "reads lookup", "PYTHON": sys.executable,
                        "WORK": str(tmp_path / "work"), "GIT_COMMIT": code, **settings}  # fmt: skip
         command = ["bash", str(SCRIPT), "measure", str(tmp_path / "out")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.endswith((tmp_path / "out/summary.txt").read_text()), done.stderr
+        assert done.returncode == ends and done.stdout.endswith((tmp_path / "out/summary.txt").read_text()), done.stderr
         return [(tmp_path / f"work/{name}.log").read_text().count("lookup_speed") for name in ("reads", "lookup")]
 
     return start
@@ -89,6 +89,24 @@ def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path,
     steps = tmp_path / "work/steps.txt"
     steps.write_text(steps.read_text().replace("reads ended with 0,", "reads ended with 124,"))
     assert call("another") == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("ended", "runs"),
+    [
+        ({}, True),
+        ({"short_asking": 2}, False),
+        ({"short_served": 2}, True),  # of the other kind
+        ({"short_asking": 124}, True),  # it was slow beside a dozen others
+        ({"short_asking": 0}, True),
+    ],
+)
+def test_what_a_short_run_has_refused_is_not_begun_at_length(ended, runs, tmp_path, call):
+    (tmp_path / "work").mkdir()
+    lines = ["check call, today, code one", *(f"{name} ended with {code}, 9 s after" for name, code in ended.items())]
+    (tmp_path / "work/steps.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    call("one", ends=0 if runs else 1, ONLY="served_asking reads lookup")
+    assert (tmp_path / "work/served_asking.log").exists() is runs
 
 
 def test_a_step_that_was_not_captured_says_why(tmp_path):
