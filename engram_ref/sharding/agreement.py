@@ -65,13 +65,21 @@ def notice(error: BaseException | None) -> Tensor:
     return said
 
 
-def raise_first(notices: Tensor) -> None:
-    """Raise what the first rank to have an error says; notices [P, NOTICE_BYTES] of all ranks, on the CPU."""
+def first_error(notices: Tensor) -> Exception | None:
+    """What the first rank to have an error says; notices [P, NOTICE_BYTES] of all ranks, on the CPU."""
     for rank, said in enumerate(notices):
         kind = int(said[0])
         if kind:
             text = bytes(said[2 : 2 + int(said[1])].tolist()).decode(errors="replace")
-            raise _KINDS[kind - 1](text if len(notices) == 1 else f"{text} (on rank {rank} of {len(notices)})")
+            return _KINDS[kind - 1](text if len(notices) == 1 else f"{text} (on rank {rank} of {len(notices)})")
+    return None
+
+
+def raise_first(notices: Tensor) -> None:
+    """Raise it, if there is one."""
+    error = first_error(notices)
+    if error is not None:
+        raise error
 
 
 def agree(group: Any, error: BaseException | None) -> None:

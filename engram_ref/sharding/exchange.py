@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engram_ref.sharding.agreement import gather, group_device, notice, raise_first, watched
+from engram_ref.sharding.agreement import first_error, gather, group_device, notice, raise_first, watched
 from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES, ShardPlan, Traffic
 from engram_ref.sharding.routing import Route
 
@@ -42,12 +42,14 @@ class Asked:
         given: how many of them each rank asked for.
         wanted: how many this rank asked each one for.
         idle: whether no rank asked for anything.
+        refused: what all ranks raise now, instead of going on.
     """
 
     ids: Tensor
     given: list[int]
     wanted: list[int]
     idle: bool = False
+    refused: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class Exchange(ABC):
             route: of its row numbers.
             error: that it has met already; its route is empty then.
             idle: it has nothing more to do itself, and says so; its route is empty, too.
+
+        Raises:
+            RankLost: a rank ended.
+            Exception: of this rank alone, which is out of step with the others then.
         """
 
     @abstractmethod
@@ -145,8 +151,8 @@ class AllToAll(Exchange):
         """Exchange counts, unless they are always the same, then row numbers."""
         if self.steady and error is not None:
             route = self._stand_in()
+        ids = torch.from_numpy(route.ids).to(self.device)  # before the others have heard anything
         given, all_idle = (route.counts, False) if self.steady else self._exchange_counts(route.counts, idle)
-        ids = torch.from_numpy(route.ids).to(self.device)
         found = torch.empty(sum(given), dtype=ids.dtype, device=self.device)
         with watched(self.group):
             dist.all_to_all_single(found, ids, given, route.counts, group=self.group)
@@ -188,28 +194,24 @@ class AllGather(Exchange):
     """All ranks have the same tokens, so each knows what it has to bring; the rows travel once to everybody."""
 
     def ask(self, route: Route, error: BaseException | None = None, idle: bool = False) -> Asked:
-        """Make sure that all want the same rows: what one rank brings for others would be wrong rows.
-
-        Raises:
-            ValueError: they do not, or a rank has an error; the same on all.
-        """
+        """Make sure that all want the same rows: what one rank brings for others would be wrong rows."""
+        first = sum(route.counts[: self.rank])
+        mine = torch.from_numpy(route.ids[first : first + route.counts[self.rank]]).to(self.device)
         prints = torch.tensor([len(route.ids), zlib.crc32(route.ids.tobytes())], device="cpu").view(
             torch.uint8
         )  # two int64 as [16]
         said = gather(self.group, torch.cat([notice(error), prints]))
         self._count(control=said.shape[1])
-        raise_first(said[:, :NOTICE_BYTES])
+        refused = first_error(said[:, :NOTICE_BYTES])
         others = [
             rank for rank in range(len(said)) if not torch.equal(said[rank, NOTICE_BYTES:], said[0, NOTICE_BYTES:])
         ]
-        if others:
-            raise ValueError(
+        if refused is None and others:
+            refused = ValueError(
                 f"rank {others[0]} asks for other rows than rank 0: same_tokens=True is for ranks that run the same "
                 "tokens; leave it out where each has its own"
             )
-        first = sum(route.counts[: self.rank])
-        mine = torch.from_numpy(route.ids[first : first + route.counts[self.rank]]).to(self.device)
-        return Asked(mine, route.counts, route.counts)
+        return Asked(mine, route.counts, route.counts, refused=refused)
 
     def answer(self, asked: Asked, rows: Tensor, error: BaseException | None = None) -> Arrival:
         """Send everybody the rows of this rank, filled up to as many as the rank with most brings."""

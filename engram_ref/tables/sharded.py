@@ -103,7 +103,8 @@ class ShardedTable(Table):
             The fetch. Its `wait` raises what was wrong on any rank.
 
         Raises:
-            RankLost: a rank ended, or did not come in time; or an earlier fetch was stopped here between its messages.
+            RankLost: a rank ended, or did not come in time; or an earlier fetch broke off here between its messages,
+                by Ctrl-C or for want of memory.
             ValueError: a closed table; with `same_tokens`, what is wrong on any rank.
         """
         arrival, places, asked = self._take_part(rows, out)
@@ -145,12 +146,12 @@ class ShardedTable(Table):
                 f"rank {self.exchange.rank} of {self.plan.ranks}: an earlier exchange of rows broke off on this rank, "
                 "which is out of step with the others: start all ranks anew"
             )
-        self._in_step = False  # should anything end this between two messages, as Ctrl-C does where the caller goes on
-        try:
-            asked = self.exchange.ask(route, error, idle)
-        except Exception as found:
-            self._in_step = not isinstance(found, RankLost)  # any other all ranks have
-            raise
+        # Should anything end this between two messages, as Ctrl-C or a lack of memory does where the caller goes on.
+        self._in_step = False
+        asked = self.exchange.ask(route, error, idle)
+        if asked.refused is not None:
+            self._in_step = True  # all ranks raise this one
+            raise asked.refused
         stopped = None
         try:
             own = self._own(asked.ids)

@@ -534,6 +534,25 @@ def test_a_rank_that_is_stopped_answers_first_or_is_lost(same_tokens):
     assert second[2][0] == "RankLost" and "an earlier exchange of rows broke off on this rank" in second[2][1]
 
 
+def out_of_memory(rank, same_tokens):
+    """On rank 1 alone there is no memory between two messages; the caller catches that, and goes on."""
+    numbers = torch.arange(R)
+    with make_table("sharded", values_of(), timeout=5, same_tokens=same_tokens) as table:
+        name = "equal" if same_tokens else "empty"
+        full = mock.patch.object(exchange_module.torch, name, side_effect=RuntimeError("not enough memory"))
+        with full if rank == 1 else nullcontext():
+            first = said(lambda: table.start(numbers).wait())
+        return first, said(lambda: table.start(numbers).wait())
+
+
+@pytest.mark.parametrize("same_tokens", [False, True])
+def test_a_rank_with_an_error_of_its_own_between_two_messages_is_lost(same_tokens):
+    others, (first, second) = run_ranks(2, out_of_memory, same_tokens)
+    assert [kind for kind, _ in others] == ["RankLost"] * 2
+    assert first == ("RuntimeError", "not enough memory") and second[0] == "RankLost"
+    assert "an earlier exchange of rows broke off on this rank" in second[1]
+
+
 # --- negative controls: each of these makes wrong rows, or an error, and the comparison sees it ---------------
 
 
