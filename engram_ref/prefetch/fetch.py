@@ -116,8 +116,8 @@ class Join:
 
     def _write(self, pending: Pending) -> Tensor:
         """Rows that arrive only while somebody waits for them."""
-        with self._lease.writing() as in_time:
-            if not in_time:
+        with self._lease.writing():
+            if self._lease.ending:
                 raise self._released()
             try:
                 return pending.wait()

@@ -10,8 +10,6 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
@@ -71,7 +69,7 @@ class Lease:
         self.users = users  # of the prefetcher
         self.errands: list[Errand[Pending]] = []  # each is here before anybody can begin it
         self._ended = threading.Lock()  # locked once, by the first who ends it
-        self._ending = False
+        self.ending = False  # too late to write; to be looked at inside of `writing`
         self._writers: list[tuple[int, Any]] = []  # processes, and what is locked while somebody there writes
 
     @property
@@ -79,18 +77,17 @@ class Lease:
         """Whether the slot may be lent to another fetch."""
         return self._ended.locked()
 
-    @contextmanager
-    def writing(self) -> Iterator[bool]:
-        """Around writing to the buffers while waiting: until then nobody else gets them. Whether it is not too late."""
+    def writing(self) -> Any:
+        """A lock, to be held by `with` while writing to the buffers: until then nobody else gets them."""
+        # Not a generator: Ctrl-C could leave it suspended, and locked for as long as somebody keeps the exception.
         lock = threading.RLock()
-        with lock:
-            # In this order: either this sees that the lease ends, or who ends it sees this.
-            self._writers.append((os.getpid(), lock))
-            yield not self._ending
+        # Before `ending` is looked at: either who writes sees that the lease ends, or who ends it sees the lock.
+        self._writers.append((os.getpid(), lock))
+        return lock
 
     def end(self) -> None:
         """Give the slot and the buffers back, once nobody writes to them."""
-        self._ending = True
+        self.ending = True
         for process, lock in self._writers:
             if process == os.getpid():  # a fork has no other thread
                 with lock:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -384,6 +386,43 @@ def test_no_other_fetch_gets_the_place_of_rows_that_a_thread_is_waiting_for(valu
             fetch[1].wait()
         with prefetcher.start(other) as next_one:
             assert torch.equal(next_one[1].wait(), expected(values, other, 1))
+
+
+def interrupted_at(step):
+    """Ctrl-C where so many lines of slots or of contextlib have begun."""
+    files, lines = {slots.__file__, contextlib.__file__}, itertools.count()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line" and next(lines) == step:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def test_a_wait_that_is_interrupted_lets_go_of_the_buffers_though_the_exception_is_kept(values):
+    """As a prompt does, which keeps the last one; its frames, and what they hold, live on."""
+    table, kept, before, rows = Late(values[1]), [], sys.gettrace(), None
+    table.may_end.set()
+    with Prefetcher(NgramHasher(PLAN), {1: table}) as prefetcher:
+        while rows is None:
+            fetch = prefetcher.start(random_ids(0))
+            fetch[1].settle()
+            sys.settrace(interrupted_at(len(kept)))
+            try:
+                rows = fetch[1].wait()
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            finally:
+                sys.settrace(before)
+            releasing = threading.Thread(target=fetch.release, daemon=True)
+            releasing.start()
+            releasing.join(10)
+            assert not releasing.is_alive(), f"step {len(kept)}"
+        assert kept and torch.equal(rows, expected(values, random_ids(0), 1))
 
 
 def test_an_error_of_the_block_is_not_hidden_by_one_of_the_fetch(values):
