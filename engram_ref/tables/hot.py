@@ -25,7 +25,7 @@ from engram_ref.rows.memory import require_bytes
 from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Pending, Table, check_out, check_rows, check_shape
 from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.staging import Arriving, Delivery
+from engram_ref.tables.staging import Arriving, Delivery, Once
 
 _READ_BYTES = 16 << 20  # of hot rows, fetched at a time when the table is made
 _NEW, _SEEN = -1, -2  # in place of a slot: a row behind that nobody has asked for yet, one that was asked for
@@ -142,7 +142,7 @@ class HotTable(Table):
                 self._lookups += len(rows)
                 self._hits += len(rows) - len(misses)
             assert self._hot is not None
-            return _Mixed(self._hot, len(misses), numbers, behind(misses), out)
+            return Once(_Mixed(self._hot, len(misses), numbers, behind(misses), out))
 
     def excuse(self, error: BaseException) -> None:
         """Tell those who share the table behind."""
@@ -245,7 +245,7 @@ class HotTable(Table):
 
 @dataclass(frozen=True)
 class _Mixed:
-    """A fetch of which a part is on the device already."""
+    """A fetch of which a part is on the device already; waited for once, as it writes rows of no meaning first."""
 
     hot: DeviceTable
     missed: int  # M

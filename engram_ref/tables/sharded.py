@@ -34,7 +34,7 @@ from engram_ref.sharding.plan import ShardPlan, Traffic
 from engram_ref.sharding.routing import Route, route_rows
 from engram_ref.tables.base import Pending, Table, check_out, check_rows
 from engram_ref.tables.hot import HotTable
-from engram_ref.tables.staging import Delivery
+from engram_ref.tables.staging import Delivery, Once
 
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -109,7 +109,7 @@ class ShardedTable(Table):
         """
         arrival, places, asked = self._take_part(rows, out)
         self.count(len(places))  # none, where the rows were refused
-        return _Fetch(self, arrival, places, asked, out)
+        return Once(_Fetch(self, arrival, places, asked, out))
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; all ranks take part."""
@@ -229,7 +229,7 @@ class ShardedTable(Table):
 
 @dataclass(frozen=True)
 class _Fetch:
-    """Rows on their way from their owners."""
+    """Rows on their way from their owners; waited for once, as they are put where they are wanted then."""
 
     table: ShardedTable
     arrival: Arrival

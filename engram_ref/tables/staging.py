@@ -7,6 +7,7 @@ tests do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -219,3 +220,27 @@ class Arriving:
             stream.wait_event(self.arrived)  # 2: whoever uses the rows does so behind their copy
             self.values.record_stream(stream)  # 3: and their memory is not recycled before that
         return self.values
+
+
+class Once:
+    """Rows that whoever waits for them first puts together; he may be reading them while others wait for them, too."""
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._lock = threading.Lock()
+        self._found: Pending | None = None
+
+    def wait(self) -> Tensor:
+        """The rows, [N, D]; what goes wrong is raised each time."""
+        with self._lock:
+            if self._found is None:  # nor after an error or Ctrl-C, by which nobody has got them
+                self._found = _found(self._pending.wait())
+        return self._found.wait()
+
+
+def _found(values: Tensor) -> Pending:
+    """Rows that the current stream has, or will have: the streams of others wait for it."""
+    if values.device.type != "cuda":
+        return Ready(values)
+    stream = torch.cuda.current_stream(values.device)
+    return Arriving(values, stream.record_event(), stream)

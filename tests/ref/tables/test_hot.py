@@ -56,6 +56,19 @@ class Behind(Table):
         self.closes += 1
 
 
+class Failing:
+    """A fetch that fails so many times."""
+
+    def __init__(self, times):
+        self.times, self.values = times, None
+
+    def wait(self):
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError("the disk failed")
+        return self.values
+
+
 class Numbers:
     """In place of the delivery of slots: what it copied, and how often it was trimmed."""
 
@@ -132,6 +145,31 @@ def test_only_misses_reach_the_table_behind():
     assert torch.equal(table.start(rows).wait(), behind.values[rows])
     assert torch.equal(table.start(torch.tensor([7, 3, 3])).wait(), behind.values[[7, 3, 3]])
     assert behind.asked[1:] == [[4, 4, R - 1], []]
+
+
+def test_rows_stay_as_they_are_while_somebody_else_waits_for_them(monkeypatch):
+    behind = Behind()
+    table = HotTable(behind, torch.tensor([7, 150, 3]))
+    numbers, out, seen = torch.tensor([3, 4, 7, R - 1]), torch.empty(4, D), []
+    monkeypatch.setattr(Ready, "wait", lambda ready: seen.append(out.clone()) or ready.values)
+    pending = table.start(numbers, out)
+    rows = pending.wait()
+    assert rows.data_ptr() == out.data_ptr() and torch.equal(rows, behind.values[numbers])
+    seen.clear()
+    assert pending.wait().data_ptr() == out.data_ptr()
+    assert seen and all(torch.equal(then, rows) for then in seen)
+
+
+def test_a_fetch_that_failed_once_can_be_waited_for_again():
+    behind = Behind()
+    table, failing = HotTable(behind, torch.tensor([7])), Failing(2)
+    behind.start = lambda rows: failing
+    pending = table.start(torch.tensor([7, 8]))
+    failing.values = behind.values[[8]]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk failed"):
+            pending.wait()
+    assert torch.equal(pending.wait(), behind.values[[7, 8]])
 
 
 def test_a_wrong_slot_would_be_seen():
