@@ -298,8 +298,12 @@ class Attached(StagedSteps):
         if isinstance(places, Places):
             goes_on = places.next_step(given.ids.shape)
             fetch, recent = self._source.start(given.ids, None, goes_on, room, None, waited_for)
-            goes_on.begin()
-            return Step(fetch, given.ids.shape, recent, goes_on, None)
+            try:
+                goes_on.begin()
+                return Step(fetch, given.ids.shape, recent, goes_on, None)
+            except BaseException:
+                give_back(fetch)
+                raise
         blocks = getattr(decoder, self._list)
         again = is_checkpointed(decoder, blocks)
         use_cache = given.use_cache

@@ -32,6 +32,7 @@ from engram_ref.layer import Engram
 from engram_ref.tables.base import Ready
 
 _PACKED_AND_STAGED = "several sequences in one row of a staged step: stage a padded batch"
+_PROMPTS_AND_STAGED = "prompts that take places are not staged: call the model outside of staging()"
 
 
 _Attached = TypeVar("_Attached", bound="StagedSteps")
@@ -171,7 +172,7 @@ class StagedSteps(ABC):
         if not isinstance(places, Places):
             raise ValueError("a step that asks for its rows needs a cache of places: seat(cache, Places(...)) first")
         if not isinstance(places.next_step(ids.shape), Places):
-            raise ValueError("prompts that take places are not staged: call the model outside of staging()")
+            raise ValueError(_PROMPTS_AND_STAGED)
         return places
 
     def _settle(self) -> None:
@@ -207,6 +208,9 @@ class StagedSteps(ABC):
         self._require_staging_thread()
         if self._staged.asking:
             raise ValueError("begin() where steps ask for their rows themselves: capture stage(), then answer()")
+        places = None if past_key_values is None else history_of(past_key_values, self._key)
+        if isinstance(places, Places) and isinstance(places.next_step(input_ids.shape), Prompts):
+            raise ValueError(_PROMPTS_AND_STAGED)  # while they have not begun, so that they stay admitted
         given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
         room = self._room_in(self._staged)
         self._forget_entered()
@@ -238,8 +242,8 @@ class StagedSteps(ABC):
         try:
             if step.packing is not None:
                 raise ValueError(_PACKED_AND_STAGED)
-            if isinstance(step.history, Prompts):
-                raise ValueError("prompts that take places are not staged: call the model outside of staging()")
+            if isinstance(step.history, Prompts):  # admitted since `begin`
+                raise ValueError(_PROMPTS_AND_STAGED)
             self._staged.fill(step, self.engrams)
         except BaseException:
             give_back(step.fetch)

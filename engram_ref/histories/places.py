@@ -78,7 +78,8 @@ class Places(CacheHistory):
     def admit(self, slots: Any, lengths: Any) -> None:
         """The next forward is of prompts that take places; all other places stay as they are.
 
-        If that forward fails halfway, its places are in doubt, too.
+        If that forward fails halfway, its places are in doubt, too. One that is refused before it begins changes
+        nothing: the prompts stay admitted until a forward of them begins, others are admitted, or places are cleared.
 
         Args:
             slots: the place of each prompt, [b], integers on the CPU.
@@ -102,10 +103,12 @@ class Places(CacheHistory):
     def next_step(self, shape: torch.Size) -> Places | Prompts:
         """Whose past the step with token ids of this shape, [B, T], goes on: that of all places, or of new prompts.
 
+        Prompts stay admitted until their step begins.
+
         Raises:
             ValueError: another number of sequences than that, prompts longer than T, or places in doubt.
         """
-        step, self._admitted = self._admitted or self, None
+        step = self._admitted or self
         if step.batch_size != shape[0]:
             raise ValueError(
                 f"{shape[0]} sequences, where {step.batch_size} {'places go on' if step is self else 'were admitted'}: "
@@ -195,6 +198,7 @@ class Prompts(CacheHistory):
 
     def begin(self) -> None:
         """Blocks write to the places that the prompts take."""
+        self._places._admitted = None
         self._places.in_doubt.update(self._slots.tolist())
 
     def end(self) -> None:

@@ -165,6 +165,7 @@ def test_steps_that_cannot_ask_are_refused_and_what_goes_wrong_is_told():
             places.admit([0], [2])
             with pytest.raises(ValueError, match="prompts that take places are not staged"):
                 attached.stage(make_ids(1, 3), cache)
+            places.clear()
             attached.stage(torch.full((2, 1), VOCAB), cache)  # no such id: the CPU finds out when it is asked
             assert model(ids, past_key_values=cache).isnan().all()
             with pytest.raises(CallError, match=f"rows of a captured step failed.*{VOCAB}"):
@@ -216,6 +217,7 @@ def test_prompts_that_take_no_places_are_refused(slots, lengths, said):
         with pytest.raises(ValueError, match=said):
             places.admit(slots, lengths)
             model(make_ids(2, 9), past_key_values=cache)
+        places.clear()
         with pytest.raises(ValueError, match="3 sequences, where 2 places go on"):
             model(make_ids(3, 1), past_key_values=cache)
         model(make_ids(2, 1), past_key_values=cache)
@@ -239,6 +241,7 @@ def test_places_that_do_not_fit_and_steps_that_cannot_be_staged_are_refused():
             places.admit([0], [2])
             with pytest.raises(ValueError, match="prompts that take places are not staged"):
                 attached.stage(make_ids(1, 3), cache)
+            places.clear()
             attached.stage(make_ids(2, 1), cache)
             with pytest.raises(RuntimeError, match="without a step"):
                 attached.lay_down()
@@ -312,3 +315,52 @@ def test_cleared_places_are_in_no_doubt(seated):
     seated.places.clear()
     ids = make_ids(2, 1, seed=1)
     torch.testing.assert_close(model(ids, past_key_values=cache), model(ids), rtol=0, atol=1e-12)  # as above
+
+
+@pytest.mark.parametrize("wrong", ["too short", "too many", "no such id", "staged", "begun"])
+def test_prompts_that_were_refused_before_they_began_stay_admitted(wrong, seated):
+    """Given again, they would pass for the next chunk of the sequences that were there before."""
+    model, attached, cache, places = seated.model, seated.attached, seated.cache, seated.places
+    ids = make_ids(2, 7)
+    want = model(ids)
+    given = {
+        "too short": ids[:, :3],
+        "too many": make_ids(3, 6),
+        "no such id": ids[:, :6].index_fill(1, torch.tensor([4]), VOCAB),
+    }
+    places.admit([0, 1], [6, 6])
+    with pytest.raises(ValueError):
+        if wrong in given:
+            model(given[wrong], past_key_values=cache)
+        else:
+            with attached.staging():
+                (attached.stage if wrong == "staged" else attached.begin)(ids[:, :6], cache)
+    assert not places.in_doubt
+    found = [model(part, past_key_values=cache) for part in (ids[:, :6], ids[:, 6:])]
+    torch.testing.assert_close(torch.cat(found, dim=1), want, rtol=0, atol=1e-12)  # as above
+
+
+def test_prompts_are_forgotten_once_others_are_admitted_or_places_cleared(seated):
+    model, cache, places = seated.model, seated.cache, seated.places
+    ids = make_ids(2, 5)
+    want = model(ids)
+    places.admit([0], [9])
+    with pytest.raises(ValueError, match="a prompt of 9 tokens was admitted"):
+        model(ids[:1, :4], past_key_values=cache)
+    places.admit([0, 1], [4, 4])
+    model(ids[:, :4], past_key_values=cache)
+    places.admit([0, 1], [1, 1])
+    places.clear([1])
+    fresh = model(ids[1:, 4:])[0]
+    got = model(ids[:, 4:], past_key_values=cache)
+    torch.testing.assert_close(got, torch.stack([want[0, 4:], fresh]), rtol=0, atol=1e-12)  # as above
+
+
+def test_a_step_that_is_interrupted_before_it_begins_keeps_no_buffer(seated, monkeypatch):
+    model, cache, places, kept = seated.model, seated.cache, seated.places, []
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+            patch.setattr(places, "begin", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            model(make_ids(2, 1), past_key_values=cache)
+        kept.append(caught)  # with its frames, and what was in them
+    model(make_ids(2, 1), past_key_values=cache)
