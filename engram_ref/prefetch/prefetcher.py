@@ -189,16 +189,18 @@ class Prefetcher:
 
     def _lent(self, begin: Callable[[Lease], Mapping[int, Outcome]]) -> Fetch:
         """A fetch with a slot for it, and what `begin` has begun."""
-        with self._users.here():
-            if self._users.closed:
-                raise RuntimeError("this prefetcher is closed: make a new one")
-            with self._users.alone:
-                lease = self._slots.lend(self._users)
-            try:
+        lease = None
+        try:  # around both locks: Ctrl-C may come behind either, and whoever keeps the exception keeps what is here
+            with self._users.here():
+                if self._users.closed:
+                    raise RuntimeError("this prefetcher is closed: make a new one")
+                with self._users.alone:
+                    lease = self._slots.lend(self._users)
                 return Fetch(lease, begin(lease), self._observer)
-            except BaseException:  # nobody has the fetch, so nobody else would release it
+        except BaseException:  # nobody has the fetch, so nobody else would release it
+            if lease is not None:
                 lease.end()
-                raise
+            raise
 
     def _way(self, tokens: int, waited_for: bool) -> _Way | None:
         """How whoever starts a fetch asks a table by himself; None where the worker does."""

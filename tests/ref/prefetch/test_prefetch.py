@@ -462,6 +462,29 @@ def test_a_start_that_is_interrupted_keeps_no_slot(values, background, monkeypat
             assert torch.equal(fetch[3].wait(), expected(values, random_ids(1), 3))
 
 
+class StoppedBehind:
+    """A lock behind whose block Ctrl-C comes."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lock", ["alone", "here"])
+def test_a_start_that_is_interrupted_behind_a_lock_keeps_no_slot(values, lock, monkeypatch):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values), background=False) as prefetcher:
+        stopped = StoppedBehind()
+        for _ in range(3):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+                patch.setattr(prefetcher._users, lock, stopped if lock == "alone" else lambda: stopped)
+                prefetcher.start(random_ids(0))
+            assert caught.tb  # it holds the frames, and what was in them
+        fetches = [prefetcher.start(random_ids(1)) for _ in range(2)]
+        assert all(torch.equal(fetch[3].wait(), expected(values, random_ids(1), 3)) for fetch in fetches)
+
+
 @pytest.mark.parametrize("collected", ["at once", "with its circle"])
 def test_a_forgotten_fetch_gives_its_slot_back_and_its_rows_stay(values, collected):
     with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
