@@ -166,6 +166,9 @@ class CacheHistory:
         for past in self.convolutions.values():
             past.values.zero_()  # in place: a captured graph goes on reading there
 
+    def require_movable(self) -> None:
+        """Refuse that sequences are reordered, selected or repeated; asked before it is done to the cache."""
+
     def select(self, sequences: Tensor) -> None:
         """The sequences of these numbers, in this order: beams are reordered, or some are left."""
         self.recent = self.recent[sequences.to(self.recent.device)]

@@ -1,6 +1,7 @@
 """A cache of transformers that carries histories along: what is done to it is done to them.
 
-Beams reordered, sequences repeated or selected, all reset, the whole copied or pickled. Cropping changes the length, of
+Beams reordered, sequences repeated or selected, all reset, the whole copied or pickled. What a history refuses is done
+to neither. Cropping changes the length, of
 which a history learns before its next step (`CacheHistory.settle`).
 """
 
@@ -45,7 +46,7 @@ def _following(kind: type) -> type:
     namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__reduce_ex__": _reduce}
     for name, act in _ACTS.items():
         if hasattr(kind, name):
-            namespace[name] = _and_then(getattr(kind, name), act)
+            namespace[name] = _and_then(getattr(kind, name), act, moves=name != "reset")
     return type(kind.__name__, (kind,), namespace)
 
 
@@ -62,11 +63,17 @@ def _remake(make: Any, kind: type, *arguments: Any) -> Any:
     return make(_following(kind), *arguments)
 
 
-def _and_then(method: Any, act: Any) -> Any:
+def _and_then(method: Any, act: Any, moves: bool) -> Any:
+    """A method of a cache that is refused before it does anything, or does the same to the histories."""
+
     @functools.wraps(method)
     def both(cache: Any, *args: Any, **kwargs: Any) -> Any:
+        histories = getattr(cache, _ATTRIBUTE, {}).values()
+        if moves:
+            for history in histories:
+                history.require_movable()
         result = method(cache, *args, **kwargs)
-        for history in getattr(cache, _ATTRIBUTE, {}).values():
+        for history in histories:
             act(history, *args, **kwargs)
         return result
 

@@ -158,7 +158,7 @@ class Places(CacheHistory):
         elif ids.data_ptr() != self.recent.data_ptr():
             self.recent.copy_(ids)  # where a captured graph reads them
 
-    def select(self, sequences: Tensor) -> None:
+    def require_movable(self) -> None:
         """Places are not reordered.
 
         Raises:
@@ -166,9 +166,13 @@ class Places(CacheHistory):
         """
         raise ValueError("a cache of places, which cannot be reordered, selected or repeated: admit() prompts instead")
 
+    def select(self, sequences: Tensor) -> None:
+        """As `require_movable`."""
+        self.require_movable()
+
     def repeat(self, times: int) -> None:
-        """As `select`."""
-        self.select(self.recent)
+        """As `require_movable`."""
+        self.require_movable()
 
     def reset(self) -> None:
         """As `clear`."""

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from engram_ref.hashing import DEAD
 from engram_ref.histories.cache import SLACK, CacheHistory, LengthsOnDevice
 from engram_ref.histories.following import follow, history_of, unfollow
+from engram_ref.histories.places import Places
 from tests.ref.attach.models import make_layers, make_model
 
 LAYERS = make_layers((1,))
@@ -73,6 +74,41 @@ def test_it_does_what_the_cache_does(act, order):
     assert cache.layers[0].keys.flatten().tolist() == order
     assert torch.equal(history.recent, before.recent[order])
     assert torch.equal(history.convolutions[1].values, before.convolutions[1].values[order])
+
+
+def filled_cache():
+    cache = DynamicCache()
+    cache.update(torch.arange(6.0).view(3, 1, 1, 2), torch.zeros(3, 1, 1, 2), 0)
+    return cache
+
+
+MOVES = [
+    lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+    lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    lambda cache: cache.batch_repeat_interleave(2),
+]
+
+
+@pytest.mark.parametrize("move", MOVES, ids=["reorder", "select", "repeat"])
+def test_what_one_refuses_is_done_to_none_and_not_to_the_cache(move):
+    cache, history = filled_cache(), make_history()
+    follow(cache, "before", history)
+    follow(cache, "refuses", Places(LAYERS.plan, 3, CPU))
+    keys, recent = cache.layers[0].keys.clone(), history.recent
+    with pytest.raises(ValueError, match="a cache of places, which cannot be reordered"):
+        move(cache)
+    assert torch.equal(cache.layers[0].keys, keys) and history.recent is recent
+    cache.reset()  # which no history refuses
+    assert history.length == 0
+
+
+def test_what_the_cache_cannot_do_is_not_done_to_it():
+    cache, history = filled_cache(), make_history()
+    follow(cache, "a", history)
+    recent = history.recent
+    with pytest.raises(IndexError):
+        cache.reorder_cache(torch.tensor([0, 1, 3]))
+    assert history.recent is recent
 
 
 def test_an_emptied_cache_empties_it_where_it_is():
