@@ -41,7 +41,7 @@ from engram_ref.threads.forks import renew_after_fork
 PATIENCE = 3600.0  # seconds that a process waits for another one to lay down the rows
 _LONGEST_NAME = 200
 _SAMPLE = 64  # rows whose bytes tell one table's content from another's
-_HEAD_BYTES = 4096  # of a message: what a copy holds, as JSON, or an error
+_HEAD_BYTES = 16384  # of a message: what a copy holds, as JSON, or an error, whose 400 characters may be 4,800 bytes
 _AGAIN_S = 0.005  # between two looks at a name that is just changing hands
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _WAITING = 4096  # processes that may wait to be served; the system may allow fewer at a time
@@ -85,6 +85,7 @@ def shared_memory(
             process that laid it down.
         OSError: another user has the name, the wait was too long, or the system has no such memory.
     """
+    assert len(json.dumps(head)) <= _HEAD_BYTES, head  # every caller describes a table
     address = _address(name)
     deadline = time.monotonic() + patience
     while True:

@@ -199,6 +199,29 @@ def test_the_name_is_free_again_when_all_have_closed(name):
             assert torch.equal(table.start(torch.tensor([R - 1])).wait(), content[[R - 1]])
 
 
+@pytest.mark.parametrize("character", ["x", "é", "字", "😀", "\\"])
+def test_an_error_of_any_characters_is_told_whole(name, character):
+    lines, words = [], character * 400
+
+    def lay(memory):
+        lines.append(shared_module._connect(shared_module._address(name)))
+        raise ValueError(words)
+
+    with pytest.raises(ValueError):
+        shared_module.shared_memory(name, 4096, {}, lay)
+    with lines[0], pytest.raises(ValueError) as told:
+        shared_module._receive(lines[0], name, time.monotonic() + 30)
+    assert str(told.value).startswith(f"{words} (in process {os.getpid()}, ")
+
+
+def test_a_long_description_is_compared_whole(name):
+    head = {"parts": list(range(2000))}
+    with shared_module.shared_memory(name, 4096, head, lambda memory: None):
+        shared_module.shared_memory(name, 4096, head, refuses_to_lay, patience=30).close()
+        with pytest.raises(ValueError, match="names a table with parts"):
+            shared_module.shared_memory(name, 4096, {"parts": [1]}, refuses_to_lay, patience=30)
+
+
 def test_what_failed_leaves_the_name_free(name):
     poisoned = FP8.clone()
     poisoned[5, 65] = 0xFF
