@@ -91,7 +91,11 @@ def shared_memory(
     while True:
         listener = _bind(address)
         if listener is not None:
-            return _lead(_Keeper(address, head, listener=listener), listener, nbytes, lay)
+            try:
+                return _lead(_Keeper(address, head, listener=listener), listener, nbytes, lay)
+            except BaseException:  # Ctrl-C before there is a keeper, too: others would wait for an answer
+                listener.close()
+                raise
         line = _connect(address)
         memory = None if line is None else _follow(_Keeper(address, head, line=line), line, name, nbytes, deadline)
         if memory is not None:

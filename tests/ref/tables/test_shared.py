@@ -231,6 +231,14 @@ def test_what_failed_leaves_the_name_free(name):
         assert len(table.start(torch.arange(3)).wait()) == 3
 
 
+def test_who_is_interrupted_before_the_rows_are_laid_down_leaves_the_name_free(name, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(shared_module, "_Keeper", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        placed(name, VALUES)
+    assert caught.tb  # it holds the frames, and what was in them
+    shared_module.shared_memory(name, 4096, {}, lambda memory: None, patience=5).close()
+
+
 @pytest.mark.parametrize("placement", ["device", "file", "hot"])
 def test_other_placements_have_nothing_to_share(name, placement):
     with pytest.raises(ValueError, match=r"shared=.*use host or uva|needs hot="):
