@@ -26,6 +26,7 @@ from engram_ref.tables.shared import describe, shared_memory
 from engram_ref.tables.uva import UvaTable, require_uva
 
 PLACEMENTS = ("device", "host", "uva", "hot", "file", "sharded")
+_NEEDS_HOT = "placement 'hot' needs hot=row numbers, and another placement behind it"
 
 
 def make_table(
@@ -66,9 +67,10 @@ def make_table(
         raise ValueError(f"no placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
     if behind is not None and placement != "hot":
         raise ValueError(f"placement {placement!r} has no placement behind it: use placement 'hot', behind={behind!r}")
-    _require_types(rows, packed, hot)
-    if isinstance(rows, Tensor):
-        refuse_trained(rows)
+    if behind != "sharded":  # whose ranks must agree: what one of them refuses alone leaves the others waiting
+        _require_types(rows, packed, hot)
+        if isinstance(rows, Tensor):
+            refuse_trained(rows)
     if placement == "hot":
         return _hot(rows, target, hot, behind or "host", {"packed": packed, "shared": shared, **options})
     if hot is not None:
@@ -224,10 +226,16 @@ def _make_own(
 def _hot(
     rows: Tensor | Rows | StoredRows, target: torch.device, hot: Tensor | None, behind: str, options: dict[str, Any]
 ) -> HotTable:
-    if hot is None or behind == "hot":
-        raise ValueError("placement 'hot' needs hot=row numbers, and another placement behind it")
+    if behind == "hot" or (hot is None and behind != "sharded"):
+        raise ValueError(_NEEDS_HOT)
     with ExitStack() as undo:
         others = undo.enter_context(make_table(behind, rows, target, **options))
+        if isinstance(others, ShardedTable):
+            with agreed(others.group):
+                if hot is None:
+                    raise ValueError(_NEEDS_HOT)
+                _require_types(rows, None, hot)
+        assert hot is not None
         if isinstance(others, ShardedTable):
             # They are read in pieces, in each of which all ranks take part; which rows they are may differ.
             require_same(others.group, str(hot.numel()), "number of hot rows")

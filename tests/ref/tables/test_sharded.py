@@ -345,6 +345,9 @@ def strangers(rank):
         "placement": lambda: make_table("sharded", values, owned="tape" if first else "host"),
         "no table": lambda: make_table("sharded", values if first else None),
         "hot": lambda: make_table("hot", values, hot=torch.tensor([R if rank else 1]), behind="sharded"),
+        "hot type": lambda: make_table("hot", values, hot=torch.tensor([1]) if first else [1], behind="sharded"),
+        "hot left out": lambda: make_table("hot", values, hot=torch.tensor([1]) if first else None, behind="sharded"),
+        "hot, no table": lambda: make_table("hot", None if first else values, hot=torch.tensor([1]), behind="sharded"),
         "own hot": lambda: make_table("sharded", values, owned="hot", hot=torch.tensor([5, 900, R])),
         "hot twice": lambda: make_table("sharded", values, owned="hot", hot=torch.tensor([5, 900, 900])),
     }
@@ -363,6 +366,8 @@ def test_strangers_are_refused_by_all():
     assert "gradients do not travel back" in words["trained"] and "a group of 2" in words["ranks"]
     assert "no placement 'tape'" in words["placement"] and "option direct" in words["option"]
     assert "give all 1009 of the table, or its own 505" in words["count"] and f"row {R} does not exist" in words["hot"]
+    assert words["hot type"].startswith("hot is a list") and "needs hot=row numbers" in words["hot left out"]
+    assert words["hot, no table"].startswith("rows is a NoneType")
     assert f"row {R} does not exist" in words["own hot"] and words["hot twice"].startswith(
         "hot row 900 is given 2 times"
     )
