@@ -122,8 +122,18 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def answer(self, asked: Asked, rows: Tensor, error: BaseException | None = None) -> Arrival:
-        """Send the rows that this rank was asked for, uint8 [n, row_bytes]; or an error, and any rows."""
+    def room(self, counts: list[int]) -> Tensor:
+        """Memory for so many rows from each rank: what fails for want of it before `ask`, the others can be told."""
+
+    @abstractmethod
+    def answer(
+        self, asked: Asked, rows: Tensor, error: BaseException | None = None, room: Tensor | None = None
+    ) -> Arrival:
+        """Send the rows that this rank was asked for, uint8 [n, row_bytes]; or an error, and any rows.
+
+        Args:
+            room: for what this rank asked for; None makes it now.
+        """
 
     def _count(self, ids: int = 0, rows: int = 0, control: int = 0, fetches: int = 0) -> None:
         others = self.plan.ranks - 1
@@ -176,11 +186,17 @@ class AllToAll(Exchange):
         wire = np.int32 if self.plan.id_bytes == 4 else np.int64
         return Route(ids.astype(wire), [each] * self.plan.ranks, np.arange(0))
 
-    def answer(self, asked: Asked, rows: Tensor, error: BaseException | None = None) -> Arrival:
+    def room(self, counts: list[int]) -> Tensor:
+        """One behind the other, uint8 [M, row_bytes]."""
+        return torch.empty((sum(counts), self.row_bytes), dtype=torch.uint8, device=self.device)
+
+    def answer(
+        self, asked: Asked, rows: Tensor, error: BaseException | None = None, room: Tensor | None = None
+    ) -> Arrival:
         """Exchange notices and rows."""
         said = notice(error).repeat(self.plan.ranks, 1).to(self.device)  # [P, NOTICE_BYTES]
         notices = torch.empty_like(said)
-        found = torch.empty((sum(asked.wanted), self.row_bytes), dtype=torch.uint8, device=self.device)
+        found = self.room(asked.wanted) if room is None else room
         with watched(self.group):
             works = [
                 dist.all_to_all_single(notices, said, group=self.group, async_op=True),
@@ -213,12 +229,18 @@ class AllGather(Exchange):
             )
         return Asked(mine, route.counts, route.counts, refused=refused)
 
-    def answer(self, asked: Asked, rows: Tensor, error: BaseException | None = None) -> Arrival:
+    def room(self, counts: list[int]) -> Tensor:
+        """As many for each rank as the one with most brings, uint8 [P, most, row_bytes]."""
+        return torch.empty((self.plan.ranks, max(counts), self.row_bytes), dtype=torch.uint8, device=self.device)
+
+    def answer(
+        self, asked: Asked, rows: Tensor, error: BaseException | None = None, room: Tensor | None = None
+    ) -> Arrival:
         """Send everybody the rows of this rank, filled up to as many as the rank with most brings."""
         most = max(asked.wanted)
         mine = torch.zeros((most, self.row_bytes), dtype=torch.uint8, device=self.device)
         mine[: len(rows)] = rows
-        found = torch.empty((self.plan.ranks, most, self.row_bytes), dtype=torch.uint8, device=self.device)
+        found = self.room(asked.wanted) if room is None else room
         said = notice(error).to(self.device)
         notices = torch.empty((self.plan.ranks, NOTICE_BYTES), dtype=torch.uint8, device=self.device)
         with watched(self.group):

@@ -131,16 +131,19 @@ class ShardedTable(Table):
     ) -> tuple[Arrival, np.ndarray, Asked]:
         with self._users.here(), self._users.alone:  # a thread at a time: the collectives of two must not mix
             self._require_open()
-            route = Route(_NONE.astype(np.int32), [0] * self.plan.ranks, _NONE)
+            route, room = Route(_NONE.astype(np.int32), [0] * self.plan.ranks, _NONE), None
             if rows is not None:
                 try:
-                    route = self._route(rows, out)
+                    wanted = self._route(rows, out)
+                    route, room = wanted, self.exchange.room(wanted.counts)
                 except Exception as found:  # whatever it is, the others must hear of it: they would wait
                     error = found
-            arrival, asked = self._ask_and_answer(route, error, idle)
+            arrival, asked = self._ask_and_answer(route, room, error, idle)
             return arrival, route.places, asked
 
-    def _ask_and_answer(self, route: Route, error: BaseException | None, idle: bool) -> tuple[Arrival, Asked]:
+    def _ask_and_answer(
+        self, route: Route, room: Tensor | None, error: BaseException | None, idle: bool
+    ) -> tuple[Arrival, Asked]:
         if not self._in_step:
             raise RankLost(
                 f"rank {self.exchange.rank} of {self.plan.ranks}: an earlier exchange of rows broke off on this rank, "
@@ -158,7 +161,7 @@ class ShardedTable(Table):
         except BaseException as found:  # Ctrl-C, too: the others have asked
             error, stopped = error or found, None if isinstance(found, Exception) else found
             own = torch.zeros((len(asked.ids), self.format.row_bytes), dtype=torch.uint8, device="cpu")
-        arrival = self.exchange.answer(asked, own.to(self.exchange.device), error)
+        arrival = self.exchange.answer(asked, own.to(self.exchange.device), error, room)
         self._in_step = True
         if stopped is not None:
             raise stopped

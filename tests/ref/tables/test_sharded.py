@@ -541,6 +541,23 @@ def test_a_rank_that_is_stopped_answers_first_or_is_lost(same_tokens):
     assert second[2][0] == "RankLost" and "an earlier exchange of rows broke off on this rank" in second[2][1]
 
 
+def no_room(rank, same_tokens):
+    """On rank 1 alone there is no memory for the rows that it wants, before it has asked for them."""
+    values, numbers = values_of(), torch.arange(R)
+    with make_table("sharded", values, timeout=5, same_tokens=same_tokens) as table:
+        memory = [RuntimeError("not enough memory"), table.exchange.room([0, 0])]
+        full = mock.patch.object(table.exchange, "room", side_effect=memory)
+        with full if rank == 1 else nullcontext():
+            error = said(lambda: table.start(numbers).wait())
+        return error, same(table.start(numbers).wait(), values, numbers)
+
+
+@pytest.mark.parametrize("same_tokens", [False, True])
+def test_rows_for_which_one_rank_has_no_memory_are_refused_on_all(same_tokens):
+    error = ("RuntimeError", "not enough memory (on rank 1 of 2)")
+    assert run_ranks(2, no_room, same_tokens) == [(error, True)] * 2
+
+
 def out_of_memory(rank, same_tokens):
     """On rank 1 alone there is no memory between two messages; the caller catches that, and goes on."""
     numbers = torch.arange(R)
