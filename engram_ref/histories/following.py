@@ -1,8 +1,7 @@
 """A cache of transformers that carries histories along: what is done to it is done to them.
 
 Beams reordered, sequences repeated or selected, all reset, the whole copied or pickled. What a history refuses is done
-to neither. Cropping changes the length, of
-which a history learns before its next step (`CacheHistory.settle`).
+to neither. Cropping changes the length, of which a history learns before its next step (`CacheHistory.settle`).
 """
 
 from __future__ import annotations

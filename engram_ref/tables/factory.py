@@ -235,10 +235,10 @@ def _hot(
                 if hot is None:
                     raise ValueError(_NEEDS_HOT)
                 _require_types(rows, None, hot)
-        assert hot is not None
-        if isinstance(others, ShardedTable):
+            assert hot is not None
             # They are read in pieces, in each of which all ranks take part; which rows they are may differ.
             require_same(others.group, str(hot.numel()), "number of hot rows")
+        assert hot is not None
         table = HotTable(others, hot)
         undo.pop_all()
     return table
