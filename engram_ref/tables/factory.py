@@ -105,6 +105,10 @@ def _require_types(rows: Any, packed: Any, hot: Any) -> None:
         )
     if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.is_meta):
         raise ValueError(f"rows is a tensor of layout {rows.layout} on {rows.device}: give a dense one with values")
+    if isinstance(rows, Tensor) and not rows.is_floating_point():
+        raise ValueError(
+            f"rows is a tensor of {rows.dtype}: give a floating-point one, rows.to(torch.bfloat16) perhaps"
+        )
     if isinstance(rows, Tensor) and rows.ndim != 2:
         raise ValueError(f"rows of shape {tuple(rows.shape)}: a table is [rows, values per row]")
     if packed not in (None, True, False):

@@ -606,6 +606,8 @@ NO_ROWS = {
     "a path": "table.safetensors",
     "sparse": torch.eye(4).to_sparse(),
     "meta": torch.zeros(3, 4, device="meta"),
+    "integers": torch.zeros(3, 4, dtype=torch.int32),
+    "complex numbers": torch.zeros(3, 4, dtype=torch.complex64),
 }
 
 
