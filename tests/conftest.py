@@ -21,9 +21,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.pop("COLUMNS", None)  # readline, which pytest imports, exports a terminal's, and tables would be cut to it
 os.unsetenv("COLUMNS")  # it does so behind os.environ's back
-# Torch reads both when it is imported. What it compiles is worth keeping. Whether the compiler knows this processor's
-# vectors takes it a program to find out, 6 s; if not, it says so. Code for other vectors is kept apart: it would be
-# run.
+# Torch reads both when it is imported. What it compiles is worth keeping, code for other vectors apart, as it would be
+# run. Whether the compiler knows this processor's vectors takes it a program to find out, 6 s; if not, it says so.
 _CODE = f"engram-tests-inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _CODE)))
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"

@@ -78,14 +78,7 @@ def make_table(
     if shared is not None and placement not in ("host", "uva"):
         raise ValueError(f"shared={shared!r}: placement {placement!r} has no memory to share, use host or uva")
     if placement == "file":
-        if not isinstance(rows, StoredRows):
-            raise ValueError("placement 'file' needs rows that lie in a file: write them with save_rows first")
-        if packed is not None:
-            raise ValueError("placement 'file' leaves rows as they lie: save_rows(path, rows.packed()) lays them anew")
-        unknown = options.keys() - {"threads", "direct"}
-        if unknown:
-            raise ValueError(f"placement 'file' has no option {', '.join(sorted(unknown))}: it has threads and direct")
-        return FileTable(rows, target, **options)
+        return _in_file(rows, target, packed, options)
     if isinstance(rows, Rows):
         rows.refuse_nan()
     if options:
@@ -106,9 +99,7 @@ def _require_types(rows: Any, packed: Any, hot: Any) -> None:
     if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.is_meta):
         raise ValueError(f"rows is a tensor of layout {rows.layout} on {rows.device}: give a dense one with values")
     if isinstance(rows, Tensor) and not rows.is_floating_point():
-        raise ValueError(
-            f"rows is a tensor of {rows.dtype}: give a floating-point one, rows.to(torch.bfloat16) perhaps"
-        )
+        raise ValueError(f"rows is a tensor of {rows.dtype}: give a floating-point one, as bfloat16")
     if isinstance(rows, Tensor) and rows.ndim != 2:
         raise ValueError(f"rows of shape {tuple(rows.shape)}: a table is [rows, values per row]")
     if packed not in (None, True, False):
@@ -225,6 +216,19 @@ def _make_own(
         else:
             options = {**options, "hot": inside}
     return make_table(owned, rows, device, **options)
+
+
+def _in_file(
+    rows: Tensor | Rows | StoredRows, target: torch.device, packed: bool | None, options: dict[str, Any]
+) -> FileTable:
+    if not isinstance(rows, StoredRows):
+        raise ValueError("placement 'file' needs rows that lie in a file: write them with save_rows first")
+    if packed is not None:
+        raise ValueError("placement 'file' leaves rows as they lie: save_rows(path, rows.packed()) lays them anew")
+    unknown = options.keys() - {"threads", "direct"}
+    if unknown:
+        raise ValueError(f"placement 'file' has no option {', '.join(sorted(unknown))}: it has threads and direct")
+    return FileTable(rows, target, **options)
 
 
 def _hot(

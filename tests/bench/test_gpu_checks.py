@@ -96,6 +96,7 @@ def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path,
     [
         ({}, True),
         ({"short_asking": 2}, False),
+        ({"short_asking": 1}, False),
         ({"short_served": 2}, True),  # of the other kind
         ({"short_asking": 124}, True),  # it was slow beside a dozen others
         ({"short_asking": 0}, True),
