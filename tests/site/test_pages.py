@@ -297,6 +297,7 @@ PARTS = dict.fromkeys(PAGES, "html") | {
     "developing.html": "header",
     "reference/results.html": ".md-typeset__scrollwrap",
     "reference/offload-prices.html": ".ruled",
+    "reference/offload-times.html": ".ruled",
     "reference/api.html": ".doc-class",
     "reference/api-price.html": ".doc-class",
     "findings/engram-offload-bytedmd.html": ".ruled",
