@@ -1,6 +1,6 @@
 """What the finding about wall time shows of committed end-to-end results, and what it says where there are none.
 
-    python bench/fill_docs.py           fills docs/findings/engram-offload-wall-time.md and docs/reference/offload-times.md
+    python bench/fill_docs.py      fills docs/findings/engram-offload-wall-time.md and docs/reference/offload-times.md
 
 Runs on CUDA machines are looked for by name, `bench/results/end_to_end_*.json`; a CPU's is never shown in their place:
 it is folded away, since it says nothing about a GPU.

@@ -56,7 +56,10 @@ def _block(lines: list[str]) -> str | None:
             end += 1
         if not _fits(lines[rule - 1], spans):
             continue
-        parts += [_text(lines[done : rule - 1]), _table(lines[rule - 1], lines[rule + 1 : end], spans)]
+        first = rule - 1
+        while first > done and not _of_first_column(lines[first], spans) and _fits(lines[first - 1], spans):
+            first -= 1  # units, which the first column has none of: what they are of stands above
+        parts += [_text(lines[done:first]), _table(lines[first:rule], lines[rule + 1 : end], spans)]
         done = end
     body = "\n\n".join(part for part in [*parts, _text(lines[done:])] if part)
     return f'<div class="ruled" markdown>\n\n{body}\n\n</div>' if parts else None
@@ -69,16 +72,21 @@ def _fits(line: str, spans: list[tuple[int, int]]) -> bool:
     return not any(line[end:start].strip() for end, start in zip(ends, starts))
 
 
+def _of_first_column(line: str, spans: list[tuple[int, int]]) -> str:
+    return line[slice(*spans[0])].strip()
+
+
 def _text(lines: list[str]) -> str:
     kept = "\n".join(lines).strip("\n")
     return f"```text\n{kept}\n```" if kept.strip() else ""
 
 
-def _table(head: str, body: list[str], spans: list[tuple[int, int]]) -> str:
-    columns = [[line[start:end] for line in (head, *body)] for start, end in spans]
+def _table(head: list[str], body: list[str], spans: list[tuple[int, int]]) -> str:
+    columns = [[line[start:end] for line in (*head, *body)] for start, end in spans]
     right = {at for at, (start, end) in enumerate(spans) if _flush_right(columns[at], end - start)}
-    rows = [[_cell(column[number]) for column in columns] for number in range(len(body) + 1)]
-    return markdown(rows[0], rows[1:], right)
+    heads = ["<br>".join(_cell(part) for part in column[: len(head)] if part.strip()) for column in columns]
+    rows = [[_cell(column[number]) for column in columns] for number in range(len(head), len(head) + len(body))]
+    return markdown(heads, rows, right)
 
 
 def _flush_right(column: list[str], width: int) -> bool:

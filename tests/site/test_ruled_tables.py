@@ -33,6 +33,16 @@ def test_several_tables_of_one_block():
     assert cells(with_tables(f"```text\n{block}\n```")) == [*ROWS, *ROWS[:2]]
 
 
+def test_a_head_of_two_lines_is_one_head():
+    """Units stand under names, and the first column has none; what comes before the names stays text."""
+    head = [["variant", "time", "exposed"], ["", "ms", ""]]
+    table = aligned([*head, ["resident", "1,024", "3"], ["offload_naive", "7", "-"]], {0}, headers=2)
+    for before in ("said first\n", "== one of them\n", ""):
+        made = with_tables(f"```text\n{before}{table}\n```")
+        assert cells(made)[0] == ["variant", "time<br>ms", "exposed"] and len(cells(made)) == 3
+        assert (f"```text\n{before}```" in made) == bool(before)
+
+
 def test_a_row_that_does_not_fit_ends_the_table():
     table = aligned([["a", "b"], ["1", "2"]], set())
     made = with_tables(f"```text\n{table}\n1-and-more\n```")
@@ -51,5 +61,12 @@ def test_what_is_no_table_stays():
 def test_no_number_of_a_document_is_lost():
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
-        made = re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), with_tables(text))
-        assert re.findall(r"[\w.,+%]*\d[\w.,+%]*", made) == re.findall(r"[\w.,+%]*\d[\w.,+%]*", text), name
+        made, printed = numbers(with_tables(text)), numbers(text)
+        if "<br>" in with_tables(text):  # a head of two lines is read by columns
+            made, printed = sorted(made), sorted(printed)
+        assert made == printed, name
+
+
+def numbers(text):
+    unescaped = re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), text.replace("<br>", " "))
+    return re.findall(r"[\w.,+%]*\d[\w.,+%]*", unescaped)
