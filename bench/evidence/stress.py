@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.instruments.words import aligned
+
+_HEAD = ["kind", "cases", "refused", "faults", "seconds"]
+
 
 def report(results: dict[str, Any]) -> str:
     """A line per kind, and how much of the whole this was."""
-    head = f"{'kind':<9} {'cases':>7} {'refused':>8} {'faults':>7} {'seconds':>8}"
     share = f"{100 * results['configuration']['share']:g} % of the whole run of each kind"
-    return "\n".join([head, *map(line, results["kinds"]), "", share])
+    return f"{aligned([_HEAD, *map(cells, results['kinds'])], {0})}\n\n{share}"
 
 
-def line(kind: dict[str, Any]) -> str:
-    """One kind: how many cases, how many of them were refused in one line, how many faults."""
+def cells(kind: dict[str, Any]) -> list[str]:
+    """One kind: how many cases, how many of them were refused in one line, how many faults, how long it took."""
     refused = f"{kind['refused']:,}" if "refused" in kind else "-"
-    return f"{kind['kind']:<9} {kind['cases']:>7,} {refused:>8} {len(kind['faults']):>7,} {kind['seconds']:>8.0f}"
+    return [kind["kind"], f"{kind['cases']:,}", refused, f"{len(kind['faults']):,}", f"{kind['seconds']:.0f}"]

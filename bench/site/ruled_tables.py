@@ -17,6 +17,7 @@ from bench.instruments.words import markdown
 
 _BLOCK = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RULE = re.compile(r"-+(?:  -+)*")
+_RANGE = re.compile(r"\d[\d.,]*-\d[\d.,]*")
 _BEFORE_FENCES = 30  # Python-Markdown takes code blocks out at 25
 
 
@@ -97,4 +98,5 @@ def _flush_right(column: list[str], width: int) -> bool:
 def _cell(text: str) -> str:
     """As it was printed: nothing in it is Markdown, and an interval stays on one line, as a number and its unit do."""
     together = re.sub(r"\[[^\]]*\]| (?=%)", lambda part: part.group().replace(" ", "\u00a0"), text.strip())
-    return re.sub(r"[\\`*_{}\[\]<>#|~^&]", lambda mark: f"&#{ord(mark.group())};", together)
+    plain = re.sub(r"[\\`*_{}\[\]<>#|~^&]", lambda mark: f"&#{ord(mark.group())};", together)
+    return _RANGE.sub(r'<span class="whole">\g<0></span>', plain)  # no browser breaks a line at its hyphen

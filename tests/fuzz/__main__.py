@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.evidence.stress import line, report
+from bench.evidence.stress import report
 from bench.instruments.output import printed_anyway, require_writable_file
 from bench.instruments.results import environment, git_commit, write_json
 from engram_ref import cli
@@ -35,7 +35,7 @@ def measure(kinds: list[str], share: float, seed: int) -> list[dict[str, Any]]:
         began = time.monotonic()
         kind = importlib.import_module(f"tests.fuzz.{name}").run(max(1, round(share * COUNTS[name])), seed)
         found.append({"kind": name, **kind, "seconds": round(time.monotonic() - began, 1)})
-        print(line(found[-1]), file=sys.stderr, flush=True)
+        print(f"{name}: {kind['cases']:,} cases, {len(kind['faults'])} faults", file=sys.stderr, flush=True)
         for fault in kind["faults"][:MOST_SHOWN]:
             print(f"    {fault}", file=sys.stderr, flush=True)
     return found

@@ -12,7 +12,8 @@ ROWS = [["what", "price", "class, with room"], ["a | b", "1,024", "WIN"], ["*c* 
 
 
 def cells(markdown: str) -> list[list[str]]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    plain = re.sub("</?span[^>]*>", "", markdown)
+    lines = [line for line in plain.splitlines() if line.startswith("|")]
     found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if not line.startswith("| -")]
     unescaped = [[re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), cell) for cell in row] for row in found]
     return [[cell.replace("\u00a0", " ").strip() for cell in row] for row in unescaped]
@@ -26,6 +27,12 @@ def test_cells_are_those_that_were_printed():
     assert "```text\nsaid first\n```" in made and "```text\nsaid last\n```" in made
     assert made.startswith("before\n\n<div") and made.endswith("</div>\n\nafter\n")
     assert "[-1,\u00a0+2]\u00a0%" in re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), made)
+
+
+def test_a_range_stays_on_one_line():
+    made = with_tables(f"```text\n{aligned([['p20-p80', 'us'], ['1,846-2,319', '0.35-0.44 uJ']], set())}\n```")
+    assert '<span class="whole">1,846-2,319</span>' in made and '<span class="whole">0.35-0.44</span> uJ' in made
+    assert cells(made) == [["p20-p80", "us"], ["1,846-2,319", "0.35-0.44 uJ"]]
 
 
 def test_several_tables_of_one_block():
@@ -68,5 +75,5 @@ def test_no_number_of_a_document_is_lost():
 
 
 def numbers(text):
-    unescaped = re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), text.replace("<br>", " "))
+    unescaped = re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), re.sub("<br>|</?span[^>]*>", " ", text))
     return re.findall(r"[\w.,+%]*\d[\w.,+%]*", unescaped)
