@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} lists of {count} blocks; Engram goes into a decoder with one: "
-            "give the decoder by itself (model.model)"
+            "give the decoder by itself, such as model.model, model.decoder or model.model.decoder"
         )
     return found[0]
 

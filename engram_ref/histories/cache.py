@@ -169,8 +169,16 @@ class CacheHistory:
     def require_movable(self) -> None:
         """Refuse that sequences are reordered, selected or repeated; asked before it is done to the cache."""
 
-    def select(self, sequences: Tensor) -> None:
+    def forked(self) -> CacheHistory:
+        """What a shallow copy of the cache carries: from here on it goes its own way."""
+        fork: CacheHistory = object.__new__(type(self))
+        convolutions = {layer_id: past.copy() for layer_id, past in self.convolutions.items()}  # written in place
+        fork.__dict__.update(self.__getstate__(), convolutions=convolutions)
+        return fork
+
+    def select(self, sequences: Any) -> None:
         """The sequences of these numbers, in this order: beams are reordered, or some are left."""
+        sequences = torch.as_tensor(sequences)  # a cache takes lists, too
         self.recent = self.recent[sequences.to(self.recent.device)]
         for past in self.convolutions.values():
             chosen = past.values[sequences.to(past.values.device)]

@@ -55,7 +55,9 @@ def _reduce(cache: Any, protocol: Any) -> Any:
     make, arguments, *rest = kind.__reduce_ex__(cache, protocol)
     if not arguments or arguments[0] is not type(cache):
         raise ValueError(f"a {kind.__name__} with Engram's history, which cannot be copied or pickled: detach() first")
-    return _remake, (make, kind, *arguments[1:]), *rest
+    histories = {key: history.forked() for key, history in getattr(cache, _ATTRIBUTE).items()}
+    state, *others = rest  # a dict: it has the histories
+    return _remake, (make, kind, *arguments[1:]), {**state, _ATTRIBUTE: histories}, *others
 
 
 def _remake(make: Any, kind: type, *arguments: Any) -> Any:

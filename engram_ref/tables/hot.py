@@ -258,7 +258,10 @@ class _Mixed:
         numbers = self.numbers.wait().view(-1)
         missed, slots = numbers[: 2 * self.missed], numbers[2 * self.missed :]
         values = self.hot.start(slots, self.out).wait()  # [N, D]; for a miss some hot row, to be written over
-        return values.index_copy_(0, missed.view(torch.int64), self.misses.wait())
+        # torch copies no rows of float8 by number, but bytes it does
+        unit = torch.uint8 if values.element_size() == 1 else values.dtype
+        values.view(unit).index_copy_(0, missed.view(torch.int64), self.misses.wait().view(unit))
+        return values
 
 
 def check_hot(hot: Tensor, rows: int) -> Tensor:

@@ -507,6 +507,7 @@ def test_models_without_one_list_of_blocks_are_refused(layers):
     config = T5Config(num_layers=2, d_model=8, d_kv=4, d_ff=8, num_heads=2, vocab_size=20)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has 2 lists of 2 blocks"):
         find_blocks(T5ForConditionalGeneration(config))
+    assert len(find_blocks(T5ForConditionalGeneration(config).decoder)[1]) == 2
 
 
 def test_an_observer_and_a_prefetcher_are_refused(model, layers):

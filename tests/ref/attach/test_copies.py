@@ -175,6 +175,40 @@ def test_a_cache_goes_on_as_its_copies_do(again, kind, layers, ids):
         again(DynamicCache())  # one without a history is what it was
 
 
+def shallow(cache):
+    """A cheap fork: keys and values are replaced, not written to, so both may hold the same."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def test_a_fork_of_a_cache_goes_its_own_way(layers, ids):
+    """One after the other, steps of equal length, so that no length tells that one history serves both."""
+    model = make_model()
+    other = make_ids(length=4, seed=8)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache = DynamicCache()
+        model(ids[:, :5], past_key_values=cache)
+        forks = [cache, shallow(cache), shallow(cache)]
+        goes_on = [ids[:, 5:], other, other.flip(1)]
+        for at in range(4):
+            for fork, tokens in zip(forks, goes_on):
+                got = model(tokens[:, at : at + 1], past_key_values=fork).logits
+                wanted = model(torch.cat([ids[:, :5], tokens[:, : at + 1]], 1)).logits[:, -1:]
+                torch.testing.assert_close(got, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("chosen", [[1, 0], (1,), torch.tensor([1, 0], dtype=torch.int32), torch.tensor([False, True])])
+def test_sequences_may_be_selected_as_a_cache_selects_them(chosen, layers, ids):
+    model = make_model()
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache, bare = DynamicCache(), torch.arange(2)[chosen if isinstance(chosen, torch.Tensor) else list(chosen)]
+        model(ids[:, :5], past_key_values=cache)
+        cache.batch_select_indices(chosen)
+        got = model(ids[bare][:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids[bare]).logits[:, 5:], **EXACT)
+
+
 # --- modes -----------------------------------------------------------------------------------------
 
 MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engram_ref.tables import RowFormat, Table
+from engram_ref.tables import RowFormat, Table, make_table
 from engram_ref.tables import hot as module
 from engram_ref.tables.base import Ready, check_rows
 from engram_ref.tables.hot import HotReport, HotTable, most_frequent
@@ -158,6 +158,16 @@ def test_rows_stay_as_they_are_while_somebody_else_waits_for_them(monkeypatch):
     seen.clear()
     assert pending.wait().data_ptr() == out.data_ptr()
     assert seen and all(torch.equal(then, rows) for then in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_rows_of_every_type_pass_hits_and_misses(dtype):
+    values = torch.arange(1.0, 49.0).view(12, 4).to(dtype)
+    numbers = torch.tensor([3, 11, 3, 0, 7])
+    with make_table("hot", values, hot=torch.tensor([3, 7])) as table:
+        got = table.start(numbers).wait()
+    unit = {1: torch.uint8, 2: torch.int16, 8: torch.int64}[dtype.itemsize]
+    assert got.dtype == dtype and torch.equal(got.view(unit), values[numbers].view(unit))
 
 
 def test_a_fetch_that_failed_once_can_be_waited_for_again():
