@@ -29,7 +29,7 @@ from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.files.texts import read_text
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.vocab import CompressedVocab, load_tokenizer, vocab_for
-from engram_toy.bytedmd import trace
+from engram_toy.bytedmd import Recording, record
 from engram_toy.fusion.demo import EngramWeights
 from engram_toy.fusion.v41 import V41Weights
 from engram_toy.hashing import NgramHasher
@@ -37,7 +37,7 @@ from engram_toy.models.attention import AttentionWeights
 from engram_toy.models.cuts import ROWS
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import Workload, build
-from engram_toy.tracer.stack import read_price
+from engram_toy.tracer.stack import read_price, read_values
 
 PROG = "engram-price"
 MOST_TOKENS = 1 << 12
@@ -87,26 +87,47 @@ def read_ids(
 
 
 def prices(
-    plan: HashPlan, config: EngramConfig, ids: Sequence[int], before: Sequence[int], padding: int, hot_share: float
-) -> dict[str, int]:
-    """ByteDMD price of the row reads of `ids` in each layout, one byte a value.
+    plan: HashPlan,
+    config: EngramConfig,
+    ids: Sequence[int],
+    before: Sequence[int],
+    paddings: Sequence[int],
+    hot_share: float,
+) -> list[dict[str, int]]:
+    """ByteDMD price of the row reads of `ids` in each layout, one byte a value; for each padding.
 
     Args:
         plan: of the geometry; its first layer is looked up.
         config: geometry.
         before: ids that the hot rows are counted on.
-        padding: values between the table's two parts.
+        paddings: values between the table's two parts.
     """
     layer, constants = plan.layers[0], json.loads(plan.to_json())
     hot = most_frequent(NgramHasher(constants)(before, layer.layer_id), int(hot_share * layer.rows))
     table = [[0.0] * stored_values(config) for _ in range(layer.rows)]
     form = _NO_V41_LAYER if config.form == "v41" else _NO_LAYER  # which way rows are read
     workload = Workload("engram", constants, layer.layer_id, ids, table, [], form, _NO_ATTENTION)
-    found = {}
+    found: list[dict[str, int]] = [{} for _ in paddings]
     for variant in VARIANTS:
-        program = build(workload, "lookup", Layout.variant(variant, layer.rows, hot), padding)
-        depths = trace(program.function, program.arguments, program.kinds).depths
-        found[variant] = sum(read_price(depth, 1) for depth in depths)
+        # Recorded without padding, which would be traced value by value: what lies above it is as deep as without.
+        program = build(workload, "lookup", Layout.variant(variant, layer.rows, hot), padding=0)
+        recording = record(program.function, program.arguments, program.kinds, fixed_depths=False)
+        depths = recording.trace().depths
+        below = _depths_below(recording, depths)
+        others = sum(read_price(depth, 1) for depth in depths) - sum(read_price(depth, 1) for depth in below)
+        for padding, of_padding in zip(paddings, found):
+            of_padding[variant] = others + sum(read_price(depth + padding, 1) for depth in below)
+    return found
+
+
+def _depths_below(recording: Recording, depths: Sequence[int]) -> list[int]:
+    """Depths of the reads that padding buries: the first of each value that starts below it."""
+    unread = set(range(recording.argument_sizes[-1]))  # the last argument is laid down, and numbered, first
+    found = []
+    for depth, value in zip(depths, read_values(recording.log)):
+        if value in unread:  # no instruction of a lookup reads one value twice
+            unread.remove(value)
+            found.append(depth)
     return found
 
 
@@ -132,8 +153,10 @@ def price_text(options: argparse.Namespace) -> dict[str, Any]:
         "table_rows": plan.layers[0].rows,
         "table_rows_published": HashPlan.for_vocab(published.replace(compressed_size=len(vocab)), vocab).layers[0].rows,
         "prices": [
-            {"padding": padding, **prices(plan, config, ids, before, padding, options.hot_share)}
-            for padding in options.padding
+            {"padding": padding, **found}
+            for padding, found in zip(
+                options.padding, prices(plan, config, ids, before, options.padding, options.hot_share)
+            )
         ],
     }
 

@@ -16,6 +16,7 @@ from bench.price.models import make_workload, toy_config
 from engram_price.command import main, prices, stored_values, toy_of
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
+from engram_toy.bytedmd import record
 from engram_toy.hashing import NgramHasher
 from engram_toy.models.cuts import ROWS
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
@@ -37,7 +38,7 @@ def test_the_price_is_that_of_the_benchmarks_program(preset, monkeypatch):
     config = toy_of(preset).replace(compressed_size=97, rows_multiple=1)
     plan = HashPlan.build(config, 97, 2)
     workload = make_workload("engram", toy_config("engram", 8, preset), plan, IDS, seed=3)
-    found = prices(plan, config, IDS, BEFORE, 1000, 0.1)
+    (found,) = prices(plan, config, IDS, BEFORE, [1000], 0.1)
     layer = plan.layers[0]
     assert len(workload.table[0]) == stored_values(config)
     hot = most_frequent(NgramHasher(json.loads(plan.to_json()))(BEFORE, layer.layer_id), int(0.1 * layer.rows))
@@ -45,6 +46,25 @@ def test_the_price_is_that_of_the_benchmarks_program(preset, monkeypatch):
         job = Job(workload, "lookup", Layout.variant(variant, layer.rows, hot), 1000)
         assert found[variant] == price_job(job)["cost"], variant
     assert found["resident"] < found["offload_hot"] < found["offload_naive"] < found["offload_prefetch"]
+
+
+def test_padding_is_counted_and_never_laid_out(monkeypatch):
+    """Each layout is run once for all paddings, and what that traces does not grow with them."""
+    recorded = []
+
+    def noted(*arguments, **options):
+        recorded.append(record(*arguments, **options))
+        return recorded[-1]
+
+    monkeypatch.setattr("engram_price.command.record", noted)
+    monkeypatch.setitem(ROWS["tiny"], "table_size_per_order", (60, 60))
+    config = toy_of("tiny").replace(compressed_size=97, rows_multiple=1)
+    plan = HashPlan.build(config, 97, 2)
+    near, far, farther = prices(plan, config, IDS, BEFORE, [0, 10**6, 10**7], 0.1)
+    values = plan.layers[0].rows * stored_values(config)
+    assert [recording.log.inputs for recording in recorded] == [values] * len(VARIANTS)
+    assert near["resident"] == far["resident"] == farther["resident"]
+    assert all(near[name] < far[name] < farther[name] for name in VARIANTS[1:])
 
 
 def run(capsys, *argv):
