@@ -133,6 +133,11 @@ def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> 
         cli.refuse_idle(given, ("memory",), "where no block is estimated: leave it out")
     if not options.prompt or not is_known:
         cli.refuse_idle(given, ("compute", "processor"), "where no prompt's block is estimated: leave it out")
+    # The placements are shown all the same, for what they would hold; none of them can be taken, however fast.
+    if options.disk == 0:
+        cli.refuse_idle(given, ("reads",), "where there is no disk: leave it out, or --disk 0")
+    if options.host == 0:
+        cli.refuse_idle(given, ("bus", "uva", "gather", "reads"), "without host memory: leave it out, or --host 0")
     if options.folder is not None and options.disk is not None and not options.measure:
         raise ValueError("--folder does nothing with --disk, without --measure: leave it out")
 
@@ -147,7 +152,7 @@ def _group(options: argparse.Namespace, has_gpu: bool) -> Group:
 
 def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
     folder = options.folder or Path()
-    machine = this_machine(folder)
+    machine = this_machine(folder, options.host)
     sizes = {name: getattr(options, name) for name in ("gpu", "host", "disk")}
     given = {name: value for name, value in sizes.items() if value is not None}
     machine = replace(machine, **given)

@@ -78,20 +78,23 @@ class Machine:
         return replace(self, rates={**self.rates, **rates})
 
 
-def this_machine(folder: Path) -> Machine:
+def this_machine(folder: Path, host: int | None = None) -> Machine:
     """The machine that this runs on, with assumed rates.
 
     Args:
         folder: on the disk that a table would lie on.
+        host: bytes of host memory for the table; None: what the system says is free.
 
     Raises:
         ValueError: the system does not say how much memory is free.
     """
-    host = free_host_bytes()
     if host is None:
-        raise ValueError("this system does not say how much memory is free: give --host, such as --host 64GB")
+        free = free_host_bytes()
+        if free is None:
+            raise ValueError("this system does not say how much memory is free: give --host, such as --host 64GB")
+        host = max(0, free - _HEADROOM)
     disk = shutil.disk_usage(folder).free
-    return Machine(free_gpu_bytes(), max(0, host - _HEADROOM), max(0, disk - _HEADROOM))
+    return Machine(free_gpu_bytes(), host, max(0, disk - _HEADROOM))
 
 
 def free_gpu_bytes() -> int | None:

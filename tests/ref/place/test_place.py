@@ -444,6 +444,14 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
         ),
         (["--preset", "v41-flash", "--gpu", "1GB", "--compute-rate", "1e9", "--prompt"], "no prompt's block"),
         (["--preset", "tiny", "--folder", ".", "--disk", "1GB"], "--folder does nothing with --disk"),
+        (
+            ["--preset", "tiny", "--disk", "0", "--reads-rate", "1e5"],
+            "--reads-rate does nothing where there is no disk: leave it out, or --disk 0",
+        ),
+        (
+            ["--preset", "tiny", "--gpu", "1GB", "--host", "0", "--uva-rate", "1e7", "--gather-rate", "1e7"],
+            "--uva-rate, --gather-rate do nothing without host memory: leave",
+        ),
         (["--preset", "demo", "--link", "pcie"], "--link does nothing without --ranks"),
         (["--preset", "demo", "--link-rate", "1GB/s"], "--link-rate does nothing without --ranks"),
         (["--preset", "demo", "--ranks", "1", "--machines", "1"], "--machines does nothing without --ranks"),
@@ -460,6 +468,15 @@ def test_wrong_input_ends_in_one_line(argv, said, capsys, quick):
         command.main(argv)
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.out == "" and said in printed.err and printed.err.count("\n") == 1
+
+
+def test_a_given_host_size_serves_where_the_system_says_none(monkeypatch, capsys, quick):
+    monkeypatch.setattr("engram_ref.place.machine.free_host_bytes", lambda: None)
+    found = json.loads(run(capsys, "--preset", "tiny", "--host", "3GB", "--disk", "1GB", "--json"))
+    assert found["machine"]["host"] == 3 * GB
+    with pytest.raises(SystemExit):
+        command.main(["--preset", "tiny", "--disk", "1GB"])
+    assert "give --host" in capsys.readouterr().err
 
 
 def test_it_answers_without_torch():
