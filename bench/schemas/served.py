@@ -81,7 +81,9 @@ class PassSamples(TypedDict):
     first_token_s: Annotated[Amounts, "of each sequence: its group's prefill"]
     window_s: Annotated[Amounts, "of each decode step, from its begin to the join, without waiting before it"]
     prefill_exposed_s: Amounts
-    decode_exposed_s: Amounts
+    decode_exposed_s: Annotated[
+        Amounts | None, "null where rows are waited for inside of a graph, where no clock is; 0 in older results"
+    ]
     tokens_sha256: Annotated[Digest, "of the tokens that the model chose"]
 
 

@@ -25,7 +25,7 @@ from bench.instruments.timing import (
     quantile,
 )
 from bench.schemas.served import Freed, Reading, Weights
-from bench.setup.variants import ASKING, BESIDE, IN_GRAPH
+from bench.setup.variants import ASKING
 
 Json = dict[str, Any]
 PHASES = ("prefill", "decode", "together", "token")  # token: the median decode step of a pass
@@ -39,7 +39,6 @@ WHOLE = "overhead"
 # What an offloaded table is compared with, and whose baseline that is.
 BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
 NO_LOOKUP = ("no_engram", "own_compute")
-UNSEEN = (IN_GRAPH, BESIDE, ASKING)  # schedules in which rows are waited for inside of a graph, where no clock is
 LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 

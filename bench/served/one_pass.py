@@ -25,7 +25,7 @@ from bench.schemas.served import PassSamples
 from bench.served.model import ServedModel, rounded_span
 from bench.served.requests import Decode, Prefill, Round, schedule
 from bench.setup.sizes import LAYER
-from bench.setup.variants import ASKING, BESIDE, Variant
+from bench.setup.variants import ASKING, BESIDE, UNSEEN, Variant
 from engram_ref.attach.exposed import Place
 from engram_ref.attach.on_hand import HandedOut, OnHand
 from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
@@ -139,7 +139,8 @@ class Server:
                     chosen.append(self._model.decode(step.ids, step.positions, step.span))
                 self._clock.mark("end")
             meanwhile()
-            return _samples(work, self._clock.end(), chosen)
+            seen = not (variant.schedule in UNSEEN and self._model.graphs["used"])
+            return _samples(work, self._clock.end(), chosen, seen)
 
     @contextmanager
     def around(self, place: Place) -> Iterator[None]:
@@ -182,8 +183,8 @@ class Server:
                 before.advance(compressed)
 
 
-def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor]) -> PassSamples:
-    """Spans by step: those up to and with each `end`."""
+def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor], seen: bool) -> PassSamples:
+    """Spans by step: those up to and with each `end`; `seen`: whether a clock was told of the waits of decode steps."""
     steps: list[dict[str, float]] = [{"all": 0.0, "joined": 0.0, "window": 0.0}]
     waiting = False  # before the join
     for name, seconds in spans:
@@ -205,7 +206,7 @@ def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor]) -> PassSamp
         "first_token_s": [times["all"] for step, times in prefill for _ in step.lengths],
         "window_s": [times["window"] for times in decode],
         "prefill_exposed_s": [times["joined"] for _, times in prefill],
-        "decode_exposed_s": [times["joined"] for times in decode],
+        "decode_exposed_s": [times["joined"] for times in decode] if seen else None,
         "tokens_sha256": _digest(work, chosen),
     }
 

@@ -17,7 +17,8 @@ from bench.instruments.timing import NotMeasured, noise_interval
 from bench.instruments.words import aligned, commit_of, gib, measured_on, short, signed
 from bench.served import numbers
 from bench.served.classes import NO_CLASS, losses
-from bench.served.numbers import LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, UNSEEN, WHOLE, Json, Slowed
+from bench.served.numbers import LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, WHOLE, Json, Slowed
+from bench.setup.variants import UNSEEN
 
 # Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S = 56e-6

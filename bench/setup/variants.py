@@ -41,6 +41,7 @@ ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would
 IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins where rows are needed
 ASKING = "in graph, asking the CPU"  # the branch sends the ids to the CPU, which gathers, and waits for the rows
+UNSEEN = (IN_GRAPH, BESIDE, ASKING)  # whose decode steps wait for rows inside of a graph, where no clock is
 CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from

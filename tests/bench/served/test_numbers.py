@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.instruments.output import source
+from bench.instruments.quantities import quantities
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.schemas.served import Results
 from bench.served import numbers
@@ -371,6 +372,21 @@ def test_the_report_says_what_it_is_of():
     assert lines["all of it, measured by itself"].count("+3.5 [+3.5, +3.5]") == 4
     assert "between 2000 and 5000 us" in text and "56 us (arXiv 2603.10087)" in text
     assert "no energy: not asked for: --energy" in text
+
+
+def test_a_wait_that_no_clock_saw_is_shown_alike_whether_null_or_zero():
+    """Older results have 0 there: neither is a number that was measured, and neither is missing in the other."""
+    old, new = example(), example()
+    for results, nothing in ((old, [0.0] * 100), (new, None)):
+        for row in results["cases"][0]["rows"]:
+            if row["schedule"] == "in graph":
+                for sample in row["rounds"]:
+                    sample["decode_exposed_s"] = nothing and nothing[: len(sample["decode_s"])]
+        SCHEMA.validate(results)
+    assert report(old) == report(new)
+    assert list(quantities(old)) == list(quantities(new))
+    waits = [name for name in quantities(new) if name.endswith("decode_exposed_s")]
+    assert any("offload_prefetch" in name for name in waits) and not any("resident" in name for name in waits)
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_goes():

@@ -23,7 +23,7 @@ from bench.served.record import Record
 from bench.served.requests import TokenSource
 from bench.served.variants import Choice
 from bench.setup.backbones import build_backbone
-from bench.setup.variants import Variant
+from bench.setup.variants import UNSEEN, Variant
 from engram_ref.attach import attach
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.factory import make_fusion
@@ -115,6 +115,16 @@ def test_what_is_served_is_what_the_attached_model_says(served, schedule, preset
         assert choices == right
         assert len(samples["first_token_s"]) == 5 and len(samples["decode_s"]) == len(samples["window_s"])
         assert all(0 <= exposed <= step for exposed, step in zip(samples["decode_exposed_s"], samples["decode_s"]))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_wait_that_no_clock_sees_is_null_and_not_zero(served, graphs, monkeypatch):
+    one = served(2)
+    monkeypatch.setattr(ServedModel, "graphs", {"used": graphs, "why": None})
+    work = one.server.prepare(TokenSource(None, len(one.vocab.ids), 5).round(0, 2, (9, 9), (3, 3)), most_tokens=24)
+    for schedule in ("in place", *UNSEEN):
+        exposed = one.serve(work, schedule)["decode_exposed_s"]
+        assert exposed is None if graphs and schedule in UNSEEN else len(exposed) == 2, schedule
 
 
 def choices_of(one, round_, schedule, on_device, monkeypatch):
