@@ -63,8 +63,8 @@ class TrackedArray(np.ndarray):
             result = getattr(ufunc, method)(*_bare(inputs), **options)
             return result.view(TrackedArray) if isinstance(result, np.ndarray) else result
         operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
-        if method == "at" and not isinstance(inputs[0], TrackedArray):  # and so does what is written to
-            operands = (inputs[0], *operands[1:])
+        if method == "at" and (_typed(inputs[0]) or _untyped(inputs[0])):  # and so does what is written to
+            operands = (_roomy(inputs[0]), *operands[1:])
         call = ufunc if method == "__call__" else getattr(ufunc, method)
         if ufunc in _COMPARE and any(isinstance(x, TrackedArray) and _dtype_of(x).names for x in inputs):
             call = _COMPARE[ufunc]
@@ -275,6 +275,11 @@ def _plain(value: Any, given: Any = ()) -> Any:
 
 def _typed(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype != object
+
+
+def _roomy(array: np.ndarray) -> np.ndarray:
+    """What a traced sum is written to in place of an array of narrow integers, where it would not wrap but overflow."""
+    return array.astype(np.int64) if array.dtype.kind in "iu" and array.itemsize < 8 else array
 
 
 def _untyped(value: Any) -> bool:

@@ -95,6 +95,10 @@ def added(made, a):
     made += a * a
 
 
+def scattered_itself(made, a):
+    np.add.at(made, [0, 0, 1], a)
+
+
 def by_name(a, b):
     np.copyto(src=b, dst=a, casting="unsafe")
     np.put_along_axis(indices=np.array([0]), arr=a, values=b[1:], axis=0)
@@ -165,6 +169,9 @@ PROGRAMS = {
     "where of its type": (lambda a: np.where(a > 1, zeros_of_its_type(a), a), HALVES),
     "joined to its type": (lambda a: np.concatenate([zeros_of_its_type(a), a]), HALVES),
     "cast and added": (into(lambda a: a.astype(float), added), BYTES),
+    "cast and scattered": (into(lambda a: a.astype(float), scattered_itself), np.array([1, 2, 3])),
+    "cast to bytes, which wrap": (into(lambda a: a.astype(np.int8), scattered_itself), np.array([100, 50, 3])),
+    "histogram of bytes, which wrap": (into(lambda a: np.zeros(3, np.uint8), scattered_itself), np.array([200, 90, 3])),
     "added to plain zeros": (into(lambda a: np.zeros(2), added), SINGLES / 7),
     "added to zeros of another type": (into(lambda a: np.zeros_like(a, dtype=complex), added), SINGLES),
     "size in bytes": (lambda a: (a.nbytes, a.itemsize), SINGLES),
@@ -201,6 +208,11 @@ DEPTHS = {
     "sort": (np.sort, [np.array([2.0, 1, 0])], [2, 3, 1, 3, 1, 1, 2, 3, 1]),
     "histogram": (histogram(np.zeros(3)), [np.arange(1.0, 5)], [4, 1, 4, 1, 3, 1, 2, 1, 1, 1, 1]),
     "cast and added": (into(lambda a: a.astype(float), added), [np.arange(2.0)], [*[2] * 9, 1]),
+    "cast and scattered": (
+        into(lambda a: a.astype(float), scattered_itself),
+        [np.array([1, 2, 3])],
+        [3, 3, 3, 3, 1, 2, 1, 1, 1],
+    ),
     "pairs moved": (lambda a: np.roll(np.concatenate([a, a]), 1), [PAIRS], []),
     "pairs compared": (lambda a, b: a == b, [PAIRS, OTHER_PAIRS], [4, 8, 1, 3, 6, 1, 2, 4, 1, 1, 2, 1]),
     "nested": (lambda a: a * 2, [np.array([np.arange(2), np.arange(3), None], object)[:2]], [5] * 5),
