@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.schemas.plausible import check
 from engram_ref.files.small_files import read_small
 
 _MOST_BYTES = 1 << 28  # the largest committed file has less than a megabyte
@@ -39,11 +40,13 @@ def read_results(path: Path, benchmark: str | None = None) -> dict[str, Any]:
         benchmark: whose results they must be.
 
     Raises:
-        ValueError: no such file, not a results file, or one of another benchmark.
+        ValueError: no such file, not a results file, one that contradicts itself, or one of another benchmark.
     """
     found = read_small(path, _MOST_BYTES, "name a results file")
     try:
-        content = harmless(json.loads(found.decode("utf-8"), parse_constant=_refuse))
+        content = json.loads(found.decode("utf-8"), parse_constant=_refuse)
+        check(content)  # before its strings become harmless: a checksum is of what was written
+        content = harmless(content)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets without end
         raise ValueError(f"{path} is not a results file: {harmless(str(error))}") from None
     if not isinstance(content, dict):
@@ -89,11 +92,11 @@ def as_this_version(path: Path) -> Iterator[None]:
     """Around showing a file: what another version wrote, or nobody did, ends in a line that names it.
 
     Raises:
-        ValueError: something that this version writes is not there.
+        ValueError: something that this version writes is not there, or nothing, where it divides by what there is.
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
         why = harmless(f"{type(error).__name__}: {error}")
         raise ValueError(f"{path} is not as this version writes it ({why}): measure again") from error
 

@@ -12,6 +12,7 @@ from bench import fill_docs
 from bench.evidence import price, wall_time
 from bench.evidence.committed import RESULTS, Evidence
 from bench.instruments.reading import MOST_CHARACTERS, as_this_version, harmless, read_results, set_aside
+from bench.served.table import report as served_report
 from bench.site import commands, data, start_page
 
 HOSTILE = [
@@ -121,6 +122,18 @@ def test_files_of_another_version_are_named(tmp_path):
     said = r"results\.json is not as this version writes it \(KeyError: 'records'\)"
     with pytest.raises(ValueError, match=said), as_this_version(path):
         read_results(path)["records"]
+
+
+def test_nothing_where_something_is_divided_by_is_named(tmp_path):
+    """A round that measured no step has no time that another one could be a share of."""
+    path = tmp_path / "end_to_end_cpu.json"
+    results = json.loads((RESULTS / path.name).read_text(encoding="utf-8"))
+    for row in results["cases"][0]["rows"]:
+        for sample in row["rounds"]:
+            sample["prefill_s"] = []
+    path.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"not as this version writes it \(ZeroDivisionError"), as_this_version(path):
+        served_report(read_results(path))
 
 
 def test_a_broken_file_is_kept_under_a_new_name(tmp_path, capsys):

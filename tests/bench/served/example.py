@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.served.numbers import NO_LOOKUP
 from tests.bench.wall.example import DIGEST, environment, limits
 
 DRIFT = [1.0, 1.1, 0.9, 1.05, 0.95]
@@ -89,6 +90,7 @@ def row(number: int, device: str, rounds: int) -> dict[str, Any]:
     """A variant."""
     label, schedule, times, latency = ROWS[number]
     resident = label.startswith("resident")
+    where = None if label in NO_LOOKUP else "device" if resident else "disk" if "disk" in label else "host"
     return {
         "label": label,
         "variant": "throttled" if latency else label.removesuffix(" again"),
@@ -100,7 +102,7 @@ def row(number: int, device: str, rounds: int) -> dict[str, Any]:
         "device": device,
         "device_label": "CPU Example" if device == "cpu" else "GPU Example",
         "graphs": {"used": device == "cuda", "why": None if device == "cuda" else "not on CUDA"},
-        "held": {"device": 26_400 if resident else 0, "host": 26_400, "disk": 0},
+        "held": {place: 26_400 * (place == where) for place in ("device", "host", "disk")},
         "freed": {"value": 0 if resident else 26_400, "why": None},
         "weights": {"value": None, "why": "a CPU"},
         "pcie": {"value": None, "why": "no driver"},

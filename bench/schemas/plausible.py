@@ -1,0 +1,150 @@
+"""What a results file says, held against itself: what nothing could have measured is refused where it is read.
+
+    check(json.loads(path.read_text()))      # ValueError: steps 0 / runs 1 / step_s holds -0.01, ...
+
+A schema says what a file may hold, and to apply it takes a package that is not on every machine. This takes none, and
+finds what would become a ratio: times below 0, counts that are not whole, sums that are not those of their parts,
+rounds that not all variants have, a plan that its checksum is not of, a variant whose table lies where another's does.
+
+What it cannot find: a plausible number in place of another, such as times exchanged between two variants while their
+tables and bytes stay, or the prices of two layouts. Prices can be computed again (`make findings`), times only measured
+again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from engram_ref.hashing.plan import checksum
+
+# Times and rates that something is divided by; others, such as waits, may be 0.
+_DIVIDED = ("step_s", "samples_s", "prefill_s", "decode_s", "wall_time_s", "bytes_per_s", "reads_per_s")
+_COUNTS = (
+    *("cost", "reads", "lookups", "hits", "distinct_rows", "rows_requested", "rows_unique", "output_tokens"),
+    *("copied", "counter", "from_ids", "cost_by_kind", "reads_by_kind"),
+)
+_SUMS = {"cost": "cost_by_kind", "reads": "reads_by_kind"}
+# Where the table of a variant lies; a hot tier's lies in several places.
+_HELD: dict[str, set[str]] = {
+    **{"no_engram": set(), "own_compute": set(), "resident": {"device"}, "offload_disk": {"disk"}},
+    **{name: {"host"} for name in ("offload_naive", "offload_prefetch", "offload_uva", "throttled")},
+}
+_SCHEDULES = {"offload_naive": "synchronous", "offload_prefetch": "prefetched"}  # what tells these two apart
+
+
+def check(content: Mapping[str, Any]) -> None:
+    """Hold a results file against itself.
+
+    Raises:
+        ValueError: it contradicts itself, or holds what nothing can have measured; the message says where.
+    """
+    _check(content, ())
+
+
+def _check(node: Any, path: tuple[str, ...]) -> None:
+    if isinstance(node, Mapping):
+        for name, test in (("held", _check_held), ("checksum", _check_plan), ("rows", _check_passes)):
+            if name in node:
+                test(node, path)
+        _check_sums(node, path)
+        if isinstance(runs := node.get("runs"), list):
+            _check_rounds(runs, path)
+        for key, value in node.items():
+            _check_numbers(key, value, path)
+            if isinstance(value, (Mapping, list)):
+                _check(value, (*path, key))
+    elif isinstance(node, list):
+        for number, inner in enumerate(node):
+            if isinstance(inner, (Mapping, list)):
+                _check(inner, (*path[:-1], f"{path[-1]} {number}") if path else ())
+
+
+def _check_numbers(key: str, value: Any, path: tuple[str, ...]) -> None:
+    is_time, is_count = key.endswith("_s"), key in _COUNTS
+    for number in _numbers(value) if is_time or is_count else ():
+        if not 0 <= number < math.inf or (number == 0 and key in _DIVIDED):
+            what = "a time or rate is above 0" if key in _DIVIDED else "it is finite, and not below 0"
+            raise ValueError(f"{_where(path, key)} holds {number}: {what}, measure again")
+        if is_count and number != int(number):
+            raise ValueError(f"{_where(path, key)} holds {number}: counts are whole, measure again")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+def _check_sums(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    for whole, parts in _SUMS.items():
+        if isinstance(node.get(parts), Mapping) and whole in node and node[whole] != sum(_numbers(node[parts])):
+            raise ValueError(f"{_where(path, whole)} is {node[whole]}, which is not the sum of {parts}: measure again")
+
+
+def _check_rounds(runs: list[Any], path: tuple[str, ...]) -> None:
+    """Index i of all runs of a step is of the same round."""
+    lengths = _lengths((run, key) for run in runs for key in ("step_s", "exposed_s") if isinstance(run, Mapping))
+    if len(lengths := lengths - {0}) > 1:  # no rows are waited for without a table
+        raise ValueError(f"{_where(path, 'runs')} have {_listed(lengths)} rounds: all of a step have as many")
+
+
+def _check_passes(case: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    """A round is the same steps under every variant."""
+    rounds: dict[str, set[int]] = {}
+    rows = case["rows"] if isinstance(case["rows"], list) else []
+    for sample in (sample for row in rows if isinstance(row, Mapping) for sample in _listed_in(row, "rounds")):
+        if isinstance(sample, Mapping):
+            each = _lengths((sample, key) for key in ("decode_s", "window_s", "decode_exposed_s"))
+            rounds.setdefault(str(sample.get("round")), set()).update(each)
+    for number, lengths in rounds.items():
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{_where(path, 'rows')} have {_listed(lengths)} decode steps in round {number}: one count"
+            )
+
+
+def _lengths(lists: Iterable[tuple[Mapping[str, Any], str]]) -> set[int]:
+    return {len(node[key]) for node, key in lists if isinstance(node.get(key), list)}
+
+
+def _listed_in(node: Mapping[str, Any], key: str) -> list[Any]:
+    return node[key] if isinstance(node.get(key), list) else []
+
+
+def _check_held(row: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    variant, held = row.get("variant"), row["held"]
+    if not isinstance(held, Mapping) or not isinstance(variant, str) or variant not in _HELD:
+        return
+    where = {place for place, nbytes in held.items() if nbytes}
+    if where != _HELD[variant]:
+        places = [", ".join(sorted(found)) or "nowhere" for found in (where, _HELD[variant])]
+        raise ValueError(f"{_where(path, variant)} holds its table in: {places[0]}; that variant's is in: {places[1]}")
+    if not where - {"device"}:
+        _check_moved(row, path)
+    if row.get("schedule") != _SCHEDULES.get(variant, row.get("schedule")):
+        raise ValueError(f"{_where(path, variant)} is {row['schedule']!r}; that variant is {_SCHEDULES[variant]!r}")
+
+
+def _check_moved(row: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    """A table where the compute is, or none: no byte of rows is copied or read from a file."""
+    samples = [row["bytes"], *_listed_in(row, "rounds")] if "bytes" in row else _listed_in(row, "rounds")
+    moved = sum(sum(_numbers(sample.get("copied"))) for sample in samples if isinstance(sample, Mapping))
+    if moved:
+        raise ValueError(f"{_where(path, row['variant'])} copied {moved} bytes: they are another variant's samples")
+
+
+def _check_plan(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    if checksum({key: value for key, value in node.items() if key != "checksum"}) != node["checksum"]:
+        raise ValueError(f"{_where(path, 'checksum')} is of other numbers than those beside it: measure again")
+
+
+def _where(path: tuple[str, ...], key: Any) -> str:
+    return " / ".join((*path, str(key)))
+
+
+def _listed(lengths: set[int]) -> str:
+    return " and ".join(map(str, sorted(lengths)))
