@@ -13,7 +13,7 @@ import statistics
 from functools import partial
 
 from bench.instruments.claim import WALL_TIME_CLAIM
-from bench.instruments.timing import NotMeasured, unless_missing
+from bench.instruments.timing import LEAST_SAMPLES, NotMeasured, unless_missing
 from bench.served.numbers import (
     BASELINES,
     NO_LOOKUP,
@@ -21,7 +21,6 @@ from bench.served.numbers import (
     against,
     noise_floor,
     paired,
-    per_step,
     row_of,
     same_tokens,
 )
@@ -59,6 +58,9 @@ def classify(cases: list[Json], label: str, baseline: str, phase: str) -> tuple[
         noise = [noise_floor(case, phase, baseline)["high"] - 1 for case in with_it]
     except NotMeasured as why:
         return "INCONCLUSIVE", str(why)
+    few = min(len(paired([row_of(case, label), row_of(case, baseline)], phase)[0]) for case in with_it)
+    if few < LEAST_SAMPLES:  # they have a narrow interval by chance
+        return "INCONCLUSIVE", f"{few} rounds: a class needs {LEAST_SAMPLES}"
     count = f"in all {len(found)} cases" if len(found) > 1 else "in the one case"
     if all(max(part.high, least) < WALL_TIME_CLAIM for part, least in zip(found, noise)):
         return "WIN", f"{count}, less than 3 % is lost, to the end of the interval"
@@ -86,10 +88,9 @@ def added_s(case: Json, label: str) -> float:
     Raises:
         NotMeasured: a row is missing.
     """
-    row, base = row_of(case, label), row_of(case, "no_engram")
-    later, earlier = paired([row, base], "decode")
-    steps = len(per_step(row, "decode_s")) / len(row["rounds"])
-    return statistics.median((a - b) / steps for a, b in zip(later, earlier))
+    # By the steps of each round: sequences differ in length, so that rounds do.
+    later, earlier = paired([row_of(case, label), row_of(case, "no_engram")], "step")
+    return statistics.median(a - b for a, b in zip(later, earlier))
 
 
 def losses(case: Json) -> list[list[str]]:

@@ -12,10 +12,12 @@ from bench.instruments.quantities import quantities
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.schemas.served import Results
 from bench.served import numbers
+from bench.served.classes import added_s, classify
+from bench.served.doubts import reading
 from bench.served.figures import baselines, draw_all
 from bench.served.table import report
 from bench.setup.variants import ASKING
-from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, WINDOW, case, example
+from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, STEPS, WINDOW, case, example
 from tests.schemas import validator
 
 ROOT = Path(__file__).parents[3]
@@ -240,7 +242,7 @@ def bus(delay_s, breaks, window_s=WINDOW):
     """A slowed bus that costs 3 % or not, or of which that is open."""
     low, high = {True: (0.04, 0.05), False: (0.01, 0.02), None: (0.02, 0.04)}[breaks]
     part = Overhead((low + high) / 2, low, high, True)
-    return numbers.Slowed("a bus", delay_s, window_s, 0.0, part, part, 0.001)
+    return numbers.Slowed("a bus", delay_s, window_s, 0.0, part, part, 0.001, 3)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,42 @@ def bus(delay_s, breaks, window_s=WINDOW):
 )
 def test_a_bus_breaks_three_per_cent_or_holds_or_that_is_open(low, high, resolved, noise, breaks):
     part = Overhead((low + high) / 2, low, high, resolved)
-    assert numbers.Slowed("a bus", 1e-3, WINDOW, 0.0, part, part, noise).breaks is breaks
+    assert numbers.Slowed("a bus", 1e-3, WINDOW, 0.0, part, part, noise, 3).breaks is breaks
+    assert numbers.Slowed("a bus", 1e-3, WINDOW, 0.0, part, part, noise, 2).breaks is (breaks or None)
+
+
+def test_what_a_row_adds_is_by_the_steps_of_each_round():
+    """Rounds of 100 and of 10 steps, each a millisecond slower than without Engram, in all of them."""
+    one = case()
+    for label, step_s in (("no_engram", 0.1), ("offload_naive", 0.101)):
+        for sample in numbers.row_of(one, label)["rounds"]:
+            sample["decode_s"] = [step_s] * (10 if sample["round"] % 2 else 100)
+    assert added_s(one, "offload_naive") == pytest.approx(1e-3)
+
+
+def test_a_class_needs_three_rounds():
+    """Two have a narrow interval by chance; the noise floor may have been measured more often."""
+    one = case("cuda")
+    assert classify([one], "offload_prefetch", "resident", "decode")[0] == "WIN"
+    row = numbers.row_of(one, "offload_prefetch")
+    row["rounds"] = row["rounds"][:2]
+    assert classify([one], "offload_prefetch", "resident", "decode") == ("INCONCLUSIVE", "2 rounds: a class needs 3")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_that_cross_no_bus_are_not_held_against_its_floor(device):
+    """Without graphs a resident table is read in place, at the speed of the device's memory."""
+    one = example(device)
+    for label in ("resident", "resident again", "offload_naive"):
+        row = numbers.row_of(one["cases"][0], label)
+        row["schedule"] = "synchronous" if label == "offload_naive" else "in place"
+        for sample in row["rounds"]:
+            sample["decode_exposed_s"] = [1.0 if label == "offload_naive" else 1e-12] * STEPS
+    line = next(line for line in reading(one).splitlines() if "above the floor" in line)
+    assert ("no, resident, resident again" in line) == (device == "cpu") and ("yes" in line) == (device == "cuda")
+    for row in one["cases"][0]["rows"]:  # continued, and cut before its first pass
+        row["rounds"] = []
+    assert "nothing was fetched alone" in reading(one)
 
 
 def test_what_holds_lies_below_what_breaks(monkeypatch):
