@@ -115,6 +115,11 @@ class Staged:
         for call in self._calls.values():
             call.settle()
 
+    def call_off(self) -> None:
+        """Expect no more questions: what has not asked by now will not."""
+        for call in self._calls.values():
+            call.call_off()
+
     def close(self) -> None:
         """No step asks the CPU any more: its threads end, and graphs that ask are not to be replayed."""
         for call in self._calls.values():

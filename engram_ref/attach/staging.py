@@ -102,6 +102,9 @@ class StagedSteps(ABC):
         self._staged.forget()
         try:
             yield self
+        except BaseException:
+            self._call_off()  # the replay that an answer waits for may not have been made
+            raise
         finally:
             self._staged = self._between = self._begun = None
             self._forget_entered()
@@ -128,7 +131,8 @@ class StagedSteps(ABC):
         """Let a thread answer the next replay of a step that was captured with its question; at once, this returns.
 
         The ids that count are those that lie there when the replay runs. Until `check`, or the next forward that is no
-        replay, the places belong to the thread.
+        replay, the places belong to the thread. If the replay is not made after all, the answer would be the next
+        one's: `check` forgets it, and so does `staging` that is left by an error.
 
         Args:
             input_ids, past_key_values: as they were given to `stage`.
@@ -152,17 +156,17 @@ class StagedSteps(ABC):
         """Stage a step that asks for its rows itself: captured, in each replay; otherwise now, and it is answered."""
         places = self._asking_places(ids, cache)
         values, dtype = self._source.answer_of(ids.shape)
-        captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not captured:
-            self._answer(staged, ids, cache)
         layers, room = self._source.answered_layers, self._room_in(staged)
         new_rows = partial(torch.empty, values, dtype=dtype, device=self._device)
+        call = staged.call(ids.shape, values, dtype)
         with staged.beside():
             if ids.is_cuda:  # the caller may let go of it
                 ids.record_stream(torch.cuda.current_stream(self._device))
             out = None if room is None else room(ids.shape, layers, new_rows)
             out = new_rows() if out is None else out
-            staged.call(ids.shape, values, dtype).make(ids, out)
+            if not self._is_capturing():
+                self._answer(staged, ids, cache)
+            call.make(ids, out)
         rows = {layer_id: Ready(found) for layer_id, found in zip(layers, out)}
         staged.fill(Step(rows, ids.shape, None, places, None), self.engrams)
 
@@ -182,9 +186,20 @@ class StagedSteps(ABC):
 
     def _settle_with_device(self) -> None:
         """Likewise, and for the steps themselves: one that waited in vain says so when it goes on."""
-        if self._asking and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._call_off()
         self._settle()
+
+    def _call_off(self) -> None:
+        """Wait for the device; who has not asked by then is not waited for."""
+        if not self._asking or self._is_capturing():  # a device that captures cannot be waited for
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for staged in self._asking:
+            staged.call_off()
+
+    def _is_capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _close_stagings(self) -> None:
         for staged in self._stagings.values():

@@ -93,6 +93,7 @@ class CpuCall:
             self._answered = torch.zeros(1, dtype=torch.int32, device=device)
         self._answers = 0  # the last turn that was answered
         self._expired = 0  # the last turn whose expiry was told
+        self._called_off = False  # whoever has not asked is not waited for
         self._errands: deque[Errand[None]] = deque()
         self._pool = Pool(1, "engram-answers")
         weakref.finalize(self, self._pool.close).atexit = False  # the thread may be waiting for a question then
@@ -131,16 +132,31 @@ class CpuCall:
             _require_done(self._errands.popleft())
         self._require_in_time()
 
+    def call_off(self) -> None:
+        """Expect nothing more, when the steps that were launched are over: what was not asked by then will not be.
+
+        An error may have come between `expect` and the step. Its answer would be waited for, and the next step get it.
+        """
+        try:
+            self._called_off = True
+            for errand in self._errands:
+                errand.wait()
+        finally:
+            self._called_off = False
+
     def close(self) -> None:
-        """Wait for what was expected, end the thread and give the memory back: nothing may make the call afterwards."""
+        """Answer who has asked, end the thread and give the memory back: nothing may make the call afterwards."""
+        self._called_off = True
         self._pool.close()
         self._memory.close()
 
     def _answer(self, work: Work) -> None:
         # A step that has given up wants no answer any more, least of all one that is meant for the next.
         over = max(self._answers, peek(self._word(self._kernels.EXPIRED)))
-        turn = wait_for(self._word(self._kernels.ASKED), over + 1, self._patience)
+        turn = wait_for(self._word(self._kernels.ASKED), over + 1, self._patience, lambda: self._called_off)
         if turn is None:
+            if self._called_off:
+                return
             raise CallError(f"no step asked for rows within {self._patience:g} s: expect() one call for each replay")
         self._answers = turn
         answer = -turn  # minus: not answered

@@ -57,8 +57,8 @@ def peek(address: int) -> int:
     return _look(address, 0, 1)
 
 
-def wait_for(address: int, least: int, seconds: float) -> int | None:
-    """What the word says as soon as it is `least` or more; None if it is not after so many seconds.
+def wait_for(address: int, least: int, seconds: float, called_off: Callable[[], bool] = lambda: False) -> int | None:
+    """What the word says as soon as it is `least` or more; None if it is not after so many seconds, or when called off.
 
     The first SPIN_S the calling thread does not rest: whoever waits for a GPU is waited for by it.
     """
@@ -68,7 +68,7 @@ def wait_for(address: int, least: int, seconds: float) -> int | None:
         if value >= least:
             return value
         waited = time.perf_counter() - begin
-        if waited > seconds:
+        if waited > seconds or called_off():
             return None
         if waited > SPIN_S:
             time.sleep(_NAP_S)

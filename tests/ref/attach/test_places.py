@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from engram_ref.attach import Places, Staged, attach
-from engram_ref.calling.call import CallError
+from engram_ref.calling.call import CallError, CpuCall
 from engram_ref.fusion import ShortConvHistory
 from engram_ref.hashing import NgramHasher
 from engram_ref.hashing.device import DeviceHasher
@@ -179,6 +181,31 @@ def test_steps_that_cannot_ask_are_refused_and_what_goes_wrong_is_told():
             pytest.raises(ValueError, match="a step asks the CPU for the rows of tables"),
         ):
             attached.stage(ids, cache)
+
+
+def test_an_error_between_an_answer_and_its_step_is_raised_at_once_and_no_other_cache_gets_that_answer():
+    interpreted()
+    model, layers = Tokenwise(), make_layers((1,), "v41")
+    ids, caches = make_ids(2, 1), [Cache(), Cache()]
+    with torch.no_grad(), attach(model, in_host_memory(layers), layers.plan) as attached:
+        places = [Places(layers.plan, 2, CPU) for _ in caches]
+        for cache, its in zip(caches, places):
+            attached.seat(cache, its)
+        before, begin = places[0].recent.clone(), time.perf_counter()
+        with pytest.raises(KeyError), attached.staging(asking=True):
+            attached.answer(ids, caches[0])
+            raise KeyError
+        with attached.staging(asking=True):
+            attached.answer(ids, caches[0])
+            attached.check()
+            attached.stage(ids, caches[1])
+            model(ids, past_key_values=caches[1])
+        attached.check()
+        assert torch.equal(places[0].recent, before) and not torch.equal(places[1].recent, before)
+        with pytest.raises(KeyError), attached.staging(asking=True), mock.patch.object(CpuCall, "make") as make:
+            make.side_effect = KeyError
+            attached.stage(ids, caches[0])
+    assert time.perf_counter() - begin < 30, "a question is waited for a minute long"
 
 
 def test_pasts_stay_where_they_are_and_other_attachments_go_on_with_them(sequences):

@@ -162,6 +162,32 @@ def test_a_step_that_never_runs_and_one_that_nobody_expected_are_told():
 
 
 @interpreted
+def test_a_call_of_a_step_that_was_not_made_is_called_off_and_does_not_answer_the_next():
+    call, out, ids = call_of(), torch.zeros(2, 3, 8, dtype=torch.bfloat16), torch.ones(3, 1, dtype=torch.int64)
+    call.expect(answer)
+    call.make(ids, out)
+    for _ in range(2):
+        call.expect(lambda ids, values: values.fill_(5.0))
+    begin = time.perf_counter()
+    call.call_off()
+    call.settle()
+    assert time.perf_counter() - begin < 10, "a question is waited for a minute long"
+    call.expect(answer)
+    call.make(2 * ids, out)
+    call.settle()
+    assert torch.equal(out, rows_for(2 * ids, out))
+
+
+@interpreted
+def test_closing_does_not_wait_for_a_question_that_never_comes():
+    call = call_of()
+    call.expect(answer)
+    begin = time.perf_counter()
+    call.close()
+    assert time.perf_counter() - begin < 10
+
+
+@interpreted
 @pytest.mark.parametrize("closed", [True, False])
 def test_its_thread_ends_with_it(closed):
     others = set(threading.enumerate())

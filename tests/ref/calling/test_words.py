@@ -54,6 +54,16 @@ def test_waiting_ends_and_what_is_more_is_enough(both):
     assert both.wait_for(word.ctypes.data, -4, 0.0) == both.peek(word.ctypes.data) == -3
 
 
+def test_waiting_that_is_called_off_ends_at_once(both):
+    word, off = np.zeros(1, np.int64), threading.Event()
+    threading.Timer(0.1, off.set).start()
+    begin = time.perf_counter()
+    assert both.wait_for(word.ctypes.data, 1, 30.0, off.is_set) is None
+    assert time.perf_counter() - begin < 10
+    word[0] = 1
+    assert both.wait_for(word.ctypes.data, 1, 30.0, off.is_set) == 1, "it was there"
+
+
 def test_plain_words_are_refused_where_accesses_have_no_order(monkeypatch):
     monkeypatch.setattr(words.platform, "machine", lambda: "aarch64")
     for call in (lambda: words._plain_post(0, 1), lambda: words._plain_look(0, 1, 1)):
