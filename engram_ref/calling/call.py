@@ -57,7 +57,7 @@ class CpuCall:
         values: shape of the answer.
         dtype: of its values.
         device: that calls.
-        polls: looks at the answer, at most.
+        polls: looks at the answer, at most; after a step that had none, a sixteenth, for many may be queued.
         patience: seconds that the CPU waits for a question.
 
     Raises:
@@ -90,7 +90,7 @@ class CpuCall:
             self._ids = self._mailbox[first : first + math.prod(shape)].view(shape)
             self._sent = self._memory.bytes[head:].view(dtype).view(values)
             self._turn = torch.zeros(1, dtype=torch.int64, device=device)
-            self._answered = torch.zeros(1, dtype=torch.int32, device=device)
+            self._answered = torch.ones(1, dtype=torch.int32, device=device)  # as if the last step had been
         self._answers = 0  # the last turn that was answered
         self._expired = 0  # the last turn whose expiry was told
         self._called_off = False  # whoever has not asked is not waited for
@@ -171,8 +171,8 @@ class CpuCall:
         if expired > self._expired:
             self._expired = expired
             raise CallError(
-                f"step {expired} waited in vain for its rows, {self._polls:,} looks long, and went on with NaN: the "
-                "thread that answers was held up, or nobody expected the call"
+                f"step {expired} waited in vain for its rows, at most {self._polls:,} looks long, and went on with "
+                "NaN: the thread that answers was held up, or nobody expected the call"
             )
 
     def _word(self, index: int) -> int:

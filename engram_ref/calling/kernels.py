@@ -29,6 +29,8 @@ UNITS_PER_PROGRAM = 512  # of 16 bytes: the rows of 64 tokens of V4.1, 0.8 MB, a
 _INTERPRETED = tl.constexpr(INTERPRETED)  # Triton's interpreter knows no assembly; there, one thread follows another
 # Words of the mailbox, each in a cache line of its own, as both sides write: indices of int64.
 ASKED, ANSWERED, EXPIRED, IDS = 0, 16, 32, 48
+SHORTER = 16  # times fewer looks after a step without an answer; half a second of the usual several
+_SHORTER = tl.constexpr(SHORTER)
 _ANSWERED, _EXPIRED, _IDS = tl.constexpr(ANSWERED), tl.constexpr(EXPIRED), tl.constexpr(IDS)
 
 
@@ -70,11 +72,12 @@ def _ask(ids, ids_b, ids_t, mailbox, turn, answered, length, count, polls, LANES
         at = first + tl.arange(0, LANES)
         token = tl.load(ids + (at // length) * ids_b + (at % length) * ids_t, mask=at < count)
         tl.store(mailbox + _IDS + at, token, mask=at < count)
+    # Where the last step waited in vain, those that are queued behind it would each wait as long.
+    left = tl.where(tl.load(answered) != 0, polls, polls // _SHORTER)
     mine = tl.load(turn) + 1
     _post(mailbox, mine)
     tl.store(turn, mine)  # all threads have read it: `_post` waited for them
     says = _look(mailbox + _ANSWERED)
-    left = polls
     while (says != mine) & (says != -mine) & (left > 0):  # minus: the CPU could not
         says = _look(mailbox + _ANSWERED)
         left -= 1
@@ -99,8 +102,8 @@ def ask(ids: Tensor, mailbox: Tensor, turn: Tensor, answered: Tensor, polls: int
         ids: int64 [B, T], on the device.
         mailbox: int64 [IDS + B*T], page-locked.
         turn: int64 [1], on the device: calls so far; this is one more.
-        answered: int32 [1], on the device: 1 or 0.
-        polls: looks at the answer, at most; about a microsecond each over PCIe.
+        answered: int32 [1], on the device: 1 or 0; 1 before the first call.
+        polls: looks at the answer, at most; about a microsecond each over PCIe. After a call without one, fewer.
     """
     batch, length = ids.shape
     with on_device(ids.device):

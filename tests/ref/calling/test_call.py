@@ -94,8 +94,32 @@ def test_a_step_that_nobody_answers_ends_with_nan_and_an_error(dtype):
     call, out = call_of(dtype=dtype, polls=20), torch.zeros(2, 3, 8, dtype=dtype)
     call.make(torch.zeros(3, 1, dtype=torch.int64), out)
     assert_nan(out)
-    with pytest.raises(CallError, match=r"^step 1 waited in vain for its rows, 20 looks long, and went on with NaN"):
+    with pytest.raises(
+        CallError, match=r"^step 1 waited in vain for its rows, at most 20 looks long, and went on with NaN"
+    ):
         call.expect(answer)
+
+
+@interpreted
+def test_steps_behind_one_that_waited_in_vain_wait_shorter_until_one_is_answered():
+    call, out, ids = call_of(polls=3200), torch.zeros(2, 3, 8, dtype=torch.bfloat16), torch.ones(3, 1).long()
+
+    def seconds():
+        begin = time.perf_counter()
+        call.make(ids, out)
+        assert_nan(out)
+        return time.perf_counter() - begin
+
+    full, shorter = seconds(), min(seconds() for _ in range(3))
+    assert 4 * shorter < full, "each looks 3,200 times"
+    with pytest.raises(CallError, match="step 4 waited in vain"):
+        call.settle()
+    call._polls = 1_000_000
+    call.expect(answer)
+    call.make(ids, out)
+    call.settle()
+    call._polls = 3200
+    assert seconds() > 4 * shorter, "as patient as before"
 
 
 @interpreted
@@ -114,7 +138,7 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next():
         call.settle()
     call.expect(answer)
     ids = torch.full((3, 1), 9)
-    call._polls = 100_000
+    call._polls = 1_000_000
     call.make(ids, out)
     call.settle()
     assert torch.equal(out, rows_for(ids, out))
@@ -152,7 +176,7 @@ def test_a_step_that_never_runs_and_one_that_nobody_expected_are_told():
     call.make(ids, out)
     with pytest.raises(CallError, match="step 1 waited in vain"):
         call.settle()
-    call._polls, call._patience = 100_000, 60.0
+    call._polls, call._patience = 1_000_000, 60.0
     for number in (2, 3):  # the question that nobody answered is not taken for these
         call.expect(answer)
         time.sleep(0.1)  # whoever answers looks before the step asks
