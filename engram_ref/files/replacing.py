@@ -78,12 +78,16 @@ def _create(path: Path, ending: str) -> tuple[Path, BinaryIO]:
     """A new file that is locked, so that others see that somebody is writing it."""
     while True:
         part = path.with_name(f"{_beginning(path)}{secrets.token_hex(_RANDOM_BYTES)}.part{ending}")
-        file = open(os.open(part, _NEW, 0o666), "w+b")  # noqa: SIM115  the caller closes it
-        with suppress(OSError):  # a file system without locks; there nothing is ever taken for abandoned
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return part, file
-        file.close()  # it was removed before it was locked
+        try:
+            file = open(os.open(part, _NEW, 0o666), "w+b")  # noqa: SIM115  the caller closes it
+            with suppress(OSError):  # a file system without locks; there nothing is ever taken for abandoned
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return part, file
+            file.close()  # it was removed before it was locked
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM: nobody else knows its name
+            part.unlink(missing_ok=True)
+            raise
 
 
 def _beginning(path: Path) -> str:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[3]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from unittest import mock
 from engram_ref.files.replacing import replacing, replacing_path
 path = Path(sys.argv[1])
 with replacing(path) as file, replacing_path(path) as part:
@@ -82,6 +84,13 @@ def test_what_another_still_writes_stays(tmp_path, way):
         write(path, way)
         assert path.read_bytes() == b"whole"
     assert path.read_bytes() == b"the first" and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_part_that_is_interrupted_as_it_is_made_goes_at_once(tmp_path, way):
+    stopped = mock.patch("engram_ref.files.replacing.fcntl.flock", side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt), stopped, way(tmp_path / "f"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_name_that_was_guessed_is_not_followed(tmp_path, way, monkeypatch):
