@@ -89,13 +89,15 @@ def shared_memory(
     address = _address(name)
     deadline = time.monotonic() + patience
     while True:
-        listener = _bind(address)
-        if listener is not None:
-            try:
+        listener = None
+        try:
+            listener = _bind(address)
+            if listener is not None:
                 return _lead(_Keeper(address, head, listener=listener), listener, nbytes, lay)
-            except BaseException:  # Ctrl-C before there is a keeper, too: others would wait for an answer
+        except BaseException:  # Ctrl-C before there is a keeper, too: others would wait for an answer
+            if listener is not None:
                 listener.close()
-                raise
+            raise
         line = _connect(address)
         memory = None if line is None else _follow(_Keeper(address, head, line=line), line, name, nbytes, deadline)
         if memory is not None:
@@ -272,10 +274,12 @@ def _bind(address: bytes) -> socket.socket | None:
     try:
         listener.bind(address)
         listener.listen(_WAITING)
-    except OSError:
+        return listener
+    except BaseException as error:  # Ctrl-C, too: whoever keeps the exception would keep the name
         listener.close()
-        return None
-    return listener
+        if isinstance(error, OSError):
+            return None
+        raise
 
 
 def _connect(address: bytes) -> socket.socket | None:

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -236,6 +237,18 @@ def test_who_is_interrupted_before_the_rows_are_laid_down_leaves_the_name_free(n
         patch.setattr(shared_module, "_Keeper", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         placed(name, VALUES)
     assert caught.tb  # it holds the frames, and what was in them
+    shared_module.shared_memory(name, 4096, {}, lambda memory: None, patience=5).close()
+
+
+def test_who_is_interrupted_while_the_name_is_taken_leaves_it_free(name, monkeypatch):
+    class Interrupted(socket.socket):
+        def listen(self, *given):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(shared_module.socket, "socket", Interrupted)
+        placed(name, VALUES)
+    assert caught.tb  # as above
     shared_module.shared_memory(name, 4096, {}, lambda memory: None, patience=5).close()
 
 
