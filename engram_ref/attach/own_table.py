@@ -213,9 +213,9 @@ def without_table() -> Iterator[None]:
         table = self.ngram_embedding
         self.ngram_embedding = _Absent(table.num_embeddings, table.embedding_dim, table.weight.dtype)
 
-    kind.__init__ = build_without
-    parent._keys_to_ignore_on_load_unexpected = [*(ignored or []), _TABLE_NAME]
     try:
+        kind.__init__ = build_without
+        parent._keys_to_ignore_on_load_unexpected = [*(ignored or []), _TABLE_NAME]
         yield
     finally:
         kind.__init__, parent._keys_to_ignore_on_load_unexpected = build, ignored
