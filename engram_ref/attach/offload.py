@@ -123,8 +123,8 @@ class OffloadedTable:
         self.prefetched = self.late = 0
         self._named = named_arguments(text)
         self._prefetcher = _prefetcher(plan, self.tables, buffers, observer) if prefetch else None
-        self._room = threading.Semaphore(buffers)
-        self._steps: dict[int, Fetch] = {}  # begun and not ended, by thread
+        self._buffers = buffers
+        self._steps: dict[int, Fetch | None] = {}  # by thread, what was begun and not ended; None until it is begun
         self._differs: Tensor | None = None  # on an accelerator: whether a row number was another
         self._seats = [
             Seat(one, one.ngram_embedding, Lookup(self.look_up, block, one.ngram_embedding, tables[block].device))
@@ -212,14 +212,18 @@ class OffloadedTable:
         given = self._named(args, kwargs)
         ids = given.get("ple_input_ids")
         ids = given.get("input_ids") if ids is None else ids
-        if self._prefetcher is None or ids is None or not self._room.acquire(blocking=False):
+        if self._prefetcher is None or ids is None or not self._takes_room(thread):
             return
-        try:
-            ids = _without_padding(ids, given.get("attention_mask"), self.plan.pad_compressed)
-            self._steps[thread] = self._start(self._prefetcher, ids, cache_among(given))
-        except BaseException:
-            self._room.release()
-            raise
+        ids = _without_padding(ids, given.get("attention_mask"), self.plan.pad_compressed)
+        self._steps[thread] = self._start(self._prefetcher, ids, cache_among(given))
+
+    def _takes_room(self, thread: int) -> bool:
+        """Whether there is room for a thread's step, which it has until `_drop`."""
+        # Counted by who has it: a counter would stay wrong for good where Ctrl-C comes behind its change.
+        self._steps[thread] = None
+        if len(self._steps) > self._buffers:
+            del self._steps[thread]
+        return thread in self._steps
 
     def _start(self, prefetcher: Prefetcher, ids: Tensor, cache: Any) -> Fetch:
         before = None if cache is None else ids_before(cache, next(iter(self.tables)))
@@ -266,27 +270,19 @@ class OffloadedTable:
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         fetch = self._steps.get(threading.get_ident())
-        if fetch is None:
-            return
-        if output is None:  # an error, which is raised
+        if fetch is None or output is None:  # an error, which is raised
             return self._drop(threading.get_ident())
         try:
             fetch.release()
         finally:
-            self._forget(threading.get_ident())
+            self._drop(threading.get_ident())
 
     def _drop(self, thread: int) -> None:
-        """Forget a forward of a thread that an exception ended."""
-        fetch = self._steps.get(thread)
-        if fetch is not None:
-            try:
-                give_back(fetch)
-            finally:
-                self._forget(thread)
-
-    def _forget(self, thread: int) -> None:
-        del self._steps[thread]
-        self._room.release()
+        """Forget a forward of a thread, and give back its fetch if that has not been done."""
+        try:
+            give_back(self._steps.get(thread))
+        finally:
+            self._steps.pop(thread, None)
 
 
 def _prefetcher(plan: HashPlan, tables: Mapping[int, Table], buffers: int, observer: Observer | None) -> Prefetcher:

@@ -80,6 +80,8 @@ class Step:
 
 
 def give_back(fetch: Any) -> None:
-    """Release a fetch that an error has made useless; what is wrong with it besides is not raised."""
-    with suppress(FetchError):
-        fetch.release()
+    """Release a fetch that an error has made useless, if there is one; what is wrong with it besides is not raised."""
+    # Whoever keeps the exception, as a console does, keeps all that the functions had which it has ended.
+    if fetch is not None:
+        with suppress(FetchError):
+            fetch.release()
