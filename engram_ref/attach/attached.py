@@ -296,9 +296,9 @@ class Attached(StagedSteps):
         self._settle()  # who answers has the places
         places = None if given.cache is None else history_of(given.cache, self._key)
         if isinstance(places, Places):
-            goes_on = places.next_step(given.ids.shape)
-            fetch, recent = self._source.start(given.ids, None, goes_on, room, None, waited_for)
+            goes_on, fetch = places.next_step(given.ids.shape), None
             try:
+                fetch, recent = self._source.start(given.ids, None, goes_on, room, None, waited_for)
                 goes_on.begin()
                 return Step(fetch, given.ids.shape, recent, goes_on, None)
             except BaseException:
@@ -326,8 +326,9 @@ class Attached(StagedSteps):
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
-        fetch, recent = self._source.start(given.ids, padding, history, room, packing, waited_for)
+        fetch = None
         try:
+            fetch, recent = self._source.start(given.ids, padding, history, room, packing, waited_for)
             if history is not None:
                 history.begin()
             if packing is not None:
@@ -401,7 +402,7 @@ class Attached(StagedSteps):
         try:
             step.end()
         finally:
-            self._forget(thread)
+            self._drop(thread)
         if step.history is not None:
             self._check_followed(step, step.history, cache_in(output))
 
@@ -422,7 +423,7 @@ class Attached(StagedSteps):
             self._follow(cache, history)
 
     def _drop(self, thread: int) -> None:
-        """Forget a forward of a thread that an exception ended."""
+        """Forget a forward of a thread, and give back its fetch if that has not been done."""
         step = self._steps.get(thread)
         if step is None:
             return

@@ -17,8 +17,8 @@ host stands between two halves of it. `Attached.answer` before each replay lets 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -90,15 +90,12 @@ class Staged:
                     event.record(self._stream)
         self.shape = shape
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self) -> AbstractContextManager[Any]:
         """On the side stream, if there is one, behind what the current one has: the last step may still be reading."""
         if self._stream is None:
-            yield
-            return
+            return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
+        return torch.cuda.stream(self._stream)
 
     def call(self, shape: torch.Size, values: torch.Size, dtype: torch.dtype) -> CpuCall:
         """What a step of this shape asks the CPU by, for values of this shape: always the same."""

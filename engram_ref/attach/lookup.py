@@ -63,7 +63,7 @@ class Source:
         self.reads_on_cpu = self._looks_up and not self._on_device
         self._hasher = hasher
         self._stand_in = DEAD if form == "v41" else self.plan.pad_compressed
-        self._wait_at_once = wait_at_once
+        self._wait_at_once = wait_at_once and self._looks_up
         self._sent: tuple[Tensor, Any] | None = None  # where the last ids arrived that were sent for, and their event
         vocab = _as_vocab(vocab, self.plan)
         self.token_ids = self.plan.compressed_size if vocab is None else len(vocab.ids)
@@ -119,13 +119,18 @@ class Source:
                 self.prefetcher.excuse(error)
             raise
         recent = None if history is None else Ready(history.followed_by(compressed))
-        if hashed is not None:
-            fetch = self.prefetcher.start_hashed(hashed, waited_for=waited_for)
+        apart = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
+        fetch = None
+        try:
+            if hashed is not None:
+                fetch = self.prefetcher.start_hashed(hashed, waited_for=waited_for)
+            else:
+                fetch = self._fetch(apart, history, waited_for)
             self._let_wait(fetch)
-        else:
-            apart = compressed if packing is None else packing.spread(compressed).masked_fill(packing.apart, DEAD)
-            fetch = self._fetch(apart, history, waited_for)
-        return fetch, recent
+            return fetch, recent
+        except BaseException:
+            give_back(fetch)
+            raise
 
     def _goes_in_one_pass(self, ids: Tensor, waited_for: bool) -> bool:
         """Not a prompt that the worker hashes while the model computes."""
@@ -214,24 +219,24 @@ class Source:
             found = lookup(ids, before, after, padding, self._stand_in, out)
             return found.values, found.compressed if after is None else after
 
-        fetch, recent = self.prefetcher.start_lookup(on_stream)
-        self._let_wait(fetch)
-        if history is None:
-            return fetch, None
-        # Of a staged step, the model's stream waits at the blocks that read its rows, and for nothing before them:
-        # ids that were advanced where they lie have been advanced by then.
-        stays = room is not None and history.room_after(ids.shape[1]) is history.recent
-        return fetch, Ready(history.recent) if stays else recent
-
-    def _let_wait(self, fetch: Any) -> None:
-        if not self._wait_at_once:
-            return
+        fetch = None
         try:
-            for pending in fetch.values():
-                pending.wait()
+            fetch, recent = self.prefetcher.start_lookup(on_stream)
+            self._let_wait(fetch)
+            if history is None:
+                return fetch, None
+            # Of a staged step, the model's stream waits at the blocks that read its rows, and for nothing before them:
+            # ids that were advanced where they lie have been advanced by then.
+            stays = room is not None and history.room_after(ids.shape[1]) is history.recent
+            return fetch, Ready(history.recent) if stays else recent
         except BaseException:
             give_back(fetch)
             raise
+
+    def _let_wait(self, fetch: Any) -> None:
+        if self._wait_at_once:
+            for pending in fetch.values():
+                pending.wait()
 
     def compress(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
         """Compressed ids, int64 [B, T]; padding as the form has it. Where nothing is looked up, nothing is read: 0."""
@@ -258,11 +263,8 @@ class Source:
         ids = compressed if self._on_device else compressed.numpy()
         before = None if history is None else self._before(history)
         if waited_for and isinstance(self.prefetcher, Prefetcher):
-            fetch = self.prefetcher.start(ids, before, waited_for=True)
-        else:
-            fetch = self.prefetcher.start(ids, before)
-        self._let_wait(fetch)
-        return fetch
+            return self.prefetcher.start(ids, before, waited_for=True)
+        return self.prefetcher.start(ids, before)
 
     def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:
         context = history.context.contiguous()

@@ -97,10 +97,10 @@ class StagedSteps(ABC):
             raise RuntimeError("staging() inside of staging(), of this thread or another: leave the first one before")
         if staged is None and (overlap, asking) not in self._stagings:
             self._stagings[overlap, asking] = Staged(self._device, overlap, asking)
-        self._staged, self._staging_thread = staged or self._stagings[overlap, asking], threading.get_ident()
-        self._between = between
-        self._staged.forget()
         try:
+            self._staged, self._staging_thread = staged or self._stagings[overlap, asking], threading.get_ident()
+            self._between = between
+            self._staged.forget()
             yield self
         except BaseException:
             self._call_off()  # the replay that an answer waits for may not have been made
@@ -233,8 +233,7 @@ class StagedSteps(ABC):
         self._staged.shape = input_ids.shape
         arrived = self._source.send_for(input_ids)
         if arrived is None:
-            step = self._start(given, self.decoder, room, waited_for)
-            self._begun = lambda: step
+            self._begun = [self._start(given, self.decoder, room, waited_for)].pop  # nobody has it once it is taken
         else:  # `lay_down` begins it, and waits
             self._begun = lambda: self._start(given._replace(ids=arrived()), self.decoder, room, waited_for=True)
 
@@ -252,20 +251,23 @@ class StagedSteps(ABC):
         """
         if self._staged is None or self._begun is None:
             raise RuntimeError("lay_down() without a step: call begin(input_ids, cache) before it, inside of staging()")
-        begun, self._begun = self._begun, None
-        step = begun()
+        step, filled = None, False
         try:
+            step = self._begun()
+            self._begun = None
             if step.packing is not None:
                 raise ValueError(_PACKED_AND_STAGED)
             if isinstance(step.history, Prompts):  # admitted since `begin`
                 raise ValueError(_PROMPTS_AND_STAGED)
             self._staged.fill(step, self.engrams)
-        except BaseException:
-            give_back(step.fetch)
-            if step.history is not None and not self._entered:
-                step.history.end()  # no block has run, so the cache is as it was
-            raise
-        step.end()
+            filled = True
+            step.end()
+        finally:
+            self._begun = None
+            if step is not None:
+                give_back(step.fetch)
+                if not filled and step.history is not None and not self._entered:
+                    step.history.end()  # no block has run, so the cache is as it was
         if self._entered:  # the blocks behind the first layer are still to come
             self._let_advance(step.history)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C inside of `attach` and `offload_table`, at every step there is: the model is what it was.
+"""Ctrl-C inside of `attach`, `offload_table` and forwards, at every step there is: the model is what it was.
 
 python -m pytest tests/ref/attach/test_interrupts.py
 """
@@ -16,17 +16,20 @@ import pytest
 import torch
 from torch import nn
 
-from engram_ref.attach import attach, offload_table, own_table
+from engram_ref.attach import attach, graphs, lookup, offload_table, own_table, staging, without_table
 from engram_ref.attach import attached as attached_module
 from engram_ref.attach import hooks as hooks_module
 from engram_ref.attach import offload as offload_module
+from engram_ref.attach import step as step_module
 from engram_ref.attach.own_table import plan_of
+from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach.models import Plainest, make_ids, make_layers
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OURS = {module.__file__ for module in (attached_module, hooks_module, offload_module, own_table)}
+IN_FORWARDS = OURS | {module.__file__ for module in (graphs, lookup, staging, step_module)}
 TORCHS = [nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook, nn.Module.__setattr__]
 TABLE = "model.layers.{}.ple.ple_embedding.ngram_embedding"
 
@@ -48,6 +51,35 @@ def interrupted_at(step, outermost):
         silent = frame.f_code is outermost.__code__ or frame.f_code.co_flags & inspect.CO_GENERATOR
         if event == "line" or (event == "return" and not silent):
             if passed == step:
+                sys.settrace(before)
+                raise KeyboardInterrupt
+            passed += 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def interrupted_in_forward(at):
+    """Ctrl-C where a line begins of those files of ours that a forward runs; in a generator until it has yielded.
+
+    A function that returns is not interrupted: Python looks for signals where functions begin, and in loops.
+    """
+    passed, before, yielded = 0, sys.gettrace(), set()
+
+    def trace(frame, event, argument):
+        nonlocal passed
+        del argument  # whoever keeps the exception keeps this frame
+        if event == "return" and frame.f_code.co_flags & inspect.CO_GENERATOR:
+            yielded.add(frame.f_code)
+        if frame.f_code.co_filename not in IN_FORWARDS or frame.f_code in yielded:
+            return None
+        if event == "line":
+            if passed == at:
                 sys.settrace(before)
                 raise KeyboardInterrupt
             passed += 1
@@ -138,6 +170,38 @@ def test_an_attach_whose_warning_is_an_error_leaves_no_trace(plainest):
     with pytest.warns(UserWarning, match="the model has token ids") as told, attach(model, layers.engrams, layers.plan):
         assert not torch.equal(model(ids), want)
     assert told[0].filename == __file__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hasher", [None, DeviceHasher], ids=["cpu", "device"])
+@pytest.mark.parametrize("staged", [False, True], ids=["forward", "staged"])
+def test_a_forward_that_is_interrupted_spoils_none_that_follows(plainest, staged, hasher):
+    """Though a console keeps the exceptions, and with them what functions had that were ended by them."""
+    layers, ids = make_layers(), make_ids()
+    plan = layers.plan if hasher is None else hasher(layers.plan, "cpu")
+
+    def forward(attached):
+        if not staged:
+            return plainest(ids)
+        with attached.staging():
+            attached.stage(ids)
+            return plainest(ids)
+
+    with attach(plainest, layers.engrams, plan) as attached:
+        want, kept, made = forward(attached), [], None
+        for at in itertools.count():
+            for _ in range(2):  # as many as there are buffers
+                try:
+                    with interrupted_in_forward(at):
+                        made = forward(attached)
+                except KeyboardInterrupt as error:
+                    kept.append(error)
+            assert torch.equal(forward(attached), want), at
+            assert torch.equal(plainest(ids), want), at
+            if made is not None:
+                break
+            kept.clear()
+    assert at > 100
 
 
 def test_an_error_on_the_way_in_closes_the_prefetcher(plainest, monkeypatch):
@@ -233,6 +297,39 @@ def test_an_error_when_the_bytes_are_gone_brings_them_back(two_tables, monkeypat
     assert torch.equal(model(ids).logits, want)
     with offload_table(model, "device") as offloaded:
         assert torch.equal(model(ids).logits, want) and offloaded.prefetched == 2
+
+
+@torch.no_grad()
+def test_a_forward_of_an_offloaded_model_that_is_interrupted_leaves_room_for_those_that_follow(two_tables):
+    model, ids, kept, made = two_tables, make_ids(1, 7), [], None
+    with offload_table(model, "host") as offloaded:
+        want = model(ids).logits
+        for at in itertools.count():
+            for _ in range(2):  # as many as there are buffers
+                try:
+                    with interrupted_in_forward(at):
+                        made = model(ids)
+                except KeyboardInterrupt as error:
+                    kept.append(error)
+            prefetched, late = offloaded.prefetched, offloaded.late
+            assert torch.equal(model(ids).logits, want), at
+            assert (offloaded.prefetched, offloaded.late) == (prefetched + 2, late), at
+            if made is not None:
+                break
+            kept.clear()
+    assert at > 50
+
+
+def test_models_have_their_tables_again_wherever_without_table_is_interrupted():
+    kind, parent = qwen4.Qwen4ExpTextNGramEmbedding, qwen4.Qwen4ExpPreTrainedModel
+    was, entered = (kind.__init__, parent._keys_to_ignore_on_load_unexpected), False
+    for at in itertools.count():
+        with suppress(KeyboardInterrupt), interrupted_in_forward(at), without_table():
+            entered = True
+        assert (kind.__init__, parent._keys_to_ignore_on_load_unexpected) == was, at
+        if entered:
+            break
+    assert at > 5
 
 
 def test_what_is_brought_back_in_inference_mode_can_be_trained(two_tables):
