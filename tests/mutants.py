@@ -50,12 +50,15 @@ _CONTEXT = 40  # characters on either side of a change
 TARGETS: dict[str, tuple[str, ...]] = {
     "engram_ref/hashing/ngram.py": (
         "tests/ref/hashing/test_ngram.py",
+        "tests/ref/hashing/test_recorded.py",
         "tests/cross/test_hash_qwen.py",
         "tests/ref/hashing/test_fused.py",
     ),
     "engram_ref/hashing/fused.py": ("tests/ref/hashing/test_fused.py",),
     "engram_ref/hashing/plan.py": (
         "tests/ref/hashing/test_identity.py",
+        "tests/ref/hashing/test_plan.py",
+        "tests/ref/hashing/test_recorded.py",
         "tests/ref/hashing/test_ngram.py",
         "tests/cross/test_hash_qwen.py",
     ),

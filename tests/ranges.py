@@ -47,8 +47,8 @@ SELECTION = {
         "tests/ref/hashing/test_fused.py::test_bad_inputs_have_one_message",
     ),
     "sympy": (
-        "tests/ref/hashing/test_ngram.py::test_primes_by_hand",
-        "tests/ref/hashing/test_ngram.py::test_pinned_plans",
+        "tests/ref/hashing/test_plan.py::test_primes_by_hand",
+        "tests/ref/hashing/test_plan.py::test_pinned_plans",
     ),
     "triton": (
         "tests/ref/rows/test_kernels.py::test_lengths_about_the_tile",

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 import engram_ref
 from engram_ref import gpu
-from engram_ref.config import PRESETS, EngramConfig
+from engram_ref.config import PRESETS
 from engram_ref.hashing import DEAD, INT64_MAX, HashPlan, LayerPlan, NgramHasher, TokenHistory
 from engram_ref.hashing import device as hashing_torch
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
-from tests.ref.hashing.test_ngram import DEMO_BATCHES, DEMO_CONFIGS, demo_config, digest, recipe_ids, v41_ids
+from tests.ref.hashing.recorded import DEMO_BATCHES, digest, recipe_ids, v41_ids
 
 WAYS = ["plain", "fused"]
 PRIMES = (2, 3, 9, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2**31 - 1)
@@ -37,16 +37,6 @@ PRIMES = (2, 3, 9, 1009, 65_537, 646_403, 16_000_057, 2**30 - 35, 2**31 - 19, 2*
 def way(request) -> str:
     """Both ways of the hasher."""
     return request.param
-
-
-@pytest.fixture(scope="session")
-def tiny():
-    return HashPlan.build(EngramConfig.preset("tiny"), 100, 2)
-
-
-@pytest.fixture
-def v41(plans):
-    return plans["v41-flash"]
 
 
 def hasher_of(plan: HashPlan, way: str) -> DeviceHasher:
@@ -96,19 +86,6 @@ def with_another_multiplier(plan: HashPlan) -> HashPlan:
 
 
 # --- against golden numbers -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def demo_file(golden):
-    return golden("hash_demo.json")
-
-
-@pytest.fixture(params=DEMO_CONFIGS)
-def demo(request, demo_file, vocab_small):
-    """One configuration of the demo, and our plan for it."""
-    case = demo_file["configs"][request.param]
-    config = demo_config(case["config"])
-    return case, HashPlan.build(config, len(vocab_small), vocab_small.pad(config.pad_id))
 
 
 def within_columns(plan: HashPlan, rows: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,10 +205,10 @@ def test_the_largest_id_everywhere(size, way):
     ids=["transposed", "every third", "one token", "one row four times"],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_other_forms_of_ids(view, dtype, tiny, way):
+def test_other_forms_of_ids(view, dtype, tiny_plan, way):
     ids = view(torch.tensor(random_ids(np.random.default_rng(2), 100, (4, 12)), dtype=dtype))
     before = ids.clone()
-    assert_same(hash_all(hasher_of(tiny, way), ids), definition(tiny, ids.numpy()))
+    assert_same(hash_all(hasher_of(tiny_plan, way), ids), definition(tiny_plan, ids.numpy()))
     assert torch.equal(ids, before)
 
 
@@ -296,8 +273,8 @@ def test_a_history_refuses_a_chunk_of_other_sequences(shape, v41):
 
 
 @pytest.mark.parametrize("bad", [[[100]], [[-2]], [[10**18]], [[1.5]], [[True]]], ids=str)
-def test_a_history_refuses_what_hashing_refuses(bad, tiny):
-    history = DeviceHistory(tiny, 1, "cpu")
+def test_a_history_refuses_what_hashing_refuses(bad, tiny_plan):
+    history = DeviceHistory(tiny_plan, 1, "cpu")
     with pytest.raises(ValueError, match="compressed ids"):
         history.advance(torch.tensor(bad))
     assert (history.ids == DEAD).all()
@@ -315,9 +292,9 @@ def test_a_history_of_other_sequences_is_refused(sequences, v41, way):
 
 @pytest.mark.parametrize("bad", [-2, 100, -(2**63), INT64_MAX])
 @pytest.mark.parametrize("place", [(0, 0), (1, 17)], ids=str)
-def test_a_bad_id_is_refused_once(bad, place, tiny, way):
+def test_a_bad_id_is_refused_once(bad, place, tiny_plan, way):
     ids = random_ids(np.random.default_rng(5), 100, (2, 18))
-    hasher = hasher_of(tiny, way)
+    hasher = hasher_of(tiny_plan, way)
     good = hash_all(hasher, ids)
     broken = ids.copy()
     broken[place] = bad
@@ -326,15 +303,15 @@ def test_a_bad_id_is_refused_once(bad, place, tiny, way):
     assert_same(hash_all(hasher, ids), good)
 
 
-def test_in_plain_torch_a_bad_id_counts_as_dead_too(tiny):
+def test_in_plain_torch_a_bad_id_counts_as_dead_too(tiny_plan):
     """What CUDA goes on with until somebody checks; a CPU refuses first, so this looks beneath."""
     ids = random_ids(np.random.default_rng(6), 100, (2, 9))
     ids[0, 3], ids[1, 0], ids[1, 8] = -2, 100, INT64_MAX
-    hasher = hasher_of(tiny, "plain")
+    hasher = hasher_of(tiny_plan, "plain")
     hasher._ids.device = torch.device("meta")  # stands for one that the CPU does not wait for
     got = hasher._way(torch.tensor(ids), torch.full((2, 2), DEAD))
     ids[(ids < 0) | (ids >= 100)] = DEAD
-    assert_same({layer_id: rows.numpy() for layer_id, rows in got.items()}, definition(tiny, ids))
+    assert_same({layer_id: rows.numpy() for layer_id, rows in got.items()}, definition(tiny_plan, ids))
     with pytest.raises(ValueError, match="compressed ids contain -2;"):  # the lowest first, as on a CPU
         hasher.check()
     hasher.check()
@@ -353,33 +330,33 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_batch_of_ids_is_refused(case, tiny, way):
+def test_what_is_no_batch_of_ids_is_refused(case, tiny_plan, way):
     ids, message = REFUSED[case]
-    hasher = hasher_of(tiny, way)
+    hasher = hasher_of(tiny_plan, way)
     with pytest.raises(ValueError, match=message):
         hasher(ids if ids.is_meta else ids.to(hasher.device))
 
 
-def test_a_cpu_is_refused_outside_the_interpreter(tiny, monkeypatch):
+def test_a_cpu_is_refused_outside_the_interpreter(tiny_plan, monkeypatch):
     pytest.importorskip("engram_ref.rows.kernels", reason="needs Triton", exc_type=ImportError)
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     with pytest.raises(ValueError, match="fused=True on cpu: the kernel needs a CUDA device; use fused=False"):
-        DeviceHasher(tiny, "cpu", fused=True)
+        DeviceHasher(tiny_plan, "cpu", fused=True)
 
 
-def test_a_cpu_hashes_in_plain_torch_by_default(tiny):
-    assert not DeviceHasher(tiny, "cpu").fused
+def test_a_cpu_hashes_in_plain_torch_by_default(tiny_plan):
+    assert not DeviceHasher(tiny_plan, "cpu").fused
 
 
-def test_without_triton_only_the_fused_way_is_refused(tiny, monkeypatch):
+def test_without_triton_only_the_fused_way_is_refused(tiny_plan, monkeypatch):
     for package, name in ((engram_ref, "gpu"), (engram_ref.hashing, "kernels")):
         monkeypatch.delattr(package, name, raising=False)
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"the fused hash needs Triton \(.*\): pip install triton, or use fused=False"):
-        DeviceHasher(tiny, "cpu", fused=True)
+        DeviceHasher(tiny_plan, "cpu", fused=True)
     assert not hashing_torch._triton_is_there()
-    assert not DeviceHasher(tiny, "cpu").fused
+    assert not DeviceHasher(tiny_plan, "cpu").fused
 
 
 def imports(tree: ast.AST, deep: bool) -> set[str]:
