@@ -7,7 +7,7 @@ What the layer needs stands in `text_config`, or at the top level where there is
 or that contradicts another is refused: each of them moves rows or changes their values, and none raises an error later.
 Torch is not imported here.
 
-    python -m pytest tests/ref/checkpoint/test_folder.py
+    python -m pytest tests/ref/checkpoint/test_config_json.py
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ neither says it, a warning does.
 `engram_ref.checkpoint.v41` loads whole layers; `engram_ref.checkpoint.sample` writes a small folder of this kind.
 Torch is imported only where rows are asked for.
 
-    python -m pytest tests/ref/checkpoint/test_folder.py
+    python -m pytest tests/ref/checkpoint/test_folder.py tests/ref/checkpoint/test_damaged_folder.py
 """
 
 from __future__ import annotations

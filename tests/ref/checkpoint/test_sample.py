@@ -19,11 +19,6 @@ from engram_ref.checkpoint.sample import sample_bytes, sample_config, write_samp
 from engram_ref.config import EngramConfig
 
 
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-
-
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

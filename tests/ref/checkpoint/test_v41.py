@@ -27,15 +27,6 @@ def model(sample_folder, cache_home):
         return ModelFolder.open(sample_folder)
 
 
-@pytest.fixture
-def linked(sample_folder, tmp_path, monkeypatch, cache_home):
-    """The sample as links; a test replaces what it spoils."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    for file in sample_folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    return tmp_path
-
-
 def drawn(model, layer_id, part):
     """A tensor straight from the generator, not from a file."""
     dtype, shape = expected_tensors(model.config, model.plan.layer(layer_id))[part]
@@ -130,25 +121,25 @@ def overwrite(folder, entry, at, byte):
 
 
 @pytest.mark.parametrize(("part", "byte"), [("wkv.weight", 0x7F), ("wkv.weight", 0xFF), ("wkv.scale", 0xFF)])
-def test_a_projection_with_a_nan_is_refused(linked, model, part, byte):
-    overwrite(linked, model.tensor(1, part), 5, byte)
+def test_a_projection_with_a_nan_is_refused(folder, model, part, byte):
+    overwrite(folder, model.tensor(1, part), 5, byte)
     with pytest.raises(
         ValueError, match=r"layers\.1\.engram\.wkv\.weight or layers\.1\.engram\.wkv\.scale holds a NaN"
     ):
-        load_fusion_v41(ModelFolder.open(linked), 1)
+        load_fusion_v41(ModelFolder.open(folder), 1)
 
 
 @pytest.mark.parametrize(("part", "byte"), [("embed.weight", 0xFF), ("embed.scale", 0xFF)])
-def test_rows_with_a_nan_are_refused_where_they_are_loaded(linked, model, part, byte):
+def test_rows_with_a_nan_are_refused_where_they_are_loaded(folder, model, part, byte):
     row_bytes = 256 if part == "embed.weight" else 8
-    overwrite(linked, model.tensor(14, part), 77 * row_bytes, byte)
+    overwrite(folder, model.tensor(14, part), 77 * row_bytes, byte)
     with pytest.raises(ValueError, match="NaN") as refused:
-        load_layer_v41(ModelFolder.open(linked), 14, "host")
+        load_layer_v41(ModelFolder.open(folder), 14, "host")
     assert "row 77" in str(refused.value)
 
 
-def test_a_file_that_was_changed_meanwhile_is_refused(linked):
-    opened = ModelFolder.open(linked)
+def test_a_file_that_was_changed_meanwhile_is_refused(folder):
+    opened = ModelFolder.open(folder)
     file = opened.tensor(1, "q_weight").path
     other = opened.tensor(14, "q_weight").path.read_bytes()
     file.unlink()
@@ -157,9 +148,9 @@ def test_a_file_that_was_changed_meanwhile_is_refused(linked):
         load_fusion_v41(opened, 1)
 
 
-def test_another_projection_of_the_same_shape_is_refused(linked):
-    opened = ModelFolder.open(linked)
-    overwrite(linked, opened.tensor(1, "q_weight"), 5, 1)
+def test_another_projection_of_the_same_shape_is_refused(folder):
+    opened = ModelFolder.open(folder)
+    overwrite(folder, opened.tensor(1, "q_weight"), 5, 1)
     for load in (load_fusion_v41, load_layer_v41):
         with pytest.raises(ValueError, match=r"was changed after it was checked: call ModelFolder\.open again"):
             load(opened, 1)

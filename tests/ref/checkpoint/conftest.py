@@ -1,0 +1,18 @@
+"""Fixtures of the checkpoints' tests: a folder that a test may spoil, and where maps are kept meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+
+
+@pytest.fixture
+def folder(sample_folder, tmp_path):
+    """The sample as links, as the Hugging Face cache has its files; a test replaces what it spoils."""
+    for file in sample_folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    return tmp_path
