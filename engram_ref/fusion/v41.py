@@ -11,7 +11,7 @@ be cut anywhere. At a DEAD position (an image) the gate is 0 and the stream pass
 Differences from the demo's gate (`engram_ref.fusion.demo`): eps, the sign of 0, and the sum with the stream, which
 belongs to the layer.
 
-    python -m pytest tests/ref/fusion/test_v41.py
+    python -m pytest tests/ref/fusion/test_v41*.py
 """
 
 from __future__ import annotations
