@@ -6,7 +6,7 @@
 A notice is what a rank says of its part: nothing, or an error, in so many bytes that everybody knows how many. A rank
 that ends is noticed by the network (gloo) or by the group's time limit; `watched` makes one line of it.
 
-    python -m pytest tests/ref/tables/test_sharded.py
+    python -m pytest tests/ref/sharding/test_agreement.py
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@
 A rank that has an error takes part all the same, with rows that mean nothing: its notice says so to everybody, and
 every rank raises it when it joins. With row numbers all in range this cannot happen, and costs 256 B from each rank.
 
-    python -m pytest tests/ref/tables/test_sharded.py
+    python -m pytest tests/ref/sharding/test_exchange.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real processes for tests of tables that several of them share: forked from a server that has imported everything.
+"""Real processes for tests of tables that several of them share: forked from the one that runs the tests.
 
 found = run_ranks(3, function, argument)            # function(rank, argument) in each, over gloo; what they return
 """
@@ -18,10 +18,6 @@ import torch
 import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("fork")
-_TESTS = [
-    "tests.bench.ranks.test_ranks", "tests.ref.attach.test_sharded", "tests.ref.tables.test_sharded",
-    "tests.ref.tables.test_shared",
-]  # fmt: skip
 LIMIT_S = 90  # of a whole test: a hang fails it, and leaves nobody behind
 
 
