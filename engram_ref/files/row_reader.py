@@ -9,7 +9,7 @@ queue of reads (`direct_reads`). Where neither can be (macOS), threads that wait
 reading faster: where a sandbox refuses a hint, or a file system returns less than was asked for, the rows are read
 without it.
 
-    python -m pytest tests/ref/tables/test_file.py
+    python -m pytest tests/ref/files/test_row_reader.py tests/ref/tables/test_file.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Rows that follow each other in the file are read by one call, each to its own place. Where rows lie in two parts, the
 disk is asked for both before either is waited for. The C library is called by name.
 
-    python -m pytest tests/ref/tables/test_file.py
+    python -m pytest tests/ref/files/test_row_reader.py tests/ref/tables/test_file.py
 """
 
 # mypy: disable-error-code="call-arg, call-overload"

@@ -15,6 +15,7 @@ import pytest
 from engram_ref.files import read_plan
 from engram_ref.files.conventions import BLOCK, round_up
 from engram_ref.files.read_plan import Reads, plan_reads
+from tests.ref.files.stored_cases import R
 
 
 def part(row_bytes, offset=0, rows=10**6, tail=0):
@@ -105,3 +106,39 @@ def test_a_plan_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         reads.offsets = reads.lengths
     assert isinstance(reads, Reads)
+
+
+# --- of rows in files -----------------------------------------------------------------------------
+
+
+def test_rows_that_touch_are_read_together(found):
+    reads = plan_reads(np.array([0, 1, 2, 10, 12, 13]), found.parts[0])
+    assert (reads.offsets - BLOCK).tolist() == [0, 10 * 256, 12 * 256]
+    assert reads.lengths.tolist() == [768, 256, 512]
+    assert reads.first.tolist() == [0, 3, 4, 6]
+
+
+def test_blocks_that_touch_are_read_together(found):
+    part = found.parts[0]
+    reads = plan_reads(np.array([0, 15, 16, 48, 700]), part, direct=True)  # 16 rows lie in a block
+    assert reads.offsets.tolist() == [BLOCK, 4 * BLOCK, 44 * BLOCK]
+    assert reads.lengths.tolist() == [2 * BLOCK, BLOCK, part.file_bytes - 44 * BLOCK]  # the file ends in a block
+    assert reads.first.tolist() == [0, 3, 4, 5]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("case", ["10 B", "256 B", "264 B", "4096 B", "8200 B"])
+def test_no_read_is_long_and_none_is_short(case, direct, make, monkeypatch):
+    monkeypatch.setattr(read_plan, "_LONGEST", 30_000)
+    part = make(case).source.parts[0]
+    reads = plan_reads(np.arange(R), part, direct)
+    assert reads.lengths.max() <= 30_000
+    span = 30_000 - (-(-part.row_bytes // BLOCK) + 1) * BLOCK  # a read ends with a row, or the blocks of one
+    assert len(reads) <= -(-(part.nbytes + 2 * BLOCK) // span)
+    assert (reads.offsets <= reads.starts[reads.first[:-1]]).all()
+
+
+def test_rows_longer_than_a_read_are_read_one_by_one(make, monkeypatch):
+    monkeypatch.setattr(read_plan, "_LONGEST", 5_000)
+    reads = plan_reads(np.arange(R), make("8200 B").source.parts[0])
+    assert reads.lengths.tolist() == [8200] * R

@@ -1,0 +1,141 @@
+"""What was read and what was predicted: counters by hand, pages by a loop over the rows, and what the disk delivered.
+
+python -m pytest tests/ref/tables/test_predictions.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engram_ref.rows.format import RowFormat
+from engram_ref.rows.rows import Rows
+from engram_ref.tables.file import FileTable, Prediction, Traffic, predict
+from tests.ref.files.stored_cases import CASES, R, random_codes, random_rows, random_values
+from tests.ref.files.ways import cold, fetch, linux
+
+# --- counters -------------------------------------------------------------------------------------
+
+
+def test_counters_of_a_case_counted_by_hand(make):
+    table = make(random_values(RowFormat(torch.float32, 4)))  # 16 B a row, 256 rows a page
+    rows = torch.tensor([3, 3, 1, 0, 256])
+    fetch(table, rows)
+    traffic = Traffic(1, rows_requested=5, rows_unique=4, bytes_requested=80, bytes_unique=64, bytes_read=64)
+    assert table.report() == traffic
+    assert table.predict(rows) == Prediction(traffic, bytes_paged=2 * 4096, stretches=1)
+    assert table.predict(rows).bytes_read == 64
+    direct = dataclasses.replace(traffic, bytes_read=2 * 4096)
+    assert predict(rows, table.source, direct=True) == Prediction(direct, bytes_paged=2 * 4096, stretches=1)
+
+
+def test_counters_of_two_parts_counted_by_hand(make):
+    """Codes, 32 B a row, begin at byte 4096, scales, 1 B a row, behind them: at 26528, which is on page 6."""
+    table = make(Rows.from_split(*random_codes(width=32)))
+    assert [part.offset for part in table.source.parts] == [4096, 4096 + 32 * R]
+    rows = torch.tensor([3, 3, 1, 0, 256])  # codes on pages 1 and 3
+    fetch(table, rows)
+    traffic = Traffic(1, rows_requested=5, rows_unique=4, bytes_requested=165, bytes_unique=132, bytes_read=132)
+    assert table.report() == traffic
+    assert table.predict(rows) == Prediction(traffic, bytes_paged=3 * 4096, stretches=3)
+    direct = dataclasses.replace(traffic, bytes_read=2 * 4096 + 26528 + R - 6 * 4096)  # the file ends on page 6
+    assert predict(rows, table.source, direct=True) == Prediction(direct, bytes_paged=3 * 4096, stretches=3)
+    ends = torch.tensor([0, R - 1])  # the last codes lie on the page on which the scales begin
+    assert table.predict(ends).bytes_paged == 2 * 4096 and table.predict(ends).stretches == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counters_are_what_was_predicted(case, way, make):
+    table = make(case, **way)
+    expected = Traffic()
+    for count in (0, 1, 300):
+        expected += table.predict(random_rows(count)).traffic
+        fetch(cold(table), random_rows(count))
+        fetch(table, random_rows(count).int())
+        expected += table.predict(random_rows(count).int()).traffic
+        assert table.report() == expected
+    assert expected.fetches == 6 and expected.bytes_read > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_pages_are_those_of_the_rows(case, make):
+    table = make(case)
+    for count in (0, 1, 50, 500):
+        rows = random_rows(count)
+        pages = {
+            (part.path, byte // 4096)
+            for part in table.source.parts
+            for row in rows.tolist()
+            for byte in _bytes_of(row, part.offset, part.row_bytes)
+        }
+        assert table.predict(rows).bytes_paged == 4096 * len(pages)
+        assert table.predict(rows).stretches == len([page for path, page in pages if (path, page - 1) not in pages])
+
+
+def _bytes_of(row: int, offset: int, row_bytes: int) -> tuple[int, ...]:
+    """Some bytes of a row, from each page on which it lies."""
+    begin, end = offset + row * row_bytes, offset + (row + 1) * row_bytes
+    return (*range(begin, end, 1000), end - 1)
+
+
+def test_a_prediction_refuses_what_the_table_refuses(make):
+    with pytest.raises(ValueError, match="row 701 does not exist"):
+        make("256 B").predict(torch.tensor([701]))
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+def device_bytes() -> int:
+    """Bytes that this process has made the disk deliver."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+def bytes_of(table: FileTable, rows: torch.Tensor, warm: bool = False) -> int:
+    """What a fetch makes the disk deliver: the least of three, because a library that is paged in counts, too."""
+    seen = []
+    for _ in range(3):
+        if not warm:
+            cold(table)
+        before = device_bytes()
+        fetch(table, rows)
+        seen.append(device_bytes() - before)
+    return min(seen)
+
+
+@pytest.fixture
+def on_disk(make):
+    """A table in a file whose reads the kernel counts."""
+
+    def make_one(case: str, **options: Any) -> FileTable:
+        table = make(case, **options)
+        cold(table)
+        if table.cached_share() == 1.0 or not bytes_of(table, torch.tensor([5])):
+            pytest.skip(f"{table.source.path.parent} is no disk: the kernel does not count what is read from it")
+        return table
+
+    return make_one
+
+
+@linux
+@pytest.mark.parametrize("case", CASES)
+def test_a_cold_fetch_reads_the_predicted_pages_and_a_warm_one_nothing(case, way, on_disk):
+    table = on_disk(case, **way)
+    for count in (1, 40, 300):
+        rows = random_rows(count)
+        predicted = table.predict(rows).bytes_paged
+        assert bytes_of(table, rows) == predicted
+        assert bytes_of(table, rows, warm=True) == (predicted if table.direct else 0)
+
+
+@linux
+def test_reading_more_than_was_asked_for_is_noticed(on_disk):
+    table, row = on_disk("256 B"), torch.tensor([5])
+    os.posix_fadvise(*table._reader.require_open(), 0, 0, os.POSIX_FADV_NORMAL)
+    assert bytes_of(table, row) > table.predict(row).bytes_paged
