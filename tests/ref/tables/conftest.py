@@ -1,3 +1,30 @@
-"""Fixtures of tables: in files, by every way to read them; `tests/ref/files/ways.py` has them."""
+"""Fixtures of tables: of every placement, and in files by every way to read them (`tests/ref/files/ways.py`)."""
 
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from engram_ref.tables import Table, make_table
+from engram_ref.tables.file import StoredRows, save_rows
 from tests.ref.files.ways import found, kept, make, way  # noqa: F401 - fixtures
+from tests.ref.tables.placements import CASES, device_for, ranks_for
+
+
+@pytest.fixture
+def placed(tmp_path):
+    """placed(case, values): the table of that case; all are closed at the end."""
+    with contextlib.ExitStack() as tables:
+
+        def make_one(case: str, values: torch.Tensor, **options: object) -> Table:
+            content: torch.Tensor | StoredRows = values
+            if "file" in case:
+                save_rows(tmp_path / "table.safetensors", values)
+                content = StoredRows.find(tmp_path / "table.safetensors")
+            placement = case.split(",")[0]
+            tables.enter_context(ranks_for(case))
+            return tables.enter_context(make_table(placement, content, device_for(case), **CASES[case], **options))
+
+        yield make_one

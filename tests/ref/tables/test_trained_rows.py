@@ -1,0 +1,92 @@
+"""Rows that are trained: gradients reach them, they are used as they are now, and a table that cannot learn takes none.
+
+python -m pytest tests/ref/tables/test_trained_rows.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engram_ref.rows.rows import Rows
+from engram_ref.tables import make_table
+from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.host import HostTable
+from engram_ref.tables.hot import HotTable
+from tests.ref.tables.placements import D, R, assert_same_bits, fetch, random_rows, random_values
+
+
+def test_gradients_reach_the_rows():
+    weight = torch.nn.Parameter(torch.randn(R, D, generator=torch.Generator().manual_seed(0)))
+    rows = random_rows(400, torch.int32)
+    with DeviceTable(weight) as table:
+        (fetch(table, rows) * 2).sum().backward()
+        assert weight.grad is not None
+        times = np.bincount(rows.numpy(), minlength=R)
+        assert (weight.grad == 2.0 * torch.from_numpy(times)[:, None]).all()
+        with pytest.raises(ValueError, match="does not exist"):
+            fetch(table, torch.tensor([R]))
+        with pytest.raises(ValueError, match="leave it out, or use"):
+            fetch(table, rows, torch.empty(400, D))
+
+
+def test_rows_are_used_as_they_are_now():
+    weight = torch.nn.Parameter(torch.zeros(R, D))
+    with DeviceTable(weight) as table, torch.no_grad():
+        out = torch.empty(R, D)
+        for step in range(3):
+            weight += step
+            assert not fetch(table, torch.arange(R), out).requires_grad
+            assert_same_bits(out, weight.detach(), torch.arange(R))
+
+
+@pytest.mark.parametrize("gathered", [True, False], ids=["compiled gather", "kernel"])
+def test_rows_that_were_exchanged_for_others_are_followed(gathered, monkeypatch):
+    """As an average of weights is swapped in, and out again; whether gradients are on or off."""
+    if not gathered:
+        monkeypatch.setattr("engram_ref.tables.device.kernels_for", lambda device: Kernels())
+    weight = torch.nn.Parameter(random_values())
+    own, average = weight.data, random_values().flip(0)
+    numbers = torch.arange(R)
+    with DeviceTable(weight) as table:
+        for values in (average, own, own.roll(1)):
+            weight.data = values
+            assert_same_bits(fetch(table, numbers).detach(), values, numbers)
+            with torch.no_grad():
+                assert_same_bits(fetch(table, numbers), values, numbers)
+            assert_same_bits(table.stored(numbers).view(values.dtype), values, numbers)
+        for values, message in (
+            (own[:-1].clone(), f"made of {R} rows on cpu, its weight has {R - 1} on cpu now: make a new DeviceTable"),
+            (own.double(), "torch.float64: this table has"),
+        ):
+            weight.data = values
+            with pytest.raises(ValueError, match=message), torch.no_grad():
+                fetch(table, numbers)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda weight: HostTable(weight, "cpu"),
+        lambda weight: HotTable(DeviceTable(weight), torch.arange(5)),
+        lambda weight: DeviceTable(Rows.of(weight)),
+        lambda weight: make_table("device", weight),
+        lambda weight: make_table("host", weight),
+        lambda weight: make_table("hot", weight, hot=torch.arange(5)),
+        lambda weight: make_table("uva", weight),
+    ],
+    ids=["HostTable", "HotTable", "Rows", "device", "host", "hot", "uva"],
+)
+def test_rows_that_would_not_learn_are_refused(take):
+    weight = torch.nn.Parameter(random_values())
+    with pytest.raises(ValueError, match=r"^rows that .*DeviceTable\(.*weight\.detach\(\)"):
+        take(weight)
+
+
+class Kernels:
+    """In place of those that run on an accelerator."""
+
+    @staticmethod
+    def gather_rows(raw, numbers, out, bad_row):
+        out.copy_(raw[numbers.long()])
