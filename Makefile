@@ -73,7 +73,7 @@ processors: $(VENV)/stamp-fast,plot,ref,test,docs
 		NUMBA_CPU_NAME=$$4 NUMBA_CPU_FEATURES= \
 		ATEN_CPU_CAPABILITY=$$1 MKL_CBWR=$$2 ONEDNN_MAX_CPU_ISA=$$3 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		-q -n auto --ignore tests/ref/fusion/test_compiled.py tests/ref/fusion tests/ref/test_layer.py tests/ref/rows tests/ref/hashing \
-		tests/ref/attach tests/cross tests/bench/rivals || exit 1; done
+		tests/ref/attach tests/ref/guides tests/cross tests/bench/rivals || exit 1; done
 
 mutants: $(VENV)/stamp-fast,plot,ref,test,docs
 	$(BIN)/python -m tests.mutants

@@ -1,22 +1,23 @@
-"""The guide's examples run from top to bottom, one after the other."""
+"""The page "Put Engram into your model" runs from top to bottom; what of it does not run says so.
+
+python -m pytest tests/ref/guides/test_attach.py
+"""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[3] / "docs/put-engram-into-your-model.md"
+from tests.ref.guides.pages import run_page, text_of
+
+PAGE = "put-engram-into-your-model.md"
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_guide_runs(monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
-    names: dict = {}
-    for block in blocks:
-        exec(block, names)
+    blocks, names = run_page(PAGE)
     assert len(blocks) == 8
     assert names["tokens"].shape == (1, 11) and names["logits"].isfinite().all()
     assert [place for place, _ in names["waited"]] == ["start", 1]
@@ -25,6 +26,5 @@ def test_the_guide_runs(monkeypatch, cache_home):
 
 
 def test_what_does_not_run_says_so():
-    text = GUIDE.read_text(encoding="utf-8")
-    before = re.findall(r"([^\n]*\n)\n```py\n", text)
+    before = re.findall(r"([^\n]*\n)\n```py\n", text_of(PAGE))
     assert len(before) == 1 and "has not been run here" in before[0]

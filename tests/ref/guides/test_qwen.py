@@ -1,28 +1,25 @@
-"""The page about Qwen3.8-Flash-Next runs from top to bottom."""
+"""The page about Qwen3.8-Flash-Next runs from top to bottom.
+
+python -m pytest tests/ref/guides/test_qwen.py
+"""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
+
+from tests.ref.guides.pages import run_page
 
 pytest.importorskip(
     "transformers.models.qwen4_exp.modeling_qwen4_exp",
     reason="this transformers has no qwen4_exp: pip install 'transformers>=5.17'",
 )
 
-GUIDE = Path(__file__).parents[3] / "docs/run-qwen-with-its-table-elsewhere.md"
-
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_guide_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path / "checkpoint"))
-    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
-    names: dict = {}
-    for block in blocks:
-        exec(block, names)
+    blocks, names = run_page("run-qwen-with-its-table-elsewhere.md")
     assert len(blocks) == 4
     printed = capsys.readouterr().out.splitlines()
     said = [line.split("# ")[1] for block in blocks for line in block.splitlines() if "print(" in line]
