@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,16 @@ def way(request, monkeypatch):
     return {}
 
 
+@functools.cache
+def written(folder: Path, case: str, rows: int) -> StoredRows:
+    """The rows of a case in files, written once a run for both folders of tests."""
+    return store(Path(tempfile.mkdtemp(prefix="kept", dir=folder)), case, random_content(case, rows))
+
+
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory):
-    """kept(case, rows): the rows of that case in files, written once; they must not be changed."""
-
-    @functools.cache
-    def keep(case: str, rows: int) -> StoredRows:
-        return store(tmp_path_factory.mktemp("kept"), case, random_content(case, rows))
-
-    return keep
+    """kept(case, rows): the rows of that case in files; they must not be changed."""
+    return functools.partial(written, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from engram_ref.config import EngramConfig
 from engram_ref.hashing import DEAD, HashPlan, LayerPlan
 
 DEMO_CONFIGS = ["demo_default", "small", "ngram4", "pad_other"]
-
-
 DEMO_BATCHES = {"text_0", "text_padded_id2", "single", "three", "rand_3x17"}  # those that we accept
 
 

@@ -177,8 +177,6 @@ def test_plans_are_values():
 
 
 SOUND = LayerPlan(4, (3, 5), (7, 11), (0, 7))
-
-
 CONTRADICTIONS = {
     "offsets not the running sum": (dict(offsets=(0, 8)), "offsets are not the running sum of the primes"),
     "offsets start elsewhere": (dict(offsets=(1, 8)), "offsets are not the running sum of the primes"),

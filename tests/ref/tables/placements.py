@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engram_ref import gpu
 from engram_ref.tables import Table
 
 R, D = 301, 12
@@ -45,6 +44,7 @@ def device_for(case: str) -> str:
     if "uva" not in case:
         return "cpu"
     pytest.importorskip("triton", reason="placement uva needs Triton (pip install 'engram-offload[test]' on Linux)")
+    from engram_ref import gpu  # here: all tests of this folder import this file, and few need Triton
 
     return "cpu" if gpu.INTERPRETED else "cuda"
 
