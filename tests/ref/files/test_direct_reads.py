@@ -17,8 +17,8 @@ from engram_ref.files import direct_reads, row_reader
 from engram_ref.files.direct_reads import Queues
 from engram_ref.tables.file import FileTable
 from tests.ref.files.stored_cases import R, assert_same_bits, random_content, store
+from tests.ref.files.ways import CPU, fetch
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(Queues.where_possible() is None, reason="this system reads no files asynchronously")
 
 
@@ -31,10 +31,6 @@ def case(request):
 def table(case, tmp_path):
     with FileTable(store(tmp_path, case, random_content(case)), CPU, direct=True) as made:
         yield made
-
-
-def fetch(table, rows):
-    return table.start(rows).wait()
 
 
 def scattered(count, seed=0):
