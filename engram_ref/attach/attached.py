@@ -25,9 +25,11 @@ from engram_ref.attach.blocks import (
     check_arguments,
     check_layers,
     find_blocks,
+    holds_anything,
     is_on_accelerator,
     length_of,
     reader,
+    recurs,
     tell_larger,
 )
 from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
@@ -36,7 +38,15 @@ from engram_ref.attach.graphs import keep_address
 from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
 from engram_ref.attach.lookup import Room, Source, make_hasher
 from engram_ref.attach.on_hand import OnHand
-from engram_ref.attach.packing import Packing, borders_of, refuse_numbered, require_continued
+from engram_ref.attach.packing import (
+    Packing,
+    borders_of,
+    by_positions,
+    is_flash,
+    refuse_numbered,
+    require_apart,
+    require_continued,
+)
 from engram_ref.attach.padding import chosen, padding_of
 from engram_ref.attach.staging import StagedSteps
 from engram_ref.attach.step import ForBlock, Step, give_back
@@ -172,6 +182,7 @@ class Attached(StagedSteps):
         self._room = buffers
         self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
         self._device = next(iter(self.engrams.values())).fusion.device
+        self._recurs = recurs(blocks, decoder.config)
         self._list = next(name for name, child in decoder.named_children() if child is blocks)
         self._read = reader(decoder)
         self._hooks = [Hook(decoder, self._enter)]
@@ -250,6 +261,8 @@ class Attached(StagedSteps):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._staged is None:
+            if torch.compiler.is_exporting() or torch.jit.is_tracing():
+                raise ValueError("a traced or exported program would keep the rows of this example: use torch.compile")
             self._begin(module, args, kwargs)
         elif not torch.compiler.is_compiling():
             self._compare_staged(args, kwargs)
@@ -259,14 +272,18 @@ class Attached(StagedSteps):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
-                return (self._add(layer_id, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self._add(layer_id, kwargs["hidden_states"])}
+                return (self._add(layer_id, args[0], args[1:], kwargs), *args[1:]), kwargs
+            hidden = self._add(layer_id, kwargs["hidden_states"], args, kwargs)
+            return args, {**kwargs, "hidden_states": hidden}
 
         return hook
 
-    def _add(self, layer_id: int, hidden: Tensor) -> Tensor:
-        """The residual stream [B, T, H] after the layer."""
-        needed = self._join(layer_id, hidden) if self._staged is None else self._laid_down(self._staged, layer_id)
+    def _add(self, layer_id: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The residual stream [B, T, H] after the layer; what else the block gets says whom it attends to."""
+        if self._staged is None:
+            needed = self._join(layer_id, hidden, args, kwargs)
+        else:
+            needed = self._laid_down(self._staged, layer_id)
         engram, rows = self.engrams[layer_id], Ready(needed.rows)
         if needed.prompts is not None:
             needed.prompts.keep_convolved(layer_id, engram, hidden, needed.rows)
@@ -305,6 +322,7 @@ class Attached(StagedSteps):
                 give_back(fetch)
                 raise
         blocks = getattr(decoder, self._list)
+        self._require_hooks(blocks)
         again = is_checkpointed(decoder, blocks)
         use_cache = given.use_cache
         if use_cache is None:
@@ -323,7 +341,13 @@ class Attached(StagedSteps):
         if history is not None and past and self._may_look_at(given):
             pad = self._source.plan.pad_compressed
             require_continued(given.mask, history.recent, pad, past, given.ids.shape[1])
+        if borders is not None and self._recurs:
+            raise ValueError(
+                "several sequences in one row of a model with recurrent or convolutional blocks, which mix them: give "
+                "a padded batch"
+            )
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
+        told = borders if by_positions(given, decoder.config) else None
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
         fetch = None
@@ -333,10 +357,17 @@ class Attached(StagedSteps):
                 history.begin()
             if packing is not None:
                 padding = packing.lay_padding(padding)
-            return Step(fetch, given.ids.shape, recent, history, padding, again, packing, counted)
+            return Step(fetch, given.ids.shape, recent, history, padding, again, packing, told, counted)
         except BaseException:
             give_back(fetch)
             raise
+
+    def _require_hooks(self, blocks: nn.ModuleList) -> None:
+        """Refuse to start what nobody would join."""
+        for hook in self._hooks:
+            at = hook.layer_id
+            if at is not None and not (at < len(blocks) and hook.stands_in(blocks[at])):
+                raise ValueError(f"block {at} was replaced since attach(): detach Engram, and attach it to this model")
 
     def _may_look_at(self, given: Given) -> bool:
         """Whether the CPU may look into the mask: not where a step of one token runs without it."""
@@ -366,6 +397,8 @@ class Attached(StagedSteps):
             history = CacheHistory(self._source.plan, batch, self._source.device, self.engrams)
             if cache is not None:
                 self._follow(cache, history)
+        if history.open and past == 0 and cache is not None and holds_anything(cache):
+            history.require_whole()  # states that nobody counts are left of a step that was broken off
         history.settle(past)
         if history.batch_size != batch:
             raise ValueError(f"{batch} sequences with a cache of {history.batch_size}: the batch must stay the same")
@@ -378,15 +411,19 @@ class Attached(StagedSteps):
             keep_address(past.values)
 
     @torch.compiler.disable
-    def _join(self, layer_id: int, hidden: Tensor) -> ForBlock:
+    def _join(self, layer_id: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForBlock:
         step = self._steps.get(threading.get_ident())
         if step is None:
             needed = self._recomputed.take(layer_id, hidden)
             if needed is None:
                 raise RuntimeError(
-                    f"block {layer_id} ran by itself: call the whole model, in one thread, or detach Engram first"
+                    f"block {layer_id} ran by itself: call the whole model, in one thread, or detach Engram first; "
+                    "blocks that are to be computed again are wrapped for it before attach()"
                 )
             return needed
+        if step.borders is not None:
+            flash = is_flash(self.decoder.config)
+            require_apart(step.borders, f"block {layer_id}", args, kwargs, flash)
         with self._waiting(layer_id):
             needed = step.for_block(layer_id, hidden)
         if step.recomputed:
@@ -444,7 +481,11 @@ class Attached(StagedSteps):
     # --- a cache that was filled elsewhere ---------------------------------------------------------
 
     def remember(
-        self, cache: Any, input_ids: Tensor, convolutions: Mapping[int, ShortConvHistory] | None = None
+        self,
+        cache: Any,
+        input_ids: Tensor,
+        convolutions: Mapping[int, ShortConvHistory] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> None:
         """Say what came before a cache that was filled elsewhere, or before Engram was attached this time.
 
@@ -455,6 +496,7 @@ class Attached(StagedSteps):
             input_ids: the token ids of its last positions, [B, R]: max_ngram - 1 at least, or as many as it holds. For
                 as many as there are beyond, the cache can be cropped.
             convolutions: by layer id, the past of every layer that has a convolution; a forward advances it.
+            attention_mask: of the cache's positions, [B, length], where some hold padding.
 
         Raises:
             ValueError: an empty cache, too few ids or more than it holds, or layers with a convolution other than those
@@ -471,7 +513,8 @@ class Attached(StagedSteps):
         history = CacheHistory(self._source.plan, len(input_ids), self._source.device, self.engrams)
         self._require_convolutions(convolutions or {})
         history.convolutions.update(convolutions or {})
-        history.append(self._source.compress(input_ids))
+        padding = padding_of(attention_mask, len(input_ids), input_ids.shape[1], length - input_ids.shape[1])
+        history.append(self._source.compress(input_ids, padding))
         history.length = length
         if input_ids.shape[1] < length:  # the sequence did not begin there, so nothing is known of what came before
             history.recent = history.recent[:, least:]

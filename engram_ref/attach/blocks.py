@@ -127,6 +127,7 @@ class Given(NamedTuple):
 
 CACHES = ("cache", "past_key_values", "cache_params")  # by release and kind of model, the name of a decoder's cache
 _PASTS = ("state", "mems", "layer_past", "past_key_value")  # a past in another form than a cache
+_RECURRENT = ("linear", "mamba", "conv", "recurrent", "hybrid")  # in what configurations call a kind of block
 LENGTHS = "cu_seq"  # how the names of running lengths begin: cu_seq_lens_q, cu_seqlens, ...
 _NUMBERS = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")  # which sequence of its row a position is of
 
@@ -239,6 +240,26 @@ def cache_in(output: Any) -> Any:
         kinds = ", ".join(type(part).__name__ for part in found.values())
         raise ValueError(f"the model gives back {kinds}, which Engram does not follow: use_cache=False")
     return cache
+
+
+def holds_anything(cache: Any) -> bool:
+    """Whether something was written to a cache, be it none that it counts: recurrent blocks keep states there."""
+    if isinstance(cache, Tensor):
+        return bool(cache.any())
+    if isinstance(cache, Mapping):
+        return any(holds_anything(part) for part in cache.values())
+    if isinstance(cache, (tuple, list)):
+        return any(holds_anything(part) for part in cache)
+    layers = hasattr(cache, "get_seq_length") or type(cache).__module__.startswith("transformers.")
+    return layers and not hasattr(cache, "to_dict") and any(map(holds_anything, vars(cache).values()))
+
+
+def recurs(blocks: nn.ModuleList, config: Any) -> bool:
+    """Whether blocks mix positions by states or convolutions, too, and not by attention alone, which has a mask."""
+    config = config.get_text_config()
+    kinds = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())]
+    by_name = any(word in str(kind) for kind in kinds for word in _RECURRENT)
+    return by_name or any(isinstance(module, nn.Conv1d) for module in blocks.modules())
 
 
 def length_of(cache: Any) -> Any:

@@ -35,6 +35,10 @@ class Hook:
         """What `act` returns to torch, or None once it is removed: nothing is changed."""
         return None if self.act is None else self.act(*given)
 
+    def stands_in(self, module: nn.Module) -> bool:
+        """Whether a module, or one inside of it, calls this hook before its forward."""
+        return any(hook is self for part in module.modules() for hook in part._forward_pre_hooks.values())
+
     def stand(self) -> None:
         """Let the module call it."""
         assert self._module is not None, "a hook that was removed"

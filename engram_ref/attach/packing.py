@@ -14,6 +14,7 @@ across them, the forward is refused.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from engram_ref.attach.padding import chosen, visible
 from engram_ref.ids import DEAD
 
 _MEND = "give a padded batch"
+_RESTART = "position_ids do not go on by one, as of several sequences in one row"
+_TOLD_APART = ("position_ids", "cu_seq_lens_q", "cu_seqlens_q")  # by which flash attention keeps sequences apart
 
 
 class Packing:
@@ -87,7 +90,7 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
     if length == 1:
         return None
     mask = chosen(given.mask)
-    if mask is None or (_is_flash(config) and _hides_nothing(mask)):
+    if by_positions(given, config):
         found = _in_positions(given, use_cache, config)
     else:
         found = _in_mask(mask, length, past) if isinstance(mask, Tensor) and mask.ndim == 4 else None
@@ -100,7 +103,14 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
     return found
 
 
-def _is_flash(config: Any) -> bool:
+def by_positions(given: Given, config: Any) -> bool:
+    """Whether `position_ids` say where sequences begin, and not a mask."""
+    mask = chosen(given.mask)
+    return mask is None or (is_flash(config) and _hides_nothing(mask))
+
+
+def is_flash(config: Any) -> bool:
+    """Whether attention gets no mask."""
     return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
@@ -154,6 +164,34 @@ def require_continued(mask: Any, recent: Tensor, pad: int, past: int, length: in
         )
 
 
+def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], flash: bool) -> None:
+    """Refuse a block that attends across borders which `position_ids` say: not every model tells its attention.
+
+    Args:
+        borders: [B, T].
+        name: of the block, for messages.
+        args, kwargs: that it is called with.
+        flash: it gets no mask; what it is told of positions counts.
+
+    Raises:
+        ValueError: it does, or that cannot be seen.
+    """
+    values = [*args, *kwargs.values()]
+    length = borders.shape[1]
+    masks = [x for x in values if isinstance(x, Tensor) and x.ndim == 4 and x.shape[-2:] == (length, length)]
+    rules = [rule for rule in (getattr(value, "mask_mod", None) for value in values) if rule is not None]
+    if masks:
+        number = borders.cumsum(1).to(masks[0].device)  # of the sequence, [B, T]
+        across = bool((visible(masks[0]) & (number[:, :, None] != number[:, None, :])).any())
+    elif rules:  # flex attention asks a function about single pairs
+        row, first = borders.nonzero(as_tuple=True)
+        across = bool(rules[0](row, torch.zeros_like(row), first, first - 1).any())
+    else:
+        across = not (flash and any(value is not None for key, value in kwargs.items() if key in _TOLD_APART))
+    if across:
+        raise ValueError(f"{_RESTART}; {name} of this model attends across their borders: {_MEND}")
+
+
 def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
     """Borders where `position_ids` do not go on by one, which is where transformers sees them."""
     positions = given.places
@@ -170,20 +208,19 @@ def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
         raise ValueError(f"position_ids of shape {tuple(positions.shape)} that do not go on by one: {_MEND}")
     if use_cache:
         raise ValueError(
-            "position_ids do not go on by one, as of several sequences in one row, and there is a cache, with which "
-            f"transformers attends across their borders: use_cache=False, or {_MEND}"
+            f"{_RESTART}, and there is a cache, with which transformers attends across their borders: use_cache=False, "
+            f"or {_MEND}"
         )
     if not _keeps_apart(positions, borders, len(given.ids), config):
         raise ValueError(
-            "position_ids do not go on by one, as of several sequences in one row; this release of transformers, or "
-            f"this attention, would attend across their borders: {_MEND}"
+            f"{_RESTART}; this release of transformers, or this attention, would attend across their borders: {_MEND}"
         )
     return borders
 
 
 def _keeps_apart(positions: Tensor, borders: Tensor, batch: int, config: Any) -> bool:
     """Whether transformers attends within these borders."""
-    if _is_flash(config):  # it sees only one row, by its smallest position
+    if is_flash(config):  # it sees only one row, by its smallest position
         starts = positions == positions.min()
         return batch == 1 and bool(starts[:, 0].all()) and torch.equal(starts[:, 1:], borders[:, 1:])
     return hasattr(sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices")

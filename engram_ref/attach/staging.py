@@ -24,7 +24,7 @@ from engram_ref.attach.blocks import Given, is_on_accelerator
 from engram_ref.attach.graphs import Staged
 from engram_ref.attach.lookup import Room, Source
 from engram_ref.attach.packing import borders_of
-from engram_ref.attach.step import ForBlock, Step, give_back
+from engram_ref.attach.step import ForBlock, Step, give_back, note_joined
 from engram_ref.histories.cache import CacheHistory, LengthsOnDevice
 from engram_ref.histories.following import history_of
 from engram_ref.histories.places import Places, Prompts
@@ -55,6 +55,7 @@ class StagedSteps(ABC):
         self._begun: Callable[[], Step] | None = None  # by `begin`, until `lay_down`
         self._entered = False  # a staged forward runs as it is written: of a replay, or a whole graph, nothing is known
         self._advancing: CacheHistory | None = None  # by it
+        self._joined: set[int] = set()  # layers whose blocks have begun in it
         self._staging_thread = 0
         # By overlap and asking; captured graphs read their buffers as long as we live.
         self._stagings: dict[tuple[bool, bool], Staged] = {}
@@ -291,6 +292,7 @@ class StagedSteps(ABC):
             history.require_whole()
             self._compare_length(given, history)
         self._entered = True
+        self._joined.clear()
         self._let_advance(history)
 
     def _compare_length(self, given: Given, history: CacheHistory) -> None:
@@ -326,4 +328,7 @@ class StagedSteps(ABC):
         """What a block of the forward that was staged reads."""
         if self._between is not None and layer_id == min(self.engrams):
             self._between()
-        return staged.at(layer_id)
+        needed = staged.at(layer_id)
+        if not torch.compiler.is_compiling():
+            note_joined(self._joined, layer_id, needed.past)
+        return needed

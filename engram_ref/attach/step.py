@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +38,10 @@ class Step:
         history: of the sequences; None where nothing comes after this step.
         padding: booleans [B, T], or None.
         packing: how several sequences of one row are laid apart, or None; then padding and rows are, too.
+        borders: booleans [B, T] of sequences in one row that position_ids alone tell apart, or None.
         counted: the cache, if its own count of positions is relied on.
         recomputed: blocks may be computed again in the backward pass, hooks included.
+        joined: layers whose blocks have begun.
     """
 
     fetch: Any
@@ -49,7 +51,9 @@ class Step:
     padding: Tensor | None
     recomputed: bool = False
     packing: Packing | None = None
+    borders: Tensor | None = None
     counted: Any = None
+    joined: set[int] = field(default_factory=set)
 
     def past(self, layer_id: int) -> ShortConvHistory | None:
         """Of the convolution of a layer, if it has one."""
@@ -61,13 +65,15 @@ class Step:
         """Wait for the rows of a layer; `hidden` is the residual stream [B, T, H] before its block."""
         if hidden.shape[:2] != self.shape:
             raise ValueError(f"a residual stream of {tuple(hidden.shape)} for token ids of {tuple(self.shape)}")
+        past = self.past(layer_id)
+        note_joined(self.joined, layer_id, past)
         rows = self.fetch[layer_id].wait()
         if rows.device.type == "cpu" and (torch.is_grad_enabled() or self.recomputed) and not rows.requires_grad:
             rows = rows.clone()  # gradients need them after the fetch's buffer has been filled again
         padding = None if self.padding is None else self.padding.to(hidden.device)
         packing = None if self.packing is None else self.packing.to(hidden.device)
         prompts = self.history if isinstance(self.history, Prompts) else None
-        return ForBlock(rows, self.past(layer_id), padding, packing, prompts)
+        return ForBlock(rows, past, padding, packing, prompts)
 
     def end(self) -> None:
         """Give the fetch back, and let the history go on."""
@@ -77,6 +83,20 @@ class Step:
             self.history.go_on(self.recent, self.shape[1])
             self.history.packed = self.packing is not None
             self.history.end()
+
+
+def note_joined(joined: set[int], layer_id: int, past: ShortConvHistory | None) -> None:
+    """A block of a forward begins.
+
+    Raises:
+        ValueError: it has begun before in this one, and the layer has a past, which each time would advance.
+    """
+    if past is not None and layer_id in joined:
+        raise ValueError(
+            f"block {layer_id} runs several times in one forward, each of which the layer's convolution would take for "
+            "new positions: use_cache=False, a form without convolution, or another block"
+        )
+    joined.add(layer_id)
 
 
 def give_back(fetch: Any) -> None:

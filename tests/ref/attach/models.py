@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from engram_ref.config import EngramConfig
@@ -38,6 +39,29 @@ def make_model(kind="qwen3", dtype=torch.float64, **sizes):
         torch.manual_seed(3)
         made = model(config(**SIZES | dict(initializer_range=0.2) | sizes))
     return made.to(dtype).eval()
+
+
+# Of models that attend, or recur, in other ways: what their configurations need beside the sizes.
+FAMILIES = {
+    "GptOss": dict(num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 3),
+    "OPT": dict(ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=64),
+    "Lfm2": dict(layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
+    "Qwen3Next": dict(
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    ),
+}  # fmt: skip
+
+
+def make_family(name):
+    """A decoder of another family, as `make_model` makes one."""
+    sizes = SIZES | dict(initializer_range=0.2, attn_implementation="eager") | FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+    made.set_experts_implementation("eager")  # the others know no float64
+    return made.double().eval()
 
 
 @dataclass(frozen=True)

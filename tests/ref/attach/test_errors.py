@@ -5,10 +5,13 @@ python -m pytest tests/ref/attach/test_errors.py
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from engram_ref.attach import attach
@@ -183,6 +186,79 @@ def test_a_token_outside_the_vocabulary_is_refused(layers, ids):
 def test_a_block_by_itself_is_refused(model, layers):
     with attach(model, layers.engrams, layers.plan), pytest.raises(RuntimeError, match="block 1 ran by itself"):
         model.model.layers[1](torch.zeros(1, 2, 64, dtype=torch.float64))
+
+
+def test_a_block_that_is_wrapped_to_be_computed_again_is_refused(layers, ids):
+    model = make_model().train()
+    with attach(model, layers.engrams, layers.plan):
+        apply_activation_checkpointing(model, check_fn=lambda module: module in set(model.model.layers))
+        loss = model(ids, labels=ids, use_cache=False).loss
+        with pytest.raises(RuntimeError, match=r"block 2 ran by itself.*wrapped for it before attach"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_block_that_runs_twice_has_no_past(staged, layers, ids):
+    """The convolution would take the second time for new positions; without a past each time is the same."""
+    model = make_model()
+    once, blocks = model.model.layers[1].forward, model.model.layers
+
+    def looped(hidden, *args, **kwargs):
+        hidden = once(hidden, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, DynamicCache)}
+        return blocks[2](hidden, *args, **kwargs)  # and then the decoder calls it, too
+
+    model.model.layers[1].forward = looped
+    for form, refused in (("demo", True), ("v41", False)):
+        layers = make_layers((2,), form)
+        with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+            want = model(ids, use_cache=False).logits
+            for _ in range(2):
+                cache = DynamicCache()
+                with attached.staging() if staged else nullcontext():
+                    if staged:
+                        attached.stage(ids, cache)
+                    if refused:
+                        with pytest.raises(ValueError, match="block 2 runs several times in one forward"):
+                            model(ids, past_key_values=cache)
+                    else:
+                        assert torch.equal(model(ids, past_key_values=cache).logits, want)
+
+
+@pytest.mark.parametrize("change", ["another", "wrapped", "fewer"])
+def test_a_block_that_was_replaced_is_missed(change, layers, ids):
+    model = make_model()
+    blocks = model.model.layers
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        want = model(ids).logits
+        if change == "wrapped":
+            blocks[2] = nn.Sequential(blocks[2])
+            blocks[2].forward = blocks[2][0].__call__
+            assert torch.equal(model(ids).logits, want)
+            return
+        if change == "another":
+            blocks[1] = make_model().model.layers[1]
+        else:
+            del blocks[2]
+        with pytest.raises(ValueError, match=r"block [12] was replaced since attach\(\)"):
+            model(ids)
+
+
+def test_programs_that_would_keep_the_rows_of_an_example_are_refused(layers, ids):
+    model = make_model().requires_grad_(False)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        for make in (torch.jit.trace, torch.export.export):
+            with pytest.raises(ValueError, match=r"would keep the rows of this example: use torch\.compile"):
+                make(Logits(model), (ids,))
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
 
 
 # --- what fails -----------------------------------------------------------------------------------

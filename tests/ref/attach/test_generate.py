@@ -13,7 +13,7 @@ from engram_ref.attach.blocks import reader
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.histories.cache import CacheHistory
 from engram_ref.histories.following import history_of
-from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model, padded_batch
+from tests.ref.attach.models import PAD, by_hand, make_family, make_ids, make_layers, make_model, padded_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -284,6 +284,30 @@ def test_after_a_broken_step_the_cache_is_refused(model, attached, ids):
         model(ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize("name", ["Lfm2", "Qwen3Next"])
+def test_a_cache_that_counts_nothing_may_hold_states_of_a_broken_step(name, layers, ids):
+    """The first block carries a state, and only attention counts positions."""
+    model = make_family(name)
+
+    def fail(*_):
+        raise MemoryError
+
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        for block, refused in ((0, False), (1, True)):
+            cache = DynamicCache(config=model.config)
+            hook = model.model.layers[block].register_forward_pre_hook(fail)
+            with pytest.raises(MemoryError):
+                model(ids, past_key_values=cache)
+            hook.remove()
+            assert cache.get_seq_length() == 0
+            if refused:
+                with pytest.raises(ValueError, match=r"broken off.*begin with a new cache"):
+                    model(ids, past_key_values=cache)
+            else:  # nothing was written
+                fresh = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+                assert torch.equal(model(ids, past_key_values=cache).logits, fresh)
+
+
 def test_a_cache_of_another_kind_is_refused(model, attached, ids):
     with pytest.raises(ValueError, match="is a tuple: give a Cache"):
         model(ids, past_key_values=((), ()))
@@ -361,6 +385,25 @@ def test_a_cache_goes_on_with_engram_attached_anew(known, vocab, model, layers, 
             other = model(ids[:, 6:7], past_key_values=unknown).logits
     torch.testing.assert_close(got, want[:, 6:], **EXACT)
     assert not torch.allclose(other, want[:, 6:7], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("known", [2, 4])
+@pytest.mark.parametrize("form", ["demo", "v41"])
+def test_a_padded_past_is_remembered_as_such(known, form, model):
+    layers, cache = make_layers(form=form), DynamicCache()
+    ids = torch.tensor([[PAD, PAD, PAD, 5, 6], [7, 8, 9, 10, 11]])
+    mask = (torch.arange(5) >= torch.tensor([[3], [0]])).long()
+    with torch.no_grad():
+        with attach(model, layers.engrams, layers.plan) as first:
+            model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+            pasts = copy.deepcopy(history_of(cache, first._key).convolutions)
+            want = model(ids[:, 4:], attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+        for told in (mask[:, :4], None):
+            with attach(model, layers.engrams, layers.plan) as second:
+                again, pasts_again = copy.deepcopy((cache, pasts))
+                second.remember(again, 0 * ids[:, :3] if told is None else ids[:, 4 - known : 4], pasts_again, told)
+                got = model(ids[:, 4:], attention_mask=mask, past_key_values=again).logits
+            assert torch.allclose(got, want, **EXACT) == (told is not None)
 
 
 @pytest.mark.parametrize("known", [2, 3, 4, 12])

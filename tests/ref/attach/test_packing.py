@@ -8,9 +8,9 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import Given
-from engram_ref.attach.packing import Packing, borders_of
+from engram_ref.attach.packing import Packing, borders_of, require_apart
 from engram_ref.hashing.device import DeviceHasher
-from tests.ref.attach.models import make_ids, make_layers, make_model
+from tests.ref.attach.models import make_family, make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,6 +159,47 @@ REFUSED = {
 def test_other_packings_are_refused(arguments, message, model, layers):
     with torch.no_grad(), attach(model, layers.engrams, layers.plan), pytest.raises(ValueError, match=message):
         model(**dict(input_ids=PACKED) | arguments)
+
+
+CROSSED = {  # by name of a family, and what of it crosses the borders that position_ids say
+    "GptOss": "block 1 of this model attends across their borders",
+    "OPT": "block 1 of this model attends across their borders",
+    "Lfm2": "recurrent or convolutional blocks",
+    "Qwen3Next": "recurrent or convolutional blocks",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), CROSSED.items(), ids=CROSSED)
+def test_models_that_cross_the_borders_are_refused(name, message, layers):
+    model, second = make_family(name), SEQUENCES[2]
+    both, places = torch.cat([SEQUENCES[0], second])[None], torch.cat([torch.arange(4), torch.arange(9)])[None]
+    with torch.no_grad():
+        crossed = model(both, position_ids=places, use_cache=False).logits[0, 4:]
+        assert not torch.allclose(crossed, model(second[None], use_cache=False).logits[0], atol=1e-3)
+        with attach(model, layers.engrams, layers.plan):
+            with pytest.raises(ValueError, match=f"several sequences in one row.*{message}"):
+                model(both, position_ids=places, use_cache=False)
+            assert model(second[None], use_cache=False).logits.isfinite().all()
+
+
+def test_what_a_block_is_told_of_borders():
+    borders = NUMBERS.diff(prepend=NUMBERS[:1])[None] != 0
+    causal = torch.ones(1, 1, 18, 18, dtype=torch.bool).tril()
+
+    class Flex:
+        def __init__(self, mask):
+            self.mask_mod = lambda row, head, one, other: mask[row, head, one, other]
+
+    apart = [((BLOCKS,), {}), ((None,), {"mask": added(BLOCKS, -1e9)}), ((), {"mask": Flex(BLOCKS)})]
+    across = [((causal,), {}), ((), {"mask": added(causal, -1e9)}), ((), {"mask": Flex(causal)}), ((PLACES,), {})]
+    for args, kwargs in apart:
+        require_apart(borders, "block 1", args, kwargs, flash=False)
+    for args, kwargs in [*across, ((), {"position_ids": PLACES})]:
+        with pytest.raises(ValueError, match="block 1 of this model attends across"):
+            require_apart(borders, "block 1", args, kwargs, flash=False)
+    require_apart(borders, "block 1", (), {"position_ids": PLACES, "attention_mask": None}, flash=True)
+    with pytest.raises(ValueError, match="attends across"):
+        require_apart(borders, "block 1", (), {"position_ids": None}, flash=True)
 
 
 def test_staged_steps_hold_one_sequence_a_row(model, layers):
