@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.file import FileTable, StoredRows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable, check_hot
+from engram_ref.tables.laid import first_other_row, in_parts, laid, lay, len_of, widths_of
 from engram_ref.tables.sharded import ShardedTable
 from engram_ref.tables.shared import describe, shared_memory
 from engram_ref.tables.uva import UvaTable, require_uva
@@ -256,7 +256,7 @@ def _copy_to_device(rows: Tensor | Rows | StoredRows, device: torch.device, pack
     require_bytes(rows.nbytes, device)
     if isinstance(rows, Tensor):
         return Rows.of(rows.detach().to(device, copy=True, memory_format=torch.contiguous_format))
-    found = _laid(rows.read() if isinstance(rows, StoredRows) else rows, packed)
+    found = in_parts(rows.read() if isinstance(rows, StoredRows) else rows, packed)
     return Rows(found.format, tuple(part.to(device, copy=True) for part in found.parts))
 
 
@@ -266,12 +266,18 @@ def _in_host_memory(
     with ExitStack() as undo:
         if shared is None:
             memory = undo.enter_context(HostMemory(rows.nbytes))
-            _copy_to_host(rows, memory, packed)
+            lay(rows, memory.bytes, packed)
         else:
-            head = describe(rows, _widths(rows, packed))
-            lay = partial(_copy_to_host, rows, packed=packed)
-            memory = undo.enter_context(shared_memory(shared, rows.nbytes, head, lay))
-        found = _in_memory(rows, memory, packed)
+            memory = undo.enter_context(
+                shared_memory(
+                    shared,
+                    rows.nbytes,
+                    describe(rows, widths_of(rows, packed)),
+                    lambda new: lay(rows, new.bytes, packed),
+                    lambda fd: first_other_row(rows, fd, packed),
+                )
+            )
+        found = laid(rows, memory.bytes, packed)
         if target.type == "cuda":
             memory.pin()  # after the rows came: a copy from a device could not reach over two pieces
         if placement == "device":
@@ -280,44 +286,3 @@ def _in_host_memory(
             table = (HostTable if placement == "host" else UvaTable)(found, target, memory, checked=True)
         undo.pop_all()
     return table
-
-
-def _widths(rows: Tensor | Rows | StoredRows, packed: bool | None) -> list[int]:
-    """Bytes of a row in each part, as they are to be laid."""
-    if isinstance(rows, Tensor):
-        return [rows.shape[1] * rows.element_size()]
-    if packed is None:
-        return list(rows.widths) if isinstance(rows, StoredRows) else [part.shape[1] for part in rows.parts]
-    return [rows.format.row_bytes] if packed else list(rows.format.split_bytes)
-
-
-def _in_memory(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: bool | None) -> Rows:
-    """The place of these rows in memory that holds them, or will: parts one behind the other."""
-    if isinstance(rows, Tensor):
-        return Rows.of(memory.bytes.view(rows.dtype).view(rows.shape))
-    widths, count = _widths(rows, packed), len_of(rows)
-    pieces = memory.bytes.split([count * width for width in widths])
-    return Rows(rows.format, tuple(piece.view(count, width) for piece, width in zip(pieces, widths)))
-
-
-def len_of(rows: Tensor | Rows | StoredRows) -> int:
-    """How many rows there are."""
-    return rows.rows if isinstance(rows, StoredRows) else len(rows)
-
-
-def _copy_to_host(rows: Tensor | Rows | StoredRows, memory: HostMemory, packed: bool | None) -> None:
-    """Lay the rows down in new memory as wanted."""
-    found = _in_memory(rows, memory, packed)
-    if isinstance(rows, Tensor):
-        found.values().copy_(rows.detach())
-    elif isinstance(rows, StoredRows):
-        rows.read_into(found.parts)
-    else:
-        for part, given in zip(found.parts, _laid(rows, packed).parts):
-            part.copy_(given)
-
-
-def _laid(rows: Rows, packed: bool | None) -> Rows:
-    if packed is None:
-        return rows
-    return rows.packed() if packed else rows.split()

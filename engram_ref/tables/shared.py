@@ -8,6 +8,9 @@ the error that it met. Nothing can be left behind, whoever dies when: the system
 that maps it. Where the first one dies while it lays rows down, the next begins anew; where it ends later, one of the
 others hands on the same memory. Another user's process, and a table of another shape or content, are refused.
 
+Content is compared whole: whoever is handed a copy holds its own rows against it, about a second for each GiB. Only
+rows of the same file in the same state are not read again, so that eight processes open one checkpoint as fast as one.
+
     python -m pytest tests/ref/tables/test_shared.py
 """
 
@@ -33,20 +36,25 @@ from torch import Tensor
 
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.quoting import one_line, quoted
+from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import HostMemory, require_host_bytes
 from engram_ref.rows.rows import Rows
 from engram_ref.tables.file import FileTable
+from engram_ref.tables.laid import len_of
 from engram_ref.threads.forks import renew_after_fork
 
 PATIENCE = 3600.0  # seconds that a process waits for another one to lay down the rows
 _LONGEST_NAME = 200
-_SAMPLE = 64  # rows whose bytes tell one table's content from another's
+_SAMPLE = 64  # rows that tell at once most tables from others; where they are the same, all rows are compared
+_FILES = "files"  # in a head: the state of the files that rows lie in; copies of one content may have come from several
 _HEAD_BYTES = 16384  # of a message: what a copy holds, as JSON, or an error, whose 400 characters may be 4,800 bytes
 _AGAIN_S = 0.005  # between two looks at a name that is just changing hands
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _WAITING = 4096  # processes that may wait to be served; the system may allow fewer at a time
 
 Head = Mapping[str, Any]  # what a copy holds, or the error why there is none
+Lay = Callable[[HostMemory], object]  # writes the content
+OtherRow = Callable[[int], int | None]  # of the memory with this descriptor, the first row that is not the same
 
 
 class SharedMemory(HostMemory):
@@ -69,15 +77,17 @@ class SharedMemory(HostMemory):
 
 
 def shared_memory(
-    name: str, nbytes: int, head: Head, lay: Callable[[HostMemory], object], patience: float = PATIENCE
+    name: str, nbytes: int, head: Head, lay: Lay, other_row: OtherRow, patience: float = PATIENCE
 ) -> SharedMemory:
     """The memory that goes by a name on this machine, laid down by `lay` if nobody has done so.
 
     Args:
         name: any text.
         nbytes: of the memory.
-        head: what it holds, as JSON has it; processes that name one memory must say the same.
+        head: what it holds (`describe`), as JSON has it; processes that name one memory must say the same, but for the
+            files that it came from.
         lay: writes the content.
+        other_row: compares the content with memory that is there already, which may have come from elsewhere.
         patience: seconds to wait for somebody else who is at it.
 
     Raises:
@@ -99,15 +109,16 @@ def shared_memory(
                 listener.close()
             raise
         line = _connect(address)
-        memory = None if line is None else _follow(_Keeper(address, head, line=line), line, name, nbytes, deadline)
-        if memory is not None:
-            return memory
+        if line is not None:
+            memory = _follow(_Keeper(address, head, line=line), line, name, nbytes, other_row, deadline)
+            if memory is not None:
+                return memory
         time.sleep(_AGAIN_S)  # who had the name is gone: whoever binds it first lays the rows down
         if time.monotonic() > deadline:
             raise TimeoutError(f"shared={quoted(name)}: nobody laid the rows down within {patience:.0f} s")
 
 
-def _lead(keeper: _Keeper, listener: socket.socket, nbytes: int, lay: Callable[[HostMemory], object]) -> SharedMemory:
+def _lead(keeper: _Keeper, listener: socket.socket, nbytes: int, lay: Lay) -> SharedMemory:
     """Lay the content down, then serve whoever asks; whoever has asked so far is told of an error."""
     try:
         require_host_bytes(nbytes)
@@ -131,20 +142,30 @@ def _tell_waiting(listener: socket.socket, error: BaseException) -> None:
             _send(listener.accept()[0], {"error": one_line(error), "mended": isinstance(error, ValueError)})
 
 
-def _follow(keeper: _Keeper, line: socket.socket, name: str, nbytes: int, deadline: float) -> SharedMemory | None:
-    """The memory that the other side has laid down; None if it ended before."""
+def _follow(
+    keeper: _Keeper, line: socket.socket, name: str, nbytes: int, other_row: OtherRow, deadline: float
+) -> SharedMemory | None:
+    """The memory that the other side has laid down, if it holds the same; None if it ended before."""
     try:
         found, keeper.fd = _receive(line, name, deadline)
         if keeper.fd < 0:
             keeper.close()
             return None
         head = keeper.head
-        other = [key for key in head if head[key] != found.get(key)]
+        other = [key for key in head if key != _FILES and head[key] != found.get(key)]
         if other:
             raise ValueError(
                 f"shared={quoted(name)} names a table with {other[0]} {quoted(found.get(other[0]))}; this one has "
                 f"{quoted(head[other[0]])}: give another table another name"
             )
+        files = head.get(_FILES)
+        if files is None or files != found.get(_FILES):  # who serves goes on serving others meanwhile
+            number = other_row(keeper.fd)
+            if number is not None:
+                raise ValueError(
+                    f"shared={quoted(name)} names a table whose row {number} has other bytes than this one's: give "
+                    "another table another name"
+                )
         return SharedMemory(nbytes, keeper)
     except BaseException:
         keeper.close()
@@ -343,17 +364,24 @@ def _is_there(line: socket.socket) -> bool:
 
 
 def describe(rows: Tensor | Rows | StoredRows, widths: list[int]) -> dict[str, Any]:
-    """What tells a table from others, in values that JSON has: shape, format, how it is laid, a sample of its bytes."""
-    if isinstance(rows, Tensor):
-        count, row_format = len(rows), Rows.of(rows[:0].detach().contiguous()).format
-    else:
-        count, row_format = rows.rows if isinstance(rows, StoredRows) else len(rows), rows.format
+    """What tells a table from others, in values that JSON has: shape, format, how it is laid, a sample of its bytes.
+
+    And which files its rows lie in, if they do: where these are the same, in the same state, so is every byte.
+    """
+    row_format = RowFormat(rows.dtype, rows.shape[1]) if isinstance(rows, Tensor) else rows.format  # laid in any order
     return {
-        "rows": count,
+        "rows": len_of(rows),
         "format": f"{row_format.dtype} x {row_format.width}{', scaled' if row_format.scaled else ''}",
         "parts": widths,
-        "sample of rows": _sample(rows, count),
+        "sample of rows": _sample(rows, len_of(rows)),
+        _FILES: _state_of_files(rows) if isinstance(rows, StoredRows) else None,
     }
+
+
+def _state_of_files(rows: StoredRows) -> str:
+    """A digest, since there may be hundreds of parts: the stamp of each one's file, and where in it which rows lie."""
+    where = [(part.stamp, part.offset, part.first, part.rows, part.columns) for part in rows.parts]
+    return hashlib.sha256(json.dumps(where).encode()).hexdigest()
 
 
 def _sample(rows: Tensor | Rows | StoredRows, count: int) -> str:

@@ -18,9 +18,10 @@ import torch
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.writing import save_rows
 from engram_ref.rows.rows import Rows
+from engram_ref.tables import laid as laid_module
 from engram_ref.tables import make_table
 from engram_ref.tables import shared as shared_module
-from engram_ref.tables.factory import _copy_to_host
+from engram_ref.tables.laid import lay
 from tests.ref.ranks import Rank
 from tests.ref.rows.fp8_pairs import random_rows as random_fp8_rows
 
@@ -49,6 +50,10 @@ def name(request):
 
 def placed(name, rows, placement="host", **options):
     return make_table(placement, rows, shared=name, **options)
+
+
+def same(fd):
+    """For contents that nothing is said of: that which is there is taken for the same."""
 
 
 def member(name, path, connection):
@@ -105,7 +110,7 @@ def dies_while_laying(name, path, connection):
 
     stored = StoredRows.find(path)
     head = shared_module.describe(stored, [D * 4])
-    shared_module.shared_memory(name, stored.nbytes, head, die)
+    shared_module.shared_memory(name, stored.nbytes, head, die, same)
 
 
 def test_a_leader_that_dies_while_it_lays_is_followed_by_another(name, path):
@@ -130,7 +135,7 @@ def fails_while_laying(name, path, connection):
 
     stored = StoredRows.find(path)
     try:
-        shared_module.shared_memory(name, stored.nbytes, shared_module.describe(stored, [D * 4]), fail)
+        shared_module.shared_memory(name, stored.nbytes, shared_module.describe(stored, [D * 4]), fail, same)
     except ValueError as error:
         return str(error)
 
@@ -177,6 +182,11 @@ def test_fp8_rows_are_shared_as_they_are_laid(name, packed, tmp_path):
         assert len(copies(name, Path("/proc/self/maps"))) == 1
 
 
+def test_values_whose_columns_lie_one_after_the_other_are_shared(name):
+    with placed(name, VALUES.t().contiguous().t()) as table:
+        assert torch.equal(table.start(torch.arange(R)).wait(), VALUES)
+
+
 @pytest.mark.parametrize(
     ("other", "what"),
     [
@@ -209,7 +219,7 @@ def test_an_error_of_any_characters_is_told_whole(name, character):
         raise ValueError(words)
 
     with pytest.raises(ValueError):
-        shared_module.shared_memory(name, 4096, {}, lay)
+        shared_module.shared_memory(name, 4096, {}, lay, same)
     with lines[0], pytest.raises(ValueError) as told:
         shared_module._receive(lines[0], name, time.monotonic() + 30)
     assert str(told.value).startswith(f"{words} (in process {os.getpid()}, ")
@@ -217,10 +227,10 @@ def test_an_error_of_any_characters_is_told_whole(name, character):
 
 def test_a_long_description_is_compared_whole(name):
     head = {"parts": list(range(2000))}
-    with shared_module.shared_memory(name, 4096, head, lambda memory: None):
-        shared_module.shared_memory(name, 4096, head, refuses_to_lay, patience=30).close()
+    with shared_module.shared_memory(name, 4096, head, lambda memory: None, same):
+        shared_module.shared_memory(name, 4096, head, refuses_to_lay, same, patience=30).close()
         with pytest.raises(ValueError, match="names a table with parts"):
-            shared_module.shared_memory(name, 4096, {"parts": [1]}, refuses_to_lay, patience=30)
+            shared_module.shared_memory(name, 4096, {"parts": [1]}, refuses_to_lay, same, patience=30)
 
 
 def test_what_failed_leaves_the_name_free(name):
@@ -237,7 +247,7 @@ def test_who_is_interrupted_before_the_rows_are_laid_down_leaves_the_name_free(n
         patch.setattr(shared_module, "_Keeper", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         placed(name, VALUES)
     assert caught.tb  # it holds the frames, and what was in them
-    shared_module.shared_memory(name, 4096, {}, lambda memory: None, patience=5).close()
+    shared_module.shared_memory(name, 4096, {}, lambda memory: None, same, patience=5).close()
 
 
 def test_who_is_interrupted_while_the_name_is_taken_leaves_it_free(name, monkeypatch):
@@ -249,7 +259,7 @@ def test_who_is_interrupted_while_the_name_is_taken_leaves_it_free(name, monkeyp
         patch.setattr(shared_module.socket, "socket", Interrupted)
         placed(name, VALUES)
     assert caught.tb  # as above
-    shared_module.shared_memory(name, 4096, {}, lambda memory: None, patience=5).close()
+    shared_module.shared_memory(name, 4096, {}, lambda memory: None, same, patience=5).close()
 
 
 @pytest.mark.parametrize("placement", ["device", "file", "hot"])
@@ -273,7 +283,7 @@ def test_a_wait_has_an_end(name):
     listener = shared_module._bind(shared_module._address(name))
     try:
         with pytest.raises(TimeoutError, match=r"process \d+ has not laid the rows down in time"):
-            shared_module.shared_memory(name, 8, {}, lambda memory: None, patience=0.1)
+            shared_module.shared_memory(name, 8, {}, lambda memory: None, same, patience=0.1)
     finally:
         listener.close()
 
@@ -304,17 +314,17 @@ def wait_for_successor(name):
 
 @pytest.mark.usefixtures("many_open_files")
 def test_descriptors_beyond_a_thousand(name):
-    first = shared_module.shared_memory(name, 8, {}, lambda memory: memory.bytes.fill_(7))
-    with shared_module.shared_memory(name, 8, {}, refuses_to_lay, patience=5) as second:
+    first = shared_module.shared_memory(name, 8, {}, lambda memory: memory.bytes.fill_(7), same)
+    with shared_module.shared_memory(name, 8, {}, refuses_to_lay, same, patience=5) as second:
         first.close()
         wait_for_successor(name)
-        with shared_module.shared_memory(name, 8, {}, refuses_to_lay, patience=5) as third:
+        with shared_module.shared_memory(name, 8, {}, refuses_to_lay, same, patience=5) as third:
             assert second.bytes.tolist() == third.bytes.tolist() == [7] * 8
 
 
 def test_a_successor_without_a_descriptor_tries_again(name, monkeypatch):
-    first = shared_module.shared_memory(name, 8, {}, lambda memory: None)
-    with shared_module.shared_memory(name, 8, {}, refuses_to_lay, patience=5):
+    first = shared_module.shared_memory(name, 8, {}, lambda memory: None, same)
+    with shared_module.shared_memory(name, 8, {}, refuses_to_lay, same, patience=5):
         failures = [OSError(errno.EMFILE, "Too many open files")]
         bind = shared_module._bind
 
@@ -380,9 +390,9 @@ def fork():
 
 
 def test_a_child_forked_while_rows_are_laid_down_does_not_hold_the_name(name, fork):
-    shared_module.shared_memory(name, 8, {}, fork).close()
+    shared_module.shared_memory(name, 8, {}, fork, same).close()
     laid = []
-    shared_module.shared_memory(name, 8, {}, laid.append, patience=5).close()
+    shared_module.shared_memory(name, 8, {}, laid.append, same, patience=5).close()
     assert laid
 
 
@@ -395,15 +405,205 @@ def test_a_child_forked_while_its_parent_waits_for_rows_does_not_wait(name, fork
 
     monkeypatch.setattr(shared_module, "_receive", fork_and_end)
     with pytest.raises(TimeoutError, match="long enough"):
-        shared_module.shared_memory(name, 8, {}, refuses_to_lay)
+        shared_module.shared_memory(name, 8, {}, refuses_to_lay, same)
     with listener, listener.accept()[0] as line:
         assert shared_module._ready(line, seconds=5), "the child keeps the parent's line"
 
 
 def test_the_rows_are_laid_down_once(name, monkeypatch):
     laid = []
-    monkeypatch.setattr(
-        "engram_ref.tables.factory._copy_to_host", lambda *a, **k: laid.append(1) or _copy_to_host(*a, **k)
-    )
+    monkeypatch.setattr("engram_ref.tables.factory.lay", lambda *given: laid.append(1) or lay(*given))
     with placed(name, VALUES), placed(name, VALUES), placed(name, VALUES):
         assert laid == [1]
+
+
+# --- the same content, all of it -----------------------------------------------------------------------------
+
+SAMPLED = torch.linspace(0, R - 1, 64, dtype=torch.float64).long().tolist()
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Rows are compared in many pieces, the last of them a shorter one."""
+    monkeypatch.setattr(laid_module, "_PIECE", 10_000)
+
+
+def changed(rows, row, column):
+    """The same rows but for one bit of one value, code or scale."""
+    other = rows.clone()
+    other.view(torch.uint8)[row, column] ^= 1
+    return other
+
+
+def from_file(folder, rows):
+    """Rows that lie in a file of their own."""
+    path = folder / f"{len(os.listdir(folder))}.safetensors"
+    save_rows(path, rows)
+    return StoredRows.find(path)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A line for each time that rows of a file are read to be laid down."""
+    found = []
+    read_into = StoredRows.read_into
+    monkeypatch.setattr(StoredRows, "read_into", lambda rows, parts: found.append(rows.rows) or read_into(rows, parts))
+    return found
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
+@pytest.mark.parametrize("row", [0, 1, 500, R - 2, R - 1])
+def test_a_table_that_differs_in_one_value_is_refused(name, row, stored, tmp_path):
+    other = changed(VALUES, row, D * 4 - 1)
+    with placed(name, VALUES):
+        with pytest.raises(ValueError) as caught:
+            placed(name, from_file(tmp_path, other) if stored else other)
+        if row in SAMPLED:
+            assert "names a table with sample of rows" in str(caught.value)
+        else:
+            assert f"names a table whose row {row} has other bytes" in str(caught.value)
+        assert "give another table another name" in str(caught.value) and "\n" not in str(caught.value)
+        placed(name, VALUES).close()  # who was refused has disturbed nobody
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
+@pytest.mark.parametrize("packed", [None, True, False])
+@pytest.mark.parametrize("given", ["packed", "split"])
+@pytest.mark.parametrize("column", [0, 63, 64, 65], ids=["first code", "last code", "first scale", "last scale"])
+def test_fp8_rows_that_differ_in_one_code_or_scale_are_refused(name, column, given, packed, stored, tmp_path):
+    def rows(raw):
+        found = getattr(Rows.from_packed(raw), given)()
+        return from_file(tmp_path, found) if stored else found
+
+    other = FP8.clone()
+    other[[700, 900], column] = FP8[[701, 901], column] ^ 1  # no NaN: a code or a scale of another row, or beside it
+    assert (other[[700, 900], column] != FP8[[700, 900], column]).all() and not {700, 900} & set(SAMPLED)
+    with placed(name, rows(FP8), packed=packed):
+        placed(name, rows(FP8), packed=packed).close()
+        with pytest.raises(ValueError, match="names a table whose row 700 has other bytes"):
+            placed(name, rows(other), packed=packed)
+
+
+def test_equal_rows_are_accepted_wherever_they_come_from(name, tmp_path):
+    halves = [from_file(tmp_path, part) for part in VALUES.split(600)]
+    columns_first = VALUES.t().contiguous().t()
+    same_rows = [VALUES, from_file(tmp_path, VALUES), StoredRows.together(halves), columns_first]
+    for first in same_rows:
+        with placed(name, first):
+            for other in same_rows:
+                with placed(name, other) as table:
+                    assert torch.equal(table.start(torch.arange(R)).wait(), VALUES)
+
+
+def test_rows_of_the_same_file_are_read_once(name, path, reads):
+    with placed(name, StoredRows.find(path)):
+        assert reads == [R]
+        with placed(name, StoredRows.find(path)), placed(name, StoredRows.find(path)):
+            assert reads == [R]
+
+
+def test_other_rows_of_the_same_file_are_compared(name, tmp_path, reads):
+    stored = from_file(tmp_path, torch.cat([VALUES, changed(VALUES, 500, 0)]))
+    with (
+        placed(name, stored.between(0, R)),
+        pytest.raises(ValueError, match=f"names a table whose row {R + 500} has other bytes"),
+    ):
+        placed(name, stored.between(R, 2 * R))
+
+
+@pytest.mark.parametrize("row", [None, 500])
+def test_a_file_that_was_replaced_is_compared(name, path, row, tmp_path, reads):
+    """A restart one by one, with a newer checkpoint in the same place."""
+    with placed(name, StoredRows.find(path)):
+        os.replace(from_file(tmp_path, VALUES if row is None else changed(VALUES, row, 0)).path, path)
+        reads.clear()
+        if row is None:
+            placed(name, StoredRows.find(path)).close()
+            assert sum(reads) == R
+        else:
+            with pytest.raises(ValueError, match=f"names a table whose row {row} has other bytes"):
+                placed(name, StoredRows.find(path))
+
+
+def test_a_file_that_was_written_to_is_compared(name, path):
+    with placed(name, StoredRows.find(path)):
+        with open(path, "r+b") as file:
+            file.seek(StoredRows.find(path).parts[0].offset + 500 * D * 4)
+            file.write(b"\x55")
+        with pytest.raises(ValueError, match="names a table whose row 500 has other bytes"):
+            placed(name, StoredRows.find(path))
+
+
+def refused(name, path):
+    """The error of a process that brings rows of this file."""
+    try:
+        placed(name, StoredRows.find(path)).close()
+    except ValueError as error:
+        return str(error)
+
+
+def test_another_process_with_other_rows_is_refused_also_by_a_successor(name, path, tmp_path):
+    other = from_file(tmp_path, changed(VALUES, 500, 0)).path
+    first = start_member(name, path)
+    assert hear(first[1])[0]
+    assert "row 500 has other bytes" in Rank(refused, name, other).result()
+    with placed(name, VALUES):
+        os.kill(first[0].process.pid, signal.SIGKILL)
+        first[0].process.join()
+        wait_for_successor(name)
+        assert "row 500 has other bytes" in Rank(refused, name, other).result()
+        assert Rank(refused, name, path).result() is None
+
+
+def test_who_is_interrupted_while_rows_are_compared_has_taken_nothing(name, path, monkeypatch):
+    def taken():
+        return len(os.listdir("/proc/self/fd")), copies(name, Path("/proc/self/maps"))
+
+    def interrupted(*given):
+        compared.append(given)
+        if len(compared) == 3:
+            raise KeyboardInterrupt
+        return read_whole(*given)
+
+    read_whole, compared = laid_module.read_whole, []
+    leader, mine = start_member(name, path)
+    assert hear(mine)[0]
+    before = taken()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(laid_module, "read_whole", interrupted)
+        placed(name, VALUES)
+    assert caught.tb  # it holds the frames, and what was in them
+    assert taken() == before
+    placed(name, VALUES).close()
+    mine.send("end")
+    leader.result()
+    with placed(name, VALUES + 1):
+        pass
+
+
+def test_others_are_served_while_one_compares(name):
+    def compare(fd):
+        placed(name, VALUES).close()
+        return None
+
+    head = shared_module.describe(VALUES, [D * 4])
+    with placed(name, VALUES):
+        shared_module.shared_memory(name, VALUES.nbytes, head, refuses_to_lay, compare, patience=5).close()
+
+
+def test_rows_are_compared_in_bounded_memory(monkeypatch):
+    """And in as many pieces as that takes; 1009 rows of 64 B are 6.5 pieces of 10,000 B."""
+    laid_bytes = []
+    monkeypatch.setattr(
+        laid_module, "lay", lambda rows, memory, packed: laid_bytes.append(len(memory)) or lay(rows, memory, packed)
+    )
+    with open(os.memfd_create("compared"), "w+b") as file:
+        file.write(VALUES.numpy().tobytes())
+        file.flush()
+        assert laid_module.first_other_row(VALUES, file.fileno(), None) is None
+    assert laid_bytes == [156 * 64] * 6 + [(R - 6 * 156) * 64]
+
+
+def test_an_empty_table_is_the_same_as_another(name):
+    with placed(name, VALUES[:0]), placed(name, VALUES[:0]) as table:
+        assert table.rows == 0
