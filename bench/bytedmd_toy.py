@@ -59,6 +59,11 @@ from typing import Any, Final
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("bytedmd_toy")
+
 from bench.instruments.journal import now
 from bench.instruments.output import draw_where_possible, require_writable
 from bench.instruments.results import conclude, results_head

@@ -46,6 +46,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("gpu_wall")
 
 from bench.instruments.output import finish, require_writable, tell
 from bench.ranks import figures as ranks_figures

@@ -1,6 +1,15 @@
-"""`python -m engram_price --text FILE`: the ByteDMD price of the lookups of a text."""
+"""`python -m engram_price --text FILE`, or, installed, `engram-price`: the ByteDMD price of the lookups of a text."""
 
-from engram_price.command import run
+from engram_ref.starting import interruptible
+
+
+def run() -> None:
+    """The console script."""
+    interruptible("engram-price")
+    from engram_price import command
+
+    command.run()
+
 
 if __name__ == "__main__":
     run()

@@ -23,6 +23,7 @@ ROOMS = {
     "engram_ref.quoting": "",
     "engram_ref.config": "",
     "engram_ref.ids": "",
+    "engram_ref.starting": "plan",
     "engram_ref.cli": "",
     "engram_ref.compiled": "",
     "engram_ref.devices": "",
@@ -47,7 +48,7 @@ ROOMS = {
         "config ids devices rows files vocab hashing tables fusion lookup calling prefetch layer histories"
     ),
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
-    "engram_ref.place": "config cli free_memory files vocab hashing checkpoint tables rows sharding",
+    "engram_ref.place": "starting config cli free_memory files vocab hashing checkpoint tables rows sharding",
     # engram_toy
     "engram_toy": "",
     "engram_toy.fp8": "",

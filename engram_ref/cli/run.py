@@ -59,6 +59,8 @@ def run(main: Callable[[], None], prog: str, left: str = "nothing was written") 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding; as on stderr
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell's job in the background does
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # it had one for its imports (`starting`)
         try:
             main()
         finally:

@@ -1,7 +1,15 @@
 """Where should my table live? `python -m engram_ref.place --preset v41-flash`, or, installed, `engram-place`."""
 
-from engram_ref import cli
-from engram_ref.place.command import PROG, main
+from engram_ref.starting import interruptible
+
+
+def run() -> None:
+    """The console script."""
+    interruptible("engram-place")
+    from engram_ref.place import command
+
+    command.run()
+
 
 if __name__ == "__main__":
-    cli.run(main, PROG)
+    run()
