@@ -93,6 +93,10 @@ def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
         parser.error(f"--{of_ranks[0].replace('_', '-')} does nothing without --ranks")
     if options.json and options.engram_config:
         parser.error("--json has everything: leave --engram-config away, or --json")
+    if options.folder is not None and options.disk is not None and not (options.measure and options.disk):
+        parser.error(
+            f"--folder does nothing with {'--disk, without --measure' if options.disk else '--disk 0'}: leave it out"
+        )
     if options.measure and (given := [n for n in _RATES if getattr(options, f"{n}_rate") is not None]):
         parser.error(f"--{given[0]}-rate says what --measure would find: leave one of them away")
 
@@ -116,7 +120,7 @@ def question(options: argparse.Namespace) -> Question:
 
 
 def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> None:
-    """Refuse rates that no formula of this question asks for, and a folder that nothing looks at.
+    """Refuse rates that no formula of this question asks for.
 
     Args:
         is_known: whether something is known of the blocks around the tables.
@@ -138,8 +142,6 @@ def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> 
         cli.refuse_idle(given, ("reads",), "where there is no disk: leave it out, or --disk 0")
     if options.host == 0:
         cli.refuse_idle(given, ("bus", "uva", "gather", "reads"), "without host memory: leave it out, or --host 0")
-    if options.folder is not None and options.disk is not None and not options.measure:
-        raise ValueError("--folder does nothing with --disk, without --measure: leave it out")
 
 
 def _group(options: argparse.Namespace, has_gpu: bool) -> Group:
@@ -163,7 +165,7 @@ def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
     if options.measure:
         from engram_ref.place.measure import measured  # numpy's and torch's time only where it is asked for
 
-        machine = machine.with_rates(measured(folder, row_bytes))
+        machine = machine.with_rates(measured(folder if machine.disk else None, row_bytes))
     return machine
 
 

@@ -36,11 +36,11 @@ _REPEATS = 7  # of which the median is taken
 _SOURCE = "measured"
 
 
-def measured(folder: Path, row_bytes: int) -> dict[str, Rate]:
+def measured(folder: Path | None, row_bytes: int) -> dict[str, Rate]:
     """Rates of this machine.
 
     Args:
-        folder: on the disk in question; a file of half a GiB is written there, and removed.
+        folder: on the disk in question; a file of half a GiB is written there, and removed. None: there is no disk.
         row_bytes: of the rows that are to be fetched.
 
     Raises:
@@ -52,8 +52,12 @@ def measured(folder: Path, row_bytes: int) -> dict[str, Rate]:
     count = max(1, nbytes // (2 * width)) * width // 4 + 1
     rows = torch.randint(-(2**62), 2**62, (count,), device="cpu")  # every byte its own
     values = rows.view(torch.int16)[: rows.numel() * 4 // width * width].view(-1, width).view(torch.bfloat16)
-    found = {**_in_memory(values), **_on_disk(values, folder)}
-    return {**found, **_on_gpu(values)} if torch.cuda.is_available() else found
+    found = _in_memory(values)
+    if folder is not None:
+        found.update(_on_disk(values, folder))
+    if torch.cuda.is_available():
+        found.update(_on_gpu(values))
+    return found
 
 
 def _in_memory(values: Tensor) -> dict[str, Rate]:

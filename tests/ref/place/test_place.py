@@ -489,14 +489,33 @@ def test_it_answers_without_torch():
     assert done.returncode == 0 and "take " in done.stdout, done.stderr
 
 
-def test_measured_rates_replace_the_assumed_ones(tmp_path, monkeypatch):
+@pytest.fixture
+def measure(monkeypatch):
+    """Measures little, and in no time."""
     pytest.importorskip("torch")
     from engram_ref.place import measure
 
     small = {"_TABLE": 1 << 20, "_COPY": 1 << 20, "_MANY": 1 << 8, "_SOME": 1 << 6, "_REPEATS": 2}
     for name, value in small.items():
         monkeypatch.setattr(measure, name, value)
+    return measure
+
+
+def test_measured_rates_replace_the_assumed_ones(tmp_path, measure):
     found = measure.measured(tmp_path, 264)
     assert found.keys() >= {"gather", "memory", "reads", "start_host", "start_disk"}
     assert all(0 < rate.value < math.inf and rate.source.startswith("measured") for rate in found.values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_not_there_is_not_measured(monkeypatch, capsys, quick, measure):
+    def measure_disk(*_):
+        raise AssertionError("a file was written")
+
+    monkeypatch.setattr(measure, "_on_disk", measure_disk)
+    argv = ["--preset", "tiny", "--host", "3GB", "--disk", "0", "--measure", "--json"]
+    rates = json.loads(run(capsys, *argv))["machine"]["rates"]
+    assert rates["gather"]["source"].startswith("measured") and rates["reads"]["source"].startswith("assumed")
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--folder", "."])
+    assert "--folder does nothing with --disk 0: leave it out" in capsys.readouterr().err
