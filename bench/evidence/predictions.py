@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.instruments.reading import read_results
-from bench.instruments.words import markdown, signed
+from bench.instruments.words import markdown, short, signed
 from bench.setup.decoder_sizes import SIZES, BlockShape
 from engram_ref.config import EngramConfig
 from engram_ref.place.energy import PAGE, pages_per_row
@@ -87,7 +87,7 @@ def formulas() -> str:
 def _figure(value: float, unit: str) -> str:
     if unit == "s":
         return f"{signed(1e6 * value)} us"
-    return f"{value:,.0f} {unit}"
+    return f"{value:,.0f} B" if unit == "B" else f"{short(value)} {unit}"
 
 
 def _machine(**rates: float) -> Machine:

@@ -26,6 +26,7 @@ _COUNTS = (
     *("copied", "counter", "from_ids", "cost_by_kind", "reads_by_kind"),
 )
 _SUMS = {"cost": "cost_by_kind", "reads": "reads_by_kind"}
+_PARTS = {"hits": "lookups", "rows_unique": "rows_requested"}  # at most as many
 # Where the table of a variant lies; a hot tier's lies in several places.
 _HELD: dict[str, set[str]] = {
     **{"no_engram": set(), "own_compute": set(), "resident": {"device"}, "offload_disk": {"disk"}},
@@ -49,6 +50,7 @@ def _check(node: Any, path: tuple[str, ...]) -> None:
             if name in node:
                 test(node, path)
         _check_sums(node, path)
+        _check_parts(node, path)
         if isinstance(runs := node.get("runs"), list):
             _check_rounds(runs, path)
         for key, value in node.items():
@@ -83,6 +85,13 @@ def _check_sums(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
     for whole, parts in _SUMS.items():
         if isinstance(node.get(parts), Mapping) and whole in node and node[whole] != sum(_numbers(node[parts])):
             raise ValueError(f"{_where(path, whole)} is {node[whole]}, which is not the sum of {parts}: measure again")
+
+
+def _check_parts(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    for part, whole in _PARTS.items():
+        few, many = node.get(part), node.get(whole)
+        if isinstance(few, int) and isinstance(many, int) and few > many:
+            raise ValueError(f"{_where(path, part)} is {few}, of {many} {whole}: measure again")
 
 
 def _check_rounds(runs: list[Any], path: tuple[str, ...]) -> None:
@@ -125,7 +134,7 @@ def _check_held(row: Mapping[str, Any], path: tuple[str, ...]) -> None:
         raise ValueError(f"{_where(path, variant)} holds its table in: {places[0]}; that variant's is in: {places[1]}")
     if not where - {"device"}:
         _check_moved(row, path)
-    if row.get("schedule") != _SCHEDULES.get(variant, row.get("schedule")):
+    if "schedule" in row and row["schedule"] != _SCHEDULES.get(variant, row["schedule"]):
         raise ValueError(f"{_where(path, variant)} is {row['schedule']!r}; that variant is {_SCHEDULES[variant]!r}")
 
 

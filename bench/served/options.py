@@ -86,12 +86,14 @@ def check(options: argparse.Namespace) -> None:
     """Refuse what contradicts itself.
 
     Raises:
-        ValueError: bounds in the wrong order, or more than one table.
+        ValueError: bounds in the wrong order, outputs without a decode step, or more than one table.
     """
     for name in ("prompt_tokens", "output_tokens"):
         low, high = getattr(options, name)
         if low > high:
             raise ValueError(f"--{name} {low} {high}: give the lower bound first")
+    if options.output_tokens[0] < 2:
+        raise ValueError("--output_tokens 1: the first is the prompt's, and no step decodes another; give 2 at least")
     if len(options.table_params) != 1:
         raise ValueError("--table_params: end to end takes one table; give one size and another --out for each")
 

@@ -17,7 +17,7 @@ from bench.instruments.words import markdown
 
 _BLOCK = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RULE = re.compile(r"-+(?:  -+)*")
-_RANGE = re.compile(r"\d[\d.,]*-\d[\d.,]*")
+_RANGE = re.compile(r"(?<![\w.-])\d[\d.,]*-\d[\d.,]*(?![\w-])")
 _BEFORE_FENCES = 30  # Python-Markdown takes code blocks out at 25
 
 
@@ -58,7 +58,7 @@ def _block(lines: list[str]) -> str | None:
         if not _fits(lines[rule - 1], spans):
             continue
         first = rule - 1
-        while first > done and not _of_first_column(lines[first], spans) and _fits(lines[first - 1], spans):
+        while first > done and not _of_first_column(lines[first], spans) and _heads(lines[first - 1], spans):
             first -= 1  # units, which the first column has none of: what they are of stands above
         parts += [_text(lines[done:first]), _table(lines[first:rule], lines[rule + 1 : end], spans)]
         done = end
@@ -71,6 +71,10 @@ def _fits(line: str, spans: list[tuple[int, int]]) -> bool:
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), max(len(line), ends[-1])]
     return not any(line[end:start].strip() for end, start in zip(ends, starts))
+
+
+def _heads(line: str, spans: list[tuple[int, int]]) -> bool:
+    return bool(line.strip()) and _fits(line, spans)
 
 
 def _of_first_column(line: str, spans: list[tuple[int, int]]) -> str:

@@ -438,8 +438,10 @@ class Attached(StagedSteps):
         step = self._steps[thread]
         try:
             step.end()
-        finally:
+        except BaseException:
             self._drop(thread)
+            raise
+        self._forget(thread)
         if step.history is not None:
             self._check_followed(step, step.history, cache_in(output))
 

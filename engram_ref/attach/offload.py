@@ -274,8 +274,10 @@ class OffloadedTable:
             return self._drop(threading.get_ident())
         try:
             fetch.release()
-        finally:
+        except BaseException:
             self._drop(threading.get_ident())
+            raise
+        del self._steps[threading.get_ident()]
 
     def _drop(self, thread: int) -> None:
         """Forget a forward of a thread, and give back its fetch if that has not been done."""

@@ -157,6 +157,7 @@ class StagedSteps(ABC):
         """Stage a step that asks for its rows itself: captured, in each replay; otherwise now, and it is answered."""
         places = self._asking_places(ids, cache)
         values, dtype = self._source.answer_of(ids.shape)
+        self._joined.clear()
         layers, room = self._source.answered_layers, self._room_in(staged)
         new_rows = partial(torch.empty, values, dtype=dtype, device=self._device)
         call = staged.call(ids.shape, values, dtype)
@@ -252,7 +253,8 @@ class StagedSteps(ABC):
         """
         if self._staged is None or self._begun is None:
             raise RuntimeError("lay_down() without a step: call begin(input_ids, cache) before it, inside of staging()")
-        step, filled = None, False
+        step, filled, ended = None, False, False
+        self._joined.clear()
         try:
             step = self._begun()
             self._begun = None
@@ -263,9 +265,10 @@ class StagedSteps(ABC):
             self._staged.fill(step, self.engrams)
             filled = True
             step.end()
+            ended = True
         finally:
             self._begun = None
-            if step is not None:
+            if step is not None and not ended:
                 give_back(step.fetch)
                 if not filled and step.history is not None and not self._entered:
                     step.history.end()  # no block has run, so the cache is as it was

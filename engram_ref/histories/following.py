@@ -7,7 +7,8 @@ to neither. Cropping changes the length, of which a history learns before its ne
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -15,10 +16,36 @@ from engram_ref.histories.cache import CacheHistory
 
 _ATTRIBUTE = "_engram_histories"
 
+Histories = dict[str, CacheHistory]  # by key
+
+
+class _Copied(NamedTuple):
+    """What a copy of a cache carries until it shows whether it has keys and values of its own."""
+
+    shared: Histories  # of the cache that it is a copy of
+    own: Histories  # as they were when it was copied
+    layers: Sequence[Any]  # of that cache, which hold keys and values
+
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
     """The history that a cache carries under this key."""
-    return getattr(cache, _ATTRIBUTE, {}).get(key)
+    return _histories(cache).get(key)
+
+
+def _histories(cache: Any) -> Histories:
+    """Those that a cache carries; none, if it follows nothing.
+
+    A shallow copy has the layers of its cache, and what is done to one of the two is done to both; until somebody gives
+    it others.
+    """
+    carried: Histories | _Copied = getattr(cache, _ATTRIBUTE, {})
+    if not isinstance(carried, _Copied):
+        return carried
+    layers = getattr(cache, "layers", carried.layers)
+    if len(layers) == len(carried.layers) and all(one is other for one, other in zip(layers, carried.layers)):
+        return carried.shared
+    setattr(cache, _ATTRIBUTE, carried.own)
+    return carried.own
 
 
 def follow(cache: Any, key: str, history: CacheHistory) -> None:
@@ -27,12 +54,12 @@ def follow(cache: Any, key: str, history: CacheHistory) -> None:
         kind: Any = type(cache)
         setattr(cache, _ATTRIBUTE, {})
         cache.__class__ = _following(kind)
-    getattr(cache, _ATTRIBUTE)[key] = history
+    _histories(cache)[key] = history
 
 
 def unfollow(cache: Any, key: str) -> None:
     """Take a history away; a cache without one is as it was before the first."""
-    histories = getattr(cache, _ATTRIBUTE, {})
+    histories = _histories(cache)
     histories.pop(key, None)
     if not histories and hasattr(cache, _ATTRIBUTE):
         delattr(cache, _ATTRIBUTE)
@@ -55,9 +82,11 @@ def _reduce(cache: Any, protocol: Any) -> Any:
     make, arguments, *rest = kind.__reduce_ex__(cache, protocol)
     if not arguments or arguments[0] is not type(cache):
         raise ValueError(f"a {kind.__name__} with Engram's history, which cannot be copied or pickled: detach() first")
-    histories = {key: history.forked() for key, history in getattr(cache, _ATTRIBUTE).items()}
-    state, *others = rest  # a dict: it has the histories
-    return _remake, (make, kind, *arguments[1:]), {**state, _ATTRIBUTE: histories}, *others
+    if rest and isinstance(rest[0], dict) and _ATTRIBUTE in rest[0]:
+        shared = _histories(cache)
+        own = {key: history.forked() for key, history in shared.items()}
+        rest[0] = {**rest[0], _ATTRIBUTE: _Copied(shared, own, getattr(cache, "layers", ()))}
+    return _remake, (make, kind, *arguments[1:]), *rest
 
 
 def _remake(make: Any, kind: type, *arguments: Any) -> Any:
@@ -69,7 +98,7 @@ def _and_then(method: Any, act: Any, moves: bool) -> Any:
 
     @functools.wraps(method)
     def both(cache: Any, *args: Any, **kwargs: Any) -> Any:
-        histories = getattr(cache, _ATTRIBUTE, {}).values()
+        histories = _histories(cache).values()
         if moves:
             for history in histories:
                 history.require_movable()

@@ -77,3 +77,11 @@ def test_what_is_known_to_be_wrong_is_still_shown(found):
     assert max(staged) < 0.3 and "rows that the CPU stages" in page
     hot, waited_for = kind(found, "exposed", "offload_hot 1 %, lost"), kind(found, "time.host", "offload_naive, lost")
     assert len(hot) == len(waited_for) == 3 and max(hot) < 0.2 and max(waited_for) < 0.6 and "hot tier of 1 %" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [(1.632, "x", "1.632 x"), (0.4, "x", "0.4 x"), (25_952_256, "B", "25,952,256 B"), (5.7e-6, "s", "5.7 us")],
+)
+def test_figures_have_their_digits(value, unit, shown):
+    assert predictions._figure(value, unit) == shown

@@ -39,11 +39,25 @@ def shorten(run):
     run["step_s"].pop()
 
 
+def spoil_parts(node, part, whole):
+    """Everywhere, more of a part than of the whole."""
+    for value in node.values() if isinstance(node, dict) else node:
+        if isinstance(value, (dict, list)):
+            spoil_parts(value, part, whole)
+    if isinstance(node, dict) and part in node and whole in node:
+        node[part] = node[whole] + 1
+
+
 SPOILT = {
     "a negative time": (WALL, lambda r: run_of(r, "resident")["step_s"].__setitem__(1, -0.01), "step_s holds -0.01"),
     "no time at all": (WALL, lambda r: run_of(r, "resident")["step_s"].__setitem__(1, 0), "is above 0"),
     "an endless time": (WALL, lambda r: run_of(r, "resident")["step_s"].__setitem__(1, float("1e999")), "holds inf"),
     "a negative wait": (WALL, lambda r: run_of(r, "resident")["exposed_s"].__setitem__(0, -1e-9), "not below 0"),
+    "more rows than were asked for": (
+        SERVED,
+        lambda r: spoil_parts(r, "rows_unique", "rows_requested"),
+        "rows_unique is 489985, of 489984 rows_requested",
+    ),
     "half a byte": (WALL, lambda r: run_of(r, "offload_naive")["bytes"]["copied"].append(0.5), "counts are whole"),
     "a round less": (WALL, lambda r: shorten(run_of(r, "offload_uva")), "steps 0 / runs have 5 and 6 rounds"),
     "other names": (
@@ -123,6 +137,13 @@ def test_whatever_json_holds_ends_in_an_answer(strange):
         check(strange)
     except ValueError as refused:
         assert str(refused)
+
+
+def test_what_an_older_version_does_not_say_contradicts_nothing(committed):
+    results = copy.deepcopy(committed[WALL])
+    for run in results["steps"][0]["runs"]:
+        del run["schedule"]
+    check(results)
 
 
 def test_the_commands_say_so_in_one_line(committed, tmp_path, capsys, monkeypatch):

@@ -362,6 +362,7 @@ def test_a_file_that_the_disk_does_not_hold_is_left_out_by_itself(capsys, monkey
     [
         (["--variants", "offload_uva"], "--variants offload_uva: this machine can serve no_engram, own_compute"),
         (["--prompt_tokens", 9, 8], "--prompt_tokens 9 8: give the lower bound first"),
+        (["--output_tokens", 1, 4], "--output_tokens 1: the first is the prompt's, and no step decodes another"),
         (["--table_params", "1e5", "2e5"], "end to end takes one table"),
         (["--table_params", "max", "--batches", "fit"], "give one a number"),
         (["--asking"], "--asking: it is offload_prefetch from CUDA graphs: not on a CPU, not --eager"),

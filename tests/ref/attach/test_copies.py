@@ -198,6 +198,58 @@ def test_a_fork_of_a_cache_goes_its_own_way(layers, ids):
                 torch.testing.assert_close(got, wanted, **EXACT)
 
 
+ACTS = {
+    "goes on": lambda model, one, other: model(make_ids(length=1, seed=9), past_key_values=one),
+    "is reordered": lambda model, one, other: one.reorder_cache(torch.tensor([1, 0])),
+    "is cropped": lambda model, one, other: (
+        model(make_ids(length=1, seed=9), past_key_values=one),
+        one.crop(-1),
+        model(make_ids(length=1, seed=7), past_key_values=other),
+    ),
+}
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_a_copy_with_the_layers_of_its_cache_is_the_same_cache(act, ids):
+    model, layers = make_model(), make_layers(form="v41")
+    with torch.no_grad():
+        for swapped in (False, True):
+            got = []
+            for attached in (True, False):  # what is in keys and values says which ids came before
+                with attach(model, layers.engrams, layers.plan):
+                    cache = DynamicCache()
+                    model(ids[:, :5], past_key_values=cache)
+                    twin = copy.copy(cache) if attached else cache
+                    one, other = (twin, cache) if swapped else (cache, twin)
+                    act(model, one, other)
+                    got.append(model(ids[:, 5:], past_key_values=other).logits)
+            torch.testing.assert_close(*got, **EXACT)
+
+
+class Slotted(DynamicCache):
+    __slots__ = ("note",)
+
+
+class Stateful(DynamicCache):
+    def __getstate__(self):
+        return tuple(self.__dict__.items())
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+@pytest.mark.parametrize("kind", [Slotted, Stateful])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
+def test_caches_with_states_of_their_own_kind_are_copied(again, kind, layers, ids):
+    model = make_model()
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache = kind()
+        cache.note = 1
+        model(ids[:, :5], past_key_values=cache)
+        got = model(ids[:, 5:], past_key_values=again(cache)).logits
+        torch.testing.assert_close(got, model(ids).logits[:, 5:], **EXACT)
+
+
 @pytest.mark.parametrize("chosen", [[1, 0], (1,), torch.tensor([1, 0], dtype=torch.int32), torch.tensor([False, True])])
 def test_sequences_may_be_selected_as_a_cache_selects_them(chosen, layers, ids):
     model = make_model()
