@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from bench.instruments import results as module
-from bench.instruments.results import environment, git_commit, results_head, write_json, write_unless_same
+from bench.instruments.results import (
+    conclude,
+    environment,
+    git_commit,
+    priced_head,
+    results_head,
+    write_json,
+    write_unless_same,
+)
 from engram_ref.files import replacing
 
 
@@ -78,6 +86,27 @@ def test_what_json_cannot_hold_leaves_nothing(tmp_path):
 
 def test_a_head_says_where_results_come_from():
     assert results_head("speed") == {"benchmark": "speed", "environment": environment(), "git": git_commit()}
+
+
+def test_a_head_of_what_every_machine_finds_names_the_code():
+    head = priced_head("x", "bench.instruments.words")
+    assert head["schema_version"] == 1 and head["benchmark"] == "x" and len(head["code_sha256"]) == 64
+
+
+@pytest.mark.parametrize("rows", [None, "rows"])
+@pytest.mark.parametrize("report", [None, lambda results: f"{len(results['rows'])} rows"])
+def test_a_run_ends_with_its_table_and_its_results(report, rows, tmp_path, capsys):
+    path, results = tmp_path / "results.json", {"rows": [1, 2]}
+    for again in (False, True):
+        conclude(results, path, report, rows)
+        said = capsys.readouterr()
+        *table, last = [line for line in said.out.splitlines() if line]
+        assert table == [*([] if report is None else ["2 rows"]), str(path)] and json.loads(last)
+        same = again and rows is not None
+        assert said.err.startswith(f"{path} says the same already" if same else f"wrote {path}")
+        assert json.loads(path.read_text()) == results
+    conclude(results, None, report)
+    assert "wrote" not in capsys.readouterr().err
 
 
 def test_environment_names_the_machine():

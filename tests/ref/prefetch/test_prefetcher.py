@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 
@@ -364,7 +366,33 @@ def test_a_table_that_waits_keeps_the_order_of_the_worker_even_where_the_caller_
         given, real = [], prefetcher._worker.give
         prefetcher._worker.give = lambda errand: (given.append(errand), real(errand))[1]
         prefetcher.start(random_ids(0), waited_for=True).release()
-        assert len(given) == 2
+        prefetcher.start(random_ids(0, (1, 1))).release()
+        assert len(given) == 4
+
+
+def test_a_prefetcher_is_not_copied(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        for act in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(ValueError, match="make a new one instead of a copy"):
+                act(prefetcher)
+
+
+def test_a_fetch_that_has_ended_may_be_waited_for_from_within_another(values):
+    calls, found = [], []
+
+    def observe(*_):
+        while calls:
+            found.append(calls.pop()())
+
+    tables = slow_tables_that_do_not_wait(values)
+    with (
+        Prefetcher(NgramHasher(PLAN), tables, observer=observe) as prefetcher,
+        prefetcher.start(random_ids(0, (1, 1))) as first,
+    ):
+        first[1].wait(), first[3].wait()
+        calls.append(first[3].wait)
+        prefetcher.start(random_ids(1, (1, 1))).release()
+        assert torch.equal(found[0], expected(values, random_ids(0, (1, 1)), 3))
 
 
 @pytest.mark.parametrize("hot", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import signal
 import sys
@@ -210,6 +211,30 @@ def test_a_forgotten_fetch_gives_its_slot_back_and_its_rows_stay(values, collect
             del fetch
         for seed, rows in enumerate(kept):
             assert torch.equal(rows, expected(values, random_ids(seed), 3))
+
+
+def test_circles_are_looked_for_where_no_slot_is_free(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values)) as prefetcher:
+        gc.disable()
+        try:
+            fetches = [prefetcher.start(random_ids(seed)) for seed in range(2)]
+            for fetch in fetches:
+                fetch.itself = fetch
+            del fetch, fetches
+            prefetcher.start(random_ids(2)).release()
+        finally:
+            gc.enable()
+
+
+def test_rows_that_arrive_while_somebody_waits_are_not_written_after_a_release(values, monkeypatch):
+    """Between the first look, whether they are released, and the last."""
+    tables = {layer_id: make_table("hot", rows, hot=torch.arange(3)) for layer_id, rows in values.items()}
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
+        fetch = prefetcher.start(random_ids(0))
+        released = iter([fetch.release])
+        monkeypatch.setattr(type(fetch[1]), "tell", lambda join: next(released, lambda: None)())
+        with pytest.raises(RuntimeError, match="rows of layer 1 were released"):
+            fetch[1].wait()
 
 
 def test_a_join_keeps_the_slot_of_a_forgotten_fetch(values):
