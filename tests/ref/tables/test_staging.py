@@ -20,7 +20,7 @@ from engram_ref.rows.memory import HUGE_PAGE, PIN_PIECE, HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables import staging as module
-from engram_ref.tables.staging import Delivery, crossing_bytes
+from engram_ref.tables.staging import Delivery, Once, crossing_bytes
 from tests.ref.rows.fp8_pairs import assert_bits, random_rows, rows_of
 from tests.ref.tables.fake_cuda import FakeStream, install_gpu
 
@@ -349,3 +349,22 @@ def test_large_fetches_lie_on_huge_pages_on_a_cpu_only(monkeypatch):
     for count in (1, rows - 1, rows, rows + 1):
         assert to_cpu.empty(count).shape == elsewhere.empty(count).shape == (count, 4)
     assert made == [32 << 20, (32 << 20) + FORMAT.row_bytes]
+
+
+def test_rows_that_are_put_together_once():
+    """Whoever waits next gets the same; what goes wrong is raised to whoever waits, and tried again."""
+
+    class Pending:
+        waits = 0
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                raise OSError("the disk has gone")
+            return torch.arange(self.waits)
+
+    pending = Pending()
+    once = Once(pending)
+    with pytest.raises(OSError, match="the disk has gone"):
+        once.wait()
+    assert once.wait() is once.wait() and pending.waits == 2
