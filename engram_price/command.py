@@ -29,7 +29,7 @@ from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.files.texts import read_text
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.vocab import CompressedVocab, load_tokenizer, vocab_for
-from engram_toy.bytedmd import Recording, record
+from engram_toy.bytedmd import record, trace_to_bytedmd
 from engram_toy.fusion.demo import EngramWeights
 from engram_toy.fusion.v41 import V41Weights
 from engram_toy.hashing import NgramHasher
@@ -37,7 +37,7 @@ from engram_toy.models.attention import AttentionWeights
 from engram_toy.models.cuts import ROWS
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 from engram_toy.models.programs import Workload, build
-from engram_toy.tracer.stack import read_price, read_values
+from engram_toy.tracer.first_reads import first_reads
 
 PROG = "engram-price"
 MOST_TOKENS = 1 << 12
@@ -109,25 +109,14 @@ def prices(
     workload = Workload("engram", constants, layer.layer_id, ids, table, [], form, _NO_ATTENTION)
     found: list[dict[str, int]] = [{} for _ in paddings]
     for variant in VARIANTS:
-        # Recorded without padding, which would be traced value by value: what lies above it is as deep as without.
+        # Recorded without padding, which would be traced value by value: only first reads can be buried under it.
         program = build(workload, "lookup", Layout.variant(variant, layer.rows, hot), padding=0)
         recording = record(program.function, program.arguments, program.kinds, fixed_depths=False)
         depths = recording.trace().depths
-        below = _depths_below(recording, depths)
-        others = sum(read_price(depth, 1) for depth in depths) - sum(read_price(depth, 1) for depth in below)
+        start = first_reads(recording.log, depths).lay(recording.argument_inputs, program.kinds.index("pad"))
+        later = trace_to_bytedmd(depths, 1) - trace_to_bytedmd(start.unpadded, 1)
         for padding, of_padding in zip(paddings, found):
-            of_padding[variant] = others + sum(read_price(depth + padding, 1) for depth in below)
-    return found
-
-
-def _depths_below(recording: Recording, depths: Sequence[int]) -> list[int]:
-    """Depths of the reads that padding buries: the first of each value that starts below it."""
-    unread = set(range(recording.argument_sizes[-1]))  # the last argument is laid down, and numbered, first
-    found = []
-    for depth, value in zip(depths, read_values(recording.log)):
-        if value in unread:  # no instruction of a lookup reads one value twice
-            unread.remove(value)
-            found.append(depth)
+            of_padding[variant] = later + trace_to_bytedmd(start.depths(padding), 1)
     return found
 
 

@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from engram_toy import definitions, floor
@@ -96,6 +97,13 @@ class Recording:
     argument_sizes: tuple[int, ...]
     escapes: dict[str, int]
     untracked: int
+
+    @property
+    def argument_inputs(self) -> list[Sequence[int]]:
+        """The inputs that every argument is, argument 0 first; they are numbered from the last argument on."""
+        sizes = self.argument_sizes[::-1]
+        found: list[Sequence[int]] = [range(end - size, end) for end, size in zip(accumulate(sizes), sizes)]
+        return found[::-1]
 
     def trace(self, definition: str = "lru", compiled: bool | None = None) -> Trace:
         """Find the depth of every read; arguments as for the function `trace`."""

@@ -40,7 +40,7 @@ class TableInputs:
 
     def __init__(self, recording: Recording, program: Program, recorded: Layout) -> None:
         """`recorded` is the layout that the program was built in, without padding."""
-        self._arguments = _numbers(recording.argument_sizes)
+        self._arguments = recording.argument_inputs
         self._above, self.pad = program.kinds.index("row"), program.kinds.index("pad")
         above = _rows(self._arguments[self._above], len(recorded.above))
         below = _rows(self._arguments[self.pad + 1], recorded.rows - len(recorded.above))
@@ -158,16 +158,6 @@ def reads_by_kind(traced: Trace) -> dict[str, int]:
     """How many reads there are of every kind."""
     counts = np.bincount(np.frombuffer(traced.kinds, np.uint8), minlength=len(traced.kind_names))
     return dict(zip(traced.kind_names, counts.tolist()))
-
-
-def _numbers(sizes: Sequence[int]) -> list[Sequence[int]]:
-    """The inputs of every argument; they are numbered from the last argument to the first."""
-    ranges: list[Sequence[int]] = []
-    end = 0
-    for size in reversed(sizes):
-        ranges.append(range(end, end + size))
-        end += size
-    return ranges[::-1]
 
 
 def _rows(numbers: Sequence[int], rows: int) -> list[Sequence[int]]:

@@ -311,6 +311,8 @@ class Attached(StagedSteps):
 
     def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
         self._settle()  # who answers has the places
+        blocks = getattr(decoder, self._list)
+        self._require_hooks(blocks)
         places = None if given.cache is None else history_of(given.cache, self._key)
         if isinstance(places, Places):
             goes_on, fetch = places.next_step(given.ids.shape), None
@@ -321,8 +323,6 @@ class Attached(StagedSteps):
             except BaseException:
                 give_back(fetch)
                 raise
-        blocks = getattr(decoder, self._list)
-        self._require_hooks(blocks)
         again = is_checkpointed(decoder, blocks)
         use_cache = given.use_cache
         if use_cache is None:
@@ -335,19 +335,14 @@ class Attached(StagedSteps):
         cached = use_cache or given.cache is not None
         if given.ids.shape[1] > 1 and given.mask is not None:
             refuse_numbered(given.mask)
-        borders = borders_of(given, past, cached, decoder.config)
+        borders = borders_of(given, past, cached, decoder.config, self._recurs)
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
         if history is not None and past and self._may_look_at(given):
             pad = self._source.plan.pad_compressed
             require_continued(given.mask, history.recent, pad, past, given.ids.shape[1])
-        if borders is not None and self._recurs:
-            raise ValueError(
-                "several sequences in one row of a model with recurrent or convolutional blocks, which mix them: give "
-                "a padded batch"
-            )
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
-        told = borders if by_positions(given, decoder.config) else None
+        told = borders if borders is not None and by_positions(given, decoder.config) else None
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
         fetch = None

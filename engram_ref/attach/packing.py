@@ -74,7 +74,7 @@ def _take(values: Tensor, places: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device)[:, None], places]
 
 
-def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor | None:
+def borders_of(given: Given, past: int, use_cache: bool, config: Any, recurs: bool = False) -> Tensor | None:
     """Where sequences begin behind others in one row: booleans [B, T], or None where none does.
 
     Args:
@@ -82,9 +82,10 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
         past: positions in the cache.
         use_cache: whether there is a cache, or will be.
         config: of the model.
+        recurs: its blocks mix positions by states or convolutions, too, which know no borders.
 
     Raises:
-        ValueError: borders that transformers would attend across, or that are not said in a way that it follows.
+        ValueError: borders that the model would cross, or that are not said in a way that it follows.
     """
     batch, length = given.ids.shape
     if length == 1:
@@ -98,6 +99,10 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any) -> Tensor 
         found = found.expand(batch, length)
     for name, said in given.packed.items():
         _compare(name, said, found, batch, length)
+    if found is not None and recurs:
+        raise ValueError(
+            "several sequences in one row of a model with recurrent or convolutional blocks, which mix them: " + _MEND
+        )
     if found is not None and past:
         raise ValueError(f"several sequences in one row behind a cache of {past} positions: {_MEND}")
     return found

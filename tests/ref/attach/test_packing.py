@@ -298,6 +298,17 @@ def test_flash_attention_sees_only_what_it_sees():
             borders(ids, places)
 
 
+def test_a_step_of_one_token_does_not_look_into_its_mask(model, layers, monkeypatch):
+    """Flash attention leaves a mask of ones out: to know would wait for the device, and a capture could not."""
+    monkeypatch.setattr("engram_ref.attach.packing.is_flash", lambda config: True)
+    cache, ids = DynamicCache(), make_ids(2, 5)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        model(ids[:, :4], attention_mask=torch.ones(2, 4), past_key_values=cache)
+        monkeypatch.setattr("engram_ref.attach.packing._hides_nothing", lambda mask: 1 / 0)
+        got = model(ids[:, 4:], attention_mask=torch.ones(2, 5), past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids[:, :], use_cache=False).logits[:, 4:], **EXACT)
+
+
 def test_older_releases_attend_across(model, layers, monkeypatch):
     monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
     with pytest.raises(ValueError, match="this release of transformers"):

@@ -367,6 +367,13 @@ def test_prompts_that_were_refused_before_they_began_stay_admitted(wrong, seated
     torch.testing.assert_close(torch.cat(found, dim=1), want, rtol=0, atol=1e-12)  # as above
 
 
+def test_a_block_that_was_replaced_is_missed_here_too(seated):
+    seated.places.admit([0], [3])
+    seated.model.layers[1] = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"block 1 was replaced since attach\(\)"):
+        seated.model(make_ids(1, 3), past_key_values=seated.cache)
+
+
 def test_prompts_are_forgotten_once_others_are_admitted_or_places_cleared(seated):
     model, cache, places = seated.model, seated.cache, seated.places
     ids = make_ids(2, 5)
