@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import fcntl
 import json
 import multiprocessing
 import os
 import random
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -264,7 +263,7 @@ def _pytest(copied: Path, tests: Sequence[str], told: Connection) -> None:
     It is done in a process that has imported what others wrote, and nothing of the project but this file.
     """
     os.setsid()  # ended together with what the tests start
-    threading.Thread(target=_end_with, args=(told.fileno(),), daemon=True).start()
+    _end_with(told.fileno())
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(quiet, stream)
@@ -282,11 +281,13 @@ def _pytest(copied: Path, tests: Sequence[str], told: Connection) -> None:
 
 
 def _end_with(pipe: int) -> None:
-    """End this process and what its tests started as soon as nobody reads the pipe any more: the command was killed."""
-    watch = select.poll()
-    watch.register(pipe, 0)  # an error, and nothing else, is told
-    watch.poll()
-    os.killpg(0, signal.SIGKILL)
+    """Have this process and what its tests start killed as soon as nobody reads the pipe: the command was killed.
+
+    By the system: a mutant that loops in compiled code lets no thread of its process run.
+    """
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def equivalent() -> set[str]:
