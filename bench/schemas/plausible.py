@@ -3,8 +3,9 @@
     check(json.loads(path.read_text()))      # ValueError: steps 0 / runs 1 / step_s holds -0.01, ...
 
 A schema says what a file may hold, and to apply it takes a package that is not on every machine. This takes none, and
-finds what would become a ratio: times below 0, counts that are not whole, sums that are not those of their parts,
-rounds that not all variants have, a plan that its checksum is not of, a variant whose table lies where another's does.
+finds what would become a ratio: times below 0, waits longer than what they are part of, counts that are not whole, sums
+that are not those of their parts, rounds that not all variants have or one has twice, a checksum of another plan,
+a variant whose table lies where another's does.
 
 What it cannot find: a plausible number in place of another, such as times exchanged between two variants while their
 tables and bytes stay, or the prices of two layouts. Prices can be computed again (`make findings`), times only measured
@@ -26,6 +27,7 @@ _COUNTS = (
     *("copied", "counter", "from_ids", "cost_by_kind", "reads_by_kind"),
 )
 _SUMS = {"cost": "cost_by_kind", "reads": "reads_by_kind"}
+_WAITS = {"exposed_s": "step_s", "decode_exposed_s": "decode_s"}  # part of the time beside them, sample by sample
 _PARTS = {"hits": "lookups", "rows_unique": "rows_requested"}  # at most as many
 # Where the table of a variant lies; a hot tier's lies in several places.
 _HELD: dict[str, set[str]] = {
@@ -51,6 +53,7 @@ def _check(node: Any, path: tuple[str, ...]) -> None:
                 test(node, path)
         _check_sums(node, path)
         _check_parts(node, path)
+        _check_waits(node, path)
         if isinstance(runs := node.get("runs"), list):
             _check_rounds(runs, path)
         for key, value in node.items():
@@ -94,6 +97,14 @@ def _check_parts(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
             raise ValueError(f"{_where(path, part)} is {few}, of {many} {whole}: measure again")
 
 
+def _check_waits(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    for wait, whole in _WAITS.items():
+        # Altogether: the accelerator's clock has the waits and the host's the steps, and one may be read later.
+        waited, took = (sum(_numbers(_listed_in(node, key))) for key in (wait, whole))
+        if len(_listed_in(node, wait)) == len(_listed_in(node, whole)) and waited > took:
+            raise ValueError(f"{_where(path, wait)} is {waited:.3g} s of {took:.3g} s {whole}: measure again")
+
+
 def _check_rounds(runs: list[Any], path: tuple[str, ...]) -> None:
     """Index i of all runs of a step is of the same round."""
     lengths = _lengths((run, key) for run in runs for key in ("step_s", "exposed_s") if isinstance(run, Mapping))
@@ -105,8 +116,12 @@ def _check_passes(case: Mapping[str, Any], path: tuple[str, ...]) -> None:
     """A round is the same steps under every variant."""
     rounds: dict[str, set[int]] = {}
     rows = case["rows"] if isinstance(case["rows"], list) else []
-    for sample in (sample for row in rows if isinstance(row, Mapping) for sample in _listed_in(row, "rounds")):
-        if isinstance(sample, Mapping):
+    for row in (row for row in rows if isinstance(row, Mapping)):
+        samples = [sample for sample in _listed_in(row, "rounds") if isinstance(sample, Mapping)]
+        seen = [str(sample.get("round")) for sample in samples]
+        if twice := {number for number in seen if seen.count(number) > 1}:
+            raise ValueError(f"{_where(path, row.get('label'))} has round {min(twice)} twice: measure again")
+        for sample in samples:
             each = _lengths((sample, key) for key in ("decode_s", "window_s", "decode_exposed_s"))
             rounds.setdefault(str(sample.get("round")), set()).update(each)
     for number, lengths in rounds.items():

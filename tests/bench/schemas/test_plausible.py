@@ -53,6 +53,16 @@ SPOILT = {
     "no time at all": (WALL, lambda r: run_of(r, "resident")["step_s"].__setitem__(1, 0), "is above 0"),
     "an endless time": (WALL, lambda r: run_of(r, "resident")["step_s"].__setitem__(1, float("1e999")), "holds inf"),
     "a negative wait": (WALL, lambda r: run_of(r, "resident")["exposed_s"].__setitem__(0, -1e-9), "not below 0"),
+    "waits longer than their steps": (
+        WALL,
+        lambda r: run_of(r, "offload_uva").update(exposed_s=[1.01 * s for s in run_of(r, "offload_uva")["step_s"]]),
+        "steps 0 / runs 5 / exposed_s is 0.422 s of 0.418 s step_s",
+    ),
+    "a round twice": (
+        SERVED,
+        lambda r: row_of(r, "resident")["rounds"].append(row_of(r, "resident")["rounds"][1]),
+        "cases 0 / resident has round 1 twice",
+    ),
     "more rows than were asked for": (
         SERVED,
         lambda r: spoil_parts(r, "rows_unique", "rows_requested"),
