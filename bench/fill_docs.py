@@ -194,6 +194,7 @@ def stale() -> list[str]:
     scripts = [f"docs/assets/{name}" for name, script in SCRIPTS.items() if _text_of(ASSETS / name) != script()]
     origins = [source(load(name)) for name in DRAWN]
     figures = {path: path.read_text(encoding="utf-8") for path in sorted(FIGURES.glob("*.svg"))}
+    # A figure names the results that it shows: none is drawn again to be compared.
     drawn = [path for path, text in figures.items() if not any(origin in text for origin in origins)]
     return documents + scripts + [str(path.relative_to(ROOT)) for path in drawn]
 

@@ -87,6 +87,7 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
     """
     folder = out / step.name
     stamp, by = folder / "finished-by", step.code and code_sha256(step.code)
+    # Another Python brings another text along.
     state = f"{by} {sys.version} quick={quick}\n"
     if by and stamp.exists() and stamp.read_text() == state:
         say(f"{step.name}: finished before")
@@ -94,6 +95,7 @@ def run_step(step: Step, out: Path, quick: bool) -> None:
     say(f"{step.name}: {' '.join(step.command)}")
     program, *options = step.command
     command = [sys.executable, str(BENCH / program), *options, "--out", str(folder), *(["--quick"] if quick else [])]
+    # Its tables are not for here; progress and errors come on stderr.
     ended = subprocess.run(command, stdout=subprocess.DEVNULL)
     if ended.returncode:
         raise ValueError(f"step {step.name} ended with {ended.returncode}: what it says stands above")
@@ -121,7 +123,7 @@ def require_same(part: Path, committed: Path) -> None:
     """
     stand = {record["text"]: record for record in read_results(committed)["records"]}
     for record in read_results(part)["records"]:
-        before = stand.get(record["text"], record)
+        before = stand.get(record["text"], record)  # a text that is not there contradicts nothing
         if before["sha256"] != record["sha256"]:
             say(f"{committed.name}: another text {record['text']} than here")
         elif before != record:

@@ -75,6 +75,7 @@ class Evidence:
         """Points of the sweeps, all on one stack, at which the prefetch is cheaper than the naive layout."""
         names = ("sweep", "value", "model", "boundary", "variant")
         cost = {tuple(point[name] for name in names): point["cost"] for point in self.sweeps["points"]}
+        # Under definitions without a stack, where values stay where they lie, a copy made early may save something.
         cost = {where: price for where, price in cost.items() if where[0] != "definition"}
         naive = {where[:-1]: price for where, price in cost.items() if where[-1] == "offload_naive"}
         return sum(price < naive[where[:-1]] for where, price in cost.items() if where[-1] == "offload_prefetch")
@@ -103,6 +104,7 @@ class Evidence:
                 tokens = [record["tokens_per_step"] for record in line]
                 at = rows.crossing_of(tokens, [rows.row_share(record) for record in line])
                 if at is not None:
+                    # Two digits: it is interpolated between steps that were priced.
                     return f"about {float(f'{at:.2g}'):,.0f}"
                 most = max(most, tokens[-1])
         return f"more than {most:,}"

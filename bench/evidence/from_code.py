@@ -43,6 +43,7 @@ def worked_example() -> str:
 
 def placed_example() -> str:
     """A command of `engram-place`, and what it prints."""
+    # Run from anywhere; the page shows the path as from the root.
     options = place.parse(PLACED.replace("LICENSE", str(_ROOT / "LICENSE")).split())
     return f"```text\n$ engram-place {PLACED}\n{report(answer(place.question(options)))}\n```"
 
@@ -50,6 +51,7 @@ def placed_example() -> str:
 def what_fits() -> str:
     """Bytes on GPU, in host memory and on disk, per preset and placement."""
     head = ["preset", "parameters", "table", "read per token", "placement", "GPU", "host", "disk"]
+    # `tiny` is no published geometry.
     lines = [line for name in PRESETS if name != "tiny" for line in _preset_lines(name, EngramConfig.preset(name))]
     return markdown(head, lines, right={1, 2, 3, 5, 6, 7})
 
@@ -59,12 +61,13 @@ def _preset_lines(name: str, config: EngramConfig) -> list[list[str]]:
     table = rows * config.row_bytes()
     held = held_bytes(config, [rows], _BATCH, int(_HOT_SHARE * rows))
     places = {"hot, a tenth" if name == "hot" else name: tuple(sizes.values()) for name, sizes in held.items()}
+    # In this order, and without the placements of several ranks.
     places = {name: places[name] for name in ("device", "host", "uva", "hot, a tenth", "file")}
     facts = [name, f"{rows * config.row_width / 1e9:.3g} B", _size(table), f"{config.bytes_per_token():,} B"]
     lines = []
     for placement, sizes in places.items():
         lines.append([*facts, placement, *(_size(size) for size in sizes)])
-        facts = [""] * len(facts)
+        facts = [""] * len(facts)  # in the first line of a preset alone
     return lines
 
 
@@ -74,7 +77,8 @@ def _table_rows(config: EngramConfig) -> int:
 
 
 def _rows_per_layer(config: EngramConfig) -> list[int]:
-    """Rows of each layer; they follow from the primes, whatever the vocabulary."""
+    """Rows of each layer."""
+    # They follow from the primes: any size of a vocabulary and any pad will do.
     return [layer.rows for layer in HashPlan.build(config, config.compressed_size or 1000, 0).layers]
 
 

@@ -1,7 +1,7 @@
 """Figures of the runs on a GPU: what each place of the table adds to a decode step, and the lookup by itself.
 
-decode_BATCHES.svg    us that a place adds to a decode step without Engram, a panel per case, with 3 % of the step
-lookup_gpu.svg        from token ids to rows, by tokens of a step, with the bus's floor and what vLLM has published
+decode_gpu.svg, decode_gpu_100b.svg   us that a place adds to a decode step without Engram, a panel per case, with 3 %
+lookup_gpu.svg                        from token ids to rows, by tokens of a step, with the bus's floor and vLLM's
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def _decode(results: Json) -> Any:
 
 
 def _places(axis: Any, case: Json) -> None:
+    # What was left out of a run has no rounds.
     rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
     step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
     for place, row in enumerate(rows):
@@ -49,11 +50,12 @@ def _places(axis: Any, case: Json) -> None:
             lost = numbers.against(case, row, "no_engram", "decode")
         except NotMeasured:
             continue
-        median, low, high = (1e4 * step * value for value in lost.in_percent)
+        median, low, high = (1e4 * step * value for value in lost.in_percent)  # per cent of a step in seconds, to us
+        # `own_compute` is no place of a table, and has no colour among theirs.
         interval(axis, place, (median, low, high), COLOURS.get(row["variant"], "#F0E442"))
     axis.axvline(1e6 * WALL_TIME_CLAIM * step, color="0.45", linestyle="--", linewidth=0.8, label="3 % of the step")
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axis.set_xscale("log")
     axis.set_xlim(_AXIS)
     axis.set_xlabel("us added to a decode step, median and 95 %")

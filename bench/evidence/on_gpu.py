@@ -70,6 +70,7 @@ class OnGpu:
     def _hundred_billion(self) -> dict[str, str]:
         case, limits = self.hundred, self[HUNDRED]["limits"]
         step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
+        # `gather` is the device's own memory; `copy`, in the same limits, the bus.
         least = case["weight_bytes"]["model"] / limits["gather"]["bytes_per_s"]
         found = {
             "gpu.params": f"{case['table']['parameters'] / 1e9:.0f}",
@@ -91,6 +92,7 @@ class OnGpu:
         graph = numbers.row_of(case, _PLACES["graph"])
         ours = numbers.against(case, graph, "resident", "decode")
         joules = [numbers.joules(row) for row in (graph, numbers.row_of(case, "resident"))]
+        # In pairs, round by round.
         ratio = paired_ratio(*([each[number] for number in sorted(joules[1])] for each in joules))
         low, high = percent(ratio["low"] - 1), percent(ratio["high"] - 1)
         return {
@@ -115,6 +117,7 @@ class OnGpu:
         }
         us = {
             "resident": [1e6 * added_s(case, "resident") for case in self._cases()],
+            # Beside 100 B parameters it was not measured.
             "own": [1e6 * added_s(case, "own_compute") for case in self[SERVED]["cases"]],
         }
         return {
@@ -147,9 +150,11 @@ class OnGpu:
     def _prompts(self) -> dict[str, str]:
         (step,) = self[PREFILL]["steps"]
         runs = {run["variant"]: run for run in step["runs"] if not run["repeat"]}
+        # As asked for, repeats included: a lookup in place reads them again.
         rows = step["shape"]["batch"] * step["shape"]["tokens"] * step["table"]["columns"]
 
         def crossed(name: str) -> float:
+            # What crosses without any rows is not theirs.
             return runs[name]["pcie"]["value"] - runs["no_engram"]["pcie"]["value"]
 
         ways = paired_ratio(runs["offload_uva"]["step_s"], runs["offload_prefetch"]["step_s"])
@@ -173,7 +178,7 @@ class OnGpu:
         """Rows that a lookup in place reads in a second, from the first number of tokens to the last."""
         least, most = (self[LOOKUP]["cases"][place] for place in (0, -1))
         took = [statistics.median(case["samples_s"]["uva"]) for case in (least, most)]
-        return (most["rows"] - least["rows"]) / (took[1] - took[0])
+        return (most["rows"] - least["rows"]) / (took[1] - took[0])  # what any fetch takes is in neither difference
 
     def _bus(self) -> float:
         return self[LOOKUP]["limits"]["copy"]["bytes_per_s"]

@@ -91,12 +91,14 @@ def _figure(value: float, unit: str) -> str:
 
 
 def _machine(**rates: float) -> Machine:
+    # No prediction here asks what fits.
     return Machine(None, 0, 0).with_rates({name: Rate(value, "measured") for name, value in rates.items()})
 
 
 def _of_limits(results: dict[str, Any]) -> Machine:
     """With the rates that a run measured beside its own figures."""
     limits, on_gpu = results["limits"], results["device"] == "cuda"
+    # On a GPU it was copied from pinned memory, over the bus.
     rates = {"bus" if on_gpu else "memory": limits["copy"]["bytes_per_s"]}
     if on_gpu:
         rates["device"] = limits["gather"]["bytes_per_s"]
@@ -109,6 +111,7 @@ def _kind(results: dict[str, Any], run: dict[str, Any]) -> str:
     """The placement of a variant that is waited for."""
     if results["device"] == "cuda":
         return {"resident": "device", "offload_naive": "host"}[run["variant"]]
+    # A file in the page cache is read as memory is.
     return "file, no GPU" if run["variant"] == "offload_disk" and run["page_cache"] == "cold" else "memory"
 
 
@@ -134,6 +137,7 @@ def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
                 name, f"{step_name}, {step['blocks']} blocks compute, at least", "window.prompt", least, took, "s"
             )
         for run in step["runs"]:
+            # Left are waits that nothing hides.
             if run["repeat"] or run["variant"] == "no_engram" or run["schedule"] == "prefetched":
                 continue
             kind = _kind(results, run)
@@ -176,6 +180,7 @@ def _end_to_end(name: str, results: dict[str, Any]) -> Iterator[Line]:
             bandwidth = row["bus"]["bytes_per_s"]
             delay = row["bus"]["latency_s"] + (asked / bandwidth if bandwidth else 0.0)
             predicted = exposed_seconds([delay], [case["layer_id"]], block)
+            # Where the window hides all of it, what was measured is noise, and a ratio to it says nothing.
             if predicted > 0:
                 lost = rows[row["label"]] - rows["resident"]
                 case_name = f"batch {case['batch']}, {case['stream']['name']}, {row['label']}, lost per step"
@@ -226,12 +231,13 @@ def _hits(row: dict[str, Any]) -> float:
 
 def _hot_tiers(name: str, results: dict[str, Any]) -> Iterator[Line]:
     """Hot rows in memory in front of a file, and an entry for each row of the table; buffers left out."""
+    # Tiers of one share hold the same in every case.
     case = results["cases"][0]
     config = EngramConfig.preset(case["table"]["preset"]).replace(row_dtype=case["table"]["row_dtype"])
     for row in case["rows"]:
         if row["variant"] == "offload_hot":
             hot = round(row["hot_share"] * case["table"]["rows"])
-            held = held_bytes(config, [case["table"]["rows"]], 0, hot)["hot file"]
+            held = held_bytes(config, [case["table"]["rows"]], 0, hot)["hot file"]  # for no tokens: no buffers
             label = f"{row['label']} in front of a file"
             tier = held["gpu"] + held["host"]
             yield Line(name, f"{label}, bytes held", "held", tier, row["held"]["device"] + row["held"]["host"], "B")
@@ -269,7 +275,7 @@ def _production(name: str, results: dict[str, Any]) -> Iterator[Line]:
         size = record["table_rows"] * record["row_bytes"]
         far, near = (
             rows_price(reads, record["row_bytes"], size, first, 1.0, root, *above)
-            for above in ((record["live_bytes"], record["read_bytes"]), (0.0, 0.0))
+            for above in ((record["live_bytes"], record["read_bytes"]), (0.0, 0.0))  # offloaded, then pinned
         )
         case = f"{record['table']}, {record['stream']}, {record['tokens_per_step']} tokens a step, over pinned"
         yield Line(name, case, "price", far / near, record["offload_naive"] / record["pinned"], "x")

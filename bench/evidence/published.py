@@ -79,7 +79,7 @@ def bytes_per_token(dtype: str) -> float:
 
 def pcie_bandwidth() -> float:
     """Bytes per second that a Gen5 x16 slot carries one way, before packet headers."""
-    return figure("pcie5_rate") * 1e9 * figure("pcie5_coding") * figure("pcie_lanes") / 8
+    return figure("pcie5_rate") * 1e9 * figure("pcie5_coding") * figure("pcie_lanes") / 8  # a transfer is a bit a lane
 
 
 def row_traffic(dtype: str) -> float:
@@ -87,7 +87,7 @@ def row_traffic(dtype: str) -> float:
     return bytes_per_token(dtype) * figure("tokens_s.4b.engram")
 
 
-# pJ per bit of each level, from the closest to the farthest; the last is per useful bit.
+# pJ per bit of each level, from the closest to the farthest.
 _LEVELS = {
     "8 KB SRAM": "sram_8k",
     "32 KB SRAM": "sram_32k",
@@ -110,6 +110,7 @@ def energy_per_bit() -> dict[str, tuple[float, float, str]]:
     for label, name in _LEVELS.items():
         found[label] = (*bounds(f"energy.{name}"), figures()[f"energy.{name}"]["source"])
     (lp, _, _), (ddr_low, ddr_high, _), (link, _, _) = found["LPDDR5"], found["DDR, whole access"], found["PCIe link"]
+    # From MB a joule, and from uJ a page of which one row is of use, to pJ a bit.
     sequential = 1e12 / (figure("energy.nvme_rate_per_watt") * 1e6) / 8
     random = figure("energy.nvme_random_io") * 1e6 / figure("energy.row_bytes") / 8
     found["host memory over PCIe, LPDDR5"] = (lp + link, lp + link, "sum, inferred")

@@ -84,6 +84,7 @@ def lookup_floors(e: Evidence, form: str = "engram") -> tuple[float, float]:
 
 def layer_classes(e: Evidence) -> str:
     """Classes of the toy's layer over all definitions of depth; every larger boundary divides by more."""
+    # The floor is a bound, no price.
     return ", ".join(dict.fromkeys(by_seed(ratio) for name, ratio in _defined(e, "layer").items() if name != FLOOR))
 
 

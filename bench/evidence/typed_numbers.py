@@ -14,6 +14,7 @@ BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 MARK = re.compile(r"<!-- v: ([\w.-]+) -->(.*?)<!-- /v -->", re.DOTALL)
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
+# In this order: a mark takes its number along, while as a comment it would leave it behind.
 _NO_FIGURES = [
     BLOCK,
     MARK,
@@ -38,6 +39,7 @@ def typed_numbers(markdown: str) -> list[str]:
     """Every number of a Markdown text that a person typed, in order."""
     for pattern in _NO_FIGURES:
         markdown = pattern.sub(" ", markdown)
+    # No-break spaces hold a number together; a full stop ends its sentence.
     return re.findall(r"\d[\d,.\u00a0\u202f]*(?<![,.])", markdown)
 
 

@@ -138,6 +138,7 @@ def _published(batch: int) -> list[str]:
     """By arithmetic: one layer of v41-flash in a model whose window and step others have computed."""
     config = EngramConfig.preset("v41-flash")
     nbytes = batch * config.columns * config.row_bytes()
+    # What the window hides, and the share of a step by which it may be longer.
     latest = PUBLISHED_WINDOW_S + WALL_TIME_CLAIM * PUBLISHED_STEP_S
     expected = _expected(nbytes, PUBLISHED_WINDOW_S, latest)
     return ["arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, "", ""]

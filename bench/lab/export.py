@@ -29,6 +29,7 @@ def export(folder: Path) -> list[Path]:
         ValueError: the folder is this project, whose own document would be replaced.
     """
     target = folder / "docs" / "findings" / PAPER
+    # Only this project's own document has marks.
     if target.exists() and _MARK.search(target.read_text(encoding="utf-8")):
         raise ValueError(f"{target} is the document that is exported, not an export: name a folder of its own")
     experiment = folder / "experiments" / "engram-offload"
@@ -36,7 +37,7 @@ def export(folder: Path) -> list[Path]:
         experiment / name: _standing_alone((ROOT / "bench/lab" / name).read_text(encoding="utf-8")) for name in SOURCES
     }
     paper = (ROOT / "docs/findings" / PAPER).read_text(encoding="utf-8")
-    texts[target] = _LOCAL_LINK.sub(r"\1", _MARK.sub("", paper))
+    texts[target] = _LOCAL_LINK.sub(r"\1", _MARK.sub("", paper))  # the pages are not exported: of a link its text stays
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

@@ -25,8 +25,10 @@ def rows_named(tokens: Sequence[int], columns: int, rows: int) -> list[list[int]
         position = []
         for column in range(columns):
             mixed = 0
+            # 2 for the first half of the columns, 3 for the second.
             for back in range(2 + 2 * column // columns):
                 token = tokens[at - back] if at >= back else 0
+                # An odd factor, another one for each column and place; + 1, so that token 0 counts, too.
                 mixed ^= (token + 1) * (0x9E3779B1 + 2 * (7919 * column + 104729 * back))
             position.append(mixed % rows)
         named.append(position)
@@ -41,6 +43,7 @@ def matrix(seed: str, rows: int, columns: int) -> list[list[float]]:
 
 def dot(a: Vector, b: Vector) -> Any:
     """Inner product, from the left."""
+    # Not from 0, as `sum` would: a sum with a constant is one more read.
     total = a[0] * b[0]
     for x, y in zip(a[1:], b[1:]):
         total = total + x * y
@@ -66,6 +69,7 @@ def delivered(
     """The rows of one position after the other; of `fetched` ones, copies that were made one position ahead."""
     staged: list[list[Vector]] = []
     for position in named:
+        # +, which keeps every bit: x + 0 would lose the sign of -0.0.
         staged.append([[+value for value in bank[row]] if row in fetched else bank[row] for row in position])
         if len(staged) > 1:
             yield staged.pop(0)
@@ -82,7 +86,7 @@ def program(
 
     def forward(above: Matrix, hidden: Matrix, query: Matrix, output: Matrix, padding: Vector, below: Matrix) -> Any:
         bank = dict(zip(kept, above))
-        bank.update(zip(sorted(moved), below))
+        bank.update(zip(sorted(moved), below))  # by number, as `arguments` lays them down
         found = []
         for x, position in zip(hidden, delivered(bank, named, fetched)):
             if boundary == "attention":

@@ -67,6 +67,7 @@ def whole_model_script(results: Path) -> str:
 
 def curves(production: dict[str, Any]) -> list[dict[str, Any]]:
     """A line per model, kind of step, stream and layout: the share by tokens per step, and where it crosses 3 %."""
+    # Lines of all of the text have the largest steps alone.
     return [_curve(line) for line in lines(production) if line[0]["asked_tokens"] is not None]
 
 

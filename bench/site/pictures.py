@@ -30,6 +30,7 @@ class _Step(Treeprocessor):
     def run(self, root: Element) -> None:
         for parent in root.iter():
             for place, image in enumerate(parent):
+                # The walk comes to new ones, too.
                 if image.tag == "img" and parent.tag != "picture" and (narrow := narrow_of(image.get("src", ""))):
                     parent[place] = _picture(image, narrow)
 
@@ -48,7 +49,7 @@ def narrow_of(address: str) -> str | None:
 
 def _picture(image: Element, narrow: str) -> Element:
     picture = Element("picture")
-    picture.tail, image.tail = image.tail, None
+    picture.tail, image.tail = image.tail, None  # the text behind an element is a part of it
     SubElement(picture, "source", media=NARROW_WINDOW, srcset=narrow)
     picture.append(image)
     return picture

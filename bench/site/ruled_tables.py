@@ -48,7 +48,7 @@ def with_tables(text: str) -> str:
 
 def _block(lines: list[str]) -> str | None:
     """One block in parts, text and tables in turn; None where it has no ruled table."""
-    rules = [number for number, line in enumerate(lines) if number and _RULE.fullmatch(line)]
+    rules = [number for number, line in enumerate(lines) if number and _RULE.fullmatch(line)]  # a head stands above
     parts, done = [], 0
     for rule in rules:
         spans = [match.span() for match in re.finditer("-+", lines[rule])]
@@ -95,6 +95,7 @@ def _table(head: list[str], body: list[str], spans: list[tuple[int, int]]) -> st
 
 
 def _flush_right(column: list[str], width: int) -> bool:
+    # Cells of one length are flush on both sides, and say nothing.
     filled = [cell.ljust(width) for cell in column if cell.strip()]
     return not any(cell[0] != " " and cell[-1] == " " for cell in filled) and len({len(c.strip()) for c in filled}) > 1
 

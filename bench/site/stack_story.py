@@ -90,7 +90,7 @@ def _prefetched(x: Any, bank: Sequence[Any]) -> Any:
 
 def _padded(body: Callable[..., Any], hold: bool = True) -> Callable[..., Any]:
     def function(x: Any, pad: Sequence[Any], bank: Sequence[Any]) -> Any:
-        out = (body(x, bank), bank)
+        out = (body(x, bank), bank)  # returned, so that a row stays on the stack behind its last read
         return (*out, pad) if hold else out
 
     return function
@@ -144,6 +144,7 @@ def traced_log(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[
     """What one run reads and stores, and the numbers of every argument's values."""
     recorder = Recorder()
     wrapper = Wrapper(recorder)
+    # The last argument is laid down first, so that argument 0 ends on top.
     wrapped: list[Any] = [wrapper.wrap(argument) for argument in reversed(arguments)][::-1]
     recorder.start(wrapper.inputs)
     returned = function(*wrapped)
@@ -159,7 +160,7 @@ def tell(story: Story) -> Telling:
     names = dict(zip((n for argument in numbers for n in argument), (n for names in story.inputs for n in names)))
     names |= {log.inputs + k: result for k, result in enumerate(story.results)}
     last = _last_uses(log)
-    lying = [value for value in reversed(range(log.inputs)) if value in last]
+    lying = [value for value in reversed(range(log.inputs)) if value in last]  # the newest on top; the unused are dead
     start, steps = tuple(lying), []
     for k in range(len(log.left)):
         operands = [value for value in (log.left[k], log.right[k], log.third.get(k, -1)) if value >= 0]

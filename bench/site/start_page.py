@@ -72,6 +72,7 @@ def verdict_lines(evidence: Evidence) -> str:
     """What survives, what does not, and where it turns: three lines, all in per cent, no number twice."""
     e = evidence
     least, most = lookup_span(e)
+    # Without the plus.
     floors, of_v41 = (" to ".join(added(floor)[1:] for floor in lookup_floors(e, form)) for form in ("engram", "v41"))
     claim = f"{100 * WALL_TIME_CLAIM:g} %"
     added_in_all, one = (e.added(*which) for which in ((_MODEL, "in all"), ("v41-flash", "in all", "one")))
