@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("svg")  # before pyplot, which chooses for itself otherwise
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 
@@ -71,6 +71,7 @@ def _depths(results: dict[str, Any]) -> Any:
     figure, axes, panels = _grid(results, 2.3, shared=True)
     for axis, runs in panels:
         strips = [_table_reads(run) for run in runs]
+        # No reads, no shade: 0 has no place on a logarithmic scale.
         shares = [[reads / sum(strip) or float("nan") for reads in strip] for strip in strips]
         shades = axis.imshow(shares, aspect="auto", cmap="viridis_r", norm=LogNorm(0.001, 1))
         axis.set_yticks(range(len(names)), names)

@@ -31,6 +31,7 @@ class Job:
 
     def program(self) -> Program:
         """The program; its padding is held live by returning it, where the definition needs that."""
+        # The other definitions bury by position alone, and charge what is returned.
         return build(self.workload, self.boundary, self.layout, self.padding, hold=self.definition == "lru")
 
 
@@ -66,6 +67,7 @@ def output_digest(result: tuple[Any, ...]) -> str:
     while waiting:
         item = waiting.pop()
         if isinstance(item, (list, tuple)):
+            # Last in, first out: the first part is to come next.
             waiting.extend(reversed(item))
         else:
             values.append(item)

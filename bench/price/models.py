@@ -41,6 +41,7 @@ def toy_config(model: str, hidden: int, preset: str = "tiny") -> EngramConfig:
     config = EngramConfig.preset(preset).replace(hidden=hidden, **CUTS[preset])
     if model == "engram":
         return config
+    # Two orders of four heads: 8 rows a position, each a key and a value.
     return config.replace(heads=4, table_size_per_order=(64, 64), row_width=2 * hidden)
 
 

@@ -61,7 +61,7 @@ def wall_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> Overhead:
 def claimed_overhead(run: Run, baseline: Run, floor: dict[str, float]) -> float | None:
     """What to hold against the claim: the upper end if that is below it, the median if all is above, else None."""
     found = wall_overhead(run, baseline, floor)
-    high = max(found.high, floor["high"] - 1)
+    high = max(found.high, floor["high"] - 1)  # nothing is known better than the noise allows
     # Few samples have a narrow interval by chance.
     if len(run["wall_time_s"]) >= LEAST_SAMPLES and high < WALL_TIME_CLAIM:
         return high

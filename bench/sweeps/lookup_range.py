@@ -177,5 +177,6 @@ def depth_table(results: Record) -> str:
         each = resident["row_cost"] / (about["lookups"] * about["row_values"])
         values = about["distinct_rows"] * about["row_values"]
         counts = (about["tokens"], about["lookups"], about["distinct_rows"], values)
+        # A read at depth d costs its root.
         rows.append([about["toy"], *(f"{n:,}" for n in counts), f"{each:.1f}", f"{each**2:,.0f}"])
     return aligned(rows, left={0})

@@ -69,6 +69,7 @@ class Case:
     def recording(self) -> tuple[Any, ...]:
         """What must be run for it. Layouts and paddings, definitions and bytes are found without another run."""
         s = self.settings
+        # Copies are a part of what runs; where rows start is not.
         schedule = (s.share, self.hot, s.wrong) if self.prefetches else None
         return (s.preset, s.stream, s.seq_len, s.d_model, s.seed, self.model, self.boundary, schedule)
 
@@ -119,7 +120,7 @@ _OPTIONS = {"hot": "hot_share", "seed": ""}  # of settings whose option has anot
 
 def varied(names: Sequence[str]) -> set[str]:
     """The options that none of these sweeps looks at, since each of them varies their setting itself."""
-    of_grid = {"padding", "hot_share", "d_model"}
+    of_grid = {"padding", "hot_share", "d_model"}  # its fourth axis, `share`, is no option
     settings = {name: sweep.setting for name, sweep in SWEEPS.items()}
     found = [of_grid if name == GRID else {_OPTIONS.get(settings[name], settings[name])} for name in names]
     return set.intersection(*found)
@@ -131,6 +132,7 @@ def points_of(name: str, base: Settings, models: Sequence[str], quick: bool = Fa
     for value in sweep.quick if quick else sweep.values:
         settings = replace(base, **{sweep.setting: value + base.seed if name == "seed" else value})
         for model in models:
+            # A bank has no forms to compare.
             if model not in MODELS_OF[settings.preset] or (name == "preset" and model != "engram"):
                 continue
             for boundary in BOUNDARIES:

@@ -63,6 +63,7 @@ def price_cases(job: Job) -> list[dict[str, Any]]:
     for definition in dict.fromkeys(case.settings.definition for case in job.cases):
         relaid = (Relaid if definition in stack.DEFINITIONS else Readdressed)(recording, table, definition)
         reads = relaid.reads_by_kind
+        # Of the definition: some read at the end what is returned.
         facts |= {"reads": sum(reads.values()), "reads_by_kind": reads, "working_set": relaid.working_set}
         places = [i for i, case in enumerate(job.cases) if case.settings.definition == definition]
         for i, price in zip(places, _prices(relaid, layouts, [job.cases[i] for i in places])):
@@ -148,7 +149,7 @@ class Layouts:
         Rows are drawn in an order that the seed says; a larger share takes all rows of a smaller one but the last few.
         """
         drawn = sorted(self._counts)
-        random.Random(f"share {seed}").shuffle(drawn)
+        random.Random(f"share {seed}").shuffle(drawn)  # a text as seed: none of the numbers that weights are drawn from
         left = round(share * self.lookups)
         chosen = set(range(self.rows)).difference(drawn)
         for row in drawn:
@@ -166,6 +167,7 @@ class Layouts:
         generator = random.Random(f"wrong {seed}")
         places = [(t, c) for t, position in enumerate(self._indices) for c in range(len(position))]
         generator.shuffle(places)
+        # For all places, mistaken or not: a place has the same other row whatever the share.
         others = {place: generator.randrange(self.rows - 1) for place in places}
         mistaken = [(t, c, others[t, c], self._indices[t][c]) for t, c in places[: round(share * len(places))]]
         # Counted past the row that was asked for, 0 .. n - 2 become all others of 0 .. n - 1.

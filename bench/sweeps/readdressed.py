@@ -41,9 +41,9 @@ class TableInputs:
     def __init__(self, recording: Recording, program: Program, recorded: Layout) -> None:
         """`recorded` is the layout that the program was built in, without padding."""
         self._arguments = recording.argument_inputs
-        self._above, self.pad = program.kinds.index("row"), program.kinds.index("pad")
+        self._above, self.pad = program.kinds.index("row"), program.kinds.index("pad")  # the first rows are those above
         above = _rows(self._arguments[self._above], len(recorded.above))
-        below = _rows(self._arguments[self.pad + 1], recorded.rows - len(recorded.above))
+        below = _rows(self._arguments[self.pad + 1], recorded.rows - len(recorded.above))  # they follow the padding
         self._table = recorded.join(above, below)  # the numbers of each row's values
 
     def laid(self, layout: Layout) -> list[Sequence[int]]:
@@ -84,6 +84,7 @@ class Readdressed:
             from engram_toy.fast.floor import bracket, waits
         else:
             from engram_toy.floor import bracket, waits  # type: ignore[assignment]
+        # Every input at an address of its own, which says afterwards which input it was.
         first, intervals = waits(replace(log, argument_depth=array("i", range(1, log.inputs + 1))))
         self._values = {FLOOR: np.asarray(first, np.int64) - 1}
         self.reads_by_kind = {FLOOR: len(first) + len(intervals)}
@@ -161,5 +162,5 @@ def reads_by_kind(traced: Trace) -> dict[str, int]:
 
 
 def _rows(numbers: Sequence[int], rows: int) -> list[Sequence[int]]:
-    width = len(numbers) // max(1, rows)
+    width = len(numbers) // max(1, rows)  # no rows at all are above, or below, in some layouts
     return [numbers[row * width : (row + 1) * width] for row in range(rows)]

@@ -70,7 +70,7 @@ def grid_content(configuration: Any, base: Settings, axes: Axes, records: Mappin
             for p in axes.padding
         ]
 
-    some = (axes.padding[0], axes.compute[0])
+    some = (axes.padding[0], axes.compute[0])  # neither decides which rows lie below
     return {
         "schema_version": SCHEMA_VERSION,
         **results_head("bytedmd_grid"),

@@ -106,7 +106,7 @@ def _between(values: Sequence[float], curve: Sequence[float], level: float, i: i
             return Crossing(values[place], values[place], values[place], side < 0)
     low, high = values[i - 1], values[i]
     at = None
-    if low > 0:
+    if low > 0:  # 0 has no logarithm
         part = math.log(level / curve[i - 1]) / math.log(curve[i] / curve[i - 1])
         at = low * (high / low) ** part
     return Crossing(low, high, at, side < 0)

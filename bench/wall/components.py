@@ -105,7 +105,7 @@ class Components:
         if self._cuda:
             self._on_device = DemoFusion(config, device=device, dtype=dtype)
             shape = (self.batch, self.tokens, config.hc_mult, config.hidden)
-            self._hidden = torch.randn(shape, device=device, dtype=dtype)
+            self._hidden = torch.randn(shape, device=device, dtype=dtype)  # [B, T, G, H]
 
     @property
     def positions(self) -> int:
@@ -113,17 +113,18 @@ class Components:
         return self.batch * self.tokens
 
     def _make_buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Where embeddings [B*T*C, D] and keys and values [B, T, (G+1)*H] are made; page-locked if they travel."""
+        """Where embeddings, and keys and values, are made; page-locked if they travel."""
         config, count = self._config, self.positions * self._config.columns
         width = (config.hc_mult + 1) * config.hidden  # a key for each copy of the stream, and the value
         require_host_bytes(count * self._row_format.row_bytes + self.positions * width * dtype.itemsize)
         # Page-locked for both strategies: the comparison is of what is uploaded.
+        # [B*T*C, D]; numbers: `compute` by itself projects them.
         e = torch.randn((count, config.row_width), dtype=dtype, pin_memory=self._cuda)
-        kv = torch.empty((self.batch, self.tokens, width), dtype=dtype, pin_memory=self._cuda)
+        kv = torch.empty((self.batch, self.tokens, width), dtype=dtype, pin_memory=self._cuda)  # [B, T, (G+1)*H]
         return {"e": e, "kv": kv}
 
     def _hash(self) -> None:
-        rows = self._hasher(self._batches.next(), self._layer.layer_id).reshape(-1)
+        rows = self._hasher(self._batches.next(), self._layer.layer_id).reshape(-1)  # [B*T*C]
         self._table.start(torch.from_numpy(rows), self._buffers["e"]).wait()
 
     def _compute(self) -> None:
@@ -158,6 +159,7 @@ class Components:
         """Bytes, operations and the time below which this machine cannot do a part."""
         e, kv = (self._buffers[name].nbytes for name in ("e", "kv"))
         flops = 2 * self.positions * self._config.projection_macs()
+        # Without a bus nothing is uploaded; parts that do are not run there.
         gathered, computed, upload = e / rates.memcpy, flops / rates.matmul, rates.upload or float("inf")
         parts, on_both = "sum of its parts' limits", "sum of its parts' limits on the CPU and the bus"
         floors: dict[str, _Floor] = {

@@ -125,7 +125,7 @@ def _merged(spans: list[list[Any]], gap: float) -> list[tuple[str, float, float]
                 _, first, last = boxes.pop()
                 begin, end = first, max(last, end)
             boxes.append((kind, begin, end))
-    return sorted(boxes, key=lambda box: box[1] - box[2])
+    return sorted(boxes, key=lambda box: box[1] - box[2])  # so that short ones are drawn on top
 
 
 def overheads(results: Results) -> Any:
@@ -185,7 +185,7 @@ def _rows(axis: Any, labels: list[str], values: list[str]) -> None:
 def _name_rows(axis: Any, labels: list[str]) -> None:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.tick_params(axis="y", length=0)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
 
 
 def _beside(axis: Any, place: int, text: str) -> None:

@@ -102,7 +102,7 @@ def hidden_share(step: Step, run: Run) -> float:
     """
     exposed(run)
     reference = _hidden_against(step, run)
-    if exposed(reference) == 0 or min(reference["exposed_s"]) == 0:
+    if exposed(reference) == 0 or min(reference["exposed_s"]) == 0:  # each round is divided by its own wait
         raise NotMeasured("the synchronous run did not wait in every round")
     return 1 - paired_ratio(run["exposed_s"], reference["exposed_s"])["median"]
 

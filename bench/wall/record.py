@@ -55,7 +55,7 @@ class StepRecord:
         left: dict[str, Any] = next(same, {})
         self.content = {**described, "finished": False, "sessions": left.get("sessions", []), "runs": left.get("runs")}
         if left:
-            self._steps[self._steps.index(left)] = self.content
+            self._steps[self._steps.index(left)] = self.content  # steps stay in their order
         runs = self.content["runs"] or [None] * len(variants)
         self.samples = {v.label: Samples() if run is None else samples_of(run) for v, run in zip(variants, runs)}
         self._variants, self._limits, self._digest, self._save = variants, limits, digest, save
@@ -64,8 +64,9 @@ class StepRecord:
     def keep(self) -> None:
         """A round is whole. A cut loses the round that runs, and at most a second of rounds before it."""
         # A round may take less than writing the file does.
-        self.content["sessions"].append(self._session)
+        self.content["sessions"].append(self._session)  # which process measured this round
         if time.monotonic() - self._saved >= SAVED_EVERY:
+            # What is counted beside comes when all is measured; a cut run has none of it.
             self._write({variant.label: _CUT for variant in self._variants})
 
     def finish(self, besides: Mapping[str, Beside]) -> None:
@@ -174,6 +175,7 @@ def _limit(variant: Variant, step: dict[str, Any], limits: dict[str, Any]) -> tu
     if isinstance(variant.table, HotTable):
         misses = 1 - variant.table.report().hit_rate
         return misses * unique / copy, "bytes of unique rows that are not on the device / copy bandwidth"
+    # Whatever is fetched twice need not be: a floor counts a row once.
     return unique / copy, "bytes of unique rows / copy bandwidth"
 
 

@@ -58,8 +58,10 @@ class Benchmark:
     def begun(self, path: Path) -> dict[str, Any]:
         """The results that are gone on with, or everything of them that is known before the first step."""
         options = {name: plain(value) for name, value in vars(self.options).items()}
-        stream = self.batches(1, 1024)
+        stream = self.batches(1, 1024)  # for its name and digest alone
+        # The device that was picked: what was asked for says less.
         about = device_head(PROG, self.device, {**options, "device": self.device.type}, "bench.gpu_wall")
+        # How many pages are huge is known when there is a table.
         pinned = {"huge_pages": None, "pinned": self.device.type == "cuda"}
         head: dict[str, Any] = {**about, "environment": {**about["environment"], **pinned}}
         found = earlier(path, head, self.options.fresh) or {
@@ -149,6 +151,7 @@ class Benchmark:
     def untraced(self, shapes: list[steps.Shape]) -> list[steps.Shape]:
         """The first shape of each phase that no step has spans of: a profiled step takes a second."""
         traced = {step["shape"]["phase"] for step in self.results["steps"] if any(run["spans"] for run in step["runs"])}
+        # Reversed, so that the first of a phase is what stays.
         first = {shape.phase: shape for shape in reversed(shapes) if shape.phase not in traced}
         return [shape for shape in shapes if first.get(shape.phase) is shape]
 
@@ -157,6 +160,7 @@ class Benchmark:
         step = next(
             s for s in self.results["steps"] if (s["table"]["params"], s["shape"]) == (params, asdict(stepper.shape))
         )
+        # The runs stand in the order of the variants.
         for variant, run in zip(variants_of(stepper), step["runs"]):
             try:
                 spans = trace_step(stepper, variant, log, self.chrome_trace(stepper.shape, variant))
@@ -258,7 +262,7 @@ class Benchmark:
         plan = self.plan_of(config)
         batches = self.batches(options.batch_size, options.seq_len)
         memory = copy_bandwidth(torch.device("cpu"))["copy"]
-        assert memory is not None
+        assert memory is not None  # a CPU copies in any case
         rates = components.Rates(
             memcpy=memory["bytes_per_s"],
             upload=self.results["limits"]["copy"]["bytes_per_s"] if self.device.type == "cuda" else None,

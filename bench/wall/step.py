@@ -84,7 +84,7 @@ class Stepper:
 
     def next_ids(self) -> tuple[np.ndarray, Any]:
         """Compressed ids [B, T] of a fresh step, and the history before them (None for a prefill)."""
-        return self._batches.next(), self._batches.history
+        return self._batches.next(), self._batches.history  # in this order: drawing moves the history on
 
     def predict(self) -> dict[str, float]:
         """What a step will ask for, from the ids of a few: rows, bytes, and the pages of a file if there is one."""
@@ -116,6 +116,7 @@ class Stepper:
         rows = self.rows_of(ids, history)  # [N], before the clock starts
         prepare_page_cache(variant, rows)
         given = torch.from_numpy(ids).to(self.tables.device)  # [B, T]
+        # Behind what warms the page cache: that reads from the file, too.
         counted = Counted(variant, rows, self.tables.format.row_bytes) if samples is not None else None
         with self._attached(variant, history), torch.inference_mode():
             self._clock.begin()  # the token ids are known
@@ -142,6 +143,7 @@ class Stepper:
         model, plan, fetch = self.backbone.model, self.tables.plan, variant.prefetcher
         with attach(model, {layer: engram}, plan, background=background, exposed=self, prefetcher=fetch) as attached:
             if history is not None:
+                # The rows depend on the tokens before; the convolution takes as long over a past of zeros.
                 past = {layer: ShortConvHistory(self.fusion, len(history.ids))} if self.fusion.reach else {}
                 attached.remember(self._cache, torch.from_numpy(history.ids), past)
             yield

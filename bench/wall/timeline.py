@@ -48,9 +48,9 @@ def trace_step(stepper: Stepper, variant: Variant, log: SpanLog, chrome: Path | 
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
     profile = torch.profiler.profile(activities=activities) if cuda or chrome is not None else None
-    log.spans.clear()
+    log.spans.clear()  # it has heard of every step so far
     with profile or nullcontext(), torch.profiler.record_function(_STEP):
-        entered = time.perf_counter()
+        entered = time.perf_counter()  # when the profiler's range begins: what both clocks have in common
         laps = stepper.run(variant, None)  # ends synchronised
     if profile is not None and chrome is not None:
         chrome.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +69,7 @@ def _device_spans(profile: Any, began: float) -> list[Span]:
     """Kernels and copies of the step; `began` is when its clock started, in seconds after it was entered."""
     events = profile.events()
     cuda = torch.autograd.DeviceType.CUDA
+    # The host's: the device lists the range a second time.
     entered = next(e.time_range.start for e in events if e.name == _STEP and e.device_type != cuda)  # microseconds
     spans = []
     for event in events:
