@@ -86,7 +86,7 @@ def constants(preset: str, tokenizer: str | None = None) -> dict[str, Any]:
         "config": asdict(config),
         "tokenizer": _token_ids(config, vocab) if config.form == "qwen" else _tokenizer(config, vocab, tokenizer),
         "cost": _cost(config, plan),
-        "plan": json.loads(plan.to_json()),
+        "plan": json.loads(plan.to_json()),  # with a checksum of its own: it may be cut out and read alone
         "checksum_method": CHECKSUM_METHOD,
     }
     return {**body, "checksum": checksum(body)}
@@ -101,7 +101,7 @@ def _token_ids(config: EngramConfig, vocab: CompressedVocab) -> dict[str, Any]:
         "map_sha256": vocab.digest,
         "map_digest_of": "all token ids in order, as little-endian int32",
         "pad_id": config.pad_id,
-        "pad_compressed": config.pad_id,
+        "pad_compressed": config.pad_id,  # the same: nothing is compressed
     }
 
 
@@ -118,6 +118,7 @@ def _tokenizer(config: EngramConfig, vocab: CompressedVocab, origin: str | None)
         "pad_id": config.pad_id,
         "pad_token": tokenizer.id_to_token(config.pad_id),
         "pad_compressed": vocab.pad(config.pad_id),
+        # Not what the hash pads with: see `_pad_note`.
         "configured_pad_id": None if named is None else tokenizer.token_to_id(named),
         "configured_pad_token": named,
     }
@@ -167,7 +168,7 @@ def _gib(count: int) -> str:
 def _pad_note(tokenizer: dict[str, Any]) -> str:
     """Users ask whether the pad of the hash is the tokenizer's."""
     pad, configured, token = tokenizer["pad_id"], tokenizer["configured_pad_id"], tokenizer["configured_pad_token"]
-    token = token and one_line(token, 80)
+    token = token and one_line(token, 80)  # from a file: it may hold any characters, and be long
     note = (
         f"pad of the hash: id {pad}, {one_line(tokenizer['pad_token'], 80)}, compressed {tokenizer['pad_compressed']}"
     )
@@ -190,6 +191,7 @@ def check(folder: Path, preset: str | None = None) -> list[str]:
         ValueError: something is wrong; the message says what, and what to do.
         OSError: a file cannot be read.
     """
+    # First, since either reader refuses the config.json of the other model.
     if read_model_type(folder) in MODEL_TYPES:
         return _check_qwen(folder, preset)
     model = ModelFolder.open(folder)

@@ -36,22 +36,24 @@ def hash_columns(
     """
     context = len(multipliers) - 1
     heads = len(primes) // context
+    # Before the start: as behind a dead position, this shift and every older one are the pad.
     ids = [*(before or [DEAD] * context), *compressed_ids]
+    # Once an id: a comparison is a read, and each id is looked back at N - 1 times.
     dead = [bool(c == DEAD) for c in ids]
-    rows = []
+    rows = []  # [T][C]
     for position in range(context, len(ids)):
         row = []
         mix: Any = None
-        blocked = False
+        blocked = False  # once true, for all older shifts, too
         for s, multiplier in enumerate(multipliers):
             blocked = blocked or dead[position - s]
             if segment_end is not None and s:  # a position's own id does not end what it belongs to
                 blocked = blocked or bool(ids[position - s] == segment_end)
             term = (pad_compressed if blocked else ids[position - s]) * multiplier
-            if s == 0:
+            if s == 0:  # no column of single tokens: the shortest n-gram has two
                 mix = term
                 continue
-            mix = mix ^ term
+            mix = mix ^ term  # needs no mask: of a plan, no product exceeds 2^63 - 1
             for column in range((s - 1) * heads, s * heads):
                 index = mix % primes[column]
                 row.append(index if offsets is None else index + offsets[column])
@@ -108,7 +110,7 @@ class TokenHistory:
         """Append a chunk, an empty one included, and keep what the next one needs; ids are checked as in hashing."""
         if compressed_ids:
             _check_ids(compressed_ids, self._size)
-        self.ids = [*self.ids, *compressed_ids][-len(self.ids) :]
+        self.ids = [*self.ids, *compressed_ids][-len(self.ids) :]  # a chunk may be shorter than what is kept
 
     def copy(self) -> TokenHistory:
         """An independent history in the same state."""
@@ -119,7 +121,7 @@ def _check_ids(ids: Sequence[int], size: int) -> None:
     if not ids:
         raise ValueError("no compressed ids: an empty sequence has nothing to look up")
     for c in ids:
-        if isinstance(c, bool) or not isinstance(c, int):
+        if isinstance(c, bool) or not isinstance(c, int):  # bool is an int
             raise ValueError(f"compressed ids contain {c!r}: give integers")
         if not DEAD <= c < size:
             raise ValueError(f"compressed ids contain {c}; the vocabulary has {DEAD} .. {size - 1}")

@@ -44,6 +44,7 @@ _INTEGERS = {
     "pad_id": ("engram_pad_token_id", 0),
     "compressed_size": ("engram_compressed_vocab_size", 1),
 }
+# `engram_vocab_size` counts no ids: it is where the search for primes begins, in every order.
 _LAYERS, _ROWS, _SIZE = "engram_layer_ids", "engram_num_embeddings", "engram_vocab_size"
 _DEPTH, _TOKENS, _EPS = "num_hidden_layers", "vocab_size", "rms_norm_eps"
 
@@ -124,7 +125,7 @@ def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
         raise ValueError(f"{path}: {_EPS}={quoted(eps)}; the gate of this model computes with {V41_NORM_EPS}: {_MEND}")
     integers = {field: _integer(path, text, name, least) for field, (name, least) in _INTEGERS.items()}
     layer_ids = _integers(path, text, _LAYERS)
-    _check_below(path, text, _LAYERS, max(layer_ids, default=0), _DEPTH)
+    _check_below(path, text, _LAYERS, max(layer_ids, default=0), _DEPTH)  # counted from 0
     _check_below(path, text, "engram_pad_token_id", integers["pad_id"], _TOKENS)
     _check_below(path, text, "engram_compressed_vocab_size", integers["compressed_size"] - 1, _TOKENS)
     size = _integer(path, text, _SIZE, 2, MOST_TABLE_SIZE)
@@ -132,11 +133,12 @@ def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
         require_columns(
             len(layer_ids), (integers["max_ngram"] - 1) * integers["heads"]
         )  # before so long a tuple is made
+        # The file has one size for all orders.
         sizes = (size,) * (integers["max_ngram"] - 1)
         return EngramConfig(
             layer_ids=layer_ids,
             table_size_per_order=sizes,
-            kernel_size=0,
+            kernel_size=0,  # this form has no convolution
             form="v41",
             row_dtype="float8_e4m3fn",
             **integers,
@@ -165,13 +167,14 @@ def _integer(path: Path, text: dict[str, Any], name: str, least: int, most: int 
 
 def _integers(path: Path, text: dict[str, Any], name: str) -> tuple[int, ...]:
     values = _field(path, text, name)
+    # `isinstance` would take a bool for an integer.
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise ValueError(f"{path}: {name}={quoted(values)}: must be a list of integers; {_MEND}")
     return tuple(values)
 
 
 def _check_blocks(path: Path, config: EngramConfig) -> None:
-    outputs = (config.hc_mult + 1) * config.hidden
+    outputs = (config.hc_mult + 1) * config.hidden  # a key for each copy, and the value
     if outputs % SCALE_BLOCK:
         raise ValueError(
             f"{path}: (hc_mult + 1) * hidden_size = {outputs}: a projection in fp8 is made of blocks of "
@@ -197,6 +200,7 @@ def _check_rows(path: Path, config: EngramConfig, rows: tuple[int, ...]) -> None
 
 
 def table_rows(config: EngramConfig) -> tuple[int, ...]:
-    """Rows of each layer's table; primes depend on the configuration alone, not on the vocabulary."""
+    """Rows of each layer's table."""
+    # Primes depend on the configuration alone, and multipliers are not asked for: any vocabulary's size will do.
     plan = HashPlan.build(config, config.compressed_size or 1, pad_compressed=0)
     return tuple(layer.rows for layer in plan.layers)

@@ -74,7 +74,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, some at a time, so that a large one needs no second place in memory."""
     rows = max(1, _PIECE * len(tensor) // max(1, tensor.nbytes))
     for piece in tensor.detach().split(rows):
-        yield piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        yield piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data  # as bytes: NumPy has no bfloat16
 
 
 def load_layer(
@@ -111,7 +111,7 @@ def load_layer(
     check_plan(config, layer_plan)
     stored = StoredRows.find(path, prefix + TABLE, sparse=sparse)
     _check_table(str(path), stored.rows, stored.format, config, layer_plan)
-    fusion = DemoFusion(config, device="meta")
+    fusion = DemoFusion(config, device="meta")  # names and shapes: no memory before the file is known to fit
     header = Header.read(path, sparse)
     _check_names(header, fusion, prefix)
     _check_shapes(header, fusion, prefix)

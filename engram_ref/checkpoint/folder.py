@@ -112,6 +112,7 @@ class ModelFolder:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder: give the folder of a checkpoint")
         config = read_config(path)
+        # A link that leads nowhere is a tokenizer that is missing; the packaged one must not stand in for it.
         tokenizer = path / TOKENIZER_FILE if os.path.lexists(path / TOKENIZER_FILE) else None
         text = tokenizer_json(tokenizer)
         vocab = _read_vocab(path, config, tokenizer, text)
@@ -168,6 +169,7 @@ def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None, text: 
             f"{origin} compresses to {len(vocab)} ids, the checkpoint's {path / 'config.json'} says "
             f"{config.compressed_size}: every row depends on it, so use the tokenizer.json that came with the weights"
         )
+    # Of the published size another map is as wrong as another size, and only its digest tells.
     published = EngramConfig.preset("v41-flash").compressed_size
     if config.compressed_size == published and vocab.digest not in KNOWN_MAPS.values():
         raise ValueError(
@@ -209,7 +211,7 @@ def _find_tensors(
     _refuse_unexpected(path, {*weight_map, *(name for header in headers.values() for name in header)}, needed)
     for name, (dtype, shape) in needed.items():
         homes = [file for file, header in headers.items() if name in header]
-        if homes != [weight_map[name]]:
+        if homes != [weight_map[name]]:  # in the file that the index names, and in no other that was opened
             raise ValueError(
                 f"{path / INDEX_FILE} says that {name} is in {one_line(weight_map[name], 100)}; it is in "
                 f"{' and '.join(homes) or 'no file that was looked at'}: {_MEND}"
@@ -239,13 +241,14 @@ def _check_recorded(path: Path, config: EngramConfig, plan: HashPlan, tensors: M
             f"{path}: nothing beside the tables of layers {quoted(silent)} records how they were hashed, so "
             f"engram_pad_token_id={config.pad_id}, engram_max_ngram_size={config.max_ngram} and engram_n_heads="
             f"{config.heads} of config.json are believed: with others, every row would be wrong and nothing would tell",
-            stacklevel=3,
+            stacklevel=3,  # whoever called `ModelFolder.open`
         )
 
 
 def _is_published(path: Path, config: EngramConfig) -> bool:
     """Whether these are the tables of the published model; a configuration that hashes them otherwise is refused."""
     published = EngramConfig.preset("v41-flash")
+    # What tells another model apart comes first: only of the published one are other fields known to be wrong.
     if any(getattr(config, name) != getattr(published, name) for name in _PUBLISHED_BY):
         return False
     if config.table_size_per_order[0] != published.table_size_per_order[0]:
@@ -283,6 +286,7 @@ def _check_tensor(entry: TensorEntry, dtype: str, shape: tuple[int, ...], plan: 
     if entry.dtype != dtype:
         raise ValueError(f"{what} {entry.dtype}, not {dtype}: use the weights as they were published, not converted")
     if entry.shape != shape:
+        # Another layer has as many rows as this tensor.
         others = [layer.layer_id for layer in plan.layers if entry.shape[:1] == (layer.rows,) != shape[:1]]
         hint = f" (so many rows has layer {others[0]}: the tables were exchanged)" if others else ""
         raise ValueError(

@@ -56,6 +56,7 @@ def load_layer_qwen(
         if header.tensors.get(entries[name].name) != entries[name]:
             raise ValueError(f"{entries[name].path} was changed after it was checked: call QwenFolder.open again")
         state[name] = header.read_tensor(entries[name].name)
+    # Made without values: all of them are the checkpoint's.
     fusion = QwenFusion(folder.config, "meta", dtype or state[FUSION_PARTS[0]].dtype).to_empty(device=device)
     fusion.load_state_dict(state)
     return Engram(fusion, make_table(placement, folder.stored_rows(layer_id), device, **options))

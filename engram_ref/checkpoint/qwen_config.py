@@ -81,7 +81,7 @@ def text_fields(config: EngramConfig, depth: int) -> dict[str, Any]:
         "ngram_vocab_size_base": config.table_size_per_order[0],
         "make_ngram_vocab_size_divisible_by": config.rows_multiple,
         "seed": config.seed,
-        _LAYERS: [layer + 1 for layer in config.layer_ids],
+        _LAYERS: [layer + 1 for layer in config.layer_ids],  # counted from 1 there
         _WIDTH: config.embedding_width,
         _EOS: config.pad_id,
         _EPS: config.norm_eps,
@@ -99,7 +99,7 @@ def _geometry(text: dict[str, Any]) -> EngramConfig:
     orders = given["ngram_size"] - 1
     layers = _layers(text, given["num_hidden_layers"])
     require_columns(len(layers), orders * given["heads_per_ngram"])  # before so long a tuple is made
-    eps = text.get(_EPS, 1e-6)
+    eps = text.get(_EPS, 1e-6)  # where it is left out, the class takes this
     return EngramConfig(
         layer_ids=layers,
         max_ngram=given["ngram_size"],
@@ -109,10 +109,11 @@ def _geometry(text: dict[str, Any]) -> EngramConfig:
         hidden=given["hidden_size"],
         hc_mult=given["hc_count"],
         kernel_size=given["ple_conv_kernel_size"],
+        # No pad in this form: what ends a text stands before its start, too.
         pad_id=_end_of_text(text, given["vocab_size"]),
         seed=given["seed"],
         form="qwen",
-        compressed_size=given["vocab_size"],
+        compressed_size=given["vocab_size"],  # token ids are hashed as they are
         rows_multiple=given["make_ngram_vocab_size_divisible_by"],
         norm_eps=eps,
     )

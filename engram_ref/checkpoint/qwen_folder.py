@@ -89,7 +89,8 @@ class QwenFolder:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder: give the folder of a checkpoint")
         config = read_qwen_config(path)
-        assert config.compressed_size is not None
+        assert config.compressed_size is not None  # a `config.json` of this kind always says it
+        # No vocabulary: token ids are hashed as they are.
         plan = HashPlan.build(config, config.compressed_size, config.pad_id)
         weight_map = read_weight_map(path)
         layers = _find_layers(path, weight_map, config)
@@ -106,6 +107,7 @@ class QwenFolder:
         dtypes = {entry.dtype for entries in shards.values() for entry in entries}
         if len(dtypes) > 1:
             raise ValueError(f"{path}: tables of {' and '.join(sorted(dtypes))}: {_MEND}")
+        # `config.json` does not say what the rows are stored as; their files do.
         config = config.replace(row_dtype=ROW_DTYPES[dtypes.pop()])
         return cls(path, config, plan, weight_map, shards, tensors, sparse)
 
@@ -177,7 +179,7 @@ def _check_table(
 ) -> tuple[TensorEntry, ...]:
     """The tensors of a table in the order of their rows."""
     where = f"{path}, table of layer {layer.layer_id}:"
-    if f"{_TABLE}weight" in table and len(table) == 1:
+    if f"{_TABLE}weight" in table and len(table) == 1:  # in one piece; beside shards it would be there twice
         numbers = {0: table[f"{_TABLE}weight"]}
     else:
         numbers = {}
@@ -249,7 +251,7 @@ def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> No
             raise ValueError(
                 f"{entry.path}, {entry.name} is {entry.dtype} {list(entry.shape)}, not I64 [{len(needed)}]"
             )
-        found = np.fromfile(entry.path, "<i8", len(needed), offset=entry.offset).tolist()
+        found = np.fromfile(entry.path, "<i8", len(needed), offset=entry.offset).tolist()  # without torch
         if found != needed:
             raise ValueError(
                 f"{entry.path}, {entry.name} is {quoted(found)}; the plan of {CONFIG_FILE} has {quoted(needed)}: the "

@@ -94,6 +94,7 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
     _write_files(folder, groups, metadata, seed)
     _write(folder / TOKENIZER_FILE, tokenizer_json())
     rows = tuple(layer.rows for layer in plan.layers)
+    # Last: without it, what a cut run has left is no checkpoint.
     _write_json(folder / CONFIG_FILE, config_fields(config, rows, len(vocab.ids), DEPTH))
 
 
@@ -105,11 +106,12 @@ def _write_qwen(folder: Path, config: EngramConfig, seed: int) -> None:
     for layer in plan.layers:
         beside = f"model.layers.{layer.layer_id}.ple."
         groups.append({f"{beside}{part}": ("BF16", shape) for part, shape in fusion_shapes(config).items()})
-        least, more = divmod(layer.rows, QWEN_SHARDS)
+        least, more = divmod(layer.rows, QWEN_SHARDS)  # the first few shards have a row more
         table = f"{beside}ple_embedding.ngram_embedding."
         shapes = [(least + (k < more), config.row_width) for k in range(QWEN_SHARDS)]
         groups.append({f"{table}shard_{k}.weight": ("BF16", shape) for k, shape in enumerate(shapes)})
     _write_files(folder, groups, [{}] * len(groups), seed)
+    # Last, as in `write_sample`.
     _write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPES[0], "text_config": text_fields(config, DEPTH)})
 
 
@@ -127,7 +129,7 @@ def _write_files(folder: Path, groups: list[_Tensors], metadata: list[dict[str, 
 
 def sample_bytes(name: str, dtype: str, shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
     """The bytes of one tensor, uint8, some at a time; they depend on its name, dtype and size and the seed alone."""
-    generator = np.random.default_rng([seed, *name.encode()])
+    generator = np.random.default_rng([seed, *name.encode()])  # apart for each tensor, whatever was drawn before
     nbytes = _nbytes(dtype, shape)
     for start in range(0, nbytes, _PIECE):
         count = min(_PIECE, nbytes - start)

@@ -58,6 +58,7 @@ def load_layer_v41(
             that do not fit.
     """
     fusion = load_fusion_v41(folder, layer_id, device, dtype, fp8)
+    # Behind a hot tier, too, the rows are shared out by whole columns.
     if "sharded" in (placement, options.get("behind")) and "plan" not in options:
         options["plan"] = shard_plan(folder.plan.layer(layer_id), options.get("group"))
     return Engram(fusion, make_table(placement, folder.stored_rows(layer_id), device, **options))
@@ -77,6 +78,7 @@ def load_fusion_v41(
         check_fp8(state["wkv.weight"], state["wkv.scale"], tensor_name(layer_id, "wkv."))
     except ValueError as error:
         raise ValueError(f"{folder.tensor(layer_id, 'wkv.weight').path}: {error}; download it again") from error
+    # Made without values: all of them are the checkpoint's.
     fusion = V41Fusion(folder.config, "meta", dtype, fp8).to_empty(device=device)
     fusion.load_state_dict(state)
     return fusion

@@ -6,7 +6,7 @@ from engram_ref.starting import interruptible
 def run() -> None:
     """The console script."""
     interruptible("engram-place")
-    from engram_ref.place import command
+    from engram_ref.place import command  # takes a while, in which Ctrl-C is answered already
 
     command.run()
 

@@ -89,6 +89,7 @@ class Question:
         if backbone is None:
             return None, "unknown: give --block-time"
         name = "device" if self.has_gpu else "memory"
+        # The experts of one token alone: a batch reads more.
         least = backbone.step_bytes / backbone.blocks / self.machine[name]
         return least, f"at least: active weights of a block / {name} bandwidth ({backbone.source})"
 
@@ -150,13 +151,14 @@ def _placement(question: Question, name: str) -> dict[str, Any]:
 
 def _held(question: Question, name: str) -> dict[str, int]:
     model = question.model
-    hot_rows = round(question.hot_share * sum(model.rows))
+    hot_rows = round(question.hot_share * sum(model.rows))  # the share is of all layers' rows together
     largest = max(question.batches + question.prompts)
     held = held_bytes(model.config, model.rows, largest, hot_rows, question.group)
     if name == "memory":
         return {"gpu": 0, "host": model.table_bytes, "disk": 0}
     if question.has_gpu:
         return held[name]
+    # Without GPUs each process of the machine has in host memory what its GPU would hold.
     return {**held[name], "gpu": 0, "host": held[name]["host"] + question.group.per_machine * held[name]["gpu"]}
 
 
@@ -169,7 +171,7 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
     hits = reads.hits if kind in HOT else 0.0
     layers, row_bytes = len(config.layer_ids), config.row_bytes()
     of_layer = (kind, rows / layers, rows / layers * share, row_bytes, hits, group)
-    fetch = [seconds(question.machine, *of_layer)] * layers
+    fetch = [seconds(question.machine, *of_layer)] * layers  # every layer reads as many rows
     block = question.prompt_block(tokens) if prompt else question.block()[0]
     return {
         "phase": phase,
@@ -207,9 +209,11 @@ def _prices(question: Question, kind: str, rows: int, distinct: float) -> dict[s
     pinned = rows_price(0.0, 0.0)
     found = {"rows": pinned, "over_resident": 1.0, "whole_model": 1.0, "formula": "price"}
     behind = HOT.get(kind, (kind, kind))[1]
+    # In fast memory, of whichever rank: as resident, since a wire has no price.
     if OWNED.get(behind, behind) in ("device", "memory"):
         return found
     if backbone is None:
+        # Nobody knows what lies above the rows.
         return {**found, "rows": None, "over_resident": None, "whole_model": None}
     far = rows_price(backbone.live_bytes, backbone.step_bytes)
     if kind in HOT:  # a read that hits is a read of a table above the weights
@@ -234,6 +238,7 @@ def recommend(placements: list[dict[str, Any]], block: float | None) -> dict[str
             "reason": f"No placement fits: {least['placement']} comes closest and lacks {lacks}.",
         }
     if block is None:
+        # The decode step decides; of equals, the prompt.
         best = min(fitting, key=lambda p: [step["seconds"] for step in _largest(p)])
         why = "it fits and its fetch is the shortest; with --block-time it can be said what of it is hidden."
         return {"placement": best["placement"], "reason": f"{best['placement']}: {why}"}
@@ -245,6 +250,7 @@ def recommend(placements: list[dict[str, Any]], block: float | None) -> dict[str
 
 def _largest(placement: dict[str, Any]) -> list[dict[str, Any]]:
     """The step of the largest batch, and that of the longest prompt, if there is one."""
+    # Ascending, so the last of a phase is the largest.
     return list({step["phase"]: step for step in placement["steps"]}.values())
 
 

@@ -146,6 +146,7 @@ def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> 
 
 def _group(options: argparse.Namespace, has_gpu: bool) -> Group:
     machines = options.machines or 1
+    # NVLink joins the GPUs of a machine, and nothing else.
     link = LINKS[options.link or ("nvlink" if has_gpu and machines == 1 else "ethernet")]
     if options.link_rate is not None:
         link = replace(link, bytes_per_s=options.link_rate, source="given")
@@ -157,6 +158,7 @@ def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
     machine = this_machine(folder, options.host)
     sizes = {name: getattr(options, name) for name in ("gpu", "host", "disk")}
     given = {name: value for name, value in sizes.items() if value is not None}
+    # Before anything is measured: on no disk nothing is to be written.
     machine = replace(machine, **given)
     if machine.gpu == 0:
         machine = replace(machine, gpu=None)
@@ -165,7 +167,7 @@ def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
     if options.measure:
         from engram_ref.place.measure import measured  # numpy's and torch's time only where it is asked for
 
-        machine = machine.with_rates(measured(folder if machine.disk else None, row_bytes))
+        machine = machine.with_rates(measured(folder if machine.disk else None, row_bytes))  # writes half a GiB
     return machine
 
 

@@ -45,6 +45,7 @@ TIERS = {
     "device": Tier(FIGURES["hbm"]),
     "memory": Tier(FIGURES["host"]),  # read by the CPU that computes: no link
     "host": Tier(_plus(FIGURES["host"], FIGURES["pcie_elsewhere"])),
+    # The link carries the row, the drive reads pages.
     "file": Tier(FIGURES["pcie_elsewhere"], FIGURES["nvme_random_io"]),
     "link": Tier(FIGURES["pcie_elsewhere"]),  # as much as a link within a machine, at least
 }

@@ -73,15 +73,16 @@ def held_bytes(
     staging = ranks * 2 * tokens * config.columns * config.row_bytes()  # two buffers; the layers take turns
     scaled = config.row_dtype == "float8_e4m3fn"
     stored = tokens * config.bytes_per_token()
+    # Rows of fp8 are decoded to bfloat16.
     values = tokens * config.rows_per_token() * config.row_width * (2 if scaled else VALUE_BYTES[config.row_dtype])
     arriving = values + stored * scaled  # fp8, until it is decoded
     exchanged = values + 2 * stored  # rows as others sent them, and as others are sent them
     hot, entries = hot_rows * config.row_bytes(), ranks * HOT_ENTRY * sum(rows)
-    owned = -(-table // group.ranks)
+    owned = -(-table // group.ranks)  # of the rank that has most
     places = {
         "device": (table, 0, 0),
-        "hot": (arriving + hot, table + staging + entries, 0),
-        "uva": (values, table, 0),
+        "hot": (arriving + hot, table + staging + entries, 0),  # hot rows are copies: the table stays whole
+        "uva": (values, table, 0),  # the kernel decodes rows as it reads them
         "host": (arriving, table + staging, 0),
         "hot file": (arriving + hot, staging + entries, table),
         "file": (arriving, staging, table),
@@ -105,7 +106,7 @@ def moved_bytes(
     if placement in OWNED:
         wire = exchange_bytes(rows, group.ranks, row_bytes).total
         return {**moved_bytes(OWNED[placement], rows, distinct, row_bytes, 0.0), "link": wire}
-    pages = distinct * pages_per_row(row_bytes) * PAGE
+    pages = distinct * pages_per_row(row_bytes) * PAGE  # repeats are read once
     return {
         "device": {"device": asked},
         "memory": {"host": asked},
@@ -135,7 +136,7 @@ def seconds(
     group: Group = ALONE,
 ) -> float:
     """How long a fetch of so many rows of one table takes."""
-    if rows <= 0:
+    if rows <= 0:  # a tier that nothing is asked of is not even started
         return 0.0
     nbytes = rows * row_bytes
     if placement in HOT:
@@ -155,7 +156,7 @@ def seconds(
     if placement == "host":
         return machine["start_staged"] + rows / machine["gather"] + nbytes / machine["bus"]
     behind = "memory" if placement == "file, no GPU" else "host"
-    reads = distinct * pages_per_row(row_bytes) * group.per_machine / machine["reads"]
+    reads = distinct * pages_per_row(row_bytes) * group.per_machine / machine["reads"]  # ranks share a disk
     return machine["start_disk"] + reads + seconds(machine, behind, rows, distinct, row_bytes, hits)
 
 
@@ -186,5 +187,6 @@ def exposed_seconds(per_layer: Sequence[float], layer_ids: Sequence[int], block:
     done, waited = 0.0, 0.0
     for layer_id, took in sorted(zip(layer_ids, per_layer)):
         done += took
+        # A wait delays what comes behind it: that much longer is the window of the next layer.
         waited = max(waited, done - layer_id * block)
     return waited

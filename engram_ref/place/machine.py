@@ -108,4 +108,4 @@ def free_gpu_bytes() -> int | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     free = [int(line) for line in done.stdout.splitlines() if line.strip().isdigit()] if done.returncode == 0 else []
-    return max(free) << 20 if free else None
+    return max(free) << 20 if free else None  # the tool says MiB

@@ -46,11 +46,12 @@ def measured(folder: Path | None, row_bytes: int) -> dict[str, Rate]:
     Raises:
         OSError: no file can be written there.
     """
-    width = -(-row_bytes // 2)
+    width = -(-row_bytes // 2)  # bfloat16 values, two bytes each
     free = free_host_bytes()
     nbytes = _TABLE if free is None else min(_TABLE, free // 8)
-    count = max(1, nbytes // (2 * width)) * width // 4 + 1
+    count = max(1, nbytes // (2 * width)) * width // 4 + 1  # integers of 8 bytes, four values each
     rows = torch.randint(-(2**62), 2**62, (count,), device="cpu")  # every byte its own
+    # Views, not conversions: the bits stay random, and numbers they need not be.
     values = rows.view(torch.int16)[: rows.numel() * 4 // width * width].view(-1, width).view(torch.bfloat16)
     found = _in_memory(values)
     if folder is not None:
@@ -64,7 +65,7 @@ def _in_memory(values: Tensor) -> dict[str, Rate]:
     with make_table("host", values) as table:
         start, rate = _start_and_rate(table, _MANY, 1.0)
     with HostMemory(_COPY) as source, HostMemory(_COPY) as target:
-        source.bytes.fill_(0xA5)
+        source.bytes.fill_(0xA5)  # memory that was never written is one page of zeros, and always cached
         copy = _median(lambda: target.bytes.copy_(source.bytes))
     return {
         "start_host": Rate(start, _SOURCE),
@@ -86,6 +87,7 @@ def _on_disk(values: Tensor, folder: Path) -> dict[str, Rate]:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place, "rows.safetensors")
         save_rows(path, values)
+        # Direct: what was just written still lies in the page cache.
         with make_table("file", StoredRows.find(path), direct=True) as table:
             start, rate = _start_and_rate(table, _SOME, pages_per_row(2 * values.shape[1]))
     return {"start_disk": Rate(start, _SOURCE), "reads": Rate(rate, f"{_SOURCE}: past the page cache")}
@@ -96,10 +98,12 @@ def _start_and_rate(table: Table, many: int, reads_per_row: float) -> tuple[floa
     draws = torch.Generator().manual_seed(0)
 
     def fetch(count: int) -> Callable[[], object]:
+        # Fresh rows for every run: those of the one before are in the caches.
         numbers = iter(torch.randint(table.rows, (2 + _REPEATS, count), generator=draws).to(table.index_device))
         return _ended(lambda: table.start(next(numbers)).wait())
 
     start = _median(fetch(1))
+    # Noise may make many rows seem as quick as one.
     return start, many * reads_per_row / max(_median(fetch(many)) - start, 1e-9)
 
 
@@ -110,7 +114,7 @@ def _on_gpu(values: Tensor) -> dict[str, Rate]:
         bus = _median(_ended(lambda: target.copy_(host.bytes, non_blocking=True)))
         small = _median(_ended(lambda: target[:1].copy_(host.bytes[:1], non_blocking=True)))
     within = _median(_ended(lambda: other.copy_(target)))
-    launch = _median(_ended(lambda: other[:1].copy_(target[:1])))
+    launch = _median(_ended(lambda: other[:1].copy_(target[:1])))  # a byte takes the launch alone
     factor = torch.randn(_FACTOR_GPU, _FACTOR_GPU, dtype=torch.bfloat16, device="cuda")
     with make_table("uva", values, "cuda") as table:
         _, in_place = _start_and_rate(table, _MANY, 1.0)

@@ -76,9 +76,10 @@ class Model:
             OSError: a file cannot be read.
         """
         if path is None:
-            config, name = EngramConfig.preset(preset or ""), preset or ""
+            config, name = EngramConfig.preset(preset or ""), preset or ""  # "" is refused there
         else:
             config, name = read_geometry(path), path.name
+        # A checkpoint with the geometry of a published model is taken for that model.
         known = {key: EngramConfig.preset(key) for key in BACKBONES}
         same = next((BACKBONES[key] for key, published in known.items() if published == config), None)
         plan = HashPlan.build(config, config.compressed_size or _ANY_SIZE, 0)

@@ -17,7 +17,7 @@ def mean_root(above: float, size: float) -> float:
     """Mean of sqrt(above + x) for x anywhere in 0 .. size."""
     if size <= 0:
         return math.sqrt(above)
-    return (2 / 3) * ((above + size) ** 1.5 - above**1.5) / size
+    return (2 / 3) * ((above + size) ** 1.5 - above**1.5) / size  # the integral of the root, over its length
 
 
 def rows_price(
@@ -40,9 +40,11 @@ def rows_price(
         buried: bytes of other things above a row that was never read.
         since: bytes of other things above one that was read in the step before.
     """
+    # Each first read is the first in its step, too; but the two shares may be of different parts of a text.
     fresh = min(first, distinct)
     roots = (
         fresh * mean_root(buried, table_bytes)
+        # The root of a sum: of `since`, and of the bytes of all rows read since.
         + (distinct - fresh) * math.hypot(math.sqrt(since), reuse_root * math.sqrt(row_bytes))
         + (1 - distinct) * math.sqrt(distinct * reads * row_bytes)
     )

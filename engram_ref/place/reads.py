@@ -70,11 +70,13 @@ def count_reads(
     """
     rows = _rows(model, text, tokenizer)  # [T, rows a token]
     flat = rows.reshape(-1)
-    half = len(rows) // 2 * rows.shape[1]
+    half = len(rows) // 2 * rows.shape[1]  # in reads, at the end of a token
     name, _ = text
+    # Stable: of the reads of a row, the earliest stands first.
     order = np.argsort(flat, kind="stable")  # sorting takes longest, and is done once
     begins = np.diff(flat[order], prepend=-1) > 0  # another row
     number, is_first = np.empty_like(flat), np.empty(len(flat), bool)
+    # Rows by new numbers, without gaps: what marks or counts them is as small as may be.
     number[order], is_first[order] = np.cumsum(begins) - 1, begins
     return Reads(
         name,
@@ -90,6 +92,7 @@ def count_reads(
 def _rows(model: Model, text: tuple[str, str], tokenizer: str | None) -> np.ndarray:
     """Row numbers of all layers, each row once over all of them, int64 [T, rows a token]."""
     name, content = text
+    # Of a long text, little more is encoded than is looked at.
     ids = load_tokenizer(tokenizer).encode(content[: 8 * MOST_TOKENS], add_special_tokens=False).ids[:MOST_TOKENS]
     if len(ids) < _LEAST_TOKENS:
         raise ValueError(f"{name} has {len(ids)} tokens: give a text of at least {_LEAST_TOKENS}")
@@ -110,6 +113,7 @@ def _distinct(number: np.ndarray, batch: int) -> float:
     steps = len(number) // batch
     if steps == 0:
         return 1.0
+    # [steps, batch, rows a token]: the text in `batch` parts, and each gives a token to every step.
     return _mean_distinct(number[: steps * batch].reshape(batch, steps, -1).swapaxes(0, 1))
 
 
@@ -136,7 +140,7 @@ def _reuse_root(order: np.ndarray, begins: np.ndarray, half: int) -> float:
     """Of reads in the order of their rows; where `begins`, the row is another than before."""
     again = ~begins[1:]
     later, earlier = order[1:][again], order[:-1][again]
-    gaps = (later - earlier)[later >= half]
+    gaps = (later - earlier)[later >= half]  # row reads between the two
     return float(np.sqrt(gaps).mean()) if len(gaps) else 0.0
 
 
@@ -146,5 +150,5 @@ def _hits(number: np.ndarray, half: int, tier: int) -> int:
     counts = np.bincount(number[:half], minlength=int(number.max()) + 1)
     hot = np.zeros(len(counts), bool)
     hot[np.argsort(-counts, kind="stable")[:tier]] = True
-    hot &= counts > 0
+    hot &= counts > 0  # a tier with room to spare holds nothing that the first half never read
     return int(hot[number[half:]].sum())

@@ -23,9 +23,9 @@ def attention(hidden: Matrix, weights: AttentionWeights) -> list[list[Any]]:
     values: list[list[Any]] = []
     out = []
     for x in hidden:
-        query = linear(weights.query, x)
+        query = linear(weights.query, x)  # [H]
         keys.append(linear(weights.key, x))
         values.append(linear(weights.value, x))
-        attended = mix(softmax([dot(query, key) * scale for key in keys]), values)
+        attended = mix(softmax([dot(query, key) * scale for key in keys]), values)  # [H]
         out.append(linear(weights.output, attended))
     return out

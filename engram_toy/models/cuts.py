@@ -14,6 +14,7 @@ from engram_toy.fp8 import SCALE_BLOCK
 _TABLE = (1000, 1000)  # rows of a column, of each order
 CUTS: dict[str, dict[str, Any]] = {
     "tiny": {},
+    # One residual copy, as a `Workload` has; rows as narrow as V4.1's can be, a block of codes with its scale.
     "v41-flash": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": (*_TABLE, 1000)},
     "qwen38-flash-next": {"hc_mult": 1, "row_width": SCALE_BLOCK, "table_size_per_order": _TABLE},
 }

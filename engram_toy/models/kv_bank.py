@@ -26,7 +26,7 @@ def kv_bank(hidden: Matrix, lookups: Iterable[Sequence[Vector]], weights: BankWe
     scale = width**-0.5
     out = []
     for x, rows in zip(hidden, lookups):
-        query = linear(weights.query, x)
+        query = linear(weights.query, x)  # [H]
         scores = [dot(query, row[:width]) * scale for row in rows]  # [C]
         attended = mix(softmax(scores), [row[width:] for row in rows])  # [H]
         out.append(linear(weights.output, attended))

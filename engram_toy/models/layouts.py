@@ -75,6 +75,7 @@ class Layout:
             return
         staged = self._staged(table, 0, indices[0])
         for number, position in enumerate(indices[1:]):
+            # The next position is copied first: a prefetch is ahead of the work on this one.
             current, staged = staged, self._staged(table, number + 1, position)
             yield _arrived(table, indices[number], current)
         yield _arrived(table, indices[-1], staged)
@@ -84,7 +85,7 @@ class Layout:
         rows: list[Vector | None] = []
         for column, index in enumerate(position):
             if (number, column) in self.wrong:
-                copy(table[self.wrong[number, column]])
+                copy(table[self.wrong[number, column]])  # read, and used by nobody: what a wrong guess costs
                 rows.append(None)
             else:
                 row = operator.index(index)  # the one read of the index, as without prefetch

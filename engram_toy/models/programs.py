@@ -82,8 +82,9 @@ def build(
         ValueError: no such boundary or ending, or an ending of another boundary than the lookup.
     """
     above, below = layout.split(workload.table)
-    pad = [0] * padding
+    pad = [0] * padding  # never read: it is live for being returned
     if boundary == "lookup":
+        # Plain row numbers: hashing is no part of it.
         function = _lookup(type(workload.layer), workload.row_indices(), layout, hold, ending)
         return Program(function, (above, pad, below), ("row", "pad", "row"))
     if boundary not in BOUNDARIES:
@@ -92,13 +93,14 @@ def build(
         raise ValueError(f"ending {ending!r} of the {boundary}: only the lookup has endings, leave it out")
     constants = NgramHasher(workload.plan).layer(workload.layer_id)
     arguments: dict[str, tuple[str, Any]] = {
+        # In this order on the stack: what stands behind `pad` is buried by it.
         "tokens": ("token", list(workload.compressed_ids)),
         "multipliers": ("hash constant", list(constants["multipliers"])),
         "primes": ("hash constant", list(constants["primes"])),
         "offsets": ("hash constant", list(constants["offsets"])),
         "pad_id": ("hash constant", workload.plan["pad_compressed"]),
         "above": ("row", above),
-        "hidden": ("activation", workload.hidden),
+        "hidden": ("activation", workload.hidden),  # [T][H]
         "layer": ("weight", tuple(workload.layer)),
         "attention": ("weight", tuple(workload.attention) if boundary == "block" else ()),
         "pad": ("pad", pad),
@@ -136,11 +138,11 @@ def _layer(form: type, max_ngram: int, layout: Layout, with_attention: bool, hol
         pad: Vector,
         below: Matrix,
     ) -> Any:
-        segment_end = pad_id if form is QwenWeights else None
+        segment_end = pad_id if form is QwenWeights else None  # the same id ends a text and stands before it
         hashed = hash_columns(tokens, multipliers, primes, offsets, pad_id, segment_end=segment_end)
         indices = label(hashed, "row index")
         lookups = layout.lookups(layout.join(above, below), indices)
-        out = _apply(form(*layer), hidden, lookups, max_ngram)
+        out = _apply(form(*layer), hidden, lookups, max_ngram)  # [T][H]
         if with_attention:
             adds = form is v41.V41Weights  # by itself
             stream = out if adds else [[a + b for a, b in zip(x, u)] for x, u in zip(hidden, out)]
