@@ -109,6 +109,12 @@ class Evidence:
                 most = max(most, tokens[-1])
         return f"more than {most:,}"
 
+    def second_half(self, model: str) -> float:
+        """Price of the rows, held live, as a share of the weights' in the second half of the largest decode steps."""
+        wanted = dict(part="whole_model", table=model, stream=TEXT, mode="decode", layout="held live", context=0)
+        largest = max(rows.select(self.production, **wanted), key=lambda record: record["tokens_per_step"])
+        return rows.row_share({**largest, **largest["second_half"]})
+
     def least_steps(self) -> int:
         """Steps of the whole model's record that has the fewest."""
         return min(record["steps"] for record in rows.select(self.production, part="whole_model"))
@@ -145,6 +151,10 @@ class Evidence:
     def pinned(self, model: str, experts: str = "", layout: str = "held live") -> tuple[float, float]:
         """Offloaded and copied rows over a table pinned above the weights: of the rows alone, and of the whole step."""
         return rows.against_pinned(self.model_step(model, experts, layout=layout))
+
+    def uncopied(self, model: str, experts: str = "", layout: str = "held live") -> float:
+        """Price of offloaded rows that nobody copies over that of a table pinned above the weights."""
+        return rows.lookups_against_pinned(self.model_step(model, experts, layout=layout), "offload_naive")
 
     def copies(self, kind: str) -> list[float]:
         """Change of the lookups' price by copies one token ahead, over tables, layouts and bytes above them."""

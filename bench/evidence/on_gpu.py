@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.evidence import published
 from bench.evidence.lookup_table import report as lookup_report
 from bench.instruments.reading import read_results
 from bench.instruments.timing import paired_ratio
@@ -91,6 +92,7 @@ class OnGpu:
             found[f"gpu.{name}.of_least"] = f"{100 * added / least:.1f}"
         graph = numbers.row_of(case, _PLACES["graph"])
         ours = numbers.against(case, graph, "resident", "decode")
+        whole = numbers.against(case, graph, "no_engram", "together")
         joules = [numbers.joules(row) for row in (graph, numbers.row_of(case, "resident"))]
         # In pairs, round by round.
         ratio = paired_ratio(*([each[number] for number in sorted(joules[1])] for each in joules))
@@ -98,10 +100,20 @@ class OnGpu:
         return {
             **found,
             "gpu.graph.over_resident": f"{100 * ours.median:.1f}",
-            "gpu.graph.whole": numbers.against(case, graph, "no_engram", "together").interval,
+            "gpu.graph.whole": f"{percent(whole.median)} {whole.interval}",
+            "gpu.graph.of_least.4b": f"{100 * added_s(case, _PLACES['graph']) / self._least_of_4b():.1f}",
+            **{
+                f"gpu.{name}.p99_ms": f"{1e3 * numbers.token_times(numbers.row_of(case, label))['p99']:.1f}"
+                for name, label in (("none", "no_engram"), ("graph", _PLACES["graph"]), ("staged", _PLACES["staged"]))
+            },
             "gpu.graph.joules": f"[{low}, {high}]",
             "gpu.pass_joules": f"{statistics.median(joules[1].values()):.0f}",
         }
+
+    def _least_of_4b(self) -> float:
+        """Seconds that the weights of the paper's smaller model take at the bandwidth of a copy within the card."""
+        weights = published.figure("backbone.4b") * 1e9 * published.figure("bytes_bf16")
+        return weights / self[HUNDRED]["limits"]["gather"]["bytes_per_s"]
 
     def _cases(self) -> list[Json]:
         return [self.hundred, *self[SERVED]["cases"]]
@@ -120,10 +132,52 @@ class OnGpu:
             # Beside 100 B parameters it was not measured.
             "own": [1e6 * added_s(case, "own_compute") for case in self[SERVED]["cases"]],
         }
+        unexplained = [
+            1e3 * (added_s(case, _PLACES["staged"]) - max(0.0, self._staged_s(case["batch"]) - _window(case)))
+            for case in self._cases()
+            if case["batch"] > 1
+        ]
+        windows = [1e6 * _window(case) for case in self._cases()]
         return {
+            "gpu.staged.unexplained_ms": f"{min(unexplained):.1f} to {max(unexplained):.1f}",
+            "gpu.windows_us": f"{min(windows):.0f} to {max(windows):.0f}",
+            **self._by_batch(),
             **{f"gpu.{name}.all_percent": f"{min(found):.1f} to {max(found):.1f}" for name, found in lost.items()},
             **{f"gpu.{name}.all_us": f"{min(found):.0f} to {max(found):.0f}" for name, found in us.items()},
         }
+
+    def _by_batch(self) -> dict[str, str]:
+        """Of the smaller table: what prefetching takes beyond waiting, and what a batch has and reads."""
+        found: dict[str, str] = {}
+        for case in self[SERVED]["cases"]:
+            batch, none = case["batch"], numbers.row_of(case, "no_engram")
+            times = numbers.paired(
+                [numbers.row_of(case, _PLACES["staged"]), numbers.row_of(case, "offload_naive")], "step"
+            )
+            more = [1e6 * (thread - waited) for thread, waited in zip(*times)]
+            least = case["weight_bytes"]["model"] / self[SERVED]["limits"]["gather"]["bytes_per_s"]
+            found |= {
+                f"gpu.prefetch_over_naive.{batch}": f"{min(more):+.0f} to {max(more):+.0f}",
+                f"gpu.staged.us.{batch}": f"{1e6 * added_s(case, _PLACES['staged']):.0f}",
+                f"gpu.window_us.{batch}": f"{1e6 * _window(case):.0f}",
+                f"gpu.step_over_least.{batch}": f"{numbers.token_times(none)['median'] / least:.1f}",
+            }
+        (case,) = (case for case in self[SERVED]["cases"] if case["batch"] == self.hundred["batch"])
+        prompts = {"staged": case, "naive": case, "graph": self.hundred}  # which of the runs has it
+        labels = {**_PLACES, "naive": "offload_naive"}
+        for name, case in prompts.items():
+            found[f"gpu.prompts.{name}"] = str(
+                numbers.against(case, numbers.row_of(case, labels[name]), "resident", "prefill")
+            )
+        return found
+
+    def _staged(self, tokens: int) -> list[float]:
+        """Seconds from token ids to rows that the CPU gathers, as they came."""
+        (case,) = (case for case in self[LOOKUP]["cases"] if case["tokens"] == tokens)
+        return case["samples_s"]["staged"]
+
+    def _staged_s(self, tokens: int) -> float:
+        return statistics.median(self._staged(tokens))
 
     def _lookups(self) -> dict[str, str]:
         results = self[LOOKUP]
@@ -134,12 +188,18 @@ class OnGpu:
         }
         rate, limit = self._rows_per_s(), self._bus()
         carried = rate * results["table"]["row_bytes"]
-        staged = {tokens: took for (way, tokens), took in us.items() if way == "staged" and tokens <= _FEW}
+        # One token was measured first, all of it in a slower mode, in which two tokens began.
+        staged = {tokens: took for (way, tokens), took in us.items() if way == "staged" and 1 < tokens <= _FEW}
+        two = self._staged(2)
+        sixth = len(two) // 6
         over = [took / us["uva", tokens] for tokens, took in staged.items()]
         return {
             **{f"gpu.lookup.{way}.{tokens}": f"{us[way, tokens]:.1f}" for way, tokens in _NAMED},
             "gpu.lookup.staged_over": f"{min(over):.0f} to {max(over):.0f}",
             "gpu.lookup.staged_us": f"{min(staged.values()):.0f} to {max(staged.values()):.0f}",
+            **{f"gpu.lookup.staged.{tokens}": f"{us['staged', tokens]:.0f}" for tokens in (1, 64)},
+            "gpu.lookup.staged_began": f"{1e6 * statistics.median(two[:sixth]):.0f}",
+            "gpu.lookup.staged_ended": f"{1e6 * statistics.median(two[-sixth:]):.0f}",
             "gpu.rows_per_s": f"{rate / 1e6:.0f}",
             "gpu.ns_a_row": f"{1e9 / rate:.0f}",
             "gpu.row_gbs": f"{carried / 1e9:.1f}",
@@ -171,7 +231,10 @@ class OnGpu:
             "gpu.prompt.naive": str(overhead(step, runs["offload_naive"])),
             "gpu.prompt.uva_over_staged": f"{percent(ways['median'] - 1)} "
             f"[{percent(ways['low'] - 1)}, {percent(ways['high'] - 1)}]",
-            "gpu.crossed_share": f"{100 * self._rows_per_s() * crossed('offload_uva') / rows / self._bus():.0f}",
+            "gpu.crossed_share": " to ".join(
+                f"{100 * self._rows_per_s() * crossed('offload_uva') / each / self._bus():.0f}"
+                for each in (rows, step["prediction"]["unique_rows"])
+            ),
         }
 
     def _rows_per_s(self) -> float:

@@ -101,6 +101,7 @@ _LEVELS = {
     "SerDes lane, 112G": "serdes",
     "flash channel, bus alone": "flash_channel",
     "PCIe link": "pcie",
+    "PCIe link, other figures": "pcie_elsewhere",
 }
 
 
@@ -109,12 +110,12 @@ def energy_per_bit() -> dict[str, tuple[float, float, str]]:
     found = {}
     for label, name in _LEVELS.items():
         found[label] = (*bounds(f"energy.{name}"), figures()[f"energy.{name}"]["source"])
-    (lp, _, _), (ddr_low, ddr_high, _), (link, _, _) = found["LPDDR5"], found["DDR, whole access"], found["PCIe link"]
-    # From MB a joule, and from uJ a page of which one row is of use, to pJ a bit.
+    link = bounds("energy.pcie_elsewhere")  # as `bench.energy.tiers` takes it, not the one figure above
+    for memory, name in (("LPDDR5", "LPDDR5"), ("DDR", "DDR, whole access")):
+        low, high, _ = found[name]
+        found[f"host memory over PCIe, {memory}"] = (low + link[0], high + link[1], "sum, inferred")
     sequential = 1e12 / (figure("energy.nvme_rate_per_watt") * 1e6) / 8
     random = figure("energy.nvme_random_io") * 1e6 / figure("energy.row_bytes") / 8
-    found["host memory over PCIe, LPDDR5"] = (lp + link, lp + link, "sum, inferred")
-    found["host memory over PCIe, DDR"] = (ddr_low + link, ddr_high + link, "sum, inferred")
     found["NVMe SSD, sequential"] = (sequential, sequential, "pm1743, inferred")
     found["NVMe SSD, random rows, per useful bit"] = (random, random, "pm1743, inferred")
     return found

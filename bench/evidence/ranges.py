@@ -10,7 +10,7 @@ from bench.energy import table as energy_table
 from bench.evidence.committed import STEP, Evidence, rounded_up
 from bench.evidence.published import energy_tiers
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, by_seed
-from bench.price.table import claimed_overhead, denominator_table, find_run, most_ratio, noise_floor
+from bench.price.table import claimed_overhead, denominator_table, find_run, most_ratio, noise_floor, rows_ratio
 from bench.rows import definitions, verdict_map
 from bench.rows import other_texts_table as texts
 from bench.sweeps import lookup_range
@@ -68,6 +68,7 @@ def _lookup_values(e: Evidence) -> dict[str, str]:
         found[f"range.{key}.class"] = lookup_range.named_class(priced, toy)
     for model, boundary in itertools.product(("engram", "kv-bank"), ("layer", "block")):
         found[f"most.{model}.{boundary}"] = f"{most_ratio(e.toy, model, boundary):.2f}"
+        found[f"rows.{model}.{boundary}.alone"] = f"{rows_ratio(e.toy, model, boundary):.2f}"
     return found
 
 
@@ -157,7 +158,9 @@ def _text_values(e: Evidence) -> dict[str, str]:
         "shuffled.2": lambda r: 100 * r["shuffled_seen_before"]["2"],
         "shuffled.4": lambda r: 100 * r["shuffled_seen_before"]["4"],
     }
-    return {f"texts.{key}": _spread(e, of) for key, of in numbers.items()}
+    lengths = texts.spread(e["other_texts"], lambda r: r["tokens"])
+    found = {"texts.tokens": " to ".join(f"{length:,}" for length in lengths)}
+    return found | {f"texts.{key}": _spread(e, of) for key, of in numbers.items()}
 
 
 def _spread(e: Evidence, of: Callable[[dict[str, Any]], float]) -> str:

@@ -27,7 +27,7 @@ from engram_ref.config import EngramConfig
 NO_RUN = "No run on a CUDA machine is committed yet."
 _PHASE = "together"
 _LATEST = (
-    *("measured on", "model, batch", "rows of a step", "window"),
+    *("measured on", "model, batch, table", "rows of a step", "window"),
     *("3 % expected at", "as bandwidth", "holds to", "broken at"),
 )
 _PUBLISHED_BATCHES = (1, 16, 64, 256)
@@ -68,7 +68,7 @@ def wall_time_story(folder: Path) -> str:
 
 
 def _story(runs: list[tuple[str, Json]]) -> str:
-    head = ["measured on", "model, batch, stream", *PARTS, "all of it", "of `resident`"]
+    head = ["measured on", "model, batch, table, stream", *PARTS, "all of it", "of `resident`"]
     return markdown(head, _of_cases(runs, _line), right=range(2, len(head)))
 
 
@@ -77,7 +77,7 @@ def _of_cases(runs: list[tuple[str, Json]], line: Callable[[Json, Json], list[st
 
 
 def _line(results: Json, case: Json) -> list[str]:
-    what = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
+    what = f"{_sized(case)}, {case['stream']['name']}"
     try:
         parts = numbers.decomposition(case, _PHASE)
         ours = numbers.against(case, numbers.offloaded(case), "resident", _PHASE)
@@ -124,7 +124,7 @@ def wall_time_sensitivity(folder: Path) -> str:
 
 
 def _sensitivity(results: Json, case: Json) -> list[str]:
-    name = f"{case['backbone']}, {case['batch']}, {case['stream']['name']}"
+    name = f"{_sized(case)}, {case['stream']['name']}"
     try:
         found, buses = numbers.breaking_bus(case), numbers.slowed(case)
     except NotMeasured as why:
@@ -132,6 +132,11 @@ def _sensitivity(results: Json, case: Json) -> list[str]:
     window = statistics.median(one.window_s for one in buses)
     measured = ["not resolved" if at is None else _us(at) for at in (found.holds_s, found.breaks_s)]
     return [device_label(results), name, *_expected(numbers.step_bytes(case), window, found.predicted_s), *measured]
+
+
+def _sized(case: Json) -> str:
+    """Model, batch and table: runs of one name differ in the last."""
+    return f"{case['backbone']}, {case['batch']}, {case['table']['parameters'] / 1e9:.3g} B"
 
 
 def _published(batch: int) -> list[str]:

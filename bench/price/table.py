@@ -10,6 +10,7 @@ from bench.instruments.timing import LEAST_SAMPLES, Overhead, overhead, paired_r
 from bench.instruments.words import aligned
 
 Run = dict[str, Any]
+_OF_ROWS = ("row", "staged row")  # kinds of values
 
 
 def find_run(results: dict[str, Any], model: str, boundary: str, variant: str) -> Run:
@@ -84,9 +85,10 @@ def verdict(results: dict[str, Any], model: str, boundary: str, variant: str = "
 
 
 def most_ratio(results: dict[str, Any], model: str, boundary: str) -> float:
-    """What offload_prefetch's price ratio is at most, if reads of `resident` cost the least that a read can, one unit.
+    """What offload_prefetch's price ratio is at most: if all reads of `resident`, its rows', too, cost one unit each.
 
-    A class that holds here does not rest on how the denominator was counted.
+    A class that holds here does not rest on how the denominator was counted; one that does not hold says nothing, since
+    rows cost more than that wherever they lie.
     """
     # The toy reads every weight once a token, where a server reads it once a step of many tokens. However the other
     # reads are scheduled, the variant costs as much more as it does, and the baseline no less than one unit a read.
@@ -94,18 +96,30 @@ def most_ratio(results: dict[str, Any], model: str, boundary: str) -> float:
     return 1 + (run["cost"] - resident["cost"]) / resident["reads"]
 
 
+def rows_ratio(results: dict[str, Any], model: str, boundary: str) -> float:
+    """The price ratio of offload_prefetch if rows and their copies cost what they do, and all else one unit a read."""
+    prices = []
+    for name in ("offload_prefetch", "resident"):
+        run = find_run(results, model, boundary, name)
+        of_rows, reads = (sum(run[key].get(kind, 0) for kind in _OF_ROWS) for key in ("cost_by_kind", "reads_by_kind"))
+        prices.append(of_rows + run["reads"] - reads)
+    return prices[0] / prices[1]
+
+
 def denominator_table(results: dict[str, Any]) -> str:
-    """What each boundary divides by: reads of rows and of all else, the published ratio, and the one at the floor."""
-    rows = [["model", "boundary", "reads of rows", "other reads", "ratio", "at one unit a read", "class there"]]
+    """What each boundary divides by: reads of rows and of all else, the published ratio, and two with cheaper reads."""
+    head = ["model", "boundary", "reads of rows", "other reads", "ratio"]
+    rows = [[*head, "all else at a unit", "class", "rows too", "class"]]
     for model, boundary in groups(results):
         if boundary == "lookup":
             continue  # nothing else is read there
         resident, run = (find_run(results, model, boundary, name) for name in ("resident", "offload_prefetch"))
-        own, most = resident["reads_by_kind"]["row"], most_ratio(results, model, boundary)
+        own = resident["reads_by_kind"]["row"]
         reads = f"{own:,}", f"{resident['reads'] - own:,}"
-        ratios = f"{run['cost'] / resident['cost']:.3f}", f"{most:,.2f}"
-        rows.append([model, boundary, *reads, *ratios, classify(most, None).label])
-    return aligned(rows, left={0, 1, 6})
+        cheaper = (of(results, model, boundary) for of in (rows_ratio, most_ratio))
+        classes = [cell for ratio in cheaper for cell in (f"{ratio:,.2f}", classify(ratio, None).label)]
+        rows.append([model, boundary, *reads, f"{run['cost'] / resident['cost']:.3f}", *classes])
+    return aligned(rows, left={0, 1, 6, 8})
 
 
 def scale_text(run: Run) -> str:
@@ -122,38 +136,29 @@ def scale_text(run: Run) -> str:
 
 
 def verdict_table(results: dict[str, Any]) -> str:
-    """Price ratios of every variant to `resident`, wall time of the prefetch, and its class, per boundary.
+    """Price ratios of every variant to `resident`, and the class of the prefetch, per boundary.
 
-    Lines of a model that was cut say by how much.
+    Lines of a model that was cut say by how much. Wall times are not shown: they are a Python interpreter's.
     """
     offloads = [name for name in variants(results) if name != "resident"]
     names = [name.removeprefix("offload_") for name in offloads]
-    rows = [["model", "boundary", "resident price", *names, "prefetch wall time", "verdict", "scale"]]
+    rows = [["model", "boundary", "resident price", *names, "verdict", "scale"]]
     reasons = {}
     for model, boundary in groups(results):
         resident = find_run(results, model, boundary, "resident")
         runs = [find_run(results, model, boundary, name) for name in offloads]
         ratios = [f"{run['cost'] / resident['cost']:.3f}" for run in runs]
-        floor = noise_floor(results, model, boundary)
-        wall = wall_text(find_run(results, model, boundary, "offload_prefetch"), resident, floor)
         label, reason = verdict(results, model, boundary)
         reasons[reason] = label
-        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, wall, label, scale_text(resident)])
+        rows.append([model, boundary, f"{resident['cost']:,}", *ratios, label, scale_text(resident)])
     if not any(row[-1] for row in rows[1:]):
         rows = [row[:-1] for row in rows]
     notes = [f"{label}: {reason}" for reason, label in reasons.items()]
     return "\n".join(
         [
-            aligned(rows, left={0, 1, *range(len(names) + 4, len(rows[0]))}),
+            aligned(rows, left={0, 1, *range(len(names) + 3, len(rows[0]))}),
             "",
             f"{', '.join(names)}: ByteDMD price / price of resident",
             *notes,
         ]
     )
-
-
-def wall_text(run: Run, baseline: Run, floor: dict[str, float]) -> str:
-    """Extra wall time with its interval, or "not resolved" before it."""
-    found = wall_overhead(run, baseline, floor)
-    interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}] %"
-    return f"{100 * found.median:+.1f} % {interval}" if found.resolved else f"not resolved {interval}"

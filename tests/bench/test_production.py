@@ -166,9 +166,10 @@ def test_tables_say_what_the_records_hold(results):
     assert line.split()[-7:] == [*(f"{100 * n / weights:.2g}" for n in numbers), "yes"]
     line = next(x for x in row_table.baseline_table(results, 128).splitlines() if "Dense-4B" in x and "compacted" in x)
     rest = weights + engram
-    said = [f"{copied / r['pinned']:.3g}", f"{(copied + rest) / (r['pinned'] + rest):.5f}"]
-    assert [line.split()[i] for i in (2, 4)] == said and line.split()[5] == "WIN"
-    assert line.split()[3] == classify(copied / r["pinned"], None).label == "LOSS"
+    said = [f"{price / r['pinned']:.3g}" for price in (r["offload_naive"], copied)]
+    said.append(f"{(copied + rest) / (r['pinned'] + rest):.5f}")
+    classes = [classify(price / r["pinned"], None).label for price in (r["offload_naive"], copied)]
+    assert line.split()[2:8:2] == said and line.split()[3:9:2] == [*classes, "WIN"] and classes[1] == "LOSS"
     half = r["second_half"]["offload_naive"] / (r["second_half"]["steps"] * r["weights_step_price"])
     steady = row_table.steady_table(results, 128).splitlines()
     line = next(x for x in steady if "Dense-4B" in x and "decode" in x and "compacted" in x)

@@ -24,7 +24,7 @@ def test_all_of_the_answer_fits_a_screen():
         "Where it turns: ",
     ):
         assert part in text
-    for word in ("definition", "On other texts", "every memory manager", "SSD"):
+    for word in ("definition", "on other texts", "every memory manager", "SSD"):
         assert word in text
 
 

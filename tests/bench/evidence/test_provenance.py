@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+
 import pytest
 
 from bench.evidence.committed import RESULTS
@@ -19,3 +22,15 @@ def test_the_code_that_ran_can_be_had(path):
         assert git is None
     else:
         assert len(git["commit"]) == 40 and git["dirty"] is (path.stem in LENT)
+        assert not knows_history() or asked_git("cat-file", "-t", git["commit"]) == "commit"
+
+
+def asked_git(*words):
+    done = subprocess.run(["git", *words], cwd=RESULTS, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@functools.cache
+def knows_history():
+    """Not in an archive without one, nor in a clone of the last commits only."""
+    return asked_git("rev-parse", "--is-shallow-repository") == "false"

@@ -48,9 +48,9 @@ def test_a_gpus_run_is_shown_when_it_is_there(folder):
     )  # us; 3.5 % of the model without Engram, in steps and passes, and 0.5 / 1.03 % of the resident table
     lines = texts["wall_time_story"].splitlines()
     assert lines[2].endswith("| +3.5 [+3.5, +3.5] | +0.5 [+0.5, +0.5] |")
-    assert lines[2].startswith("| GPU Example | qwen3-8b, 4, python-stdlib | +2.0 [+2.0, +2.0] | +1.0") and (
-        lines[4] == "<details markdown>" and wall_time.NO_RUN not in texts["wall_time_story"]
-    )
+    assert lines[2].startswith(
+        "| GPU Example | qwen3-8b, 4, 2.56e-05 B, python-stdlib | +2.0 [+2.0, +2.0] | +1.0"
+    ) and (lines[4] == "<details markdown>" and wall_time.NO_RUN not in texts["wall_time_story"])
 
 
 def test_how_late_rows_may_come(folder):
@@ -58,7 +58,7 @@ def test_how_late_rows_may_come(folder):
     measured = next(line for line in lines if line.startswith("| CPU"))
     cells = [cell.strip() for cell in measured.strip("|").split("|")]
     # 4 x 24 rows of 264 B; a window of 300 us and 3 % of 100 ms; buses that hold at 2 ms and break at 5.
-    assert cells[:2] == ["CPU Example", "qwen3-8b, 4, python-stdlib"]
+    assert cells[:2] == ["CPU Example", "qwen3-8b, 4, 2.56e-05 B, python-stdlib"]
     assert cells[2:] == ["25.3 kB", "300 us", "3300 us", "0.00768 GB/s", "2000 us", "5000 us"]
     published = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert published[2:6] == ["6.34 kB", "56 us", "164 us", "0.0386 GB/s"]  # 24 x 264 B in 56 us and 3 % of 3.6 ms
