@@ -83,7 +83,7 @@ def verdict_lines(evidence: Evidence) -> str:
             f"the claim about the model. Against no Engram, as the paper counts, all of Engram adds "
             f"{100 * added_in_all:.2g} % to that step; its rows, not copied, reach {claim} at {e.crossing(_MODEL)} "
             f"tokens a step, and are {text_spread(e)} % of its weights on other texts, "
-            f"{100 * e.step(_MODEL, stream='uniform'):.2g} % on random ids. By the task the layer is a "
+            f"{100 * e.step(_MODEL, stream='uniform'):.2g} % on random ids. By the task's thresholds the layer is a "
             f"{layer_classes(e)} under every definition."
         ),
         "What does not": (
