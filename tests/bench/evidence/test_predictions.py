@@ -64,7 +64,9 @@ def test_a_prompt_takes_no_less_than_its_operations(found):
 
 
 def test_prices(found):
-    assert all(0.8 < ratio < 1.05 for ratio in kind(found, "price"))
+    """Steps of any size: the formula knows one reuse for all of them, and rows of a large step are read near by."""
+    ratios = kind(found, "price")
+    assert all(0.8 < ratio < 1.2 for ratio in ratios) and max(ratios) > 1.1
 
 
 def test_what_is_known_to_be_wrong_is_still_shown(found):
