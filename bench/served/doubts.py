@@ -68,7 +68,7 @@ def _order(results: Json, case: Json) -> str:
 
 
 def _bus(results: Json, case: Json) -> str:
-    """Where the delay is twice the window and more, so that noise is small beside it."""
+    # From twice the window on, noise is small beside the difference.
     slow = [one for one in numbers.slowed(case) if one.delay_s > 2 * one.window_s]
     if not slow:
         return "no bus was slow enough to tell"

@@ -58,7 +58,7 @@ def baselines(results: Json) -> Any:
             _compare(axis, place, case, row)
         axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
         axis.invert_yaxis()
-        axis.set_xscale("symlog", linthresh=10)
+        axis.set_xscale("symlog", linthresh=10)  # what is lost may be negative
         axis.set_xlabel("% of the baseline")
     return legend_below(figure, cases[0][0])
 

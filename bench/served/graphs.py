@@ -34,7 +34,7 @@ class Pieces:
         self._device = device
         self._captured: dict[Hashable, tuple[list[Any], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()  # taken first: a graph tells its own only when it is captured
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # the default one cannot be captured
         self._recording: list[Any] = []  # graphs of the step that is being captured, the last one open
 
     def prepare(self, key: Hashable, step: Callable[[], Tensor]) -> None:
@@ -72,6 +72,7 @@ class Pieces:
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        # What other threads ask of CUDA meanwhile spoils no capture.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._recording.append(graph)
 
@@ -89,6 +90,7 @@ class Pieces:
             try:
                 out = step()
             finally:
+                # After an error, too: while a capture is open, every wait behind it fails.
                 self._recording[-1].capture_end()
                 graphs, self._recording = self._recording, []
         torch.cuda.synchronize(self._device)

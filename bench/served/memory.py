@@ -132,6 +132,7 @@ def estimate(plan: Plan, device: torch.device) -> Needs:
 
 
 def _prefill_tokens(plan: Plan) -> int:
+    # A prompt of more tokens than a prefill may have is processed all the same, alone.
     return min(max(plan.most_tokens, plan.prompt), plan.slots * plan.prompt)
 
 

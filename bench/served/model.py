@@ -64,7 +64,7 @@ def served_attention(
         return out.transpose(1, 2).contiguous(), None
     # The query heads that share a key head are rows of one product, so keys are not repeated.
     grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, KV heads, heads / KV heads, D]
-    mask = mask.expand(batch, key.shape[1], grouped.shape[2], -1)
+    mask = mask.expand(batch, key.shape[1], grouped.shape[2], -1)  # [B, KV heads, heads / KV heads, S]
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, 1, heads, width), None
 
@@ -123,7 +123,7 @@ class ServedModel:
         self._positions = torch.zeros(slots, dtype=torch.int64, device=self.device)  # where they stand
         self._all = torch.arange(slots, device=self.device)
         self._length = rounded_span(positions - 1)
-        size = (slots, decoder.shape.kv_heads, self._length, decoder.shape.head_dim)
+        size = (slots, decoder.shape.kv_heads, self._length, decoder.shape.head_dim)  # [slots, KV heads, positions, D]
 
         def zeros() -> Tensor:
             return torch.zeros(size, dtype=head.dtype, device=self.device)
@@ -137,7 +137,7 @@ class ServedModel:
         self._pieces = Pieces(self.device) if graphs else None  # or time would be the host's launching
         self._beside = Staged(self.device, overlap=True) if graphs else None
         self._asking = Staged(self.device, overlap=True, asking=True) if graphs else None
-        self._look_up: list[Attached] = []  # what the graphs that look up hold
+        self._look_up: list[Attached] = []  # kept for the graphs, which read what is theirs
         self._serving = Serving()
 
     @property
@@ -190,7 +190,7 @@ class ServedModel:
         """
         if self._serving.places is not None:
             self._serving.places.admit(slots, lengths)
-        taken, ends = (torch.from_numpy(values).to(self.device) for values in (slots, lengths))
+        taken, ends = (torch.from_numpy(values).to(self.device) for values in (slots, lengths))  # [b] each
         self._cache.begin_prefill(self._stored, taken)
         with torch.inference_mode():
             hidden = self._decoder.step(ids, self._cache)
@@ -223,7 +223,7 @@ class ServedModel:
 
         def join() -> None:
             with around(LAYER):
-                if begun:
+                if begun:  # set below, before anything is replayed
                     attached.lay_down()
 
         begun = schedule == "prefetched"
@@ -257,6 +257,7 @@ class ServedModel:
             return
 
         def capture(kind: str, step: Callable[[int], Tensor]) -> None:
+            # A prompt's next token stands right behind it, at its length.
             for span in range(rounded_span(shortest), self._length + 1, SPAN):
                 pieces.prepare((span, kind), functools.partial(step, span))
 
@@ -290,12 +291,13 @@ class ServedModel:
         seen = torch.arange(span, device=self.device) <= self._positions[:, None]  # [slots, span]
         mask = torch.zeros(seen.shape, dtype=self._head.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         with torch.inference_mode():
+            # [slots, 1], and [slots, 1, 1, span]
             where = {"position_ids": self._positions[:, None], "attention_mask": mask[:, None, None]}
             hidden = self._decoder.step(self._tokens, self._cache, **where)
             return self._choose(hidden[:, -1])
 
     def _choose(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._head).argmax(-1)
+        return F.linear(hidden, self._head).argmax(-1)  # [b, outputs] -> [b]
 
 
 def served_bytes(decoder_shape: Any, blocks: int, slots: int, positions: int, itemsize: int) -> int:
@@ -313,7 +315,7 @@ def _slot_cache() -> Any:
         def begin_prefill(self, stored: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
             """The next step's tokens are the beginning of what stands in these places."""
             self.stored, self.slots, self.span = stored, slots, 0
-            self.at: Tensor | None = None
+            self.at: Tensor | None = None  # marks a prefill
 
         def begin_decode(
             self, stored: Sequence[tuple[Tensor, Tensor]], slots: Tensor, positions: Tensor, span: int

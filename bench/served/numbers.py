@@ -70,9 +70,8 @@ def first_of(case: Json, labels: tuple[str, ...]) -> Json:
 
 
 def seconds(sample: Json, phase: str) -> float:
-    """Time of one pass in a phase, or of one decode step: the median, which no stall moves, for `token`, the mean for
-    `step`."""
-    if phase == "token":
+    """Time of one pass in a phase, or of one decode step: the median for `token`, the mean for `step`."""
+    if phase == "token":  # no stall moves it
         return statistics.median(sample["decode_s"])
     if phase == "step":
         return statistics.fmean(sample["decode_s"])
@@ -251,7 +250,7 @@ def same_tokens(case: Json) -> bool:
     """Whether in each round all variants with an Engram layer chose the same tokens."""
     chosen: dict[int, set[str]] = {}
     for row in case["rows"]:
-        if row["variant"] != "no_engram":
+        if row["variant"] != "no_engram":  # another model, which chooses others
             for sample in row["rounds"]:
                 chosen.setdefault(sample["round"], set()).add(sample["tokens_sha256"])
     return all(len(digests) == 1 for digests in chosen.values())
@@ -280,6 +279,7 @@ def copies_agree(case: Json, row: Json) -> bool:
     if case["device"] == "cpu" or row["variant"] not in _STAGED or row["schedule"] == ASKING:
         return True
     row_bytes = case["table"]["row_bytes"]
+    # Files of before these were counted have no `bytes_staged`.
     asked = {entry["round"]: entry.get("bytes_staged", entry["rows_requested"] * row_bytes) for entry in case["rounds"]}
     return all(sample["copied"] == asked[sample["round"]] for sample in row["rounds"])
 

@@ -102,9 +102,10 @@ class Server:
         if isinstance(step, Prefill):
             ids, lengths = round_.prompts(step)
             return Prompts(step, self._put(ids), lengths, np.array(step.slots))
+        # [slots] each. A place without a sequence has id 0 at position 0, which its next prompt overwrites.
         ids, positions = np.zeros((2, self._model.slots), np.int64)
         for slot, sequence, given in step.running:
-            positions[slot] = round_.lengths[sequence].prompt + given - 1
+            positions[slot] = round_.lengths[sequence].prompt + given - 1  # the first is given by the prefill
             ids[slot] = round_.tokens[sequence][positions[slot]]
         return Tokens(step, self._put(ids), self._put(positions), rounded_span(int(positions.max())))
 
@@ -127,6 +128,7 @@ class Server:
             meanwhile: called when every step has been given to the device, before it is waited for.
         """
         table, prefetcher = (on_hand.table, on_hand) if on_hand else (variant.table, variant.prefetcher)
+        # The others wait before the second block, or for nothing.
         self._waits_at_entry = variant.schedule not in ("prefetched", BESIDE, ASKING, "none")
         chosen: list[Tensor] = []
         with self._model.serving(table, prefetcher, variant.schedule, self):
@@ -176,6 +178,7 @@ class Server:
                 compressed = self._vocab(ids)
                 yield hasher(compressed, LAYER)
                 for slot, prompt, length in zip(step.slots, compressed, step.lengths):
+                    # Its last tokens, padding left out; before a short prompt nothing stood.
                     before.ids[slot] = [*[DEAD] * context, *prompt[:length]][-context:]
             else:
                 compressed = self._vocab(ids[:, None])
@@ -193,11 +196,11 @@ def _samples(work: Work, spans: Sequence[Lap], chosen: list[Tensor], seen: bool)
         if name == "joined":
             step["joined"] += seconds
         elif not waiting:
-            step["window"] += seconds
+            step["window"] += seconds  # up to the join; all of a step that has none
         waiting = name == "join" or (waiting and name != "end")
         if name == "end":
             steps.append({"all": 0.0, "joined": 0.0, "window": 0.0})
-    timed = list(zip(work.steps, steps))
+    timed = list(zip(work.steps, steps))  # the last of `steps` was begun by the last end, and is empty
     prefill = [(step, times) for step, times in timed if isinstance(step, Prompts)]
     decode = [times for step, times in timed if isinstance(step, Tokens)]
     return {
@@ -218,5 +221,5 @@ def _digest(work: Work, chosen: list[Tensor]) -> str:
         values: Any = tokens.cpu().numpy()
         if isinstance(step, Tokens):
             values = values[[slot for slot, _, _ in step.step.running]]
-        digest.update(values.astype("<i8").tobytes())
+        digest.update(values.astype("<i8").tobytes())  # the same on every machine
     return digest.hexdigest()

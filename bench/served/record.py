@@ -155,4 +155,5 @@ class Case:
 def rounds_done(case: Json) -> set[int]:
     """Rounds that every row of a case has."""
     done = [{sample["round"] for sample in row["rounds"]} for row in case["rows"]]
+    # A row is there from its first pass on, so before that no round is whole.
     return set.intersection(*done) if len(done) == len(case["labels"]) else set()

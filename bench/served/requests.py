@@ -68,6 +68,7 @@ def schedule(lengths: Sequence[Lengths], slots: int, most_tokens: int) -> list[S
             group = _admit(waiting, lengths, len(free), most_tokens)
             places, free = free[: len(group)], free[len(group) :]
             steps.append(Prefill(tuple(group), tuple(places)))
+            # One is given already: a prefill chooses the first.
             running.update({place: (sequence, 1) for place, sequence in zip(places, group)})
         else:
             steps.append(Decode(tuple((place, *running[place]) for place in sorted(running))))
@@ -81,7 +82,7 @@ def schedule(lengths: Sequence[Lengths], slots: int, most_tokens: int) -> list[S
 def _admit(waiting: deque[int], lengths: Sequence[Lengths], places: int, most_tokens: int) -> list[int]:
     group = [waiting.popleft()]
     while waiting and len(group) < places:
-        longest = max(lengths[sequence].prompt for sequence in (*group, waiting[0]))
+        longest = max(lengths[sequence].prompt for sequence in (*group, waiting[0]))  # all are padded to it
         if longest * (len(group) + 1) > most_tokens:
             break
         group.append(waiting.popleft())
@@ -152,6 +153,7 @@ class TokenSource:
                 f"the text has {len(self._text):,} tokens, a round needs {sum(needed):,}: "
                 "take a longer text, fewer --sequences or shorter ones"
             )
+        # A round begins behind all that the one before can have read, and at the end of the text over again.
         most = count * (prompt[1] + output[1])
         first = (self._seed + (number % 1000) * most) % (len(self._text) - sum(needed) + 1)
         ends = first + np.cumsum(needed)

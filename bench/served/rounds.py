@@ -151,11 +151,12 @@ class Rounds:
         found = count_beside(
             self._model.device,
             lambda: self._server.serve(work, variant, rows),
-            asked[work.round.number] if variant.prefetcher else 0,
+            asked[work.round.number] if variant.prefetcher else 0,  # controls fetch nothing
             self._options.energy,
         )
         value = found.energy.value and {**found.energy.value, "output_tokens_per_step": work.round.output_tokens}
         energy = {"value": value, "why": found.energy.why}
+        # On a CPU neither is counted, for one reason.
         return {"pcie": found.traffic or energy, "energy": energy}
 
 

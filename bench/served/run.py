@@ -94,7 +94,7 @@ class EndToEnd:
             config = table_config(options.preset, 1e6, 1, options.dtype)
             # What is left beside the case that needs most; hot rows are copies, too.
             others = max(
-                estimate(self._sizes(backbone, batch, config, 0), self.device).total
+                estimate(self._sizes(backbone, batch, config, 0), self.device).total  # 0 rows: all but the table
                 for backbone in options.backbones
                 for batch in options.batches
             )
@@ -167,6 +167,7 @@ class EndToEnd:
         self.tell("tokenizing the text")
         served = max((n for n in (options.sequences, *options.batches) if isinstance(n, int)), default=0)
         longest = options.prompt_tokens[1] + options.output_tokens[1]
+        # Hot rows are chosen by one half, and the other one, which is served, has room for a round.
         calibration, text = halves(options.text, self.vocab, 2 * served * longest)
         missing = {backbone: self._missing(backbone, text) for backbone in options.backbones}
         if not any(missing.values()):
@@ -205,7 +206,7 @@ class EndToEnd:
         self.tell(f"building {backbone}")
         register_attention()
         decoder, head = self._build(backbone)
-        torch.manual_seed(self.options.seed)
+        torch.manual_seed(self.options.seed)  # the layer draws its weights from torch's own generator
         fusion = make_fusion(self.config.replace(hidden=decoder.hidden), self.device, self.dtype).eval()
         for batch, sizes in cases:  # of one model: weights are drawn once
             positions = sizes.prompt + sizes.output

@@ -97,7 +97,7 @@ class Contenders(TableSet):
     @property
     def in_graph(self) -> list[Variant]:
         """Those that are looked up inside of graphs, one of each schedule."""
-        each = {one.schedule: one for one in reversed(self.variants)}
+        each = {one.schedule: one for one in reversed(self.variants)}  # reversed: of several, the first stays
         return [each[schedule] for schedule in (IN_GRAPH, BESIDE, ASKING) if schedule in each]
 
     def check_tokens(self, token_ids: np.ndarray) -> str:
