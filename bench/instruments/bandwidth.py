@@ -81,10 +81,12 @@ def fio_random_read(path: Path, seconds: float) -> Disk | UnknownDisk:
     name = str(path).replace(":", r"\:")  # to fio a colon separates files
     command = ["fio", "--name=limit", f"--filename={name}", "--readonly", "--rw=randread", "--bs=4k", "--direct=1"]
     command += ["--ioengine=libaio", f"--iodepth={_DEPTH}", f"--runtime={round(1000 * seconds)}ms", "--time_based"]
+    # Left alone, fio reads the same places in every run.
     done = subprocess.run([*command, "--randrepeat=0", "--output-format=json"], capture_output=True, text=True)
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return {"reads_per_s": None, "why": f"fio failed: {said[0] if said else done.returncode}"}
+    # fio may say something before its JSON.
     read = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]
     what = f"fio, 4 KiB random direct reads, {_DEPTH} in flight, {seconds:g} s"
     return {"reads_per_s": read["iops"], "bytes_per_s": float(read["bw_bytes"]), "what": what}

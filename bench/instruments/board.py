@@ -74,7 +74,7 @@ class BoardWatch:
         """
         self._seen["joules_after"] = answer(self._driver.joules)
         unknown = {name: found.why for name, found in self._seen.items() if found.why is not None}
-        if len(unknown) == len(self._seen) and len(set(unknown.values())) == 1:
+        if len(unknown) == len(self._seen) and len(set(unknown.values())) == 1:  # one reason for all: nobody answers
             return {"value": None, "why": next(iter(unknown.values()))}
         return {"value": {**{name: found.value for name, found in self._seen.items()}, "unknown": unknown}, "why": None}
 
@@ -126,15 +126,16 @@ class PcieThroughput:
         self.received = Answer({"bytes_per_s": mean, "samples_bytes_per_s": self._samples, "seconds": seconds})
 
     def _watch(self) -> None:
-        """At least one sample; the driver's call lasts as long as its window."""
+        """Sample until the block ends."""
         while self._why is None:
+            # Without a pause: the driver's call lasts as long as its window.
             found = answer(
                 lambda: self._driver.ask("nvmlDeviceGetPcieThroughput", self._driver.constant(_RX)) * _KILOBYTE
             )
             self._why = found.why
             if found.why is None:  # of a part of the time: between two windows nobody looks
                 self._samples.append(float(found.value))
-            if self._stop.is_set():
+            if self._stop.is_set():  # asked last, so that there is one sample at least
                 return
 
 
@@ -165,6 +166,7 @@ def count_traffic(
     fallback: Fallback | None = None
     if total is None:
         with PcieThroughput(driver, clock) as rate:
+            # For a whole second, however many bytes: what is sampled is a rate.
             passes, seconds = _repeat(one_pass, 0, None, clock) if answers(driver) else (0, 0.0)
         fallback = {"what": THROUGHPUT, "value": rate.received.value, "why": rate.received.why}
     found: Traffic = {
@@ -183,6 +185,7 @@ def _count(
 ) -> tuple[Answer, int, float]:
     """What the driver counted, over how many passes, and how long they took."""
     with PcieCounter(driver) as counter:
+        # Where there is no counter, passes would tell nothing.
         passes, seconds = _repeat(one_pass, row_bytes, ENOUGH_BYTES, clock) if counter.works else (0, 0.0)
     return counter.received, passes, seconds
 

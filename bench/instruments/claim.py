@@ -35,7 +35,7 @@ def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True
     """
     if not valid:
         return Verdict("INVALID", "outputs differ, or a value escaped the tracer: the prices cannot be compared")
-    if not price_ratio > 0:
+    if not price_ratio > 0:  # nor are they NaN
         raise ValueError(f"price ratio {price_ratio}: prices are positive")
     if price_ratio < STRONG_BELOW:
         return Verdict(

@@ -23,6 +23,7 @@ def code_sha256(*modules: str, root: Path = _ROOT) -> str:
     """
     found = hashlib.sha256()
     for path in code_files(*modules, root=root):
+        # No name has a zero byte: where it ends cannot be mistaken.
         found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
@@ -38,6 +39,7 @@ def code_files(*modules: str, root: Path = _ROOT) -> list[Path]:
     # followed.
     found: set[Path] = set()
     seen: set[str] = set()  # a name is met in dozens of files, and looked for once
+    # To import a module runs the `__init__` of every package above it.
     waiting = [part for name in modules for part in _with_packages(name)]
     while waiting:
         name = waiting.pop()

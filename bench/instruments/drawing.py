@@ -129,16 +129,18 @@ def stack(figure: Any, width: float = NARROW) -> None:
         axis.set_title(_wrapped(axis.get_title(), width), fontsize=9)
         axis.set_xlabel(_wrapped(axis.get_xlabel(), 0.8 * width))
         axis.set_ylabel(_wrapped(axis.get_ylabel(), height))
+        # Ticks with names, for which a narrow axis has no room side by side: a word a line.
         if isinstance(axis.xaxis.get_major_locator(), FixedLocator):
             names = [name.get_text().replace(" ", "\n") for name in axis.get_xticklabels()]
             axis.set_xticks(axis.get_xticks(), names)
+    # Asked before the axes of the scales are removed.
     coloured = [(scale._colorbar.mappable, scale.get_ylabel()) for scale in scales]
     for axis in [*scales, *(axis for axis in panels if not axis.axison)]:
         axis.remove()
     figure.set_layout_engine("constrained")
     for colours, label in coloured:  # made anew: it lies, where it stood
         figure.colorbar(colours, ax=shown, location="bottom", label=label, aspect=30, pad=0.01)
-    for legend in list(figure.legends):
+    for legend in list(figure.legends):  # a copy: each is taken out of it below
         handles, labels = legend.legend_handles, [_wrapped(text.get_text(), 0.8 * width) for text in legend.get_texts()]
         legend.remove()
         columns = max(1, int(_letters(width) / (max(map(len, labels)) + 7)))

@@ -71,7 +71,7 @@ class Driver:
 
     def joules(self) -> float:
         """Energy of the whole board since its driver was loaded; raises _Unanswered."""
-        return float(self.ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+        return float(self.ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3  # millijoules
 
     def constant(self, name: str) -> Any:
         """A constant of NVML; raises _Unanswered."""
@@ -81,7 +81,7 @@ class Driver:
     def field(self, name: str) -> int:
         """An unsigned integer that NVML calls a field value; raises _Unanswered."""
         (field,) = self.ask("nvmlDeviceGetFieldValues", [self.constant(name)])
-        if field.nvmlReturn != 0:
+        if field.nvmlReturn != 0:  # of this value; the call has succeeded all the same
             raise _Unanswered(f"{name}: {self._nvml.NVMLError(field.nvmlReturn)}")
         kinds = {
             self._nvml.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
@@ -204,7 +204,7 @@ def _answers(driver: Driver, pci_devices: Path = _PCI_DEVICES) -> dict[str, Answ
             "sm": driver.ask("nvmlDeviceGetClockInfo", driver.constant("NVML_CLOCK_SM")),
             "memory": driver.ask("nvmlDeviceGetClockInfo", driver.constant("NVML_CLOCK_MEM")),
         },
-        "power_limit_w": lambda: driver.ask("nvmlDeviceGetEnforcedPowerLimit") / 1e3,
+        "power_limit_w": lambda: driver.ask("nvmlDeviceGetEnforcedPowerLimit") / 1e3,  # milliwatts
         "numa_node": lambda: _numa_node(_text(driver.ask("nvmlDeviceGetPciInfo").busId), pci_devices),
     }
     return {name: answer(question) for name, question in questions.items()}
@@ -224,7 +224,8 @@ def _text(answer: str | bytes) -> str:
 
 
 def _numa_node(bus_id: str, pci_devices: Path) -> int:
-    """NUMA node of the PCI device; NVML writes its domain with eight digits, the system with four."""
+    """NUMA node of the PCI device."""
+    # NVML writes the domain with eight digits, the system with four.
     file = pci_devices / bus_id.lower()[-12:] / "numa_node"
     try:
         node = int(file.read_text())
@@ -257,7 +258,7 @@ class PcieCounter:
         self._why: str | None = None
         self._total, self._longest = 0, 0.0
         self._last: tuple[int, float] | None = None  # value, and when
-        self._poll()
+        self._poll()  # the count at the begin, whenever the thread gets to run
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -307,7 +308,7 @@ def _grown(last: int, value: int) -> int:
     """By how much a counter grew that may have wrapped once."""
     if value >= last:
         return value - last
-    if last >= _WRAP:
+    if last >= _WRAP:  # a wider counter, which does not wrap
         raise _Unanswered(f"the PCIe counter went back from {last} to {value}")
     return value - last + _WRAP
 
@@ -315,6 +316,7 @@ def _grown(last: int, value: int) -> int:
 def _link_rate(driver: Driver) -> float:
     """Bytes per second that the link cannot exceed: 0.25 GB/s a lane, doubled with each generation."""
     try:
+        # Not the link as it is now: an idle one is slow, and becomes faster while the block runs.
         generation = driver.ask("nvmlDeviceGetMaxPcieLinkGeneration")
         lanes = driver.ask("nvmlDeviceGetMaxPcieLinkWidth")
     except _Unanswered:

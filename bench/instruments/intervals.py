@@ -39,17 +39,19 @@ def median_interval(samples: tuple[float, ...]) -> tuple[float, float]:
 @functools.cache
 def _middle_draws(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The two middle draws of a resample (of an odd number one, twice): by rank, [P] each, and their chances, [P]."""
-    # Ranks too far from the middle to matter are left out.
+    # Ranks too far from the middle to matter are left out: a binomial deviates there by sqrt(count) / 2.
     half, far = count // 2, math.ceil(_FAR / 2 * math.sqrt(count)) + 1
     edges = np.arange(max(0, half - far), min(count, half + far) + 1)  # draws among the first `edge` samples
     ranks = edges[:-1]
     if count % 2:
+        # The middle draw is among the first samples if the majority of draws is.
         return ranks, ranks, np.diff(_at_least(half + 1, count, edges / count))
     # Two different ones: half of the draws end at the first, and the other half begin at the second.
     # In logarithms, since of some 31,000 samples a power by itself is beyond float64, and the other one below it.
     with np.errstate(divide="ignore"):  # of an end, which no draw is beyond
         below, above = half * np.log(edges / count), half * np.log(1 - edges / count)
     inside = _log_difference(below[1:], below[:-1])[:, None] + _log_difference(above[:-1], above[1:])[None, :]
+    # [P, P]; above the diagonal alone, for the first of the two is the smaller.
     apart = np.exp(np.where(np.tri(len(ranks), dtype=bool), -np.inf, _log_choose(count, half) + inside))
     same = np.diff(_at_least(half, count, edges / count)) - apart.sum(axis=1)
     lower, upper = np.triu_indices(len(ranks))
@@ -63,6 +65,7 @@ def _log_difference(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:
 
 def _at_least(least: int, count: int, shares: np.ndarray) -> np.ndarray:
     """The chance that of so many draws at least `least` fall into a share, for each share, [E]."""
+    # Not of 0: minus infinity times no draw is no number.
     inside, outside = (np.log(np.maximum(each, 1e-300)) for each in (shares, 1 - shares))
     # Shares are at most _FAR standard deviations above the middle, and so many more draws than that have no chance.
     draws = np.arange(least, min(count, least + 2 * math.ceil(_FAR / 2 * math.sqrt(count)) + 2) + 1)

@@ -21,7 +21,7 @@ from bench.instruments.reading import set_aside
 from engram_ref.files.small_files import read_small
 
 MOST_BYTES = 1 << 30  # a full run of every sweep leaves some megabytes
-_START = b'["'
+_START = b'["'  # of every line: [key, record], and a key is text
 
 
 class Journal:
@@ -62,7 +62,7 @@ class Journal:
     def _open(self) -> BinaryIO:
         """The file, at the start of a line."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.open("ab+")
+        file = self._path.open("ab+")  # +: its last byte is read
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # torn: it is ignored, and the next one starts on a line of its own
@@ -99,6 +99,7 @@ def earlier(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any] | N
         return None
     content = read_small(path, MOST_BYTES, "name another folder")
     try:
+        # As it stands there, not made harmless by `read_results`: all of it is written again.
         found = json.loads(content)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")

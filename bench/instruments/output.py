@@ -119,6 +119,6 @@ def _source_of(path: Path) -> str | None:
 def tell(text: str) -> None:
     """Progress on stderr; on a terminal one line that is overwritten."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)  # \033[K: what a longer line has left
     else:
         print(text, file=sys.stderr, flush=True)

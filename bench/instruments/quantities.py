@@ -120,6 +120,7 @@ def _which(entry: Any) -> str:
     if not isinstance(entry, Mapping):
         return ""
     found = ((key, _in_words(entry.get(key))) for key in _WHICH)
+    # A number by itself says nothing: it is named.
     return " ".join(words if not words.isdigit() else f"{key} {words}" for key, words in found if words)
 
 

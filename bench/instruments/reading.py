@@ -30,6 +30,7 @@ _LOOK_ALIKES = str.maketrans(
     {"<": "‹", ">": "›", "[": "(", "]": ")", "{": "(", "}": ")", "`": "'", "|": "¦", "\\": "/"}
 )
 _HOLD_TEXT = {str, dict, list}  # of the types that JSON is read as
+# What is not plain ASCII is looked at, too: most of it stays, some moves a cursor or is not seen.
 _MEANS_SOMETHING = re.compile(r"[<>\[\]{}`|\\]|[^\x20-\x7e]")
 
 

@@ -158,6 +158,7 @@ def write_json(path: Path, content: Mapping[str, Any], text: str | None = None) 
         text: the content as it is to be laid out; None for a value a line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Before the numbers: whenever this is cut, no figure of others stands beside them.
     forget_figures(path, content)
     with replacing(path) as file:
         file.write(((json.dumps(content, indent=1) if text is None else text) + "\n").encode())

@@ -209,7 +209,7 @@ class CacheFlush:
 
         on_device = device.type == "cuda"
         self._device = torch.zeros(FLUSHED // 8, dtype=torch.int64, device=device) if on_device else None
-        self._wait = torch.cuda.synchronize
+        self._wait = torch.cuda.synchronize  # kept: torch is imported here alone
 
     def __call__(self) -> None:
         """Flush, and wait until it is done."""
