@@ -114,7 +114,7 @@ def _line(name: str, a: Quantity | None, b: Quantity | None, pairs: bool, tolera
     if a.median <= 0 or b.median <= 0:
         return Line(name, a.median, b.median, None, None, None, "unpaired", _without_ratio(a.samples, b.samples))
     # Round n of both met the same input, and has one ratio.
-    paired = pairs and len(a.samples) == len(b.samples) and min(a.samples) > 0
+    paired = pairs and len(a.samples) == len(b.samples) and min(a.samples) > 0  # each is divided by
     found = _ratio(_some(a.samples), _some(b.samples), paired)
     if found is None:
         return Line(name, a.median, b.median, None, None, None, "unpaired", "not resolved")

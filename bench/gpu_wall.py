@@ -134,9 +134,11 @@ def complete(options: argparse.Namespace, given: Mapping[str, str]) -> argparse.
         known(options.variants, device)  # refuses others
         wall_options.refuse_idle_options(options, given, on_gpu, end_to_end_options.OWN_OPTIONS)
         end_to_end_options.fill_defaults(options, on_gpu)
+        # Only now the preset is known.
         options.rows = wall_options.row_layout(options.preset, options.rows)
         preset, dtype = options.preset, options.dtype
         wall_options.require_steps(options.steps or [], on_gpu and not options.end_to_end)
+        # End to end, `max` is what memory holds beside a model: it is settled where the models' sizes are known.
         options.table_params = [
             largest(preset, dtype) if n == "max" and not options.end_to_end else n for n in options.table_params
         ]

@@ -39,7 +39,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as NumPy is imported, below
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -150,7 +150,7 @@ def make_pool(shape: tuple[int, int], size: int) -> list[np.ndarray]:
 
 def check_equal(ways: dict[str, Hash], layer: LayerPlan, pools: Pools) -> None:
     """Stop unless all of a group give the same indices (the demo's have no offsets: they are added here)."""
-    for names in (HASHES[:3], PATHS):
+    for names in (HASHES[:3], PATHS):  # `bare` has no indices
         for ids in pools[names[0]][:16]:
             expected = ways[names[0]](ids, layer.layer_id) + np.array(layer.offsets)
             for name in names[1:]:
@@ -216,6 +216,7 @@ def measure_size(
 def copy_bandwidth(size: int, repeats: int) -> float:
     """Bytes per second that np.copyto writes into an array of `size` bytes, median."""
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    # A guess of what one takes, at 10 GB/s: it decides nothing but how many are timed together.
     calls = max(1, round(SAMPLE_SECONDS / max(1e-7, size / 1e10)))
     times = []
     for _ in range(repeats):
@@ -286,7 +287,7 @@ def main() -> None:
     size = config.compressed_size or COMPRESSED_SIZE
     vocab = sample_vocab(size)
     plan = HashPlan.build(config, size, PAD_COMPRESSED)
-    plan = replace(plan, layers=plan.layers[:1])
+    plan = replace(plan, layers=plan.layers[:1])  # `from_tokens` hashes for every layer, the other ways for one
     ways, layer = contenders(plan, vocab), plan.layers[0]
     ready = time.perf_counter() - start
     print(f"plan and compiled loop ready after {ready:.1f} s (less once numba has cached the loop)", file=sys.stderr)

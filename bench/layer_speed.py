@@ -70,7 +70,7 @@ def gather_case(repeats: int) -> dict[str, Any]:
         content = table_content.rows_in(memory.bytes, row_format, rows)
         table_content.fill(content, seed=0)
         values = content.values()
-        ordinary = values.clone()
+        ordinary = values.clone()  # in torch's own memory, which asks for no huge pages
         table, out = HostTable(values, "cpu"), torch.empty((GATHER_ROWS, 64), dtype=torch.bfloat16)
         draw = np.random.default_rng(0)
 
@@ -99,7 +99,7 @@ def gather_case(repeats: int) -> dict[str, Any]:
 def convolution_case(repeats: int) -> dict[str, Any]:
     """(1, 1024, 4, 1024) float32, four taps, dilation 3."""
     copies, hidden, taps, dilation = 4, 1024, 4, 3
-    x = torch.randn(1, TOKENS, copies, hidden)
+    x = torch.randn(1, TOKENS, copies, hidden)  # [B, T, G, H]
     channels = copies * hidden
     conv = nn.Conv1d(
         channels, channels, taps, groups=channels, bias=False, padding=(taps - 1) * dilation, dilation=dilation
@@ -128,8 +128,8 @@ def layer_case(repeats: int) -> dict[str, Any]:
     layer, hasher = plan.layers[0], NgramHasher(plan)
     draw = np.random.default_rng(0)
     pool = itertools.cycle([draw.integers(0, COMPRESSED_SIZE, (1, TOKENS)) for _ in range(8)])
-    hidden = torch.randn(1, TOKENS, config.hc_mult, config.hidden)
-    e = torch.randn(1, TOKENS, config.embedding_width)
+    hidden = torch.randn(1, TOKENS, config.hc_mult, config.hidden)  # [B, T, G, H]
+    e = torch.randn(1, TOKENS, config.embedding_width)  # [B, T, C*D]
     with HostMemory(layer.rows * config.row_bytes()) as memory, torch.inference_mode():
         values = memory.bytes.view(torch.float32).view(layer.rows, config.row_width)
         fill_normal(values, seed=0)

@@ -88,7 +88,7 @@ def timed(clock: Clock, run: Callable[[], object], delay: Callable[[], object] |
         delay()
     clock.begin()
     run()
-    late = delay is not None and clock.begun
+    late = delay is not None and clock.begun  # asked now: at the end it has begun in any case
     clock.mark("end")
     return total(clock.end()), late
 
@@ -155,7 +155,7 @@ class Lookups:
     def __init__(self, options: argparse.Namespace, stack: ExitStack) -> None:
         self.options, self.device = options, pick_device(options.device)
         self.vocab = CompressedVocab.from_tokenizer()
-        self.config = table_config(options.preset, options.table_params, 1, "bfloat16")
+        self.config = table_config(options.preset, options.table_params, 1, "bfloat16")  # no model around: hidden is 1
         self.plan = HashPlan.build(self.config, len(self.vocab), self.vocab.pad(self.config.pad_id))
         self.skipped: list[Skipped] = []
         names = [name for name in _NAMES if self._fits(name)]
@@ -163,7 +163,7 @@ class Lookups:
         self.tables: TableSet = stack.enter_context(
             TableSet(self.config, self.plan, wanted, on, options.out, options.seed, None, (), packed=True)
         )
-        found = {variant.name: variant for variant in reversed(self.tables.variants)}
+        found = {variant.name: variant for variant in reversed(self.tables.variants)}  # of two, the first
         self.variants = {name: found[_NAMES[name]] for name in names}
         draw = np.random.default_rng(options.seed)
         self.tables.check(self.vocab(draw.integers(0, len(self.vocab.ids), _CHECKED)))

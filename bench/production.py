@@ -92,7 +92,7 @@ def cases_of(parts: tuple[str, ...] | list[str], quick: bool, preset: str | None
         cases += [step(tokens_per_step=tokens) for tokens in LONG_STEPS if table == "paper-100b"]
     if quick:
         small = (replace(case, tokens=min(case.tokens or QUICK_TOKENS, QUICK_TOKENS)) for case in cases)
-        cases = list(dict.fromkeys(case for case in small if case.tokens_per_step in QUICK_STEPS))
+        cases = list(dict.fromkeys(case for case in small if case.tokens_per_step in QUICK_STEPS))  # some are equal now
     sizes: tuple[int | None, ...] = (None,) if preset is None else ROW_SIZES[preset]
     return [replace(case, row_bytes=size) for case in cases if case.part in parts for size in sizes]
 
@@ -144,7 +144,7 @@ def price_all(cases: list[Case], journal: Path, processes: int) -> list[Record]:
         missing = [case for case in cases if keys[case] not in done.found]
         if len(missing) < len(cases):
             say(f"{len(cases) - len(missing)} of {len(cases)} cases are in {journal}")
-        missing.sort(key=lambda case: case.tokens or sys.maxsize, reverse=True)
+        missing.sort(key=lambda case: case.tokens or sys.maxsize, reverse=True)  # None: all of the text, the longest
         began = time.monotonic()
         for count, (place, records) in enumerate(in_parallel(price_case, missing, processes), start=1):
             case = missing[place]

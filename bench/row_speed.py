@@ -49,6 +49,7 @@ def measure_once(tokens: int | None) -> dict[str, Any]:
     priced = price_rows(reads, start(reads, held=True), config.row_bytes())
     marks.append(time.perf_counter())
     seconds = dict(zip(STAGES, (b - a for a, b in zip([began, *marks], marks))))
+    # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "tokens": len(ids),
@@ -63,7 +64,7 @@ def measure_once(tokens: int | None) -> dict[str, Any]:
 def measure(rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Samples of every size; the warm-up round is not kept."""
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in SIZES}
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork would begin with what is loaded here
     for number in range(-1, rounds):
         for name, tokens in SIZES.items():
             with context.Pool(1) as pool:  # a process of its own, whose peak of memory is the sample's

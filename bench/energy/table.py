@@ -75,6 +75,7 @@ def share(tier: Tier, hbm: Tier, reads: int, row_bytes: int, weight_bytes: int) 
     """Least and most of rows' energy over weights' energy, every read fetched from its tier."""
     low, high = rows_energy(tier, hbm, reads, reads, row_bytes)
     least, most = weights_energy(weight_bytes, hbm)
+    # Of HBM by itself the figure cancels, whichever it is.
     return (low / least, high / most) if tier == hbm else (low / most, high / least)
 
 

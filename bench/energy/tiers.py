@@ -51,13 +51,13 @@ def tiers(published: Callable[[str], Range]) -> list[Tier]:
     hbm = [published(f"energy.{name}") for name in ("hbm2", "hbm2e", "hbm3e")]
     link = published("energy.pcie_elsewhere")
     rate, random = published("energy.nvme_rate_per_watt"), published("energy.nvme_random_io")
-    sequential = tuple(1e12 / (mb * 1e6) / 8 for mb in rate)
+    sequential = tuple(1e12 / (mb * 1e6) / 8 for mb in rate)  # MB/s per W -> pJ per bit
     return [
         Tier("HBM", (min(low for low, _ in hbm), max(high for _, high in hbm))),
         Tier("host LPDDR5 over PCIe", _plus(published("energy.lpddr5"), link)),
         Tier("host DDR over PCIe", _plus(published("energy.ddr"), link)),
         Tier("NVMe SSD, in sequence", (sequential[0], sequential[1])),
-        Tier("NVMe SSD, random rows", (0.0, 0.0), (random[0] * 1e6, random[1] * 1e6)),
+        Tier("NVMe SSD, random rows", (0.0, 0.0), (random[0] * 1e6, random[1] * 1e6)),  # uJ -> pJ
     ]
 
 
@@ -130,7 +130,7 @@ def first_crossing(share: Callable[[float], float], level: float, most: float) -
     """
     # No bisection from the start: the share need not grow throughout, as at small steps the experts that are read grow
     # faster than the rows.
-    low, high = 0.0, 0.5
+    low, high = 0.0, 0.5  # of a token: where rows reach the level below one, that is said
     while share(high) < level:
         low, high = high, 1.05 * high
         if low > most:

@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **priced_head(PROG, "bench.rows.other_texts", "bench.setup.corpora"),
         "configuration": {"tokens": TOKENS, "texts": options.only},
-        "records": [record for place in sorted(found) for record in found[place]],
+        "records": [record for place in sorted(found) for record in found[place]],  # they came as they were done
     }
 
 
@@ -59,7 +59,7 @@ def records_of(name: str) -> list[dict[str, Any]]:
     models = {table: MODELS[model].table for table, model in WEIGHED.items()}
     plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}
     if name == OWN:
-        own = standard_library(vocab, None, 1 << 20)
+        own = standard_library(vocab, None, 1 << 20)  # a megabyte, which has more than TOKENS
         ids = own.ids[:TOKENS]
         about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
         zipf = random_source("zipf", len(vocab), TOKENS).ids
@@ -74,7 +74,7 @@ def records_of(name: str) -> list[dict[str, Any]]:
     if not any(parts):
         raise ValueError(f"{corpus.package} holds no {corpus.kind} where it is looked for: another version?")
     tokenizer = load_tokenizer(None)
-    ids = vocab(encode_texts(tokenizer, ["\n\n".join(parts)])[None])[0]
+    ids = vocab(encode_texts(tokenizer, ["\n\n".join(parts)])[None])[0]  # [1, T] -> [T]
     about = {"kind": corpus.kind, "package": corpus.package, "licence": corpus.licence}
     record = {
         "text": name,

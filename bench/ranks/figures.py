@@ -46,7 +46,7 @@ def _model(axis: Any, results: Results, phase: str) -> None:
             axis.plot([e["ranks"] for e in line], [1e6 * e["seconds"] for e in line], style, color=colour, label=label)
     for style, tokens in zip(_STYLES, counts):
         window = next(entry["window_s"] for entry in entries if entry["tokens"] == tokens)
-        if phase == "prefill" or tokens == counts[0]:
+        if phase == "prefill" or tokens == counts[0]:  # decode has one window, whatever the tokens
             axis.axhline(1e6 * window, color="0.5", linestyle=style if phase == "prefill" else "-", linewidth=0.8)
             axis.annotate("window", (1024, 1e6 * window), fontsize=7, color="0.4", ha="right", va="bottom")
     told = ", ".join(f"{style} {tokens:,}" for style, tokens in zip(("solid", "dashed", "dash-dot", "dotted"), counts))

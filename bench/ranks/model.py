@@ -44,6 +44,7 @@ def model_table() -> list[dict[str, Any]]:
         for phase, counts in PHASES.items():
             for tokens in counts:
                 for ranks in (ranks for ranks in RANKS if ranks <= link.most_ranks):
+                    # Bytes are shown of all layers, as real runs count them; seconds are the first layer's alone.
                     received = layer_bytes(tokens, ranks, config)
                     found.append(
                         {

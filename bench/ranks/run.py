@@ -93,6 +93,7 @@ def _sized(config: EngramConfig, params: float, dtype: str) -> EngramConfig:
     rows = params / (config.row_width * config.columns * len(config.layer_ids))
     sizes = (max(2, int(rows)),) * len(config.orders)
     row_dtype = config.row_dtype if config.row_dtype == "float8_e4m3fn" else dtype
+    # None, or a plan of COMPRESSED ids would be refused.
     return config.replace(table_size_per_order=sizes, row_dtype=row_dtype, compressed_size=None)
 
 

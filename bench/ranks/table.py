@@ -65,7 +65,7 @@ def most_hidden(results: Results) -> str:
             cells.append(
                 f"{largest} of {line[-1]['ranks']:,} ({1e6 * line[0]['seconds']:,.0f} us at {line[0]['ranks']})"
             )
-        window = line[0]["window_s"]
+        window = line[0]["window_s"]  # of any link: it is compute
         rows.append([f"{phase}, {tokens:,}", f"{1e6 * window:,.0f} us", *cells])
     return markdown(["tokens a rank", "window", *links], rows, right=range(1, len(links) + 2))
 

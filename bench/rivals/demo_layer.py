@@ -36,7 +36,7 @@ class DemoWay(nn.Module):
         copies = range(config.hc_mult)
         self.key_projs = nn.ModuleList(nn.Linear(width, hidden, **where) for _ in copies)
         self.value_proj = nn.Linear(width, hidden, **where)
-        self.norm1 = nn.ModuleList(nn.RMSNorm(hidden, **where) for _ in copies)
+        self.norm1 = nn.ModuleList(nn.RMSNorm(hidden, **where) for _ in copies)  # key, then query; torch's eps
         self.norm2 = nn.ModuleList(nn.RMSNorm(hidden, **where) for _ in copies)
         self.short_conv = ShortConv(config, **where) if config.kernel_size else None
 

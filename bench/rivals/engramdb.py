@@ -144,6 +144,7 @@ class ColdRace(AbstractContextManager["ColdRace"]):
     def _require_equal(self) -> None:
         rows, row_format = self.fresh(_CHECKED_ROWS), _row_format(self.row_bytes)
         numbers = torch.from_numpy(rows)
+        # A copy: torch wants memory that could be written.
         stored = torch.frombuffer(bytearray(self.store.fetch(rows.tolist())), dtype=torch.uint8)
         for name, found in ((OURS, self.table.start(numbers).wait()), (STORE, stored.view(-1, self.row_bytes))):
             table_content.require_written(name, found, numbers, row_format, _SEED)

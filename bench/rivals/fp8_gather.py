@@ -72,7 +72,7 @@ class Race(AbstractContextManager["Race"]):
             self.split = table_content.rows_in(split, FP8, rows, packed=False)
             for table in (self.packed, self.split):
                 table_content.fill(table, _SEED)
-            FP8.decode(self.packed.parts[0], self.bf16.values())
+            FP8.decode(self.packed.parts[0], self.bf16.values())  # so that all ways deliver the same values
             self._require_equal(min(most, _CHECKED_ROWS))
             self._close = undo.pop_all()
 
@@ -129,7 +129,7 @@ class Race(AbstractContextManager["Race"]):
         return {_copying(f): self._copy_of(count * f.row_bytes) for f in (BF16, FP8)}
 
     def _copy_of(self, nbytes: int) -> Callable[[Tensor], object]:
-        source = np.ones(nbytes, np.uint8)
+        source = np.ones(nbytes, np.uint8)  # written: untouched memory is one page of zeros, and always cached
         target = self._written[:nbytes].numpy()
 
         def share(first: int, last: int) -> None:
@@ -140,6 +140,7 @@ class Race(AbstractContextManager["Race"]):
     def samples(self, count: int, fetches: int, rounds: int) -> dict[str, list[float]]:
         """Seconds of so many fetches of `count` fresh rows each, and of what bounds all of them; `rounds` samples."""
         rows = fetches * count
+        # Each way draws rows of its own: those that another one has just read may lie in a cache.
         ways = {
             name: Way(lambda _: self.fresh(rows).split(count), lambda batch, way=way: [*map(way, batch)])  # type: ignore[misc]
             for name, way in self.ways().items()

@@ -230,6 +230,7 @@ def _whole_model(case: Case) -> list[Record]:
             schedule: price_steps(events, begin, row_bytes, above)
             for schedule, events in _schedules(reads, held, case.prefetch)
         }
+        # Bytes of rows that a step brings to the top, in the mean, rounded up: the weights come to lie below them.
         touched = -(-int(priced["offload_naive"].fresh.sum()) * row_bytes // _steps(reads))
         for at, (name, around) in enumerate(places, start=1):
             prices = {schedule: found.prices[at] for schedule, found in priced.items()}

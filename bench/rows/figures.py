@@ -70,7 +70,7 @@ def _place(results: dict[str, Any]) -> Any:
     for table, colour in TABLE_COLOURS.items():
         for layout, style in LAYOUT_LINES.items():
             line = select(results, part="place", prefetch=False, table=table, layout=layout)
-            line = [r for r in line if r["padding_bytes"]]
+            line = [r for r in line if r["padding_bytes"]]  # the axis is logarithmic
             sizes = [r["padding_bytes"] / r["live_bytes"] for r in line]
             ratios = [placed(r) for r in line]
             axis.plot(sizes, ratios, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
@@ -93,6 +93,7 @@ def _hot(results: dict[str, Any]) -> Any:
             shares = [100 * r["hot_share"] for r in line]
             saved = [100 * (1 - r["price"] / base["price"]) for r in line]
             axes[0].plot(shares, saved, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
+        # Of either layout: which rows a tier holds does not depend on it.
         axes[1].plot(shares, [100 * r["tier_rows_filled"] / r["tier_rows"] for r in line], color=colour, marker="o")
         axes[1].plot(shares, [100 * r["reads_of_tier"] / r["reads"] for r in line], ":", color=colour, marker="s")
     axes[0].set(xscale="log", ylabel="% of the price saved", title="what it saves", ylim=(0, None))

@@ -42,7 +42,7 @@ def seen_before(ids: np.ndarray, order: int) -> float:
 
 
 def shuffled(ids: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The same tokens in an order drawn from the one generator that Python promises never to change."""
+    """The same tokens in an order that Python's own generator draws."""
     order = list(range(len(ids)))
     random.Random(seed).shuffle(order)
     return ids[order]
@@ -116,7 +116,7 @@ def _hot(rows: np.ndarray, config: EngramConfig, plan: HashPlan) -> Record:
     """A tier of the rows that are most frequent in the first half, charged on the second, the table held live."""
     half = rows.shape[1] // 2
     calibration, reads = link(rows[:, :half], plan, 1), link(rows[:, half:], plan, 1)
-    ranking = np.argsort(-calibration.frequency(), kind="stable")
+    ranking = np.argsort(-calibration.frequency(), kind="stable")  # of equals, the smaller row first
     hot = np.sort(calibration.rows[ranking[: int(HOT_SHARE * reads.table_rows)]])
     hit = among(reads.rows, hot)[1]
     with_tier, without = (

@@ -254,6 +254,7 @@ def lookups_against_pinned(record: Record, *schedules: str) -> float:
 
 def against_pinned(record: Record) -> tuple[float, float]:
     """Price of offloaded, copied rows over that of a table pinned above the weights: of the rows alone, of the step."""
+    # These are prices of one step, those of rows are of all steps together.
     rest = record["steps"] * sum(record[name] for name in ("weights_step_price", _OWN, _BURIED))
     lookups = lookups_against_pinned(record, *_COPIED)
     return lookups, (lookups * record["pinned"] + rest) / (record["pinned"] + rest)

@@ -88,6 +88,7 @@ def boundary(record: Record, level: float) -> float:
 def point(model: str, experts: str, tokens: int) -> tuple[float, float]:
     """Where a decode step of a published model stands: bytes above / bytes of the table, bytes read / bytes of rows."""
     shape, around = MODELS[model], _around(model, experts, tokens)
+    # Rows; the primes that a column really has are a little larger.
     table = sum(shape.table.table_size_per_order) * shape.table.heads * len(shape.table.layer_ids)
     return (
         around.live_bytes / (table * shape.table.row_bytes()),

@@ -99,6 +99,8 @@ class WholeModel:
         """
         weights = self.decode_bytes if mode == "decode" else self.prefill_bytes
         if self.experts:
+            # What all tokens read alike; nothing, where the published active weights are less than an even part of the
+            # experts, as in a prefill: 4 GB, and six of 384 have 4.5.
             shared = max(0, weights - self.experts.touched(1))
             union = max(weights, shared + self.experts.touched(tokens))
             read = {"one": weights, "expected": union, "all": self.all_bytes}
@@ -155,7 +157,7 @@ def _dense(name: str, size: str) -> WholeModel:
     shape, blocks = BlockShape.of(SIZES[size]), SIZES[size]["num_hidden_layers"]
     nbytes = _BFLOAT16 * (
         blocks * shape.parameters() + QWEN3_VOCABULARY * shape.hidden
-    )  # embeddings: the output's only
+    )  # embeddings: the output's only; of the input's, a token reads one row
     kv_bytes = _BFLOAT16 * blocks * 2 * shape.kv_heads * shape.head_dim
     return WholeModel(name, blocks, nbytes, nbytes, nbytes, paper_table(shape.hidden), kv_bytes)
 
