@@ -18,10 +18,11 @@ MOST_SEED = 2**63 - 1
 _MOST_DIGITS = 25  # of a number: more than any limit of ours has, and computed with exactly
 _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?\s*", re.ASCII)
 _POWER = re.compile(r"\s*(\d{1,2})\^(\d{1,3})\s*", re.ASCII)
+# The e of an exponent begins no unit.
 _UNIT = re.compile(r"([^a-zA-Zµμ]*(?:[eE][+-]?\d+)?)\s*([a-zA-Zµμ]*)")
 _BYTES = {"b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}}
 _BYTES |= {f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)}
-_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}  # micro sign, Greek letter
 
 
 def number(text: str) -> int | float | None:
@@ -47,6 +48,7 @@ def at_least(least: int, most: int = MOST) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         value = number(text)
+        # What is infinite is too much, and is told so below.
         if value is None or value < least or (isinstance(value, float) and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{quoted(text)} must be an integer of at least {least}")
         if value > most:
@@ -86,6 +88,7 @@ def seconds(text: str) -> float:
 def _with_unit(text: str, units: Mapping[str, float], what: str, default: float | None) -> float:
     found = _UNIT.fullmatch(text.strip())
     value = number(found[1]) if found else None
+    # The default is for a number without a unit, not for a unit that nobody knows.
     factor = units.get(found[2].lower(), None if found[2] else default) if found else None
     if value is None or factor is None or not 0 <= value * factor < 2**63:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be {what}")

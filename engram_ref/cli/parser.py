@@ -23,6 +23,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
             return said
         words = default if isinstance(default, (list, tuple)) else [default]
         shown = " ".join(f"{word:g}" if isinstance(word, float) else str(word) for word in words)
+        # argparse formats help by `%`.
         return f"{said} (default: {shown})".replace("%", "%%") if "%" in shown else f"{said} (default: {shown})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -53,6 +54,7 @@ class Parser(argparse.ArgumentParser):
     def parse_given(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The options, and which of them stand on the command line: by name in the namespace, as they are spelt."""
         spelt = {a.dest: a.option_strings[-1] for a in self._actions if a.option_strings}
+        # argparse puts defaults only where a namespace has nothing: what stays _ABSENT was not given.
         namespace = argparse.Namespace(**dict.fromkeys(spelt, _ABSENT))
         self.parse_args(argv, namespace)
         given = {name: option for name, option in spelt.items() if getattr(namespace, name) is not _ABSENT}
@@ -62,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 def _respelt(word: str, known: Mapping[str, str]) -> str:
     name, equals, value = word.partition("=")
     hyphens = name.replace("_", "-")
+    # As argparse does, a beginning is taken that only one option has.
     meant = [option for plain, option in known.items() if plain == hyphens] or [
         option for plain, option in known.items() if plain.startswith(hyphens)
     ]

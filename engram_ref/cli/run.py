@@ -24,7 +24,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             _leave_unread()
-        if isinstance(error, ModuleNotFoundError) and error.name != "torch":
+        if isinstance(error, ModuleNotFoundError) and error.name != "torch":  # torch's says how to install it
             raise
         print(f"{prog}: error: {one_line(error, _LONGEST_ERROR)}", file=sys.stderr)
         sys.exit(2)
@@ -42,6 +42,7 @@ def _nobody_reads() -> bool:
 
 def _leave_unread() -> NoReturn:
     """End as other programs do whose reader leaves, by the code of SIGPIPE; what is left to print is dropped."""
+    # Python flushes stdout once more as it ends, and would complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
 

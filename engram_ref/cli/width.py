@@ -112,7 +112,7 @@ def _narrow(table: list[str], width: int) -> list[str]:
     spans = [match.span() for match in re.finditer("-+", table[1])]
     first, rest = spans[0], spans[1:]
     parts: list[list[tuple[int, int]]] = []
-    used = width + 1
+    used = width + 1  # full: the first column begins a part
     for span in rest:
         room = span[1] - span[0] + 2
         if used + room > width:

@@ -60,6 +60,7 @@ def notice(error: BaseException | None) -> Tensor:
     said = torch.zeros(NOTICE_BYTES, dtype=torch.uint8, device="cpu")
     if error is not None:
         kind = next((number for number, kind in enumerate(_KINDS, 1) if isinstance(error, kind)), len(_KINDS))
+        # Its length has one byte. It may be cut within a character, for which whoever reads it puts another.
         text = one_line(str(error) or type(error).__name__, NOTICE_BYTES - 2).encode()[: NOTICE_BYTES - 2]
         said[: 2 + len(text)] = torch.tensor([kind, len(text), *text], dtype=torch.uint8, device="cpu")
     return said
@@ -92,7 +93,7 @@ def agree(group: Any, error: BaseException | None) -> None:
     try:
         raise_first(gather(group, notice(error)))
     except (ValueError, OSError, RuntimeError) as first:
-        raise first from error
+        raise first from error  # what this rank has met itself is its cause
 
 
 @contextmanager

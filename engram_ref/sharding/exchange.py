@@ -159,7 +159,7 @@ class AllToAll(Exchange):
 
     def ask(self, route: Route, error: BaseException | None = None, idle: bool = False) -> Asked:
         """Exchange counts, unless they are always the same, then row numbers."""
-        if self.steady and error is not None:
+        if self.steady and error is not None:  # counts are not told: the others wait for as many as ever
             route = self._stand_in()
         ids = torch.from_numpy(route.ids).to(self.device)  # before the others have heard anything
         given, all_idle = (route.counts, False) if self.steady else self._exchange_counts(route.counts, idle)
@@ -211,7 +211,7 @@ class AllGather(Exchange):
 
     def ask(self, route: Route, error: BaseException | None = None, idle: bool = False) -> Asked:
         """Make sure that all want the same rows: what one rank brings for others would be wrong rows."""
-        first = sum(route.counts[: self.rank])
+        first = sum(route.counts[: self.rank])  # row numbers are sorted by owner
         mine = torch.from_numpy(route.ids[first : first + route.counts[self.rank]]).to(self.device)
         prints = torch.tensor([len(route.ids), zlib.crc32(route.ids.tobytes())], device="cpu").view(
             torch.uint8
@@ -246,9 +246,10 @@ class AllGather(Exchange):
         with watched(self.group):
             works = [
                 dist.all_gather(list(notices), said, group=self.group, async_op=True),
-                dist.all_gather(list(found), mine, group=self.group, async_op=True),
+                dist.all_gather(list(found), mine, group=self.group, async_op=True),  # views: all arrive in one tensor
             ]
         self._count(rows=most * (self.plan.ranks - 1), control=NOTICE_BYTES, fetches=1)
+        # Of equally many from each nothing is cut off, and no copy is made.
         even = most * self.plan.ranks == sum(asked.wanted)
         counts = None if even else asked.wanted
         return Arrival(self.group, found.flatten(0, 1) if even else found, notices, works, (said, mine), counts)

@@ -31,11 +31,12 @@ def depths(log: Log, definition: str = "lru") -> array[int]:
         return _array(_fullest_waits(events.inputs, left, fixed, stored, *full_axis(len(left))))
     needed = np.zeros(events.inputs + len(left), np.bool_)
     fate, none = np.zeros(len(left), np.uint8), np.empty(0, np.int32)
+    # It finds no fault: `single_reads` has refused what reads too early.
     fast_stack.fates(events.inputs, left, np.full(len(left), -1, np.int32), none, needed, fate)
     if definition == "stationary":
         return _array(_fixed_places(events.inputs, left, fixed, fate))
     if definition == "classic":
-        fate[:] = RESULT_LIVES * stored
+        fate[:] = RESULT_LIVES * stored  # nothing ever leaves
     return fast_stack.replayed(events, fate)
 
 
@@ -53,7 +54,7 @@ def single_reads(log: Log) -> Log:
     if early.any():
         raise stack.unstored_operand(int(early.argmax()))
     kept = operands >= 0
-    kept[:, 0] |= ~kept.any(axis=1)
+    kept[:, 0] |= ~kept.any(axis=1)  # without operands, an instruction is one event all the same
     end = np.cumsum(kept.sum(axis=1)) - 1  # the last read of every instruction
     number = np.concatenate([np.arange(inputs), inputs + end]).astype(np.int32)
     reads = operands[kept]
@@ -81,13 +82,13 @@ def _fixed_places(inputs, left, fixed, fate):
     place = np.zeros(inputs + len(left), np.int32)
     place[:inputs] = fixed
     depths, reads, places = np.empty(len(left), np.int32), 0, 0
-    free = [np.int32(0) for _ in range(0)]
+    free = [np.int32(0) for _ in range(0)]  # empty, and numba knows of what
     for k in range(len(left)):
         value = left[k]
         if value >= 0:
             depths[reads] = place[value]
             reads += 1
-            if fate[k] & LEFT_DIES and value >= inputs:  # its last read
+            if fate[k] & LEFT_DIES and value >= inputs:  # its last read; arguments keep their places
                 heappush(free, place[value])
         if fate[k] & RESULT_LIVES:  # the result is read later
             if len(free):
@@ -122,6 +123,7 @@ def _fullest_waits(inputs, left, fixed, stored, words, above):
             else:
                 depths[reads] = 1
                 if after[value] < marks:
+                    # Slots that have no mark yet are taken, too.
                     depths[reads] += count_from(words, above, after[value]) - (64 * len(words) - marks)
                 mark = find(nearest, before[value])
                 if mark:

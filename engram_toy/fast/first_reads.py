@@ -91,6 +91,7 @@ def _touches(left, right, third, first_of, columns):
         for value in (np.int64(left[k]), np.int64(right[k]), np.int64(third[k] if len(third) else -1)):
             if value < 0:
                 continue
+            # An instruction that reads an input twice has two first reads of it.
             if value < len(first_of) and (first_of[value] < 0 or first_of[value] == k):
                 first_of[value] = k
                 columns[0, found], columns[1, found], columns[2, found] = reads, value, k
@@ -104,12 +105,13 @@ def _untouched_above(places, instructions, unread, size):
     """See `engram_toy.tracer.first_reads._untouched_above`; of `size` places, 0 is the deepest."""
     tree = np.zeros(size + 1, np.int64)
     for place in unread:
-        _count(tree, size - place)
+        _count(tree, size - place)  # ranks begin at the top, so that a prefix of the tree is what lies above
     counts = np.empty(len(places), np.int64)
     end = len(places)
     while end:
         begin = end - 1
         _count(tree, size - places[begin])
+        # The stack as it stands before an instruction has all that it touches first, each input once.
         while begin and instructions[begin - 1] == instructions[begin]:
             begin -= 1
             if not (places[begin] == places[begin + 1 : end]).any():

@@ -51,6 +51,7 @@ def waits(log: Log) -> tuple[np.ndarray, np.ndarray]:
     order = order[np.searchsorted(left[order], 0) :]  # the others read nothing
     value = left[order]
     first = np.r_[True, value[1:] != value[:-1]][: len(value)]
+    # Event k loads at 2k and stores at 2k + 1. A value's first wait begins at its store, the others at its load before.
     begin = np.where(first, 2 * (value - events.inputs) + 1, 2 * np.r_[0, order[:-1]][: len(value)])
     loaded = first & (value < events.inputs)
     addresses = np.asarray(events.argument_depth or (), np.int64)[value[loaded]]
@@ -71,7 +72,7 @@ def row_floor(reads: RowReads, begin: Start, row_bytes: int, padding: int = 0, w
     """
     check_depth(reads, row_bytes, padding)
     again = np.cumsum(reads.links >= 0, dtype=np.int32)
-    ends = again[reads.links[reads.links >= 0]]
+    ends = again[reads.links[reads.links >= 0]]  # of each wait: how many others have ended by its begin
     first = _first_prices(addresses(begin), row_bytes, padding)
     return enclose(lambda capacity: _missed(ends, capacity), len(ends), int(first), row_bytes, within)
 
@@ -101,7 +102,7 @@ def _leading_zeros(typing_context: Any, word: Any) -> Any:
     """The processor's own count of the zeros above the highest set bit of a 64-bit word."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))  # 1: it is never asked of zero
 
     return types.uint64(types.uint64), generate
 
@@ -147,7 +148,7 @@ def _add(bits, starts, place):
     for start in starts:
         word = bits[start + (place >> 6)]
         bits[start + (place >> 6)] = word | np.uint64(1) << np.uint64(place & 63)
-        if word:
+        if word:  # the levels above know of this word
             return
         place >>= 6
 
@@ -157,7 +158,7 @@ def _remove(bits, starts, place):
     for start in starts:
         word = bits[start + (place >> 6)] ^ np.uint64(1) << np.uint64(place & 63)
         bits[start + (place >> 6)] = word
-        if word:
+        if word:  # it still holds something, as the levels above say
             return
         place >>= 6
 

@@ -41,7 +41,7 @@ def _price(links, address, row_bytes, padding):
         if link >= 0:
             again[link] = True
     slot_of = np.zeros(len(links), np.int64)  # of the copy, at the last read of its row so far
-    free = [np.int64(0) for _ in range(0)]
+    free = [np.int64(0) for _ in range(0)]  # empty, and numba knows of what
     taken, price = np.int64(0), 0
     for read in range(len(links)):
         link = links[read]
@@ -56,6 +56,7 @@ def _price(links, address, row_bytes, padding):
                 slot = taken
         else:
             slot = slot_of[link]
+        # Copies have addresses of their own, below no padding. The first use reads the copy, too.
         price += row_price(slot * row_bytes, row_bytes)
         if again[read]:
             slot_of[read] = slot

@@ -101,6 +101,7 @@ class Linker:
         columns = range(rows.shape[1])
         found = _on_all_cores(lambda column: self._link(rows, edges, column), columns)
         firsts = np.cumsum([self._found, *map(len, found)])
+        # Only now: a row's place counts the rows of all columns before its own.
         _on_all_cores(lambda column: self._name(rows, column, found[column], firsts[column]), columns)
         self._distinct += [distinct + self._rows_before for distinct in found]
         self._found = int(firsts[-1])
@@ -169,6 +170,7 @@ def _link_column(rows, column, low, high, keys, last, links, tokens, step_reads,
         keys[slot], last[slot] = row, number
         number, in_step = number + stride, in_step + 1
         if in_step == tokens:
+            # On to the next step, past the reads of the other layers in this one.
             number, in_step = number + step_reads - tokens * stride, 0
     return -1
 

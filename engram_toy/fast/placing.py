@@ -110,6 +110,7 @@ def price_steps(events: Events, begin: Start, row_bytes: int, above: Sequence[Se
 
 def _aligned(above: Sequence[Sequence[int]]) -> np.ndarray:
     """All places by steps since the last read, equally long: int64 [places, steps + 1]."""
+    # A single number holds for all steps, and for what was never read.
     later = [[*place[:-1]] or [*place] for place in above]
     longest = max(map(len, later))
     return np.array([[*row, *row[-1:] * (longest - len(row)), place[-1]] for row, place in zip(later, above)], np.int64)
@@ -131,6 +132,7 @@ def _stage(place, steps, for_one_use, last, staged, links, dies, begins):
     event, step_reads = 0, staged.shape[1]
     for step in range(steps):
         begins[step] = event
+        # Copies for the next step; at the first one, for itself, too.
         for ahead in range(step + (step > 0), min(step + 2, steps)):
             for read in range(step_reads):
                 row = place[ahead * step_reads + read]
@@ -167,6 +169,7 @@ def _price_steps(depths, links, begins, row_bytes, above, prices, fresh):
                 continue
             fresh[step] += 1
             since = never
+            # When it was read last need not be found where every step reads the same.
             if links[event] >= 0:
                 since = 0 if never == 1 else min(_steps_since(begins, links[event], step), never) - 1
             for place in range(len(above)):

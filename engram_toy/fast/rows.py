@@ -92,8 +92,9 @@ def start(reads: RowReads, held: bool, hot: np.ndarray | None = None) -> Start:
     rows = reads.rows
     if hot is None or not len(hot):
         places = np.arange(len(rows))
+        # Rows above each in the table, less those of them that are read.
         idle = (reads.table_rows - 1 - rows) - (len(rows) - 1 - places)
-        return Start(places.astype(np.int32), idle * held, held)
+        return Start(places.astype(np.int32), idle * held, held)  # compacted, nothing idle is there
     if hot[0] < 0 or hot[-1] >= reads.table_rows or np.any(hot[1:] <= hot[:-1]):
         raise ValueError(f"hot rows must ascend within 0 .. {reads.table_rows - 1}")
     hot_below, is_hot = among(rows, hot)
@@ -105,6 +106,7 @@ def start(reads: RowReads, held: bool, hot: np.ndarray | None = None) -> Start:
         return Start(rank, np.zeros(len(rows), np.int64), held)
     hot_above = len(hot) - hot_below - is_hot
     cold_above = reads.table_rows - 1 - rows - hot_above
+    # Likewise, tier by tier: above a cold row lies all of the tier, above a hot one nothing cold.
     idle_hot = np.where(is_hot, hot_above - (all_hot - hot_read), len(hot) - all_hot)
     idle_cold = np.where(is_hot, 0, cold_above - (all_cold - cold_read))
     return Start(rank, idle_hot + idle_cold, held)
@@ -153,7 +155,7 @@ def price_rows(
         known = _fullest_waits(reads.links, place, *full_axis(count))
     if begin.held if definition == "lru" else definition == "classic":
         words, above = full_axis(count)
-        ahead = 64 * len(words)
+        ahead = 64 * len(words)  # slots behind the last read count as taken, too
     else:
         words, above = axis_of(_read_again(reads.links))
         ahead = count - len(reads.rows)  # every read but the first ones was promised by the one before
@@ -229,6 +231,7 @@ def row_depths(links: np.ndarray, begin: Start, stays: np.ndarray) -> np.ndarray
     tallies, none = np.zeros((4, BINS), np.int64), np.empty(0, np.int64)
     depths = np.zeros(len(links), np.int64)
     _price(
+        # Rows of one byte, all in one step: a depth in bytes is one in blocks.
         links, begin.rank, begin.buried, none, none, words, above, int(np.count_nonzero(stays)), untouched,
         untouched_above, len(links), 1, 0, tallies[:2], tallies[2:], np.zeros(1, np.int64), depths, False,
     )  # fmt: skip
@@ -349,7 +352,7 @@ def _price(
     # A slot of the time axis is a read. From the start it counts as taken if its row stays on the stack after that
     # read: nothing is written when the read comes, only when the row leaves.
     by_value, live, step, step_begins = 0, 0, 0, 0
-    run, taken, word, given_up = -2, 0, 0, 0
+    run, taken, word, given_up = -2, 0, 0, 0  # -2: no link goes on from it
     one = np.uint64(1)
     for read in range(len(links)):
         if read + _AHEAD < len(links):

@@ -36,7 +36,7 @@ def _fetch_soon(typing_context: Any, values: Any, place: Any) -> Any:
         function = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
         prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
         address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(prefetch, [address, flag(1), flag(3), flag(1)])
+        builder.call(prefetch, [address, flag(1), flag(3), flag(1)])  # to be written, to stay in the caches, of data
         return context.get_dummy_value()
 
     return types.void(values, types.int64), generate
@@ -56,6 +56,7 @@ def fates(inputs, left, right, third, needed, fate):
         if max(a, b, c) >= inputs + k:
             return k
         fate[k] = RESULT_LIVES * needed[inputs + k]
+        # Of an operand that is there twice, the first one dies: it is the one that `replay` moves.
         if a >= 0 and not needed[a]:
             fate[k] |= LEFT_DIES
             needed[a] = True
@@ -92,8 +93,9 @@ def replay(inputs, left, right, third, fate, argument_depth, slot_of, words, abo
     slots = 64 * len(words)
     for k in range(len(left)):
         a, b, c = left[k], right[k], third[k] if len(third) else -1
+        # All operands are priced before any of them moves.
         untaken = slots - new
-        if k + _AHEAD < len(left):
+        if k + _AHEAD < len(left):  # of no operand, -1, it asks for a place before the array: only a hint
             prefetch(slot_of, left[k + _AHEAD])
             prefetch(slot_of, right[k + _AHEAD])
         if a >= 0:
@@ -168,7 +170,7 @@ def replayed(log: Log, fate: np.ndarray, live: Sequence[int] | np.ndarray = (), 
     left, right, third = np.asarray(log.left, np.int32), np.asarray(log.right, np.int32), third_column(log)
     returned = returned_column(log)
     argument_depth = np.asarray(log.argument_depth if two_stack else (), np.int32)
-    slots = log.inputs + 3 * len(left) + len(log.third)
+    slots = log.inputs + 3 * len(left) + len(log.third)  # of an instruction: its operands, and its result
     words, above = full_axis(slots)
     slot_of = np.full(log.inputs + len(left), -1, np.int32 if slots < 2**31 else np.int64)
     slot_of[np.asarray(live, np.int64)] = np.arange(len(live))

@@ -42,7 +42,7 @@ def count_from(words, above, slot):
     node += np.uint64(2)  # nodes are numbered from 1, and the word itself is counted
     while node < len(above):
         taken += above[node]
-        node += node & (~node + one)
+        node += node & (~node + one)  # its lowest set bit: an unsigned number has no negative
     return taken
 
 
@@ -50,7 +50,7 @@ def count_from(words, above, slot):
 def give_up(words, above, slot):
     """Give up a slot."""
     slot = np.uint64(slot)
-    words[slot >> np.uint64(6)] ^= np.uint64(1) << (slot & np.uint64(63))
+    words[slot >> np.uint64(6)] ^= np.uint64(1) << (slot & np.uint64(63))  # it was taken: this clears it
     settle(above, slot >> np.uint64(6), 1)
 
 
@@ -81,6 +81,7 @@ def axis_of(taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     up_to[1 : whole + 1] = taken[: whole * 64].reshape(-1, 64).sum(axis=1)
     up_to[-1] = taken[whole * 64 :].sum()  # the last word is never full
     node = np.arange(len(words) + 1)
+    # The words that a node counts, as in `full_axis`.
     last = np.minimum(node + (node & -node), len(words) + 1) - 1
     up_to = np.cumsum(up_to)
     above = up_to[last] - up_to[np.maximum(node - 1, 0)]
