@@ -97,10 +97,16 @@ def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.0, only: 
 
 def _same_inputs(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether round n of both read the same on the same machine."""
-    machine = all(a["environment"].get(key) == b["environment"].get(key) for key in ("cpu", "cpu_count", "accelerator"))
+    machine = _hardware(a["environment"]) == _hardware(b["environment"])
     ignored = {"out"}
     left, right = ({k: v for k, v in f.get("configuration", {}).items() if k not in ignored} for f in (a, b))
     return machine and left == right
+
+
+def _hardware(environment: dict[str, Any]) -> tuple[Any, ...]:
+    """Not what an accelerator was found at, such as its clocks, which differ from run to run."""
+    accelerator = environment.get("accelerator") or {}
+    return *(environment.get(key) for key in ("cpu", "cpu_count")), accelerator.get("name")
 
 
 def _line(name: str, a: Quantity | None, b: Quantity | None, pairs: bool, tolerance: float) -> Line:
@@ -142,7 +148,7 @@ def _without_ratio(a: Sequence[float], b: Sequence[float]) -> str:
 
 
 def _some(samples: Sequence[float]) -> list[float]:
-    step = max(1, len(samples) // _SAMPLES)
+    step = max(1, -(-len(samples) // _SAMPLES))
     return list(samples[::step])
 
 

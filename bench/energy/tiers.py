@@ -51,7 +51,9 @@ def tiers(published: Callable[[str], Range]) -> list[Tier]:
     hbm = [published(f"energy.{name}") for name in ("hbm2", "hbm2e", "hbm3e")]
     link = published("energy.pcie_elsewhere")
     rate, random = published("energy.nvme_rate_per_watt"), published("energy.nvme_random_io")
-    sequential = tuple(1e12 / (mb * 1e6) / 8 for mb in rate)  # MB/s per W -> pJ per bit
+    sequential = tuple(
+        1e12 / (mb * 1e6) / 8 for mb in reversed(rate)
+    )  # MB/s per W -> pJ per bit: the most is the least
     return [
         Tier("HBM", (min(low for low, _ in hbm), max(high for _, high in hbm))),
         Tier("host LPDDR5 over PCIe", _plus(published("energy.lpddr5"), link)),

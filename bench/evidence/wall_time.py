@@ -8,7 +8,6 @@ it is folded away, since it says nothing about a GPU.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ def _sensitivity(results: Json, case: Json) -> list[str]:
         found, buses = numbers.breaking_bus(case), numbers.slowed(case)
     except NotMeasured as why:
         return [device_label(results), name, _kilobytes(numbers.step_bytes(case)), str(why), "", "", "", ""]
-    window = statistics.median(one.window_s for one in buses)
+    window = numbers.window_s(buses)
     measured = ["not resolved" if at is None else _us(at) for at in (found.holds_s, found.breaks_s)]
     return [device_label(results), name, *_expected(numbers.step_bytes(case), window, found.predicted_s), *measured]
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from bench.instruments.code_digest import code_sha256
-from bench.instruments.reading import read_results
+from bench.instruments.journal import earlier
 from bench.instruments.results import environment, git_commit, write_json
 from bench.ranks.model import model_table
 from bench.ranks.schedule import schedule_table
@@ -59,10 +59,12 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    # Before anything is measured: what was measured otherwise is refused while that costs nothing.
+    results = begun(options, device) if os.environ["RANK"] == "0" else {}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=300))
     try:
         run = _measure(options, device, tell if dist.get_rank() == 0 else lambda text: None)
-        return _written(options, device, run) if dist.get_rank() == 0 else None
+        return _written(options, results, run) if dist.get_rank() == 0 else None
     except FetchError as error:  # of a rank that is gone, say
         raise OSError(str(error)) from error
     finally:
@@ -131,6 +133,8 @@ def _case(
             begin = time.perf_counter()
             with prefetcher.start(ids) as fetch:
                 values = {layer_id: fetch[layer_id].wait() for layer_id in tables}
+                if values[min(values)].is_cuda:
+                    torch.cuda.synchronize()  # there only the stream has waited
                 samples.append(time.perf_counter() - begin)
                 if number == 0:
                     _require_right(hasher, tables, ids, values, options.seed)
@@ -174,17 +178,36 @@ def _require_right(hasher: NgramHasher, tables: Any, ids: np.ndarray, values: An
         require_written(who, values[layer_id], numbers, table.format, seed + layer_id)
 
 
-def _written(options: argparse.Namespace, device: torch.device, run: dict[str, Any]) -> dict[str, Any]:
-    """The results file: this run in its place among those with other numbers of ranks, and the model."""
-    path = Path(options.out) / "results.json"
-    earlier = [] if options.fresh or not path.exists() else read_results(path).get("runs", [])
-    runs = sorted([*(x for x in earlier if x["ranks"] != run["ranks"]), run], key=lambda x: x["ranks"])
-    model = model_table()
-    results: dict[str, Any] = {
+def begun(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The head of the results file, and what earlier runs of the same by other numbers of ranks have left there.
+
+    Raises:
+        ValueError: they were of another configuration or code, which one head could not name.
+    """
+    asked = {"preset": options.preset, "steps": [str(shape) for shape in options.steps], "dtype": options.dtype}
+    head: dict[str, Any] = {
         **{"benchmark": "sharded", "device": device.type, "environment": environment(), "git": git_commit()},
         "code_sha256": code_sha256("bench.ranks.run"),
-        "configuration": {"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},
-        **{"runs": runs, "model": model, "schedule": schedule_table(model)},
+        "configuration": {
+            **{"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},
+            **asked,
+        },
     }
-    write_json(path, results)
+    found = earlier(_file(options), head, options.fresh) or {}
+    return {**head, "runs": found.get("runs", [])}
+
+
+def _file(options: argparse.Namespace) -> Path:
+    return Path(options.out) / "results.json"
+
+
+def _written(options: argparse.Namespace, results: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The results file: this run in its place among those with other numbers of ranks, and the model."""
+    kept = [other for other in results["runs"] if other["ranks"] != run["ranks"]]
+    model = model_table()
+    results = {
+        **results,
+        **{"runs": sorted([*kept, run], key=lambda x: x["ranks"]), "model": model, "schedule": schedule_table(model)},
+    }
+    write_json(_file(options), results)
     return results

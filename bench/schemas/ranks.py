@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypedDict
 
 from bench.schemas.common import Device, Environment, Git
-from bench.schemas.generator import Must, one_of, rules
+from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Count, Digest, Natural, Positive, Samples, Share, Text
 
 
@@ -80,6 +80,10 @@ class Configuration(TypedDict):
     seed: int
     rounds: Natural
     table_params: Positive
+    # Not in files from before:
+    preset: NotRequired[Text]
+    steps: NotRequired[list[Text]]
+    dtype: NotRequired[Text]
 
 
 @rules(title="Results of bench/gpu_wall.py --sharded")

@@ -123,7 +123,7 @@ def _draw_buses(axis: Any, buses: list[Slowed]) -> None:
         interval(axis, 1e6 * one.delay_s, one.extra.in_percent, COLOURS["offload_prefetch"], one.extra.resolved, True)
     axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
     if buses:
-        axis.axvline(1e6 * buses[0].window_s, color=COLOURS["resident"], linewidth=1.2, label="window here")
+        axis.axvline(1e6 * numbers.window_s(buses), color=COLOURS["resident"], linewidth=1.2, label="window here")
     window, told = 1e6 * PUBLISHED_WINDOW_S, "56 us, computed by others"
     axis.axvline(window, color=COLOURS["offload_naive"], linestyle=":", label=told)
     axis.set_xscale("log")

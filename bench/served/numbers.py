@@ -352,6 +352,11 @@ def slowed(case: Json) -> list[Slowed]:
     return sorted(found, key=lambda one: one.delay_s)
 
 
+def window_s(buses: list[Slowed]) -> float:
+    """Seconds between a request and its join, which no bus changes: the median over all of them."""
+    return statistics.median(one.window_s for one in buses)
+
+
 class Break(NamedTuple):
     """Between which delays of a step's rows 3 % are lost: the longest that holds, the shortest that breaks."""
 
@@ -378,6 +383,6 @@ def breaking_bus(case: Json) -> Break:
     breaking = [one.delay_s for one in buses if one.breaks]
     first = min(breaking, default=None)
     holding = [one.delay_s for one in buses if one.breaks is False and (first is None or one.delay_s < first)]
-    window = statistics.median(one.window_s for one in buses)
+    window = window_s(buses)
     # Predicted: the window before the join, and 3 % of a step more; `resident` needs the rows as early.
     return Break(max(holding, default=None), first, window + WALL_TIME_CLAIM * step)

@@ -284,8 +284,8 @@ def bus_table(case: Json) -> str:
     notes = [
         f"   a step of {short(1e3 * step)} ms loses 3 % to the bus {_between(found)}; expected from window and step: "
         f"{short(1e6 * found.predicted_s)} us{_as_bandwidth(case, found)}",
-        f"   window before block {case['layer_id'] + 1} here: {short(1e6 * buses[0].window_s)} us; computed by others "
-        f"for Qwen3-32B: {1e6 * PUBLISHED_WINDOW_S:.0f} us (arXiv 2603.10087)",
+        f"   window before block {case['layer_id'] + 1} here: {short(1e6 * numbers.window_s(buses))} us; computed by "
+        f"others for Qwen3-32B: {1e6 * PUBLISHED_WINDOW_S:.0f} us (arXiv 2603.10087)",
     ]
     return "\n".join([aligned(rows, left={0}), *notes])
 

@@ -39,9 +39,10 @@ def options_for(out):
 def measured(rank, out):
     """What a rank does after torchrun has started it: the group is made already, here."""
     options, said = options_for(out), list[str]()
+    results = run.begun(options, run.pick_device("cpu"))
     found = run._measure(options, run.pick_device("cpu"), said.append)
     assert [" s left" in line for line in said] == [False] + 5 * [True], said
-    return run._written(options, run.pick_device("cpu"), found) if rank == 0 else None
+    return run._written(options, results, found) if rank == 0 else None
 
 
 def test_the_run_counts_what_the_plan_says_and_keeps_other_numbers_of_ranks(tmp_path):
@@ -54,6 +55,10 @@ def test_the_run_counts_what_the_plan_says_and_keeps_other_numbers_of_ranks(tmp_
             assert formula_holds(case) and len(case["by_rank"]) == entry["ranks"]
             assert (case["by_rank"][0]["formula"] is None) == (case["way"] == "unique")
     validator(ranks.Results).validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
+    other = options_for(tmp_path)
+    other.seed += 1
+    with pytest.raises(ValueError, match="holds rows with another option seed"):
+        run.begun(other, run.pick_device("cpu"))
     assert "these times mean nothing elsewhere" in measured_table(results) and "DIFFERS" not in measured_table(results)
 
 
