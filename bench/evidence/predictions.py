@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from bench.instruments.reading import read_results
 from bench.instruments.words import markdown, short, signed
+from bench.rows.whole_model import shown
 from bench.setup.decoder_sizes import SIZES, BlockShape
 from engram_ref.config import EngramConfig
 from engram_ref.place.energy import PAGE, pages_per_row
@@ -265,9 +266,7 @@ def _production(name: str, results: dict[str, Any]) -> Iterator[Line]:
     """The price of offloaded rows over that of pinned ones, from the counts of the same stream."""
     for record in results["records"]:
         wanted = record["part"] == "whole_model" and record["mode"] == "decode" and record["layout"] == "held live"
-        if not wanted or record["context"] or record["prefetch"]:
-            continue
-        if record["experts"] not in ("", "one"):
+        if not wanted or record["context"]:
             continue
         first = record["distinct_rows"] / record["reads"]
         # How far back a row was read last is not in the record: as if that were spread evenly over all rows read.
@@ -278,7 +277,8 @@ def _production(name: str, results: dict[str, Any]) -> Iterator[Line]:
             rows_price(reads, record["row_bytes"], size, first, 1.0, root, *above)
             for above in ((record["live_bytes"], record["read_bytes"]), (0.0, 0.0))  # offloaded, then pinned
         )
-        case = f"{record['table']}, {record['stream']}, {record['tokens_per_step']:,} tokens a step, over pinned"
+        model, size = shown(record["table"], record["experts"]), f"{record['tokens_per_step']:,} tokens a step"
+        case = f"{model}, {record['stream']}, {size}, over pinned"
         yield Line(name, case, "price", far / near, record["offload_naive"] / record["pinned"], "x")
 
 

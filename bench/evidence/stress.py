@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.instruments.words import aligned
 
-_HEAD = ["kind", "cases", "refused", "faults", "seconds"]
+_HEAD = ["kind", "cases", "refused", "at work", "faults", "seconds"]
 
 
 def report(results: dict[str, Any]) -> str:
@@ -19,6 +19,6 @@ def report(results: dict[str, Any]) -> str:
 
 
 def cells(kind: dict[str, Any]) -> list[str]:
-    """One kind: how many cases, how many of them were refused in one line, how many faults, how long it took."""
-    refused = f"{kind['refused']:,}" if "refused" in kind else "-"
-    return [kind["kind"], f"{kind['cases']:,}", refused, f"{len(kind['faults']):,}", f"{kind['seconds']:.0f}"]
+    """One kind: cases, those refused in one line, kills that what was finished outlived, faults, how long it took."""
+    some = (f"{kind[name]:,}" if name in kind else "-" for name in ("refused", "at_work"))
+    return [kind["kind"], f"{kind['cases']:,}", *some, f"{len(kind['faults']):,}", f"{kind['seconds']:.0f}"]

@@ -71,7 +71,7 @@ def _bus(results: Json, case: Json) -> str:
     # From twice the window on, noise is small beside the difference.
     slow = [one for one in numbers.slowed(case) if one.delay_s > 2 * one.window_s]
     if not slow:
-        return "no bus was slow enough to tell"
+        return "no bus was slow enough to tell" if numbers.slowed(case) else "no bus was slowed"
     ratios = [one.exposed_s / (one.delay_s - one.window_s) for one in slow]
     return f"measured over expected {', '.join(short(ratio, digits=3) for ratio in ratios)}"
 
