@@ -16,7 +16,8 @@ other, so the state that `work` has is nobody else's until `settle`. It looks at
 of each wait, which costs a processor. It asks nothing of CUDA, so that no queue of CUDA's can hold it up.
 
 An answer that does not come ends the GPU's waiting all the same: rows are NaN then, and the next `expect` or `settle`
-raises. It has not run on CUDA yet.
+raises. Steps that are launched before they do are queued behind one that waited in vain: each of them waits a sixteenth
+as long. It has not run on CUDA yet.
 
     python -m pytest tests/ref/calling/test_call.py
 """
@@ -57,7 +58,7 @@ class CpuCall:
         values: shape of the answer.
         dtype: of its values.
         device: that calls.
-        polls: looks at the answer, at most; after a step that had none, a sixteenth, for many may be queued.
+        polls: looks at the answer, at most.
         patience: seconds that the CPU waits for a question.
 
     Raises:
@@ -92,7 +93,6 @@ class CpuCall:
             self._turn = torch.zeros(1, dtype=torch.int64, device=device)
             self._answered = torch.ones(1, dtype=torch.int32, device=device)  # as if the last step had been
         self._answers = 0  # the last turn that was answered
-        self._expired = 0  # the last turn whose expiry was told
         self._called_off = False  # whoever has not asked is not waited for
         self._errands: deque[Errand[None]] = deque()
         self._pool = Pool(1, "engram-answers")
@@ -152,7 +152,7 @@ class CpuCall:
 
     def _answer(self, work: Work) -> None:
         # A step that has given up wants no answer any more, least of all one that is meant for the next.
-        over = max(self._answers, peek(self._word(self._kernels.EXPIRED)))
+        over = max(self._answers, abs(peek(self._word(self._kernels.EXPIRED))))
         turn = wait_for(self._word(self._kernels.ASKED), over + 1, self._patience, lambda: self._called_off)
         if turn is None:
             if self._called_off:
@@ -167,12 +167,14 @@ class CpuCall:
             post(self._word(self._kernels.ANSWERED), answer)
 
     def _require_in_time(self) -> None:
-        expired = peek(self._word(self._kernels.EXPIRED))
-        if expired > self._expired:
-            self._expired = expired
+        expired, told = peek(self._word(self._kernels.EXPIRED)), self._word(self._kernels.TOLD)
+        step = abs(expired)
+        if step > peek(told):
+            post(told, step)  # what is launched from here on waits as long as any other
+            looks = self._polls if expired > 0 else -(-self._polls // self._kernels.SHORTER)
             raise CallError(
-                f"step {expired} waited in vain for its rows, at most {self._polls:,} looks long, and went on with "
-                "NaN: the thread that answers was held up, or nobody expected the call"
+                f"step {step} waited in vain for its rows, {looks:,} looks long, and went on with NaN: the thread that "
+                "answers was held up, or nobody expected the call"
             )
 
     def _word(self, index: int) -> int:

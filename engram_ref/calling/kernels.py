@@ -27,11 +27,15 @@ from engram_ref.gpu import INTERPRETED, on_device
 IDS_AT_ONCE = 128
 UNITS_PER_PROGRAM = 512  # of 16 bytes: the rows of 64 tokens of V4.1, 0.8 MB, are taken by 96 programs
 _INTERPRETED = tl.constexpr(INTERPRETED)  # Triton's interpreter knows no assembly; there, one thread follows another
-# Words of the mailbox, each in a cache line of its own, as both sides write: indices of int64.
-ASKED, ANSWERED, EXPIRED, IDS = 0, 16, 32, 48
-SHORTER = 16  # times fewer looks after a step without an answer; half a second of the usual several
+# Words of the mailbox, each in a cache line of its own, as both sides write: indices of int64. Each names a step: the
+# last that asked, was answered (minus: the CPU could not), waited in vain (minus: shorter, see `_ask`), and the last of
+# those that the host knows of.
+ASKED, ANSWERED, EXPIRED, TOLD, IDS = 0, 16, 32, 48, 64
+SHORTER = 16  # times fewer looks behind a step that waited in vain; half a second of the usual several
 _SHORTER = tl.constexpr(SHORTER)
-_ANSWERED, _EXPIRED, _IDS = tl.constexpr(ANSWERED), tl.constexpr(EXPIRED), tl.constexpr(IDS)
+_ANSWERED, _EXPIRED, _TOLD, _IDS = (tl.constexpr(word) for word in (ANSWERED, EXPIRED, TOLD, IDS))
+# How a call ended, for whoever takes the answer and for the next call.
+_GOT_IT, _REFUSED, _IN_VAIN = tl.constexpr(1), tl.constexpr(0), tl.constexpr(-1)
 
 
 @triton.jit
@@ -72,17 +76,22 @@ def _ask(ids, ids_b, ids_t, mailbox, turn, answered, length, count, polls, LANES
         at = first + tl.arange(0, LANES)
         token = tl.load(ids + (at // length) * ids_b + (at % length) * ids_t, mask=at < count)
         tl.store(mailbox + _IDS + at, token, mask=at < count)
-    # Where the last step waited in vain, those that are queued behind it would each wait as long.
-    left = tl.where(tl.load(answered) != 0, polls, polls // _SHORTER)
     mine = tl.load(turn) + 1
+    queued = tl.load(answered) == _IN_VAIN
     _post(mailbox, mine)
     tl.store(turn, mine)  # all threads have read it: `_post` waited for them
+    # Steps that are queued behind one that waited in vain would each wait as long: they wait shorter. One that was
+    # launched when the host knew is not queued; the word costs a way over the bus, so only these look at it.
+    if queued:
+        queued = _look(mailbox + _TOLD) < mine - 1
+    left = tl.where(queued, tl.cdiv(polls, _SHORTER), polls)
     says = _look(mailbox + _ANSWERED)
-    while (says != mine) & (says != -mine) & (left > 0):  # minus: the CPU could not
+    while (says != mine) & (says != -mine) & (left > 1):
         says = _look(mailbox + _ANSWERED)
         left -= 1
-    tl.store(answered, (says == mine).to(tl.int32))
-    tl.store(mailbox + _EXPIRED, mine, mask=(says != mine) & (says != -mine))
+    tl.store(answered, tl.where(says == mine, _GOT_IT, tl.where(says == -mine, _REFUSED, _IN_VAIN)))
+    expired = tl.where(queued, -mine, mine)
+    tl.store(mailbox + _EXPIRED, expired, mask=(says != mine) & (says != -mine))
 
 
 @triton.jit(do_not_specialize=["answered", "units"])
@@ -92,7 +101,7 @@ def _take(sent, answered, out, units, UNITS: tl.constexpr, WORDS: tl.constexpr):
     here = (unit < units)[:, None]
     # Volatile: none that a cache of the GPU has kept of an earlier answer in the same place.
     word = tl.load(sent + at, mask=here, volatile=True)
-    tl.store(out + at, tl.where(tl.load(answered) != 0, word, -1), mask=here)  # all bits set: NaN in every format
+    tl.store(out + at, tl.where(tl.load(answered) == _GOT_IT, word, -1), mask=here)  # all bits set: NaN in every format
 
 
 def ask(ids: Tensor, mailbox: Tensor, turn: Tensor, answered: Tensor, polls: int) -> None:
@@ -102,8 +111,8 @@ def ask(ids: Tensor, mailbox: Tensor, turn: Tensor, answered: Tensor, polls: int
         ids: int64 [B, T], on the device.
         mailbox: int64 [IDS + B*T], page-locked.
         turn: int64 [1], on the device: calls so far; this is one more.
-        answered: int32 [1], on the device: 1 or 0; 1 before the first call.
-        polls: looks at the answer, at most; about a microsecond each over PCIe. After a call without one, fewer.
+        answered: int32 [1], on the device: 1, 0 or -1, where it waited in vain; 1 before the first call.
+        polls: looks at the answer, at most; about a microsecond each over PCIe.
     """
     batch, length = ids.shape
     with on_device(ids.device):
