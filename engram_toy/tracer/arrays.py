@@ -11,7 +11,7 @@ Loaded only where there is an array; numba is not needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter, eq, ne
+from operator import attrgetter, eq, index, ne
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,14 @@ _PRODUCTS = (np.dot, np.einsum, np.inner, np.outer, np.tensordot, np.vdot)
 _NUMBERS = frozenset((bool, int, float, complex))
 # What compares structured arrays, where the ufunc of the sign has no loop for them.
 _COMPARE: dict[Any, Callable[..., Any]] = {np.equal: eq, np.not_equal: ne}
+# The ufuncs by which NumPy computes an operator with one of its scalars on the left, and the operator itself, which the
+# tracked value on the right has.
+_ARITHMETIC: dict[Any, str] = {np.add: "add", np.subtract: "sub", np.multiply: "mul", np.divide: "truediv"}
+_ARITHMETIC |= {np.floor_divide: "floordiv", np.remainder: "mod", np.divmod: "divmod", np.power: "pow"}
+_ARITHMETIC |= {np.left_shift: "lshift", np.right_shift: "rshift", np.matmul: "matmul"}
+_ARITHMETIC |= {np.bitwise_and: "and", np.bitwise_or: "or", np.bitwise_xor: "xor"}
+_COMPARISON: dict[Any, str] = {np.equal: "__eq__", np.not_equal: "__ne__", np.less: "__gt__"}
+_COMPARISON |= {np.less_equal: "__ge__", np.greater: "__lt__", np.greater_equal: "__le__"}
 
 
 class TrackedArray(np.ndarray):
@@ -59,16 +67,14 @@ class TrackedArray(np.ndarray):
         return _twice(function, args, kwargs, _objects(args) if function in _PRODUCTS else args)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        if set("".join(ufunc.types)) <= set("O->"):  # made by `np.frompyfunc`: it may read, too
-            result = getattr(ufunc, method)(*_bare(inputs), **options)
-            return result.view(TrackedArray) if isinstance(result, np.ndarray) else result
-        operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
-        if method == "at" and (_typed(inputs[0]) or _untyped(inputs[0])):  # and so does what is written to
-            operands = (_roomy(inputs[0]), *operands[1:])
-        call = ufunc if method == "__call__" else getattr(ufunc, method)
-        if ufunc in _COMPARE and any(isinstance(x, TrackedArray) and _dtype_of(x).names for x in inputs):
-            call = _COMPARE[ufunc]
-        return _twice(call, inputs, options, operands)
+        return call_ufunc(ufunc, method, inputs, options)
+
+    def astype(self, dtype: Any, *args: Any, **options: Any) -> Any:
+        """Numbers, of which each is read once."""
+        array, dtype = self, np.dtype(dtype)
+        if self.dtype == object and {dtype.kind, _dtype_of(self).kind} <= set("biufc"):
+            array = tracked_array([_convert(part, dtype) for part in self.flat], self, dtype)
+        return np.ndarray.astype(array, dtype, *args, **options)
 
     def dot(self, other: Any, out: Any = None) -> Any:
         """`np.dot`, which comes by `__array_function__`."""
@@ -91,7 +97,8 @@ class TrackedArray(np.ndarray):
         if hasattr(value, "__len__") and not isinstance(value, (Tracked, str, bytes)):
             parts = np.array(value, dtype=object)
             if parts.ndim or isinstance(value, np.ndarray):  # not a dict or a set
-                return tracked_array([_cast_one(part, dtype) for part in parts.flat], parts, dtype).view(np.ndarray)
+                cast = _convert if isinstance(value, np.ndarray) else _cast_one
+                return tracked_array([cast(part, dtype) for part in parts.flat], parts, dtype).view(np.ndarray)
         return _cast_one(value, dtype)
 
 
@@ -126,6 +133,38 @@ for _name in _METHODS:
     setattr(TrackedArray, _name, _method(_name))
 for _name in ("real", "imag"):
     setattr(TrackedArray, _name, _part(_name))
+
+
+def call_ufunc(ufunc: Any, method: str, inputs: Any, options: dict[str, Any]) -> Any:
+    """What NumPy asks for where a tracked value, or an array of them, is among the operands of a ufunc."""
+    if method == "__call__" and not options and isinstance(inputs[-1], Tracked):
+        operator = _operator_of(ufunc, inputs[0])
+        if operator is not None:
+            return getattr(inputs[-1], operator)(inputs[0][()])
+    # Nothing that is called below may have a tracked value alone among its operands: NumPy would ask here again.
+    if method == "at" and isinstance(inputs[1], Tracked):
+        inputs = (inputs[0], index(inputs[1]), *inputs[2:])  # type: ignore[arg-type]  # a run's own class has the operator
+    call = ufunc if method == "__call__" else getattr(ufunc, method)
+    if set("".join(ufunc.types)) <= set("O->"):  # made by `np.frompyfunc`: it may read, too
+        result = call(*(_cell(x) if isinstance(x, Tracked) else _bare(x) for x in inputs), **options)
+        return result.view(TrackedArray) if isinstance(result, np.ndarray) else result
+    if method == "at" and _typed(inputs[0]) and len(inputs) > 2:
+        return _write_at(ufunc, *inputs)
+    operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
+    if method == "at" and _untyped(inputs[0]):  # and so does what is written to
+        operands = (inputs[0], *operands[1:])
+    if ufunc in _COMPARE and any(isinstance(x, TrackedArray) and _dtype_of(x).names for x in inputs):
+        call = _COMPARE[ufunc]
+    return _twice(call, inputs, options, operands)
+
+
+def _operator_of(ufunc: Any, left: Any) -> str | None:
+    """The operator of the value on the right, if NumPy computes that of a scalar of its own on the left."""
+    if isinstance(left, np.generic) and ufunc in _ARITHMETIC:
+        return f"__r{_ARITHMETIC[ufunc]}__"
+    if isinstance(left, np.ndarray) and left.ndim == 0 and left.dtype != object:  # so the scalar of a comparison comes
+        return _COMPARISON.get(ufunc)
+    return None
 
 
 def tracked_array(parts: Sequence[Any], like: np.ndarray, dtype: np.dtype | None) -> TrackedArray:
@@ -181,7 +220,7 @@ def _dtype_of(array: TrackedArray) -> np.dtype:
     if array.dtype != object:  # such as `np.zeros_like(a, dtype=int)`
         return array.dtype
     if array.plain_dtype is None:
-        array.plain_dtype = _common_dtype(x.value if isinstance(x, Tracked) else x for x in array.flat)
+        array.plain_dtype = _common_dtype(_values(array))
     return array.plain_dtype
 
 
@@ -197,12 +236,31 @@ def _common_dtype(values: Iterable[Any]) -> np.dtype:
 
 
 def _cast_one(part: Any, dtype: np.dtype) -> Any:
-    value = part.value if isinstance(part, Tracked) else part
-    if getattr(value, "dtype", None) == dtype:
+    """As NumPy stores an element: an integer that does not fit is refused."""
+    return _stored(part, dtype, _value(part))
+
+
+def _convert(part: Any, dtype: np.dtype) -> Any:
+    """As NumPy converts an array: an integer that does not fit wraps."""
+    return _stored(part, dtype, np.asarray(_value(part)))
+
+
+def _stored(part: Any, dtype: np.dtype, value: Any) -> Any:
+    if getattr(_value(part), "dtype", None) == dtype:
         return part
+    stored = _cell(value, dtype)[()]
+    return part._recorder.watch(stored, part.id) if isinstance(part, Tracked) else stored
+
+
+def _value(part: Any) -> Any:
+    return part.value if isinstance(part, Tracked) else part
+
+
+def _cell(part: Any, dtype: Any = object) -> np.ndarray:
+    """One element as an array without axes, exactly as NumPy stores it."""
     cell = np.empty((), dtype)
-    cell[()] = value  # exactly as numpy stores it
-    return part._recorder.watch(cell[()], part.id) if isinstance(part, Tracked) else cell[()]
+    cell[()] = part
+    return cell
 
 
 def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operands: Any) -> Any:
@@ -236,6 +294,28 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
     results = result if isinstance(result, tuple) else (result,)
     stored = tuple(part if target is None else target for target, part in zip(out, results))
     return stored if isinstance(result, tuple) else stored[0]
+
+
+def _write_at(ufunc: np.ufunc, target: np.ndarray, places: Any, values: Any) -> None:
+    """`ufunc.at` of an array of numbers: what comes of traced values becomes a number by a read, as in `x[0] = a[0]`.
+
+    Beside objects NumPy would compute with Python numbers, which take their type from the values.
+    """
+    numbers, places, values = target.view(np.ndarray), _bare(places), np.asarray(_bare(values))
+    if not _traces(values):
+        ufunc.at(numbers, places, values)
+        return
+    plain, plain_values = numbers.copy(), _plain(values)
+    ufunc.at(plain, _plain(places), plain_values)
+    old_dtype, value_dtype, _ = ufunc.resolve_dtypes((plain.dtype, plain_values.dtype, plain.dtype), casting="unsafe")
+
+    def write(old: Any, value: Any) -> Any:
+        made = ufunc(_cell(_convert(old, old_dtype)), _cell(_convert(value, value_dtype)))
+        return _cell(_convert(made, plain.dtype), plain.dtype)[()]
+
+    with np.errstate(all="ignore"):  # the plain call has warned
+        np.frompyfunc(write, 2, 1).at(_object(numbers), places, values)  # in the ufunc's own order
+    numbers[...] = plain
 
 
 def _target(args: Any, options: dict[str, Any]) -> Any:
@@ -277,11 +357,6 @@ def _typed(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype != object
 
 
-def _roomy(array: np.ndarray) -> np.ndarray:
-    """What a traced sum is written to in place of an array of narrow integers, where it would not wrap but overflow."""
-    return array.astype(np.int64) if array.dtype.kind in "iu" and array.itemsize < 8 else array
-
-
 def _untyped(value: Any) -> bool:
     """Whether it is an array of objects that was not made from a traced one."""
     return isinstance(value, np.ndarray) and value.dtype == object and not isinstance(value, TrackedArray)
@@ -310,7 +385,7 @@ def _laid_like(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _values(array: np.ndarray) -> list[Any]:
-    return [part.value if isinstance(part, Tracked) else part for part in array.flat]
+    return list(map(_value, array.flat))
 
 
 def _traces(value: Any) -> bool:
@@ -325,7 +400,9 @@ def _objects(operands: Any, but: int | None = None) -> Any:
 
 
 def _object(value: Any) -> Any:
-    if not isinstance(value, (np.ndarray, np.generic)) or _traces(value):
+    if isinstance(value, Tracked):
+        return _cell(value)
+    if not isinstance(value, (np.ndarray, np.generic)) or value.dtype == object:
         return value
     array = np.asarray(value)
     objects = _laid_like(array, object)

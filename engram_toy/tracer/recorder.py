@@ -50,7 +50,7 @@ class Recorder:
         self.recent_left: list[int] = []
         self.recent_right: list[int] = []
         self.plain_types = plain_types()
-        namespace = {"__slots__": (), "_recorder": self}
+        namespace = {"__slots__": (), "_recorder": self, "__array_ufunc__": _beside_an_array}
         # A traced operation costs some twenty times the plain one, and most of a run's time. So numbers and texts have
         # a class of their own, whose operators are spelt out; those of all else go through `instruction`.
         self.plain: type[Tracked] = type("Tracked", (Tracked,), namespace)
@@ -177,6 +177,13 @@ class Recorder:
 
             return tracked_array(parts, result, getattr(result, "plain_dtype", None))
         return parts if isinstance(result, list) else tuple(parts)
+
+
+def _beside_an_array(value: Tracked, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+    """What NumPy calls: of an array beside this value it would make Python numbers, which take their type from it."""
+    from engram_toy.tracer.arrays import call_ufunc
+
+    return call_ufunc(ufunc, method, inputs, options)
 
 
 def _other_thread() -> ValueError:

@@ -36,8 +36,6 @@ class Tracked:
 
     # Filled by `Recorder.watch`: without an __init__ an operation is a sixth faster.
     __slots__ = ("value", "id")
-    # NumPy: a scalar on the left leaves the operation to the operators here, an array does not.
-    __array_priority__ = -1.0
     _recorder: Any  # the run's `Recorder`, which imports this file
     value: Any
     id: int

@@ -6,6 +6,7 @@ python -m pytest tests/toy/tracer/test_arrays.py
 from __future__ import annotations
 
 import copy
+import itertools
 from array import array
 from collections import deque
 
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from engram_toy.bytedmd import traced_eval
+from engram_toy.tracer import arrays
+from engram_toy.tracer.tracked import Tracked
 
 NAN = np.nan
 BYTES, HALVES, SINGLES = np.array([100, 1], np.int8), np.array([300.5, 0.5], np.float16), np.array([3, 1], np.float32)
@@ -99,6 +102,15 @@ def scattered_itself(made, a):
     np.add.at(made, [0, 0, 1], a)
 
 
+def scattered_first(made, a):
+    np.add.at(made, [0, 0, 1], a[0])
+
+
+def stored(a, b):
+    a[:] = b
+    return a
+
+
 def by_name(a, b):
     np.copyto(src=b, dst=a, casting="unsafe")
     np.put_along_axis(indices=np.array([0]), arr=a, values=b[1:], axis=0)
@@ -171,6 +183,12 @@ PROGRAMS = {
     "cast and added": (into(lambda a: a.astype(float), added), BYTES),
     "cast and scattered": (into(lambda a: a.astype(float), scattered_itself), np.array([1, 2, 3])),
     "cast to bytes, which wrap": (into(lambda a: a.astype(np.int8), scattered_itself), np.array([100, 50, 3])),
+    "negative, cast to bytes without a sign": (lambda a: a.astype(np.uint8), np.array([-6, 300])),
+    "stored as bytes, which wrap": (stored, np.array([100, 1], np.int8), np.array([300, -200])),
+    "no number, scattered among integers": (into(lambda a: np.zeros(2, int), scattered_first), np.array([NAN])),
+    "at a traced place": (into(lambda a: np.zeros(4), lambda made, a: np.add.at(made, a[0], a[1])), np.array([3, 2])),
+    "one value beside an array": (lambda a: (np.array([300, 1]) + a[0], np.int64(300) > a[0]), BYTES),
+    "one value added in place": (into(lambda a: np.zeros(2, int), lambda made, a: made.__iadd__(a[0])), BYTES),
     "histogram of bytes, which wrap": (into(lambda a: np.zeros(3, np.uint8), scattered_itself), np.array([200, 90, 3])),
     "added to plain zeros": (into(lambda a: np.zeros(2), added), SINGLES / 7),
     "added to zeros of another type": (into(lambda a: np.zeros_like(a, dtype=complex), added), SINGLES),
@@ -213,6 +231,10 @@ DEPTHS = {
         [np.array([1, 2, 3])],
         [3, 3, 3, 3, 1, 2, 1, 1, 1],
     ),
+    "one value scattered": (into(lambda a: np.zeros(2, int), scattered_first), [BYTES], [1] * 6),
+    "one value beside an array": (lambda a: np.array([300, 1]) * a[0], [BYTES], [1, 2]),
+    "one value beside a scalar": (lambda a: (np.int64(3) - a[0]) < a[1], [BYTES], [2, 1, 2]),
+    "compared to a scalar": (lambda a: (np.int64(3) < a[0], np.less(np.int64(3), a[1])), [BYTES], [2, 2, 1]),
     "pairs moved": (lambda a: np.roll(np.concatenate([a, a]), 1), [PAIRS], []),
     "pairs compared": (lambda a, b: a == b, [PAIRS, OTHER_PAIRS], [4, 8, 1, 3, 6, 1, 2, 4, 1, 1, 2, 1]),
     "nested": (lambda a: a * 2, [np.array([np.arange(2), np.arange(3), None], object)[:2]], [5] * 5),
@@ -223,6 +245,65 @@ DEPTHS = {
 def test_depths_are_those_of_the_original(name):
     function, arrays, depths = DEPTHS[name]
     assert traced_eval(function, copy.deepcopy(arrays))[0] == depths
+
+
+FAR, NEAR, PLACES = np.array([-6, 200, 2**31 - 1, 0]), np.array([100, 250, -3, 1]), [0, 0, 2, 1]
+
+
+def scattered_to(make, write):
+    """For a type of numbers: what is left of `a`, where `write` changes what `make` makes of it."""
+    return lambda dtype: into(lambda a: make(a, dtype), write)
+
+
+def untraced(a, dtype):
+    return FAR.astype(dtype)
+
+
+def cast(a, dtype):
+    return a.astype(dtype)
+
+
+SCATTERED = {
+    "array to untraced": scattered_to(untraced, lambda made, a, b: np.add.at(made, PLACES, b)),
+    "value to untraced": scattered_to(untraced, lambda made, a, b: np.add.at(made, PLACES, b[1])),
+    "array to cast": scattered_to(cast, lambda made, a, b: np.add.at(made, PLACES, b)),
+    "value to cast": scattered_to(cast, lambda made, a, b: np.subtract.at(made, PLACES, b[0])),
+    "untraced to cast": scattered_to(cast, lambda made, a, b: np.add.at(made, PLACES, NEAR)),
+    "larger to cast": scattered_to(cast, lambda made, a, b: np.maximum.at(made, PLACES, b)),
+    "array to traced": lambda dtype: into(lambda a: a, lambda made, a, b: np.add.at(made, PLACES, b)),
+}
+
+
+def differing(way):
+    """The pairs of types, of what is written to and of what is written, for which the values are not NumPy's."""
+    types, found = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"], []
+    for to, of in itertools.product(types, types):
+        program, a, b = SCATTERED[way](to), FAR.astype(to) if way.endswith("traced") else FAR, NEAR.astype(of)
+        with np.errstate(all="ignore"):
+            want = program(a.copy(), b.copy())
+            try:
+                got = traced_eval(program, (a.copy(), b.copy()))[1]
+            except OverflowError:
+                got = want[:0]
+        if got.dtype != want.dtype or got.tobytes() != want.tobytes():
+            found.append((to, of))
+    return found
+
+
+@pytest.mark.parametrize("way", SCATTERED)
+def test_numbers_of_any_type_are_scattered_as_numpy_does_among_those_of_any_other(way):
+    assert differing(way) == []
+
+
+@pytest.mark.parametrize("way", ["value to untraced", "value to cast"])
+def test_single_values_among_python_numbers_would_be_found(way, monkeypatch):
+    def of_objects(ufunc, method, inputs, options):
+        return getattr(ufunc, method)(
+            *(np.array(x, object) if isinstance(x, Tracked) else np.asarray(x) for x in inputs)
+        )
+
+    monkeypatch.setattr(arrays, "call_ufunc", of_objects)
+    assert ("i8", "u1") in differing(way)
 
 
 SEQUENCES = [range(2), deque([7, 8]), array("d", [1.9, -1]), memoryview(array("l", [7, 8]))]
