@@ -101,9 +101,9 @@ class QwenFolder:
             shards[layer.layer_id] = _check_table(path, config, layer, table)
             tensors[layer.layer_id] = {name: entry for name, entry in found.items() if name not in table}
             _check_fusion(path, config, layer.layer_id, tensors[layer.layer_id])
+            if not sparse:  # before constants are read there
+                require_written([*shards[layer.layer_id], *tensors[layer.layer_id].values()])
             _check_constants(layer, tensors[layer.layer_id])
-        if not sparse:
-            require_written(entry for entries in shards.values() for entry in entries)
         dtypes = {entry.dtype for entries in shards.values() for entry in entries}
         if len(dtypes) > 1:
             raise ValueError(f"{path}: tables of {' and '.join(sorted(dtypes))}: {_MEND}")
@@ -192,7 +192,7 @@ def _check_table(
             numbers[int(match[1])] = entry
     if not numbers:
         raise ValueError(f"{where} no tensor …{_TABLE}shard_<k>.weight: {_MEND}")
-    missing = [f"shard_{k}" for k in range(max(numbers)) if k not in numbers] if max(numbers) < 1 << 20 else ["shards"]
+    missing = [f"shard_{k}" for k in range(max(numbers)) if k not in numbers]
     if missing:
         raise ValueError(f"{where} {some_names(missing)} missing, of shards up to {max(numbers)}: {_MEND}")
     shards = tuple(numbers[k] for k in sorted(numbers))

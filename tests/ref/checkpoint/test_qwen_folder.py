@@ -19,9 +19,11 @@ from engram_ref.checkpoint.qwen import load_layer_qwen
 from engram_ref.checkpoint.qwen_config import read_qwen_config
 from engram_ref.checkpoint.qwen_folder import QwenFolder
 from engram_ref.config import EngramConfig
+from engram_ref.files.header import read_header
 from engram_ref.hashing import NgramHasher
 from engram_ref.plan import check
 from tests.ref.attach.test_offload import make_model
+from tests.ref.files.test_header import dig
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -286,6 +288,16 @@ def test_a_damaged_checkpoint_is_refused(folder, damage):
     with pytest.raises(ValueError, match=message) as caught:
         QwenFolder.open(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [f"{TABLE}shard_3.weight", f"{PLE}key_proj.weight"])
+def test_a_tensor_that_was_never_written_is_refused_whatever_it_is(folder, name):
+    path = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    first = read_header(path)[name].offset
+    dig(path, first, first + read_header(path)[name].nbytes)
+    with pytest.raises(ValueError, match=f"tensor '{re.escape(name)}': byte .* was never written"):
+        QwenFolder.open(folder)
+    assert QwenFolder.open(folder, sparse=True).sparse
 
 
 def test_an_unharmed_one_is_not(folder):
