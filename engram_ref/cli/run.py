@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from engram_ref.quoting import one_line
@@ -51,9 +53,9 @@ def run(main: Callable[[], None], prog: str, left: str = "nothing was written") 
     """Run a command; Ctrl-C ends it in one line, which says what is `left` of the run.
 
     SIGTERM ends it with code 143 as an exception would: what must be given back or removed, is. Where nobody reads on
-    (`... | head`), it ends in silence, with code 141.
+    (`... | head`), it ends in silence, with code 141. In a thread that is not the main one, signals stay as they are.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    _handle(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us, as for a daemon: nobody reads there
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
@@ -61,7 +63,7 @@ def run(main: Callable[[], None], prog: str, left: str = "nothing was written") 
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding; as on stderr
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell's job in the background does
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # it had one for its imports (`starting`)
+            _handle(signal.SIGINT, signal.default_int_handler)  # it had one for its imports (`starting`)
         try:
             main()
         finally:
@@ -74,6 +76,11 @@ def run(main: Callable[[], None], prog: str, left: str = "nothing was written") 
         print(f"\n{prog}: interrupted; {left}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _handle(number: int, handler: Callable[[int, FrameType | None], object]) -> None:
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread do this
+        signal.signal(number, handler)
 
 
 def time_left(elapsed: float, done: float, of: float) -> str:

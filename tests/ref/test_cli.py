@@ -9,8 +9,10 @@ import argparse
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +323,20 @@ def test_a_name_in_no_encoding_is_printed(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: print(os.fsdecode(b"folder-\xff")), "some")
     assert ended.value.code == 0 and written.getvalue() == b"folder-\\udcff\n"
+
+
+def test_a_command_runs_in_any_thread():
+    codes, handler = [], signal.getsignal(signal.SIGTERM)
+
+    def run():
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: None, "some")
+        codes.append(ended.value.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [0] and signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_what_does_not_fit_into_memory_is_told_in_one_line(capsys):
