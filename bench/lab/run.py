@@ -145,9 +145,10 @@ def _processor() -> str:
     """The model of the processor, or its architecture where the system does not say."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:
-        return platform.machine()
+        names = []
+    return next(filter(None, names), platform.machine())
 
 
 if __name__ == "__main__":

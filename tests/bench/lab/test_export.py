@@ -121,6 +121,19 @@ def test_only_rows_that_lie_below_are_copied(run):
     assert result[0] == [[10.0]] and len(depths) == 2 + 6  # two copies, three sums of two
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [("processor\t: 0\nmodel name\t: Xeon: 3 GHz\n", "Xeon: 3 GHz"), ("hart\t: 0\n", "riscv"), (None, "riscv")],
+)
+def test_the_processor_has_a_name_or_an_architecture(run, monkeypatch, tmp_path, told, shown):
+    cpuinfo = tmp_path / "cpuinfo"
+    if told is not None:
+        cpuinfo.write_text(told, "utf-8")
+    monkeypatch.setattr(run, "open", lambda path, **how: cpuinfo.open(**how), raising=False)
+    monkeypatch.setattr(run.platform, "machine", lambda: "riscv")
+    assert run._processor() == shown
+
+
 @pytest.mark.parametrize(("ratio", "label"), [(1.0, "WIN"), (5.0, "WIN"), (5.1, "INCONCLUSIVE"), (20.1, "LOSS")])
 def test_classes(ratio, label):
     assert finding.classify(ratio) == label
