@@ -118,10 +118,12 @@ def operations(job: Job) -> int:
     case, config = job.cases[0], job.config
     tokens, hidden, width = case.settings.seq_len, config.hidden, config.embedding_width
     setup = _OF_ANY_RECORDING + job.plan.layer(config.layer_ids[0]).rows * config.row_width // 4
-    lookup = tokens * width * (1 + case.prefetches)
-    layer = tokens * hidden * (4 * hidden if case.model == "kv-bank" else 2 * width * (1 + config.hc_mult)) + lookup
+    values = tokens * width  # of the rows that are looked up
+    lookup = values * (1 + case.prefetches)
+    products = tokens * hidden * (4 * hidden if case.model == "kv-bank" else 2 * width * (1 + config.hc_mult))
+    layer = lookup + products + values  # about one operation with each, beside the products
     block = layer + tokens * hidden * (8 * hidden + 2 * tokens)
-    return setup + {"lookup": lookup, "layer": layer + lookup, "block": block + lookup}[case.boundary]
+    return setup + {"lookup": lookup, "layer": layer, "block": block}[case.boundary]
 
 
 def price_all(

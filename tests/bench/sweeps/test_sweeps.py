@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import jsonschema
@@ -34,7 +34,9 @@ from bench.sweeps.pricing import Layouts
 from bench.sweeps.table import Crossing, crossing_text, crossings, ratios, report
 from engram_ref import cli
 from engram_ref.hashing import HashPlan
+from engram_toy.bytedmd import record
 from engram_toy.models.layouts import VARIANTS
+from engram_toy.models.programs import BOUNDARIES, build
 from tests.schemas import validator
 
 ROOT = Path(__file__).parents[3]
@@ -311,6 +313,25 @@ def test_random_texts_are_the_same_everywhere_and_what_they_are_called():
 def test_the_standard_library_is_a_text(vocab_v4):
     source = sweep_run.Texts(None, None).source("python-stdlib")
     assert source.name == "python-stdlib, first 1 MiB" and len(source.ids) > 100_000
+
+
+@pytest.mark.parametrize("model", ["engram", "kv-bank"])
+def test_a_job_is_estimated_by_the_operations_of_its_recording(model):
+    """Within an eighth, and exactly by what prefetching adds: the jobs of one program are in the right order."""
+    texts, found = sweep_run.Texts(None, SMALL[SMALL.index("--tokenizer") + 1]), {}
+    for boundary, variant in product(BOUNDARIES, ("offload_naive", "offload_prefetch")):
+        case = Case(replace(BASE, stream="uniform", d_model=8), model, boundary, variant)
+        (job,) = sweep_run.make_jobs([case], texts)
+        workload = make_workload(model, job.config, job.plan, job.stream.measured, 0)
+        layout = Layouts(workload, workload.row_indices(), []).of(case)
+        program = build(workload, boundary, layout, padding=0)
+        done = len(record(program.function, program.arguments, program.kinds).log.left)
+        table = job.plan.layer(job.config.layer_ids[0]).rows * job.config.row_width
+        estimated = sweep_run.operations(job) - sweep_run._OF_ANY_RECORDING - table // 4
+        assert abs(estimated - done) <= done / 8
+        found[boundary, variant] = estimated - done
+    for boundary in BOUNDARIES:
+        assert found[boundary, "offload_naive"] == found[boundary, "offload_prefetch"]
 
 
 # --- resumable --------------------------------------------------------------------------------------
