@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text", metavar="FILE", help="a UTF-8 text, - for standard input (default: Python's help topics)")
     add("--tokenizer", metavar="PATH", help="a tokenizer.json, its folder or a Hub name (default: DeepSeek-V4's)")
     add("--tokens", type=cli.at_least(2, MOST_TOKENS), default=128,
-        help="of the end of the text, as a text of their own (default: 128)")  # fmt: skip
+        help="of the end of the text, as a text of their own; the text has twice as many (default: 128)")  # fmt: skip
     add("--padding", type=cli.at_least(0, 10**7), nargs="+", default=[10**6], metavar="VALUES",
         help="that bury the table (default: 10^6)")  # fmt: skip
     add("--hot-share", type=cli.share, default=0.1, help="of all rows, that offload_hot keeps above (default: 0.1)")

@@ -169,6 +169,8 @@ def record(
     Args:
         fixed_depths: note the arguments' depths, which every definition but "lru" needs.
     """
+    if not hasattr(args, "__len__"):  # `bytedmd(f, 5)`
+        raise ValueError(f"args is a {type(args).__name__}: give the arguments as a tuple, such as (10, 20, 30)")
     kinds = ["argument"] * len(args) if kinds is None else kinds
     if len(kinds) != len(args):
         raise ValueError(f"{len(kinds)} kinds for {len(args)} arguments: give one name per argument")

@@ -22,6 +22,7 @@ _POWER = re.compile(r"\s*(\d{1,2})\^(\d{1,3})\s*", re.ASCII)
 _UNIT = re.compile(r"([^a-zA-Zµμ]*(?:[eE][+-]?\d+)?)\s*([a-zA-Zµμ]*)")
 _BYTES = {"b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}}
 _BYTES |= {f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)}
+_LEAST_PLAIN = 1e6  # bytes: 80 was meant to be 80GB
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}  # micro sign, Greek letter
 
 
@@ -90,6 +91,8 @@ def _with_unit(text: str, units: Mapping[str, float], what: str, default: float 
     value = number(found[1]) if found else None
     # The default is for a number without a unit, not for a unit that nobody knows.
     factor = units.get(found[2].lower(), None if found[2] else default) if found else None
+    if found and not found[2] and default and value is not None and 0 < value < _LEAST_PLAIN:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} must be with a unit, such as {found[1]}GB or {found[1]}B")
     if value is None or factor is None or not 0 <= value * factor < 2**63:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be {what}")
     return value * factor

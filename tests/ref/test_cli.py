@@ -113,7 +113,7 @@ def test_numbers_in_every_spelling():
 
 @pytest.mark.parametrize("spelt", ["1e3", "10^3", "1000", "1000.0"])
 def test_every_spelling_is_taken_where_a_number_is(spelt):
-    assert cli.at_least(1)(spelt) == 1000 and cli.positive(spelt) == 1000.0 and cli.nbytes(spelt) == 1000
+    assert cli.at_least(1)(spelt) == 1000 and cli.positive(spelt) == 1000.0 and cli.nbytes(f"{spelt}kB") == 1e6
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_units(kind, text, value):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        *((cli.nbytes, text) for text in ("80G", "-1GB", "GB", "5e", "1e400", "1 GB/s")),
+        *((cli.nbytes, text) for text in ("80", "80G", "-1GB", "GB", "5e", "1e400", "1 GB/s")),
         *((cli.bytes_per_second, text) for text in ("0", "0GB/s", "fast")),
         *((cli.seconds, text) for text in ("56", "", "1 h", "-1s")),
         *((cli.positive, text) for text in ("0", "-1", "nan", "1e999")),

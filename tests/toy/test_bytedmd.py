@@ -160,6 +160,8 @@ def test_escapes_are_counted():
 
 
 def test_wrong_number_of_kinds_is_refused():
+    with pytest.raises(ValueError, match=r"args is a int: give the arguments as a tuple, such as \(10, 20, 30\)"):
+        bytedmd(abs, 5)
     with pytest.raises(ValueError, match="1 kinds for 2 arguments"):
         trace(lambda a, b: a + b, (1, 2), ["token"])
 
