@@ -176,9 +176,13 @@ class CacheHistory:
         fork.__dict__.update(self.__getstate__(), convolutions=convolutions)
         return fork
 
-    def select(self, sequences: Any) -> None:
+    def numbers(self, sequences: Any) -> Tensor:
+        """Of the sequences that are named as a cache takes them: by numbers, booleans or a slice."""
+        device = sequences.device if isinstance(sequences, Tensor) else None
+        return torch.arange(self.batch_size, device=device)[sequences, ...]
+
+    def select(self, sequences: Tensor) -> None:
         """The sequences of these numbers, in this order: beams are reordered, or some are left."""
-        sequences = torch.as_tensor(sequences)  # a cache takes lists, too
         self.recent = self.recent[sequences.to(self.recent.device)]
         for past in self.convolutions.values():
             chosen = past.values[sequences.to(past.values.device)]

@@ -7,8 +7,10 @@ to neither. Cropping changes the length, of which a history learns before its ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -19,12 +21,52 @@ _ATTRIBUTE = "_engram_histories"
 Histories = dict[str, CacheHistory]  # by key
 
 
-class _Copied(NamedTuple):
-    """What a copy of a cache carries until it shows whether it has keys and values of its own."""
+class _Carried:
+    """Histories, and who carries them: a cache, and shallow copies of it as long as all have the same layers.
 
-    shared: Histories  # of the cache that it is a copy of
-    own: Histories  # as they were when it was copied
-    layers: Sequence[Any]  # of that cache, which hold keys and values
+    What is done to one of these is done to all; until somebody gives other layers to one of them, be it the original.
+    """
+
+    def __init__(self, histories: Histories) -> None:
+        self.histories = histories
+        # The oldest first; in a copy they are none, for a deep one has layers of its own.
+        self._carriers: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+
+    def join(self, cache: Any) -> None:
+        """From now on a cache carries these histories."""
+        setattr(cache, _ATTRIBUTE, self)
+        self._carriers[cache] = None
+
+    def part(self) -> None:
+        """Whoever has other layers than the oldest goes its own way; asked before each use of the histories.
+
+        So nothing has been done to them since the layers were given, and a fork is what they were at that moment.
+        """
+        carriers = [cache for cache in self._carriers if getattr(cache, _ATTRIBUTE, None) is self]
+        apart = [cache for cache in carriers[1:] if not _same_layers(cache, carriers[0])]
+        if apart:
+            others = _Carried({key: history.forked() for key, history in self.histories.items()})
+            for cache in apart:
+                others.join(cache)
+            others.part()
+
+    def __reduce__(self) -> Any:
+        return _Carried, (self.histories,)
+
+
+def _same_layers(cache: Any, other: Any) -> bool:
+    """Whether two caches hold their keys and values in the same layers; not if they do not show them."""
+    ours = _layers_of(cache)
+    return bool(ours) and ours == _layers_of(other)
+
+
+def _layers_of(cache: Any) -> list[list[int]]:
+    """By which objects a cache holds keys and values, one list for it, or one for each cache inside of it."""
+    if not hasattr(cache, "layers"):
+        inside = [part for part in vars(cache).values() if hasattr(part, "get_seq_length")]
+        return [layers for part in inside for layers in _layers_of(part)]
+    # An empty list is about to be filled: only who has that very list gets the layers.
+    return [[id(layer) for layer in cache.layers] or [id(cache.layers)]]
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
@@ -33,26 +75,19 @@ def history_of(cache: Any, key: str) -> CacheHistory | None:
 
 
 def _histories(cache: Any) -> Histories:
-    """Those that a cache carries; none, if it follows nothing.
-
-    A shallow copy has the layers of its cache, and what is done to one of the two is done to both; until somebody gives
-    it others.
-    """
-    carried: Histories | _Copied = getattr(cache, _ATTRIBUTE, {})
-    if not isinstance(carried, _Copied):
-        return carried
-    layers = getattr(cache, "layers", carried.layers)
-    if len(layers) == len(carried.layers) and all(one is other for one, other in zip(layers, carried.layers)):
-        return carried.shared
-    setattr(cache, _ATTRIBUTE, carried.own)
-    return carried.own
+    """Those that a cache carries; none, if it follows nothing."""
+    carried: _Carried | None = getattr(cache, _ATTRIBUTE, None)
+    if carried is None:
+        return {}
+    carried.part()
+    return getattr(cache, _ATTRIBUTE).histories
 
 
 def follow(cache: Any, key: str, history: CacheHistory) -> None:
     """Let a cache carry a history, and do to it what is done to the cache."""
     if not hasattr(cache, _ATTRIBUTE):
         kind: Any = type(cache)
-        setattr(cache, _ATTRIBUTE, {})
+        _Carried({}).join(cache)
         cache.__class__ = _following(kind)
     _histories(cache)[key] = history
 
@@ -70,9 +105,9 @@ def unfollow(cache: Any, key: str) -> None:
 def _following(kind: type) -> type:
     """A subclass of a kind of cache, of the same name, whose methods also act on the histories."""
     namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__reduce_ex__": _reduce}
-    for name, act in _ACTS.items():
+    for name, act_on in _ACTS.items():
         if hasattr(kind, name):
-            namespace[name] = _and_then(getattr(kind, name), act, moves=name != "reset")
+            namespace[name] = _and_then(getattr(kind, name), act_on)
     return type(kind.__name__, (kind,), namespace)
 
 
@@ -82,37 +117,43 @@ def _reduce(cache: Any, protocol: Any) -> Any:
     make, arguments, *rest = kind.__reduce_ex__(cache, protocol)
     if not arguments or arguments[0] is not type(cache):
         raise ValueError(f"a {kind.__name__} with Engram's history, which cannot be copied or pickled: detach() first")
-    if rest and isinstance(rest[0], dict) and _ATTRIBUTE in rest[0]:
-        shared = _histories(cache)
-        own = {key: history.forked() for key, history in shared.items()}
-        rest[0] = {**rest[0], _ATTRIBUTE: _Copied(shared, own, getattr(cache, "layers", ()))}
-    return _remake, (make, kind, *arguments[1:]), *rest
+    return _remake, (make, kind, getattr(cache, _ATTRIBUTE), *arguments[1:]), *rest
 
 
-def _remake(make: Any, kind: type, *arguments: Any) -> Any:
-    return make(_following(kind), *arguments)
+def _remake(make: Any, kind: type, carried: _Carried, *arguments: Any) -> Any:
+    made = make(_following(kind), *arguments)
+    carried.join(made)
+    return made
 
 
-def _and_then(method: Any, act: Any, moves: bool) -> Any:
-    """A method of a cache that is refused before it does anything, or does the same to the histories."""
+def _and_then(method: Any, act_on: Callable[..., Callable[[], None]]) -> Any:
+    """A method of a cache that does the same to the histories; what one of them refuses is done to none."""
 
     @functools.wraps(method)
     def both(cache: Any, *args: Any, **kwargs: Any) -> Any:
-        histories = _histories(cache).values()
-        if moves:
-            for history in histories:
-                history.require_movable()
+        acts = [act_on(history, *args, **kwargs) for history in _histories(cache).values()]
         result = method(cache, *args, **kwargs)
-        for history in histories:
-            act(history, *args, **kwargs)
+        for act in acts:
+            act()
         return result
 
     return both
 
 
-_ACTS = {
-    "reorder_cache": lambda history, beam_idx: history.select(beam_idx),
-    "batch_select_indices": lambda history, indices: history.select(indices),
-    "batch_repeat_interleave": lambda history, repeats: history.repeat(repeats),
-    "reset": lambda history: history.reset(),
+def _select(history: CacheHistory, sequences: Any) -> Callable[[], None]:
+    history.require_movable()
+    return partial(history.select, history.numbers(sequences))
+
+
+def _repeat(history: CacheHistory, repeats: int) -> Callable[[], None]:
+    history.require_movable()
+    return partial(history.repeat, repeats)
+
+
+# What is going to be done to a history, once the cache has done it.
+_ACTS: dict[str, Callable[..., Callable[[], None]]] = {
+    "reorder_cache": lambda history, beam_idx: _select(history, beam_idx),
+    "batch_select_indices": lambda history, indices: _select(history, indices),
+    "batch_repeat_interleave": _repeat,
+    "reset": lambda history: history.reset,
 }

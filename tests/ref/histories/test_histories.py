@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from engram_ref.hashing import DEAD
 from engram_ref.histories.cache import SLACK, CacheHistory, LengthsOnDevice
@@ -62,9 +62,11 @@ def test_it_goes_back_before_the_first_id():
         (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
         (lambda cache: cache.reorder_cache(beam_idx=torch.tensor([1, 2, 0])), [1, 2, 0]),
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_select_indices(slice(0, 2)), [0, 1]),
+        (lambda cache: cache.batch_select_indices([]), []),
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
     ],
-    ids=["reorder", "by name", "select", "repeat"],
+    ids=["reorder", "by name", "select", "slice", "none", "repeat"],
 )
 def test_it_does_what_the_cache_does(act, order):
     cache, history, before = DynamicCache(), make_history(), make_history()
@@ -130,6 +132,58 @@ def test_a_copied_cache_has_a_history_of_its_own():
     assert other is not history and torch.equal(other.recent, history.recent)
     twin.reset()
     assert other.length == 0 and history.length == 5
+
+
+def with_other_layers(cache):
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_cache_and_its_copies_share_a_history_until_one_of_them_gets_other_layers(number):
+    cache, history, before = filled_cache(), make_history(), make_history()
+    follow(cache, "key", history)
+    caches = [cache, copy.copy(cache)]
+    caches.append(copy.copy(caches[1]))
+    caches[number].reorder_cache(torch.tensor([2, 0, 0]))  # all of them, as they have the same layers
+    assert all(history_of(each, "key") is history for each in caches)
+    with_other_layers(caches[number])
+    caches[0].batch_select_indices([1])
+    for each in caches:
+        moved = each.layers[0].keys[:, 0, 0, 0].div(2).long()  # which sequences are left, and in which order
+        found = history_of(each, "key")
+        assert torch.equal(found.recent, before.recent[moved])
+        assert torch.equal(found.convolutions[1].values, before.convolutions[1].values[moved])
+
+
+def test_caches_that_are_copied_together_share_a_history_of_their_own():
+    cache, history = filled_cache(), make_history()
+    follow(cache, "key", history)
+    one, two = copy.deepcopy([cache, copy.copy(cache)])
+    assert history_of(one, "key") is history_of(two, "key") is not history
+    del one
+    with_other_layers(two)
+    assert history_of(two, "key").length == 5
+
+
+class Bare:
+    """A cache that does not show where it holds what."""
+
+    def get_seq_length(self):
+        return 5
+
+
+def test_a_copy_that_shows_no_layers_goes_its_own_way_at_once():
+    for cache in (Bare(), EncoderDecoderCache(DynamicCache(), DynamicCache())):
+        history = make_history()
+        follow(cache, "key", history)
+        twin = copy.copy(cache)
+        if not isinstance(cache, Bare):
+            assert history_of(twin, "key") is history
+            twin.self_attention_cache = copy.copy(cache.self_attention_cache)
+            assert history_of(twin, "key") is history
+            twin.self_attention_cache = copy.deepcopy(cache.self_attention_cache)
+        assert history_of(twin, "key") is not history
+        assert history_of(cache, "key") is history and torch.equal(history_of(twin, "key").recent, history.recent)
 
 
 def test_a_cache_keeps_its_class_and_gets_it_back():
