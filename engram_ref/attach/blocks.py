@@ -245,7 +245,7 @@ def cache_in(output: Any) -> Any:
 def holds_anything(cache: Any) -> bool:
     """Whether something was written to a cache, be it none that it counts: recurrent blocks keep states there."""
     if isinstance(cache, Tensor):
-        return bool(cache.any())
+        return cache.ndim > 0 and bool(cache.any())  # without dimensions, it is a count, or the size of a window
     if isinstance(cache, Mapping):
         return any(holds_anything(part) for part in cache.values())
     if isinstance(cache, (tuple, list)):
