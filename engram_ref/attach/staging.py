@@ -45,6 +45,7 @@ class StagedSteps(ABC):
     engrams: dict[int, Engram]
     _source: Source
     _key: str
+    _list: str  # the decoder's name for its blocks
     _device: torch.device
     _lengths: LengthsOnDevice
     _read: Callable[[tuple[Any, ...], dict[str, Any]], Given]
@@ -64,6 +65,10 @@ class StagedSteps(ABC):
     @abstractmethod
     def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
         """Begin to fetch for token ids [B, T], into `room` where the source can. `waited_for`: see the prefetcher."""
+
+    @abstractmethod
+    def _require_hooks(self, blocks: nn.ModuleList) -> None:
+        """Refuse to start what nobody would join."""
 
     @contextmanager
     def staging(
@@ -155,6 +160,7 @@ class StagedSteps(ABC):
 
     def _ask(self, staged: Staged, ids: Tensor, cache: Any) -> None:
         """Stage a step that asks for its rows itself: captured, in each replay; otherwise now, and it is answered."""
+        self._require_hooks(getattr(self.decoder, self._list))
         places = self._asking_places(ids, cache)
         values, dtype = self._source.answer_of(ids.shape)
         self._joined.clear()

@@ -372,6 +372,10 @@ def test_a_block_that_was_replaced_is_missed_here_too(seated):
     seated.model.layers[1] = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"block 1 was replaced since attach\(\)"):
         seated.model(make_ids(1, 3), past_key_values=seated.cache)
+    seated.places.clear()
+    for asking in (False, True):
+        with seated.attached.staging(asking=asking), pytest.raises(ValueError, match="block 1 was replaced"):
+            seated.attached.stage(make_ids(2, 1), seated.cache)
 
 
 def test_prompts_are_forgotten_once_others_are_admitted_or_places_cleared(seated):
