@@ -48,7 +48,7 @@ from engram_ref.attach.packing import (
     require_continued,
 )
 from engram_ref.attach.padding import chosen, padding_of
-from engram_ref.attach.staging import StagedSteps
+from engram_ref.attach.staging import StagedSteps, is_exported
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.fusion.base import ShortConvHistory
@@ -261,10 +261,12 @@ class Attached(StagedSteps):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._staged is None:
-            if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            if is_exported() or torch.jit.is_tracing():
                 raise ValueError("a traced or exported program would keep the rows of this example: use torch.compile")
             self._begin(module, args, kwargs)
-        elif not torch.compiler.is_compiling():
+        elif torch.compiler.is_dynamo_compiling() or is_exported():
+            self._joined = set()  # a new one, so that a graph does not depend on which blocks ran in the last forward
+        else:
             self._compare_staged(args, kwargs)
 
     def _before(self, layer_id: int) -> Callable[..., Any]:

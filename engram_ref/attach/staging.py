@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from engram_ref.attach.blocks import Given, is_on_accelerator
 from engram_ref.attach.graphs import Staged
@@ -34,8 +35,14 @@ from engram_ref.tables.base import Ready
 _PACKED_AND_STAGED = "several sequences in one row of a staged step: stage a padded batch"
 _PROMPTS_AND_STAGED = "prompts that take places are not staged: call the model outside of staging()"
 
-
 _Attached = TypeVar("_Attached", bound="StagedSteps")
+
+
+def is_exported() -> bool:
+    """Whether the forward that runs is exported: torch says only that some thread of the process is about to export."""
+    if not torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_dynamo_compiling() or detect_fake_mode() is not None  # with tensors that have no values
 
 
 class StagedSteps(ABC):
@@ -56,7 +63,7 @@ class StagedSteps(ABC):
         self._begun: Callable[[], Step] | None = None  # by `begin`, until `lay_down`
         self._entered = False  # a staged forward runs as it is written: of a replay, or a whole graph, nothing is known
         self._advancing: CacheHistory | None = None  # by it
-        self._joined: set[int] = set()  # layers whose blocks have begun in it
+        self._joined: set[int] = set()  # layers with a past whose blocks have begun in it
         self._staging_thread = 0
         # By overlap and asking; captured graphs read their buffers as long as we live.
         self._stagings: dict[tuple[bool, bool], Staged] = {}
@@ -338,6 +345,5 @@ class StagedSteps(ABC):
         if self._between is not None and layer_id == min(self.engrams):
             self._between()
         needed = staged.at(layer_id)
-        if not torch.compiler.is_compiling():
-            note_joined(self._joined, layer_id, needed.past)
+        note_joined(self._joined, layer_id, needed.past)
         return needed

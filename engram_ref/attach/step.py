@@ -41,7 +41,7 @@ class Step:
         borders: booleans [B, T] of sequences in one row that position_ids alone tell apart, or None.
         counted: the cache, if its own count of positions is relied on.
         recomputed: blocks may be computed again in the backward pass, hooks included.
-        joined: layers whose blocks have begun.
+        joined: layers with a past whose blocks have begun.
     """
 
     fetch: Any
@@ -91,7 +91,9 @@ def note_joined(joined: set[int], layer_id: int, past: ShortConvHistory | None) 
     Raises:
         ValueError: it has begun before in this one, and the layer has a past, which each time would advance.
     """
-    if past is not None and layer_id in joined:
+    if past is None:
+        return
+    if layer_id in joined:
         raise ValueError(
             f"block {layer_id} runs several times in one forward, each of which the layer's convolution would take for "
             "new positions: use_cache=False, a form without convolution, or another block"

@@ -5,6 +5,7 @@ python -m pytest tests/ref/attach/test_errors.py
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -250,6 +251,34 @@ def test_programs_that_would_keep_the_rows_of_an_example_are_refused(layers, ids
         for make in (torch.jit.trace, torch.export.export):
             with pytest.raises(ValueError, match=r"would keep the rows of this example: use torch\.compile"):
                 make(Logits(model), (ids,))
+
+
+class Meanwhile(nn.Module):
+    """What happens in another thread while this is exported."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        thread = threading.Thread(target=self.act)
+        thread.start()
+        thread.join()
+        return x + 1
+
+
+def test_another_thread_may_export_something_meanwhile(model, layers, ids):
+    found = []
+
+    def act():
+        with torch.no_grad():
+            found.append(model(ids).logits)
+            with attached.staging(), pytest.raises(ValueError, match="staged were None"):  # it is compared, too
+                model(ids)
+
+    with attach(model, layers.engrams, layers.plan) as attached:
+        torch.export.export(Meanwhile(act), (torch.zeros(1),), strict=False)
+    assert torch.equal(found[0], by_hand(model, layers, ids))
 
 
 class Logits(nn.Module):

@@ -99,6 +99,15 @@ def test_staged_steps_of_a_model_compile_to_one_graph(model, layers, ids):
     torch.testing.assert_close(torch.cat(parts, 1), by_hand(model, layers, ids[:, :6]), **EXACT)
 
 
+def test_a_block_that_runs_twice_in_one_graph_has_no_past(plainest, layers, ids):
+    compiled = torch.compile(plainest, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad(), attach(plainest, layers.engrams, layers.plan) as attached, attached.staging():
+        attached.stage(ids, DynamicCache())
+        plainest.h.append(plainest.h[1])
+        with pytest.raises(RuntimeError, match="block 1 runs several times in one forward"):
+            compiled(ids)
+
+
 # --- staged ----------------------------------------------------------------------------------------
 
 
