@@ -41,13 +41,12 @@ from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import (
     Packing,
     borders_of,
-    by_positions,
     is_flash,
     refuse_numbered,
     require_apart,
     require_continued,
 )
-from engram_ref.attach.padding import chosen, padding_of
+from engram_ref.attach.padding import chosen, padding_of, refuse_added
 from engram_ref.attach.staging import StagedSteps, is_exported
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
@@ -337,6 +336,7 @@ class Attached(StagedSteps):
         cached = use_cache or given.cache is not None
         if given.ids.shape[1] > 1 and given.mask is not None:
             refuse_numbered(given.mask)
+        refuse_added(given.mask, decoder.config)
         borders = borders_of(given, past, cached, decoder.config, self._recurs)
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
@@ -344,7 +344,6 @@ class Attached(StagedSteps):
             pad = self._source.plan.pad_compressed
             require_continued(given.mask, history.recent, pad, past, given.ids.shape[1])
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
-        told = borders if borders is not None and by_positions(given, decoder.config) else None
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
         fetch = None
@@ -354,7 +353,7 @@ class Attached(StagedSteps):
                 history.begin()
             if packing is not None:
                 padding = packing.lay_padding(padding)
-            return Step(fetch, given.ids.shape, recent, history, padding, again, packing, told, counted)
+            return Step(fetch, given.ids.shape, recent, history, padding, again, packing, borders, counted)
         except BaseException:
             give_back(fetch)
             raise

@@ -25,7 +25,8 @@ from engram_ref.attach.padding import chosen, visible
 from engram_ref.ids import DEAD
 
 _MEND = "give a padded batch"
-_RESTART = "position_ids do not go on by one, as of several sequences in one row"
+_SEVERAL = "several sequences in one row"
+_RESTART = f"position_ids do not go on by one, as of {_SEVERAL}"
 _TOLD_APART = ("position_ids", "cu_seq_lens_q", "cu_seqlens_q")  # by which flash attention keeps sequences apart
 
 
@@ -100,11 +101,9 @@ def borders_of(given: Given, past: int, use_cache: bool, config: Any, recurs: bo
     for name, said in given.packed.items():
         _compare(name, said, found, batch, length)
     if found is not None and recurs:
-        raise ValueError(
-            "several sequences in one row of a model with recurrent or convolutional blocks, which mix them: " + _MEND
-        )
+        raise ValueError(f"{_SEVERAL} of a model with recurrent or convolutional blocks, which mix them: {_MEND}")
     if found is not None and past:
-        raise ValueError(f"several sequences in one row behind a cache of {past} positions: {_MEND}")
+        raise ValueError(f"{_SEVERAL} behind a cache of {past} positions: {_MEND}")
     return found
 
 
@@ -170,7 +169,7 @@ def require_continued(mask: Any, recent: Tensor, pad: int, past: int, length: in
 
 
 def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], flash: bool) -> None:
-    """Refuse a block that attends across borders which `position_ids` say: not every model tells its attention.
+    """Refuse a block that mixes positions across borders: not every model tells its blocks of them.
 
     Args:
         borders: [B, T].
@@ -182,19 +181,29 @@ def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mappi
         ValueError: it does, or that cannot be seen.
     """
     values = [*args, *kwargs.values()]
-    length = borders.shape[1]
-    masks = [x for x in values if isinstance(x, Tensor) and x.ndim == 4 and x.shape[-2:] == (length, length)]
+    masks = [x for x in values if isinstance(x, Tensor) and _could_be_mask(x, borders.shape[1])]
     rules = [rule for rule in (getattr(value, "mask_mod", None) for value in values) if rule is not None]
-    if masks:
-        number = borders.cumsum(1).to(masks[0].device)  # of the sequence, [B, T]
-        across = bool((visible(masks[0]) & (number[:, :, None] != number[:, None, :])).any())
+    if masks:  # or what only looks like one, such as a bias, which hides nothing
+        across = all(_crosses(visible(mask), borders) for mask in masks)
     elif rules:  # flex attention asks a function about single pairs
         row, first = borders.nonzero(as_tuple=True)
         across = bool(rules[0](row, torch.zeros_like(row), first, first - 1).any())
     else:
         across = not (flash and any(value is not None for key, value in kwargs.items() if key in _TOLD_APART))
     if across:
-        raise ValueError(f"{_RESTART}; {name} of this model attends across their borders: {_MEND}")
+        raise ValueError(f"{_SEVERAL}; {name} of this model attends across their borders, or mixes them: {_MEND}")
+
+
+def _could_be_mask(values: Tensor, length: int) -> bool:
+    """Of a static cache, a mask has columns to come."""
+    shaped = values.ndim == 4 and values.shape[2] == length <= values.shape[3]
+    return shaped and (values.dtype == torch.bool or values.is_floating_point())
+
+
+def _crosses(sees: Tensor, borders: Tensor) -> bool:
+    """Whether a position sees another sequence than its own, by `sees`, [B, T, T or more]."""
+    number = borders.to(sees.device).cumsum(1)  # of the sequence, [B, T]
+    return bool((sees[:, :, : sees.shape[1]] & (number[:, :, None] != number[:, None, :])).any())
 
 
 def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
@@ -242,9 +251,8 @@ def _in_mask(mask: Tensor, length: int, past: int) -> Tensor | None:
     borders = real & (before >= 0) & ~linked
     if not borders.any():
         return None
-    number = borders.cumsum(1)  # of the sequence, [B, T]
-    across = sees & (number[:, :, None] != number[:, None, :]) & real[:, :, None] & real[:, None, :]
-    if across.tril().any():
+    tokens = sees & real[:, :, None] & real[:, None, :]
+    if _crosses(tokens.tril(), borders):
         raise ValueError(
             "an attention mask in which a position sees not the one before it, but others: neither causal nor "
             f"block-diagonal, so the tokens before it are not known; {_MEND}"

@@ -38,7 +38,7 @@ class Step:
         history: of the sequences; None where nothing comes after this step.
         padding: booleans [B, T], or None.
         packing: how several sequences of one row are laid apart, or None; then padding and rows are, too.
-        borders: booleans [B, T] of sequences in one row that position_ids alone tell apart, or None.
+        borders: booleans [B, T], where sequences begin behind others in one row, or None.
         counted: the cache, if its own count of positions is relied on.
         recomputed: blocks may be computed again in the backward pass, hooks included.
         joined: layers with a past whose blocks have begun.

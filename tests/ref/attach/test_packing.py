@@ -10,7 +10,7 @@ from engram_ref.attach import attach
 from engram_ref.attach.blocks import Given
 from engram_ref.attach.packing import Packing, borders_of, require_apart
 from engram_ref.hashing.device import DeviceHasher
-from tests.ref.attach.models import make_family, make_ids, make_layers, make_model
+from tests.ref.attach.models import Plainest, make_family, make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +182,14 @@ def test_models_that_cross_the_borders_are_refused(name, message, layers):
             assert model(second[None], use_cache=False).logits.isfinite().all()
 
 
+def test_a_decoder_that_keeps_its_mask_from_its_blocks_is_refused(layers):
+    decoder = Plainest(3).double()
+    with torch.no_grad(), attach(decoder, layers.engrams, layers.plan):
+        with pytest.raises(ValueError, match="several sequences in one row; block 1 of this model attends across"):
+            decoder(PACKED, BLOCKS)
+        assert torch.equal(decoder(PACKED, torch.ones_like(BLOCKS).tril()), decoder(PACKED))
+
+
 def test_what_a_block_is_told_of_borders():
     borders = NUMBERS.diff(prepend=NUMBERS[:1])[None] != 0
     causal = torch.ones(1, 1, 18, 18, dtype=torch.bool).tril()
@@ -190,8 +198,11 @@ def test_what_a_block_is_told_of_borders():
         def __init__(self, mask):
             self.mask_mod = lambda row, head, one, other: mask[row, head, one, other]
 
+    bias, to_come = torch.zeros(1, 4, 18, 18), torch.nn.functional.pad(BLOCKS, (0, 6), value=True)  # a static cache's
     apart = [((BLOCKS,), {}), ((None,), {"mask": added(BLOCKS, -1e9)}), ((), {"mask": Flex(BLOCKS)})]
+    apart += [((bias, BLOCKS), {}), ((to_come,), {})]
     across = [((causal,), {}), ((), {"mask": added(causal, -1e9)}), ((), {"mask": Flex(causal)}), ((PLACES,), {})]
+    across += [((bias,), {}), ((~causal,), {}), ((BLOCKS.int(),), {})]
     for args, kwargs in apart:
         require_apart(borders, "block 1", args, kwargs, flash=False)
     for args, kwargs in [*across, ((), {"position_ids": PLACES})]:
