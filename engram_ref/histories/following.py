@@ -29,7 +29,7 @@ class _Carried:
 
     def __init__(self, histories: Histories) -> None:
         self.histories = histories
-        # The oldest first; in a copy they are none, for a deep one has layers of its own.
+        # The oldest first. A copy of this, deep or from a file, begins with none: caches that are made with it join.
         self._carriers: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 
     def join(self, cache: Any) -> None:
@@ -121,6 +121,7 @@ def _reduce(cache: Any, protocol: Any) -> Any:
 
 
 def _remake(make: Any, kind: type, carried: _Carried, *arguments: Any) -> Any:
+    """A cache without its state, that carries these histories before anybody can part from it unnoticed."""
     made = make(_following(kind), *arguments)
     carried.join(made)
     return made

@@ -199,7 +199,13 @@ def test_a_cache_keeps_its_class_and_gets_it_back():
     assert history_of(cache, "one") is None and history_of(cache, "two") is not None
     unfollow(cache, "two")
     unfollow(cache, "two")
-    assert type(cache) is DynamicCache and vars(cache).keys() == vars(DynamicCache()).keys()
+    bare = vars(DynamicCache()).keys()
+    assert type(cache) is DynamicCache and vars(cache).keys() == bare
+    follow(cache, "one", make_history())
+    twin = copy.copy(cache)
+    unfollow(cache, "one")
+    cache.layers = []
+    assert history_of(twin, "one") is None and vars(cache).keys() == bare
 
 
 def test_lengths_are_compared_without_asking():
