@@ -184,7 +184,7 @@ def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mappi
     masks = [x for x in values if isinstance(x, Tensor) and _could_be_mask(x, borders.shape[1])]
     rules = [rule for rule in (getattr(value, "mask_mod", None) for value in values) if rule is not None]
     if masks:  # or what only looks like one, such as a bias, which hides nothing
-        across = all(_crosses(visible(mask), borders) for mask in masks)
+        across = all(_crosses(_seen_by(mask, borders), borders) for mask in masks)
     elif rules:  # flex attention asks a function about single pairs
         row, first = borders.nonzero(as_tuple=True)
         across = bool(rules[0](row, torch.zeros_like(row), first, first - 1).any())
@@ -200,10 +200,17 @@ def _could_be_mask(values: Tensor, length: int) -> bool:
     return shaped and (values.dtype == torch.bool or values.is_floating_point())
 
 
+def _seen_by(mask: Tensor, borders: Tensor) -> Tensor:
+    """Which position sees which by a block's mask, [B, T, T]; some models (MPT) have told theirs by what is hidden."""
+    sees = visible(mask)[:, :, : borders.shape[1]]
+    itself = sees.diagonal(dim1=1, dim2=2) & borders.to(sees.device)  # where a sequence begins, there is a token
+    return ~sees if mask.dtype == torch.bool and not itself.any() else sees
+
+
 def _crosses(sees: Tensor, borders: Tensor) -> bool:
-    """Whether a position sees another sequence than its own, by `sees`, [B, T, T or more]."""
+    """Whether a position sees another sequence than its own, by `sees`, [B, T, T]."""
     number = borders.to(sees.device).cumsum(1)  # of the sequence, [B, T]
-    return bool((sees[:, :, : sees.shape[1]] & (number[:, :, None] != number[:, None, :])).any())
+    return bool((sees & (number[:, :, None] != number[:, None, :])).any())
 
 
 def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:

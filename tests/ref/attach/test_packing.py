@@ -200,7 +200,7 @@ def test_what_a_block_is_told_of_borders():
 
     bias, to_come = torch.zeros(1, 4, 18, 18), torch.nn.functional.pad(BLOCKS, (0, 6), value=True)  # a static cache's
     apart = [((BLOCKS,), {}), ((None,), {"mask": added(BLOCKS, -1e9)}), ((), {"mask": Flex(BLOCKS)})]
-    apart += [((bias, BLOCKS), {}), ((to_come,), {})]
+    apart += [((bias, BLOCKS), {}), ((to_come,), {}), ((~BLOCKS,), {})]
     across = [((causal,), {}), ((), {"mask": added(causal, -1e9)}), ((), {"mask": Flex(causal)}), ((PLACES,), {})]
     across += [((bias,), {}), ((~causal,), {}), ((BLOCKS.int(),), {})]
     for args, kwargs in apart:
