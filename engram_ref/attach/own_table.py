@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engram_ref.config import EngramConfig
 from engram_ref.files.stored_rows import StoredRows
 from engram_ref.hashing.plan import HashPlan
-from engram_ref.rows.rows import Rows
+from engram_ref.rows.rows import Rows, refuse_wrapped
 from engram_ref.tables import Table, make_table
 from engram_ref.tables.host import HostTable
 
@@ -98,13 +98,14 @@ def table_for(
     """A table behind a placement, of the rows that are given or of the model's own.
 
     Raises:
-        ValueError: there are neither, the model is not loaded, or as `make_table`.
+        ValueError: there are neither, the model is not loaded, or is sharded, or as `make_table`.
     """
     weight = embedding.ngram_embedding.weight
     if device.type == "meta":
         raise ValueError("the weights of this model are not loaded: load everything but the table first")
     if rows is None and weight.is_meta:
         raise ValueError("the table's weights are not in this model: give rows=, for instance folder.stored_rows()")
+    refuse_wrapped(weight)  # also where rows are given, which are compared with it
     if rows is not None:
         return make_table(placement, rows, device, **options)
     own = weight.detach()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engram_ref.config import SCALE_BLOCK
 from engram_ref.rows import fp8
@@ -36,7 +37,7 @@ class Rows:
         first: number of the first of them in its table, for messages; not 0 where they are some of its rows.
 
     Raises:
-        ValueError: parts that do not make up whole rows.
+        ValueError: parts that do not make up whole rows, or that have no memory of their own.
     """
 
     format: RowFormat
@@ -44,6 +45,8 @@ class Rows:
     first: int = 0
 
     def __post_init__(self) -> None:
+        for part in self.parts:
+            refuse_wrapped(part)
         widths = tuple(part.shape[1] if part.ndim == 2 else 0 for part in self.parts)
         whole = widths in ((self.format.row_bytes,), self.format.split_bytes)
         same = len({(len(part), part.device, part.dtype) for part in self.parts}) == 1
@@ -159,6 +162,21 @@ class Rows:
                 piece = part[first : first + _CHECKED]
                 if piece.is_cpu or fp8.has_nan(piece[:, :count], piece[:, count:]):  # on an accelerator looked at there
                     refuse_nan("these rows", piece.cpu().numpy(), count, number)
+
+
+def refuse_wrapped(values: Tensor) -> None:
+    """Refuse a tensor that is made of others, as those of a sharded model are.
+
+    Raises:
+        ValueError: it is one.
+    """
+    # It has no address, and what is compiled here reads by address.
+    if is_traceable_wrapper_subclass(values):
+        raise ValueError(
+            f"rows that are a {type(values).__name__}, made of other tensors: give a plain one of all rows, as "
+            "full_tensor() makes it; a model's own table is offloaded before the model is sharded, or never built "
+            "(without_table) and given as rows="
+        )
 
 
 def refuse_trained(values: Tensor) -> None:

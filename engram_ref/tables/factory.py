@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram_ref.devices import as_device
 from engram_ref.rows.memory import HostMemory, require_bytes
-from engram_ref.rows.rows import Rows, refuse_trained
+from engram_ref.rows.rows import Rows, refuse_trained, refuse_wrapped
 from engram_ref.sharding.agreement import agreed, group_device, require_same
 from engram_ref.sharding.plan import Columns, ShardPlan
 from engram_ref.tables.base import Table
@@ -98,6 +98,8 @@ def _require_types(rows: Any, packed: Any, hot: Any) -> None:
         )
     if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.is_meta):
         raise ValueError(f"rows is a tensor of layout {rows.layout} on {rows.device}: give a dense one with values")
+    if isinstance(rows, Tensor):
+        refuse_wrapped(rows)
     if isinstance(rows, Tensor) and not rows.is_floating_point():
         raise ValueError(f"rows is a tensor of {rows.dtype}: give a floating-point one, as bfloat16")
     if isinstance(rows, Tensor) and rows.ndim != 2:

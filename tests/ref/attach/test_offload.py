@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from engram_ref.attach import offload_table, without_table
 from engram_ref.tables import make_table
@@ -375,6 +376,16 @@ def test_models_that_have_none_and_tables_that_are_away(model):
             offload_table(model, "device")
         with pytest.raises(ValueError, match="a model whose table is offloaded cannot be copied"):
             copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_table_that_is_sharded_is_refused(given):
+    """Given rows would be compared with it."""
+    model = make_model()
+    rows = table_of(model).weight.detach()
+    table_of(model).weight = nn.Parameter(TwoTensor(rows, rows))
+    with pytest.raises(ValueError, match=r"a model's own table is offloaded before the model is sharded"):
+        offload_table(model, "host", rows if given else None)
 
 
 def test_a_table_of_other_primes_is_refused(model):

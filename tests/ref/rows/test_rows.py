@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from engram_ref.config import EngramConfig
 from engram_ref.rows import fp8
 from engram_ref.rows.rows import Rows
-from engram_ref.tables import RowFormat
+from engram_ref.tables import RowFormat, make_table
+from engram_ref.tables.device import DeviceTable
+from engram_ref.tables.host import HostTable
 
 
 def fp8_rows(count: int = 20, width: int = 64) -> Rows:
@@ -117,3 +120,18 @@ def test_parts_with_gaps_are_refused():
 def test_scaled_rows_are_bfloat16_and_whole_blocks(dtype, width):
     with pytest.raises(ValueError, match="scaled rows of"):
         RowFormat(dtype, width, scaled=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_tensors_made_of_others_are_refused(trained):
+    """As those of a sharded model are: they have no address, by which compiled code reads."""
+    values = TwoTensor(torch.zeros(4, 8), torch.zeros(4, 8)).requires_grad_(trained)
+    for use in (DeviceTable, *(() if trained else (Rows.of, lambda rows: HostTable(rows, "cpu")))):
+        with pytest.raises(ValueError, match=r"rows that are a TwoTensor, made of other tensors: give a plain one"):
+            use(values)
+    for placement in ("device", "host", "hot"):
+        with pytest.raises(ValueError, match=r"rows that are a TwoTensor, made of other tensors: give a plain one"):
+            make_table(placement, values, "cpu", hot=torch.arange(2) if placement == "hot" else None)
+    raw = torch.zeros(4, 66, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="rows that are a TwoTensor"):
+        Rows.from_packed(TwoTensor(raw, raw))
