@@ -20,6 +20,7 @@ import engram_ref.needs_torch  # noqa: F401
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from engram_ref.compiled import numba_works
 from engram_ref.config import EngramConfig, require_int
@@ -38,10 +39,10 @@ class Fusion(nn.Module, ABC):
 
     Args:
         config: geometry.
-        fused: whether what follows the projection is done in one pass, where gradients are off: by one kernel on CUDA
-            (with Triton; not float64), by compiled loops on a CPU (with numba; float32 only). None where it can be,
-            False never, True must it be. It is rounded once; torch's operations in its place give the same up to
-            rounding.
+        fused: whether what follows the projection is done in one pass, where no derivatives are asked for: by one
+            kernel on CUDA (with Triton; not float64), by compiled loops on a CPU (with numba; float32 only). None where
+            it can be, False never, True must it be. It is rounded once; torch's operations in its place give the same
+            up to rounding.
 
     Attributes:
         form: of the configurations that it is made for.
@@ -90,8 +91,8 @@ class Fusion(nn.Module, ABC):
         Raises:
             ValueError: `fused` is True, and nothing can.
         """
-        # Kernels and loops pass no gradients back, and torch.compile writes kernels of its own.
-        if self.fused is False or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Kernels and loops pass no derivatives on, and torch.compile writes kernels of its own.
+        if self.fused is False or is_differentiated() or torch.compiler.is_compiling():
             return None
         found = _one_pass_on(self.device.type, self.dtype) if self.has_one_pass else None
         if found is None and self.fused:
@@ -146,6 +147,12 @@ class Fusion(nn.Module, ABC):
                 )
 
 
+def is_differentiated() -> bool:
+    """Whether derivatives may be asked of what is computed now: backwards, or forwards beside it."""
+    # Derivatives that go forwards do so under no_grad, too; torch has no public question for them.
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 @functools.cache
 def _one_pass_on(device_type: str, dtype: torch.dtype) -> ModuleType | None:
     """The kernels or the compiled loops, where they can serve."""
@@ -181,7 +188,7 @@ def without(e: Tensor, marked: Tensor) -> Tensor:
     """Rows [..., C*D] for a product, zeros at marked positions [...], whose own may be anything."""
     # A gradient of 0 times a NaN is NaN; and torch 2.13's products of bfloat16, on a CPU with AMX, let a NaN into the
     # next row where C*D is no multiple of 32. Elsewhere rows keep apart by themselves.
-    apart = e.device.type != "cpu" and not torch.is_grad_enabled()
+    apart = e.device.type != "cpu" and not is_differentiated()
     return e if apart else e.masked_fill(marked[..., None], 0)
 
 
@@ -221,7 +228,7 @@ class ShortConvHistory:
 
     def advance(self, values: Tensor) -> None:
         """Put what comes next in place of what was."""
-        if torch.is_grad_enabled():
+        if is_differentiated():
             self.values = values.detach().clone()  # gradients still need the old ones
         else:
             self.values.copy_(values)  # where a captured graph reads them

@@ -33,6 +33,7 @@ from engram_ref.fusion.base import (
     ShortConvHistory,
     block_sizes,
     check_positions,
+    is_differentiated,
     mean_square,
     side_by_side,
     spans,
@@ -166,9 +167,9 @@ class DemoFusion(Fusion):
         check_positions("padding", padding, hidden)
         if padding is not None:
             e = without(e, padding)
-            if torch.is_grad_enabled():
+            if is_differentiated():
                 hidden = hidden.masked_fill(padding[..., None, None], 0)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_differentiated() or torch.compiler.is_compiling():
             # Blocks are written with `out=`, which passes no gradients back; the compiler makes its own.
             return self._combine_at_once(self.project(e), hidden, history, padding)
         project = partial(_projected, self, e)
@@ -184,7 +185,7 @@ class DemoFusion(Fusion):
         """The second half: the update, as `forward` gives it, from what `project` gave."""
         self._check("packed", packed, len(self.projection_weight), hidden)
         self._check_history(hidden, history)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_differentiated() or torch.compiler.is_compiling():
             return self._combine_at_once(packed, hidden, history)
         one_pass = self.one_pass()
         if one_pass is None:
@@ -383,7 +384,7 @@ def causal_conv(x: Tensor, weight: Tensor, dilation: int, past: Tensor | None = 
     Returns:
         y[t] = sum over k of weight[K-1-k] * x[t - k*dilation], [B, T, ...].
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    if is_differentiated() or x.device.type != "cpu":
         return _shift_and_add(x, weight, dilation, past)
     reach = (len(weight) - 1) * dilation
     steps = max(CPU_CONV_VALUES // max(1, x[:, :1].numel()), reach, 1)

@@ -30,6 +30,7 @@ from engram_ref.fusion.base import (
     ShortConvHistory,
     block_sizes,
     check_positions,
+    is_differentiated,
     mean_square,
     side_by_side,
     spans,
@@ -102,7 +103,7 @@ class V41Fusion(Fusion):
         """
         self._check("e", e, self.config.embedding_width, hidden)
         check_positions("dead", dead, hidden)
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not (is_differentiated() or torch.compiler.is_compiling()):
             return self._fuse_in_blocks(e, hidden, dead)
         if dead is not None:
             e = without(e, dead)

@@ -14,6 +14,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram_ref.config import EngramConfig
@@ -297,6 +298,24 @@ def test_gradients_and_a_request_keep_it_away(monkeypatch):
         assert make_fusion(config, dtype=torch.float32)(e, hidden).requires_grad
     with pytest.raises(AssertionError, match="was taken"):
         make_fusion(config, dtype=torch.float32)(e, hidden)
+
+
+@pytest.mark.parametrize("form", ["demo", "v41"])
+@pytest.mark.parametrize("fused", [None, False])
+def test_derivatives_that_go_forwards_need_no_gradients(form, fused):
+    layer = make_fusion(config_of(form), dtype=torch.float32, fused=fused)
+    e, hidden = inputs(config_of(form), (2, 5), torch.float32)
+
+    def tangent():
+        past = ShortConvHistory(layer, 2) if layer.reach else None
+        with forward_ad.dual_level():
+            for _ in range(2):
+                stream = layer.add_to(forward_ad.make_dual(hidden, hidden.flip(1)), e, past)
+            return forward_ad.unpack_dual(stream).tangent
+
+    with torch.enable_grad():
+        want = tangent()
+    assert torch.equal(tangent(), want) and not torch.equal(want, hidden.flip(1))
 
 
 def test_the_loops_exponential():
