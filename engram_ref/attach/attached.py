@@ -305,7 +305,8 @@ class Attached(StagedSteps):
         thread = threading.get_ident()
         self._drop(thread)
         given = self._read(args, kwargs)
-        with self._waiting("start"), self._turn:
+        # Inside of torch.func every tensor that is made is wrapped, and has no address that compiled code could read.
+        with torch._C._DisableFuncTorch(), self._waiting("start"), self._turn:
             # A thread that never ends its step does not stop the others for good: without a buffer they are refused.
             self._turn.wait_for(lambda: len(self._steps) < self._room, timeout=_PATIENCE)
             self._steps[thread] = self._start(given, module)
@@ -433,7 +434,8 @@ class Attached(StagedSteps):
             return self._drop(thread)
         step = self._steps[thread]
         try:
-            step.end()
+            with torch._C._DisableFuncTorch():
+                step.end()
         except BaseException:
             self._drop(thread)
             raise

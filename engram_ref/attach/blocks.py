@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from engram_ref.hashing.device import DeviceHasher
@@ -170,7 +171,7 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
 def named_arguments(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
     """A function that gives the arguments of the decoder's forward by the names that this release has for them.
 
-    It raises a ValueError for more positional arguments than the forward names.
+    It raises a ValueError for more positional arguments than the forward names, and inside of `torch.func.vmap`.
     """
     parameters = inspect.signature(decoder.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -178,9 +179,22 @@ def named_arguments(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, 
     def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) > len(names):
             raise ValueError(f"{len(args)} arguments by position; the decoder's forward names {len(names)}: name them")
-        return {**dict(zip(names, args)), **kwargs}
+        given = {**dict(zip(names, args)), **kwargs}
+        if torch._C._are_functorch_transforms_active():
+            given = {name: unwrapped(name, v) if isinstance(v, Tensor) else v for name, v in given.items()}
+        return given
 
     return by_name
+
+
+def unwrapped(name: str, value: Tensor) -> Tensor:
+    """What `torch.func` has wrapped, as it does with all that a transformed function is given."""
+    plain = torch.func.debug_unwrap(value)
+    if plain.ndim != value.ndim:  # a dimension is hidden
+        raise ValueError(
+            f"{name} inside of torch.func.vmap, in which nothing can be looked up: give the model the whole batch"
+        )
+    return plain
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:

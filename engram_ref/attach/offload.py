@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram_ref.attach.blocks import cache_among, named_arguments
+from engram_ref.attach.blocks import cache_among, named_arguments, unwrapped
 from engram_ref.attach.hooks import Hook
 from engram_ref.attach.own_table import Lookup, Seat, Source, check_table, ids_before, plan_of, table_for, text_model
 from engram_ref.attach.step import give_back
@@ -214,8 +214,10 @@ class OffloadedTable:
         ids = given.get("input_ids") if ids is None else ids
         if self._prefetcher is None or ids is None or not self._takes_room(thread):
             return
-        ids = _without_padding(ids, given.get("attention_mask"), self.plan.pad_compressed)
-        self._steps[thread] = self._start(self._prefetcher, ids, cache_among(given))
+        # Inside of torch.func every tensor that is made is wrapped, and has no address that compiled code could read.
+        with torch._C._DisableFuncTorch():
+            ids = _without_padding(ids, given.get("attention_mask"), self.plan.pad_compressed)
+            self._steps[thread] = self._start(self._prefetcher, ids, cache_among(given))
 
     def _takes_room(self, thread: int) -> bool:
         """Whether there is room for a thread's step, which it has until `_drop`."""
@@ -241,19 +243,23 @@ class OffloadedTable:
     @torch.compiler.disable
     def look_up(self, block: int, numbers: Tensor) -> Tensor:
         """The rows [B, T, C, D] of the numbers [B, T, C] that the class has computed."""
+        with torch._C._DisableFuncTorch():
+            values = self._values(block, unwrapped("input_ids", numbers).reshape(-1))
+        return values.view(*numbers.shape, self.tables[block].format.width)
+
+    def _values(self, block: int, numbers: Tensor) -> Tensor:
+        """The rows [B*T*C, D] of the numbers, fetched already or now."""
         table = self.tables[block]
         fetch = self._steps.get(threading.get_ident())
         if fetch is None:
             self.late += 1
-            values = table.start(numbers.reshape(-1).to(table.index_device)).wait()
-        else:
-            self.prefetched += 1
-            join: Any = fetch[block]
-            values = join.wait()
-            self._compare(join.row_numbers, numbers.reshape(-1))
-            if torch.is_grad_enabled():
-                values = values.clone()  # gradients need them after the fetch's buffer has been filled again
-        return values.view(*numbers.shape, table.format.width)
+            return table.start(numbers.to(table.index_device)).wait()
+        self.prefetched += 1
+        join: Any = fetch[block]
+        values = join.wait()
+        self._compare(join.row_numbers, numbers)
+        # Gradients need them after the fetch's buffer has been filled again.
+        return values.clone() if torch.is_grad_enabled() else values
 
     def _compare(self, fetched: Tensor, wanted: Tensor) -> None:
         """Refuse other rows than those that were fetched; on an accelerator `check` does it."""

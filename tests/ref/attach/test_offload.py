@@ -211,6 +211,23 @@ def test_gradients_of_two_forwards(model):
     assert expected.abs().max() > 0
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_gradients_by_torch_func(prefetch, model):
+    """Of a function of weights and token ids, which torch wraps, both."""
+    name, ids = "model.layers.0.ple.key_proj.weight", ids_of(1, 13)
+
+    def loss(weight, ids):
+        return torch.func.functional_call(model, {name: weight}, (ids,), dict(use_cache=False)).logits.square().mean()
+
+    weight = model.get_parameter(name).detach()
+    expected = torch.func.grad(loss)(weight, ids)
+    with offload_table(model, "host", prefetch=prefetch):
+        assert torch.equal(torch.func.grad(loss)(weight, ids), expected)
+        with pytest.raises(ValueError, match=r"input_ids inside of torch\.func\.vmap"):
+            torch.func.vmap(lambda ids: loss(weight, ids))(ids[None])
+    assert expected.abs().max() > 0
+
+
 def test_gradient_checkpointing():
     model, ids = make_model(), ids_of(1, 13)  # a model of its own: transformers leaves a hook in it
 

@@ -155,3 +155,26 @@ def test_a_cache_in_training_is_followed(model):
     got.square().mean().backward()
     assert all(value.isfinite().all() for value in gradients(model, layers).values())
     torch.testing.assert_close(got, by_hand(model, layers, ids), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["demo", "v41"])
+def test_derivatives_by_torch_func(form):
+    """Backwards and forwards, of a function of weights, token ids and mask, which torch wraps, all of them."""
+    model, layers = make_model(attn_implementation="eager"), make_layers(form=form)
+    name, ids, mask = "model.layers.0.mlp.up_proj.weight", BATCHES[0], torch.ones_like(BATCHES[0])
+    mask[0, -3:] = 0
+
+    def loss(weight, ids, mask):
+        return torch.func.functional_call(model, {name: weight}, (ids, mask)).logits.square().mean()
+
+    weight = model.get_parameter(name)
+    plain = weight.detach()
+    with attach(model, layers.engrams, layers.plan):
+        (want,) = torch.autograd.grad(loss(weight, ids, mask), [weight])
+        got = torch.func.grad(loss)(plain, ids, mask)
+        with torch.no_grad():
+            _, along = torch.func.jvp(lambda weight: loss(weight, ids, mask), (plain,), (want,))
+        with pytest.raises(ValueError, match=r"input_ids inside of torch\.func\.vmap.*give the model the whole batch"):
+            torch.func.vmap(loss, in_dims=(None, 0, 0))(plain, ids[:, None], mask[:, None])
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    torch.testing.assert_close(along, want.square().sum(), rtol=1e-6, atol=0)  # norms and loss are float32 in between
