@@ -182,7 +182,7 @@ class Attached(StagedSteps):
         self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
         self._device = next(iter(self.engrams.values())).fusion.device
         self._recurs = recurs(blocks, decoder.config)
-        self._list = next(name for name, child in decoder.named_children() if child is blocks)
+        self._list = next(path for path, module in decoder.named_modules() if module is blocks)
         self._read = reader(decoder)
         self._hooks = [Hook(decoder, self._enter)]
         self._hooks += [Hook(blocks[layer_id], self._before(layer_id), layer_id) for layer_id in self.engrams]
@@ -313,7 +313,7 @@ class Attached(StagedSteps):
 
     def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
         self._settle()  # who answers has the places
-        blocks = getattr(decoder, self._list)
+        blocks = decoder.get_submodule(self._list)
         self._require_hooks(blocks)
         places = None if given.cache is None else history_of(given.cache, self._key)
         if isinstance(places, Places):

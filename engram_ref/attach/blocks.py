@@ -2,7 +2,8 @@
 
     decoder, blocks = find_blocks(model)        # Qwen3ForCausalLM -> its Qwen3Model and the ModuleList in it
 
-Found by structure, not by name: the only list of as many modules as the configuration has hidden layers.
+Found by structure, not by name: the only list of as many modules as the configuration has hidden layers, and the
+innermost module around it that is given token ids.
 """
 
 from __future__ import annotations
@@ -22,29 +23,53 @@ from engram_ref.hashing.plan import HashPlan
 from engram_ref.layer import Engram, check_plan
 
 
-def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """The decoder in a model, and its list of blocks.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one, or an encoder beside it, or nothing around it is given token ids.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} has no configuration of transformers: give a model of transformers")
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    found: list[tuple[nn.Module, nn.ModuleList]] = []
+    if getattr(config, "is_encoder_decoder", False) and model.get_encoder() is not model.get_decoder():
+        raise ValueError(
+            f"{type(model).__name__} is an encoder and a decoder; Engram goes into the decoder: give "
+            "model.get_decoder()"
+        )
+    count = _count(config.get_text_config())
+    found: dict[str, nn.ModuleList] = {}
     inside: set[nn.Module] = set()  # blocks may hold lists of as many experts
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count and child not in inside:
-                found.append((module, child))
-                inside.update(child.modules())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and module not in inside:
+            found[path] = module
+            inside.update(module.modules())
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} lists of {count} blocks; Engram goes into a decoder with one: "
-            "give the decoder by itself, such as model.model, model.decoder or model.model.decoder"
+            "give the decoder by itself, such as model.model, model.decoder or model.model.language_model"
         )
-    return found[0]
+    ((path, blocks),) = found.items()
+    return _with_ids(model, path), blocks
+
+
+def _count(config: Any) -> int | None:
+    """How many blocks the decoder has; the first two names are of configurations that have an encoder's, too."""
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+
+
+def _with_ids(model: nn.Module, path: str) -> nn.Module:
+    """The innermost module around a list of blocks whose forward names `input_ids`."""
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if "input_ids" in inspect.signature(module.forward).parameters:
+            return module
+    raise ValueError(
+        f"no forward around the blocks of {type(model).__name__} names input_ids, by which Engram looks rows up: "
+        "give the model around it that has one"
+    )
 
 
 def check_arguments(
@@ -150,8 +175,8 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
         ids = given.get("input_ids")
         if ids is None:
             raise ValueError(
-                "inputs_embeds without input_ids: Engram looks rows up by token ids; give the model input_ids, or "
-                "detach Engram first"
+                "inputs_embeds without input_ids: Engram looks rows up by token ids; give the model input_ids (a model "
+                "that embeds them itself, as for images: its text decoder alone), or detach Engram first"
             )
         if not isinstance(ids, Tensor):
             raise ValueError(f"input_ids is a {type(ids).__name__}: give a tensor of token ids, [B, T]")

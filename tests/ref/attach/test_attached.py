@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import BertConfig, BertLMHeadModel, DynamicCache
 
 from engram_ref.attach import ExposedTime, attach
 from engram_ref.attach.on_hand import OnHand
@@ -65,6 +65,22 @@ def test_hidden_states_are_those_before_the_update(model, layers, ids):
         hook.remove()
         assert torch.equal(add_by_hand(layers, 1, returned, ids), into_block[0])
     assert not torch.equal(returned, into_block[0])
+
+
+def test_blocks_may_stand_in_a_module_that_gets_no_token_ids(layers, ids):
+    """BERT's kin: the module above it gets them."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    model = BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).double().eval()
+    into_block = []
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        assert attached.decoder is model.bert
+        hook = model.bert.encoder.layer[1].register_forward_pre_hook(lambda block, args: into_block.append(args[0]))
+        whole = model(ids, output_hidden_states=True)
+        hook.remove()
+        assert torch.equal(add_by_hand(layers, 1, whole.hidden_states[1], ids), into_block[0])
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        rest = model(ids[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole.logits[:, 4:], rtol=0, atol=1e-12)  # float64, sums in another order
 
 
 def test_with_gradients_too(model, layers, ids):

@@ -11,9 +11,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, DynamicCache
 
 from engram_ref.attach import attach
 from engram_ref.attach import attached as attached_module
@@ -25,9 +26,26 @@ from engram_ref.layer import Engram, build_engram
 from engram_ref.prefetch import FetchError
 from engram_ref.tables.device import DeviceTable
 from engram_ref.vocab import CompressedVocab
-from tests.ref.attach.models import PAD, VOCAB, by_hand, make_layers, make_model
+from tests.ref.attach.models import PAD, VOCAB, Plainest, by_hand, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2, vocab_size=20)
+HEADS = dict(encoder_ffn_dim=8, decoder_ffn_dim=8)
+ENCODER_DECODER = {
+    "T5": lambda encoder, decoder: dict(
+        num_layers=encoder, num_decoder_layers=decoder, d_model=8, d_kv=4, d_ff=8, num_heads=2
+    ),
+    "Bart": lambda encoder, decoder: dict(
+        encoder_layers=encoder, decoder_layers=decoder, d_model=8,
+        encoder_attention_heads=2, decoder_attention_heads=2, **HEADS,
+    ),
+    "ProphetNet": lambda encoder, decoder: dict(
+        num_encoder_layers=encoder, num_decoder_layers=decoder, hidden_size=8,
+        num_encoder_attention_heads=2, num_decoder_attention_heads=2, **HEADS,
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +70,9 @@ def test_tables_that_are_read_by_different_processors_are_refused(model, layers)
 def test_inputs_embeds_are_refused(model, layers, ids):
     embeds = model.model.embed_tokens(ids)
     with attach(model, layers.engrams, layers.plan):
-        with pytest.raises(ValueError, match=r"inputs_embeds without input_ids.*give the model input_ids"):
+        with pytest.raises(
+            ValueError, match=r"inputs_embeds without input_ids.*give the model input_ids.*its text decoder alone"
+        ):
             model(inputs_embeds=embeds)
         with pytest.raises(ValueError, match="inputs_embeds"):
             model.generate(inputs_embeds=embeds, max_new_tokens=2)
@@ -158,10 +178,32 @@ def test_more_token_ids_than_the_vocabulary_has_are_told(known, recwarn):
 def test_models_without_one_list_of_blocks_are_refused(layers):
     with pytest.raises(ValueError, match="Linear has no configuration of transformers"):
         attach(nn.Linear(2, 2), layers.engrams, layers.plan)
-    config = T5Config(num_layers=2, d_model=8, d_kv=4, d_ff=8, num_heads=2, vocab_size=20)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration has 2 lists of 2 blocks"):
-        find_blocks(T5ForConditionalGeneration(config))
-    assert len(find_blocks(T5ForConditionalGeneration(config).decoder)[1]) == 2
+    config = CLIPConfig(text_config=TOWER, vision_config=TOWER)
+    with pytest.raises(ValueError, match=r"CLIPModel has 2 lists of 3 blocks.*or model\.model\.language_model"):
+        attach(CLIPModel(config), layers.engrams, layers.plan)
+
+
+@pytest.mark.parametrize("depths", [(2, 2), (3, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["T5", "Bart", "ProphetNet"])
+def test_of_an_encoder_and_a_decoder_it_is_the_decoder(kind, depths):
+    config = getattr(transformers, f"{kind}Config")(**ENCODER_DECODER[kind](*depths), vocab_size=20)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    with pytest.raises(ValueError, match=r"is an encoder and a decoder.*give model\.get_decoder\(\)"):
+        find_blocks(model)
+    decoder, blocks = find_blocks(model.get_decoder())
+    assert decoder is model.get_decoder() and len(blocks) == depths[1]
+    if kind != "T5":
+        alone = getattr(transformers, f"{kind}ForCausalLM")(config)
+        assert len(find_blocks(alone)[1]) == depths[1]
+
+
+def test_blocks_that_nothing_with_token_ids_is_around_are_refused(layers):
+    class OfValues(Plainest):
+        def forward(self, hidden, mask=None):
+            return hidden
+
+    with pytest.raises(ValueError, match=r"no forward around the blocks of OfValues names input_ids"):
+        attach(OfValues(3), layers.engrams, layers.plan)
 
 
 def test_an_observer_and_a_prefetcher_are_refused(model, layers):
