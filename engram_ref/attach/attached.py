@@ -452,6 +452,8 @@ class Attached(StagedSteps):
         length = length_of(cache)
         # At the next step, too small a count would pass for a cache that was cropped, or emptied.
         if not is_on_accelerator(length) and int(length) != history.length:
+            if step.counted is None and self.decoder.training:
+                return  # the model's own, of which LayerDrop has left the first block out: nothing goes on with it
             raise ValueError(
                 f"a {type(cache).__name__} that counts {int(length)} positions after {history.length}, so that Engram "
                 "cannot follow it: use_cache=False"

@@ -230,7 +230,13 @@ def cache_among(arguments: Mapping[str, Any]) -> Any:
             continue
         if name in CACHES:
             if not hasattr(value, "get_seq_length"):
-                raise ValueError(f"{name} is a {type(value).__name__}: give a Cache of transformers")
+                kind = type(value).__name__
+                if "Paged" in kind:
+                    raise ValueError(
+                        f"{name} is a {kind}: Engram does not follow continuous batching: use generate() with another "
+                        "cache, or Places with a static one"
+                    )
+                raise ValueError(f"{name} is a {kind}: give a Cache of transformers")
             if found is not None:
                 raise ValueError(f"two caches, {name} is one of them: give one")
             found = value

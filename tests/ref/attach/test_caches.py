@@ -155,6 +155,15 @@ def test_a_cache_that_does_not_count_is_refused(counts, layers):
         decoder(ids, cache=Miscounting())
 
 
+def test_a_paged_cache_is_refused(layers, ids):
+    class PagedAttentionCache:
+        """As the one of continuous batching is called."""
+
+    decoder = counting_decoder("cache")
+    with attach(decoder, layers.engrams, layers.plan), pytest.raises(ValueError, match=r"continuous batching: use gen"):
+        decoder(ids, cache=PagedAttentionCache())
+
+
 def test_a_recurrent_model_needs_no_cache():
     model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, state_size=4)).double()
     layers, ids = make_layers((1,)), make_ids()

@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engram_ref.attach import attach
 from engram_ref.attach.checkpointing import hooks_run_again
 from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
-from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model
+from tests.ref.attach.models import by_hand, make_family, make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,3 +179,12 @@ def test_derivatives_by_torch_func(form):
             torch.func.vmap(loss, in_dims=(None, 0, 0))(plain, ids[:, None], mask[:, None])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
     torch.testing.assert_close(along, want.square().sum(), rtol=1e-6, atol=0)  # norms and loss are float32 in between
+
+
+def test_a_cache_that_layer_drop_left_incomplete_is_refused_only_where_it_was_given():
+    model, layers, ids = make_family("OPT").train(), make_layers(), BATCHES[0]
+    model.model.decoder.layerdrop = 1.0  # no block runs, and the cache counts the first one's positions
+    with attach(model, layers.engrams, layers.plan):
+        model(ids, labels=ids).loss.backward()
+        with pytest.raises(ValueError, match="counts 0 positions after 9"):
+            model(ids, past_key_values=DynamicCache())
