@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 
 
@@ -33,7 +34,8 @@ def interruptible(prog: str) -> None:
         finally:  # whatever has become of stderr
             os._exit(128 + number)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's job in the background ignores it
+    here = threading.current_thread() is threading.main_thread()  # Python lets no other thread do this
+    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, end)
 
 

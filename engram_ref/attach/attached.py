@@ -46,7 +46,7 @@ from engram_ref.attach.packing import (
     require_apart,
     require_continued,
 )
-from engram_ref.attach.padding import chosen, padding_of, refuse_added
+from engram_ref.attach.padding import chosen, padding_of
 from engram_ref.attach.staging import StagedSteps, is_exported
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
@@ -337,7 +337,6 @@ class Attached(StagedSteps):
         cached = use_cache or given.cache is not None
         if given.ids.shape[1] > 1 and given.mask is not None:
             refuse_numbered(given.mask)
-        refuse_added(given.mask, decoder.config)
         borders = borders_of(given, past, cached, decoder.config, self._recurs)
         history = self._history(given, past) if cached and not again else None
         padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)

@@ -51,22 +51,6 @@ def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
     return ~sees.diagonal(dim1=1, dim2=2).expand(batch, length)  # does a position see itself?
 
 
-def refuse_added(mask: Any, config: Any) -> None:
-    """Refuse booleans of four dimensions where attention adds whatever mask it gets to the scores.
-
-    Raises:
-        ValueError: they are.
-    """
-    mask = chosen(mask)
-    booleans = isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool
-    if booleans and getattr(config, "_attn_implementation", None) == "eager":
-        raise ValueError(
-            "an attention mask of booleans, which eager attention adds to the scores as 0 and 1, so that nothing is "
-            "hidden: give 0 and torch.finfo(dtype).min in their place, or load the model with "
-            "attn_implementation='sdpa'"
-        )
-
-
 def chosen(mask: Any) -> Any:
     """Of masks by kind of attention the one that hides least."""
     if not isinstance(mask, dict):

@@ -91,8 +91,8 @@ def _with_unit(text: str, units: Mapping[str, float], what: str, default: float 
     value = number(found[1]) if found else None
     # The default is for a number without a unit, not for a unit that nobody knows.
     factor = units.get(found[2].lower(), None if found[2] else default) if found else None
-    if found and not found[2] and default and value is not None and 0 < value < _LEAST_PLAIN:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} must be with a unit, such as {found[1]}GB or {found[1]}B")
+    if found and not found[2] and value is not None and 0 < value < _LEAST_PLAIN:
+        factor = None
     if value is None or factor is None or not 0 <= value * factor < 2**63:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be {what}")
     return value * factor

@@ -14,6 +14,8 @@ from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
 
+from torch import Tensor
+
 from engram_ref.histories.cache import CacheHistory
 
 _ATTRIBUTE = "_engram_histories"
@@ -57,16 +59,18 @@ class _Carried:
 def _same_layers(cache: Any, other: Any) -> bool:
     """Whether two caches hold their keys and values in the same layers; not if they do not show them."""
     ours = _layers_of(cache)
-    return bool(ours) and ours == _layers_of(other)
+    return any(ours) and ours == _layers_of(other)
 
 
 def _layers_of(cache: Any) -> list[list[int]]:
     """By which objects a cache holds keys and values, one list for it, or one for each cache inside of it."""
-    if not hasattr(cache, "layers"):
-        inside = [part for part in vars(cache).values() if hasattr(part, "get_seq_length")]
+    if hasattr(cache, "layers"):
+        # An empty list is about to be filled: only who has that very list gets the layers.
+        return [[id(layer) for layer in cache.layers] or [id(cache.layers)]]
+    held = [part for name, part in vars(cache).items() if name != _ATTRIBUTE]
+    if inside := [part for part in held if hasattr(part, "get_seq_length")]:
         return [layers for part in inside for layers in _layers_of(part)]
-    # An empty list is about to be filled: only who has that very list gets the layers.
-    return [[id(layer) for layer in cache.layers] or [id(cache.layers)]]
+    return [[id(part) for part in held if isinstance(part, (list, dict, Tensor))]]  # of a kind of its own
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
@@ -79,6 +83,7 @@ def _histories(cache: Any) -> Histories:
     carried: _Carried | None = getattr(cache, _ATTRIBUTE, None)
     if carried is None:
         return {}
+    carried.join(cache)  # a copy that its class has made by its own `__copy__` has not yet
     carried.part()
     return getattr(cache, _ATTRIBUTE).histories
 

@@ -226,6 +226,14 @@ def test_a_copy_with_the_layers_of_its_cache_is_the_same_cache(act, ids):
             torch.testing.assert_close(*got, **EXACT)
 
 
+class CopiesItself(DynamicCache):
+    def __copy__(self):
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.layers = copy.deepcopy(self.layers)
+        return twin
+
+
 class Slotted(DynamicCache):
     __slots__ = ("note",)
 
@@ -236,6 +244,20 @@ class Stateful(DynamicCache):
 
     def __setstate__(self, state):
         self.__dict__.update(state)
+
+
+def test_a_copy_that_its_class_makes_by_itself_goes_its_own_way(ids):
+    model, layers = make_model(), make_layers(form="v41")
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache = CopiesItself()
+        model(ids[:, :5], past_key_values=cache)
+        twin = copy.copy(cache)
+        for which, at in ((twin, 5), (cache, 6)):
+            model(ids[:, at : at + 1], past_key_values=which)
+        for which, at in ((twin, 5), (cache, 6)):
+            got = model(ids[:, 7:8], past_key_values=which).logits
+            want = model(torch.cat([ids[:, :5], ids[:, at : at + 1], ids[:, 7:8]], 1), use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Slotted, Stateful])

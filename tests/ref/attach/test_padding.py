@@ -164,15 +164,3 @@ def test_four_dimensions(hidden):
 def test_other_masks_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         padding_of(mask, 2, 5, 0)
-
-
-def test_booleans_that_would_be_added_to_scores_are_refused(layers, ids):
-    model = make_model(attn_implementation="eager")
-    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    added = torch.zeros(1, 1, 9, 9, dtype=torch.float64).masked_fill(~causal, -1e9)
-    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
-        want = model(ids, use_cache=False).logits
-        assert torch.allclose(model(ids, attention_mask=added, use_cache=False).logits, want, atol=1e-5)
-        for mask in (causal, {"full_attention": causal}):
-            with pytest.raises(ValueError, match="booleans, which eager attention adds to the scores"):
-                model(ids, attention_mask=mask, use_cache=False)
