@@ -97,7 +97,8 @@ class TrackedArray(np.ndarray):
         if hasattr(value, "__len__") and not isinstance(value, (Tracked, str, bytes)):
             parts = np.array(value, dtype=object)
             if parts.ndim or isinstance(value, np.ndarray):  # not a dict or a set
-                cast = _convert if isinstance(value, np.ndarray) else _cast_one
+                whole = _typed(value) or (isinstance(value, TrackedArray) and not _dtype_of(value).hasobject)
+                cast = _convert if whole else _cast_one  # of objects, NumPy stores one by one
                 return tracked_array([cast(part, dtype) for part in parts.flat], parts, dtype).view(np.ndarray)
         return _cast_one(value, dtype)
 
@@ -138,16 +139,27 @@ for _name in ("real", "imag"):
 def call_ufunc(ufunc: Any, method: str, inputs: Any, options: dict[str, Any]) -> Any:
     """What NumPy asks for where a tracked value, or an array of them, is among the operands of a ufunc."""
     if method == "__call__" and not options and isinstance(inputs[-1], Tracked):
-        operator = _operator_of(ufunc, inputs[0])
+        operator = _operator_of(ufunc, inputs[0], inputs[-1].value)
         if operator is not None:
             return getattr(inputs[-1], operator)(inputs[0][()])
     # Nothing that is called below may have a tracked value alone among its operands: NumPy would ask here again.
     if method == "at" and isinstance(inputs[1], Tracked):
-        inputs = (inputs[0], index(inputs[1]), *inputs[2:])  # type: ignore[arg-type]  # a run's own class has the operator
+        inputs = (inputs[0], _place(inputs[1]), *inputs[2:])
+    if isinstance(options.get("where"), Tracked):
+        bool(options["where"])  # the read
+        options = {**options, "where": options["where"].value}
+    outputs = [out for out in options.get("out", ()) if out is not None]
+    if any(isinstance(out, Tracked) for out in outputs):
+        raise TypeError("return arrays must be of ArrayType")
     call = ufunc if method == "__call__" else getattr(ufunc, method)
     if set("".join(ufunc.types)) <= set("O->"):  # made by `np.frompyfunc`: it may read, too
         result = call(*(_cell(x) if isinstance(x, Tracked) else _bare(x) for x in inputs), **options)
         return result.view(TrackedArray) if isinstance(result, np.ndarray) else result
+    if not any(isinstance(x, TrackedArray) for x in (*inputs, *outputs, options.get("where"))):
+        numbers = [*(x for i, x in enumerate(inputs) if method != "at" or i != 1), *outputs]
+        if not all(map(_is_numeric, numbers)):  # NumPy computes with objects, in the plain program as well
+            among = any(_untyped(x) and not any(isinstance(part, np.generic) for part in _values(x)) for x in inputs)
+            return call(*(_python_cell(x, among) if isinstance(x, Tracked) else x for x in inputs), **options)
     if method == "at" and _typed(inputs[0]) and len(inputs) > 2:
         return _write_at(ufunc, *inputs)
     operands = _objects(inputs, but=1 if method in ("at", "reduceat") else None)  # indices stay what they are
@@ -158,13 +170,38 @@ def call_ufunc(ufunc: Any, method: str, inputs: Any, options: dict[str, Any]) ->
     return _twice(call, inputs, options, operands)
 
 
-def _operator_of(ufunc: Any, left: Any) -> str | None:
+def _operator_of(ufunc: Any, left: Any, right: Any) -> str | None:
     """The operator of the value on the right, if NumPy computes that of a scalar of its own on the left."""
     if isinstance(left, np.generic) and ufunc in _ARITHMETIC:
         return f"__r{_ARITHMETIC[ufunc]}__"
-    if isinstance(left, np.ndarray) and left.ndim == 0 and left.dtype != object:  # so the scalar of a comparison comes
+    known = isinstance(right, np.generic) or type(right) in (bool, int, float, complex, str)
+    if (
+        known and type(left) is np.ndarray and left.ndim == 0 and left.dtype != object
+    ):  # so the scalar of a comparison comes
         return _COMPARISON.get(ufunc)
     return None
+
+
+def _python_cell(part: Any, among_objects: bool) -> np.ndarray:
+    """A traced value for NumPy to compute with as an object: beside objects it makes Python numbers of its own."""
+    if among_objects and isinstance(part.value, (np.number, np.bool_)):
+        part = part._recorder.watch(part.value.item(), part.id)
+    return _cell(part)
+
+
+def _place(place: Any) -> Any:
+    """A traced index of `ufunc.at`: a bool is a mask."""
+    if isinstance(place.value, (bool, np.bool_)):
+        return bool(place)
+    return index(place) if hasattr(place.value, "__index__") else place.value  # which NumPy refuses
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether NumPy has numbers here and not objects; of its subclasses of arrays, who knows."""
+    value = _value(value)
+    if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
+        return False
+    return np.asarray(value).dtype.kind in "biufc"
 
 
 def tracked_array(parts: Sequence[Any], like: np.ndarray, dtype: np.dtype | None) -> TrackedArray:
@@ -226,13 +263,15 @@ def _dtype_of(array: TrackedArray) -> np.dtype:
 
 def _common_dtype(values: Iterable[Any]) -> np.dtype:
     """What holds them all; a Python number takes the type of the NumPy scalars beside it."""
+    values = list(values)
     samples: dict[Any, Any] = {getattr(value, "dtype", type(value)): value for value in values}
     if any(isinstance(value, (tuple, list, dict, set)) or value is None for value in samples.values()):
         return np.dtype(object)
     try:
         return np.result_type(*(key if isinstance(key, np.dtype) else value for key, value in samples.items()))
     except (TypeError, ValueError):  # none, or nothing that numpy has a number for
-        return np.array(list(samples.values())).dtype
+        texts = all(isinstance(value, (str, bytes)) for value in values)  # of which the longest counts
+        return np.array(values if texts else list(samples.values())).dtype
 
 
 def _cast_one(part: Any, dtype: np.dtype) -> Any:
@@ -282,8 +321,13 @@ def _twice(call: Callable[..., Any], args: Any, options: dict[str, Any], operand
     traced_options = {name: _bare(x) for name, x in options.items()}
     if "out" in options and isinstance(call, np.ufunc) and any(map(_typed, options["out"])):
         traced_options["casting"] = "unsafe"  # a traced value becomes a number by a read, as in `x[0] = a[0]`
+        traced_options["out"] = tuple(map(_roomy, traced_options["out"]))
     with np.errstate(all="ignore"):  # the plain call has warned
         traced = call(*_bare(operands), **traced_options)
+    if "out" in options and isinstance(call, np.ufunc):
+        for out, used, numbers in zip(options["out"], traced_options["out"], plain_options["out"]):
+            if used.__class__ is np.ndarray and _typed(out) and used is not out:
+                out[...] = numbers
     if plain is None:  # it has changed an array
         target = _target(args, options)
         if isinstance(target, np.ndarray):
@@ -351,6 +395,12 @@ def _plain(value: Any, given: Any = ()) -> Any:
     copy = _laid_like(value, plain.dtype)
     copy[...] = plain
     return copy
+
+
+def _roomy(out: Any) -> Any:
+    """What traced results are written to in place of narrow integers, where they would not wrap but overflow."""
+    narrow = _typed(out) and out.dtype.kind in "iu" and out.itemsize < 8
+    return _laid_like(out, np.int64) if narrow else out
 
 
 def _typed(value: Any) -> bool:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
+import warnings
 from array import array
 from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from engram_toy.bytedmd import traced_eval
+from engram_toy.bytedmd import trace, traced_eval
 from engram_toy.tracer import arrays
 from engram_toy.tracer.tracked import Tracked
 
@@ -304,6 +308,101 @@ def test_single_values_among_python_numbers_would_be_found(way, monkeypatch):
 
     monkeypatch.setattr(arrays, "call_ufunc", of_objects)
     assert ("i8", "u1") in differing(way)
+
+
+def outcome(function, value):
+    """The types and the value of a result, or the type of what is raised."""
+    try:
+        result = function(value)
+    except Exception as error:
+        return (TypeError if isinstance(error, TypeError) else type(error),)
+    return (
+        type(result),
+        np.asarray(result).dtype,
+        np.asarray(result).tolist() if type(result) is not np.ma.MaskedArray else result.tolist(),
+    )
+
+
+BESIDE = {kind: lambda kind=kind: np.array([1, 2, 100]).astype(kind) for kind in ("?", "i1", "u8", "f4", "f8")} | {
+    "objects": lambda: np.array([1, 2, 2**65], object),
+    "float objects": lambda: np.array([0.5, 2.0, 0.0], object),
+    "texts": lambda: np.array(["a", "bc", "d"], object),
+    "fractions": lambda: np.array([Fraction(1, 3), Fraction(2), 3], object),
+    "no axes": lambda: np.array(5.0),
+}
+SINGLE = [3, 2.5, True, np.uint8(200), Decimal(3), Fraction(1, 3), "x", 2**70]
+
+
+def first_scattered(made, value):
+    np.add.at(made, (0,) * made.ndim, value)
+    return made
+
+
+def into_floats(made, value):
+    return np.add(made, 1, where=value > 1, out=np.zeros(made.shape))
+
+
+USES = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "lt": operator.lt,
+    "eq": operator.eq,
+    "iadd": operator.iadd,
+    "imod": operator.imod,
+    "maximum": np.maximum,
+    "at": first_scattered,
+    "outer": np.add.outer,
+    "where": into_floats,
+    "sum": lambda made, value: np.sum(made, where=value > 1),
+}
+# Types of numbers, for which a traced run computes what NumPy does, the type of the result included.
+NUMBERS = (*["?", "i1", "u8", "f4", "f8"], "no axes")
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("beside", BESIDE)
+def test_single_values_beside_arrays_do_as_numpy_does_or_are_refused(use, beside):
+    for value in SINGLE:
+
+        def program(x):
+            return USES[use](BESIDE[beside](), x)
+
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            want = outcome(program, value)
+            got = outcome(lambda x: traced_eval(program, (x,))[1], value)
+        if beside in NUMBERS and type(value) in (int, float, bool, np.uint8) and value != 2**70:
+            assert got == want, value
+        elif len(got) > 1 and len(want) > 1:  # of objects, Python may compute or refuse what NumPy does not
+            assert got[-1] == want[-1], value
+
+
+OLD_PRICES = {
+    "where": (lambda a: np.sum(np.arange(3.0), where=a > 1), 2.0, 2),
+    "decimal": (lambda a: np.array([1, 2, 5]) < a, Decimal(3), 6),
+    "text": (lambda a: np.array([1, 2, 3]) == a, "x", 6),
+    "repeated": (lambda a: np.array(["a", "bc"], object) * a, 2, 3),
+    "large": (lambda a: np.add.outer(np.arange(3), a), 2**70, 5),
+}
+
+
+@pytest.mark.parametrize("name", OLD_PRICES)
+def test_what_numpy_computes_with_objects_is_priced_as_such(name):
+    function, argument, price = OLD_PRICES[name]
+    assert trace(function, (argument,)).cost() == price
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_masked_arrays_keep_their_masks_and_matrices_their_type():
+    with pytest.raises(TypeError):  # NumPy's own: objects into floats
+        traced_eval(lambda a: operator.imod(np.ma.array([1.0, 2, 3], mask=[0, 1, 0]), a), (2,))
+    assert type(traced_eval(lambda a: np.matrix([[1, 2]]) < a, (2,))[1]) is np.matrix
+
+
+def test_large_objects_stored_in_bytes_are_refused_as_by_numpy():
+    with pytest.raises(OverflowError):
+        traced_eval(lambda a: stored(a, np.array([300, 1], object)), (BYTES.copy(),))
 
 
 SEQUENCES = [range(2), deque([7, 8]), array("d", [1.9, -1]), memoryview(array("l", [7, 8]))]
