@@ -68,7 +68,7 @@ def positive(text: str) -> float:
 
 
 def nbytes(text: str) -> int:
-    """An argument type: bytes, as a number alone or with a unit: 80GB, 188.8GiB, 2e9."""
+    """An argument type: bytes with a unit, or from a million on as a number alone: 80GB, 188.8GiB, 2e9."""
     return round(_with_unit(text, _BYTES, "bytes, such as 80GB, 188.8GiB or 2e9", default=1))
 
 

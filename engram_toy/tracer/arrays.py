@@ -175,11 +175,8 @@ def _operator_of(ufunc: Any, left: Any, right: Any) -> str | None:
     if isinstance(left, np.generic) and ufunc in _ARITHMETIC:
         return f"__r{_ARITHMETIC[ufunc]}__"
     known = isinstance(right, np.generic) or type(right) in (bool, int, float, complex, str)
-    if (
-        known and type(left) is np.ndarray and left.ndim == 0 and left.dtype != object
-    ):  # so the scalar of a comparison comes
-        return _COMPARISON.get(ufunc)
-    return None
+    scalar = type(left) is np.ndarray and left.ndim == 0 and left.dtype != object  # so that of a comparison comes
+    return _COMPARISON.get(ufunc) if known and scalar else None
 
 
 def _python_cell(part: Any, among_objects: bool) -> np.ndarray:

@@ -122,6 +122,15 @@ def test_only_the_same_inputs_on_the_same_machine_are_paired():
     for other in (timed(b, "another"), {**timed(b), "environment": {"cpu": "d"}}, timed([*b, 64.0])):
         alone = compare.compare(timed(a), other)[0]
         assert alone.how == "unpaired" and alone.verdict == "not resolved" and alone.low < 1 < alone.high
+    at = [
+        {"accelerator": {"name": name, "clocks_mhz": {"sm": clock}}} for name, clock in (("H", 1), ("H", 2), ("A", 1))
+    ]
+    one, warmer, another = ({**timed(b), "environment": environment} for environment in at)
+    assert compare.compare(one, warmer)[0].how == "paired" and compare.compare(one, another)[0].how == "unpaired"
+
+
+def test_of_many_samples_no_more_are_taken_than_is_said():
+    assert [len(compare._some(range(count))) for count in (1999, 2001, 3999, 4001)] == [1999, 1001, 2000, 1334]
 
 
 def test_what_only_one_has(capsys, tmp_path):

@@ -82,3 +82,11 @@ def test_who_ignores_ctrl_c_goes_on_ignoring_it():
     done = interrupted("engram-plan", "engram_ref.cli", "SIG_IGN")
     assert done.returncode == 0 and "--help" in done.stdout
     assert command("signal.SIG_IGN").returncode == 0
+
+
+def test_a_command_starts_in_any_thread():
+    """Where Python lets nobody handle a signal."""
+    program = "import sys, threading; from engram_ref.starting import plan; sys.argv = ['x', '--version'];"
+    program += "thread = threading.Thread(target=plan); thread.start(); thread.join()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr, done.stderr

@@ -75,6 +75,8 @@ def test_published_tiers():
     assert sequential.per_bit == pytest.approx((205.6, 205.6), rel=1e-3)
     assert random.per_bit == (0, 0) and random.per_page == (1e7, 1e7)
     assert tiers(lambda name: (1.0, 2.0))[1].per_bit == (2.0, 4.0)
+    low, high = tiers(lambda name: (1.0, 2.0))[3].per_bit  # the most bytes for a joule are the least energy
+    assert (low, high) == (1e6 / 2 / 8, 1e6 / 8)
 
 
 @pytest.fixture

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from bench import verdict
-from bench.evidence import price
-from bench.evidence.committed import Evidence, rounded_up
+from bench.evidence import price, stress
+from bench.evidence.committed import RESULTS, Evidence, rounded_up
 from bench.evidence.price import ANSWERED
 from bench.instruments.claim import classify
+from bench.instruments.reading import read_results
 from bench.price.table import verdict as classified
 from bench.rows.table import LAYOUTS, placed, reuse, select
 from tests import commands
@@ -120,3 +122,10 @@ def test_the_command_prints_both_halves(tmp_path):
     failed = commands.run(verdict, "--results", tmp_path)
     assert failed.returncode == 2 and "make findings writes it" in failed.stderr
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_kills_that_what_was_finished_outlived_are_told():
+    """The others fell before anything was saved, and test less."""
+    head, _, *lines = stress.report(read_results(RESULTS / "stress.json")).splitlines()
+    (kills,) = (line.split() for line in lines if line.startswith("kills"))
+    assert re.split(r"\s{2,}", head).index("at work") == 3 and kills[3] == "12" and int(kills[1]) == 50

@@ -74,3 +74,32 @@ def test_the_figures_are_drawn_from_the_samples(committed, tmp_path):
     assert gpu_figures.draw_lookup(other, tmp_path)[0].read_bytes() != first
     case = committed[HUNDRED]
     assert [path.name for path in gpu_figures.draw_hundred(case, tmp_path)] == ["decode_gpu_100b.svg"]
+
+
+def test_prefetching_is_held_against_waiting_in_the_rounds_that_both_have(committed, values):
+    found = values(committed)
+    for case in committed[SERVED]["cases"]:
+        thread, waited = (mean_steps(case, label) for label in ("offload_prefetch", "offload_naive"))
+        more = [1e6 * (thread[number] - waited[number]) for number in thread.keys() & waited.keys()]
+        assert found[f"gpu.prefetch_over_naive.{case['batch']}"] == f"{min(more):+.0f} to {max(more):+.0f}"
+    changed = copy.deepcopy(committed)
+    (row,) = (row for row in changed[SERVED]["cases"][0]["rows"] if row["label"] == "offload_naive")
+    row["rounds"][0]["decode_s"] = [2 * seconds for seconds in row["rounds"][0]["decode_s"]]
+    assert values(changed)["gpu.prefetch_over_naive.64"] != found["gpu.prefetch_over_naive.64"]
+
+
+def test_what_lookup_and_window_leave_unexplained(committed, values):
+    """Of batches that fetch for longer than their window, and of all rows that cross, by both counts."""
+    found, medians = values(committed), {c["tokens"]: c["samples_s"]["staged"] for c in committed[LOOKUP]["cases"]}
+    left = []
+    for case in [*committed[HUNDRED]["cases"], *committed[SERVED]["cases"]]:
+        rows = {row["label"]: row["rounds"] for row in case["rows"]}
+        window = statistics.median(w for sample in rows["offload_prefetch"] for w in sample["window_s"])
+        own, none = (mean_steps(case, label) for label in ("offload_prefetch", "no_engram"))
+        added = statistics.median(own[number] - none[number] for number in own.keys() & none.keys())
+        if case["batch"] > 1:
+            left.append(1e3 * (added - (statistics.median(medians[case["batch"]]) - window)))
+    assert found["gpu.staged.unexplained_ms"] == f"{min(left):.1f} to {max(left):.1f}" == "0.8 to 1.7"
+    low, high = map(float, found["gpu.crossed_share"].split(" to "))
+    crossed = [float(found[f"gpu.prompt.{name}"]) for name in ("crossed", "crossed_distinct")]
+    assert high / low == pytest.approx(crossed[1] / crossed[0], rel=0.03)  # both are rounded

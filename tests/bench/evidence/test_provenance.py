@@ -32,5 +32,6 @@ def asked_git(*words):
 
 @functools.cache
 def knows_history():
-    """Not in an archive without one, nor in a clone of the last commits only."""
-    return asked_git("rev-parse", "--is-shallow-repository") == "false"
+    """Not in an archive without one, which may lie in another's, nor in a clone of the last commits only."""
+    own = asked_git("rev-parse", "--show-toplevel") == str(RESULTS.parents[1])
+    return own and asked_git("rev-parse", "--is-shallow-repository") == "false"

@@ -9,6 +9,8 @@ import re
 import pytest
 
 from bench.evidence import wall_time
+from bench.evidence.committed import RESULTS
+from bench.instruments.reading import read_results
 from bench.served.classes import classify, offloaded
 from bench.served.doubts import reading
 from bench.served.numbers import row_of
@@ -178,3 +180,4 @@ def test_what_a_slow_bus_exposes_is_held_against_its_delay():
             for sample in row["rounds"]:
                 sample["decode_exposed_s"] = [max(0.0, 1.1 * (delay - WINDOW))]
     assert "slow bus, delay less window: measured over expected 1.1, 1.1" in reading(one)
+    assert "slow bus, delay less window: no bus was slowed" in reading(read_results(RESULTS / "end_to_end_h200.json"))

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from bench.instruments.claim import classify
-from bench.price.table import claimed_overhead, verdict, verdict_table, wall_overhead
+from bench.price.table import claimed_overhead, most_ratio, rows_ratio, verdict, verdict_table, wall_overhead
 
 UP = 1e-9
 
@@ -132,3 +132,16 @@ def test_wall_time_needs_resolution(wall, floor, shown, claimed):
     held = claimed_overhead(run("x", 1, wall), baseline, interval)
     for found, expected in ((over.median if over.resolved else None, shown), (held, claimed)):
         assert found is None if expected is None else found == pytest.approx(expected)
+
+
+def test_cheaper_reads_of_all_but_rows_change_what_a_boundary_divides_by():
+    """Against sums worked out by hand, of a resident table whose rows cost 40 and 10 other reads 60."""
+    kinds = dict(cost_by_kind={"row": 40, "weight": 60}, reads_by_kind={"row": 4, "weight": 10})
+    copied = dict(
+        cost_by_kind={"row": 100, "staged row": 20, "weight": 80},
+        reads_by_kind={"row": 4, "staged row": 4, "weight": 10},
+    )
+    runs = [{**run("resident", 100, [1.0] * 5), **kinds}, {**run("offload_prefetch", 200, [1.0] * 5), **copied}]
+    made = {"runs": [{**one, "reads": sum(one["reads_by_kind"].values())} for one in runs]}
+    assert rows_ratio(made, "engram", "lookup") == (100 + 20 + 10) / (40 + 10)
+    assert most_ratio(made, "engram", "lookup") == 1 + (200 - 100) / 14

@@ -218,3 +218,22 @@ def test_lengths_are_compared_without_asking():
     with pytest.raises(ValueError, match="the cache holds 5 positions, Engram's history 4"):
         lengths.check()
     lengths.check()
+
+
+class WithoutLayers:
+    """A cache of another kind, which keeps what it has in a list."""
+
+    def __init__(self):
+        self.kept = [torch.zeros(1)]
+
+    def get_seq_length(self):
+        return len(self.kept)
+
+
+def test_copies_of_a_cache_without_layers_share_as_long_as_they_hold_the_same():
+    cache, history = WithoutLayers(), make_history()
+    follow(cache, "one", history)
+    twin = copy.copy(cache)
+    assert history_of(twin, "one") is history_of(cache, "one") is history
+    twin.kept = list(cache.kept)
+    assert history_of(cache, "one") is history and history_of(twin, "one") is not history
