@@ -66,7 +66,8 @@ class OnGpu:
 
     def values(self) -> dict[str, str]:
         """Name -> text."""
-        return {**self._hundred_billion(), **self._batches(), **self._lookups(), **self._prompts()}
+        served = {**self._hundred_billion(), **self._batches(), **self._by_batch(), **self._served_prompts()}
+        return {**served, **self._lookups(), **self._prompts()}
 
     def _hundred_billion(self) -> dict[str, str]:
         case, limits = self.hundred, self[HUNDRED]["limits"]
@@ -141,7 +142,6 @@ class OnGpu:
         return {
             "gpu.staged.unexplained_ms": f"{min(unexplained):.1f} to {max(unexplained):.1f}",
             "gpu.windows_us": f"{min(windows):.0f} to {max(windows):.0f}",
-            **self._by_batch(),
             **{f"gpu.{name}.all_percent": f"{min(found):.1f} to {max(found):.1f}" for name, found in lost.items()},
             **{f"gpu.{name}.all_us": f"{min(found):.0f} to {max(found):.0f}" for name, found in us.items()},
         }
@@ -162,13 +162,16 @@ class OnGpu:
                 f"gpu.window_us.{batch}": f"{1e6 * _window(case):.0f}",
                 f"gpu.step_over_least.{batch}": f"{numbers.token_times(none)['median'] / least:.1f}",
             }
-        (case,) = (case for case in self[SERVED]["cases"] if case["batch"] == self.hundred["batch"])
-        prompts = {"staged": case, "naive": case, "graph": self.hundred}  # which of the runs has it
+        return found
+
+    def _served_prompts(self) -> dict[str, str]:
+        """What the prompts of a batch lose through the whole model, against the resident table."""
+        (smaller,) = (case for case in self[SERVED]["cases"] if case["batch"] == self.hundred["batch"])
         labels = {**_PLACES, "naive": "offload_naive"}
-        for name, case in prompts.items():
-            found[f"gpu.prompts.{name}"] = str(
-                numbers.against(case, numbers.row_of(case, labels[name]), "resident", "prefill")
-            )
+        found = {}
+        for name, case in (("staged", smaller), ("naive", smaller), ("graph", self.hundred)):
+            lost = numbers.against(case, numbers.row_of(case, labels[name]), "resident", "prefill")
+            found[f"gpu.prompts.{name}"] = str(lost)
         return found
 
     def _staged(self, tokens: int) -> list[float]:

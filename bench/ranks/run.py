@@ -184,13 +184,12 @@ def begun(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: they were of another configuration or code, which one head could not name.
     """
-    asked = {"preset": options.preset, "steps": [str(shape) for shape in options.steps], "dtype": options.dtype}
     head: dict[str, Any] = {
         **{"benchmark": "sharded", "device": device.type, "environment": environment(), "git": git_commit()},
         "code_sha256": code_sha256("bench.ranks.run"),
         "configuration": {
             **{"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},
-            **asked,
+            **{"preset": options.preset, "steps": [str(shape) for shape in options.steps], "dtype": options.dtype},
         },
     }
     found = earlier(_file(options), head, options.fresh) or {}
