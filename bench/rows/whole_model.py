@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from bench.setup.decoder_sizes import QWEN3_VOCABULARY, SIZES, BlockShape
 from engram_ref.config import EngramConfig
+from engram_ref.place.model import Experts
 from engram_toy.tracer.stack import cumulative_price
 
 _BFLOAT16 = 2
@@ -31,25 +32,6 @@ PAPER_TABLE_PARAMETERS = 100e9
 # token; the narrowest format in them is fp4, half a byte. All files without the tables: 289 GB of experts, 18 GB dense.
 _V41_ACTIVE = {"prefill": 8 * 10**9, "decode": 16 * 10**9}
 _V41_EXPERTS, _V41_DENSE = 289 * 10**9, 18 * 10**9
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The routed experts of a model.
-
-    Attributes:
-        nbytes: of all of them, in all blocks.
-        count: in a block.
-        active: of these, by one token.
-    """
-
-    nbytes: int
-    count: int
-    active: int
-
-    def touched(self, tokens: int) -> int:
-        """Bytes of those that so many tokens choose, expected where each chooses by itself and none is preferred."""
-        return round(self.nbytes * (1 - (1 - self.active / self.count) ** tokens))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from engram_ref.place.formulas import (
     FORMULAS,
     HOT,
     OWNED,
-    exposed_seconds,
+    beside_seconds,
+    beyond_seconds,
     held_bytes,
     moved_bytes,
     prompt_block_seconds,
@@ -29,8 +30,9 @@ from engram_ref.place.reads import Reads
 WITH_GPU = ("device", "hot", "uva", "host", "hot file", "file")
 WITHOUT_GPU = ("memory", "hot file", "file")
 OF_RANKS = ("sharded", "hot sharded", "sharded host")  # more, where several ranks share a table; the last with a GPU
+_PHASES = {"decode": "a step", "prefill": "a prompt"}
 _WHERE = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
-TOLERATED = 0.03  # of a block's time before the layers that a placement may expose and still be as good as resident
+TOLERATED = 0.03  # of a step's time that a placement may lose and still be as good as resident: the paper's yardstick
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Question:
         prompts: tokens of a prompt, each a step of its own.
         group: the ranks, and how they reach each other.
         block_s: seconds of a decoder block; None: at least its weights' bytes over the bandwidth.
+        blocks: of the model; None: as many as are known, or at least those up to the last Engram layer.
         hot_share: of all rows, that the hot tier holds.
     """
 
@@ -54,6 +57,7 @@ class Question:
     hot_share: float = 0.1
     prompts: tuple[int, ...] = ()
     group: Group = ALONE
+    blocks: int | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -74,24 +78,42 @@ class Question:
 
     def prompt_block(self, tokens: int) -> float | None:
         """Seconds of a block on a prompt, at least: those of a decode step, or what its operations take."""
-        block, _ = self.block()
-        backbone = self.model.backbone
+        block, backbone = self.block(tokens), self.model.backbone
         if backbone is None or block is None:
             return block
         rate = self.machine["compute" if self.has_gpu else "processor"]
         return max(block, prompt_block_seconds(backbone.active_values / backbone.blocks, tokens, rate))
 
-    def block(self) -> tuple[float | None, str]:
-        """Seconds of a block in a decode step, and where they are from."""
-        if self.block_s is not None:
-            return self.block_s, "given"
+    def block(self, tokens: int) -> float | None:
+        """Seconds of a block in a decode step of so many tokens; None where nothing is known of it."""
         backbone = self.model.backbone
-        if backbone is None:
-            return None, "unknown: give --block-time"
-        name = "device" if self.has_gpu else "memory"
-        # The experts of one token alone: a batch reads more.
-        least = backbone.step_bytes / backbone.blocks / self.machine[name]
-        return least, f"at least: active weights of a block / {name} bandwidth ({backbone.source})"
+        if self.block_s is not None or backbone is None:
+            return self.block_s
+        return backbone.step_bytes(tokens) / backbone.blocks / self.machine[self._weights]
+
+    @property
+    def block_source(self) -> str:
+        """Where a block's seconds are from."""
+        if self.block_s is not None:
+            return "given"
+        if self.model.backbone is None:
+            return "unknown: give --block-time"
+        of = self.model.backbone.source
+        return f"at least: a block's weights that a step reads / {self._weights} bandwidth ({of})"
+
+    @property
+    def _weights(self) -> str:
+        """The rate at which weights are read."""
+        return "device" if self.has_gpu else "memory"
+
+    @property
+    def step_blocks(self) -> tuple[int, str]:
+        """Blocks of a step, and where their number is from."""
+        if self.blocks is not None:
+            return self.blocks, "given"
+        if self.model.backbone is not None:
+            return self.model.backbone.blocks, "as published"
+        return max(self.model.config.layer_ids) + 1, "at least, for its last Engram layer: say how many with --blocks"
 
 
 def answer(question: Question) -> dict[str, Any]:
@@ -101,7 +123,6 @@ def answer(question: Question) -> dict[str, Any]:
         model, machine, reads, block, placements and recommendation, as JSON takes them: bytes, seconds and
         joules, each prediction with the name of its formula, `formulas` with what the names mean.
     """
-    block, why = question.block()
     placements = [_placement(question, name) for name in question.placements]
     return {
         "model": _model(question.model),
@@ -110,11 +131,16 @@ def answer(question: Question) -> dict[str, Any]:
         "batches": list(question.batches),
         "prompts": list(question.prompts),
         "group": asdict(question.group),
-        "block": {"seconds": block, "source": why, "formula": "window"},
+        "block": _block(question),
         "placements": placements,
-        "recommendation": recommend(placements, block),
+        "recommendation": recommend(placements),
         "formulas": FORMULAS,
     }
+
+
+def _block(question: Question) -> dict[str, Any]:
+    blocks, source = question.step_blocks
+    return {"seconds": question.block_s, "source": question.block_source, "blocks": blocks, "blocks_source": source}
 
 
 def _model(model: Model) -> dict[str, Any]:
@@ -172,7 +198,9 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
     layers, row_bytes = len(config.layer_ids), config.row_bytes()
     of_layer = (kind, rows / layers, rows / layers * share, row_bytes, hits, group)
     fetch = [seconds(question.machine, *of_layer)] * layers  # every layer reads as many rows
-    block = question.prompt_block(tokens) if prompt else question.block()[0]
+    block = (question.prompt_block if prompt else question.block)(tokens)
+    beside = sum(beside_seconds(question.machine, kind, took) for took in fetch)
+    exposed = None if block is None else beyond_seconds(fetch, config.layer_ids, block) + beside
     return {
         "phase": phase,
         "tokens": tokens,
@@ -182,9 +210,13 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
         "seconds": sum(fetch),
         "block_s": block,
         "window_formula": "window.prompt" if prompt else "window",
-        "exposed_s": None if block is None else exposed_seconds(fetch, config.layer_ids, block),
+        "beside_s": beside,
+        "exposed_s": exposed,
+        "exposed_formula": "exposed",
+        "loss": None if block is None or exposed is None else exposed / (question.step_blocks[0] * block),
+        "loss_formula": "loss",
         "formula": f"time.{name}",
-        "price": _prices(question, kind, rows, share),
+        "price": _prices(question, kind, tokens, rows, share),
         "joules": _joules(tier_shares(kind, hits, group), rows, share, row_bytes),
     }
 
@@ -198,7 +230,7 @@ def _joules(tiers: Mapping[str, float], rows: float, distinct: float, row_bytes:
     return {"least": sum(low for low, _ in parts), "most": sum(high for _, high in parts), "formula": "energy"}
 
 
-def _prices(question: Question, kind: str, rows: int, distinct: float) -> dict[str, Any]:
+def _prices(question: Question, kind: str, tokens: int, rows: int, distinct: float) -> dict[str, Any]:
     """The rows' price over that of resident rows, alone and as a part of the whole model's."""
     model, reads, backbone = question.model, question.reads, question.model.backbone
 
@@ -215,19 +247,20 @@ def _prices(question: Question, kind: str, rows: int, distinct: float) -> dict[s
     if backbone is None:
         # Nobody knows what lies above the rows.
         return {**found, "rows": None, "over_resident": None, "whole_model": None}
-    far = rows_price(backbone.live_bytes, backbone.step_bytes)
+    read = backbone.step_bytes(tokens)
+    far = rows_price(backbone.live_bytes, read)
     if kind in HOT:  # a read that hits is a read of a table above the weights
         far = reads.hits * pinned + (1 - reads.hits) * far
-    weights = price.weights_price(backbone.step_bytes, backbone.blocks)
+    weights = price.weights_price(read, backbone.blocks)
     return {**found, "rows": far, "over_resident": far / pinned, "whole_model": (weights + far) / (weights + pinned)}
 
 
-def recommend(placements: list[dict[str, Any]], block: float | None) -> dict[str, Any]:
+def recommend(placements: list[dict[str, Any]]) -> dict[str, Any]:
     """The placement to take, and why, in a sentence.
 
-    Of those that fit: one that frees the most of the accelerator's memory among those whose fetches hide behind the
-    blocks before the layers; if none hides, the one that waits the shortest. The largest batch counts, and the longest
-    prompt.
+    Of those that fit: one that frees the most of the accelerator's memory among those that lose less of a step than is
+    TOLERATED; if none does, the one that loses the least. The largest batch counts, and the longest prompt, decoding
+    first.
     """
     fitting = [p for p in placements if p["fits"]]
     if not fitting:
@@ -237,15 +270,14 @@ def recommend(placements: list[dict[str, Any]], block: float | None) -> dict[str
             "placement": None,
             "reason": f"No placement fits: {least['placement']} comes closest and lacks {lacks}.",
         }
-    if block is None:
+    if any(None in _losses(p) for p in fitting):
         # The decode step decides; of equals, the prompt.
         best = min(fitting, key=lambda p: [step["seconds"] for step in _largest(p)])
         why = "it fits and its fetch is the shortest; with --block-time it can be said what of it is hidden."
         return {"placement": best["placement"], "reason": f"{best['placement']}: {why}"}
-    hidden = [p for p in fitting if all(s["exposed_s"] <= TOLERATED * s["block_s"] for s in _largest(p))]
-    waits = {p["placement"]: [step["exposed_s"] for step in _largest(p)] for p in fitting}
-    best = max(hidden, key=_freed_then_fast) if hidden else min(fitting, key=lambda p: waits[p["placement"]])
-    return {"placement": best["placement"], "reason": _reason(best, placements, bool(hidden))}
+    tolerable = [p for p in fitting if max(_losses(p)) <= TOLERATED]
+    best = min(tolerable, key=_kept_then_losses) if tolerable else min(fitting, key=_losses)
+    return {"placement": best["placement"], "reason": _reason(best, placements, bool(tolerable))}
 
 
 def _largest(placement: dict[str, Any]) -> list[dict[str, Any]]:
@@ -254,27 +286,29 @@ def _largest(placement: dict[str, Any]) -> list[dict[str, Any]]:
     return list({step["phase"]: step for step in placement["steps"]}.values())
 
 
-def _freed_then_fast(placement: dict[str, Any]) -> tuple[float, float]:
-    """The more freed memory the better; of equals, the faster fetch."""
+def _losses(placement: dict[str, Any]) -> list[Any]:
+    """Of a step, and of a prompt: the shares that the placement loses; None where that is not known."""
+    return [step["loss"] for step in _largest(placement)]
+
+
+def _kept_then_losses(placement: dict[str, Any]) -> tuple[int, list[Any]]:
+    """The less memory is kept from others the better; of equals, what loses less."""
     largest = max(placement["held"].values()) or 1
     # In steps of a per cent of what is held: a buffer's size is to decide nothing.
-    return round(100 * placement["freed"] / largest), -_largest(placement)[0]["seconds"]
+    return -round(100 * placement["freed"] / largest), _losses(placement)
 
 
-def _reason(best: dict[str, Any], placements: list[dict[str, Any]], hidden: bool) -> str:
-    step, *prompt = _largest(best)
-    at = f"at {step['tokens']:,} tokens a step"
-    if hidden:
-        prompts = "".join(f", and {time(p['seconds'])} in a prompt of {p['tokens']:,}," for p in prompt)
-        wait = f"{time(step['seconds'])} of fetching {at}{prompts} hide behind the blocks before it"
-    else:
-        prompts = "".join(f", and {time(p['exposed_s'])} in a prompt of {p['tokens']:,}" for p in prompt)
-        waits = f"{time(step['exposed_s'])}{prompts}"
-        wait = f"nothing that fits hides its fetches {at}, and it waits the shortest, {waits}"
-    frees = f", and it leaves {size(best['freed'])} of memory to others" if best["freed"] > 0 else ""
+def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: bool) -> str:
+    losses = " and ".join(
+        f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of {step['tokens']:,} tokens"
+        for step in _largest(best)
+    )
+    least = f"nothing that fits loses less than {percent(TOLERATED)}, and it loses the least"
+    says = "it loses" if tolerable else f"{least},"
+    frees = f", and leaves {size(best['freed'])} of memory to others" if best["freed"] > 0 else ""
     no_room = [p["placement"] for p in placements if not p["fits"]]
     without = f"; {', '.join(no_room)} would not fit" if no_room else ""
-    return f"{best['placement']}: {wait}{frees}{without}."
+    return f"{best['placement']}: {says} {losses}{frees}{without}."
 
 
 def size(nbytes: float) -> str:
@@ -283,6 +317,11 @@ def size(nbytes: float) -> str:
         if abs(nbytes) >= unit:
             return f"{nbytes / unit:.4g} {name}"
     return f"{nbytes:.4g} B"
+
+
+def percent(share: float | None) -> str:
+    """A share in words, with two digits."""
+    return "-" if share is None else f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
 
 
 def time(value: float | None) -> str:

@@ -1,7 +1,8 @@
 """Where should my table live? Predictions for every placement of a model's n-gram table, and a recommendation.
 
     engram-place --preset v41-flash                          on this machine, in seconds, with assumed rates
-    engram-place --preset v41-flash --gpu 80GB --host 512GB --disk 2TB --block-time 56us
+    engram-place --preset v41-flash --gpu 80GB --host 512GB --disk 2TB
+    engram-place --preset v41-flash --gpu 80GB --host 512GB --model-time 30ms     your own clock: a decode step
     engram-place /models/DeepSeek-V4.1-Flash --measure       a checkpoint (or its config.json); rates measured here
     engram-place --preset v41-flash --gpu 80GB --ranks 8     eight GPUs of a machine that may share the rows among them
     engram-place --preset v41-flash --json | jq .recommendation
@@ -60,7 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--block-time", type=cli.seconds, metavar="TIME", help="of one decoder block, such as 56us")
     when.add_argument("--model-time", type=cli.seconds, metavar="TIME", help="of a whole step, divided by --blocks")
-    add("--blocks", type=cli.at_least(1, 10_000), help="decoder blocks of the model (default: the preset's)")
+    add("--blocks", type=cli.at_least(1, 10_000), help="decoder blocks of the model (default: those of the preset)")
     add("--batch", type=cli.at_least(1, _MOST_BATCH), nargs="+", default=[1, 64, 512], metavar="TOKENS",
         help="tokens of a decode step (default: 1 64 512)")  # fmt: skip
     add("--prompt", type=cli.at_least(1, _MOST_BATCH), nargs="*", default=[4096], metavar="TOKENS",
@@ -86,8 +87,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
     if (options.preset is None) == (options.checkpoint is None):
         parser.error("name a --preset or a checkpoint, and one of them only")
-    if options.blocks is not None and options.model_time is None:
-        parser.error("--blocks does nothing without --model-time")
+    if options.blocks is not None and options.model_time is None and options.block_time is None:
+        parser.error("--blocks does nothing without --block-time or --model-time")
     of_ranks = [name for name in ("machines", "link", "link_rate") if getattr(options, name) is not None]
     if options.ranks == 1 and of_ranks:
         parser.error(f"--{of_ranks[0].replace('_', '-')} does nothing without --ranks")
@@ -115,7 +116,15 @@ def question(options: argparse.Namespace) -> Question:
     group = _group(options, machine.gpu is not None)
     reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer, prompts)
     return Question(
-        model, machine, reads, batches, _block(options, model), options.hot_share, prompts=prompts, group=group
+        model,
+        machine,
+        reads,
+        batches,
+        _block(options, model),
+        options.hot_share,
+        prompts=prompts,
+        group=group,
+        blocks=options.blocks,
     )
 
 
@@ -172,18 +181,18 @@ def _machine(options: argparse.Namespace, row_bytes: int) -> Machine:
 
 
 def _block(options: argparse.Namespace, model: Model) -> float | None:
-    if options.model_time is None:
-        return options.block_time
     blocks = options.blocks or (model.backbone and model.backbone.blocks)
-    if not blocks:
+    if not blocks and options.model_time is not None:
         raise ValueError("--model-time: nothing is known of this model's blocks, say how many with --blocks")
+    if 0.0 in (options.block_time, options.model_time):
+        raise ValueError("a block takes longer than no time: give --block-time, such as 56us, or --model-time")
     last = max(model.config.layer_ids)
-    if blocks <= last:
+    if blocks and blocks <= last:
         raise ValueError(
             f"--blocks {blocks}: this model reads rows before block {last}, the first being 0, so it has {last + 1} at "
             "least"
         )
-    return options.model_time / blocks
+    return options.block_time if options.model_time is None else options.model_time / blocks
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,6 +28,17 @@ HOT = {
     "hot sharded, no GPU": ("memory", "sharded, no GPU"),
 }
 OWNED = {"sharded": "device", "sharded host": "host", "sharded, no GPU": "memory"}
+# What a fetch takes from the blocks that run beside it, however long they are; of others nothing has been measured.
+BESIDE = {
+    "uva": "beside_uva",
+    "host": "beside_staged",
+    "file": "beside_staged",
+    "sharded host": "beside_staged",
+    "hot": "beside_hot",
+    "hot file": "beside_hot",
+    "file, no GPU": "beside_file",
+    "hot file, no GPU": "beside_file",
+}
 
 FORMULAS = {
     "held": "device: table; host: table + two staging buffers a rank; uva: table, in host memory; file: table on disk, "
@@ -36,9 +47,14 @@ FORMULAS = {
     "stored and decoded. GPU of a rank; host and disk of a machine, whose ranks share one copy",
     "rows": "tokens x layers x columns",
     "distinct": "rows x share of distinct rows in a step of the text; of a prompt, in as many tokens in a row",
-    "window": "layer x block time; the block time given, or bytes of a block's active weights / bandwidth: a least",
+    "window": "layer x block time; the block time given, or bytes of a block's weights that a step reads / bandwidth, "
+    "a least; of experts those that so many tokens choose, each by itself and none preferred",
     "window.prompt": "the same, but at least 2 x active values of a block x tokens / compute (processor, if no GPU)",
-    "exposed": "over layers, the most that the fetches up to one take beyond its window; not below 0",
+    "beyond": "over layers, the most that the fetches up to one take beyond its window; not below 0",
+    "beside": "uva: beside_uva x its fetches; each fetch of host, file and sharded host: beside_staged, of hot and hot "
+    "file: beside_hot; if no GPU, of file and hot file: beside_file; others: 0",
+    "exposed": "beyond + beside",
+    "loss": "exposed / (blocks x block time); where nobody says how many blocks, those up to the last layer: a most",
     "time.device": "start_device + 2 x bytes / device",
     "time.memory": "start_host + rows / gather",
     "time.uva": "start_device + start_bus + the longer of rows x row in sectors of 32 B / bus and rows / uva",
@@ -160,6 +176,19 @@ def seconds(
     return machine["start_disk"] + reads + seconds(machine, behind, rows, distinct, row_bytes, hits)
 
 
+def beside_seconds(machine: Machine, placement: str, fetch: float) -> float:
+    """What the blocks beside a fetch of one table lose to it, however long they take.
+
+    Args:
+        fetch: seconds that it takes.
+    """
+    if fetch <= 0 or placement not in BESIDE:
+        return 0.0
+    lost = machine[BESIDE[placement]]
+    # A kernel that reads in place shares the GPU with the blocks for as long as it runs; the CPU's part is a hand-over.
+    return lost * fetch if placement == "uva" else lost
+
+
 def tier_shares(placement: str, hits: float, group: Group = ALONE) -> dict[str, float]:
     """Which share of a step's rows is read from each tier of `energy.TIERS`, and which crosses the link."""
     if placement in HOT:
@@ -176,7 +205,7 @@ def prompt_block_seconds(values: float, tokens: int, operations_per_s: float) ->
     return 2 * values * tokens / operations_per_s
 
 
-def exposed_seconds(per_layer: Sequence[float], layer_ids: Sequence[int], block: float) -> float:
+def beyond_seconds(per_layer: Sequence[float], layer_ids: Sequence[int], block: float) -> float:
     """How long a step waits in all for fetches that start with it, one layer's after the other's.
 
     Args:

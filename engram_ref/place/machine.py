@@ -24,7 +24,7 @@ class Rate:
     """A speed or a delay, and where it is from.
 
     Attributes:
-        value: bytes, rows or reads per second; of a delay, seconds.
+        value: bytes, rows or reads per second; of a delay, seconds; of what is lost beside a fetch, a share of it.
         source: "measured", "given", or "assumed: ..." with what was assumed.
     """
 
@@ -43,12 +43,17 @@ ASSUMED = {
     "processor": Rate(1e11, "assumed: a few cores, float32, operations/s"),
     "reads": Rate(5e5, "assumed: one NVMe drive, random reads of 4 KiB, 64 in flight, reads/s"),
     "start_device": Rate(5.7e-6, "assumed: one launch from ids to rows, as measured on an H200, s"),
-    "start_host": Rate(2e-5, "assumed: another thread wakes, s"),
+    "start_host": Rate(2e-5, "assumed: one call that gathers, s"),
     "start_bus": Rate(2.7e-6, "assumed: the first row in place, as measured on an H200, s"),
     "start_staged": Rate(
         3.2e-4, "assumed: hashed and gathered by the CPU, and copied, as measured on an H200's host, s"
     ),
     "start_disk": Rate(1e-4, "assumed: one read of an NVMe drive, s"),
+    # What a step was longer for than windows explain: medians of all that is committed of one model with one layer.
+    "beside_uva": Rate(0.6, "assumed: of a fetch in place, what blocks lose beside it, as measured on an H200"),
+    "beside_staged": Rate(1.1e-3, "assumed: lost beside a fetch that the CPU stages, as measured on an H200, s"),
+    "beside_hot": Rate(2.3e-3, "assumed: the same with a hot tier in front, as measured on an H200, s"),
+    "beside_file": Rate(1.2e-3, "assumed: lost by a CPU beside a fetch from a file, as measured on two cores, s"),
 }
 
 

@@ -17,22 +17,49 @@ _ANY_SIZE = 1000  # of a vocabulary: rows follow from the primes, whatever it is
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of a model.
+
+    Attributes:
+        nbytes: of all of them, in all blocks.
+        count: in a block.
+        active: of these, by one token.
+    """
+
+    nbytes: int
+    count: int
+    active: int
+
+    def touched(self, tokens: int) -> int:
+        """Bytes of those that so many tokens choose, expected where each chooses by itself and none is preferred."""
+        return round(self.nbytes * (1 - (1 - self.active / self.count) ** tokens))
+
+
+@dataclass(frozen=True)
 class Backbone:
     """What a decode step reads beside the rows.
 
     Attributes:
         blocks: decoder blocks.
         active_values: weights that a token is multiplied with.
-        step_bytes: weights that a step of one token reads, at least.
+        token_bytes: weights that a step of one token reads, at least.
         live_bytes: all weights, read or not.
         source: where the figures are from.
+        experts: those among the weights; None for a dense model, or where their number is not known.
     """
 
     blocks: int
     active_values: int
-    step_bytes: int
+    token_bytes: int
     live_bytes: int
     source: str
+    experts: Experts | None = None
+
+    def step_bytes(self, tokens: int) -> int:
+        """Weights that a step of so many tokens reads, at least, once for all of them."""
+        if self.experts is None:
+            return self.token_bytes
+        return self.token_bytes - self.experts.touched(1) + self.experts.touched(tokens)
 
 
 _PAPER = Backbone(
@@ -43,7 +70,12 @@ BACKBONES = {
     "paper-27b": _PAPER,
     "paper-40b": _PAPER,
     "v41-flash": Backbone(
-        40, 16_000_000_000, 8_000_000_000, 307_000_000_000, "audits of its files: 16 B values active, fp4 at least"
+        40,
+        16_000_000_000,
+        8_000_000_000,
+        307_000_000_000,
+        "audits of its files: 16 B values active, fp4 at least, 6 of 384 experts a token",
+        Experts(289_000_000_000, 384, 6),
     ),
     "qwen38-flash-next": Backbone(
         48, 6_000_000_000, 12_000_000_000, 12_000_000_000, "6 B values active, bfloat16; others left out"

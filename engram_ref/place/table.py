@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from engram_ref.place.answer import size, time
+from engram_ref.place.answer import percent, size, time
 
 _OF_GPUS = ("device", "bus", "uva", "compute", "start_device", "start_bus", "start_staged")
-_OF_CPUS = ("memory", "processor")  # where it computes
-_HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "price", "model", "energy"]
+_BESIDE = ("beside_uva", "beside_staged", "beside_hot")  # of GPUs, too
+_OF_CPUS = ("memory", "processor", "beside_file")  # where it computes
+_HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "loss", "price", "model", "energy"]
 
 
 def report(answer: dict[str, Any]) -> str:
@@ -20,7 +21,7 @@ def report(answer: dict[str, Any]) -> str:
         f"{sum(model['rows']):,} rows of {model['row_bytes']} B, {model['rows_per_token']} of them a token",
         f"free for it: {gpu}, host {size(machine['host'])}, disk {size(machine['disk'])}",
         *_of_group(answer),
-        f"block: {time(answer['block']['seconds'])}, {answer['block']['source']}",
+        _of_blocks(answer["block"]),
         f"text: {reads['text']}, {reads['tokens']:,} tokens, {100 * reads['first']:.0f} % of row reads are first ones",
     ]
     for number in range(len(answer["batches"] + answer["prompts"])):
@@ -40,13 +41,21 @@ def _of_group(answer: dict[str, Any]) -> list[str]:
     return [f"ranks: {each}, {link['name']}, {size(link['bytes_per_s'])}/s ({link['source']})"]
 
 
+def _of_blocks(block: dict[str, Any]) -> str:
+    given = "" if block["seconds"] is None else f"{time(block['seconds'])}, "
+    return f"block: {given}{block['source']}; {block['blocks']} of them a step, {block['blocks_source']}"
+
+
 def _heading(answer: dict[str, Any], number: int) -> str:
     step = answer["placements"][0]["steps"][number]
     asked = step["rows"] * answer["model"]["row_bytes"]
     rows = f"{step['rows']:,} rows, {step['distinct_rows']:,.0f} of them distinct, {size(asked)}"
+    # What was given is the time of a decode step's block; a prompt's may take longer.
+    said = step["block_s"] in (None, answer["block"]["seconds"])
+    least = "" if said else f"; a block takes {time(step['block_s'])} at least"
     if step["phase"] == "prefill":
-        return f"== a prompt of {step['tokens']:,} tokens: {rows}; a block takes {time(step['block_s'])} at least"
-    return f"== {step['tokens']:,} tokens a step: {rows} a step"
+        return f"== a prompt of {step['tokens']:,} tokens: {rows}{least}"
+    return f"== {step['tokens']:,} tokens a step: {rows} a step{least}"
 
 
 def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
@@ -62,6 +71,7 @@ def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
             size(placement["freed"]) if placement["freed"] > 0 else "0",
             time(step["seconds"]),
             time(step["exposed_s"]),
+            percent(step["loss"]),
             "-" if prices["over_resident"] is None else f"{prices['over_resident']:.3g} x",
             "-" if prices["whole_model"] is None else f"{prices['whole_model']:.4f} x",
             _joules(joules["least"], joules["most"]),
@@ -78,10 +88,12 @@ def _joules(least: float, most: float) -> str:
 def _notes(answer: dict[str, Any]) -> list[str]:
     """What the columns mean, and where every rate is from."""
     no_gpu = answer["machine"]["gpu"] is None
-    idle = _OF_GPUS if no_gpu else _OF_CPUS
+    idle = _OF_GPUS + _BESIDE if no_gpu else _OF_CPUS
     rates = [(name, rate) for name, rate in answer["machine"]["rates"].items() if name not in idle]
     lines = [
-        "fetch, exposed: seconds of a step's fetches, and what of them the blocks before the layers do not hide",
+        "fetch, exposed: seconds of a step's fetches; what of them the blocks before the layers do not hide, and what "
+        "blocks lose beside them",
+        "loss: exposed over all blocks of the step, if they take no longer than this",
         "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",
         "energy: of moving the rows, from published ranges. Every prediction names its formula in --json",
     ]

@@ -23,9 +23,10 @@ pytest.importorskip("numba", reason="row prices are compiled: pip install numba"
 from bench.rows import cases
 from bench.rows.cases import Case, price_case, read_rows, source
 from bench.rows.table import TEXT
-from bench.rows.whole_model import Experts, WholeModel, step_price
+from bench.rows.whole_model import WholeModel, step_price
 from bench.setup.streams import Source
 from engram_ref.config import EngramConfig
+from engram_ref.place.model import Experts
 from engram_toy import hashing
 
 TABLE = EngramConfig.preset("tiny").replace(

@@ -19,9 +19,18 @@ from engram_ref.checkpoint.config_json import config_fields, table_rows
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.files.texts import read_text
 from engram_ref.place import command, energy, price, reads, table
-from engram_ref.place.answer import Question, answer, recommend
+from engram_ref.place.answer import OF_RANKS, WITH_GPU, WITHOUT_GPU, Question, answer, recommend
 from engram_ref.place.engines import engine_flags
-from engram_ref.place.formulas import FORMULAS, exposed_seconds, held_bytes, moved_bytes, seconds, tier_shares
+from engram_ref.place.formulas import (
+    BESIDE,
+    FORMULAS,
+    beside_seconds,
+    beyond_seconds,
+    held_bytes,
+    moved_bytes,
+    seconds,
+    tier_shares,
+)
 from engram_ref.place.group import Group
 from engram_ref.place.machine import ASSUMED, Machine, Rate
 from engram_ref.place.model import BACKBONES, Model
@@ -39,6 +48,7 @@ ROUND = Machine(80 * GB, 512 * GB, 2000 * GB).with_rates(
             **{"device": 1e9, "bus": 1e8, "gather": 1e6, "memory": 1e9, "reads": 1e4},
             **{"start_device": 1e-3, "start_host": 2e-3, "start_bus": 4e-3, "start_disk": 8e-3},
             **{"uva": 1e6, "start_staged": 7e-3},
+            **{"beside_uva": 0.5, "beside_staged": 3e-3, "beside_hot": 5e-3, "beside_file": 6e-3},
         }.items()
     }
 )
@@ -129,6 +139,30 @@ def test_moved_bytes_by_hand():
     assert moved_bytes("file", 1000, 800, 128, 0) == {"disk": 800 * 4096, "bus": 128_000}
 
 
+def test_what_blocks_lose_beside_a_fetch():
+    """A share of a read in place, a time of its own for what the CPU stages; nothing where nothing was measured."""
+    names = ("device", "memory", "uva", "host", "file", "hot", "hot file", "sharded", "hot sharded", "sharded host")
+    lost = [beside_seconds(ROUND, name, 0.25) for name in names]
+    assert lost == [0.0, 0.0, 0.125, 3e-3, 3e-3, 5e-3, 5e-3, 0.0, 0.0, 3e-3]
+    assert beside_seconds(ROUND, "file, no GPU", 1.0) == beside_seconds(ROUND, "hot file, no GPU", 9.0) == 6e-3
+    assert not any(beside_seconds(ROUND, name, 0.0) for name in names)  # nothing is fetched
+    assert BESIDE.keys() <= {*WITH_GPU, *OF_RANKS, *(f"{name}, no GPU" for name in WITHOUT_GPU)}
+
+
+def test_a_batch_reads_more_experts():
+    """Those that somebody chose, if each token chooses six of 384 by itself; a dense model reads all, once."""
+    flash, dense = BACKBONES["v41-flash"], BACKBONES["paper-27b"]
+    chosen = np.random.default_rng(0).random((200, 64, 384)).argsort(axis=2)[..., :6]  # [draws, tokens, experts]
+    union = np.mean([len(np.unique(draw)) for draw in chosen]) / 384
+    shared = flash.token_bytes - 289e9 * 6 / 384
+    assert flash.step_bytes(64) == pytest.approx(shared + 289e9 * union, rel=0.005)
+    assert flash.step_bytes(1) == flash.token_bytes and dense.step_bytes(512) == dense.token_bytes
+    assert flash.step_bytes(1 << 20) == pytest.approx(shared + 289e9)
+    steps = placement(ask(Model.of("v41-flash"), prompts=(4096,)), "uva")["steps"]
+    assert [step["block_s"] for step in steps[:3]] == [flash.step_bytes(n) / 40 / 1e9 for n in (1, 64, 512)]
+    assert steps[0]["price"]["over_resident"] < steps[1]["price"]["over_resident"]  # more lies above its rows
+
+
 @pytest.mark.parametrize(
     ("per_layer", "layers", "block", "waited"),
     [
@@ -141,7 +175,7 @@ def test_moved_bytes_by_hand():
     ],
 )
 def test_exposed_time(per_layer, layers, block, waited):
-    assert exposed_seconds(per_layer, layers, block) == waited
+    assert beyond_seconds(per_layer, layers, block) == waited
 
 
 def test_exposed_time_against_a_step_that_is_played():
@@ -156,7 +190,7 @@ def test_exposed_time_against_a_step_that_is_played():
                 arrived += at[number]
                 now = max(now, arrived)
             now += block
-        assert now - 12 * block == pytest.approx(exposed_seconds(took, layers, block), abs=1e-12)
+        assert now - 12 * block == pytest.approx(beyond_seconds(took, layers, block), abs=1e-12)
 
 
 def test_energies_have_two_digits_and_no_exponent():
@@ -237,11 +271,12 @@ def test_more_tokens_a_step_than_the_text_has_count_as_all_distinct():
 
 def test_every_prediction_names_its_formula(flash):
     found = ask(flash, group=EIGHT, prompts=(4096,))
-    names = {found["block"]["formula"]}
+    names = set()
     for place in found["placements"]:
         names.add(place["formula"])
         for step in place["steps"]:
-            names |= {step["formula"], step["window_formula"], step["price"]["formula"], step["joules"]["formula"]}
+            names |= {step[name] for name in step if name.endswith("formula")}
+            names |= {step["price"]["formula"], step["joules"]["formula"]}
     assert names <= FORMULAS.keys()
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(ask(flash, group=EIGHT, prompts=(4096,))))
 
@@ -260,10 +295,10 @@ def test_bytes_of_v41_flash(flash):
 def test_what_fits_is_recommended_and_why(flash):
     fast = ROUND.with_rates(ASSUMED)
     hidden = ask(flash, fast, block_s=1.0)["recommendation"]
-    assert hidden["placement"] == "uva" and "hide behind the blocks before it" in hidden["reason"]
+    assert hidden["placement"] == "uva" and hidden["reason"].startswith("uva: it loses 502 us (0.0 %) of a step of 512")
     assert "device would not fit" in hidden["reason"]
     waits = ask(flash, fast, block_s=1e-9)["recommendation"]
-    assert waits["placement"] == "uva" and "waits the shortest" in waits["reason"]
+    assert waits["placement"] == "uva" and "nothing that fits loses less than 3.0 %" in waits["reason"]
     large = ask(flash, replace(fast, gpu=10**12), block_s=1e-9)["recommendation"]
     assert large["placement"] == "device"
     assert ask(flash, replace(fast, host=GB), block_s=1.0)["recommendation"]["placement"] == "file"
@@ -308,11 +343,12 @@ def test_a_prompt_hides_behind_blocks_that_compute(flash):
     steps = placement(found, "uva")["steps"]
     assert [(step["phase"], step["tokens"]) for step in steps[3:]] == [("prefill", 256), ("prefill", 4096)]
     assert [step["block_s"] for step in steps[2:]] == [1e-3, 1e-3, pytest.approx(2 * 16e9 / 40 * 4096 / 4.9e14)]
-    assert steps[4]["exposed_s"] == 0.0 and steps[4]["window_formula"] == "window.prompt"
-    assert "in a prompt of 4,096, hide" in found["recommendation"]["reason"]
+    assert steps[4]["exposed_s"] == steps[4]["beside_s"] and steps[4]["window_formula"] == "window.prompt"
+    assert ") of a prompt of 4,096 tokens, and leaves" in found["recommendation"]["reason"]
     assert "== a prompt of 4,096 tokens: 196,608 rows" in report(found)
     slow = replace(fast, host=GB).with_rates({"reads": Rate(1e3, "given")})  # from a file: nothing hides
-    assert "s in a prompt of 4,096" in ask(flash, slow, prompts=(4096,), block_s=1.0)["recommendation"]["reason"]
+    lost = placement(ask(flash, slow, prompts=(4096,), block_s=1.0), "file")["steps"][-1]
+    assert lost["exposed_s"] > lost["beside_s"] == 2 * 1.1e-3 and lost["loss"] > 0.03
 
 
 def test_a_decode_step_alone_does_not_decide():
@@ -320,13 +356,13 @@ def test_a_decode_step_alone_does_not_decide():
 
     def offered(name, freed, decode, prefill):
         steps = [
-            {"phase": phase, "tokens": 64, "seconds": 1.0, "exposed_s": exposed, "block_s": 1.0}
+            {"phase": phase, "tokens": 64, "seconds": 1.0, "exposed_s": exposed, "loss": exposed}
             for phase, exposed in (("decode", 9.0), ("decode", decode), ("prefill", prefill))
         ]
         return {"placement": name, "fits": True, "held": {"gpu": 100}, "freed": freed, "steps": steps}
 
     def taken(*placements):
-        return recommend(list(placements), 1.0)["placement"]
+        return recommend(list(placements))["placement"]
 
     assert taken(offered("device", 0, 0.0, 0.0), offered("file", 100, 0.0, 5.0)) == "device"
     assert taken(offered("device", 0, 0.0, 0.02), offered("file", 100, 0.02, 0.02)) == "file"
@@ -346,7 +382,12 @@ def test_a_model_of_which_nothing_is_known_has_no_window_and_no_price():
     step = placement(ask(demo), "uva")["steps"][0]
     assert demo.backbone is None and step["exposed_s"] is None and step["price"]["over_resident"] is None
     assert "--block-time" in ask(demo)["recommendation"]["reason"]
-    assert placement(ask(demo, block_s=1.0), "uva")["steps"][0]["exposed_s"] == 0.0
+    assert step["loss"] is None
+    known = placement(ask(demo, block_s=1.0), "uva")["steps"][0]
+    assert known["exposed_s"] == known["beside_s"] == 0.5 * known["seconds"]
+    assert known["loss"] == known["exposed_s"] / 16  # its last Engram layer is block 15
+    more = ask(demo, block_s=1.0, blocks=30)
+    assert placement(more, "uva")["steps"][0]["loss"] == known["exposed_s"] / 30 and "30 of them a step" in report(more)
 
 
 def test_held_bytes_count_a_hot_tier_and_its_entries():
@@ -404,7 +445,8 @@ def test_the_engines_flag_follows_the_recommendation(capsys, quick):
 
 def test_model_time_is_divided_by_the_blocks(capsys, quick):
     found = json.loads(run(capsys, "--preset", "v41-flash", *SIZES, "--model-time", "4ms", "--json"))
-    assert found["block"] == {"seconds": pytest.approx(1e-4), "source": "given", "formula": "window"}
+    published = {"blocks": 40, "blocks_source": "as published"}
+    assert found["block"] == {"seconds": pytest.approx(1e-4), "source": "given", **published}
     found = json.loads(run(capsys, "--preset", "demo", *SIZES, "--model-time", "16ms", "--blocks", "16", "--json"))
     assert found["block"]["seconds"] == pytest.approx(1e-3)
 
@@ -433,7 +475,9 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
             ["--preset", "demo", "--model-time", "4ms", "--blocks", "15"],
             "before block 15, the first being 0, so it has 16",
         ),
-        (["--preset", "demo", "--blocks", "4"], "--blocks does nothing without --model-time"),
+        (["--preset", "demo", "--blocks", "4"], "--blocks does nothing without --block-time or"),
+        (["--preset", "demo", "--block-time", "0us"], "a block takes longer than no time"),
+        (["--preset", "demo", "--block-time", "1us", "--blocks", "15"], "so it has 16"),
         (["--preset", "demo", "--json", "--engram-config"], "leave --engram-config away"),
         (["--preset", "tiny", "--gpu", "1GB", "--memory-rate", "1e9"], "--memory-rate does nothing where a GPU"),
         (["--preset", "tiny", "--gpu", "0", "--bus-rate", "1e9"], "--bus-rate does nothing where there is no GPU"),
