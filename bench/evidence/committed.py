@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.price.table import find_run
 from bench.rows import table as rows
@@ -134,11 +135,17 @@ class Evidence:
         return rows.one(self.production, part="hot", table=table, layout=layout, hot_share=share)
 
     def model_step(
-        self, model: str, experts: str = "", stream: str = TEXT, layout: str = "held live", context: int = 0
+        self,
+        model: str,
+        experts: str = "",
+        stream: str = TEXT,
+        layout: str = "held live",
+        context: int = 0,
+        tokens: int = STEP,
     ) -> Results:
-        """The record of a whole model at STEP tokens a decode step."""
+        """The record of a whole model at so many tokens a decode step."""
         wanted = dict(part="whole_model", table=model, experts=experts, stream=stream, layout=layout, mode="decode")
-        return rows.one(self.production, tokens_per_step=STEP, context=context, **wanted)
+        return rows.one(self.production, tokens_per_step=tokens, context=context, **wanted)
 
     def added(self, model: str, part: str = "in all", experts: str = "", layout: str = "held live") -> float:
         """What Engram adds to a step of STEP tokens, as a share of the same step without Engram; see `additions`."""
@@ -152,9 +159,27 @@ class Evidence:
         """Offloaded and copied rows over a table pinned above the weights: of the rows alone, and of the whole step."""
         return rows.against_pinned(self.model_step(model, experts, layout=layout))
 
-    def uncopied(self, model: str, experts: str = "", layout: str = "held live") -> float:
+    def uncopied(self, model: str, experts: str = "", layout: str = "held live", tokens: int = STEP) -> float:
         """Price of offloaded rows that nobody copies over that of a table pinned above the weights."""
-        return rows.lookups_against_pinned(self.model_step(model, experts, layout=layout), "offload_naive")
+        record = self.model_step(model, experts, layout=layout, tokens=tokens)
+        return rows.lookups_against_pinned(record, "offload_naive")
+
+    def uncopied_later(self, model: str, layout: str) -> float:
+        """The same over the second half of the text, when much had been read before."""
+        return rows.lookups_against_pinned(self.model_step(model, layout=layout)["second_half"], "offload_naive")
+
+    def in_proportion(self, model: str) -> str:
+        """Tokens a step at which random rows, held live, would reach 3 % if their share rose on as it does, as text.
+
+        Raises:
+            ValueError: it does not rise in proportion to the step.
+        """
+        wanted = dict(part="whole_model", table=model, stream="uniform", mode="decode", layout="held live", context=0)
+        records = sorted(rows.select(self.production, **wanted), key=lambda record: record["tokens_per_step"])[-2:]
+        each = [rows.row_share(record) / record["tokens_per_step"] for record in records]
+        if abs(each[0] / each[1] - 1) > 0.05:
+            raise ValueError(f"{model}: a token costs {each[0]:.3g} of a step and {each[1]:.3g} of a larger one")
+        return f"{float(f'{WALL_TIME_CLAIM / each[1]:.2g}'):,.0f}"
 
     def copies(self, kind: str) -> list[float]:
         """Change of the lookups' price by copies one token ahead, over tables, layouts and bytes above them."""

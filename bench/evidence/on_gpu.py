@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.energy.tiers import rows_energy, tiers, weights_energy
 from bench.evidence import published
 from bench.evidence.lookup_table import report as lookup_report
 from bench.instruments.reading import read_results
@@ -98,8 +99,12 @@ class OnGpu:
         # In pairs, round by round.
         ratio = paired_ratio(*([each[number] for number in sorted(joules[1])] for each in joules))
         low, high = percent(ratio["low"] - 1), percent(ratio["high"] - 1)
+        over = numbers.against(case, graph, "resident", "together")
         return {
             **found,
+            **self._energy(step),
+            "gpu.graph.whole_over_resident": f"{percent(over.median)} {over.interval}",
+            "gpu.graph.token_us": f"{1e6 * added_s(case, _PLACES['graph']) / case['batch']:.1f}",
             "gpu.graph.over_resident": f"{100 * ours.median:.1f}",
             "gpu.graph.whole": f"{percent(whole.median)} {whole.interval}",
             "gpu.graph.of_least.4b": f"{100 * added_s(case, _PLACES['graph']) / self._least_of_4b():.1f}",
@@ -109,6 +114,30 @@ class OnGpu:
             },
             "gpu.graph.joules": f"[{low}, {high}]",
             "gpu.pass_joules": f"{statistics.median(joules[1].values()):.0f}",
+        }
+
+    def _energy(self, step: float) -> dict[str, str]:
+        """What the board takes in a decode step, beside what published figures say of its weights and its rows.
+
+        Args:
+            step: seconds of one without Engram.
+        """
+        case = self.hundred
+        row = numbers.row_of(case, "resident")
+        joules = numbers.joules(row)
+        watts = statistics.median(
+            joules[sample["round"]] / numbers.seconds(sample, "together") for sample in row["rounds"]
+        )
+        hbm, *others = tiers(published.bounds)
+        weights = weights_energy(case["weight_bytes"]["model"], hbm)
+        host = next(tier for tier in others if tier.name == "host DDR over PCIe")
+        rows = case["batch"] * case["table"]["columns"]
+        most = rows_energy(host, hbm, rows, rows, case["table"]["row_bytes"])[1]
+        return {
+            "gpu.step_joules": f"{watts * step:.1f}",
+            "gpu.step_over_hbm": f"{watts * step / weights[1]:.0f} to {watts * step / weights[0]:.0f}",
+            "gpu.rows_mj": f"{1e3 * most:.1g}",
+            "gpu.graph.wait_mj": f"{1e3 * watts * added_s(case, _PLACES['graph']):.0f}",
         }
 
     def _least_of_4b(self) -> float:
@@ -171,7 +200,11 @@ class OnGpu:
         found = {}
         for name, case in (("staged", smaller), ("naive", smaller), ("graph", self.hundred)):
             lost = numbers.against(case, numbers.row_of(case, labels[name]), "resident", "prefill")
-            found[f"gpu.prompts.{name}"] = str(lost)
+            found[f"gpu.prompts.{name}"] = f"{percent(lost.median)} {lost.interval}"
+        for name, case in (("smaller", smaller), ("hundred", self.hundred)):
+            itself = numbers.noise_floor(case, "prefill", "resident")
+            low, high = (percent(itself[end] - 1) for end in ("low", "high"))
+            found[f"gpu.prompts.itself.{name}"] = f"[{low}, {high}]"
         return found
 
     def _staged(self, tokens: int) -> list[float]:
@@ -213,14 +246,16 @@ class OnGpu:
     def _prompts(self) -> dict[str, str]:
         (step,) = self[PREFILL]["steps"]
         runs = {run["variant"]: run for run in step["runs"] if not run["repeat"]}
+        tokens = step["shape"]["batch"] * step["shape"]["tokens"]
         # As asked for, repeats included: a lookup in place reads them again.
-        rows = step["shape"]["batch"] * step["shape"]["tokens"] * step["table"]["columns"]
+        rows = tokens * step["table"]["columns"]
 
         def crossed(name: str) -> float:
             # What crosses without any rows is not theirs.
             return runs[name]["pcie"]["value"] - runs["no_engram"]["pcie"]["value"]
 
         ways = paired_ratio(runs["offload_uva"]["step_s"], runs["offload_prefetch"]["step_s"])
+        lost = [uva - own for uva, own in zip(runs["offload_uva"]["step_s"], runs["resident"]["step_s"])]
         return {
             "gpu.prompt.tokens": f"{step['shape']['tokens']:,}",
             "gpu.prompt.blocks": str(step["blocks"]),
@@ -230,6 +265,7 @@ class OnGpu:
             "gpu.prompt.crossed_distinct": f"{crossed('offload_uva') / step['prediction']['unique_rows']:.0f}",
             "gpu.prompt.copied": f"{crossed('offload_prefetch') / rows:.0f}",
             "gpu.prompt.staged": str(overhead(step, runs["offload_prefetch"])),
+            "gpu.prompt.token_us": f"{1e6 * statistics.median(lost) / tokens:.1f}",
             "gpu.prompt.uva": str(overhead(step, runs["offload_uva"])),
             "gpu.prompt.naive": str(overhead(step, runs["offload_naive"])),
             "gpu.prompt.uva_over_staged": f"{percent(ways['median'] - 1)} "

@@ -13,7 +13,7 @@ from bench.instruments.words import aligned
 from bench.price.table import find_run, verdict
 from bench.rows import table as row_table
 from bench.rows.table import LAYOUTS, TABLES, TEXT, per_byte, percent, reuse
-from bench.rows.whole_model import CONTEXTS, shown
+from bench.rows.whole_model import CONTEXTS, MODELS, shown
 from bench.sweeps import table as sweep_table
 from bench.sweeps.lookup_range import named_class
 from bench.sweeps.points import SWEEPS
@@ -64,9 +64,9 @@ def _published_size(e: Evidence, name: str, model: str, experts: str) -> list[li
         spread = " .. ".join(f"{ratio:{digits}}" for ratio in ratios_of)
         found.append([boundary, name, "pinned", spread, ", ".join(labels)])
     more = max(e.added(model, "in all", experts, layout) for layout in LAYOUTS)
-    under = "under" if more < WALL_TIME_CLAIM else "over"
-    said = [f"+{percent(more)}", f"{under} {100 * WALL_TIME_CLAIM:g} %"]
-    return [*found, ["whole model", name, "none", *said]]
+    # An upper bound shows that the claim holds, and never that it fails.
+    claim = f"under {100 * WALL_TIME_CLAIM:g} %" if more < WALL_TIME_CLAIM else "not decided"
+    return [*found, ["whole model", name, "none", f"at most +{percent(more)}", claim]]
 
 
 def layouts(evidence: Evidence, variants: tuple[str, ...] = VARIANTS) -> str:
@@ -91,6 +91,7 @@ def blocks(evidence: Evidence) -> dict[str, Callable[[], str]]:
         "toy_layouts": lambda: layouts(evidence),
         "toy_variants": lambda: layouts(evidence, VARIANTS[:3]),  # those that were asked for
         "sweep_crossings": lambda: sweep_table.crossing_report(evidence.sweeps),
+        "rows_by_step": lambda: row_table.by_step_table(evidence.production, (1, 64, STEP, 16_384), STEP),
         "rows_scale": lambda: row_table.scale_table(evidence.production_and_qwen),
         "rows_scale_short": lambda: row_table.scale_table(evidence.production_and_qwen, COMPARED_TOKENS, (TEXT,)),
         "rows_hot": lambda: row_table.hot_table(evidence.production),
@@ -205,6 +206,9 @@ def _model_values(e: Evidence) -> dict[str, str]:
                 found[f"{key}.{mode}.crossing{end}"] = e.crossing(model, experts, stream, mode)
         for part in ("copied", "own weights", "buried", "in all"):
             found[f"{key}.{part.replace(' ', '_')}"] = _hundredths(e.added(model, part, experts))
+        record = e.model_step(model, experts)
+        found[f"{key}.read_gb"] = f"{record['read_bytes'] / 1e9:.3g}"
+        found[f"{key}.claim_gb"] = f"{row_table.claim_weights(record) / 1e9:.2g}"
         found[f"{key}.more"] = rounded_up(100 * e.prefetched_share(model, experts))
         for layout in LAYOUTS:
             judged = (e.uncopied(model, experts, layout), *e.pinned(model, experts, layout))
@@ -216,6 +220,22 @@ def _model_values(e: Evidence) -> dict[str, str]:
         additions = row_table.additions(e.model_step(model, context=context))
         found[f"model.{model}.context.{context}"] = _hundredths(additions["in all"])
     found["copies.step"] = f"{min(dearer):.0f} to {max(dearer):.0f}"
+    flash = MODELS["v41-flash"]
+    if flash.experts is None:
+        raise ValueError("V4.1-Flash has experts")
+    dense = flash.all_bytes - flash.experts.nbytes
+    found["model.v41-flash.one.most_gb"] = f"{(dense + flash.experts.touched(1)) / 1e9:.3g}"
+    for model, tokens, layout in product(("dense-4b", "dense-8b"), (1, 64, 16_384), LAYOUTS):
+        ratio = e.uncopied(model, layout=layout, tokens=tokens)
+        found[f"model.{model}.uncopied.{layout.split()[0]}.{tokens}"] = f"{ratio:.3g}"
+        found[f"model.{model}.uncopied.{layout.split()[0]}.{tokens}.class"] = classify(ratio, None).label
+    for model in ("dense-4b", "dense-8b"):
+        ratio = e.uncopied_later(model, "compacted")
+        found[f"model.{model}.uncopied.compacted.later"] = f"{ratio:.3g}"
+        found[f"model.{model}.uncopied.compacted.later.class"] = classify(ratio, None).label
+    found["model.dense-4b.random.in_proportion"] = e.in_proportion("dense-4b")
+    short = e.model_step("dense-4b", context=CONTEXTS[1])
+    found["context.short.gb"] = f"{(short['read_bytes'] - MODELS['dense-4b'].decode_bytes) / 1e9:.0f}"
     found["model.dense-4b.second_half"] = _hundredths(e.second_half("dense-4b"))
     found["least_steps"] = f"{e.least_steps()}"
     found["context.short"] = f"{CONTEXTS[1]:,}"

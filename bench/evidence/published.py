@@ -191,6 +191,8 @@ def values() -> dict[str, str]:
         "traffic_of_pcie.fp32": f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
         "pcie_gb_s": f"{pcie_bandwidth() / 1e9:.0f}",
         "backbone_gb.4b": f"{figure('backbone.4b') * figure('bytes_bf16'):.0f}",
+        # Read once a step: what the window that others computed asks of the machine.
+        "cxl.tb_s": f"{figure('cxl.values') * figure('bytes_bf16') / figure('cxl.step'):.0f}",
         "cxl.loss": f"{100 * (1 - figure('cxl.pool') / figure('cxl.host')):.1f}",
         "mlx.loss_prefetched": f"{100 * (1 - figure('mlx.prefetched') / figure('mlx.resident')):.1f}",
         "mlx.loss_synchronous": f"{100 * (1 - figure('mlx.synchronous') / figure('mlx.resident')):.0f}",

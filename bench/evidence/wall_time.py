@@ -8,10 +8,12 @@ it is folded away, since it says nothing about a GPU.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.evidence.on_gpu import LOOKUP
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
@@ -25,10 +27,9 @@ from engram_ref.config import EngramConfig
 
 NO_RUN = "No run on a CUDA machine is committed yet."
 _PHASE = "together"
-_LATEST = (
-    *("measured on", "model, batch, table", "rows of a step", "window"),
-    *("3 % expected at", "as bandwidth", "holds to", "broken at"),
-)
+_EXPECTED = ("measured on", "model, batch, table", "rows of a step", "window", "3 % expected at", "as bandwidth")
+_LATEST = (*_EXPECTED, "holds to", "broken at")
+_LOOKUPS = {"uva": "lookup in place, H200", "staged": "lookup gathered, H200"}  # what a bus alone leaves out
 _PUBLISHED_BATCHES = (1, 16, 64, 256)
 
 
@@ -118,7 +119,10 @@ def wall_time_sensitivity(folder: Path) -> str:
     def table(rows: list[list[str]]) -> str:
         return markdown(_LATEST, rows, right=range(2, len(_LATEST)))
 
-    published = table([_published(batch) for batch in _PUBLISHED_BATCHES])
+    head = (*_EXPECTED, *_LOOKUPS.values())
+    lookups = {case["tokens"]: case["samples_s"] for case in read_results(folder / f"{LOOKUP}.json")["cases"]}
+    rows = [_published(batch, lookups[batch]) for batch in _PUBLISHED_BATCHES]
+    published = markdown(head, rows, right=range(2, len(head)))
     return f"{published}\n\n{of_both(folder, 'Slowed buses', lambda runs: table(_of_cases(runs, _sensitivity)))}"
 
 
@@ -138,14 +142,19 @@ def _sized(case: Json) -> str:
     return f"{case['backbone']}, {case['batch']}, {case['table']['parameters'] / 1e9:.3g} B"
 
 
-def _published(batch: int) -> list[str]:
-    """By arithmetic: one layer of v41-flash in a model whose window and step others have computed."""
+def _published(batch: int, lookups: dict[str, list[float]]) -> list[str]:
+    """By arithmetic: one layer of v41-flash in a model whose window and step others have computed.
+
+    Args:
+        lookups: seconds from token ids to as many rows, by the way they come.
+    """
     config = EngramConfig.preset("v41-flash")
     nbytes = batch * config.columns * config.row_bytes()
     # What the window hides, and the share of a step by which it may be longer.
     latest = PUBLISHED_WINDOW_S + WALL_TIME_CLAIM * PUBLISHED_STEP_S
     expected = _expected(nbytes, PUBLISHED_WINDOW_S, latest)
-    return ["arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, "", ""]
+    took = [_us(statistics.median(lookups[way])) for way in _LOOKUPS]
+    return ["arithmetic, arXiv 2603.10087", f"Qwen3-32B, {batch}, v41-flash rows", *expected, *took]
 
 
 def _expected(nbytes: int, window: float, latest: float) -> list[str]:

@@ -12,7 +12,7 @@ from bench.evidence.committed import STEP, Evidence, rounded_up
 from bench.evidence.ranges import energy_span, layer_classes, lookup_floors, lookup_span, text_spread
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.price.table import verdict
-from bench.rows.table import LAYOUTS
+from bench.rows.table import LAYOUTS, claim_weights
 from bench.rows.whole_model import MODELS
 
 _MODEL = "dense-4b"  # the smaller of the paper's two
@@ -78,26 +78,25 @@ def verdict_lines(evidence: Evidence) -> str:
     most_placed = added(max(e.pinned(_MODEL, layout=layout)[0] for layout in LAYOUTS))[1:]
     claim = f"{100 * WALL_TIME_CLAIM:g} %"
     added_in_all, one = (e.added(*which) for which in ((_MODEL, "in all"), ("v41-flash", "in all", "one")))
+    weights = f"{claim_weights(e.model_step('v41-flash', 'one')) / 1e9:.2g}"
     lines = {
         "What survives": (
-            f"the claim about the model. Against no Engram, as the paper counts, all of Engram adds "
+            f"the claim about the model. Against no Engram, all of Engram adds at most "
             f"{100 * added_in_all:.2g} % to that step; its rows, not copied, reach {claim} at {e.crossing(_MODEL)} "
-            f"tokens a step, and are {text_spread(e)} % of its weights on other texts, "
-            f"{100 * e.step(_MODEL, stream='uniform'):.2g} % on random ids. By the task's thresholds the layer is a "
-            f"{layer_classes(e)} under every definition."
+            f"tokens a step from a cold start ({e.in_proportion(_MODEL)} of random ids), and are {text_spread(e)} % of "
+            f"its weights on other texts. The layer is a {layer_classes(e)} under every definition."
         ),
         "What does not": (
             f"the claim about the lookup. By padding and what becomes of the rows the toy's adds {added(least)[1:]} to "
-            f"{added(most)[1:]}, {MODELS[_MODEL].name}'s up to {most_placed}, and other definitions give other "
-            f"classes. Foresight spares no first read: even the bound under every memory manager is {floors} higher "
-            f"offloaded ({of_v41} in V4.1's form); copies made ahead saved nothing."
+            f"{added(most)[1:]}, {MODELS[_MODEL].name}'s up to {most_placed} at that step. Foresight spares no first "
+            f"read: even the bound under every memory manager is {floors} higher offloaded ({of_v41} in V4.1's form)."
         ),
         "Where it turns": (
-            f"if all tokens of a step choose the same experts, Engram makes V4.1-Flash's step {added(1 + one)[1:]} "
-            f"dearer than none, mostly by its own weights. In random rows from an SSD the *energy* of "
-            f"{MODELS[_MODEL].name}'s rows reaches {claim} of its weights' at "
-            f"{energy_span(e, 'NVMe SSD, random rows')} tokens a step, from host DDR at "
-            f"{energy_span(e, 'host DDR over PCIe')}; which ByteDMD hides, without pages."
+            f"if all tokens of a step choose the same experts, Engram makes V4.1-Flash's step at most "
+            f"{added(1 + one)[1:]} dearer, and under {claim} if it reads over {weights} GB of weights: open. As "
+            f"*energy*, by published figures, {MODELS[_MODEL].name}'s rows reach {claim} of its weights' in HBM, a "
+            f"small part of the board's, at {energy_span(e, 'NVMe SSD, random rows')} tokens from random rows of an SSD, at "
+            f"{energy_span(e, 'host DDR over PCIe')} from host DDR."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,17 @@ from bench.evidence.price import ANSWERED
 from bench.instruments.claim import classify
 from bench.instruments.reading import read_results
 from bench.price.table import verdict as classified
-from bench.rows.table import LAYOUTS, placed, reuse, select
+from bench.rows.table import (
+    LAYOUTS,
+    by_step_table,
+    claim_weights,
+    placed,
+    reuse,
+    row_share,
+    select,
+    under_claim,
+)
+from bench.rows.whole_model import step_price
 from tests import commands
 
 ROOT = Path(verdict.__file__).resolve().parents[1]
@@ -44,6 +55,41 @@ def test_the_whole_model_wins_where_the_finding_says(evidence):
             assert (evidence.added(model, "in all", experts, layout) < 0.03) == (experts != "one")
         assert 0 < evidence.step(model, experts) < evidence.prefetched_share(model, experts) < 0.011
     assert classify(evidence.pinned("dense-4b", "", "compacted")[0], None).label == "LOSS"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_weights_that_would_decide_what_an_upper_bound_leaves_open(evidence, layout):
+    """Priced anew over so many bytes, what Engram adds is just under the claim."""
+    record = evidence.model_step("v41-flash", "one", layout=layout)
+    assert under_claim(record) == "not decided" and under_claim(evidence.model_step("dense-4b")) == "yes"
+    nbytes, blocks = round(claim_weights(record)), 40
+    weights, heavier = step_price(nbytes, blocks), math.sqrt(nbytes / record["read_bytes"])
+    # Reads below other things: at a depth that grows by less than the weights do.
+    rows = record["prefetch_one_use"] / record["steps"] * heavier
+    own = step_price(record["engram_weight_bytes"], 2, above=nbytes)
+    buried = step_price(nbytes, blocks, above=record["engram_weight_bytes"]) - weights
+    assert 0.029 < (rows + own + buried) / weights < 0.03
+    (qwen, *_) = (r for r in evidence["production_qwen"]["records"] if r["part"] == "whole_model")
+    assert under_claim(qwen) == "no bound"  # much that lies above its rows is not known
+
+
+def test_the_class_of_the_lookups_goes_by_step_and_text(evidence):
+    table = by_step_table(evidence.production, (1, 64, 512, 16_384), 512)
+    line = next(line for line in table.splitlines() if line.startswith("Dense-8B") and "compacted" in line)
+    ratios = [evidence.uncopied("dense-8b", layout="compacted", tokens=tokens) for tokens in (1, 64, 512, 16_384)]
+    assert ratios == sorted(ratios, reverse=True)
+    marks = ("L", "L", "i", "i", "L")
+    cells = zip((*ratios, evidence.uncopied_later("dense-8b", "compacted")), marks)
+    assert line.split()[2:] == [text for ratio, mark in cells for text in (f"{ratio:.3g}", mark)]
+
+
+def test_random_rows_reach_the_claim_in_proportion(evidence):
+    """From the largest step that was priced, and only where a token costs the same in smaller ones."""
+    tokens = int(evidence.in_proportion("dense-4b").replace(",", ""))
+    largest = evidence.model_step("dense-4b", stream="uniform", tokens=16_384)
+    assert tokens == pytest.approx(16_384 * 0.03 / row_share(largest), rel=0.05) and tokens > 16_384
+    with pytest.raises(ValueError, match="of a larger one"):
+        evidence.in_proportion("v41-flash")
 
 
 def test_a_step_size_that_the_finding_shows_has_steps_enough(evidence):
