@@ -95,8 +95,8 @@ def verdict_lines(evidence: Evidence) -> str:
             f"if all tokens of a step choose the same experts, Engram makes V4.1-Flash's step at most "
             f"{added(1 + one)[1:]} dearer, and under {claim} if it reads over {weights} GB of weights: open. As "
             f"*energy*, by published figures, {MODELS[_MODEL].name}'s rows reach {claim} of its weights' in HBM, a "
-            f"small part of the board's, at {energy_span(e, 'NVMe SSD, random rows')} tokens from random rows of an SSD, at "
-            f"{energy_span(e, 'host DDR over PCIe')} from host DDR."
+            f"small part of the board's, at {energy_span(e, 'NVMe SSD, random rows')} tokens from random rows of an "
+            f"SSD, at {energy_span(e, 'host DDR over PCIe')} from host DDR."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())
