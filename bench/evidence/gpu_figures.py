@@ -25,13 +25,14 @@ _WAYS = {"resident": "resident", "uva": "offload_uva", "staged": "offload_prefet
 
 def draw_decode(results: Json, out: Path, narrow: bool = False, name: str = "decode_gpu") -> list[Path]:
     """Draw what each place adds to a decode step."""
-    return save_all({name: _decode}, results, out, narrow)
+    return save_all({name: decode}, results, out, narrow)
 
 
 draw_hundred = functools.partial(draw_decode, name="decode_gpu_100b")
 
 
-def _decode(results: Json) -> Any:
+def decode(results: Json) -> Any:
+    """A panel per case: median, least and most over the rounds of what each place adds to a step."""
     title = "What Engram adds to a decode step, by the place of its table"
     figure, axes = panels([2.6] * len(results["cases"]), width=5.5, margin=1, title=title)
     for axis, case in zip(axes, results["cases"]):
@@ -45,20 +46,29 @@ def _places(axis: Any, case: Json) -> None:
     # What was left out of a run has no rounds.
     rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
     step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
+    counts = set()
     for place, row in enumerate(rows):
         try:
-            lost = numbers.against(case, row, "no_engram", "decode")
+            added = _added_us(case, row)
         except NotMeasured:
             continue
-        median, low, high = (1e4 * step * value for value in lost.in_percent)  # per cent of a step in seconds, to us
+        counts.add(len(added))
         # `own_compute` is no place of a table, and has no colour among theirs.
-        interval(axis, place, (median, low, high), COLOURS.get(row["variant"], "#F0E442"))
+        colour = COLOURS.get(row["variant"], "#F0E442")
+        interval(axis, place, (statistics.median(added), min(added), max(added)), colour)
     axis.axvline(1e6 * WALL_TIME_CLAIM * step, color="0.45", linestyle="--", linewidth=0.8, label="3 % of the step")
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axis.set_xscale("log")
     axis.set_xlim(_AXIS)
-    axis.set_xlabel("us added to a decode step, median and 95 %")
+    rounds = " or ".join(map(str, sorted(counts)))
+    axis.set_xlabel(f"us added to a decode step: median, least to most of {rounds} rounds")
+
+
+def _added_us(case: Json, row: Json) -> list[float]:
+    """What a row adds to the mean decode step of each round that it has in common with the model without Engram."""
+    times, without = numbers.paired([row, numbers.row_of(case, "no_engram")], "step")
+    return [1e6 * (later - earlier) for later, earlier in zip(times, without)]
 
 
 def draw_lookup(results: Json, out: Path, narrow: bool = False) -> list[Path]:

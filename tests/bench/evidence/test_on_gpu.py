@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
 
 from bench.evidence import gpu_figures, on_gpu
 from bench.evidence.on_gpu import HUNDRED, LOOKUP, PREFILL, SERVED, OnGpu
@@ -74,6 +75,25 @@ def test_the_figures_are_drawn_from_the_samples(committed, tmp_path):
     assert gpu_figures.draw_lookup(other, tmp_path)[0].read_bytes() != first
     case = committed[HUNDRED]
     assert [path.name for path in gpu_figures.draw_hundred(case, tmp_path)] == ["decode_gpu_100b.svg"]
+
+
+def test_decode_figures_draw_what_they_are_labelled(committed):
+    """Least, median and most of the rounds that a row has in common with no Engram, and how many rounds those are."""
+    results = copy.deepcopy(committed[SERVED])
+    labels = []
+    for axis, case in zip(gpu_figures.decode(results).axes, results["cases"]):
+        control = mean_steps(case, "no_engram")
+        for place, tick in enumerate(axis.get_yticklabels()):
+            own = mean_steps(case, tick.get_text())
+            added = [1e6 * (own[number] - control[number]) for number in own.keys() & control.keys()]
+            line, dot = (found for found in axis.lines if {*found.get_ydata()} == {place})
+            assert [*line.get_xdata()] == pytest.approx([min(added), max(added)])
+            assert [*dot.get_xdata()] == pytest.approx([statistics.median(added)])
+        labels.append(axis.get_xlabel().partition(": ")[2])
+    assert labels == [f"median, least to most of {rounds} rounds" for rounds in (5, 5, 3)]
+    results["cases"][0]["rows"][1]["rounds"].pop()
+    assert gpu_figures.decode(results).axes[0].get_xlabel().endswith("of 4 or 5 rounds")
+    plt.close("all")
 
 
 def test_prefetching_is_held_against_waiting_in_the_rounds_that_both_have(committed, values):
