@@ -26,6 +26,7 @@ PART_COLOURS = {
     "not hidden": COLOURS["offload_prefetch"],
 }
 _CLAIM = 100 * WALL_TIME_CLAIM
+_HATCH = "////"  # a part that is not resolved
 
 
 def draw_all(results: Json, out: Path, narrow: bool = False) -> list[Path]:
@@ -76,20 +77,29 @@ def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
 
 
 def overhead_parts(results: Json) -> Any:
-    """Stacked parts, one bar per phase; what is not resolved is hollow, the whole as measured is a line."""
-    title = "Overhead of a prefetched table, taken apart\nmedians; hollow: not resolved; line: the whole, 95 %"
+    """Stacked parts, one bar per phase; what is not resolved is hatched, the whole stands beside them as measured."""
+    title = "Overhead of a prefetched table, taken apart\nmedians of the parts; beside them the whole, by itself"
     figure, cases = _panels(results, title)
     for axis, case in cases:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylabel("% of the model without Engram")
+        _name_parts(axis)
         try:
             for place, phase in enumerate(PHASES):
                 _stack(axis, place, numbers.decomposition(case, phase))
         except NotMeasured as why:
             axis.text(0.5, 0.5, str(why), transform=axis.transAxes, ha="center")
-        axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
         axis.set_xticks(range(len(PHASES)), [phase.replace("token", "median token") for phase in PHASES])
     return legend_below(figure, cases[0][0])
+
+
+def _name_parts(axis: Any) -> None:
+    """The legend's keys, whatever the first bar says: colours of the parts, and what hatching means."""
+    axis.axhline(_CLAIM, color="0.45", linewidth=0.8, linestyle="--", label="3 %")
+    for name, colour in PART_COLOURS.items():
+        axis.fill_between([], [], color=colour, label=name)
+    axis.fill_between([], [], facecolor="white", edgecolor="0.3", hatch=_HATCH, label="hatched: not resolved")
+    name_points(axis, "black", "the whole, 95 %")
 
 
 def _stack(axis: Any, place: int, parts: dict[str, Overhead]) -> None:
@@ -99,8 +109,8 @@ def _stack(axis: Any, place: int, parts: dict[str, Overhead]) -> None:
         part, colour = parts[name], PART_COLOURS[name]
         height, up = 100 * part.median, part.median >= 0
         fill = colour if part.resolved else "white"
-        style = {"facecolor": fill, "edgecolor": colour, "hatch": "" if part.resolved else "////"}
-        axis.bar(place, height, 0.5, bottom=foot[up], label=name if place == 0 else None, **style)
+        style = {"facecolor": fill, "edgecolor": colour, "hatch": "" if part.resolved else _HATCH}
+        axis.bar(place, height, 0.5, bottom=foot[up], **style)
         foot[up] += height
     interval(axis, place + 0.33, parts[WHOLE].in_percent, "black", upright=True)
 

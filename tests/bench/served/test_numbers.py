@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import same_color
 
 from bench.instruments.output import source
 from bench.instruments.quantities import quantities
@@ -14,7 +16,7 @@ from bench.schemas.served import Results
 from bench.served import numbers
 from bench.served.classes import added_s, classify
 from bench.served.doubts import reading
-from bench.served.figures import baselines, draw_all
+from bench.served.figures import PART_COLOURS, baselines, draw_all, overhead_parts
 from bench.served.table import report
 from bench.setup.variants import ASKING
 from tests.bench.served.example import LOOKUP, NOT_HIDDEN, OWN, STEPS, WINDOW, case, example
@@ -448,3 +450,18 @@ def test_the_legend_names_both_baselines_whichever_row_is_first_and_fills_its_po
     (legend,) = baselines(one).legends
     assert [text.get_text() for text in legend.get_texts()] == ["3 %", "against no_engram", "against resident"]
     assert "white" not in [handle.get_markerfacecolor() for handle in legend.legend_handles]
+
+
+def test_the_legend_of_the_parts_is_the_same_whatever_the_first_bar_says():
+    """Colours are neutral keys, hatching has one of its own; in the bars it stands for what is not resolved."""
+    resolved, open_ = example(), example()
+    open_["cases"][0]["rows"] = [row for row in open_["cases"][0]["rows"] if row["label"] != "resident again"]
+    for results, hatches in ((resolved, {None}), (open_, {"////"})):
+        figure = overhead_parts(results)
+        (legend,), (axis,) = figure.legends, figure.axes
+        keys = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles)}
+        assert list(keys) == ["3 %", *PART_COLOURS, "hatched: not resolved", "the whole, 95 %"]
+        assert all(same_color(keys[name].get_facecolor(), colour) for name, colour in PART_COLOURS.items())
+        assert [bool(keys[name].get_hatch()) for name in list(keys)[1:5]] == [False, False, False, True]
+        assert {bar.get_hatch() or None for bar in axis.patches} == hatches and len(axis.patches) == 12
+        plt.close(figure)
