@@ -5,11 +5,12 @@
 row_depths.svg    how deep the rows of each published table lie when they are read
 place.svg         the lookups alone: what it costs to lie under other bytes, with the thresholds
 hot_tier.svg      what a tier of frequent rows saves
-whole_model.svg   the rows against the weights of a whole model, by tokens per step, with the 3 % line
+whole_model.svg   all that Engram adds to a step of a whole model, with the claim, and its rows alone, by tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib import pyplot as plt
 
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
 from bench.instruments.drawing import legend_below, redraw, save_all
-from bench.rows.table import depth_shares, lines, one, placed, row_share, select
+from bench.rows.table import Record, additions, depth_shares, lines, one, placed, row_share, select
 from bench.rows.whole_model import shown
 
 TABLE_COLOURS = {"demo": "#009E73", "paper-27b": "#56B4E9", "paper-40b": "#0072B2", "v41-flash": "#D55E00"}
@@ -40,7 +41,7 @@ def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[P
     absent = [table for table in TABLE_COLOURS if not select(results, part="scale", table=table)]
     if absent:
         raise ValueError(f"no records of {', '.join(absent)}: draw a run of all parts and without --preset")
-    drawings = {"row_depths": _depths, "place": _place, "hot_tier": _hot, "whole_model": _whole_model}
+    drawings = {"row_depths": _depths, "place": _place, "hot_tier": _hot, "whole_model": whole_model}
     return save_all(drawings, results, out, narrow)
 
 
@@ -106,32 +107,64 @@ def _hot(results: dict[str, Any]) -> Any:
     return legend_below(figure, axes[0], foot=0.13, columns=4)
 
 
-def _whole_model(results: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
-    for axis, mode in zip(axes, ("decode", "prefill")):
-        for line in lines(results):
-            first = line[0]
-            if first["mode"] != mode or first["asked_tokens"] is None:
-                continue
-            tokens, shares = [r["tokens_per_step"] for r in line], [100 * row_share(r) for r in line]
-            colour = MODEL_COLOURS[first["table"], first["experts"]]
-            if first["stream"] == "python-stdlib":
-                label = f"{shown(first['table'], first['experts'])}, {first['layout']}"
-                axis.plot(tokens, shares, LAYOUT_LINES[first["layout"]], color=colour, label=label)
-            elif first["layout"] == "held live":
-                axis.plot(tokens, shares, ":", color=colour, linewidth=1)
-        axis.set(xscale="log", yscale="log", title=mode, xlabel="tokens per step")
-        _level(axis, 100 * WALL_TIME_CLAIM, "3 %: the claim")
-    axes[0].set_ylabel("price of the rows, % of the weights' price")
-    figure.suptitle("The whole model: what reading the table adds to a step (dotted: random ids)")
-    return legend_below(figure, axes[0], foot=0.13, columns=4)
+def whole_model(results: dict[str, Any]) -> Any:
+    """Above all that Engram adds, which the claim is about; below its rows alone, which grow with the step."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True, sharey="row")
+    for above, below, mode in zip(*axes, ("decode", "prefill")):
+        found = [line for line in lines(results) if line[0]["mode"] == mode and line[0]["asked_tokens"] is not None]
+        for line in found:
+            _by_step(above, line, in_all)
+            _by_step(below, line, row_share)
+            copied = [r for r in line if "prefetch_stands" in r and r["layout"] == "held live"]
+            shares = [100 * additions(r)["in all"] for r in copied]
+            above.plot([r["tokens_per_step"] for r in copied], shares, "o", color=_colour(line), markersize=4)
+        above.set(xscale="log", yscale="log", title=f"{mode}: all that Engram adds")
+        below.set(yscale="log", title=f"{mode}: its rows alone", xlabel="tokens per step")
+        _level(above, 100 * WALL_TIME_CLAIM, "3 %: the claim", left=0.3)
+        _level(below, 100 * WALL_TIME_CLAIM, "3 %, by the rows alone")
+    for row in axes:
+        row[0].set_ylabel("at most, % of the weights' price")
+    title = "The whole model: what Engram adds to the price of a step"
+    figure.suptitle(f"{title}\nall: rows, Engram's own weights, and how much deeper both bury the model's")
+    _name_lines(axes[0][0])
+    return legend_below(figure, axes[0][0], foot=0.12, columns=2)
 
 
-def _level(axis: Any, level: float, text: str) -> None:
-    """A threshold, written at the left end of its line."""
+def in_all(record: Record) -> float:
+    """What Engram adds to a step that copies no row, as a share of the price of the weights."""
+    # Where copies were priced, they are among what buries.
+    beside = record["engram_weights_step_price"] + record["buried_step_price"]
+    return row_share(record) + beside / record["weights_step_price"]
+
+
+def _by_step(axis: Any, line: list[Record], share: Callable[[Record], float]) -> None:
+    """A share of the weights by tokens per step; of random ids in one layout."""
+    first, tokens, shares = line[0], [r["tokens_per_step"] for r in line], [100 * share(r) for r in line]
+    if first["stream"] == "python-stdlib":
+        axis.plot(tokens, shares, LAYOUT_LINES[first["layout"]], color=_colour(line))
+    elif first["layout"] == "held live":
+        axis.plot(tokens, shares, ":", color=_colour(line), linewidth=1)
+
+
+def _colour(line: list[Record]) -> str:
+    return MODEL_COLOURS[line[0]["table"], line[0]["experts"]]
+
+
+def _name_lines(axis: Any) -> None:
+    """The legend's keys: a colour for a model, a style for what is priced."""
+    for (table, experts), colour in MODEL_COLOURS.items():
+        axis.plot([], [], color=colour, label=shown(table, experts))
+    for layout, style in LAYOUT_LINES.items():
+        axis.plot([], [], style, color="black", label=layout)
+    axis.plot([], [], ":", color="black", linewidth=1, label="random ids, held live")
+    axis.plot([], [], "o", color="black", markersize=4, label="rows copied a step ahead")
+
+
+def _level(axis: Any, level: float, text: str, left: float = 0.02) -> None:
+    """A threshold, written on its line from a share of the axis's width on."""
     axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--")
     place = dict(xycoords=axis.get_yaxis_transform(), xytext=(0, 2), textcoords="offset points")
-    axis.annotate(text, (0.02, level), fontsize=8, color="0.35", **place)
+    axis.annotate(text, (left, level), fontsize=8, color="0.35", **place)
 
 
 if __name__ == "__main__":

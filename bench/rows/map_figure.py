@@ -19,14 +19,18 @@ _FOOT = 1e-2  # what stands for no compute at all on the logarithmic axis
 _TOP = 1e8
 _COLOURS = {"LOSS": "#D55E00", "INCONCLUSIVE": "#F0E442", "WIN": "#009E73"}
 _STEPS = {1: "o", 512: "s", 32_768: "^"}
+# One token's experts are rings: what they coincide with is seen inside.
+_FILLED: dict[str, Any] = {"color": "black", "markersize": 5}
+_HOLLOW: dict[str, Any] = {"color": "black", "markersize": 9, "markerfacecolor": "none"}
 
 
 def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[Path]:
     """Draw the figure into a folder; the file is complete or absent. Returns its path."""
-    return save_all({"verdict_map": _map}, results, out, narrow)
+    return save_all({"verdict_map": verdict_map}, results, out, narrow)
 
 
-def _map(results: dict[str, Any]) -> Any:
+def verdict_map(results: dict[str, Any]) -> Any:
+    """A panel per table and layout: the classes as regions, the published models as points."""
     layouts = list(dict.fromkeys(r["layout"] for r in results["records"]))
     figure, axes = plt.subplots(len(AROUND), len(layouts), figsize=(8, 7), squeeze=False, sharex=True, sharey=True)
     for row, (table, models) in zip(axes, AROUND.items()):
@@ -34,20 +38,20 @@ def _map(results: dict[str, Any]) -> Any:
             _regions(axis, [r for r in results["records"] if (r["table"], r["layout"]) == (table, layout)])
             for model, experts, tokens in POINTS:
                 if model in models:
-                    marker = {"marker": _STEPS[tokens], "color": "black" if experts != "one" else "#999999"}
-                    axis.plot(*point(model, experts, tokens), markersize=5, linestyle="", **marker)
-                    if tokens == 1:
+                    style = _HOLLOW if experts == "one" else _FILLED
+                    axis.plot(*point(model, experts, tokens), _STEPS[tokens], **style)
+                    if tokens == 1 and experts != "one":  # of one token both are the same, and have one name
                         up = 5 if axis.texts else -5  # the two models of a panel stand close to each other
-                        axis.annotate(shown(model, experts), point(model, experts, 1), (-6, up), fontsize=7,
+                        axis.annotate(shown(model), point(model, experts, 1), (-7, up), fontsize=7,
                                       textcoords="offset points", ha="right", va="center")  # fmt: skip
             axis.set(xscale="log", yscale="log", ylim=(_FOOT, _TOP), title=f"{table}, {layout}")
     for axis in axes[-1]:
         axis.set_xlabel("bytes above / bytes of the table")
     for row in axes:
         row[0].set_ylabel("bytes read / byte of rows")
-    figure.legend(*_legend(axes[0][0]), frameon=False, loc="lower center", ncols=6, fontsize=8)
+    figure.legend(*_legend(axes[0][0]), frameon=False, loc="lower center", ncols=4, fontsize=8)
     figure.suptitle("Buried table against one that stays on top, by what lies above and what else is read")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
 
@@ -62,8 +66,10 @@ def _regions(axis: Any, line: list[dict[str, Any]]) -> None:
 def _legend(axis: Any) -> tuple[list[Any], list[str]]:
     handles, labels = axis.get_legend_handles_labels()
     for tokens, marker in _STEPS.items():
-        handles.append(plt.Line2D([], [], color="black", marker=marker, linestyle=""))
-        labels.append(f"{tokens:,} tokens a step")
+        handles.append(plt.Line2D([], [], marker=marker, linestyle="", **_FILLED))
+        labels.append(f"{tokens:,} token{'s' * (tokens > 1)} a step")
+    handles.append(plt.Line2D([], [], marker="o", linestyle="", **_HOLLOW))
+    labels.append("hollow: one token's experts,\nfilled: the expected ones")
     return handles, labels
 
 
