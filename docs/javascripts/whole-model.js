@@ -39,7 +39,8 @@
     make("h2", { id: "the-whole-model" }, "The whole model"),
     make("p", {}, "At production scale the denominator is a forward pass. A step reads every active weight once, whatever "
       + "the batch, and every token adds its rows, which lie below the weights. Weights are priced from below and "
-      + "activations are free, so the true share is smaller. The line is the paper's claim, read as a share of the price."),
+      + "activations are free, so the true share is smaller. These are the rows alone; Engram's own weights, which every "
+      + "step reads, too, add to them, and the paper's claim is about all of it. The line is as high as that claim."),
     make("form", { class: "controls" }, ...choices.map((one) => one.field)), chart, crossings);
 
   function show() {
@@ -57,7 +58,7 @@
         name: `${curve.model}, ${curve.table}`, style: 1 + (number % 5),
         points: curve.tokens.map((tokens, place) => ({ at: at(tokens), value: curve.share[place] })),
       })),
-      lines: [{ value: data.claim, label: `${percent(data.claim)} claimed` }],
+      lines: [{ value: data.claim, label: `${percent(data.claim)}, by the rows alone` }],
       ticks, xTitle: "tokens per step", yTitle: "price of the rows / price of the weights", current: null, format: percent, tick: percent,
       label: "Price of the rows against that of the weights, by tokens per step; the list below names the crossings.",
     });
