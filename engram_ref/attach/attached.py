@@ -47,7 +47,7 @@ from engram_ref.attach.packing import (
     require_continued,
 )
 from engram_ref.attach.padding import chosen, padding_of
-from engram_ref.attach.staging import StagedSteps, is_exported
+from engram_ref.attach.staging import StagedSteps, is_exported, is_traced_by_make_fx
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.fusion.base import ShortConvHistory
@@ -260,7 +260,7 @@ class Attached(StagedSteps):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._staged is None:
-            if is_exported() or torch.jit.is_tracing():
+            if is_exported() or torch.jit.is_tracing() or is_traced_by_make_fx():
                 raise ValueError("a traced or exported program would keep the rows of this example: use torch.compile")
             self._begin(module, args, kwargs)
         elif torch.compiler.is_dynamo_compiling() or is_exported():

@@ -45,6 +45,12 @@ def is_exported() -> bool:
     return torch.compiler.is_dynamo_compiling() or detect_fake_mode() is not None  # with tensors that have no values
 
 
+def is_traced_by_make_fx() -> bool:
+    """Whether this thread's operations are written down; `get_proxy_mode` would tell of other threads' exports, too."""
+    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    return before_dispatch or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 class StagedSteps(ABC):
     """The part of `Attached` that stages steps; the other part begins them (`_start`)."""
 

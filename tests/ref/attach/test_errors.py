@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CLIPConfig, CLIPModel, DynamicCache
 
 from engram_ref.attach import attach
@@ -289,8 +290,9 @@ def test_a_block_that_was_replaced_is_missed(change, layers, ids):
 
 def test_programs_that_would_keep_the_rows_of_an_example_are_refused(layers, ids):
     model = make_model().requires_grad_(False)
+    by_fx = [lambda model, args, early=early: make_fx(model, pre_dispatch=early)(*args) for early in (False, True)]
     with torch.no_grad(), attach(model, layers.engrams, layers.plan):
-        for make in (torch.jit.trace, torch.export.export):
+        for make in (torch.jit.trace, torch.export.export, *by_fx):
             with pytest.raises(ValueError, match=r"would keep the rows of this example: use torch\.compile"):
                 make(Logits(model), (ids,))
 
