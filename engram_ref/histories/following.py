@@ -1,12 +1,14 @@
 """A cache of transformers that carries histories along: what is done to it is done to them.
 
 Beams reordered, sequences repeated or selected, all reset, the whole copied or pickled. What a history refuses is done
-to neither. Cropping changes the length, of which a history learns before its next step (`CacheHistory.settle`).
+to neither. Cropping changes the length, of which a history learns before its next step (`CacheHistory.settle`). Layers
+bear a mark of their last use, so a cache is refused that is given layers which were used by another since, or left.
 """
 
 from __future__ import annotations
 
 import functools
+import secrets
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +21,7 @@ from torch import Tensor
 from engram_ref.histories.cache import CacheHistory
 
 _ATTRIBUTE = "_engram_histories"
+_MARK = "_engram_mark"
 
 Histories = dict[str, CacheHistory]  # by key
 
@@ -29,8 +32,9 @@ class _Carried:
     What is done to one of these is done to all; until somebody gives other layers to one of them, be it the original.
     """
 
-    def __init__(self, histories: Histories) -> None:
+    def __init__(self, histories: Histories, mark: str | None = None) -> None:
         self.histories = histories
+        self._mark = mark  # on the layers that these histories are of; copies of a layer bear it, too
         # The oldest first. A copy of this, deep or from a file, begins with none: caches that are made with it join.
         self._carriers: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 
@@ -47,30 +51,59 @@ class _Carried:
         carriers = [cache for cache in self._carriers if getattr(cache, _ATTRIBUTE, None) is self]
         apart = [cache for cache in carriers[1:] if not _same_layers(cache, carriers[0])]
         if apart:
-            others = _Carried({key: history.forked() for key, history in self.histories.items()})
+            others = _Carried({key: history.forked() for key, history in self.histories.items()}, self._mark)
             for cache in apart:
                 others.join(cache)
             others.part()
 
+    def require_own(self, cache: Any) -> None:
+        """Refuse layers that were last used with other histories, or when these were at another position.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if self.histories and any(getattr(layer, _MARK, self._mark) != self._mark for layer in _first_layers(cache)):
+            raise ValueError(
+                f"a {type(cache).__name__} with layers that it had left, or of another cache, of which its history is "
+                "not: begin with a new cache, or put the layers into one and `remember` what is in them"
+            )
+
+    def mark(self, cache: Any) -> None:
+        """The layers are about to be used, after which they are not what copies of them are."""
+        self._mark = secrets.token_hex(8)
+        for layer in _first_layers(cache):
+            setattr(layer, _MARK, self._mark)
+
     def __reduce__(self) -> Any:
-        return _Carried, (self.histories,)
+        return _Carried, (self.histories, self._mark)
 
 
 def _same_layers(cache: Any, other: Any) -> bool:
     """Whether two caches hold their keys and values in the same layers; not if they do not show them."""
-    ours = _layers_of(cache)
-    return any(ours) and ours == _layers_of(other)
+    ours = _places_of(cache)
+    return any(ours) and ours == _places_of(other)
 
 
-def _layers_of(cache: Any) -> list[list[int]]:
+def _places_of(cache: Any) -> list[list[int]]:
     """By which objects a cache holds keys and values, one list for it, or one for each cache inside of it."""
     if hasattr(cache, "layers"):
         # An empty list is about to be filled: only who has that very list gets the layers.
         return [[id(layer) for layer in cache.layers] or [id(cache.layers)]]
+    if inside := _caches_inside(cache):
+        return [places for part in inside for places in _places_of(part)]
     held = [part for name, part in vars(cache).items() if name != _ATTRIBUTE]
-    if inside := [part for part in held if hasattr(part, "get_seq_length")]:
-        return [layers for part in inside for layers in _layers_of(part)]
     return [[id(part) for part in held if isinstance(part, (list, dict, Tensor))]]  # of a kind of its own
+
+
+def _first_layers(cache: Any) -> list[Any]:
+    """The first layer of a cache, or of each cache inside of it, if it can bear a mark: the others go with it."""
+    if hasattr(cache, "layers"):
+        return [layer for layer in cache.layers[:1] if hasattr(layer, "__dict__")]
+    return [layer for part in _caches_inside(cache) for layer in _first_layers(part)]
+
+
+def _caches_inside(cache: Any) -> list[Any]:
+    return [part for part in vars(cache).values() if hasattr(part, "get_seq_length")]
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
@@ -85,25 +118,34 @@ def _histories(cache: Any) -> Histories:
         return {}
     carried.join(cache)  # a copy that its class has made by its own `__copy__` has not yet
     carried.part()
-    return getattr(cache, _ATTRIBUTE).histories
+    own: _Carried = getattr(cache, _ATTRIBUTE)
+    own.require_own(cache)
+    own.mark(cache)
+    return own.histories
 
 
 def follow(cache: Any, key: str, history: CacheHistory) -> None:
     """Let a cache carry a history, and do to it what is done to the cache."""
     if not hasattr(cache, _ATTRIBUTE):
         kind: Any = type(cache)
-        _Carried({}).join(cache)
+        carried = _Carried({})
+        carried.join(cache)
+        carried.mark(cache)
         cache.__class__ = _following(kind)
     _histories(cache)[key] = history
 
 
 def unfollow(cache: Any, key: str) -> None:
     """Take a history away; a cache without one is as it was before the first."""
-    histories = _histories(cache)
-    histories.pop(key, None)
-    if not histories and hasattr(cache, _ATTRIBUTE):
+    carried: _Carried | None = getattr(cache, _ATTRIBUTE, None)
+    if carried is None:
+        return
+    carried.histories.pop(key, None)
+    if not carried.histories:
         delattr(cache, _ATTRIBUTE)
         cache.__class__ = type(cache).__bases__[0]
+        for layer in _first_layers(cache):
+            vars(layer).pop(_MARK, None)
 
 
 @functools.cache

@@ -226,6 +226,61 @@ def test_a_copy_with_the_layers_of_its_cache_is_the_same_cache(act, ids):
             torch.testing.assert_close(*got, **EXACT)
 
 
+def swap_back(model, cache, tokens):
+    fork = shallow(cache)
+    model(tokens[:, :1], past_key_values=cache)
+    model(tokens[:, 1:2], past_key_values=fork)
+    fork.layers = cache.layers
+    return fork
+
+
+def swap_back_unused(model, cache, tokens):
+    fork = shallow(cache)
+    model(tokens[:, :1], past_key_values=cache)
+    fork.layers = cache.layers
+    return fork
+
+
+def exchange(model, cache, tokens):
+    fork = shallow(cache)
+    model(tokens[:, :1], past_key_values=cache)
+    model(tokens[:, 1:2], past_key_values=fork)
+    cache.layers, fork.layers = fork.layers, cache.layers
+    return cache
+
+
+def rewind(model, cache, tokens):
+    model(tokens[:, :1], past_key_values=cache)
+    saved = copy.deepcopy(cache.layers)
+    cache.crop(-1)
+    model(tokens[:, 1:2], past_key_values=cache)
+    cache.layers = saved
+    return cache
+
+
+@pytest.mark.parametrize("swapped", [swap_back, swap_back_unused, exchange, rewind])
+def test_layers_of_another_history_are_refused(swapped, ids):
+    """The lengths agree, or differ as after cropping."""
+    model, layers = make_model(), make_layers(form="v41")
+    with torch.no_grad():
+        with attach(model, layers.engrams, layers.plan) as attached:
+            cache = DynamicCache()
+            model(ids[:, :5], past_key_values=cache)
+            cache = swapped(model, cache, ids[:, 5:])
+            for use in (lambda: cache.reorder_cache(torch.tensor([1, 0])), lambda: model(ids, past_key_values=cache)):
+                with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
+                    use()
+            told, before = DynamicCache(), ids[:, [0, 1, 2, 3, 4, 6 if swapped is exchange else 5]]
+            told.layers = cache.layers
+            attached.remember(told, before)
+            wanted = model(torch.cat([before, ids[:, 7:8]], 1), use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(model(ids[:, 7:8], past_key_values=told).logits, wanted, **EXACT)
+        with attach(model, layers.engrams, layers.plan) as attached:
+            attached.remember(cache, cache_ids := torch.cat([before, ids[:, 7:8]], 1))
+            wanted = model(torch.cat([cache_ids, ids[:, 8:]], 1), use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(model(ids[:, 8:], past_key_values=cache).logits, wanted, **EXACT)
+
+
 class CopiesItself(DynamicCache):
     def __copy__(self):
         twin = type(self).__new__(type(self))

@@ -188,6 +188,8 @@ def test_a_copy_that_shows_no_layers_goes_its_own_way_at_once():
 
 def test_a_cache_keeps_its_class_and_gets_it_back():
     cache = DynamicCache()
+    cache.update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4), 0)
+    layer = list(vars(cache.layers[0]))
     assert history_of(cache, "one") is None
     follow(cache, "one", make_history())
     follow(cache, "two", make_history())
@@ -200,7 +202,7 @@ def test_a_cache_keeps_its_class_and_gets_it_back():
     unfollow(cache, "two")
     unfollow(cache, "two")
     bare = vars(DynamicCache()).keys()
-    assert type(cache) is DynamicCache and vars(cache).keys() == bare
+    assert type(cache) is DynamicCache and vars(cache).keys() == bare and list(vars(cache.layers[0])) == layer
     follow(cache, "one", make_history())
     twin = copy.copy(cache)
     unfollow(cache, "one")
