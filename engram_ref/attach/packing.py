@@ -210,7 +210,9 @@ def _seen_by(mask: Tensor, borders: Tensor) -> Tensor:
 def _crosses(sees: Tensor, borders: Tensor) -> bool:
     """Whether a position sees another sequence than its own, by `sees`, [B, T, T]."""
     number = borders.to(sees.device).cumsum(1)  # of the sequence, [B, T]
-    return bool((sees & (number[:, :, None] != number[:, None, :])).any())
+    across = number[:, :, None] != number[:, None, :]
+    across &= sees  # in place: of [B, T, T], memory costs more to get than to write to
+    return bool(across.view(torch.uint8).max())  # `any` takes 20 times as long on a CPU
 
 
 def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:

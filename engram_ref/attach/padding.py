@@ -64,8 +64,7 @@ def visible(mask: Tensor) -> Tensor:
     Raises:
         ValueError: integers, which transformers would add to the scores.
     """
-    if mask.dtype == torch.bool:
-        return mask.any(dim=1)
-    if not mask.is_floating_point():
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"an attention mask of shape {tuple(mask.shape)}, {mask.dtype}: give booleans; {_MEND}")
-    return (mask > _HIDDEN).any(dim=1)
+    sees = mask if mask.dtype == torch.bool else mask > _HIDDEN
+    return sees[:, 0] if sees.shape[1] == 1 else sees.any(dim=1)
