@@ -148,9 +148,10 @@ class Fusion(nn.Module, ABC):
 
 
 def is_differentiated() -> bool:
-    """Whether derivatives may be asked of what is computed now: backwards, or forwards beside it."""
-    # Derivatives that go forwards do so under no_grad, too; torch has no public question for them.
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    """Whether derivatives may be asked of what is computed now: backwards, or forwards beside it, or in torch.func."""
+    # Derivatives that go forwards do so under no_grad, too, and so does vmap, inside of which nothing may be written in
+    # place; torch has no public question for them.
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 @functools.cache

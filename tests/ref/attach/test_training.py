@@ -181,6 +181,25 @@ def test_derivatives_by_torch_func(form):
     torch.testing.assert_close(along, want.square().sum(), rtol=1e-6, atol=0)  # norms and loss are float32 in between
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", ["demo", "v41"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_vmap_over_weights(mode, form, dtype):
+    model, layers = make_model(dtype=dtype, attn_implementation="eager"), make_layers(form=form, dtype=dtype)
+    name, ids = "model.layers.0.mlp.up_proj.weight", BATCHES[0]
+    weights = model.get_parameter(name).detach() * torch.tensor([1.0, 1.5], dtype=dtype)[:, None, None]
+
+    def logits(weight):
+        return torch.func.functional_call(model, {name: weight}, (ids,)).logits
+
+    with mode(), attach(model, layers.engrams, layers.plan):
+        each = torch.stack([logits(weight) for weight in weights])
+        together = torch.func.vmap(logits)(weights)
+    assert not torch.allclose(each[0], each[1], atol=1e-2)
+    close = 1e-10 if dtype == torch.float64 else 1e-4  # products of a batch of weights sum in another order
+    torch.testing.assert_close(together, each, rtol=0, atol=close * each.abs().max().item())
+
+
 def test_a_cache_that_layer_drop_left_incomplete_is_refused_only_where_it_was_given():
     model, layers, ids = make_family("OPT").train(), make_layers(), BATCHES[0]
     model.model.decoder.layerdrop = 1.0  # no block runs, and the cache counts the first one's positions
