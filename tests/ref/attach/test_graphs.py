@@ -95,6 +95,9 @@ def test_staged_steps_of_a_model_compile_to_one_graph(model, layers, ids):
             attached.stage(ids[:, t : t + 1], cache)
             parts.append(compiled(ids[:, t : t + 1], past_key_values=cache).logits)
             addresses.add(attached._staged.at(1).past.values.data_ptr())
+        compiled(ids[:, 6:7], past_key_values=cache)  # reads the rows of the step before, and cannot notice
+        with pytest.raises(ValueError, match="the cache holds 7 positions, Engram's history 6"):
+            attached.stage(ids[:, 7:8], cache)
     assert len(addresses) == 1  # a captured graph goes on where the last replay ended
     torch.testing.assert_close(torch.cat(parts, 1), by_hand(model, layers, ids[:, :6]), **EXACT)
 
