@@ -152,7 +152,7 @@ class CpuCall:
 
     def _answer(self, work: Work) -> None:
         # A step that has given up wants no answer any more, least of all one that is meant for the next.
-        over = max(self._answers, abs(peek(self._word(self._kernels.EXPIRED))))
+        over = max(self._answers, peek(self._word(self._kernels.EXPIRED)))
         turn = wait_for(self._word(self._kernels.ASKED), over + 1, self._patience, lambda: self._called_off)
         if turn is None:
             if self._called_off:
@@ -167,14 +167,14 @@ class CpuCall:
             post(self._word(self._kernels.ANSWERED), answer)
 
     def _require_in_time(self) -> None:
-        expired, told = peek(self._word(self._kernels.EXPIRED)), self._word(self._kernels.TOLD)
-        step = abs(expired)
-        if step > peek(told):
-            post(told, step)  # what is launched from here on waits as long as any other
-            looks = self._polls if expired > 0 else -(-self._polls // self._kernels.SHORTER)
+        last, told = peek(self._word(self._kernels.EXPIRED)), self._word(self._kernels.TOLD)
+        if last > peek(told):
+            post(told, last)  # what is launched from here on waits as long as any other
+            first = peek(self._word(self._kernels.FIRST))
+            behind = f" (and so did {last - first} queued behind it, not as long)" if first < last else ""
             raise CallError(
-                f"step {step} waited in vain for its rows, {looks:,} looks long, and went on with NaN: the thread that "
-                "answers was held up, or nobody expected the call"
+                f"step {first} waited in vain for its rows, {self._polls:,} looks long{behind}, and went on with NaN: "
+                "the thread that answers was held up, or nobody expected the call"
             )
 
     def _word(self, index: int) -> int:

@@ -28,14 +28,14 @@ IDS_AT_ONCE = 128
 UNITS_PER_PROGRAM = 512  # of 16 bytes: the rows of 64 tokens of V4.1, 0.8 MB, are taken by 96 programs
 _INTERPRETED = tl.constexpr(INTERPRETED)  # Triton's interpreter knows no assembly; there, one thread follows another
 # Words of the mailbox, each in a cache line of its own, as both sides write: indices of int64. Each names a step: the
-# last that asked, was answered (minus: the CPU could not), waited in vain (minus: shorter, see `_ask`), and the last of
-# those that the host knows of.
-ASKED, ANSWERED, EXPIRED, TOLD, IDS = 0, 16, 32, 48, 64
+# last that asked, was answered (minus: the CPU could not), waited in vain, the first of those that waited in vain with
+# that one (the others were queued behind it), and the last of those that the host knows of.
+ASKED, ANSWERED, EXPIRED, FIRST, TOLD, IDS = 0, 16, 32, 48, 64, 80
 SHORTER = 16  # times fewer looks behind a step that waited in vain; half a second of the usual several
 _SHORTER = tl.constexpr(SHORTER)
-_ANSWERED, _EXPIRED, _TOLD, _IDS = (tl.constexpr(word) for word in (ANSWERED, EXPIRED, TOLD, IDS))
-# How a call ended, for whoever takes the answer and for the next call.
-_GOT_IT, _REFUSED, _IN_VAIN = tl.constexpr(1), tl.constexpr(0), tl.constexpr(-1)
+_ANSWERED, _EXPIRED, _FIRST, _TOLD, _IDS = (tl.constexpr(word) for word in (ANSWERED, EXPIRED, FIRST, TOLD, IDS))
+# How a call ended, for whoever takes the answer and for the next call; minus how many in a row, if it waited in vain.
+_GOT_IT, _REFUSED = tl.constexpr(1), tl.constexpr(0)
 
 
 @triton.jit
@@ -77,21 +77,23 @@ def _ask(ids, ids_b, ids_t, mailbox, turn, answered, length, count, polls, LANES
         token = tl.load(ids + (at // length) * ids_b + (at % length) * ids_t, mask=at < count)
         tl.store(mailbox + _IDS + at, token, mask=at < count)
     mine = tl.load(turn) + 1
-    queued = tl.load(answered) == _IN_VAIN
+    in_a_row = tl.maximum(-tl.load(answered), 0)
     _post(mailbox, mine)
     tl.store(turn, mine)  # all threads have read it: `_post` waited for them
     # Steps that are queued behind one that waited in vain would each wait as long: they wait shorter. One that was
     # launched when the host knew is not queued; the word costs a way over the bus, so only these look at it.
-    if queued:
-        queued = _look(mailbox + _TOLD) < mine - 1
-    left = tl.where(queued, tl.cdiv(polls, _SHORTER), polls)
+    if in_a_row > 0:
+        in_a_row = tl.where(_look(mailbox + _TOLD) < mine - 1, in_a_row, 0)
+    left = tl.where(in_a_row > 0, tl.cdiv(polls, _SHORTER), polls)
     says = _look(mailbox + _ANSWERED)
     while (says != mine) & (says != -mine) & (left > 1):
         says = _look(mailbox + _ANSWERED)
         left -= 1
-    tl.store(answered, tl.where(says == mine, _GOT_IT, tl.where(says == -mine, _REFUSED, _IN_VAIN)))
-    expired = tl.where(queued, -mine, mine)
-    tl.store(mailbox + _EXPIRED, expired, mask=(says != mine) & (says != -mine))
+    in_vain = (says != mine) & (says != -mine)
+    tl.store(answered, tl.where(in_vain, -1 - in_a_row, tl.where(says == mine, _GOT_IT, _REFUSED)))
+    if in_vain:
+        tl.store(mailbox + _FIRST, mine - in_a_row)
+        _post(mailbox + _EXPIRED, mine)
 
 
 @triton.jit(do_not_specialize=["answered", "units"])
@@ -111,7 +113,8 @@ def ask(ids: Tensor, mailbox: Tensor, turn: Tensor, answered: Tensor, polls: int
         ids: int64 [B, T], on the device.
         mailbox: int64 [IDS + B*T], page-locked.
         turn: int64 [1], on the device: calls so far; this is one more.
-        answered: int32 [1], on the device: 1, 0 or -1, where it waited in vain; 1 before the first call.
+        answered: int32 [1], on the device: 1, 0, or minus how many calls in a row have waited in vain; 1 before the
+            first call.
         polls: looks at the answer, at most; about a microsecond each over PCIe.
     """
     batch, length = ids.shape
