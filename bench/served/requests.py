@@ -1,6 +1,6 @@
 """What is served: sequences with a prompt and an output, their tokens, and the order of steps that serves them.
 
-    lengths = draw_lengths(64, (100, 1024), (100, 1024), seed=0)
+    lengths = draw_lengths(64, (100, 1024), (100, 1024), seed=(0, 7))
     for step in schedule(lengths, slots=64, most_tokens=16384): ...
 
 The tokens are given, in the prompt and in the output: real text, or random ids. The model's own choice is computed,
@@ -41,7 +41,7 @@ class Decode(NamedTuple):
 Step = Prefill | Decode
 
 
-def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], seed: int) -> list[Lengths]:
+def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], seed: Sequence[int]) -> list[Lengths]:
     """Uniform lengths, both bounds included, in the order of their prompts."""
     generator = np.random.default_rng(seed)
     prompts = generator.integers(prompt[0], prompt[1], count, endpoint=True)
@@ -123,7 +123,7 @@ class TokenSource:
     Args:
         text: its token ids, int64; None for random ids.
         vocabulary: random ids are below it.
-        seed: of random ids, and of where the walk begins.
+        seed: of lengths, of random ids, and of where the walk begins.
     """
 
     def __init__(self, text: np.ndarray | None, vocabulary: int, seed: int) -> None:
@@ -142,11 +142,12 @@ class TokenSource:
             ValueError: the text is shorter than what a round needs.
         """
         # The tokens of outputs are given, too: a random model repeats itself, and its n-grams would be nobody's.
-        seed = 2 * number if number >= 0 else -2 * number - 1  # seeds are not negative
-        lengths = draw_lengths(count, prompt, output, seed)
+        drawn = 2 * number if number >= 0 else -2 * number - 1  # seeds are not negative
+        # The seed last: NumPy pads what it is given with zeros, so seed 0 draws what the round's number alone would.
+        lengths = draw_lengths(count, prompt, output, (drawn, self._seed))
         needed = [length.prompt + length.output for length in lengths]
         if self._text is None:
-            generator = np.random.default_rng((self._seed, seed))
+            generator = np.random.default_rng((self._seed, drawn))
             return Round(number, lengths, [generator.integers(0, self._vocabulary, n) for n in needed])
         if sum(needed) > len(self._text):
             raise ValueError(

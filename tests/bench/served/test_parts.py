@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.evidence.committed import Evidence
 from bench.served import graphs, memory, run
 from bench.served.memory import Plan, estimate, largest_batch
 from bench.served.record import Record, rounds_done
@@ -142,6 +143,23 @@ def test_rounds_are_the_same_whoever_asks_and_differ_from_each_other():
         assert [list(tokens) for tokens in other.tokens] != [list(tokens) for tokens in first.tokens]
         assert {tuple(source.round(-1, 4, (5, 9), (2, 6)).tokens[0])} != {tuple(first.tokens[0])}
         assert all(5 <= p <= 9 and 2 <= o <= 6 for p, o in first.lengths)
+
+
+def test_lengths_follow_the_seed_and_those_of_seed_0_are_the_committed_runs():
+    for text in (None, np.arange(20_000)):
+
+        def drawn(seed, number, text=text):
+            return TokenSource(text, 50, seed).round(number, 4, (100, 1024), (10, 99)).lengths
+
+        assert all(drawn(0, number) != drawn(1, number) for number in (-1, 0, 1))
+    # Rounds of the committed runs, drawn by their seed, 0, have as many tokens as their files say.
+    for path in ("end_to_end_cpu", "end_to_end_h200", "end_to_end_h200_100b"):
+        for case in Evidence()[path]["cases"]:
+            bounds = tuple(case["prompt_tokens"]), tuple(case["output_tokens"])
+            for found in case["rounds"]:
+                lengths = TokenSource(None, 50, 0).round(found["round"], case["sequences"], *bounds).lengths
+                told = (found["prompt_tokens"], found["output_tokens"])
+                assert (sum(n.prompt for n in lengths), sum(n.output for n in lengths)) == told
 
 
 def test_a_text_that_is_too_short_is_refused():
