@@ -97,13 +97,17 @@ def point(model: str, experts: str, tokens: int) -> tuple[float, float]:
 
 
 def point_ratio(results: Record, layout: str, model: str, experts: str, tokens: int) -> float:
-    """At most so much does a decode step of a published model cost with its table buried, over one with it on top."""
+    """At most so much does a decode step of a published model cost with its table buried, over one with it on top.
+
+    Raises:
+        ValueError: no record of these results is buried as deep as the model's table.
+    """
     x, y = point(model, experts, tokens)
     table = next(name for name, models in AROUND.items() if model in models)
     # A model with idle experts stands at all that lies above, but its weights are priced where they lie, at the foot of
     # what a step reads: its ratio is no smaller than that of its rows by themselves.
     read = _around(model, experts, tokens).read_bytes
-    return ratio(_nearest(results, table, layout, x), y, step_price(read, MODELS[model].blocks) / read)
+    return ratio(_next_larger(results, table, layout, x), y, step_price(read, MODELS[model].blocks) / read)
 
 
 def _around(model: str, experts: str, tokens: int) -> Surroundings:
@@ -134,10 +138,13 @@ def points_table(results: Record) -> str:
     return aligned(rows, left={0, 6})
 
 
-def _nearest(results: Record, table: str, layout: str, times: float) -> Record:
+def _next_larger(results: Record, table: str, layout: str, times: float) -> Record:
     """The record of the next larger burial: there the ratio of the lookup is no smaller."""
     line = [r for r in results["records"] if (r["table"], r["layout"]) == (table, layout)]
     if not line:
         raise ValueError(f"no records of {table!r}, {layout} in these results")
     larger = [r for r in line if r["bytes_above"] >= times * r["table_bytes"]]
-    return min(larger, key=lambda r: r["bytes_above"]) if larger else max(line, key=lambda r: r["bytes_above"])
+    if not larger:  # of a smaller burial it would be no bound
+        end = max(r["bytes_above"] / r["table_bytes"] for r in line)
+        raise ValueError(f"{table}, {layout}: the map ends at {end:.3g} times the table, before {times:.3g}")
+    return min(larger, key=lambda r: r["bytes_above"])

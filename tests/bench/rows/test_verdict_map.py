@@ -74,6 +74,16 @@ def test_a_models_weights_are_priced_where_they_lie(monkeypatch):
     assert found == pytest.approx(1 + 10**17 / (3 * 8e9 * 8e9**0.5), rel=0.01)
 
 
+def test_a_model_beyond_the_map_is_refused():
+    """Bytes above V4.1-Flash's table are 1.51 times the table's."""
+    row = {"table": "v41-flash", "layout": "held live", "table_bytes": 100, **RECORD}
+    near, beyond, enough = ({**row, "bytes_above": nbytes} for nbytes in (3, 150, 152))
+    place = ("held live", "v41-flash", "one", 512)
+    assert verdict_map.point_ratio({"records": [near, enough]}, *place) > 1
+    with pytest.raises(ValueError, match=r"held live: the map ends at 1\.5 times the table, before 1\.51"):
+        verdict_map.point_ratio({"records": [near, beyond]}, *place)
+
+
 def test_points_bound_the_rows_of_the_whole_model(results):
     """Place for place, the map's next larger burial costs no less than the rows priced beside the very model."""
     found = [r for r in Evidence().production["records"] if r["part"] == "whole_model" and r["stream"] == TEXT]
