@@ -59,15 +59,7 @@ def records_of(name: str) -> list[dict[str, Any]]:
     models = {table: MODELS[model].table for table, model in WEIGHED.items()}
     plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}
     if name == OWN:
-        own = standard_library(vocab, None, 1 << 20)  # a megabyte, which has more than TOKENS
-        ids = own.ids[:TOKENS]
-        about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
-        zipf = random_source("zipf", len(vocab), TOKENS).ids
-        return [
-            {"text": name, **about, **_measured(ids, plans)},
-            {"text": f"{name}, shuffled", **about, **_measured(shuffled(ids), plans)},
-            {"text": "zipf", **about, "kind": "independent Zipf ids", "package": "", **_measured(zipf, plans)},
-        ]
+        return [{**about, **_measured(ids, plans)} for about, ids in own_and_controls(vocab)]
     corpus = CORPORA[name]
     with fetched(corpus) as folder:
         parts = first_characters(corpus.read(folder))
@@ -88,6 +80,20 @@ def records_of(name: str) -> list[dict[str, Any]]:
         encoded = [vocab(encode_texts(tokenizer, [part])[None])[0] for part in parts]
         record["batch"] = measure_batch(encoded, plans, BATCHES[name])
     return [record]
+
+
+def own_and_controls(vocab: CompressedVocab) -> list[tuple[dict[str, str], np.ndarray]]:
+    """What a record says of each and its ids: the text of all other results, itself shuffled, and random ids."""
+    own = standard_library(vocab, None, 1 << 20)  # a megabyte, which has more than TOKENS
+    ids, zipf = own.ids[:TOKENS], random_source("zipf", len(vocab), TOKENS)
+    about = {"kind": "Python sources", "package": "the standard library", "licence": "PSF", "sha256": own.sha256}
+    # Nobody wrote the random ones: they come from no package and have no licence.
+    drawn = {"kind": "independent Zipf ids", "package": "", "licence": "", "sha256": zipf.sha256}
+    return [
+        ({"text": OWN, **about}, ids),
+        ({"text": f"{OWN}, shuffled", **about}, shuffled(ids)),
+        ({"text": "zipf", **drawn}, zipf.ids),
+    ]
 
 
 def _measured(ids: np.ndarray, plans: Any) -> dict[str, Any]:

@@ -196,9 +196,9 @@ class TextRecord(TypedDict):
 
     text: Text
     kind: Text
-    package: Annotated[str, "and version, as its index takes them"]
-    licence: Text
-    sha256: Annotated[Digest, "of the text"]
+    package: Annotated[str, "and version, as its index takes them; empty of ids that are drawn"]
+    licence: Annotated[str, "of the text; empty of ids that are drawn"]
+    sha256: Annotated[Digest, "of the text, or of the ids that are drawn"]
     all_tokens: NotRequired[Annotated[Natural, "of the text, of at most 1.5 million characters"]]
     all_seen_before: NotRequired[Annotated[SeenBefore, "share of its n-grams that stood in it before"]]
     tokens: Annotated[Natural, "that the rest is of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench.evidence.committed import Evidence
+from bench.ranges.other_texts import own_and_controls
 from bench.rows import other_texts
 from bench.rows.other_texts import deal_order, measure_batch, measure_ids, seen_before, shuffled
 from bench.rows.other_texts_table import batch_table, once_a_step, real, rows_seen, spread, texts_table, tier_reads
@@ -137,6 +139,18 @@ def test_packages_are_unpacked_and_removed(monkeypatch, tmp_path):
 
 def test_eight_kinds_with_a_licence_each():
     assert len(CORPORA) >= 8 and all(c.licence and c.kind and c.package for c in CORPORA.values())
+
+
+def test_controls_are_said_to_be_what_they_are(vocab_v4):
+    """Random ids are nobody's text: the committed record and a new one carry their own digest, and no licence."""
+    committed = {record["text"]: record for record in Evidence()["other_texts"]["records"]}
+    for about, ids in own_and_controls(vocab_v4):
+        record = committed[about["text"]]
+        assert all(about[key] == record[key] for key in ("kind", "package", "licence"))
+        assert (about["licence"] == "") == (about["text"] == "zipf")
+        if about["text"] == "zipf":  # Python's sources differ between releases of Python, these ids do not
+            assert about["sha256"] == record["sha256"] == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+            assert all(seen_before(ids, order) == record["seen_before"][str(order)] for order in (2, 3, 4))
 
 
 def test_what_the_committed_file_says():
