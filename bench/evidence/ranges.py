@@ -90,7 +90,7 @@ def layer_classes(e: Evidence) -> str:
 
 
 def text_spread(e: Evidence) -> str:
-    """Price of a decode step's rows over Dense-4B's weights, in per cent, over all real texts."""
+    """Price of a decode step's rows over Dense-4B's weights, in per cent, over real texts of one length."""
     return _spread(e, lambda r: 100 * r["tables"]["paper-100b"]["step_price_share"])
 
 
@@ -158,8 +158,7 @@ def _text_values(e: Evidence) -> dict[str, str]:
         "shuffled.2": lambda r: 100 * r["shuffled_seen_before"]["2"],
         "shuffled.4": lambda r: 100 * r["shuffled_seen_before"]["4"],
     }
-    lengths = texts.spread(e["other_texts"], lambda r: r["tokens"])
-    found = {"texts.tokens": " to ".join(f"{length:,}" for length in lengths)}
+    found = {"texts.tokens": f"{e['other_texts']['configuration']['tokens']:,}"}
     return found | {f"texts.{key}": _spread(e, of) for key, of in numbers.items()}
 
 

@@ -18,8 +18,9 @@ def real(results: Record) -> list[Record]:
 
 
 def spread(results: Record, of: Callable[[Record], float]) -> tuple[float, float]:
-    """Least and largest of a number over the real texts."""
-    found = [of(record) for record in real(results)]
+    """Least and largest of a number over the real texts that have all the tokens."""
+    # Reuse grows with length: a shorter text would stand at an end of the range for its length, not for its kind.
+    found = [of(record) for record in real(results) if record["tokens"] == results["configuration"]["tokens"]]
     return min(found), max(found)
 
 

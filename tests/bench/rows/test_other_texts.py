@@ -141,6 +141,12 @@ def test_eight_kinds_with_a_licence_each():
     assert len(CORPORA) >= 8 and all(c.licence and c.kind and c.package for c in CORPORA.values())
 
 
+def test_a_range_is_of_texts_of_one_length():
+    texts = [("long", 100, 0.5), ("longer", 100, 0.7), ("short", 99, 0.1), ("zipf", 100, 0.0)]
+    records = [{"text": text, "tokens": tokens, "seen": seen} for text, tokens, seen in texts]
+    assert spread({"configuration": {"tokens": 100}, "records": records}, lambda r: r["seen"]) == (0.5, 0.7)
+
+
 def test_controls_are_said_to_be_what_they_are(vocab_v4):
     """Random ids are nobody's text: the committed record and a new one carry their own digest, and no licence."""
     committed = {record["text"]: record for record in Evidence()["other_texts"]["records"]}
