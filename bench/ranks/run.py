@@ -5,7 +5,8 @@
 Every rank makes its own rows (content that can be computed again, so that every fetched row is checked), hashes tokens
 of its own, and fetches both layers through a prefetcher. Ways: `owners` (row numbers to the owners, rows back),
 `unique` (each row once) and `same tokens` (tensor parallel). Rank 0 writes one results file; runs with other numbers of
-ranks and the same --out are added to it, and so is the model of the exchange. gloo without CUDA, nccl with.
+ranks and the same --out are added to it, and so is the model of the exchange. gloo without CUDA; with it nccl, and
+a GPU for each rank. It has run over gloo alone.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bench.instruments.code_digest import code_sha256
+from bench.instruments.driver import device_head
 from bench.instruments.journal import earlier
-from bench.instruments.results import environment, git_commit, write_json
+from bench.instruments.results import write_json
 from bench.ranks.model import model_table
 from bench.ranks.schedule import schedule_table
 from bench.setup.sizes import pick_device
@@ -43,6 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {"owners": {}, "unique": {"unique": True}, "sa
 COMPRESSED, PAD = 9973, 2  # a vocabulary of this size; the rows of a token depend on it, the bytes do not
 WARMUP = 2  # rounds that are not kept
 _PIECE = 1 << 16  # rows that are made together
+_WAIT_S = 300  # for the others: a rank makes all of its rows before it comes
 _START = "torchrun --standalone --nproc-per-node 4 bench/gpu_wall.py --sharded"
 
 
@@ -55,13 +57,12 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
     """
     if "RANK" not in os.environ:
         raise ValueError(f"--sharded is run by several processes: {_START}")
-    device = pick_device(options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = device_of_rank(options.device)
     # Before anything is measured: what was measured otherwise is refused while that costs nothing.
     results = begun(options, device) if os.environ["RANK"] == "0" else {}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=300))
+    # nccl is told the GPU, or a barrier would guess one; gloo has none.
+    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(seconds=_WAIT_S), device_id=own)
     try:
         run = _measure(options, device, tell if dist.get_rank() == 0 else lambda text: None)
         return _written(options, results, run) if dist.get_rank() == 0 else None
@@ -69,6 +70,23 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
         raise OSError(str(error)) from error
     finally:
         dist.destroy_process_group()
+
+
+def device_of_rank(name: str) -> torch.device:
+    """This rank's device, CUDA's current one from here on: of the machine's GPUs one for each of its ranks.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there, or this machine has more ranks than GPUs.
+    """
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= gpus:  # nccl takes no two ranks on one GPU
+        raise ValueError(f"rank {place} of this machine has no GPU of its own of {gpus}: start {gpus}, or --device cpu")
+    device = torch.device("cuda", place)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _measure(options: argparse.Namespace, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -184,14 +202,11 @@ def begun(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: they were of another configuration or code, which one head could not name.
     """
-    head: dict[str, Any] = {
-        **{"benchmark": "sharded", "device": device.type, "environment": environment(), "git": git_commit()},
-        "code_sha256": code_sha256("bench.ranks.run"),
-        "configuration": {
-            **{"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},
-            **{"preset": options.preset, "steps": [str(shape) for shape in options.steps], "dtype": options.dtype},
-        },
+    configuration = {
+        **{"seed": options.seed, "rounds": options.rounds, "table_params": options.table_params[0]},
+        **{"preset": options.preset, "steps": [str(shape) for shape in options.steps], "dtype": options.dtype},
     }
+    head: dict[str, Any] = {**device_head("sharded", device, configuration, "bench.ranks.run")}
     found = earlier(_file(options), head, options.fresh) or {}
     return {**head, "runs": found.get("runs", [])}
 

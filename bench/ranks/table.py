@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from bench.instruments.words import aligned, device_label, markdown
+from bench.instruments.words import aligned, markdown, measured_on
 
 Results = dict[str, Any]
 _NO_TIMES = "gloo on a CPU: what is counted holds anywhere; these times mean nothing elsewhere"
@@ -22,7 +22,7 @@ def measured_table(results: Results) -> str:
         rows.append([str(run["ranks"]), case["way"], f"{case['tokens']}", *counted, equal, f"{1e3 * slowest:.2f}"])
     first = results["runs"][0]
     lines = [f"sharded tables, {first['preset']}, rows of {first['row_bytes']} B", aligned(rows, left={1, 6})]
-    return "\n".join([*lines, *([_NO_TIMES] if results["device"] == "cpu" else [])])
+    return "\n".join([*lines, _NO_TIMES if results["device"] == "cpu" else measured_on(results)])
 
 
 def _cases(results: Results) -> Iterator[tuple[Results, Results, Results]]:
@@ -81,8 +81,3 @@ def stragglers_table(results: Results) -> str:
             rows.append([f"{entry['ranks']:,}", exchange, f"{noise:g} %", f"{slower:g} %", f"+{more:.1f} %", waited])
     head = ["ranks", "exchange", "noise", "one rank slower", "step against the mean rank alone", "of it waited"]
     return markdown(head, rows, right=range(len(head)))
-
-
-def where(results: Results) -> str:
-    """The machine, for a caption."""
-    return device_label(results)

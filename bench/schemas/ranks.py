@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypedDict
 
-from bench.schemas.common import Device, Environment, Git
+from bench.schemas.common import Device, DeviceEnvironment, Environment, Git
 from bench.schemas.generator import Must, NotRequired, one_of, rules
 from bench.schemas.values import Amount, Count, Digest, Natural, Positive, Samples, Share, Text
 
@@ -92,7 +92,9 @@ class Results(TypedDict):
 
     benchmark: Literal["sharded"]
     device: Device
-    environment: Environment
+    # Not in files from before: its name, and of the environment what a device adds.
+    device_name: NotRequired[Annotated[Text, "the model, as the driver or the kernel calls it"]]
+    environment: Environment | DeviceEnvironment
     git: Git
     code_sha256: Annotated[Digest, "of the sources"]
     configuration: Configuration

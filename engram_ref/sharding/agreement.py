@@ -128,9 +128,13 @@ def require_same(group: Any, mine: str, what: str) -> None:
             )
 
 
-def gather(group: Any, mine: Tensor) -> Tensor:
-    """What all ranks say, [P, ...], on the CPU; the same shape on each."""
-    device = group_device(group)
+def gather(group: Any, mine: Tensor, device: torch.device | None = None) -> Tensor:
+    """What all ranks say, [P, ...], on the CPU; the same shape on each.
+
+    Args:
+        device: the group's, as the thread that made the group knows it; None asks in this one.
+    """
+    device = device or group_device(group)
     mine = mine.to(device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     with watched(group):
@@ -140,6 +144,7 @@ def gather(group: Any, mine: Tensor) -> Tensor:
 
 def group_device(group: Any) -> torch.device:
     """Where the tensors of its collectives are: nccl moves what is on a GPU, gloo what is in host memory."""
+    # The current GPU is a thread's own: in a new thread, as a prefetcher's, it is the first one, whose rank is another.
     if "nccl" in dist.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -216,7 +216,7 @@ class AllGather(Exchange):
         prints = torch.tensor([len(route.ids), zlib.crc32(route.ids.tobytes())], device="cpu").view(
             torch.uint8
         )  # two int64 as [16]
-        said = gather(self.group, torch.cat([notice(error), prints]))
+        said = gather(self.group, torch.cat([notice(error), prints]), self.device)
         self._count(control=said.shape[1])
         refused = first_error(said[:, :NOTICE_BYTES])
         others = [

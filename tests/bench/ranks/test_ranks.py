@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bench import fill_docs, gpu_wall
 from bench.ranks import run
@@ -22,6 +26,7 @@ from engram_ref.sharding.on_paper import LINKS
 from tests.ref.ranks import run_ranks
 from tests.schemas import validator
 
+ROOT = Path(gpu_wall.__file__).resolve().parents[1]
 V41 = EngramConfig.preset("v41-flash")
 
 
@@ -76,6 +81,55 @@ def wrong_bytes(rank):
 
 def test_wrong_bytes_and_wrong_rows_end_the_run():
     assert run_ranks(2, wrong_bytes) == [True, True]
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_the_command_runs_as_it_says(tmp_path):
+    small = ("--table_params", "2e5", "--steps", "decode:3", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
+    said = torchrun("bench/gpu_wall.py", "--sharded", *small)
+    assert "sharded tables" in said and "DIFFERS" not in said
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    validator(ranks.Results).validate(results)
+    assert [(run["ranks"], run["backend"]) for run in results["runs"]] == [(2, "gloo")]
+    assert results["device_name"] == results["environment"]["cpu"]
+
+
+class Stopped(Exception):
+    """The group would be made now."""
+
+
+def test_each_rank_has_a_gpu_of_its_own_and_nccl_is_told(monkeypatch, tmp_path):
+    """Two GPUs that are not there: what is said to CUDA and to torch.distributed, up to the group."""
+    told = {}
+
+    def group(backend, **options):
+        told.update(options, backend=backend)
+        raise Stopped
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.update(current=device))
+    monkeypatch.setattr(run.dist, "init_process_group", group)
+    options = options_for(tmp_path)
+    options.device = "cuda"
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1"}.items():  # of a second machine
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Stopped):
+        run.measure(options, print)
+    own = torch.device("cuda", 1)
+    assert (told["backend"], told["device_id"], told["current"]) == ("nccl", own, own)
+    options.device = "cpu"
+    with pytest.raises(Stopped):
+        run.measure(options, print)
+    assert (told["backend"], told["device_id"]) == ("gloo", None)
+    options.device = "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="rank 2 of this machine has no GPU of its own of 2: start 2, or"):
+        run.measure(options, print)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from engram_ref.hashing import NgramHasher
+from engram_ref.sharding import agreement as agreement_module
 from engram_ref.sharding import exchange as exchange_module
 from engram_ref.sharding.plan import NOTICE_BYTES, ShardPlan
 from engram_ref.tables import make_table
@@ -86,6 +87,21 @@ def test_where_every_fetch_is_alike_no_counts_are_exchanged():
         assert all(good) and traffic.control == NOTICE_BYTES
         assert "rows in a fetch of a table that was made with steady=" in wrong[1] and "rank 1 of 2" in wrong[1]
         assert "no whole tokens" in apart[1] and "all ranks have tokens" in serving[1]
+
+
+def asked_after_it_was_made(rank, options):
+    """A fetch by a table that may not ask for its group's device again."""
+    values, rows = values_of(), torch.arange(R)
+    with make_table("sharded", values, **options) as table:
+        again = AssertionError("whoever fetches has another current GPU")
+        with mock.patch.object(agreement_module, "group_device", side_effect=again):
+            return same(table.start(rows).wait(), values, rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"same_tokens": True}], ids=["own tokens", "same tokens"])
+def test_the_thread_that_fetches_is_not_asked_for_its_gpu(options):
+    """It may be a prefetcher's, to which CUDA gives the first GPU: the device is the one of the thread that made it."""
+    assert run_ranks(2, asked_after_it_was_made, options) == [True, True]
 
 
 # --- negative controls: each of these makes wrong rows, or an error, and the comparison sees it ---
