@@ -38,7 +38,7 @@ from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
 from bench.instruments.output import finish, printed_anyway, require_writable_file
 from bench.instruments.results import results_head, write_json
-from bench.instruments.timing import Way, interleave, paired_ratio, prepared_samples
+from bench.instruments.timing import Prepared, interleave, paired_ratio, prepared_samples
 from bench.rivals import fp8_gather
 from bench.rivals.demo_layer import DemoWay, transposed_conv
 from bench.rivals.engramdb import STORE, ColdRace
@@ -188,7 +188,7 @@ def construction_case(repeats: int) -> dict[str, Any]:
             memory.bytes.fill_(1)
 
     ways = {"ours": ours, "nn.Embedding": default, "first touch of the memory": first_touch}
-    prepared = {name: Way(fresh_memory, lambda _, run=run: run()) for name, run in ways.items()}  # type: ignore[misc]
+    prepared = {name: Prepared(fresh_memory, lambda _, run=run: run()) for name, run in ways.items()}  # type: ignore[misc]
     samples = prepared_samples(prepared, lambda: None, repeats)
     return record("construction", samples, "nn.Embedding", {"table_bytes": nbytes})
 

@@ -141,9 +141,6 @@ class ByPrefetcher:
             return fetch[LAYER].wait()
 
 
-Way = ByKernels | ByPrefetcher
-
-
 class Lookups:
     """One table in every placement that this machine serves, and the samples of one number of tokens after the other.
 

@@ -16,9 +16,9 @@ from bench.evidence import published
 from bench.evidence.lookup_table import report as lookup_report
 from bench.instruments.reading import read_results
 from bench.instruments.timing import paired_ratio
-from bench.instruments.words import markdown, percent, short
+from bench.instruments.words import markdown, short, signed_percent
 from bench.served import numbers
-from bench.served.classes import added_s, classify, offloaded
+from bench.served.classes import added_s, classify, offloaded_labels
 from bench.served.numbers import Json
 from bench.wall.numbers import overhead
 from bench.wall.table import wall_table
@@ -98,15 +98,15 @@ class OnGpu:
         joules = [numbers.joules(row) for row in (graph, numbers.row_of(case, "resident"))]
         # In pairs, round by round.
         ratio = paired_ratio(*([each[number] for number in sorted(joules[1])] for each in joules))
-        low, high = percent(ratio["low"] - 1), percent(ratio["high"] - 1)
+        low, high = signed_percent(ratio["low"] - 1), signed_percent(ratio["high"] - 1)
         over = numbers.against(case, graph, "resident", "together")
         return {
             **found,
             **self._energy(step),
-            "gpu.graph.whole_over_resident": f"{percent(over.median)} {over.interval}",
+            "gpu.graph.whole_over_resident": f"{signed_percent(over.median)} {over.interval}",
             "gpu.graph.token_us": f"{1e6 * added_s(case, _PLACES['graph']) / case['batch']:.1f}",
             "gpu.graph.over_resident": f"{100 * ours.median:.1f}",
-            "gpu.graph.whole": f"{percent(whole.median)} {whole.interval}",
+            "gpu.graph.whole": f"{signed_percent(whole.median)} {whole.interval}",
             "gpu.graph.of_least.4b": f"{100 * added_s(case, _PLACES['graph']) / self._least_of_4b():.1f}",
             **{
                 f"gpu.{name}.p99_ms": f"{1e3 * numbers.token_times(numbers.row_of(case, label))['p99']:.1f}"
@@ -200,10 +200,10 @@ class OnGpu:
         found = {}
         for name, case in (("staged", smaller), ("naive", smaller), ("graph", self.hundred)):
             lost = numbers.against(case, numbers.row_of(case, labels[name]), "resident", "prefill")
-            found[f"gpu.prompts.{name}"] = f"{percent(lost.median)} {lost.interval}"
+            found[f"gpu.prompts.{name}"] = f"{signed_percent(lost.median)} {lost.interval}"
         for name, case in (("smaller", smaller), ("hundred", self.hundred)):
             itself = numbers.noise_floor(case, "prefill", "resident")
-            low, high = (percent(itself[end] - 1) for end in ("low", "high"))
+            low, high = (signed_percent(itself[end] - 1) for end in ("low", "high"))
             found[f"gpu.prompts.itself.{name}"] = f"[{low}, {high}]"
         return found
 
@@ -268,8 +268,8 @@ class OnGpu:
             "gpu.prompt.token_us": f"{1e6 * statistics.median(lost) / tokens:.1f}",
             "gpu.prompt.uva": str(overhead(step, runs["offload_uva"])),
             "gpu.prompt.naive": str(overhead(step, runs["offload_naive"])),
-            "gpu.prompt.uva_over_staged": f"{percent(ways['median'] - 1)} "
-            f"[{percent(ways['low'] - 1)}, {percent(ways['high'] - 1)}]",
+            "gpu.prompt.uva_over_staged": f"{signed_percent(ways['median'] - 1)} "
+            f"[{signed_percent(ways['low'] - 1)}, {signed_percent(ways['high'] - 1)}]",
             "gpu.crossed_share": " to ".join(
                 f"{100 * self._rows_per_s() * crossed('offload_uva') / each / self._bus():.0f}"
                 for each in (rows, step["prediction"]["unique_rows"])
@@ -303,8 +303,10 @@ class OnGpu:
     @staticmethod
     def _cell(case: Json, label: str) -> str:
         lost = numbers.against(case, numbers.row_of(case, label), "no_engram", "decode")
-        text = f"{1e6 * added_s(case, label):+.0f} ({percent(lost.median)} %)"
-        return f"{text} {classify([case], label, 'no_engram', 'decode')[0]}" if label in offloaded(case) else text
+        text = f"{1e6 * added_s(case, label):+.0f} ({signed_percent(lost.median)} %)"
+        return (
+            f"{text} {classify([case], label, 'no_engram', 'decode')[0]}" if label in offloaded_labels(case) else text
+        )
 
     def blocks(self) -> dict[str, Callable[[], str]]:
         """Name of each block -> what fills it."""

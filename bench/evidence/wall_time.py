@@ -17,9 +17,9 @@ from bench.evidence.on_gpu import LOOKUP
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
-from bench.instruments.words import commit_of, device_label, markdown, percent, short
+from bench.instruments.words import commit_of, device_label, markdown, short, signed_percent
 from bench.served import numbers
-from bench.served.classes import JUDGED, added_s, classify, offloaded
+from bench.served.classes import JUDGED, added_s, classify, offloaded_labels
 from bench.served.doubts import reading
 from bench.served.numbers import BASELINES, PARTS, WHOLE, Json
 from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, report
@@ -80,7 +80,7 @@ def _line(results: Json, case: Json) -> list[str]:
     what = f"{_sized(case)}, {case['stream']['name']}"
     try:
         parts = numbers.decomposition(case, _PHASE)
-        ours = numbers.against(case, numbers.offloaded(case), "resident", _PHASE)
+        ours = numbers.against(case, numbers.prefetched_row(case), "resident", _PHASE)
         cells = [str(part) for part in (*(parts[name] for name in (*PARTS, WHOLE)), ours)]
     except NotMeasured as why:
         cells = [str(why), *[""] * (len(PARTS) + 1)]
@@ -94,8 +94,8 @@ def wall_time_class(folder: Path) -> str:
         return f"**INCONCLUSIVE**, {NO_RUN[0].lower()}{NO_RUN[1:]}"
     columns = [(phase, baseline) for baseline in BASELINES for phase in JUDGED]
     rows = []
-    for label in dict.fromkeys(label for case in cases for label in offloaded(case)):
-        added = [1e6 * added_s(case, label) for case in cases if label in offloaded(case)]
+    for label in dict.fromkeys(label for case in cases for label in offloaded_labels(case)):
+        added = [1e6 * added_s(case, label) for case in cases if label in offloaded_labels(case)]
         cells = [_class_cell(cases, label, baseline, phase) for phase, baseline in columns]
         rows.append([f"`{label}`", f"{min(added):+.0f} to {max(added):+.0f}", *cells])
     head = [*("where the rows are", "us added to a decode step"), *(f"{JUDGED[p]}, % of `{b}`" for p, b in columns)]
@@ -107,9 +107,9 @@ def _class_cell(cases: list[Json], label: str, baseline: str, phase: str) -> str
     medians = [
         numbers.against(case, numbers.row_of(case, label), baseline, phase).median
         for case in cases
-        if label in offloaded(case)
+        if label in offloaded_labels(case)
     ]
-    low, high = percent(min(medians)), percent(max(medians))
+    low, high = signed_percent(min(medians)), signed_percent(max(medians))
     return f"**{classify(cases, label, baseline, phase)[0]}** {low if low == high else f'{low} to {high}'}"
 
 

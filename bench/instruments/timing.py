@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from bench.instruments.intervals import median_interval
-from bench.instruments.words import percent
+from bench.instruments.words import signed_percent
 from engram_ref.cli import time_left
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every case, `repeats` samples each, in rounds; warm-up rounds are run and not kept."""
-    ways = {name: Way(lambda _, run=run: run, lambda run: run()) for name, run in cases.items()}  # type: ignore[misc]
+    ways = {name: Prepared(lambda _, run=run: run, lambda run: run()) for name, run in cases.items()}  # type: ignore[misc]
     return prepared_samples(ways, lambda: None, repeats, warmup, clock)
 
 
 @dataclass(frozen=True)
-class Way:
+class Prepared:
     """One way to do the same: `prepare` is not timed, `run` is, with what `prepare` made of the round's input."""
 
     prepare: Callable[[Any], Any]
@@ -79,7 +79,7 @@ class Way:
 
 
 def prepared_samples(
-    ways: Mapping[str, Way],
+    ways: Mapping[str, Prepared],
     draw: Callable[[], Any],
     repeats: int,
     warmup: int = 1,
@@ -147,11 +147,11 @@ class Overhead(NamedTuple):
     @property
     def interval(self) -> str:
         """Its ends, in signed per cent."""
-        return f"[{percent(self.low)}, {percent(self.high)}]"
+        return f"[{signed_percent(self.low)}, {signed_percent(self.high)}]"
 
     def __str__(self) -> str:
         """Median and interval, or that it is not resolved."""
-        return f"{percent(self.median) if self.resolved else 'not resolved'} {self.interval}"
+        return f"{signed_percent(self.median) if self.resolved else 'not resolved'} {self.interval}"
 
     @property
     def in_percent(self) -> tuple[float, float, float]:
@@ -181,7 +181,8 @@ def overhead(ratio: Mapping[str, float], noise: Callable[[], Mapping[str, float]
 
 def noise_interval(floor: Mapping[str, float]) -> str:
     """A noise floor in words, in per cent."""
-    return f"noise floor: resident against itself [{percent(floor['low'] - 1)}, {percent(floor['high'] - 1)}] %"
+    low, high = (signed_percent(floor[end] - 1) for end in ("low", "high"))
+    return f"noise floor: resident against itself [{low}, {high}] %"
 
 
 def quantile(samples: Sequence[float], share: float) -> float:

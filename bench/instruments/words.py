@@ -69,7 +69,7 @@ def fraction(share: float) -> str:
     return f"{short(100 * share, digits=3)} %" if share > 0.1 else f"1/{1 / share:,.0f}"
 
 
-def percent(share: float) -> str:
+def signed_percent(share: float) -> str:
     """A share as signed per cent, the sign for `%` left out."""
     return f"{100 * share:+.1f}" if abs(share) < 1 else f"{100 * share:+.0f}"
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from bench.instruments.bandwidth import fio_random_read
-from bench.instruments.timing import Way, prepared_samples
+from bench.instruments.timing import Prepared, prepared_samples
 from bench.setup import table_content
 from engram_ref.files import pagecache
 from engram_ref.rows.format import RowFormat
@@ -157,10 +157,10 @@ class ColdRace(AbstractContextManager["ColdRace"]):
         """Seconds of a cold fetch of `count` rows, both ways."""
         ours, store = self.table, self.store
         ways = {
-            OURS: Way(
+            OURS: Prepared(
                 lambda rows: _once_cold(OURS, ours, torch.from_numpy(rows)), lambda rows: ours.start(rows).wait()
             ),
-            STORE: Way(lambda rows: _once_cold(STORE, store, rows.tolist()), store.fetch),
+            STORE: Prepared(lambda rows: _once_cold(STORE, store, rows.tolist()), store.fetch),
         }
         return prepared_samples(ways, lambda: self.fresh(count), rounds)
 

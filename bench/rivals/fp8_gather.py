@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.instruments.timing import Way, paired_ratio, prepared_samples
+from bench.instruments.timing import Prepared, paired_ratio, prepared_samples
 from bench.setup import table_content
 from engram_ref.rows.decoding import gather_values
 from engram_ref.rows.format import RowFormat
@@ -142,10 +142,10 @@ class Race(AbstractContextManager["Race"]):
         rows = fetches * count
         # Each way draws rows of its own: those that another one has just read may lie in a cache.
         ways = {
-            name: Way(lambda _: self.fresh(rows).split(count), lambda batch, way=way: [*map(way, batch)])  # type: ignore[misc]
+            name: Prepared(lambda _: self.fresh(rows).split(count), lambda batch, way=way: [*map(way, batch)])  # type: ignore[misc]
             for name, way in self.ways().items()
         }
-        bounds = {name: Way(lambda _: self.fresh(rows), run) for name, run in self.bounds(rows).items()}
+        bounds = {name: Prepared(lambda _: self.fresh(rows), run) for name, run in self.bounds(rows).items()}
         return prepared_samples({**ways, **bounds}, lambda: None, rounds)
 
     def __exit__(self, *error: object) -> None:

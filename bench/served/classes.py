@@ -30,7 +30,7 @@ JUDGED = {"decode": "decode steps", "together": "whole pass"}  # phase -> as a r
 NO_CLASS = "no class: a CPU has no bus between table and compute"
 
 
-def offloaded(case: Json) -> list[str]:
+def offloaded_labels(case: Json) -> list[str]:
     """Labels of the tables that are not where the compute is, each by the bus that the machine has."""
     return [
         row["label"]
@@ -48,7 +48,7 @@ def classify(cases: list[Json], label: str, baseline: str, phase: str) -> tuple[
         baseline: of BASELINES.
         phase: of JUDGED.
     """
-    with_it = [case for case in cases if label in offloaded(case)]
+    with_it = [case for case in cases if label in offloaded_labels(case)]
     if not with_it:
         return "INCONCLUSIVE", "not measured"
     if not all(same_tokens(case) for case in with_it):
@@ -77,7 +77,7 @@ def loss(case: Json, label: str, baseline: str, phase: str) -> str:
         text = str(against(case, row_of(case, label), baseline, phase))
     except NotMeasured:
         return "-"
-    if case["device"] == "cpu" or label not in offloaded(case):
+    if case["device"] == "cpu" or label not in offloaded_labels(case):
         return text
     return f"{text} {classify([case], label, baseline, phase)[0]}"
 

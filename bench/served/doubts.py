@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Callable
 
 from bench.instruments.timing import NotMeasured
-from bench.instruments.words import percent, short
+from bench.instruments.words import short, signed_percent
 from bench.served import numbers
-from bench.served.classes import JUDGED, NO_CLASS, classify, offloaded
+from bench.served.classes import JUDGED, NO_CLASS, classify, offloaded_labels
 from bench.served.numbers import Json
 
 # Each adds work to the one before; prefetched fetches are missing, for what they add may be hidden.
@@ -52,7 +52,7 @@ def _floor(results: Json, case: Json) -> str:
 
 def _itself(results: Json, case: Json) -> str:
     found = numbers.noise_floor(case, _PHASE)
-    interval = f"[{percent(found['low'] - 1)}, {percent(found['high'] - 1)}] %"
+    interval = f"[{signed_percent(found['low'] - 1)}, {signed_percent(found['high'] - 1)}] %"
     return f"{'yes' if found['low'] <= 1 <= found['high'] else 'NO'}, {interval}"
 
 
@@ -118,7 +118,7 @@ def _classes(baseline: str) -> Callable[[Json, Json], str]:
         if case["device"] == "cpu":
             return NO_CLASS
         texts = []
-        for label in offloaded(case):
+        for label in offloaded_labels(case):
             both = [classify([case], label, baseline, phase)[0] for phase in JUDGED]
             texts.append(f"{label} {' / '.join(both)}")
         return f"{', '.join(texts)} ({' / '.join(JUDGED.values())})" if texts else "nothing was offloaded"

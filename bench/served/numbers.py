@@ -118,8 +118,8 @@ def against(case: Json, row: Json, baseline: str, phase: str) -> Overhead:
     return difference(case, row, row_of(case, baseline), phase, baseline)
 
 
-def offloaded(case: Json) -> Json:
-    """The prefetched table, which classes are about.
+def prefetched_row(case: Json) -> Json:
+    """The row of the prefetched table, which the overhead is of.
 
     Raises:
         NotMeasured: there is none.
@@ -150,7 +150,7 @@ def decomposition(case: Json, phase: str) -> dict[str, Overhead]:
         for name, (more, less) in PARTS.items()
     }
     # Measured by itself: the medians of parts need not add up to the median of the whole.
-    return {**parts, WHOLE: against(case, offloaded(case), "no_engram", phase)}
+    return {**parts, WHOLE: against(case, prefetched_row(case), "no_engram", phase)}
 
 
 # --- what a user sees ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.instruments.drawing import COLOURS, interval, panels, redraw, save_all
 from bench.instruments.timing import NotMeasured, median_and_spread, unless_missing
-from bench.instruments.words import device_label, percent, short
+from bench.instruments.words import device_label, short, signed_percent
 from bench.wall.numbers import Run, Step, fetch_rates, noise_floor, overhead
 from bench.wall.table import run_label, step_label
 
@@ -159,7 +159,7 @@ def _draw_overheads(axis: Any, step: Step) -> None:
         axis.text(0.01, 0.02, f"no noise floor: {why}", transform=axis.transAxes, fontsize=7)
     for place, (run, over) in enumerate(zip(runs, found)):
         interval(axis, place, over.in_percent, COLOURS[run["variant"]], over.resolved)
-    said = [f"{percent(over.median)} %" if over.resolved else "not resolved" for over in found]
+    said = [f"{signed_percent(over.median)} %" if over.resolved else "not resolved" for over in found]
     _rows(axis, [run_label(run) for run in runs], said)
     _per_cent(axis, [100 * bound for over in found for bound in (over.low, over.high)])
 

@@ -12,7 +12,7 @@ import pytest
 from bench.evidence import wall_time
 from bench.evidence.committed import RESULTS
 from bench.instruments.reading import read_results
-from bench.served.classes import classify, offloaded
+from bench.served.classes import classify, offloaded_labels
 from bench.served.doubts import reading
 from bench.served.numbers import row_of
 from bench.served.table import report
@@ -116,7 +116,7 @@ def test_phases_and_places_have_classes_of_their_own():
     for sample in row_of(one, "offload_prefetch")["rounds"]:
         sample["prefill_s"] = [2 * seconds for seconds in sample["prefill_s"]]
     assert ours([one]) == "WIN" and ours([one], phase="together") == "LOSS"
-    assert offloaded(one) == ["offload_naive", "offload_prefetch"]
+    assert offloaded_labels(one) == ["offload_naive", "offload_prefetch"]
     assert classify([one], "offload_naive", "resident", "decode")[0] == "LOSS"
     assert classify([one], "offload_uva", "resident", "decode") == ("INCONCLUSIVE", "not measured")
     row_of(one, "offload_prefetch")["rounds"] = []

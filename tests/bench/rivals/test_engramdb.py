@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("torch", reason="tables need torch (pip install 'engram-offload[ref]')")
 
 from bench.instruments.bandwidth import fio_random_read
-from bench.instruments.timing import Way, prepared_samples
+from bench.instruments.timing import Prepared, prepared_samples
 from bench.rivals import engramdb
 from bench.rivals.engramdb import DISK, OURS, STORE, ColdRace
 
@@ -30,7 +30,7 @@ linux = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="only Linux 
 def test_only_the_run_is_timed_and_all_ways_get_the_rows_of_their_round():
     now, calls = [0.0], []
 
-    def way(name: str, seconds: float) -> Way:
+    def way(name: str, seconds: float) -> Prepared:
         def prepare(rows):
             now[0] += 1000
             return name, int(rows[0])
@@ -39,7 +39,7 @@ def test_only_the_run_is_timed_and_all_ways_get_the_rows_of_their_round():
             now[0] += seconds
             calls.append(given)
 
-        return Way(prepare, run)
+        return Prepared(prepare, run)
 
     rows = iter(np.arange(3)[:, None])
     samples = prepared_samples({"a": way("a", 1), "b": way("b", 2)}, lambda: next(rows), 2, clock=lambda: now[0])
@@ -49,7 +49,9 @@ def test_only_the_run_is_timed_and_all_ways_get_the_rows_of_their_round():
 
 def test_the_collector_is_off_inside_and_back_on_after():
     states = []
-    prepared_samples({"a": Way(lambda rows: rows, lambda rows: states.append(gc.isenabled()))}, lambda: np.zeros(1), 1)
+    prepared_samples(
+        {"a": Prepared(lambda rows: rows, lambda rows: states.append(gc.isenabled()))}, lambda: np.zeros(1), 1
+    )
     assert states == [False, False]
     assert gc.isenabled()
 

@@ -332,9 +332,9 @@ def test_rows_without_samples_were_not_measured():
     with pytest.raises(NotMeasured, match="offload_prefetch was not measured"):
         numbers.row_of(one, "offload_prefetch")
     with pytest.raises(NotMeasured, match="offload_prefetch or offload_disk prefetched was not measured"):
-        numbers.offloaded(one)
+        numbers.prefetched_row(one)
     one["rows"].append({**numbers.row_of(one, "offload_naive"), "label": "offload_disk prefetched"})
-    assert numbers.offloaded(one) is one["rows"][-1]
+    assert numbers.prefetched_row(one) is one["rows"][-1]
 
 
 def test_a_noise_floor_needs_three_rounds():

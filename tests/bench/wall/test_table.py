@@ -9,7 +9,7 @@ import pytest
 
 from bench.instruments import timing
 from bench.instruments.timing import NotMeasured, quantile
-from bench.instruments.words import fraction, gib, measured_on, percent, short
+from bench.instruments.words import fraction, gib, measured_on, short, signed_percent
 from bench.schemas.wall import Results
 from bench.wall.numbers import (
     bytes_agree,
@@ -434,7 +434,7 @@ def test_units_are_named_and_numbers_short():
         1e6: "1000000",
     }
     assert {number: short(number) for number in shown} == shown
-    assert [percent(x) for x in (0.0312, -0.5, 12.345)] == ["+3.1", "-50.0", "+1234"]
+    assert [signed_percent(x) for x in (0.0312, -0.5, 12.345)] == ["+3.1", "-50.0", "+1234"]
 
 
 def test_labels(step):
