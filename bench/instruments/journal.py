@@ -116,15 +116,15 @@ def earlier(path: Path, head: dict[str, Any], fresh: bool) -> dict[str, Any] | N
     return found
 
 
-def begin_session(results: dict[str, Any], kept: int, dropped: int = 0) -> int:
+def note_process(results: dict[str, Any], kept: int, dropped: int = 0) -> int:
     """Note in a results file that this process writes into it; its number among those that did.
 
     Args:
         kept: passes of whole rounds that are there already.
         dropped: passes of unfinished rounds, which are measured again.
     """
-    results["sessions"].append({"started": now(), "kept": kept, "dropped": dropped})
-    return len(results["sessions"]) - 1
+    results["processes"].append({"started": now(), "kept": kept, "dropped": dropped})
+    return len(results["processes"]) - 1
 
 
 def _require_same(path: Path, what: str, there: Any, here: Any) -> None:

@@ -33,7 +33,7 @@ _ONE_TIME = ("seconds", "total_s", "step_s")
 _UNSEEN = "in graph"  # how schedules begin whose decode steps wait where no clock is; older results have 0 there
 # Not what was measured, but on what and by whom; or what a model on paper says beside it.
 _ABOUT = (
-    *("environment", "git", "configuration", "limits", "sessions", "needs", "held"),
+    *("environment", "git", "configuration", "limits", "processes", "needs", "held"),
     *("spans", "depth_histogram", "config", "model", "schedule"),
     *("launched_late", "disturbed"),  # samples that something else has met, by way or variant
 )

@@ -28,7 +28,7 @@ class Git(TypedDict):
     dirty: Annotated[bool | None, "whether it had changes since; null: unknown"]
 
 
-class Session(TypedDict):
+class MeasuringProcess(TypedDict):
     """One process that wrote into the file."""
 
     started: Annotated[Text, "UTC, ISO 8601"]

@@ -11,7 +11,7 @@ from bench.schemas.common import (
     DeviceProvenance,
     Held,
     Limits,
-    Session,
+    MeasuringProcess,
     Table,
     Traffic,
 )
@@ -91,7 +91,7 @@ class Sample(PassSamples):
     """One pass: a round served by one variant."""
 
     round: Count
-    session: Count
+    process: Annotated[Count, "which of `processes` measured it"]
     copied: Annotated[Count, "bytes of explicit copies to an accelerator, or read from a file"]
     lookups: Count
     hits: Annotated[Count, "rows found on the device, of hot rows"]
@@ -218,8 +218,8 @@ class Head(DeviceProvenance):
 @rules(title="Results of bench/gpu_wall.py --end-to-end")
 class Results(Head):
     """Raw samples and their provenance; no conclusions. Times are seconds, sizes bytes, rates per second. Samples of a
-    round are compared with each other where one process (session) measured them. A run that was cut leaves a valid
+    round are compared with each other where one process measured them. A run that was cut leaves a valid
     file."""
 
-    sessions: Annotated[list[Session], Must(minItems=1)]
+    processes: Annotated[list[MeasuringProcess], Must(minItems=1)]
     cases: list[Case]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from bench.schemas.common import PLACEMENTS, Device, DeviceEnvironment, Git, Held, Layout, Limits, Session, Traffic
+from bench.schemas.common import (
+    PLACEMENTS,
+    Device,
+    DeviceEnvironment,
+    Git,
+    Held,
+    Layout,
+    Limits,
+    MeasuringProcess,
+    Traffic,
+)
 from bench.schemas.generator import Must, NotRequired, one_of, rules, when
 from bench.schemas.values import Amount, Amounts, Count, Digest, Natural, Positive, Samples, Share, Text
 
@@ -178,7 +188,7 @@ class Step(TypedDict):
     finished: NotRequired[
         Annotated[bool, "false: cut, after the rounds that are here; absent in older results, all whole"]
     ]
-    sessions: NotRequired[Annotated[list[Count], "which process measured a round; absent in older results"]]
+    process_of_round: NotRequired[Annotated[list[Count], "which of `processes`; absent in older results"]]
     runs: Annotated[list[Run], Must(minItems=1)]
 
 
@@ -232,7 +242,7 @@ class Results(TypedDict):
     code_sha256: NotRequired[Annotated[Digest, "of all code that a time depends on"]]
     stream: Stream
     limits: WallLimits
-    sessions: NotRequired[Annotated[list[Session], Must(minItems=1), "absent in older results"]]
+    processes: NotRequired[Annotated[list[MeasuringProcess], Must(minItems=1), "absent in older results"]]
     steps: list[Step]
     components: list[Component]
     components_skipped: list[SkippedComponent]

@@ -86,7 +86,7 @@ def paired(rows: list[Json], phase: str) -> list[list[float]]:
         NotMeasured: there is no such round.
     """
     # What the machine does meanwhile happens to a whole round, and to no other process's.
-    found = [{(sample["round"], sample["session"]): seconds(sample, phase) for sample in row["rounds"]} for row in rows]
+    found = [{(sample["round"], sample["process"]): seconds(sample, phase) for sample in row["rounds"]} for row in rows]
     common = sorted(set.intersection(*(set(times) for times in found)))
     if not common:
         raise NotMeasured(f"{', '.join(row['label'] for row in rows)} have no round in common")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.journal import begin_session, earlier
+from bench.instruments.journal import earlier, note_process
 from bench.instruments.results import write_json
 
 _PLACE = "@pass "
@@ -27,7 +27,7 @@ class Record:
 
     Attributes:
         results: its content.
-        session: number of the running process among those that wrote into the file.
+        process: number of the running process among those that wrote into the file.
         kept: passes of whole rounds that an earlier run had left.
         dropped: passes of rounds that it had not finished.
     """
@@ -35,7 +35,7 @@ class Record:
     def __init__(self, path: Path, results: Json) -> None:
         self.path = path
         self.results = results
-        self.kept = self.dropped = self.session = 0
+        self.kept = self.dropped = self.process = 0
         self._lines: dict[int, str] = {}  # of passes that `results` holds, which keeps their ids
 
     @classmethod
@@ -50,12 +50,12 @@ class Record:
         Raises:
             ValueError: the file is of another configuration, machine or code.
         """
-        begun = {**head, "sessions": [], "cases": []}
+        begun = {**head, "processes": [], "cases": []}
         record = cls(path, begun)
         if (found := earlier(path, begun, fresh)) is not None:
             record.results = found
             record._keep_whole_rounds()
-        record.session = begin_session(record.results, record.kept, record.dropped)
+        record.process = note_process(record.results, record.kept, record.dropped)
         record.save()
         return record
 
@@ -142,7 +142,7 @@ class Case:
             self.content["rows"].append(found)
             order = self.content["labels"]
             self.content["rows"].sort(key=lambda known: order.index(known["label"]))
-        found["rounds"].append({**sample, "session": self._record.session})
+        found["rounds"].append({**sample, "process": self._record.process})
         self._record.save()
 
     def update(self, label: str, **fields: Any) -> None:

@@ -28,7 +28,7 @@ _PHASE_NAMES = {"token": "median token"}
 
 def report(results: Json) -> str:
     """Everything that a results file says; the first line names the device it was measured on."""
-    lines = [measured_on(results), _machine(results), _sessions(results)]
+    lines = [measured_on(results), _machine(results), _processes(results)]
     return "\n\n".join(["\n".join(lines), *(case_report(results, case) for case in results["cases"] if case["rows"])])
 
 
@@ -41,11 +41,11 @@ def _machine(results: Json) -> str:
     )
 
 
-def _sessions(results: Json) -> str:
-    sessions = results["sessions"]
-    if len(sessions) == 1:
-        return f"Measured in one go, begun {sessions[0]['started']}"
-    return f"Measured in {len(sessions)} goes, the first begun {sessions[0]['started']}; no pair is of two of them"
+def _processes(results: Json) -> str:
+    processes = results["processes"]
+    if len(processes) == 1:
+        return f"Measured in one go, begun {processes[0]['started']}"
+    return f"Measured in {len(processes)} goes, the first begun {processes[0]['started']}; no pair is of two of them"
 
 
 def case_report(results: Json, case: Json) -> str:

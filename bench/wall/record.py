@@ -29,7 +29,7 @@ class StepRecord:
     """One step of a results file, which holds its whole rounds while it is measured.
 
     Args:
-        results: the file's content; its last session is the running process.
+        results: the file's content; the last of its processes is the running process.
         described: the step without its runs. Where an earlier run has left rounds of it, they are gone on with.
         variants: in the order of the runs.
         limits: the bandwidths measured in this run.
@@ -50,10 +50,11 @@ class StepRecord:
         digest: str,
         save: Callable[[], None],
     ) -> None:
-        self._steps, self._session = results["steps"], len(results["sessions"]) - 1
+        self._steps, self._process = results["steps"], len(results["processes"]) - 1
         same = (s for s in self._steps if all(s[key] == described[key] for key in _KEYS))
         left: dict[str, Any] = next(same, {})
-        self.content = {**described, "finished": False, "sessions": left.get("sessions", []), "runs": left.get("runs")}
+        begun = {"finished": False, "process_of_round": left.get("process_of_round", []), "runs": left.get("runs")}
+        self.content = {**described, **begun}
         if left:
             self._steps[self._steps.index(left)] = self.content  # steps stay in their order
         runs = self.content["runs"] or [None] * len(variants)
@@ -64,7 +65,7 @@ class StepRecord:
     def keep(self) -> None:
         """A round is whole. A cut loses the round that runs, and at most a second of rounds before it."""
         # A round may take less than writing the file does.
-        self.content["sessions"].append(self._session)  # which process measured this round
+        self.content["process_of_round"].append(self._process)
         if time.monotonic() - self._saved >= SAVED_EVERY:
             # What is counted beside comes when all is measured; a cut run has none of it.
             self._write({variant.label: _CUT for variant in self._variants})

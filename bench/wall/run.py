@@ -14,7 +14,7 @@ import torch
 from bench.instruments.bandwidth import copy_bandwidth, fio_random_read
 from bench.instruments.board import count_beside
 from bench.instruments.driver import device_head
-from bench.instruments.journal import begin_session, earlier
+from bench.instruments.journal import earlier, note_process
 from bench.instruments.output import tell
 from bench.instruments.results import write_json
 from bench.setup.backbones import Backbone, build_backbone, check_backbone
@@ -71,12 +71,12 @@ class Benchmark:
                 **copy_bandwidth(self.device),
                 "disk": {"reads_per_s": None, "why": "no file was read"},
             },
-            "sessions": [],
+            "processes": [],
             "steps": [],
             "components": [],
             "components_skipped": [],
         }
-        begin_session(found, kept=sum(len(run["step_s"]) for step in found["steps"] for run in step["runs"]))
+        note_process(found, kept=sum(len(run["step_s"]) for step in found["steps"] for run in step["runs"]))
         return found
 
     def batches(self, batch: int, tokens: int, plan: HashPlan | None = None) -> TokenBatches:
@@ -90,7 +90,7 @@ class Benchmark:
         print(wall_table.measured_on(self.results), flush=True)
         missing = {params: self.missing_shapes(params) for params in self.options.table_params}
         if self.results["steps"]:
-            rounds = sum(len(step["sessions"]) for step in self.results["steps"])
+            rounds = sum(len(step["process_of_round"]) for step in self.results["steps"])
             tell(f"continued: {rounds} rounds of {len(self.results['steps'])} shapes kept")
         if self.variants and any(missing.values()):
             backbone = self.build_backbone()

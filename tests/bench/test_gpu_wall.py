@@ -475,14 +475,14 @@ def test_a_cut_within_a_shape_keeps_its_whole_rounds(tmp_path, text, monkeypatch
         found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
         SCHEMA.validate(found)
         (step,) = found["steps"]
-        assert step["finished"] == (rounds == 3) and step["sessions"] == list(range(rounds))
+        assert step["finished"] == (rounds == 3) and step["process_of_round"] == list(range(rounds))
         assert ("cut after round" in wall_table(found)) == (rounds < 3)
         samples = [(run["step_s"], *run["bytes"].values()) for run in step["runs"]]
         for before, now in zip(kept, samples):
             assert all(new[: len(old)] == old for old, new in zip(before, now) if isinstance(old, list))
         assert {len(run["step_s"]) for run in step["runs"]} == {rounds}
         kept = samples
-    assert [session["kept"] for session in found["sessions"]] == [0, 4, 8]
+    assert [process["kept"] for process in found["processes"]] == [0, 4, 8]
     assert len(passes) == 4, "one round was missing"
 
 

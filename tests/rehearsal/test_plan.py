@@ -113,7 +113,7 @@ def test_cuts_at_any_moment_lose_nothing_that_was_finished_and_both_calls_bring_
 
     (work / "steps.txt").unlink()
     assert call("measure", ONLY=MEASURED).wait(timeout=300) == 0, told.read_text()[-3000:]
-    assert json.loads(record.read_text())["sessions"][-1]["kept"] == 9, "the batch that was whole"
+    assert json.loads(record.read_text())["processes"][-1]["kept"] == 9, "the batch that was whole"
     assert json.loads(huge.read_bytes())["cases"] == json.loads(finished)["cases"]
     assert (work / "hundred_billion.log").read_text().count("building a table") == 2, "all of it was there already"
     assert_measured(out, work)

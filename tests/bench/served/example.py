@@ -45,7 +45,7 @@ def example(device: str = "cuda", rounds: int = len(DRIFT)) -> dict[str, Any]:
         "environment": {key: value for key, value in known.items() if key not in ("huge_pages", "pinned")},
         "git": {"commit": "c0ffee" + 34 * "0", "dirty": False},
         "limits": {key: value for key, value in limits(cpu).items() if key != "disk"},
-        "sessions": [{"started": "2026-01-01T00:00:00+00:00", "kept": 0, "dropped": 0}],
+        "processes": [{"started": "2026-01-01T00:00:00+00:00", "kept": 0, "dropped": 0}],
         "cases": [case(device, rounds)],
     }
 
@@ -119,7 +119,7 @@ def sample(number: int, times: float, copied: int) -> dict[str, Any]:
     scale = times * DRIFT[number]
     return {
         "round": number,
-        "session": 0,
+        "process": 0,
         "prefill_s": [0.5 * scale, 0.5 * scale],
         "decode_s": [10.0 / STEPS * scale] * STEPS,
         "first_token_s": [0.5 * scale] * 8,

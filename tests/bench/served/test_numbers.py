@@ -87,10 +87,10 @@ def test_a_missing_row_is_named():
 def test_only_passes_of_one_process_are_paired():
     one = case()
     for sample in numbers.row_of(one, "resident")["rounds"][:3]:
-        sample["session"] = 1
+        sample["process"] = 1
     assert len(numbers.paired([numbers.row_of(one, "resident"), numbers.row_of(one, "no_engram")], "decode")[0]) == 2
     for sample in numbers.row_of(one, "resident")["rounds"]:
-        sample["session"] = 1
+        sample["process"] = 1
     with pytest.raises(NotMeasured, match="no round in common"):
         numbers.decomposition(one, "decode")
 

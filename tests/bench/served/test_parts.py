@@ -281,7 +281,7 @@ def test_a_run_that_is_killed_leaves_whole_rounds_to_continue(tmp_path):
     for row, before in zip(case.content["rows"], left):
         assert row["rounds"] == [sample for sample in before["rounds"] if sample["round"] in whole]
     case.add({"label": "a"}, {"round": max(whole) + 1})
-    assert case.content["rows"][0]["rounds"][-1]["session"] == record.session == 1
+    assert case.content["rows"][0]["rounds"][-1]["process"] == record.process == 1
     assert len(record.results["cases"]) == 1
 
 

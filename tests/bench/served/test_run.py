@@ -267,12 +267,12 @@ def test_every_variant_chose_the_same_tokens_from_the_same_rounds(results):
 
 
 def test_a_run_that_was_cut_goes_on_where_it_was(results):
-    first, second = results["sessions"]
+    first, second = results["processes"]
     assert first["kept"] == 0 and second == {"started": second["started"], "kept": 20, "dropped": 9}
     for number, case in enumerate(results["cases"]):
         for row in case["rows"]:
             assert [sample["round"] for sample in row["rounds"]] == [0, 1, 2]
-            assert [sample["session"] for sample in row["rounds"]] == ([0, 0, 1] if number == 0 else [1, 1, 1])
+            assert [sample["process"] for sample in row["rounds"]] == ([0, 0, 1] if number == 0 else [1, 1, 1])
         assert [entry["round"] for entry in case["rounds"]] == [0, 1, 2]
 
 
@@ -288,7 +288,7 @@ def test_the_same_again_measures_nothing(results, program, monkeypatch):
     monkeypatch.setattr(end_to_end, "draw_all", lambda results, out: [])
     monkeypatch.setattr(end_to_end, "report", lambda results: "")
     again = program(*OPTIONS)
-    assert again["cases"] == results["cases"] and again["sessions"][-1]["kept"] == 2 * 10 * 3
+    assert again["cases"] == results["cases"] and again["processes"][-1]["kept"] == 2 * 10 * 3
     assert not list(program.out.glob("*.svg"))  # those of the results before, and nothing was drawn
 
 
