@@ -65,7 +65,7 @@ from bench.wall import components
 from bench.wall import figures as wall_figures
 from bench.wall import options as wall_options
 from bench.wall import table as wall_table
-from bench.wall.options import LAYOUTS, STEPS_CPU, STEPS_GPU
+from bench.wall.options import ROW_LAYOUTS, STEPS_CPU, STEPS_GPU
 from bench.wall.run import PROG, Benchmark
 from engram_ref import cli
 from engram_ref.config import PRESETS
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--table_params", nargs="+", type=wall_options.table_params, metavar="N", help=sizes)
     add("--fit", action="store_true", help="name and leave out a variant that does not fit, instead of refusing")
     add("--preset", choices=list(PRESETS), help="geometry (default: paper-27b)")
-    add("--rows", choices=LAYOUTS, help="v41-flash only: scales beside the codes of a row, or apart (default: packed)")
+    add("--rows", choices=ROW_LAYOUTS, help="v41-flash only: scales beside a row's codes, or apart (default: packed)")
     add("--backbone", default="qwen3-4b", metavar="NAME", help=f"{', '.join(BACKBONES)} or a config.json")
     add("--blocks", type=cli.at_least(2, 1 << 10), help="decoder blocks (default: all on CUDA, 2 on a CPU)")
     shapes = "prefill:BATCHxTOKENS, or on a CPU decode:BATCH (default: two)"

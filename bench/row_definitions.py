@@ -20,7 +20,8 @@ if __package__ in (None, ""):  # started as a script: the repository root is not
 
 from bench.instruments.output import require_writable
 from bench.instruments.results import conclude, priced_head, write_unless_same
-from bench.rows.definitions import LAYOUTS, TABLES, Record, definitions_table, records
+from bench.rows.cases import LAYOUTS
+from bench.rows.definitions import TABLES, Record, definitions_table, records
 from bench.setup.parallel import add_jobs, in_parallel
 from engram_ref import cli
 

@@ -17,7 +17,8 @@ from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.price.table import find_run
 from bench.rows import table as rows
-from bench.rows.table import LAYOUTS, TEXT
+from bench.rows.cases import LAYOUTS
+from bench.rows.table import TEXT
 from bench.sweeps.table import ratios
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -12,7 +12,8 @@ from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from bench.price.table import find_run, verdict
 from bench.rows import table as row_table
-from bench.rows.table import LAYOUTS, TABLES, TEXT, per_byte, percent, reuse
+from bench.rows.cases import LAYOUTS
+from bench.rows.table import TABLES, TEXT, per_byte, percent, reuse
 from bench.rows.whole_model import CONTEXTS, MODELS, shown
 from bench.sweeps import table as sweep_table
 from bench.sweeps.lookup_range import named_class

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_ref.config import EngramConfig
-
-CONV_NORM_EPS = 1e-5  # both as in the demo
-GATE_FLOOR = 1e-6
+from engram_ref.fusion.base import CONV_NORM_EPS, GATE_FLOOR
 
 
 class DemoWay(nn.Module):

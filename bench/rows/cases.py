@@ -24,7 +24,7 @@ from engram_toy.fast.last_reads import Linker, RowReads
 from engram_toy.fast.placing import Events, as_read, prefetched, price_steps
 from engram_toy.fast.rows import Priced, among, price_rows, price_starts, start
 
-LAYOUTS = {"held live": True, "compacted": False}
+LAYOUTS = {"held live": True, "compacted": False}  # name in results -> whether the whole table is held live
 LEAST_STEPS = 32  # of a size, that its second half may be called steady
 _WHOLE_TEXT = 1 << 62  # bytes: more than there are
 _SHORT_TEXT, _SHORT_TOKENS = 1 << 20, 1 << 16  # a megabyte of sources has several times as many tokens
@@ -153,11 +153,11 @@ def _hot(case: Case) -> list[Record]:
     config, stream = EngramConfig.preset(case.table), _source(case)
     half = len(stream.ids) // 2
     calibration = read_rows(stream.ids[:half], config)
-    ranking = np.argsort(-calibration.frequency(), kind="stable")  # of equals, the smaller row first
+    ranked = calibration.ranked()
     reads = read_rows(stream.ids[half:], config)
     frequency = reads.frequency()
     about = _about(case, stream, config, reads)
-    hot_rows = [np.sort(calibration.rows[ranking[: int(share * reads.table_rows)]]) for share in case.values]
+    hot_rows = [np.sort(ranked[: int(share * reads.table_rows)]) for share in case.values]
     tiers = {len(hot): hot for hot in hot_rows}  # those that the text cannot fill hold the same rows
     priced: dict[str, dict[int, Record]] = {}
     for name, held in LAYOUTS.items():

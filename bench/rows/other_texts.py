@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.rows.cases import LAYOUTS
 from bench.rows.whole_model import MODELS, step_price
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
@@ -24,7 +25,6 @@ TOKENS = 100_000  # of every text that has as many: reuse grows with length
 HOT_SHARE = 0.01  # of the rows
 STEP = 512  # tokens of a decode step
 ORDERS = (2, 3, 4)
-LAYOUTS = {"held live": True, "compacted": False}
 WEIGHED = {"paper-100b": "dense-4b", "v41-flash": "v41-flash"}  # table -> the model beside it
 
 Record = dict[str, Any]
@@ -116,8 +116,7 @@ def _hot(rows: np.ndarray, config: EngramConfig, plan: HashPlan) -> Record:
     """A tier of the rows that are most frequent in the first half, charged on the second, the table held live."""
     half = rows.shape[1] // 2
     calibration, reads = link(rows[:, :half], plan, 1), link(rows[:, half:], plan, 1)
-    ranking = np.argsort(-calibration.frequency(), kind="stable")  # of equals, the smaller row first
-    hot = np.sort(calibration.rows[ranking[: int(HOT_SHARE * reads.table_rows)]])
+    hot = np.sort(calibration.ranked()[: int(HOT_SHARE * reads.table_rows)])
     hit = among(reads.rows, hot)[1]
     with_tier, without = (
         price_rows(reads, start(reads, True, *tier), config.row_bytes()).total for tier in ((hot,), ())

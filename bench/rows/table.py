@@ -11,7 +11,6 @@ from bench.instruments.words import aligned
 from bench.rows.whole_model import OTHERS, ROW_SIZES, shown
 
 TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
-LAYOUTS = ("held live", "compacted")
 TEXT = "python-stdlib"
 LEVELS = (STRONG_BELOW, WIN_UP_TO, LOSS_ABOVE)
 SCHEDULES = {"none": "offload_naive", "stands for it": "prefetch_stands", "for one use": "prefetch_one_use"}

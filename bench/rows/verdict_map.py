@@ -18,6 +18,7 @@ from typing import Any
 
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, classify
 from bench.instruments.words import aligned
+from bench.rows.cases import LAYOUTS
 from bench.rows.whole_model import AROUND, MODELS, Surroundings, shown, step_price
 from engram_ref.config import EngramConfig
 from engram_toy.fast.last_reads import RowReads
@@ -25,7 +26,6 @@ from engram_toy.fast.rows import price_rows, start
 from engram_toy.tracer.stack import read_price
 
 ABOVE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # bytes above / bytes of the table
-LAYOUTS = {"held live": True, "compacted": False}
 # Models on the map: by name, whose experts, and tokens of a decode step.
 POINTS = tuple(
     (model, experts, tokens)

@@ -19,7 +19,7 @@ from engram_ref.rows.format import RowFormat
 MOST_TOKENS = 1 << 24  # of a step
 STEPS_GPU = ["prefill:1x4096", "prefill:8x4096"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
-LAYOUTS = ("packed", "split")
+ROW_LAYOUTS = ("packed", "split")
 # Options of single steps that an end-to-end run has no use for, and of steps that a run without any has none for.
 _OF_STEPS = (
     *("backbone", "steps", "context", "stream", "page_cache", "hot_share", "profile", "rows"),
@@ -77,7 +77,7 @@ def row_layout(preset: str, wanted: str | None) -> str:
         ValueError: a layout is wanted of rows that have no scales.
     """
     if RowFormat.of(EngramConfig.preset(preset)).scaled:
-        return wanted or LAYOUTS[0]
+        return wanted or ROW_LAYOUTS[0]
     if wanted is not None:
         raise ValueError(
             f"--rows {wanted}: the rows of {preset} have no scales to lay beside or apart; leave --rows out, or take "

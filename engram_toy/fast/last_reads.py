@@ -49,6 +49,10 @@ class RowReads:
         _count_reads(self.links, np.empty(len(self.links), np.int32), counts)
         return counts
 
+    def ranked(self) -> np.ndarray:
+        """The rows that are read, the most frequent first; of equals, the smaller row: int64 [distinct]."""
+        return self.rows[np.argsort(-self.frequency(), kind="stable")]
+
 
 class Linker:
     """Builds `RowReads`, a layer at a time, so that the rows of one layer only are held.

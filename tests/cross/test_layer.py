@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import engram_toy.hashing as toy_hashing
-from engram_ref.config import EngramConfig
-from engram_ref.fusion import DemoFusion, ShortConvHistory
+from engram_ref.config import V41_NORM_EPS, EngramConfig
+from engram_ref.fusion import DemoFusion, ShortConvHistory, base
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.layer import Engram
 from engram_ref.tables.device import DeviceTable
+from engram_toy.fusion import demo as toy
+from engram_toy.fusion import v41 as toy_v41
 from engram_toy.fusion.demo import EngramWeights, engram
 
 SIZE = 60  # of the compressed vocabulary
@@ -34,6 +36,12 @@ def make_config(max_ngram=3, **changes):
     return EngramConfig(
         layer_ids=(2,), max_ngram=max_ngram, heads=2, row_width=3, table_size_per_order=sizes, hidden=8
     ).replace(**changes)
+
+
+def test_the_twins_have_the_same_constants():
+    """The toy imports no torch, and so has its own: the layers would differ where no tolerance shows it."""
+    assert (toy.GATE_FLOOR, toy.CONV_NORM_EPS) == (base.GATE_FLOOR, base.CONV_NORM_EPS)
+    assert torch.finfo(torch.float64).eps == toy.NORM_EPS and toy_v41.NORM_EPS == V41_NORM_EPS
 
 
 def random_layer(config, plan, seed):

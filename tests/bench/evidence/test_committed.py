@@ -15,16 +15,8 @@ from bench.evidence.price import ANSWERED
 from bench.instruments.claim import classify
 from bench.instruments.reading import read_results
 from bench.price.table import verdict as classified
-from bench.rows.table import (
-    LAYOUTS,
-    by_step_table,
-    claim_weights,
-    placed,
-    reuse,
-    row_share,
-    select,
-    under_claim,
-)
+from bench.rows.cases import LAYOUTS
+from bench.rows.table import by_step_table, claim_weights, placed, reuse, row_share, select, under_claim
 from bench.rows.whole_model import step_price
 from tests import commands
 

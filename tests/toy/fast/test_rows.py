@@ -144,6 +144,8 @@ def test_frequency_and_rows():
     reads, flat = stream.reads(), stream.flat()
     assert reads.rows.tolist() == sorted(set(flat))
     assert reads.frequency().tolist() == [flat.count(row) for row in reads.rows]
+    assert reads.ranked().tolist() == sorted(set(flat), key=lambda row: (-flat.count(row), row))
+    assert len({flat.count(row) for row in flat}) < len(reads.rows), "of equals the smaller row comes first"
 
 
 def test_largest_numbers_are_exact():
