@@ -32,6 +32,11 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("compare")
+
 from bench.instruments.quantities import Quantity, quantities
 from bench.instruments.reading import read_results
 from bench.instruments.timing import LEAST_SAMPLES, paired_ratio, quantile

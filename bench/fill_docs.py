@@ -21,6 +21,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("fill_docs")
+
 from bench import hashing_speed, layer_speed, pricing_speed, row_speed
 from bench.evidence import gpu_figures, lookup_table, predictions, price, published, ranges, stress, wall_time
 from bench.evidence.committed import Evidence

@@ -24,6 +24,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("findings")
+
 from bench.evidence.committed import RESULTS
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import require_writable

@@ -43,6 +43,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as NumPy is imported, belo
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("hashing_speed")
+
 import numpy as np
 
 from bench.instruments.output import require_writable_file

@@ -15,6 +15,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("how_far")
+
 from bench.instruments.output import require_writable
 from bench.instruments.results import conclude
 from bench.ranges import energy_by_tier, lookup_range, other_texts, verdict_map

@@ -29,6 +29,11 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("layer_speed")
+
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -41,6 +41,12 @@ from typing import Final
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("production")
+
 if importlib.util.find_spec("numba") is None:
     sys.exit("production: error: numba is not installed, and plain Python would take days: pip install '.[fast]'")
 

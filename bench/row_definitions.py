@@ -18,6 +18,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("row_definitions")
+
 from bench.instruments.output import require_writable
 from bench.instruments.results import conclude, priced_head, write_unless_same
 from bench.rows.cases import LAYOUTS

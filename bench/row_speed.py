@@ -22,6 +22,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("row_speed")
+
 from bench.instruments.output import require_writable_file
 from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import summary

@@ -21,6 +21,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one line
+    from engram_ref.starting import interruptible
+
+    interruptible("verdict")
+
 from bench.evidence.committed import RESULTS, STEP, Evidence
 from bench.evidence.price import halves
 from bench.instruments.claim import WALL_TIME_CLAIM

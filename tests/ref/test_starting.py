@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = dict(re.findall(r'^(engram-\w+) = "([\w.:]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-SCRIPTS = ("gpu_wall", "bytedmd_toy")
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem != "__init__")
 
 # Presses Ctrl-C when a module is looked for, as a user would who waits for it.
 INTERRUPTED = """
