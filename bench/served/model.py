@@ -263,9 +263,8 @@ class ServedModel:
 
         capture(BARE, self._decode_once)
         for one in in_graph:  # first, so that rows are written where all graphs read them, and not copied there
-            schedule = "none" if one.schedule == IN_GRAPH else "prefetched"
             staged = {IN_GRAPH: self._staged, BESIDE: self._beside, ASKING: self._asking}[one.schedule]
-            with self.serving(one.table, one.prefetcher, schedule) as now, self._staging(now, staged) as attached:
+            with self.serving(one.table, one.prefetcher, one.schedule) as now, self._staging(now, staged) as attached:
                 self._look_up.append(attached)
                 capture(one.schedule, functools.partial(self._looked_up, attached))
         if table is not None:

@@ -157,7 +157,7 @@ class Server:
     def fetch(self, work: Work, table: Table) -> FetchedBefore:
         """The rows of every step, without the model."""
         numbers = (torch.from_numpy(rows).reshape(-1).to(table.index_device) for rows in self._row_numbers(work))
-        return FetchedBefore(table, [table.start(rows).wait().clone() for rows in numbers])
+        return FetchedBefore(table, [table.start(rows).wait() for rows in numbers])
 
     def count_rows(self, work: Work, row_format: RowFormat) -> tuple[int, int, int]:
         """From the ids alone: rows that a pass asks for, how many if each step asks for each once, bytes that cross.
