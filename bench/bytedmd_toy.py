@@ -89,7 +89,7 @@ from engram_toy.tracer.stack import check_definition
 
 PROG: Final = "bytedmd_toy"
 SCHEMA_VERSION: Final = 1
-QUICK = {"seq_len": 16, "d_model": 8, "padding": 10_000, "repeats": 3}
+QUICK = {"seq_len": 16, "d_model": 8, "padding": 10_000, "repeats": 3}  # fewer repeats have no spread
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -61,7 +61,7 @@ from engram_ref.vocab import CompressedVocab
 PROG = "hashing_speed"
 COMPRESSED_SIZE, PAD_COMPRESSED = 98_627, 2  # DeepSeek-V3's vocabulary, the demo's tokenizer
 TOKENS = 129_280  # token ids of that tokenizer
-SIZES = ((1, 1), (1, 4096), (16, 4096), (64, 4096))
+SIZES = ((1, 1), (1, 4096), (16, 4096), (64, 4096))  # sequences and tokens: from decoding to a batch of prompts
 POOL_TOKENS = 1 << 20  # ids made before the clock starts
 SAMPLE_SECONDS = 0.002  # a sample repeats the call at least this long, so that the clock's steps do not count
 HASHES = ("baseline", "numpy", "numba", "bare")

@@ -61,8 +61,8 @@ from engram_ref.tables.host import HostTable
 PROG = "layer_speed"
 CASES = ("gather", "convolution", "layer", "construction", fp8_gather.CASE, "cold")
 GATHER_ROWS = 1 << 19  # 64 MiB of rows
-COLD_TABLE_ROWS, COLD_ROW_BYTES = 1 << 23, 256
-COLD_ROWS = (12_288, 1_536, 48)  # fetched at once
+COLD_TABLE_ROWS, COLD_ROW_BYTES = 1 << 23, 256  # 2 GiB: of the most rows at once some 2 % share a page of 4 KiB
+COLD_ROWS = (12_288, 1_536, 48)  # fetched at once: of 24 columns, as a layer of V4.1 has, 512, 64 and 2 tokens
 TOKENS = 1024
 Ways = dict[str, Callable[[], object]]
 

@@ -51,7 +51,7 @@ LOGS = {
     "shallow-20k-over-1m": (20_000, 1_000_000, 3_000_000),
 }
 SMALL, LARGE = "random-100k", "random-1m"
-OPERATIONS = 200_000
+OPERATIONS = 200_000  # plain ones take some milliseconds, far more than a step of the clock
 
 
 def random_log(live: int, below: int, touches: int, seed: int = 1) -> Log:

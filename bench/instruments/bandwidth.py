@@ -18,7 +18,7 @@ from bench.schemas.wall import Disk, UnknownDisk
 from engram_ref.rows.memory import HostMemory
 
 COPY_BYTES = 1 << 28  # of one copy; within one piece of registered memory
-COPIES = 9  # samples
+COPIES = 9  # samples; odd, so that the median is one
 _WARM_UP = 2  # copies before the first that counts
 
 

@@ -22,9 +22,9 @@ from bench.rows.cases import LEAST_STEPS, source
 from bench.rows.whole_model import AROUND, MODELS
 
 PROG = "energy_by_tier"
-STEPS = (1, 8, 64, 512, 4096, 32_768)
-PAPER_STEP = 512
-FULL, QUICK = 1 << 20, 1 << 16  # tokens
+STEPS = (1, 8, 64, 512, 4096, 32_768)  # tokens
+PAPER_STEP = 512  # sequences of the paper's run, one token each
+FULL, QUICK = 1 << 20, 1 << 16  # tokens: of the largest step, and of 512 tokens, LEAST_STEPS and more
 
 
 def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:

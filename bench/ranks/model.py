@@ -15,7 +15,7 @@ from engram_ref.place.formulas import prompt_block_seconds
 from engram_ref.rows.format import RowFormat
 from engram_ref.sharding.on_paper import LINKS, Received, exchange_bytes, exchange_seconds
 
-RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # as far as the link's group reaches
 # Compute before the second block. Decode: published for layer 2 (arXiv 2603.10087). Prefill: one block of a 4B-class
 # decoder, at half of an H100's dense bfloat16 rate.
 DECODE_WINDOW_S = 56e-6

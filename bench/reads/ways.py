@@ -29,7 +29,7 @@ from engram_ref.rows.kernels import gather_rows, gather_scaled
 from engram_ref.rows.rows import Rows
 
 _STREAMED = 4 * LINE  # bytes of a row of `stream`: 16 for each lane of a warp
-_CHECKED = 64  # rows
+_CHECKED = 64  # rows that each way must return as they were written, before anything is timed
 
 
 @dataclass(frozen=True)

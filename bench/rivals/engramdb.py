@@ -37,7 +37,7 @@ OURS, STORE, DISK = "ours", "EngramDB Store.fetch", "fio, 4 KiB random reads"
 _DTYPE = torch.bfloat16
 _SEED = 0
 _PIECE = 64 << 20  # bytes of a table made at a time
-_CHECKED_ROWS = 1000
+_CHECKED_ROWS = 1000  # that both have read as they were written, before anything is timed
 _TURN = 3  # rounds between two measurements of the disk
 
 

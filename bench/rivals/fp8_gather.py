@@ -34,15 +34,15 @@ from engram_ref.rows.rows import Rows
 
 CASE = "fp8_gather"
 RIVAL, OURS = "bf16 rows", "packed, as stored"
-COLUMNS = 24
+COLUMNS = 24  # of a layer of V4.1
 TOKENS = (1, 64, 512, 4096, 8192)  # of one fetch
 TABLE_ROWS = 1 << 21  # 1 GiB as bfloat16
 BF16, FP8 = RowFormat(torch.bfloat16, 256), RowFormat(torch.bfloat16, 256, scaled=True)
 _SEED = 0
-_CHECKED_ROWS = 4096
-_LEAST_ROWS = 1 << 15  # of one sample
+_CHECKED_ROWS = 4096  # that all ways must return alike, before anything is timed
+_LEAST_ROWS = 1 << 15  # of one sample: two milliseconds and more, at 80 ns a row
 _WARM_ROWS = 1 << 16  # fetched at a time before anything is measured
-_WARM_TIMES = 8  # how often a row is fetched then, on average
+_WARM_TIMES = 8  # how often a row is fetched then, on average: one of 3,000 never is
 
 _Fetch = Callable[[Tensor], Tensor]  # row numbers [N] -> values [N, 256], or stored rows uint8 [N, 264]
 

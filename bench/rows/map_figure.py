@@ -16,7 +16,7 @@ from bench.rows.verdict_map import POINTS, boundary, point
 from bench.rows.whole_model import AROUND, shown
 
 _FOOT = 1e-2  # what stands for no compute at all on the logarithmic axis
-_TOP = 1e8
+_TOP = 1e8  # far above the points
 _COLOURS = {"LOSS": "#D55E00", "INCONCLUSIVE": "#F0E442", "WIN": "#009E73"}
 _STEPS = {1: "o", 512: "s", 32_768: "^"}
 # One token's experts are rings: what they coincide with is seen inside.

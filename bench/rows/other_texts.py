@@ -22,9 +22,9 @@ from engram_toy.fast.placing import as_read, price_steps
 from engram_toy.fast.rows import among, price_rows, start
 
 TOKENS = 100_000  # of every text that has as many: reuse grows with length
-HOT_SHARE = 0.01  # of the rows
-STEP = 512  # tokens of a decode step
-ORDERS = (2, 3, 4)
+HOT_SHARE = 0.01  # of the rows: the tier that is quoted of the standard library, too
+STEP = 512  # tokens of a decode step: sequences of the paper's run, one each
+ORDERS = (2, 3, 4)  # of n-grams: those of V4.1; the paper's table has two of them
 WEIGHED = {"paper-100b": "dense-4b", "v41-flash": "v41-flash"}  # table -> the model beside it
 
 Record = dict[str, Any]

@@ -39,7 +39,7 @@ WHOLE = "overhead"
 # What an offloaded table is compared with, and whose baseline that is.
 BASELINES = {"no_engram": "no Engram at all, the paper's baseline", "resident": "the resident table, our baseline"}
 NO_LOOKUP = ("no_engram", "own_compute")
-LAUNCH_BOUND = 2.0  # times as long as reading the weights takes
+LAUNCH_BOUND = 2.0  # times as long as reading the weights takes: the memory idles for the better part of a step
 _STAGED = ("offload_naive", "offload_prefetch", "throttled")  # whose rows are copied as they are asked for
 
 

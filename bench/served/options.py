@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.setup.backbones import SIZES
+from bench.setup.sizes import MOST_TOKENS
 from bench.setup.slow_bus import Bus
 from engram_ref import cli
 
 FIT = "fit"
-MOST_TOKENS = 1 << 24  # that are processed together
 STREAMS = ("text", "uniform")
 # Of options that mean something in both kinds of runs: name -> without --end-to-end, with it on CUDA, with it on a CPU.
 SHARED_DEFAULTS: dict[str, tuple[Any, Any, Any]] = {

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_CHARACTERS = 1_500_000  # of a text: some hundred thousand tokens
-_SECONDS = 600
+_SECONDS = 600  # of one download: a client that hangs is not waited for longer
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import free_host_bytes
 
 MOST_ROWS = 2**31 - 1000  # of a column; its prime, found from there upwards, must be below 2^31
+MOST_TOKENS = 1 << 24  # of a step: far more than any machine computes at once, and refused before it is tried
 LAYER = 1  # Engram stands before the second block, as in the paper's offloading experiment
 _MAX_SHARE = 0.85  # of free host memory that a table called max takes
 _DISK_HEADROOM = 1 << 28  # bytes left to everybody else

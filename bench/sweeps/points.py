@@ -100,7 +100,7 @@ class Sweep:
     label: str
 
 
-PADDINGS = (0, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
+PADDINGS = (0, 1000, 10_000, 100_000, 1_000_000, 10_000_000)  # the question's million, and what is around it
 SWEEPS = {
     "padding": Sweep("padding", PADDINGS, PADDINGS, "padding M, in values"),
     "tokens": Sweep("seq_len", (16, 32, 64, 128, 256), (4, 8, 16), "tokens"),

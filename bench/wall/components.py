@@ -40,7 +40,7 @@ WHAT = {
     "full_2": "strategy 2: hash and embed on the CPU, upload embeddings, project and gate on the GPU",
 }
 ON_CPU = ("hash", "compute")
-_SQUARE = 2048  # of the product that tells what the CPU can do
+_SQUARE = 2048  # of the product that tells what the CPU can do: a larger one reached no higher rate on two cores
 _Floor = tuple[int | None, int | None, float, str]  # bytes, operations, seconds, and what the seconds derive from
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from bench.setup.sizes import MOST_TOKENS
 from bench.setup.variants import ON_CPU, VARIANTS, chosen
 from bench.wall import components
 from bench.wall.step import Shape
@@ -16,7 +17,6 @@ from engram_ref.config import EngramConfig
 from engram_ref.quoting import quoted
 from engram_ref.rows.format import RowFormat
 
-MOST_TOKENS = 1 << 24  # of a step
 STEPS_GPU = ["prefill:1x4096", "prefill:8x4096"]
 STEPS_CPU = ["prefill:1x256", "decode:4"]
 ROW_LAYOUTS = ("packed", "split")

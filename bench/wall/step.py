@@ -32,7 +32,7 @@ from engram_ref.tables.host import HostTable
 from engram_ref.tables.staging import crossing_bytes
 
 IO_COUNTER = "/proc/self/io read_bytes"
-_PREDICTED_STEPS = 3  # of which the median is taken
+_PREDICTED_STEPS = 3  # of which the median is taken: the fewest of which one slow step moves it little
 
 
 @dataclass(frozen=True)
