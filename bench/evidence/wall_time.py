@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence.on_gpu import LOOKUP
-from bench.instruments.claim import WALL_TIME_CLAIM
+from bench.instruments.claim import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, WALL_TIME_CLAIM
 from bench.instruments.reading import read_results
 from bench.instruments.timing import NotMeasured
 from bench.instruments.words import commit_of, device_label, markdown, short, signed_percent
@@ -22,7 +22,7 @@ from bench.served import numbers
 from bench.served.classes import JUDGED, added_s, classify, offloaded_labels
 from bench.served.doubts import reading
 from bench.served.numbers import BASELINES, PARTS, WHOLE, Json
-from bench.served.table import PUBLISHED_STEP_S, PUBLISHED_WINDOW_S, report
+from bench.served.table import report
 from engram_ref.config import EngramConfig
 
 NO_RUN = "No run on a CUDA machine is committed yet."

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.instruments.claim import PUBLISHED_WINDOW_S
 from engram_ref.config import EngramConfig
 from engram_ref.place.formulas import prompt_block_seconds
 from engram_ref.rows.format import RowFormat
 from engram_ref.sharding.on_paper import LINKS, Received, exchange_bytes, exchange_seconds
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # as far as the link's group reaches
-# Compute before the second block. Decode: published for layer 2 (arXiv 2603.10087). Prefill: one block of a 4B-class
-# decoder, at half of an H100's dense bfloat16 rate.
-DECODE_WINDOW_S = 56e-6
+# Compute before the second block of a prefill: a block of a 4B-class decoder, at half of an H100's dense bfloat16 rate.
 BLOCK_PARAMETERS = 101e6
 FLOPS = 0.5 * 989e12
 PHASES = {"decode": (1, 8, 64, 512), "prefill": (1024, 4096)}  # tokens a rank and step
@@ -32,7 +31,7 @@ def layer_bytes(tokens: int, ranks: int, config: EngramConfig) -> Received:
 
 def window_seconds(phase: str, tokens: int) -> float:
     """Compute before the second block."""
-    return DECODE_WINDOW_S if phase == "decode" else prompt_block_seconds(BLOCK_PARAMETERS, tokens, FLOPS)
+    return PUBLISHED_WINDOW_S if phase == "decode" else prompt_block_seconds(BLOCK_PARAMETERS, tokens, FLOPS)
 
 
 def model_table() -> list[dict[str, Any]]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.instruments.claim import WALL_TIME_CLAIM
+from bench.instruments.claim import PUBLISHED_WINDOW_S, WALL_TIME_CLAIM
 from bench.instruments.drawing import COLOURS, interval, legend_below, name_points, panels, redraw, save_all
 from bench.instruments.timing import NotMeasured, Overhead
 from bench.instruments.words import device_label
 from bench.served import numbers
 from bench.served.numbers import BASELINES, PARTS, PHASES, WHOLE, Json, Slowed
-from bench.served.table import PUBLISHED_WINDOW_S
 
 PART_COLOURS = {
     "own compute": COLOURS["offload_hot"],

@@ -34,6 +34,7 @@ from bench.served.rounds import Rounds
 from bench.served.table import report
 from bench.served.variants import Choice, Contenders, chosen_names
 from bench.setup.backbones import Backbone, build_backbone, measure_backbone, parameter_bytes
+from bench.setup.decoder_sizes import QWEN3_VOCABULARY
 from bench.setup.sizes import LAYER, largest, pick_device, require_disk, table_config
 from bench.setup.slow_bus import Bus
 from bench.setup.streams import Source, halves
@@ -44,7 +45,6 @@ from engram_ref.hashing import HashPlan
 from engram_ref.vocab import vocab_for
 
 PROG: Final = "end_to_end"
-_QWEN3_TOKENS = 151_936
 # Token ids with an embedding, and those that the head can choose; ours is smaller, or it would be all that counts.
 VOCABULARY = {"tiny": (None, 8192)}
 _CHECKED_TOKENS = (2, 16)  # sequences and tokens whose rows are compared before anything is timed
@@ -149,7 +149,7 @@ class EndToEnd:
         )  # fmt: skip
 
     def _vocabulary(self, backbone: str) -> tuple[int, int]:
-        embedded, chosen = VOCABULARY.get(backbone, (_QWEN3_TOKENS, _QWEN3_TOKENS))
+        embedded, chosen = VOCABULARY.get(backbone, (QWEN3_VOCABULARY, QWEN3_VOCABULARY))
         return max(embedded or 0, len(self.vocab.ids)), chosen
 
     def _head(self) -> Head:

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from bench.instruments.claim import PUBLISHED_WINDOW_S
 from bench.instruments.timing import NotMeasured, noise_interval
 from bench.instruments.words import aligned, commit_of, gib, measured_on, short, signed
 from bench.served import numbers
@@ -20,9 +21,6 @@ from bench.served.classes import NO_CLASS, losses
 from bench.served.numbers import LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, WHOLE, Json, Slowed
 from bench.setup.variants import UNSEEN
 
-# Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
-PUBLISHED_WINDOW_S = 56e-6
-PUBLISHED_STEP_S = 3.6e-3
 _PHASE_NAMES = {"token": "median token"}
 
 

@@ -11,7 +11,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3-4b": {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728},
     "qwen3-8b": {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288},
 }
-QWEN3_VOCABULARY = 151_936
+QWEN3_VOCABULARY = 151_936  # token ids with an embedding
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def serve(tmp_path, monkeypatch, capsys):
         command = f"""gpu_wall --end-to-end --device cuda --out {out} --backbones {out}/config.json --rounds 3
             --batches 3 --sequences 5 --streams uniform --prompt_tokens 240 260 --output_tokens 2 9
             --table_params 3e6 --text {out}/tale.txt"""
-        monkeypatch.setattr(run, "_QWEN3_TOKENS", 1000)
+        monkeypatch.setattr(run, "QWEN3_VOCABULARY", 1000)
         monkeypatch.setattr(run, "draw_all", lambda results, out: [])  # drawing needs no GPU
         monkeypatch.setattr(gpu_wall, "tell", tell)
         monkeypatch.setattr(sys, "argv", [*command.split(), *options])

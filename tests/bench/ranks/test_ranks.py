@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bench import fill_docs, gpu_wall
+from bench.instruments.claim import PUBLISHED_WINDOW_S
 from bench.ranks import run
-from bench.ranks.model import DECODE_WINDOW_S, layer_bytes, model_table
+from bench.ranks.model import layer_bytes, model_table
 from bench.ranks.schedule import simulate
 from bench.ranks.table import bytes_table, formula_holds, measured_table, most_hidden
 from bench.schemas import ranks
@@ -209,4 +210,4 @@ def test_noise_costs_more_among_more_ranks():
 
 def test_the_simulation_is_the_same_again():
     assert times(jitter=0.1) == times(jitter=0.1) != times(jitter=0.1, seed=1)
-    assert DECODE_WINDOW_S == 56e-6 and np.isfinite(list(times().values())).all() and "RANK" not in os.environ
+    assert PUBLISHED_WINDOW_S == 56e-6 and np.isfinite(list(times().values())).all() and "RANK" not in os.environ

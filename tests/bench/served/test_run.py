@@ -195,7 +195,7 @@ class Program:
         config = out / "config.json"
         out.mkdir(exist_ok=True)
         config.write_text(json.dumps(TINY))
-        patch.setattr(end_to_end, "_QWEN3_TOKENS", 100)  # that the head can choose
+        patch.setattr(end_to_end, "QWEN3_VOCABULARY", 100)  # that the head can choose
         patch.setattr(bandwidth, "COPY_BYTES", 1 << 20)
         patch.setattr(timing, "FLUSHED", 1 << 16)
         self.out, self._patch = out, patch
