@@ -34,7 +34,7 @@ def _cache(monkeypatch, cache_home):
 def test_the_price_is_that_of_the_benchmarks_program(preset, monkeypatch):
     """With its weights and its values: a lookup's price depends on neither."""
     orders = len(EngramConfig.preset(preset).orders)
-    monkeypatch.setitem(ROWS[preset], "table_size_per_order", (60,) * orders)
+    monkeypatch.setitem(ROWS[preset], "table_size_per_order", (20,) * orders)
     config = toy_of(preset).replace(compressed_size=97, rows_multiple=1)
     plan = HashPlan.build(config, 97, 2)
     workload = make_workload("engram", toy_config("engram", 8, preset), plan, IDS, seed=3)
@@ -57,7 +57,7 @@ def test_padding_is_counted_and_never_laid_out(monkeypatch):
         return recorded[-1]
 
     monkeypatch.setattr("engram_price.command.record", noted)
-    monkeypatch.setitem(ROWS["tiny"], "table_size_per_order", (60, 60))
+    monkeypatch.setitem(ROWS["tiny"], "table_size_per_order", (20, 20))
     config = toy_of("tiny").replace(compressed_size=97, rows_multiple=1)
     plan = HashPlan.build(config, 97, 2)
     near, far, farther = prices(plan, config, IDS, BEFORE, [0, 10**6, 10**7], 0.1)
@@ -80,7 +80,7 @@ def test_every_preset_reads_as_many_rows_as_published_and_says_what_was_cut(
     config, published = toy_of(preset), EngramConfig.preset(preset)
     assert (config.columns, config.form, config.row_dtype) == (published.columns, published.form, published.row_dtype)
     assert (config.row_width == published.row_width) == (preset not in ("v41-flash", "qwen38-flash-next"))
-    monkeypatch.setitem(ROWS, preset, {**ROWS[preset], "table_size_per_order": (60,) * len(config.orders)})
+    monkeypatch.setitem(ROWS, preset, {**ROWS[preset], "table_size_per_order": (20,) * len(config.orders)})
     (tmp_path / "text.txt").write_text("a river of words that flows on and on " * 20)
     short = () if preset == "tiny" else ("--tokenizer", str(small_tokenizer), "--text", str(tmp_path / "text.txt"))
     found = json.loads(run(capsys, "--preset", preset, "--tokens", "2", "--padding", "0", "--json", *short))
