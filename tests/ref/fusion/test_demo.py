@@ -14,6 +14,7 @@ from bench.rivals.demo_layer import DemoWay, transposed_conv
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory, base, causal_conv
 from engram_ref.fusion import demo as fusion_module
+from tests.ref.fusion.v41_cases import make_inputs, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[2] / "golden" / "layer_demo.safetensors"
@@ -42,10 +43,6 @@ def make_config(**changes):
     return usual.replace(**changes)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def make_fusion(config, dtype=torch.float64, seed=0):
     """A fusion in which every weight matters, gains too."""
     fusion = DemoFusion(config, dtype=dtype)
@@ -58,11 +55,10 @@ def make_fusion(config, dtype=torch.float64, seed=0):
     return fusion
 
 
-def make_inputs(config, batch, length, dtype=torch.float64, seed=1):
-    generator = seeded(seed)
-    e = torch.randn(batch, length, config.embedding_width, generator=generator, dtype=torch.float64)
-    hidden = torch.randn(batch, length, config.hc_mult, config.hidden, generator=generator, dtype=torch.float64)
-    return e.to(dtype), hidden.to(dtype)
+def make_case(batch, length, dtype=torch.float64, **changes):
+    """A fusion of a changed configuration, and inputs for it."""
+    fusion = make_fusion(make_config(**changes), dtype)
+    return fusion, *make_inputs(fusion.config, batch, length, dtype)
 
 
 def demo_way_of(fusion):
@@ -121,9 +117,7 @@ def test_a_wrong_layer_fails_the_record(recorded, name):
 @pytest.mark.parametrize("batch, length", [(1, 1), (2, 3), (3, 31)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_the_plain_way(shape, batch, length, either_path):
-    config = make_config(**SHAPES[shape])
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, batch, length)
+    fusion, e, hidden = make_case(batch, length, **SHAPES[shape])
     update = fusion(e, hidden)
     assert update.shape == hidden.shape
     torch.testing.assert_close(update, demo_way_of(fusion)(e, hidden), rtol=0, atol=TOLERANCE)
@@ -225,9 +219,7 @@ def test_gradients_are_at_most_twice_as_far_from_float64_as_the_plain_ways(dtype
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_poisoned_future_does_not_reach_the_past(shape, either_path):
-    config = make_config(**SHAPES[shape])
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 2, 30)
+    fusion, e, hidden = make_case(2, 30, **SHAPES[shape])
     whole = fusion(e, hidden)
     e[:, 17:], hidden[:, 17:] = float("nan"), float("nan")
     poisoned = fusion(e, hidden)
@@ -238,9 +230,7 @@ def test_a_poisoned_future_does_not_reach_the_past(shape, either_path):
 @pytest.mark.parametrize("position", [0, 11, 29])
 def test_the_convolution_reaches_as_far_as_its_taps(position, either_path):
     """A changed row changes the positions p, p + 3, p + 6 and p + 9, and no other."""
-    config = make_config()
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 1, 30)
+    fusion, e, hidden = make_case(1, 30)
     before = fusion(e, hidden)
     e[:, position] += 1
     changed = (fusion(e, hidden) - before).abs().amax(dim=(0, 2, 3)) > 1e-9
@@ -248,9 +238,7 @@ def test_the_convolution_reaches_as_far_as_its_taps(position, either_path):
 
 
 def test_sequences_do_not_touch_each_other(either_path):
-    config = make_config()
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 5, 20)
+    fusion, e, hidden = make_case(5, 20)
     order = [3, 0, 4, 1, 2]
     permuted = fusion(e[order], hidden[order])
     torch.testing.assert_close(permuted, fusion(e, hidden)[order], rtol=0, atol=TOLERANCE)
@@ -259,9 +247,7 @@ def test_sequences_do_not_touch_each_other(either_path):
 
 
 def test_inputs_may_lie_in_memory_as_they_like(either_path):
-    config = make_config()
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 2, 20)
+    fusion, e, hidden = make_case(2, 20)
     want = fusion(e, hidden[:, :, :1].contiguous().expand_as(hidden).contiguous())
     strided_e = e.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     expanded = hidden[:, :, :1].expand_as(hidden)  # one copy shown four times, as the demo does
@@ -283,9 +269,7 @@ def test_inputs_are_left_alone(dtype, either_path):
 @pytest.mark.parametrize("batch, length", [(2, 0), (0, 5), (0, 0)])
 @pytest.mark.parametrize("shape", ["usual", "no convolution"])
 def test_nothing_in_nothing_out(shape, batch, length, either_path):
-    config = make_config(**SHAPES[shape])
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, batch, length)
+    fusion, e, hidden = make_case(batch, length, **SHAPES[shape])
     history = ShortConvHistory(fusion, batch)
     assert fusion(e, hidden, history).shape == hidden.shape
     assert history.values.shape[1] == fusion.reach
@@ -309,9 +293,7 @@ def run_chunked(fusion, e, hidden, cuts, history):
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_give_one_shot(shape, cuts, either_path):
-    config = make_config(**SHAPES[shape])
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 3, 26)
+    fusion, e, hidden = make_case(3, 26, **SHAPES[shape])
     chunked = run_chunked(fusion, e, hidden, CUTS[cuts], ShortConvHistory(fusion, 3))
     torch.testing.assert_close(chunked, fusion(e, hidden), rtol=0, atol=TOLERANCE)
 
@@ -322,26 +304,20 @@ def test_chunks_give_one_shot_in_low_precision(dtype, either_path):
 
     The gate multiplies it by up to 125; in half precision the gate is float32, and only the result is rounded.
     """
-    config = make_config()
-    fusion = make_fusion(config, dtype)
-    e, hidden = make_inputs(config, 3, 26, dtype)
+    fusion, e, hidden = make_case(3, 26, dtype)
     chunked = run_chunked(fusion, e, hidden, CUTS["odd chunks"], ShortConvHistory(fusion, 3))
     roundings = 125 if dtype == torch.float32 else 8
     torch.testing.assert_close(chunked, fusion(e, hidden), rtol=0, atol=roundings * torch.finfo(dtype).eps)
 
 
 def test_without_history_a_chunk_starts_anew():
-    config = make_config()
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 1, 20)
+    fusion, e, hidden = make_case(1, 20)
     forgetful = torch.cat([fusion(e[:, :10], hidden[:, :10]), fusion(e[:, 10:], hidden[:, 10:])], dim=1)
     assert (forgetful - fusion(e, hidden))[:, 10:].abs().max() > 1e-3
 
 
 def test_a_copied_history_is_a_state_to_return_to(either_path):
-    config = make_config()
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 2, 30)
+    fusion, e, hidden = make_case(2, 30)
     history = ShortConvHistory(fusion, 2)
     fusion(e[:, :10], hidden[:, :10], history)
     kept = history.copy()
@@ -351,9 +327,7 @@ def test_a_copied_history_is_a_state_to_return_to(either_path):
 
 
 def test_a_history_can_be_continued_with_and_without_autograd(small_blocks):
-    config = make_config()
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 2, 40)
+    fusion, e, hidden = make_case(2, 40)
     want = fusion(e, hidden)
     history = ShortConvHistory(fusion, 2)
     first = fusion(e[:, :10], hidden[:, :10], history)
@@ -469,11 +443,9 @@ def test_new_weights_are_those_of_torchs_modules():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_two_halves_give_the_whole(shape, either_path):
-    config = make_config(**SHAPES[shape])
-    fusion = make_fusion(config)
-    e, hidden = make_inputs(config, 2, 26)
+    fusion, e, hidden = make_case(2, 26, **SHAPES[shape])
     packed = fusion.project(e)
-    assert packed.shape == (2, 26, (config.hc_mult + 1) * config.hidden)
+    assert packed.shape == (2, 26, (fusion.config.hc_mult + 1) * fusion.config.hidden)
     torch.testing.assert_close(fusion.combine(packed, hidden), fusion(e, hidden), rtol=0, atol=TOLERANCE)
     history = ShortConvHistory(fusion, 2)
     parts = [fusion.combine(packed[:, x], hidden[:, x], history) for x in (slice(0, 7), slice(7, 26))]

@@ -15,6 +15,7 @@ from engram_ref.fusion.v41 import V41Fusion
 from tests.ref.fusion.v41_cases import (
     ALL_DTYPES,
     HALF,
+    make_case,
     make_config,
     make_dead,
     make_fusion_v41,
@@ -39,9 +40,7 @@ SHAPES = {
 @pytest.mark.parametrize("batch, length", [(1, 1), (2, 3), (3, 31)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_the_formula(shape, batch, length, either_path):
-    config = make_config(**SHAPES[shape])
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, batch, length)
+    fusion, e, hidden = make_case(batch, length, **SHAPES[shape])
     dead = make_dead(batch, length)
     # Sums of order 1 in another order differ by some 1e-15, and the gate's slope reaches 125.
     for mask in (None, dead):
@@ -90,9 +89,7 @@ def test_eps_holds_in_float32_too(dtype):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_an_inner_product_of_zero_opens_the_gate_by_its_sign(dtype):
     """sigmoid(+-sqrt(1e-6)); with sign(0) = 0 it would be a half."""
-    config = make_config()
-    fusion = make_fusion_v41(config, dtype)
-    e, hidden = make_inputs(config, 1, 3, dtype)
+    fusion, e, hidden = make_case(1, 3, dtype)
     hidden[0, 1] = 0
     gate = fusion.gate(fusion.project(e), hidden)
     above = torch.sigmoid(torch.tensor(1e-3, dtype=torch.float64))
@@ -129,9 +126,7 @@ def rounded_once(fusion, e, hidden, dtype):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_sum_is_rounded_once(dtype, monkeypatch, either_path):
     """A float32 error may push one in a thousand over the edge; rounding twice changes a tenth of all values."""
-    config = make_config()
-    fusion = make_fusion_v41(config, dtype)
-    e, hidden = make_inputs(config, 3, 40, dtype)
+    fusion, e, hidden = make_case(3, 40, dtype)
     want = rounded_once(fusion, e, hidden, dtype)
     assert (fusion(e, hidden) != want).double().mean() < 1e-3
     right = v41._add_gated
@@ -161,9 +156,7 @@ def test_half_precision_is_at_most_twice_as_far_from_float64_as_the_plain_way(dt
 
 def gradient_case():
     """A layer of a few weights, and inputs whose inner products are far from the bend at 0."""
-    config = make_config(hidden=3, hc_mult=2, row_width=2, row_dtype="float32")
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 1, 4)
+    fusion, e, hidden = make_case(1, 4, hidden=3, hc_mult=2, row_width=2, row_dtype="float32")
     keys = fusion.project(e).unflatten(-1, (3, 3))[:, :, :2].detach()
     return fusion, e.requires_grad_(), (0.2 * hidden + keys).requires_grad_()
 

@@ -13,6 +13,7 @@ from tests.ref.fusion.v41_cases import (
     ALL_DTYPES,
     HALF,
     as_bytes,
+    make_case,
     make_config,
     make_dead,
     make_fusion_v41,
@@ -36,9 +37,7 @@ SPECIAL = {  # -0.0, the infinities, a NaN with a payload, the smallest subnorma
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_dead_positions_come_out_as_they_went_in(dtype, either_path):
     """Bit for bit, though their own rows and stream are NaN; and they change nothing elsewhere."""
-    config = make_config()
-    fusion = make_fusion_v41(config, dtype)
-    e, hidden = make_inputs(config, 2, 20, dtype)
+    fusion, e, hidden = make_case(2, 20, dtype)
     dead = make_dead(2, 20)
     want = fusion(e, hidden, dead)
     integers, patterns = SPECIAL[dtype]
@@ -51,9 +50,7 @@ def test_dead_positions_come_out_as_they_went_in(dtype, either_path):
 
 
 def test_the_gate_is_zero_where_dead():
-    config = make_config()
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 2, 20)
+    fusion, e, hidden = make_case(2, 20)
     dead = make_dead(2, 20)
     e[dead] = float("nan")
     gate = fusion.gate(fusion.project(e), hidden, dead)
@@ -62,17 +59,13 @@ def test_the_gate_is_zero_where_dead():
 
 @pytest.mark.parametrize("value", [False, True])
 def test_all_dead_and_none_dead(value, either_path):
-    config = make_config()
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 2, 20)
+    fusion, e, hidden = make_case(2, 20)
     want = hidden if value else fusion(e, hidden)
     assert torch.equal(fusion(e, hidden, torch.full((2, 20), value)), want)
 
 
 def test_gradients_stop_at_dead_positions_even_where_they_are_nan():
-    config = make_config()
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 2, 20)
+    fusion, e, hidden = make_case(2, 20)
     dead = make_dead(2, 20)
     finite = gradients(fusion, e, hidden, dead)
     e[dead], hidden[dead] = float("nan"), float("nan")
@@ -100,9 +93,7 @@ def test_blocks_give_one_shot(length, dtype, monkeypatch):
     few; both show in the last place of the gate's argument, where its slope reaches 125. In half precision the
     projection is rounded in between, and mostly to the same number.
     """
-    config = make_config()
-    fusion = make_fusion_v41(config, dtype)
-    e, hidden = make_inputs(config, 3, length, dtype)
+    fusion, e, hidden = make_case(3, length, dtype)
     dead = make_dead(3, length)
     close = dict(rtol=0, atol=(8 if dtype in HALF else 125) * torch.finfo(dtype).eps)
     with torch.no_grad():
@@ -114,9 +105,7 @@ def test_blocks_give_one_shot(length, dtype, monkeypatch):
 
 
 def test_sequences_in_chunks_give_one_shot(either_path):
-    config = make_config()
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 2, 26)
+    fusion, e, hidden = make_case(2, 26)
     dead = make_dead(2, 26)
     spans = (slice(0, 1), slice(1, 3), slice(3, 20), slice(20, 26))
     parts = [fusion(e[:, x], hidden[:, x], dead[:, x]) for x in spans]
@@ -125,9 +114,7 @@ def test_sequences_in_chunks_give_one_shot(either_path):
 
 def test_positions_do_not_touch_each_other(either_path):
     """Permuted positions give the permuted stream; a NaN stays where it is."""
-    config = make_config()
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 2, 20)
+    fusion, e, hidden = make_case(2, 20)
     dead, order = make_dead(2, 20), torch.randperm(20, generator=seeded(4))
     permuted = fusion(e[:, order], hidden[:, order], dead[:, order])
     torch.testing.assert_close(permuted, fusion(e, hidden, dead)[:, order], rtol=0, atol=1e-12)
@@ -137,9 +124,7 @@ def test_positions_do_not_touch_each_other(either_path):
 
 
 def test_inputs_may_lie_in_memory_as_they_like(either_path):
-    config = make_config()
-    fusion = make_fusion_v41(config)
-    e, hidden = make_inputs(config, 2, 20)
+    fusion, e, hidden = make_case(2, 20)
     dead = make_dead(2, 20)
     expanded = hidden[:, :, :1].expand_as(hidden)
     want = fusion(e, expanded.contiguous(), dead)

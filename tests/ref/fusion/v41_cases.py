@@ -52,6 +52,12 @@ def make_inputs(config, batch, length, dtype=torch.float64, seed=1):
     return e.to(dtype), hidden.to(dtype)
 
 
+def make_case(batch, length, dtype=torch.float64, **changes):
+    """A fusion of a changed configuration, and inputs for it."""
+    fusion = make_fusion_v41(make_config(**changes), dtype)
+    return fusion, *make_inputs(fusion.config, batch, length, dtype)
+
+
 def make_dead(batch, length):
     return torch.rand(batch, length, generator=seeded(2)) < 0.3
 
