@@ -69,8 +69,11 @@ def small_tokenizer():
 
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory):
-    """What XDG_CACHE_HOME is for this run of the tests; maps are kept in its folder `engram`."""
-    return tmp_path_factory.mktemp("cache")
+    """What XDG_CACHE_HOME is for this run of the tests, in all its workers; maps are kept in its folder `engram`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
