@@ -23,6 +23,7 @@ from tests.ref.fusion.qwen_oracle import qwen4, text_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = 7
 BLOCKS = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])  # the first has the table
+TWO_TABLES = dict(ple_layer_ids=[1, 3], num_hidden_layers=4, layer_types=None)  # in blocks 0 and 2
 WHERE = "layers.0.ple.ple_embedding.ngram_embedding"
 
 
@@ -173,7 +174,7 @@ def test_generate(model, way):
 
 def test_two_tables():
     """The second layer's rows come from other primes and multipliers than the first one's."""
-    model = make_model(ple_layer_ids=[1, 3], num_hidden_layers=4, layer_types=None)
+    model = make_model(**TWO_TABLES)
     ids = ids_of(2, 21)
     expected = chunked(model, ids, None, [6])
     with offload_table(model, "device") as offloaded:

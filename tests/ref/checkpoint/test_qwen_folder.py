@@ -22,7 +22,7 @@ from engram_ref.config import EngramConfig
 from engram_ref.files.header import read_header
 from engram_ref.hashing import NgramHasher
 from engram_ref.plan import check
-from tests.ref.attach.test_offload import make_model
+from tests.ref.attach.test_offload import TWO_TABLES, make_model
 from tests.ref.files.test_header import dig
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
@@ -34,8 +34,7 @@ CONSTANTS = ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offset
 
 @pytest.fixture(scope="module")
 def model():
-    """With tables in blocks 0 and 2."""
-    return make_model(ple_layer_ids=[1, 3], split_ngram_parts=13)
+    return make_model(**TWO_TABLES, split_ngram_parts=13)
 
 
 @pytest.fixture(scope="module")
