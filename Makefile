@@ -2,7 +2,7 @@
 #
 #   make toy     the laptop job: real text to a ByteDMD verdict (results and figures in out/)
 #   make test    the whole test suite
-#   make check   formatter, linter, types, documentation build
+#   make check   formatter, linter, types, figures drawn anew and compared, documentation build
 #   make site    the documentation, in site/; open site/index.html
 #   make findings        every result, figure and document of the findings, from nothing; QUICK=1: a small version
 #   make corpora reuse and prices on texts of eight other kinds, downloaded for the run; no part of them is kept
@@ -37,6 +37,7 @@ check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python bench/fill_docs.py --redraw
 	$(BIN)/python -m zensical build --strict --clean # as a module, so that it finds `bench.site`
 
 site: $(VENV)/stamp-docs

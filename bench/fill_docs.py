@@ -1,7 +1,8 @@
 """Fill the figures of the documents from committed results; nothing between the marks is typed by hand.
 
     python bench/fill_docs.py             rewrite the marked blocks and the figures
-    python bench/fill_docs.py --check     say what would change, and fail if anything would
+    python bench/fill_docs.py --check     say what would change, and fail if anything would; of figures, see `stale`
+    python bench/fill_docs.py --redraw    draw all figures anew, elsewhere; fail if a committed one shows something else
 
 A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is one of BLOCKS. A single value in a
 sentence stands between `<!-- v: NAME -->` and `<!-- /v -->`; NAME is one of `values()`. Neither mark shows when
@@ -14,7 +15,9 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from bench.evidence.from_code import placed_example, published_forms, what_fits,
 from bench.evidence.on_gpu import OnGpu
 from bench.evidence.typed_numbers import BLOCK, MARK, marks_at_line_start, marks_inside_lines, typed_numbers
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
+from bench.instruments.drawing import same_picture
 from bench.instruments.output import source
 from bench.instruments.reading import read_results
 from bench.price import figures
@@ -200,9 +204,31 @@ def stale() -> list[str]:
     scripts = [f"docs/assets/{name}" for name, script in SCRIPTS.items() if _text_of(ASSETS / name) != script()]
     origins = [source(load(name)) for name in DRAWN]
     figures = {path: path.read_text(encoding="utf-8") for path in sorted(FIGURES.glob("*.svg"))}
-    # A figure names the results that it shows: none is drawn again to be compared.
+    # A figure names the results that it shows: none is drawn again to be compared, which `redrawn` does.
     drawn = [path for path, text in figures.items() if not any(origin in text for origin in origins)]
     return documents + scripts + [str(path.relative_to(ROOT)) for path in drawn]
+
+
+def redrawn() -> list[str]:
+    """Figures that show something else than what is drawn today: code, results or matplotlib has changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder))
+        today, kept = _figures(Path(folder)), _figures(FIGURES)
+    other = [name for name in today.keys() & kept.keys() if not same_picture(today[name], kept[name])]
+    return sorted([*other, *(today.keys() ^ kept.keys())])
+
+
+def _figures(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")}
+
+
+def draw(out: Path) -> None:
+    """Draw every figure into a folder, those for a phone, too; on all processors, as it is half a minute on one."""
+    with ProcessPoolExecutor() as pool:
+        jobs = [pool.submit(draw_all, load(name), out) for name, draw_all in DRAWN.items()]
+        jobs += [pool.submit(DRAWN[name], load(name), out, narrow=True) for name in NARROW]
+        for job in jobs:
+            job.result()
 
 
 def _text_of(path: Path) -> str | None:
@@ -224,10 +250,17 @@ def unsourced() -> list[str]:
 def main() -> None:
     """Fill, or check."""
     parser = cli.Parser(prog="fill_docs", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if something is stale")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="change nothing; fail if something is stale")
+    instead.add_argument("--redraw", action="store_true", help="change nothing; fail if a figure shows something else")
     options = parser.parse_args()
     with cli.one_line_errors("fill_docs"):
-        check() if options.check else fill()
+        if options.check:
+            check()
+        elif options.redraw:
+            check_figures()
+        else:
+            fill()
 
 
 def check() -> None:
@@ -238,6 +271,13 @@ def check() -> None:
         raise ValueError(f"neither measured nor published: {'; '.join(typed)}")
 
 
+def check_figures() -> None:
+    """Raise ValueError unless every figure shows what its code draws from the results."""
+    if wrong := redrawn():
+        advice = "run python bench/fill_docs.py, with the matplotlib of constraints.txt"
+        raise ValueError(f"drawn otherwise today: {', '.join(wrong)}; {advice}")
+
+
 def fill() -> None:
     """Write what the results say into documents, scripts and figures; a file that says it already is left alone."""
     for name in DOCUMENTS:
@@ -245,10 +285,7 @@ def fill() -> None:
         _write(path, filled(path.read_text(encoding="utf-8")))
     for name, script in SCRIPTS.items():
         _write(ASSETS / name, script())
-    for name, draw_all in DRAWN.items():
-        draw_all(load(name), FIGURES)
-    for name in NARROW:
-        DRAWN[name](load(name), FIGURES, narrow=True)
+    draw(FIGURES)
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,10 +9,15 @@ import statistics
 import subprocess
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("svg")
 import pytest
+from matplotlib import pyplot as plt
 
 from bench import fill_docs
 from bench.evidence import on_gpu, wall_time
+from bench.instruments.drawing import save_all
 from bench.instruments.output import source
 from bench.instruments.reading import read_results
 from bench.instruments.timing import paired_ratio
@@ -101,6 +106,30 @@ def test_a_changed_number_is_noticed(monkeypatch):
     monkeypatch.setattr(fill_docs, "load", wrong)
     monkeypatch.setattr(fill_docs, "DOCUMENTS", showing)
     assert set(fill_docs.stale()) >= {*showing, "docs/figures/ratios.svg"}
+
+
+def small_figure(results, out):
+    return save_all({"small": lambda results: plt.figure(figsize=(1, 1))}, results, out)
+
+
+def another_figure(results, out):
+    return save_all({"small": lambda results: plt.figure(figsize=(1, 1), facecolor="red")}, results, out)
+
+
+def test_a_figure_that_was_not_drawn_again_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(fill_docs, "FIGURES", tmp_path)
+    monkeypatch.setattr(fill_docs, "DRAWN", {"sharded_cpu": small_figure})
+    monkeypatch.setattr(fill_docs, "NARROW", ())
+    assert fill_docs.redrawn() == ["small.svg"]  # never drawn
+    fill_docs.draw(tmp_path)
+    assert fill_docs.redrawn() == []
+    fill_docs.check_figures()
+    monkeypatch.setattr(fill_docs, "DRAWN", {"sharded_cpu": another_figure})
+    assert fill_docs.redrawn() == ["small.svg"]
+    with pytest.raises(ValueError, match=r"drawn otherwise today: small\.svg"):
+        fill_docs.check_figures()
+    monkeypatch.setattr(fill_docs, "DRAWN", {})
+    assert fill_docs.redrawn() == ["small.svg"]  # nothing draws it
 
 
 FIGURES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from engram_ref import cli
 from engram_ref.files.replacing import replacing_path
 
 NARROW = 3.1  # inches: what a phone of 360 CSS pixels has room for, beside the page's margins
+_DIGEST = re.compile(r"\b[a-z][0-9a-f]{10}\b")  # how a part of a figure is named: a digest of where it lies
+_NUMBER = re.compile(r"(?<![\w.#-])-?\d+(?:\.\d+)?")  # none within a word: colours and letters have numbers, too
+_SAME_PLACE = 0.001  # points: nobody sees less
 # Okabe and Ito's palette: told apart by everyone, and on paper.
 COLOURS = {
     "no_engram": "#999999",
@@ -54,6 +58,22 @@ def save_all(
             plt.close(figure)
         paths.append(path)
     return paths
+
+
+def same_picture(one: str, other: str) -> bool:
+    """Whether two saved figures show the same.
+
+    Processors differ in the last digit of a logarithm, which may change the last digit of a place and its digest.
+    """
+    (words, places), (other_words, other_places) = _words_and_places(one), _words_and_places(other)
+    return words == other_words and all(abs(a - b) <= _SAME_PLACE for a, b in zip(places, other_places))
+
+
+def _words_and_places(svg: str) -> tuple[list[str], list[float]]:
+    """What stands between numbers, with digests by their order, and the numbers."""
+    order: dict[str, str] = {}
+    numbered = _DIGEST.sub(lambda digest: order.setdefault(digest[0], f"part{len(order)}"), svg)
+    return _NUMBER.split(numbered), list(map(float, _NUMBER.findall(numbered)))
 
 
 def panels(

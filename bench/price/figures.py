@@ -24,10 +24,19 @@ from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
 from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
 from bench.price.table import Run, find_run, groups, scale_text, variants
 
-KIND_COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#999999"]
 _BINS = 25  # powers of two of depth; deeper reads share the last
 # Reads of these kinds first, so that what offloading changes lies at the foot of each bar.
-KIND_ORDER = ["row", "staged row", "weight", "activation", "token", "hash constant", "row index", "pad"]
+KIND_COLOURS = {
+    "row": "#D55E00",
+    "staged row": "#E69F00",
+    "weight": "#0072B2",
+    "activation": "#56B4E9",
+    "token": "#009E73",
+    "hash constant": "#F0E442",
+    "row index": "#CC79A7",
+    "pad": "#999999",
+}
+_SMALL = 0.01  # of a bar: less is not seen in it
 
 
 def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[Path]:
@@ -77,7 +86,7 @@ def _depths(results: dict[str, Any]) -> Any:
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks(range(0, _BINS, 4), [f"$2^{{{b}}}$" for b in range(0, _BINS, 4)])
     for axis in axes[-1]:
-        axis.set_xlabel("depth")
+        axis.set_xlabel("depth in the stack, in values")
     figure.suptitle(f"How deep table rows are read, copies included\n{_caption(results)}")
     figure.tight_layout(rect=(0, 0, 0.93, 1))
     figure.colorbar(shades, cax=figure.add_axes((0.945, 0.18, 0.012, 0.55)), label="share of reads")
@@ -101,16 +110,17 @@ def _ratios(results: dict[str, Any]) -> Any:
         for i, variant in enumerate(offloads):
             costs = [[find_run(results, model, b, v)["cost"] for b in boundaries] for v in (variant, "resident")]
             heights = [ours / resident for ours, resident in zip(*costs)]
-            places = [b + (i - 1) * 0.26 for b in range(len(boundaries))]
-            bars = axis.bar(places, heights, 0.24, color=COLOURS[variant], label=variant)
+            places = [b + (i - 1) * 0.3 for b in range(len(boundaries))]
+            bars = axis.bar(places, heights, 0.28, color=COLOURS[variant], label=variant)
             axis.bar_label(bars, [f"{h:.2f}" if h < 10 else f"{h:.1f}" for h in heights], fontsize=7, padding=2)
         for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
             axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--")
-            axis.text(len(boundaries) - 0.55, level * 1.03, text, ha="right", fontsize=8, color="0.35")
+            axis.text(len(boundaries) - 0.55, level, text, ha="right", va="bottom", fontsize=8, color="0.35")
         axis.set_yscale("log")
         axis.set_ylim(0.8, max(40, 1.5 * max(bar.get_height() for bar in axis.patches)))
         axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         axis.set_xticks(range(len(boundaries)), boundaries)
+        axis.set_xlim(-0.5, len(boundaries) - 0.5)  # nothing beside the bars, whose numbers need the width on a phone
         axis.set_title(model)
     axes[0][0].set_ylabel("ByteDMD price / price of resident")
     figure.suptitle(f"What offloading costs depends on what it is divided by\n{_caption(results)}")
@@ -119,13 +129,13 @@ def _ratios(results: dict[str, Any]) -> Any:
 
 def _cost_by_kind(results: dict[str, Any]) -> Any:
     """Stacked price by kind of value: one panel per model and boundary."""
-    names = variants(results)
+    names, parts = variants(results), _parts(results)
     figure, axes, panels = _grid(results, 3.1)
     for axis, runs in panels:
         foot = [0.0] * len(runs)
-        for kind, colour in zip(KIND_ORDER, KIND_COLOURS):
-            costs = [run["cost_by_kind"].get(kind, 0) / 1e6 for run in runs]
-            axis.bar(range(len(runs)), costs, 0.7, bottom=foot, color=colour, label=kind)
+        for label, (colour, kinds) in parts.items():
+            costs = [sum(run["cost_by_kind"].get(kind, 0) for kind in kinds) / 1e6 for run in runs]
+            axis.bar(range(len(runs)), costs, 0.7, bottom=foot, color=colour, label=label)
             foot = [a + b for a, b in zip(foot, costs)]
         axis.set_xticks(range(len(runs)), [name.removeprefix("offload_") for name in names])
         axis.set_ylim(0, 1.05 * max(foot))
@@ -133,6 +143,17 @@ def _cost_by_kind(results: dict[str, Any]) -> Any:
         axis.set_ylabel("price in millions")
     figure.suptitle(f"What the price is made of\n{_caption(results)}")
     return legend_below(figure, axes[0][0], foot=0.06)
+
+
+def _parts(results: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """Name in the legend -> colour and kinds; kinds that no bar shows are one part, whose name says so."""
+    costs = {kind: [run["cost_by_kind"].get(kind, 0) for run in results["runs"]] for kind in KIND_COLOURS}
+    bars = [run["cost"] for run in results["runs"]]
+    small = [kind for kind in costs if all(cost < _SMALL * bar for cost, bar in zip(costs[kind], bars))]
+    parts = {kind: (colour, [kind]) for kind, colour in KIND_COLOURS.items() if kind not in small}
+    if small:
+        parts[f"under {100 * _SMALL:g} % of every bar: {', '.join(small)}"] = ("black", small)
+    return parts
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ MODEL_COLOURS = {
     ("v41-flash", "all"): "#999999",
 }
 LAYOUT_LINES = {"held live": "-", "compacted": "--"}
+_NESTED = (9, 7, 5, 3)  # markers of one place, the first below the others
+_OF_TIER = (("tier_rows_filled", "tier_rows"), ("reads_of_tier", "reads"))
 
 
 def draw_all(results: dict[str, Any], out: Path, narrow: bool = False) -> list[Path]:
@@ -87,7 +89,7 @@ def _place(results: dict[str, Any]) -> Any:
 
 def _hot(results: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharex=True)
-    for table, colour in TABLE_COLOURS.items():
+    for size, (table, colour) in zip(_NESTED, TABLE_COLOURS.items()):
         for layout, style in LAYOUT_LINES.items():
             line = [r for r in select(results, part="hot", table=table, layout=layout) if r["hot_share"]]
             base = one(results, part="hot", table=table, layout=layout, hot_share=0.0)
@@ -95,10 +97,12 @@ def _hot(results: dict[str, Any]) -> Any:
             saved = [100 * (1 - r["price"] / base["price"]) for r in line]
             axes[0].plot(shares, saved, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
         # Of either layout: which rows a tier holds does not depend on it.
-        axes[1].plot(shares, [100 * r["tier_rows_filled"] / r["tier_rows"] for r in line], color=colour, marker="o")
-        axes[1].plot(shares, [100 * r["reads_of_tier"] / r["reads"] for r in line], ":", color=colour, marker="s")
+        full, served = ([100 * r[part] / r[whole] for r in line] for part, whole in _OF_TIER)
+        nested = {"markersize": size, "linewidth": size / 3}  # tables that are as full lie on each other
+        axes[1].plot(shares, full, color=colour, marker="o", **nested)
+        axes[1].plot(shares, served, ":", color=colour, marker="s", markersize=5)
     axes[0].set(xscale="log", ylabel="% of the price saved", title="what it saves", ylim=(0, None))
-    axes[1].set(title="how full it gets (line), reads that it serves (dots)", ylabel="%", ylim=(0, 105))
+    axes[1].set(title="solid: how full it gets; dotted: reads that it serves", ylabel="%", ylim=(0, 105))
     for axis in axes:
         axis.set_xlabel("rows in the hot tier, % of all")
         axis.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])

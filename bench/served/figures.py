@@ -36,9 +36,9 @@ def draw_all(results: Json, out: Path, narrow: bool = False) -> list[Path]:
     return save_all(drawings, results, out, narrow)
 
 
-def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
+def _panels(results: Json, title: str, height: float = 3.3) -> tuple[Any, list[tuple[Any, Json]]]:
     cases = [case for case in results["cases"] if case["rows"]]
-    figure, axes = panels([3.3] * len(cases), width=6, margin=1, title=title)
+    figure, axes = panels([height] * len(cases), width=6, margin=1, title=title)
     for axis, case in zip(axes, cases):
         axis.set_title(f"{numbers.case_name(case)}\n{device_label(results)}", fontsize=9)
     return figure, list(zip(axes, cases))
@@ -47,7 +47,7 @@ def _panels(results: Json, title: str) -> tuple[Any, list[tuple[Any, Json]]]:
 def baselines(results: Json) -> Any:
     """A line per variant, with a point against each baseline; what is not resolved is hollow."""
     title = "Overhead against both baselines, prefill and decoding\n95 %; hollow: not resolved"
-    figure, cases = _panels(results, title)
+    figure, cases = _panels(results, title, height=4.6)
     for axis, case in cases:
         rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
         axis.axvline(0, color="black", linewidth=0.8)
@@ -55,9 +55,11 @@ def baselines(results: Json) -> Any:
         for baseline in BASELINES:
             name_points(axis, COLOURS[baseline], f"against {baseline}")
         for place, row in enumerate(rows):
+            if place % 2:  # which two lie together is seen although as far from the next
+                axis.axhspan(place - 0.5, place + 0.5, color="0.93", zorder=0, linewidth=0)
             _compare(axis, place, case, row)
         axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
         axis.set_xscale("symlog", linthresh=10)  # what is lost may be negative
         axis.set_xlabel("% of the baseline")
     return legend_below(figure, cases[0][0])
@@ -72,7 +74,7 @@ def _compare(axis: Any, place: int, case: Json, row: Json) -> None:
         except NotMeasured:
             continue
         # Both baselines on either side of the variant's line.
-        interval(axis, place + 0.3 * number - 0.15, part.in_percent, COLOURS[baseline], part.resolved)
+        interval(axis, place + 0.5 * number - 0.25, part.in_percent, COLOURS[baseline], part.resolved)
 
 
 def overhead_parts(results: Json) -> Any:

@@ -20,6 +20,7 @@ _LEVELS = ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "
 # Naive and prefetch nearly coincide: the wider line stays visible below.
 _STYLES = {"offload_naive": ("o", "-", 3.0), "offload_prefetch": ("s", "-", 1.2), "offload_hot": ("^", "--", 1.2)}
 _LOGARITHMIC = {"padding", "tokens", "share", "hot", "bytes", "compute", "wrong"}  # the others have names for values
+_SIDE_BY_SIDE = 5  # names that a panel has room for, written level
 
 
 def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
@@ -73,6 +74,8 @@ def _scale(axis: Any, places: list[Any], values: list[Any], sweep: str) -> None:
     else:
         axis.set_xscale("log")
     axis.set_xticks(places, [_tick(value) for value in values])
+    if len(places) > _SIDE_BY_SIDE and sweep not in _LOGARITHMIC:  # names are longer than numbers
+        axis.tick_params(axis="x", labelrotation=30)
     axis.minorticks_off()
 
 

@@ -65,12 +65,23 @@ def timeline(results: Results) -> Any:
     strips = [_lanes(step) for step in results["steps"]]
     heights = [0.24 * len(lanes) + 1.1 for lanes in strips]
     figure, axes = _panels(results, heights, "One step: what ran when, and where compute waited for rows")
+    widest = dict.fromkeys(KINDS, 0.0)
     for axis, step, lanes in zip(axes, results["steps"], strips):
         _name(axis, results, step)
-        _draw_lanes(axis, lanes)
-    handles = [Patch(edgecolor="black", linewidth=0.5, label=kind, **style) for kind, style in KINDS.items()]
-    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(handles))
+        for kind, share in _draw_lanes(axis, lanes):
+            widest[kind] = max(widest[kind], share)
+    _name_kinds(figure, widest)
     return figure
+
+
+def _name_kinds(figure: Any, widest: dict[str, float]) -> None:
+    """The legend: a key for each kind that can be told from a line; of the others it says that they are no more."""
+    seen = [kind for kind, share in widest.items() if share >= 1 / _WIDTH]
+    keys = [Patch(edgecolor="black", linewidth=0.5, label=kind, **KINDS[kind]) for kind in seen]
+    lines = ", ".join(kind for kind, share in widest.items() if 0 < share < 1 / _WIDTH)
+    told = f"drawn as lines, nowhere as wide as 1/{_WIDTH} of a panel: {lines}" if lines else None
+    where = {"loc": "outside lower center", "ncols": max(1, len(keys))}
+    figure.legend(handles=keys, frameon=False, title=told, title_fontsize=8, **where)
 
 
 def _lanes(step: Step) -> list[Lane]:
@@ -84,16 +95,21 @@ def _lanes(step: Step) -> list[Lane]:
     return found
 
 
-def _draw_lanes(axis: Any, lanes: list[Lane]) -> None:
-    """Spans as boxes, short ones on top; a thin line between runs, whose name stands at their first lane only."""
+def _draw_lanes(axis: Any, lanes: list[Lane]) -> list[tuple[str, float]]:
+    """Spans as boxes, short ones on top; a thin line between runs, whose name stands at their first lane only.
+
+    Returns the kind of every box and the share of the panel that it takes.
+    """
     ends: dict[str, float] = {}
     for run, _, spans in lanes:
         ends[run] = max(ends.get(run, 0.0), *(span[3] for span in spans))
     shown = _horizon(list(ends.values()))
     scale, unit = (1e3, "ms") if shown >= 1e-3 else (1e6, "us")
     labels: list[str] = []
+    shares: list[tuple[str, float]] = []
     for place, (run, lane, spans) in enumerate(lanes):
         for kind, begin, end in _merged(spans, shown / _WIDTH):
+            shares.append((kind, (end - begin) / shown))
             box = [(begin * scale, (end - begin) * scale)]
             axis.broken_barh(box, (place - 0.4, 0.8), edgecolor="black", linewidth=0.5, **KINDS[kind])
         first = place == 0 or lanes[place - 1][0] != run
@@ -105,6 +121,7 @@ def _draw_lanes(axis: Any, lanes: list[Lane]) -> None:
     _name_rows(axis, labels)
     axis.set_xlim(0, shown * scale * 1.01)
     axis.set_xlabel(f"{unit} since the step began")
+    return shares
 
 
 def _horizon(ends: list[float]) -> float:

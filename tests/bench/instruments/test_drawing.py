@@ -11,7 +11,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bench.instruments.drawing import NARROW, save_all, stack
+from bench.instruments.drawing import NARROW, same_picture, save_all, stack
 from bench.instruments.output import source
 
 
@@ -69,3 +69,29 @@ def test_both_drawings_name_their_results(tmp_path):
         save_all({"some": drawn}, {"a": 1}, tmp_path, wanted)
     assert {path.name for path in tmp_path.iterdir()} == {"some.svg", "some.narrow.svg"}
     assert all(source({"a": 1}) in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+
+
+PICTURE = """<svg width="9.5pt"><!-- 1.25 --><path d="M 226.958197 2" style="stroke: #0072b2; opacity: 0.5"
+clip-path="url(#pddf34868ef)"/><use x="1" xlink:href="#DejaVuSans-35"/><clipPath id="pddf34868ef"/></svg>"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("226.958197", "226.958198", True),  # the last digit, as another processor computes it
+        ("M 226.958197 2", "M 226.958197 1.999999", True),
+        ("pddf34868ef", "pfcf660f317", True),  # in both places
+        ('id="pddf34868ef"', 'id="pfcf660f317"', False),
+        ("226.958197", "226.968197", False),
+        ("226.958197 2", "226.958197 2 3", False),
+        ("9.5pt", "9.6pt", False),
+        ("0.5", "0.4", False),
+        ("#0072b2", "#0073b2", False),
+        ("DejaVuSans-35", "DejaVuSans-36", False),
+        ("1.25", "-1.25", False),
+        ("M 226", "L 226", False),
+    ],
+)
+def test_the_same_picture_but_for_last_digits(old, new, same):
+    assert old in PICTURE and same_picture(PICTURE, PICTURE)
+    assert same_picture(PICTURE, PICTURE.replace(old, new)) is same
