@@ -196,3 +196,18 @@ def test_the_command_without_a_file_says_how_to_use_it():
     command = [sys.executable, "-m", "bench.wall.figures"]
     bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert bare.returncode == 2 and "the following arguments are required: RESULTS.json" in bare.stderr
+
+
+def test_the_legend_of_the_timeline_names_what_can_be_seen_and_says_what_cannot(results):
+    def said():
+        (legend,) = timeline(results).legends
+        return [text.get_text() for text in legend.get_texts()], legend.get_title().get_text()
+
+    every = {span[0] for run in results["steps"][0]["runs"] if not run["repeat"] for span in run["spans"]}
+    assert said() == ([kind for kind in KINDS if kind in every], "") and "wait" in every
+    for run in results["steps"][0]["runs"]:
+        for span in run["spans"]:
+            if span[0] == "wait":
+                span[3] = span[2] + 1e-9
+    rest = [kind for kind in KINDS if kind in every and kind != "wait"]
+    assert said() == (rest, "drawn as lines, nowhere as wide as 1/500 of a panel: wait")
