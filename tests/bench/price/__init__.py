@@ -1,1 +1,1 @@
-"""Tests of bench.rows."""
+"""Tests of bench.price."""
