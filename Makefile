@@ -2,7 +2,8 @@
 #
 #   make toy     the laptop job: real text to a ByteDMD verdict (results and figures in out/)
 #   make test    the whole test suite
-#   make check   formatter, linter, types, figures drawn anew and compared, documentation build
+#   make check   formatter, linter, types, documentation build
+#   make redraw  every figure drawn anew and compared with the committed one, half a minute
 #   make site    the documentation, in site/; open site/index.html
 #   make findings        every result, figure and document of the findings, from nothing; QUICK=1: a small version
 #   make corpora reuse and prices on texts of eight other kinds, downloaded for the run; no part of them is kept
@@ -19,7 +20,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges processors mutants fuzz clean
+.PHONY: toy test check redraw site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges processors mutants fuzz clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -37,8 +38,10 @@ check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python bench/fill_docs.py --redraw
 	$(BIN)/python -m zensical build --strict --clean # as a module, so that it finds `bench.site`
+
+redraw: $(VENV)/stamp-fast,plot,ref
+	$(BIN)/python bench/fill_docs.py --redraw
 
 site: $(VENV)/stamp-docs
 	$(BIN)/python -m zensical build --strict --clean # as a module, so that it finds `bench.site`
