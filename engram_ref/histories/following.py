@@ -60,18 +60,20 @@ class _Carried:
         """Refuse layers that were last used with other histories, or when these were at another position.
 
         Raises:
-            ValueError: there is one.
+            ValueError: they are, and hold something.
         """
-        if self.histories and any(getattr(layer, _MARK, self._mark) != self._mark for layer in _first_layers(cache)):
+        mark = getattr(_first_layer(cache), _MARK, self._mark)
+        if self.histories and mark != self._mark and cache.get_seq_length() != 0:
             raise ValueError(
                 f"a {type(cache).__name__} with layers that it had left, or of another cache, of which its history is "
-                "not: begin with a new cache, or put the layers into one and `remember` what is in them"
+                "not: begin with a new cache, or `remember` what is in these layers"
             )
 
     def mark(self, cache: Any) -> None:
         """The layers are about to be used, after which they are not what copies of them are."""
         self._mark = secrets.token_hex(8)
-        for layer in _first_layers(cache):
+        layer = _first_layer(cache)
+        if layer is not None:
             setattr(layer, _MARK, self._mark)
 
     def __reduce__(self) -> Any:
@@ -95,11 +97,12 @@ def _places_of(cache: Any) -> list[list[int]]:
     return [[id(part) for part in held if isinstance(part, (list, dict, Tensor))]]  # of a kind of its own
 
 
-def _first_layers(cache: Any) -> list[Any]:
-    """The first layer of a cache, or of each cache inside of it, if it can bear a mark: the others go with it."""
-    if hasattr(cache, "layers"):
-        return [layer for layer in cache.layers[:1] if hasattr(layer, "__dict__")]
-    return [layer for part in _caches_inside(cache) for layer in _first_layers(part)]
+def _first_layer(cache: Any) -> Any:
+    """The first of the layers that a decoder appends to, if it can bear a mark: the others go with it."""
+    # Those of the encoder's output are read only, and may be shared.
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    first = layers[0] if isinstance(layers, (list, tuple)) and layers else None
+    return first if hasattr(first, "__dict__") else None
 
 
 def _caches_inside(cache: Any) -> list[Any]:
@@ -107,32 +110,50 @@ def _caches_inside(cache: Any) -> list[Any]:
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
-    """The history that a cache carries under this key."""
-    return _histories(cache).get(key)
+    """The history that a cache carries under this key.
+
+    Raises:
+        ValueError: the cache has layers of another history.
+    """
+    carried = _carried_by(cache)
+    if carried is None:
+        return None
+    carried.require_own(cache)
+    return _used(cache, carried).get(key)
 
 
-def _histories(cache: Any) -> Histories:
-    """Those that a cache carries; none, if it follows nothing."""
+def _carried_by(cache: Any) -> _Carried | None:
+    """What a cache carries, apart from caches that have other layers by now; None if it follows nothing."""
     carried: _Carried | None = getattr(cache, _ATTRIBUTE, None)
     if carried is None:
-        return {}
+        return None
     carried.join(cache)  # a copy that its class has made by its own `__copy__` has not yet
     carried.part()
     own: _Carried = getattr(cache, _ATTRIBUTE)
-    own.require_own(cache)
-    own.mark(cache)
-    return own.histories
+    return own
+
+
+def _used(cache: Any, carried: _Carried) -> Histories:
+    """The histories, which the layers of a cache are of from here on."""
+    carried.mark(cache)
+    return carried.histories
 
 
 def follow(cache: Any, key: str, history: CacheHistory) -> None:
-    """Let a cache carry a history, and do to it what is done to the cache."""
-    if not hasattr(cache, _ATTRIBUTE):
+    """Let a cache carry a history, in the place of one under the same key, and do to it what is done to the cache.
+
+    Raises:
+        ValueError: it carries others, which are not of its layers.
+    """
+    carried = _carried_by(cache)
+    if carried is None:
         kind: Any = type(cache)
         carried = _Carried({})
         carried.join(cache)
-        carried.mark(cache)
         cache.__class__ = _following(kind)
-    _histories(cache)[key] = history
+    elif carried.histories.keys() - {key}:
+        carried.require_own(cache)
+    _used(cache, carried)[key] = history
 
 
 def unfollow(cache: Any, key: str) -> None:
@@ -144,7 +165,8 @@ def unfollow(cache: Any, key: str) -> None:
     if not carried.histories:
         delattr(cache, _ATTRIBUTE)
         cache.__class__ = type(cache).__bases__[0]
-        for layer in _first_layers(cache):
+        layer = _first_layer(cache)
+        if layer is not None:
             vars(layer).pop(_MARK, None)
 
 
@@ -154,7 +176,7 @@ def _following(kind: type) -> type:
     namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__reduce_ex__": _reduce}
     for name, act_on in _ACTS.items():
         if hasattr(kind, name):
-            namespace[name] = _and_then(getattr(kind, name), act_on)
+            namespace[name] = _and_then(getattr(kind, name), act_on, whatever_it_holds=name == "reset")
     return type(kind.__name__, (kind,), namespace)
 
 
@@ -174,15 +196,25 @@ def _remake(make: Any, kind: type, carried: _Carried, *arguments: Any) -> Any:
     return made
 
 
-def _and_then(method: Any, act_on: Callable[..., Callable[[], None]]) -> Any:
-    """A method of a cache that does the same to the histories; what one of them refuses is done to none."""
+def _and_then(method: Any, act_on: Callable[..., Callable[[], None]], whatever_it_holds: bool) -> Any:
+    """A method of a cache that does the same to the histories; what one of them refuses is done to none.
+
+    Args:
+        whatever_it_holds: also to a cache whose layers are not of these histories.
+    """
 
     @functools.wraps(method)
     def both(cache: Any, *args: Any, **kwargs: Any) -> Any:
-        acts = [act_on(history, *args, **kwargs) for history in _histories(cache).values()]
+        carried = _carried_by(cache)
+        if carried is None:  # detached
+            return method(cache, *args, **kwargs)
+        if not whatever_it_holds:
+            carried.require_own(cache)
+        acts = [act_on(history, *args, **kwargs) for history in carried.histories.values()]
         result = method(cache, *args, **kwargs)
         for act in acts:
             act()
+        carried.mark(cache)
         return result
 
     return both

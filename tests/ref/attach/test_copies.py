@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from engram_ref.attach import attach
 from engram_ref.attach.on_hand import OnHand
@@ -17,7 +18,7 @@ from engram_ref.hashing import NgramHasher
 from engram_ref.layer import build_engram
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
-from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model
+from tests.ref.attach.models import VOCAB, by_hand, make_ids, make_layers, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,6 +280,107 @@ def test_layers_of_another_history_are_refused(swapped, ids):
             attached.remember(cache, cache_ids := torch.cat([before, ids[:, 7:8]], 1))
             wanted = model(torch.cat([cache_ids, ids[:, 8:]], 1), use_cache=False).logits[:, -1:]
             torch.testing.assert_close(model(ids[:, 8:], past_key_values=cache).logits, wanted, **EXACT)
+
+
+def keep_and_go_on(model, cache, tokens):
+    model(tokens[:, :1], past_key_values=cache)
+    kept = copy.deepcopy(cache.layers)
+    model(tokens[:, 1:2], past_key_values=cache)
+    cache.layers = kept
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, lambda: StaticCache(make_model().config, max_cache_len=16)])
+def test_what_begins_anew_or_is_told_needs_no_own_layers(kind, ids):
+    """Layers of another history are emptied, or hold nothing, or somebody says what they hold."""
+    model, layers, other = make_model(), make_layers(form="v41"), make_ids(seed=8)
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached:
+        cache = kind()
+        model(ids[:, :5], past_key_values=cache)
+        keep_and_go_on(model, cache, ids[:, 5:])
+        attached.remember(cache, ids[:, :6])
+        wanted = model(torch.cat([ids[:, :6], other[:, :1]], 1), use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(model(other[:, :1], past_key_values=cache).logits, wanted, **EXACT)
+        keep_and_go_on(model, cache, ids[:, 5:])
+        cache.reset()
+        empty = copy.deepcopy(cache.layers)
+        for begun in (other, ids):  # after the first round the cache gets empty layers of somebody else's
+            model(begun[:, :5], past_key_values=cache)
+            got = model(begun[:, 5:6], past_key_values=cache).logits
+            torch.testing.assert_close(got, model(begun[:, :6], use_cache=False).logits[:, -1:], **EXACT)
+            cache.layers = copy.deepcopy(empty)
+
+
+def test_two_histories_of_one_cache_are_both_of_its_layers(ids):
+    """Of two attachments one is told what the layers hold, and the other one's history is still not theirs."""
+    model, one, two = make_model(), make_layers(form="v41"), make_layers()
+    with torch.no_grad(), attach(model, one.engrams, one.plan), attach(model, two.engrams, two.plan) as attached:
+        cache = DynamicCache()
+        model(ids[:, :5], past_key_values=cache)
+        keep_and_go_on(model, cache, ids[:, 5:])
+        with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
+            attached.remember(cache, ids[:, :6])
+
+
+def test_caches_of_one_encoders_output_are_each_of_their_own_history(ids):
+    """Keys and values of the encoder are read only, and shared; those of the decoder are not."""
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=64, encoder_layers=1, decoder_layers=3, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    decoder = transformers.BartModel(config).double().eval().get_decoder()
+    layers, other = make_layers(form="v41"), make_ids(seed=8)
+    encoded = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def step(tokens, cache=None):
+        given = dict(past_key_values=cache, use_cache=cache is not None)
+        return decoder(input_ids=tokens, encoder_hidden_states=encoded, **given).last_hidden_state
+
+    with torch.no_grad(), attach(decoder, layers.engrams, layers.plan):
+        first = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        step(ids[:, :3], first)
+        fork = copy.copy(first)
+        fork.self_attention_cache = copy.deepcopy(first.self_attention_cache)
+        anew = EncoderDecoderCache(DynamicCache(), first.cross_attention_cache)
+        caches = (first, ids[:, :3], ids[:, 3:]), (fork, ids[:, :3], other), (anew, other[:, :0], other)
+        for at in range(3):
+            for cache, before, tokens in caches:
+                got = step(tokens[:, at : at + 1], cache)
+                wanted = step(torch.cat([before, tokens[:, : at + 1]], 1))[:, -1:]
+                torch.testing.assert_close(got, wanted, **EXACT)
+        first.self_attention_cache = fork.self_attention_cache
+        with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
+            step(ids[:, 6:7], first)
+
+
+class ByNumber(DynamicCache):
+    """Layers in a dict, which say nothing of who used them last."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = {}
+
+    def update(self, keys, values, number, *args, **kwargs):
+        layer = self.layers.setdefault(number, None) or self.layer_class_to_replicate()
+        self.layers[number] = layer
+        return layer.update(keys, values, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx=0):
+        return self.layers[layer_idx].get_seq_length() if layer_idx in self.layers else 0
+
+    def get_query_offset(self, layer_idx=0):
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length=None, layer_idx=0, *args, **kwargs):
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+
+def test_a_cache_whose_layers_bear_no_mark_is_used_as_ever(ids):
+    model, layers = make_model(), make_layers(form="v41")
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        cache = ByNumber()
+        for at in range(4):
+            got = model(ids[:, at : at + 1], past_key_values=cache).logits
+            torch.testing.assert_close(got, model(ids[:, : at + 1], use_cache=False).logits[:, -1:], **EXACT)
 
 
 class CopiesItself(DynamicCache):
