@@ -221,7 +221,8 @@ def _file_beside(name: str, case: dict[str, Any], steps: dict[str, float], block
 
 def _exposed(machine: Machine, kind: str, fetch: float, layer_ids: Sequence[int], block: float) -> float:
     """Of a step with one Engram layer."""
-    return beyond_seconds([fetch], layer_ids, block) + beside_seconds(machine, kind, fetch)
+    beyond = beyond_seconds([fetch], layer_ids, block)
+    return beyond + beside_seconds(machine, kind, [fetch], beyond)
 
 
 def _lookup(name: str, results: dict[str, Any]) -> Iterator[Line]:

@@ -144,7 +144,8 @@ class TokenSource:
         # The tokens of outputs are given, too: a random model repeats itself, and its n-grams would be nobody's.
         drawn = 2 * number if number >= 0 else -2 * number - 1  # seeds are not negative
         # The seed last: NumPy pads what it is given with zeros, so seed 0 draws what the round's number alone would.
-        lengths = draw_lengths(count, prompt, output, (drawn, self._seed))
+        # Twice, or a round of the seed's own number would draw its lengths as it draws its ids.
+        lengths = draw_lengths(count, prompt, output, (drawn, self._seed, self._seed))
         needed = [length.prompt + length.output for length in lengths]
         if self._text is None:
             generator = np.random.default_rng((self._seed, drawn))

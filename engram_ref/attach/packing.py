@@ -211,7 +211,10 @@ def _crosses(sees: Tensor, borders: Tensor) -> bool:
     """Whether a position sees another sequence than its own, by `sees`, [B, T, T]."""
     number = borders.to(sees.device).cumsum(1)  # of the sequence, [B, T]
     across = number[:, :, None] != number[:, None, :]
-    across &= sees  # in place: of [B, T, T], memory costs more to get than to write to
+    if sees.shape == across.shape:
+        across &= sees  # in place: of [B, T, T], memory costs more to get than to write to
+    else:
+        across = across & sees
     return bool(across.view(torch.uint8).max())  # `any` takes 20 times as long on a CPU
 
 

@@ -140,7 +140,13 @@ def answer(question: Question) -> dict[str, Any]:
 
 def _block(question: Question) -> dict[str, Any]:
     blocks, source = question.step_blocks
-    return {"seconds": question.block_s, "source": question.block_source, "blocks": blocks, "blocks_source": source}
+    return {
+        "seconds": question.block_s,  # those that were given; what is estimated goes by the step, and stands there
+        "source": question.block_source,
+        "formula": "window",
+        "blocks": blocks,
+        "blocks_source": source,
+    }
 
 
 def _model(model: Model) -> dict[str, Any]:
@@ -199,8 +205,8 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
     of_layer = (kind, rows / layers, rows / layers * share, row_bytes, hits, group)
     fetch = [seconds(question.machine, *of_layer)] * layers  # every layer reads as many rows
     block = (question.prompt_block if prompt else question.block)(tokens)
-    beside = sum(beside_seconds(question.machine, kind, took) for took in fetch)
-    exposed = None if block is None else beyond_seconds(fetch, config.layer_ids, block) + beside
+    beyond = None if block is None else beyond_seconds(fetch, config.layer_ids, block)
+    exposed = None if beyond is None else beyond + beside_seconds(question.machine, kind, fetch, beyond)
     return {
         "phase": phase,
         "tokens": tokens,
@@ -210,7 +216,8 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
         "seconds": sum(fetch),
         "block_s": block,
         "window_formula": "window.prompt" if prompt else "window",
-        "beside_s": beside,
+        "beyond_s": beyond,
+        "beyond_formula": "beyond",
         "exposed_s": exposed,
         "exposed_formula": "exposed",
         "loss": None if block is None or exposed is None else exposed / (question.step_blocks[0] * block),

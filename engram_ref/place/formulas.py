@@ -51,8 +51,9 @@ FORMULAS = {
     "a least; of experts those that so many tokens choose, each by itself and none preferred",
     "window.prompt": "the same, but at least 2 x active values of a block x tokens / compute (processor, if no GPU)",
     "beyond": "over layers, the most that the fetches up to one take beyond its window; not below 0",
-    "beside": "uva: beside_uva x its fetches; each fetch of host, file and sharded host: beside_staged, of hot and hot "
-    "file: beside_hot; if no GPU, of file and hot file: beside_file; others: 0",
+    "beside": "uva: beside_uva x what of its fetches is not beyond the windows; each fetch of host, file and sharded "
+    "host: beside_staged, of hot and hot file: beside_hot; if no GPU, of file and hot file: beside_file; others: 0, "
+    "not measured",
     "exposed": "beyond + beside",
     "loss": "exposed / (blocks x block time); where nobody says how many blocks, those up to the last layer: a most",
     "time.device": "start_device + 2 x bytes / device",
@@ -176,17 +177,19 @@ def seconds(
     return machine["start_disk"] + reads + seconds(machine, behind, rows, distinct, row_bytes, hits)
 
 
-def beside_seconds(machine: Machine, placement: str, fetch: float) -> float:
-    """What the blocks beside a fetch of one table lose to it, however long they take.
+def beside_seconds(machine: Machine, placement: str, fetches: Sequence[float], beyond: float) -> float:
+    """What the blocks beside the fetches of a step lose to them, however long they take.
 
     Args:
-        fetch: seconds that it takes.
+        fetches: seconds that each takes.
+        beyond: seconds that the step waits for them.
     """
-    if fetch <= 0 or placement not in BESIDE:
+    if placement not in BESIDE:
         return 0.0
     lost = machine[BESIDE[placement]]
-    # A kernel that reads in place shares the GPU with the blocks for as long as it runs; the CPU's part is a hand-over.
-    return lost * fetch if placement == "uva" else lost
+    if placement == "uva":  # a kernel that reads in place shares the GPU with blocks for as long as these run beside it
+        return lost * (sum(fetches) - beyond)
+    return lost * sum(took > 0 for took in fetches)  # the CPU's part is a hand-over
 
 
 def tier_shares(placement: str, hits: float, group: Group = ALONE) -> dict[str, float]:

@@ -50,10 +50,11 @@ def _heading(answer: dict[str, Any], number: int) -> str:
     step = answer["placements"][0]["steps"][number]
     asked = step["rows"] * answer["model"]["row_bytes"]
     rows = f"{step['rows']:,} rows, {step['distinct_rows']:,.0f} of them distinct, {size(asked)}"
-    # What was given is the time of a decode step's block; a prompt's may take longer.
-    said = step["block_s"] in (None, answer["block"]["seconds"])
+    prompt = step["phase"] == "prefill"
+    # What was given is the time of a decode step's block; a prompt's may take longer, and nobody may know how long.
+    said = step["block_s"] is None or (not prompt and answer["block"]["seconds"] is not None)
     least = "" if said else f"; a block takes {time(step['block_s'])} at least"
-    if step["phase"] == "prefill":
+    if prompt:
         return f"== a prompt of {step['tokens']:,} tokens: {rows}{least}"
     return f"== {step['tokens']:,} tokens a step: {rows} a step{least}"
 
@@ -90,10 +91,12 @@ def _notes(answer: dict[str, Any]) -> list[str]:
     no_gpu = answer["machine"]["gpu"] is None
     idle = _OF_GPUS + _BESIDE if no_gpu else _OF_CPUS
     rates = [(name, rate) for name, rate in answer["machine"]["rates"].items() if name not in idle]
+    alone = answer["group"]["ranks"] == 1
+    unmeasured = "" if alone else "; what blocks lose beside sharded rows was never measured, and is taken for none"
     lines = [
         "fetch, exposed: seconds of a step's fetches; what of them the blocks before the layers do not hide, and what "
         "blocks lose beside them",
-        "loss: exposed over all blocks of the step, if they take no longer than this",
+        f"loss: exposed over all blocks of the step, if they take no longer than this{unmeasured}",
         "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",
         "energy: of moving the rows, from published ranges. Every prediction names its formula in --json",
     ]

@@ -61,6 +61,10 @@ def test_the_weights_that_would_decide_what_an_upper_bound_leaves_open(evidence,
     own = step_price(record["engram_weight_bytes"], 2, above=nbytes)
     buried = step_price(nbytes, blocks, above=record["engram_weight_bytes"]) - weights
     assert 0.029 < (rows + own + buried) / weights < 0.03
+    claim = "model.v41-flash.one.claim_gb"
+    assert (
+        price.values(evidence)[claim] == f"{claim_weights(evidence.model_step('v41-flash', 'one')) / 1e9:.2g}" == "17"
+    )
     (qwen, *_) = (r for r in evidence["production_qwen"]["records"] if r["part"] == "whole_model")
     assert under_claim(qwen) == "no bound"  # much that lies above its rows is not known
 

@@ -51,6 +51,42 @@ def test_microseconds_are_differences_of_mean_steps_round_by_round(committed, va
     assert found["gpu.least_ms"] == f"{1e3 * weights:.1f}"
 
 
+def test_energies_are_powers_of_whole_passes_times_seconds_of_steps(committed, values):
+    found, (case,) = values(committed), committed[HUNDRED]["cases"]
+    rows = {row["label"]: row for row in case["rows"]}
+    watts = []
+    for sample in rows["resident"]["rounds"]:
+        board = sample["board"]["value"]
+        spent = board["joules_after"] - board["joules_before"]
+        watts.append(spent / (sum(sample["prefill_s"]) + sum(sample["decode_s"])))
+    watt = statistics.median(watts)
+    step = statistics.median(s for sample in rows["no_engram"]["rounds"] for s in sample["decode_s"])
+    assert found["gpu.step_joules"] == f"{watt * step:.1f}"
+    # 15.1 GB of weights at 3.44 to 4.3 pJ a bit of HBM; 1,536 rows of 264 B at 57 pJ of DDR and PCIe at the most.
+    low, high = (8 * case["weight_bytes"]["model"] * pico * 1e-12 for pico in (3.44, 4.3))
+    assert found["gpu.step_over_hbm"] == f"{watt * step / high:.0f} to {watt * step / low:.0f}"
+    assert float(found["gpu.rows_mj"]) == pytest.approx(1e3 * 64 * 24 * 264 * 8 * 57e-12, rel=0.3)
+    added = [mean_steps(case, "offload_uva in graph")[n] - s for n, s in mean_steps(case, "no_engram").items()]
+    assert found["gpu.graph.wait_mj"] == f"{1e3 * watt * statistics.median(added):.0f}"
+    assert found["gpu.graph.token_us"] == f"{1e6 * statistics.median(added) / 64:.1f}"
+
+
+def test_whole_passes_against_the_resident_table(committed, values):
+    found, (case,) = values(committed), committed[HUNDRED]["cases"]
+    passes = {
+        row["label"]: {s["round"]: sum(s["prefill_s"]) + sum(s["decode_s"]) for s in row["rounds"]}
+        for row in case["rows"]
+    }
+    graph, resident = passes["offload_uva in graph"], passes["resident"]
+    lost = sorted(100 * (graph[number] / resident[number] - 1) for number in resident)
+    said = f"{statistics.median(lost):+.1f} [{lost[0]:+.1f}, {lost[-1]:+.1f}]"
+    assert found["gpu.graph.whole_over_resident"] == said
+    (step,) = committed[PREFILL]["steps"]
+    prompt = {run["variant"]: run["step_s"] for run in step["runs"] if not run["repeat"]}
+    longer = statistics.median(a - b for a, b in zip(prompt["offload_uva"], prompt["resident"]))
+    assert found["gpu.prompt.token_us"] == f"{1e6 * longer / 4096:.1f}"
+
+
 def test_rows_in_place_follow_from_the_first_and_the_last_number_of_tokens(committed, values):
     found, cases = values(committed), committed[LOOKUP]["cases"]
     one, many = (statistics.median(cases[place]["samples_s"]["uva"]) for place in (0, -1))

@@ -312,7 +312,7 @@ def test_what_begins_anew_or_is_told_needs_no_own_layers(kind, ids):
 
 def test_two_histories_of_one_cache_are_both_of_its_layers(ids):
     """Of two attachments one is told what the layers hold, and the other one's history is still not theirs."""
-    model, one, two = make_model(), make_layers(form="v41"), make_layers()
+    model, one, two = make_model(), make_layers(form="v41"), make_layers(layer_ids=(0,), form="v41")
     with torch.no_grad(), attach(model, one.engrams, one.plan), attach(model, two.engrams, two.plan) as attached:
         cache = DynamicCache()
         model(ids[:, :5], past_key_values=cache)
