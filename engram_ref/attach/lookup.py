@@ -148,7 +148,7 @@ class Source:
                 self._sent = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
         here, copied = self._sent  # page-locked memory and an event cost more to get than the copy does
         here.copy_(ids, non_blocking=True)
-        copied.record()
+        copied.record(torch.cuda.current_stream(ids.device))  # which copies; the current device may be another
 
         def wait() -> Tensor:
             copied.synchronize()

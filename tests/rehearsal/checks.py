@@ -10,6 +10,7 @@ import json
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from tests.rehearsal import install
 
@@ -211,13 +212,16 @@ def token_ids_that_the_cpu_needs_come_into_the_same_memory() -> None:
         made = []
         for batch in (3, 3, 2, 2):
             ids = torch.randint(0, 150, (batch, 1), device=GPU)
-            with torch.inference_mode(batch == 3), Calls() as calls:
+            streams = {ids.device: torch.cuda.Stream(), None: torch.cuda.Stream()}  # None: of another, current device
+            current_stream = mock.patch.object(torch.cuda, "current_stream", lambda device=None, of=streams: of[device])
+            with torch.inference_mode(batch == 3), current_stream, Calls() as calls:
                 sent = source.send_for(ids)
                 assert sent is not None
                 arrived = sent()
             assert torch.equal(arrived, ids.cpu())
             made.append(calls.pop("make an event", 0))
-            assert calls == {"copy_": 1, "record": 1, "the host waits": 1}, dict(calls)
+            assert calls == {"current stream": 1, "copy_": 1, "record": 1, "the host waits": 1}, dict(calls)
+            assert source._sent is not None and source._sent[1].stream is streams[ids.device], "the stream that copies"
         assert made == [1, 0, 1, 0]
 
 
