@@ -8,6 +8,7 @@ from types import TracebackType
 
 import engram_ref.needs_torch  # noqa: F401
 
+import torch
 from torch import Tensor
 
 from engram_ref.prefetch.slots import Lease
@@ -103,8 +104,11 @@ class Join:
 
     @property
     def row_numbers(self) -> Tensor:
-        """The numbers of the rows, [B*T*C], where the table wanted them; there once `wait` has returned."""
-        return self._lease.buffers.numbers[self._layer_id]
+        """The numbers of the rows, [B*T*C], where the table wanted them, for the current stream, once `wait` has ended."""
+        numbers = self._lease.buffers.numbers[self._layer_id]
+        if numbers.is_cuda:  # of the side stream, which would recycle their memory while the current one reads it
+            numbers.record_stream(torch.cuda.current_stream(numbers.device))
+        return numbers
 
     def settle(self) -> None:
         """Wait until nobody writes into the buffers any more."""

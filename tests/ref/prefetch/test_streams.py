@@ -33,6 +33,8 @@ def test_hashing_on_the_device(values):
 class OnStream(torch.Tensor):
     """A tensor whose memory a stream keeps."""
 
+    is_cuda = True
+
     def record_stream(self, stream):
         stream.did.append(f"{stream.name} keeps memory")
 
@@ -71,7 +73,9 @@ def did(monkeypatch):
 
     def hashed(hasher, ids, history=None):
         did.append(f"hash on {Stream.current.name}")
-        return real(hasher, ids.as_subclass(torch.Tensor), history)
+        found = real(hasher, ids.as_subclass(torch.Tensor), history)
+        on_gpu = type(ids) is OnStream
+        return {i: rows.as_subclass(OnStream) if on_gpu else rows for i, rows in found.items()}
 
     real = DeviceHasher.__call__
     monkeypatch.setattr(DeviceHasher, "__call__", hashed)
@@ -106,8 +110,9 @@ def test_a_side_stream_waits_for_the_ids_and_is_waited_for(values, did):
         for place, layer_id in ((5, 1), (7, 3)):
             did[:] = did[:7]
             assert torch.equal(fetch[layer_id].wait(), expected(values, ids, layer_id))
-            assert torch.equal(fetch[layer_id].row_numbers, numbers(ids, layer_id))
             assert did[7:] == [f"caller waits for event {place}", "caller keeps memory"]
+            assert torch.equal(fetch[layer_id].row_numbers, numbers(ids, layer_id))
+            assert did[9:] == ["caller keeps memory"]
         fetch.release()
         rows = torch.ones(3).as_subclass(OnStream)
 
