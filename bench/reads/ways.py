@@ -62,7 +62,7 @@ class Reads(AbstractContextManager["Reads"]):
 
     def __init__(self, rows: Rows, device: torch.device, names: Sequence[str], seed: int) -> None:
         self.rows, self.device, self.names, self._seed = rows, device, list(names), seed
-        self._bad_row = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._bad_row = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._layouts = Layouts(rows, device)
         try:
             for name in self.names:

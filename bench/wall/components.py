@@ -119,8 +119,9 @@ class Components:
         require_host_bytes(count * self._row_format.row_bytes + self.positions * width * dtype.itemsize)
         # Page-locked for both strategies: the comparison is of what is uploaded.
         # [B*T*C, D]; numbers: `compute` by itself projects them.
-        e = torch.randn((count, config.row_width), dtype=dtype, pin_memory=self._cuda)
-        kv = torch.empty((self.batch, self.tokens, width), dtype=dtype, pin_memory=self._cuda)  # [B, T, (G+1)*H]
+        e = torch.randn((count, config.row_width), dtype=dtype, device="cpu", pin_memory=self._cuda)
+        shape = (self.batch, self.tokens, width)  # [B, T, (G+1)*H]
+        kv = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self._cuda)
         return {"e": e, "kv": kv}
 
     def _hash(self) -> None:

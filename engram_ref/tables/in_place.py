@@ -75,7 +75,8 @@ class _BadRow:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows = rows
-        self.word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")  # 0, which exists, for none
+        # 0, which exists, stands for none.
+        self.word = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
     def check(self) -> None:
         bad = int(self.word)

@@ -54,6 +54,11 @@ def test_every_way_finds_what_was_written(reads):
     reads.check()
 
 
+def test_another_default_device_changes_nothing(rows):
+    with torch.device("meta"), Reads(rows, CPU, ["as_is", "stream"], seed=3) as reads:
+        reads.check()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_wrong_rows_are_refused_by_name(name, rows):
     with Reads(rows, CPU, [name], seed=3) as reads:

@@ -52,6 +52,15 @@ def test_all_kinds_of_row_numbers(case, placed):
         assert_same_bits(fetch(table, rows), values, rows)
 
 
+@every_case
+def test_another_default_device_changes_nothing(case, placed):
+    """What is meant to be on the CPU is asked for there; meta, like CUDA, gives no number without being asked."""
+    values, rows = random_values(), random_rows(500)
+    with torch.device("meta"):
+        table = placed(case, values)
+        assert_same_bits(fetch(table, rows), values, rows)
+
+
 WRONG = {
     "the next row": lambda values, rows: values[(rows + 1) % len(values)],
     "sorted": lambda values, rows: values[rows.sort().values],
