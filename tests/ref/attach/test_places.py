@@ -42,9 +42,25 @@ class Tokenwise(nn.Module):
 
     def forward(self, input_ids, past_key_values=None, use_cache=None):
         hidden = self.embedded[input_ids]
-        for layer in self.layers:
+        for layer in self.blocks():
             hidden = layer(hidden)
         return hidden
+
+    def blocks(self):
+        return self.layers
+
+
+class Nested(Tokenwise):
+    """The same with its blocks one module further inside, as BERT has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layer = self.layers
+        del self.layers
+
+    def blocks(self):
+        return self.encoder.layer
 
 
 class Cache:
@@ -131,11 +147,15 @@ def interpreted():
 
 @pytest.mark.parametrize("form", ["demo", "v41"])
 @pytest.mark.filterwarnings("ignore:this plan knows the size of its vocabulary")
-@pytest.mark.parametrize("vocab", [None, np.arange(VOCAB)[::-1].copy()], ids=["compressed", "token ids"])
-def test_each_is_what_it_is_alone_where_steps_ask_for_their_rows(form, vocab, sequences):
+@pytest.mark.parametrize(
+    ("vocab", "kind"),
+    [(None, Tokenwise), (np.arange(VOCAB)[::-1].copy(), Nested)],
+    ids=["compressed", "token ids, nested blocks"],
+)
+def test_each_is_what_it_is_alone_where_steps_ask_for_their_rows(form, vocab, kind, sequences):
     """Run eagerly, a step asks, too, and a thread answers it meanwhile; prompts in between wait for the thread."""
     interpreted()
-    model, layers = Tokenwise(), make_layers((0, 1), form)
+    model, layers = kind(), make_layers((0, 1), form)
     with torch.no_grad(), attach(model, in_host_memory(layers), layers.plan, vocab) as attached:
 
         def step(ids, cache):
