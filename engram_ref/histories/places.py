@@ -65,9 +65,9 @@ class Places(CacheHistory):
             slots: places, [b], integers on the CPU; None for all.
 
         Raises:
-            ValueError: a place that does not exist or is named twice.
+            ValueError: a place that does not exist or is named twice, or no list of integers.
         """
-        slots = torch.arange(self.batch_size, device="cpu") if slots is None else torch.as_tensor(slots, device="cpu")
+        slots = torch.arange(self.batch_size, device="cpu") if slots is None else _integers("places", slots)
         named = self._named(slots)
         self._admitted = None
         self._put(self.recent.index_fill(0, slots.to(self.recent.device), DEAD))
@@ -86,9 +86,9 @@ class Places(CacheHistory):
             lengths: its tokens, [b]; those behind them fill the batch up, on the right.
 
         Raises:
-            ValueError: a place that does not exist or is named twice, or a prompt without a token.
+            ValueError: a place that does not exist or is named twice, a prompt without a token, or no list of integers.
         """
-        slots, lengths = torch.as_tensor(slots, device="cpu"), torch.as_tensor(lengths, device="cpu")
+        slots, lengths = _integers("places", slots), _integers("lengths", lengths)
         named = self._named(slots)
         if not named or lengths.shape != slots.shape or lengths.min() < 1:
             raise ValueError(f"prompts of {lengths.tolist()} tokens for places {named}: give one at least for each")
@@ -237,3 +237,16 @@ class Prompts(CacheHistory):
         engram(hidden[each, at.clamp_min(0)], Ready(of_last.reshape(-1, rows.shape[1])), past)
         before = (at < 0)[..., None, None]  # where a prompt has not begun
         self._places.convolutions[layer_id].values[self._slots.to(device)] = past.values.masked_fill(before, 0)
+
+
+def _integers(what: str, given: Any) -> Tensor:
+    """What the user gave for places or lengths, int64 [b] on the CPU.
+
+    Raises:
+        ValueError: something else than one integer for each.
+    """
+    numbers = torch.as_tensor(given, device="cpu")
+    integers = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if numbers.ndim != 1 or (len(numbers) and not integers):
+        raise ValueError(f"{what} {numbers.tolist()}: give integers, one for each sequence")
+    return numbers.to(torch.int64)

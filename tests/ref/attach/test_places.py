@@ -252,6 +252,11 @@ def test_pasts_stay_where_they_are_and_other_attachments_go_on_with_them(sequenc
         ([], [], r"prompts of \[\] tokens for places \[\]: give one at least"),
         ([0], [0], r"prompts of \[0\] tokens for places \[0\]: give one at least"),
         ([0, 1], [3], r"prompts of \[3\] tokens"),
+        ([[0], [1]], [[3], [3]], r"^places \[\[0\], \[1\]\]: give integers, one for each sequence$"),
+        (0, [3], "^places 0: give integers"),
+        ([0.0, 1.0], [3, 3], r"^places \[0.0, 1.0\]: give integers"),
+        ([False, True], [3, 3], r"^places \[False, True\]: give integers"),
+        ([0, 1], [3.0, 2.5], r"^lengths \[3.0, 2.5\]: give integers"),
         ([0, 1], [3, 10], "a prompt of 10 tokens was admitted; the token ids have 9 positions"),
         ([1], [3], "2 sequences, where 1 were admitted: give a chunk for every place"),
     ],
@@ -268,6 +273,20 @@ def test_prompts_that_take_no_places_are_refused(slots, lengths, said):
         with pytest.raises(ValueError, match="3 sequences, where 2 places go on"):
             model(make_ids(3, 1), past_key_values=cache)
         model(make_ids(2, 1), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"^places \[True\]: give integers"):
+            places.clear([True])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_integers_of_any_width_name_places(dtype, seated):
+    model, cache, places = seated.model, seated.cache, seated.places
+    ids, found = make_ids(2, 5), []
+    for kind in (torch.int64, dtype):
+        places.clear(torch.tensor([0, 1], dtype=kind))
+        places.admit(torch.tensor([1, 0], dtype=kind), torch.tensor([4, 2], dtype=kind))
+        model(ids[:, :4], past_key_values=cache)
+        found.append((model(ids[:, 4:], past_key_values=cache), places.recent))
+    assert all(torch.equal(wide, narrow) for wide, narrow in zip(*found))
 
 
 def test_places_that_do_not_fit_and_steps_that_cannot_be_staged_are_refused():
