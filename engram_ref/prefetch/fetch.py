@@ -104,7 +104,7 @@ class Join:
 
     @property
     def row_numbers(self) -> Tensor:
-        """The numbers of the rows, [B*T*C], where the table wanted them, for the current stream, once `wait` has ended."""
+        """The numbers of the rows, [B*T*C], where the table wanted them; for the current stream, after `wait`."""
         numbers = self._lease.buffers.numbers[self._layer_id]
         if numbers.is_cuda:  # of the side stream, which would recycle their memory while the current one reads it
             numbers.record_stream(torch.cuda.current_stream(numbers.device))
