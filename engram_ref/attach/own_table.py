@@ -56,6 +56,8 @@ def _modeling() -> ModuleType:
 
 def plan_of(text: Any, embeddings: Mapping[int, Any]) -> HashPlan:
     """The plan, computed by ourselves from what the class was built with; its primes must be the class's."""
+    for block, embedding in embeddings.items():
+        _require_own(block, embedding.ngram_embedding)
     one = next(iter(embeddings.values()))
     config = EngramConfig(
         layer_ids=tuple(embeddings),
@@ -75,14 +77,24 @@ def plan_of(text: Any, embeddings: Mapping[int, Any]) -> HashPlan:
     )
     plan = HashPlan.build(config, one.unigram_vocab_size, one.eos_token_id)
     for layer, (block, embedding) in zip(plan.layers, embeddings.items()):
-        if isinstance(embedding.ngram_embedding, Lookup):
-            raise ValueError(f"the table of block {block} is offloaded already: restore() that one first")
         if list(layer.primes) != embedding.head_vocab_sizes or layer.rows != embedding.ngram_embedding.num_embeddings:
             raise ValueError(
                 f"block {block}: the class has a table of {embedding.ngram_embedding.num_embeddings} rows, the plan of "
                 f"its configuration one of {layer.rows}: this transformers hashes otherwise than the tested ones"
             )
     return plan
+
+
+def _require_own(block: int, table: nn.Module) -> None:
+    """Refuse what stands in the table's place and is not what the class, or `without_table`, has put there."""
+    if isinstance(table, Lookup):
+        raise ValueError(f"the table of block {block} is offloaded already: restore() that one first")
+    if not isinstance(table, (nn.Embedding, _Absent)):
+        kind = type(table)
+        raise ValueError(
+            f"the table of block {block} is wrapped in a {kind.__module__}.{kind.__name__}, as by adapters: leave it "
+            "out of them, or unload them first"
+        )
 
 
 def ids_before(cache: Any, block: int) -> Tensor | None:

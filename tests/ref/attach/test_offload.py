@@ -392,6 +392,31 @@ def test_models_that_have_none_and_tables_that_are_away(model):
             copy.deepcopy(model)
 
 
+class Adapted(nn.Module):
+    """As LoRA wraps an embedding (peft): its weight is the wrapped one's."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, numbers):
+        return self.base_layer(numbers) + 1
+
+
+def test_a_table_that_is_wrapped_is_refused(model):
+    embedding, table = model.model.layers[0].ple.ple_embedding, table_of(model)
+    embedding.ngram_embedding = Adapted(table)
+    try:
+        with pytest.raises(ValueError, match=r"^the table of block 0 is wrapped in a tests\..*\.Adapted, as by adapters: "):
+            offload_table(model, "host")
+    finally:
+        embedding.ngram_embedding = table
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_a_table_that_is_sharded_is_refused(given):
     """Given rows would be compared with it."""
