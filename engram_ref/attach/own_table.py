@@ -7,6 +7,7 @@ hash must be.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class Seat:
 
 
 class Lookup(nn.Module):
-    """What stands in the model where its table was."""
+    """What stands in the model where its table was, and tells of what is done to the model without its rows."""
 
     def __init__(self, look_up: Callable[[int, Tensor], Tensor], block: int, table: Any, device: torch.device) -> None:
         super().__init__()
@@ -199,12 +200,32 @@ class Lookup(nn.Module):
         self.weight = torch.empty(
             0, table.embedding_dim, dtype=table.weight.dtype, device=device
         )  # asked for its place
+        self._dtype = self.weight.dtype  # as the model's has become since
         self._look_up = look_up
         self._block = block
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Rows [B, T, C, D] of the numbers [B, T, C]."""
+        if self._dtype != self.weight.dtype:
+            raise ValueError(
+                f"the model was made {self._dtype} while its n-gram table is offloaded, whose rows stay "
+                f"{self.weight.dtype}: make it that again, or restore() the table and change the dtype then"
+            )
         return self._look_up(self._block, numbers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Lookup:
+        """`to`, `double` and their like; told at the next lookup, not in the midst of a model that is half of it."""
+        self._dtype = fn(self.weight).dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *given: Any) -> None:
+        # `save_pretrained` would write a checkpoint that loads, with new rows for those it has not.
+        warnings.warn(
+            f"the n-gram table of block {self._block} is offloaded, so its rows are not in this state_dict, nor in a "
+            "checkpoint made of it: restore() it before you save",
+            stacklevel=2,
+        )
+        super()._save_to_state_dict(*given)
 
 
 class _OwnMemory(HostTable):

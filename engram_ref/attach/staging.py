@@ -173,7 +173,8 @@ class StagedSteps(ABC):
 
     def _ask(self, staged: Staged, ids: Tensor, cache: Any) -> None:
         """Stage a step that asks for its rows itself: captured, in each replay; otherwise now, and it is answered."""
-        self._require_hooks(self.decoder.get_submodule(self._list))
+        blocks: Any = self.decoder.get_submodule(self._list)
+        self._require_hooks(blocks)
         places = self._asking_places(ids, cache)
         values, dtype = self._source.answer_of(ids.shape)
         self._joined.clear()

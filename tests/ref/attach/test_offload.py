@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import threading
+import warnings
 
 import pytest
 import torch
@@ -93,7 +95,6 @@ def test_every_placement(model, tmp_path, name, prefetch):
     with offload_table(model, prefetch=prefetch, **arguments) as offloaded:
         assert torch.equal(logits(model, ids), expected)
         assert (offloaded.prefetched, offloaded.late) == ((1, 0) if prefetch else (0, 1))
-        assert not any("ngram_embedding.weight" in key for key in model.state_dict())
         if name == "host":  # the table uses the model's own memory
             assert offloaded.freed_bytes == {} and parameter.shape == bits.shape
         else:
@@ -392,6 +393,28 @@ def test_models_that_have_none_and_tables_that_are_away(model):
             copy.deepcopy(model)
 
 
+def test_what_is_saved_without_the_rows_says_so(tmp_path):
+    model = make_model(ple_layer_ids=[1, 3])
+    with offload_table(model, "device"), pytest.warns(UserWarning) as told:
+        model.save_pretrained(tmp_path)
+        assert not any("ngram_embedding.weight" in key for key in model.state_dict())
+    assert [re.match(r"the n-gram table of block (\d) is offloaded", str(one.message))[1] for one in told] == list(
+        "0202"
+    )
+    with warnings.catch_warnings(action="error"):
+        assert sum("ngram_embedding.weight" in key for key in model.state_dict()) == 2
+
+
+def test_a_model_of_another_dtype_than_its_rows_is_refused(model):
+    ids = ids_of(1, 9)
+    expected = logits(model, ids)
+    with offload_table(model, "host"):
+        model.to("cpu", torch.float64)
+        with pytest.raises(ValueError, match=r"^the model was made torch\.float64 while .* stay torch\.float32: "):
+            logits(model, ids)
+        assert torch.equal(logits(model.float(), ids), expected)
+
+
 class Adapted(nn.Module):
     """As LoRA wraps an embedding (peft): its weight is the wrapped one's."""
 
@@ -411,7 +434,7 @@ def test_a_table_that_is_wrapped_is_refused(model):
     embedding, table = model.model.layers[0].ple.ple_embedding, table_of(model)
     embedding.ngram_embedding = Adapted(table)
     try:
-        with pytest.raises(ValueError, match=r"^the table of block 0 is wrapped in a tests\..*\.Adapted, as by adapters: "):
+        with pytest.raises(ValueError, match=r"^the table of block 0 is wrapped in a tests\..*\.Adapted, as by adap"):
             offload_table(model, "host")
     finally:
         embedding.ngram_embedding = table
