@@ -30,6 +30,7 @@ from engram_ref.attach.blocks import (
     length_of,
     reader,
     recurs,
+    tell_apart,
     tell_larger,
 )
 from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
@@ -102,7 +103,7 @@ def attach(
     check_layers(model, blocks, engrams, plan if isinstance(plan, HashPlan) else plan.plan)
     refuse_twice(blocks, engrams)
     with torch.inference_mode(False):  # what is made here is written to in whatever mode the model runs
-        made = _make(decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
+        made = _make(model, decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
     try:
         if not isinstance(prefetcher, OnHand):
             tell_larger(decoder, made.token_ids)
@@ -114,6 +115,7 @@ def attach(
 
 
 def _make(
+    model: nn.Module,
     decoder: nn.Module,
     blocks: nn.ModuleList,
     engrams: Mapping[int, Engram],
@@ -130,13 +132,13 @@ def _make(
     if prefetcher is not None:
         if observer is not None:
             raise ValueError("an observer and a prefetcher: give the observer to the prefetcher")
-        return Attached(decoder, blocks, engrams, Source(hasher, vocab, prefetcher, form, not background), exposed)
+        source = Source(hasher, vocab, prefetcher, form, not background)
+        return Attached(model, decoder, blocks, engrams, source, exposed)
     tables = {layer_id: engram.table for layer_id, engram in engrams.items()}
     own = Prefetcher(hasher, tables, buffers, background, observer)
     try:
-        return Attached(
-            decoder, blocks, engrams, Source(hasher, vocab, own, form, not background), exposed, own, buffers
-        )
+        source = Source(hasher, vocab, own, form, not background)
+        return Attached(model, decoder, blocks, engrams, source, exposed, own, buffers)
     except BaseException:
         own.close()
         raise
@@ -155,6 +157,7 @@ class Attached(StagedSteps):
 
     def __init__(
         self,
+        model: nn.Module,
         decoder: nn.Module,
         blocks: nn.ModuleList,
         engrams: Mapping[int, Engram],
@@ -171,6 +174,7 @@ class Attached(StagedSteps):
         self.index_device = source.device
         self._source = source
         self._exposed = exposed
+        self._not_trained_yet: Any = weakref.ref(model)  # until the first forward that is trained
         self._own = own
         self._key = secrets.token_hex(8)
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -305,6 +309,9 @@ class Attached(StagedSteps):
         thread = threading.get_ident()
         self._drop(thread)
         given = self._read(args, kwargs)
+        if self._not_trained_yet is not None and module.training and torch.is_grad_enabled():
+            model, self._not_trained_yet = self._not_trained_yet(), None
+            tell_apart(module if model is None else model, self.engrams)
         # Inside of torch.func every tensor that is made is wrapped, and has no address that compiled code could read.
         with torch._C._DisableFuncTorch(), self._waiting("start"), self._turn:
             # A thread that never ends its step does not stop the others for good: without a buffer they are refused.

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.ngram import NgramHasher
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.layer import Engram, check_plan
+from engram_ref.tables.device import DeviceTable
 
 
 def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
@@ -135,6 +137,23 @@ def tell_larger(decoder: Any, known: int) -> None:
         warnings.warn(
             f"the model has token ids 0 .. {count - 1}, the vocabulary of Engram 0 .. {known - 1}: a forward with a "
             "token beyond is refused; if it can come, compress with the vocabulary that the model was trained with",
+            stacklevel=3,
+        )
+
+
+def tell_apart(model: Any, engrams: Mapping[int, Engram]) -> None:
+    """Warn, on several ranks, of weights that are none of the model's: what reduces its gradients passes them over."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    weights: list[Tensor] = [weight for engram in engrams.values() for weight in engram.parameters()]
+    tables = [engram.table for engram in engrams.values()]
+    weights += [table.weight for table in tables if isinstance(table, DeviceTable) and table.weight is not None]
+    if any(weight.requires_grad and id(weight) not in own for weight in weights):
+        warnings.warn(
+            f"training on {dist.get_world_size()} ranks with Engram weights that are not in the model, so that DDP and "
+            "FSDP leave each rank its own: before you wrap it, model.engrams = nn.ModuleDict({'1': engram}), and for "
+            "rows model.rows = weight; or reduce their gradients yourself",
             stacklevel=3,
         )
 

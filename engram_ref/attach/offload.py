@@ -14,8 +14,8 @@ computed and every fetch starts; where the class looks rows up, they are joined 
 that the class has computed by itself. What cannot be known at the entry (embeddings without token ids, a block that is
 recomputed in the backward pass, more threads than buffers) is fetched where it is looked up. The logits are those of
 the untouched model, bit for bit, and caches may be cropped, reordered and copied as ever. The rows are not trained
-while they are away, `state_dict` is without them and warns, and on exit the very parameters that were taken out are put back,
-with the same bytes.
+while they are away, `state_dict` is without them and warns, and on exit the very parameters that were taken out are put
+back, with the same bytes.
 
     python -m pytest tests/ref/attach/test_offload.py
 """

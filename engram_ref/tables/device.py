@@ -31,6 +31,9 @@ class DeviceTable(Table):
         memory: what they lie in; it is closed with the table.
         checked: fp8 rows were searched for NaN just now, and are not searched again.
 
+    Attributes:
+        weight: the values that the rows are, where they are trained; else None.
+
     Raises:
         ValueError: fp8 rows with a code or a scale that is NaN.
     """
@@ -39,10 +42,10 @@ class DeviceTable(Table):
     _reads_from = "device"
 
     def __init__(self, rows: Tensor | Rows, memory: HostMemory | None = None, *, checked: bool = False) -> None:
-        self._trained = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
+        self.weight = rows if isinstance(rows, Tensor) and rows.requires_grad else None  # [R, D]
         rows = rows_of_table(rows.detach() if isinstance(rows, Tensor) else rows, checked)
         super().__init__(len(rows), rows.format, rows.device, rows.device)
-        self.trained = self._trained is not None
+        self.trained = self.weight is not None
         self._rows: Rows | None = rows
         self._memory = memory
         kernels = kernels_for(rows.device)
@@ -67,7 +70,7 @@ class DeviceTable(Table):
             check_shape(rows, self.index_device)  # not the numbers, for which the CPU would have to wait
         else:
             rows = check_rows(rows, self.rows)
-        trained = self._trained if torch.is_grad_enabled() else None
+        trained = self.weight if torch.is_grad_enabled() else None
         if self._delivery is not None and trained is None:
             return self._delivery.take(table, rows, out)  # which looks at `out`
         if out is not None:
@@ -87,8 +90,8 @@ class DeviceTable(Table):
     def _open(self) -> Rows:
         self._require_open()
         assert self._rows is not None
-        if self._trained is not None and self._trained.data_ptr() != self._rows.parts[0].data_ptr():
-            self._follow(self._trained)
+        if self.weight is not None and self.weight.data_ptr() != self._rows.parts[0].data_ptr():
+            self._follow(self.weight)
         return self._rows
 
     def _follow(self, values: Tensor) -> None:
@@ -120,7 +123,7 @@ class DeviceTable(Table):
 
     def _give_back(self) -> None:
         in_place, self._in_place = self._in_place, None
-        self._rows = self._trained = None
+        self._rows = self.weight = None
         if self._memory is not None:
             self._memory.close()
         if in_place is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from engram_ref.attach import attach
 from engram_ref.checkpoint.folder import ModelFolder
@@ -15,6 +17,7 @@ from engram_ref.layer import Engram
 from engram_ref.prefetch import FetchError
 from engram_ref.sharding.plan import ShardPlan
 from engram_ref.tables import make_table
+from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.sharded import serve_others
 from examples import sharded_generate
 from tests.ref.attach.models import make_ids, make_layers, make_model
@@ -101,6 +104,48 @@ def unknown_token(rank):
 def test_a_token_that_one_rank_does_not_know_is_refused_by_both():
     (first, _), (second, _) = run_ranks(2, unknown_token)
     assert first == second and "(on rank 1 of 2)" in first[0] and "95" in first[0]
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def train(rank, inside):
+    """Weights, fusion and rows, after two steps, each with one sequence of two; and what was warned of."""
+    model, layers = make_model().train(), make_layers((1,))
+    rows = torch.nn.Parameter(layers.weights[1].detach())
+    engrams = {1: Engram(layers.engrams[1].fusion, DeviceTable(rows))}
+    if inside:
+        model.engrams, model.rows = torch.nn.ModuleDict({"1": engrams[1]}), rows
+    weights = [*engrams[1].parameters(), rows]
+    optimizer = torch.optim.SGD({*model.parameters(), *weights}, lr=0.1)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    with warnings.catch_warnings(record=True) as told, attach(model, engrams, layers.plan):
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            model(prompts(0))  # is not trained, so nothing is told
+        assert not told
+        for seed in (1, 2):
+            ids = make_ids(2, seed=seed)
+            mine = ids if rank is None else ids[rank : rank + 1]
+            optimizer.zero_grad()
+            wrapped(input_ids=mine, labels=mine, use_cache=False).loss.backward()
+            optimizer.step()
+    messages = [str(one.message) for one in told if "Engram" in str(one.message)]
+    return torch.cat([weight.detach().double().flatten() for weight in weights]).numpy(), messages
+
+
+def test_layers_in_the_model_are_trained_on_two_ranks_as_on_one():
+    alone, told = train(None, inside=False)
+    assert told == []
+    for weights, told in run_ranks(2, train, True):
+        np.testing.assert_allclose(weights, alone, rtol=0, atol=1e-7)  # rows are float32
+        assert told == []
+
+
+def test_layers_outside_of_the_model_drift_apart_and_it_is_told_once():
+    (first, told), (second, _) = run_ranks(2, train, False)
+    assert abs(first - second).max() > 1e-4
+    assert len(told) == 1 and told[0].startswith("training on 2 ranks with Engram weights that are not in the model, ")
 
 
 # --- the example ---------------------------------------------------------------------------------------------

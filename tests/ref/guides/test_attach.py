@@ -18,7 +18,7 @@ PAGE = "put-engram-into-your-model.md"
 def test_the_guide_runs(monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     blocks, names = run_page(PAGE)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     assert names["tokens"].shape == (1, 11) and names["logits"].isfinite().all()
     assert [place for place, _ in names["waited"]] == ["start", 1]
     assert not names["model"].model._forward_pre_hooks
