@@ -47,7 +47,7 @@ from engram_ref.attach.packing import (
     require_apart,
     require_continued,
 )
-from engram_ref.attach.padding import chosen, padding_of
+from engram_ref.attach.padding import chosen, columns_of, padding_in, padding_of
 from engram_ref.attach.staging import StagedSteps, is_exported, is_traced_by_make_fx
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
@@ -346,10 +346,7 @@ class Attached(StagedSteps):
             refuse_numbered(given.mask)
         borders = borders_of(given, past, cached, decoder.config, self._recurs)
         history = self._history(given, past) if cached and not again else None
-        padding = padding_of(given.mask, len(given.ids), given.ids.shape[1], past)
-        if history is not None and past and self._may_look_at(given):
-            pad = self._source.plan.pad_compressed
-            require_continued(given.mask, history.recent, pad, past, given.ids.shape[1])
+        padding = self._padding(given, past, history)
         packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
         again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
         counted = given.cache if given.position is None else None
@@ -371,6 +368,22 @@ class Attached(StagedSteps):
             at = hook.layer_id
             if at is not None and not (at < len(blocks) and hook.stands_in(blocks[at])):
                 raise ValueError(f"block {at} was replaced since attach(): detach Engram, and attach it to this model")
+
+    def _padding(self, given: Given, past: int, history: CacheHistory | None) -> Tensor | None:
+        """Where the chunk is padding, [B, T], or None; what begins anew behind the cache is refused."""
+        batch, length = given.ids.shape
+        recent = None if history is None or not past else history.recent[:, -past:]
+        columns = columns_of(given.mask, batch, length, past, 0 if recent is None else recent.shape[1])
+        if columns is None:
+            return None
+        brought = length == 1 and self._source.reads_on_cpu
+        if brought:  # one operation instead of twenty; the CPU waits for the token ids anyway
+            columns = columns.cpu()
+        if recent is not None and self._may_look_at(given):
+            require_continued(columns, recent, self._source.plan.pad_compressed, past)
+        padding = padding_in(columns, batch, length)
+        # The layers need not look either where there is none; but a graph has padding in every step, or in no step.
+        return None if brought and self._staged is None and not padding.any() else padding
 
     def _may_look_at(self, given: Given) -> bool:
         """Whether the CPU may look into the mask: not where a step of one token runs without it."""

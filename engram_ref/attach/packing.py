@@ -137,28 +137,25 @@ def refuse_numbered(mask: Any) -> None:
         )
 
 
-def require_continued(mask: Any, recent: Tensor, pad: int, past: int, length: int) -> None:
+def require_continued(columns: Tensor, recent: Tensor, pad: int, past: int) -> None:
     """Refuse a chunk whose first token does not see the newest one in the cache: a sequence that begins there.
 
     Args:
-        mask: `attention_mask` as the decoder gets it; only one of four dimensions says it.
-        recent: compressed ids of the newest positions in the cache, [B, R]; DEAD or `pad` where no token is.
-        past, length: positions in the cache, and in the chunk (T).
+        columns: of the mask, for the chunk and R positions before it; only those of four dimensions say it.
+        recent: compressed ids of these positions, [B, R]; DEAD or `pad` where no token is.
+        past: positions in the cache.
 
     Raises:
         ValueError: the first token of a row does not see it.
     """
-    mask = chosen(mask)
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
+    if columns.ndim != 4:
         return
-    sees = visible(mask)  # [B or 1, T, positions]
-    recent = recent[:, -past:].to(sees.device)
     batch, remembered = recent.shape
-    sees = sees.expand(batch, -1, -1)
-    numbers = torch.arange(past - remembered, past, device=sees.device)
+    sees = visible(columns).expand(batch, -1, -1)  # [B, T, R + T]
+    recent, numbers = recent.to(sees.device), torch.arange(remembered, device=sees.device)
     tokens = (recent != DEAD) & (recent != pad)
     newest = torch.where(tokens, numbers, -1).amax(dim=1)  # [B], -1 where there is nothing to go on from
-    real = sees[:, :, past : past + length].diagonal(dim1=1, dim2=2)  # [B, T]
+    real = sees[:, :, remembered:].diagonal(dim1=1, dim2=2)  # [B, T]
     first = real.int().argmax(dim=1)  # [B], the chunk's first token
     linked = sees[torch.arange(batch, device=sees.device), first, newest.clamp_min(0)]
     if ((newest >= 0) & real.any(dim=1) & ~linked).any():

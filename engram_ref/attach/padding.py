@@ -24,13 +24,23 @@ _MEND = "give the two-dimensional mask, [B, positions], or none"
 def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
     """Where the `length` positions after the first `past` are padding: booleans [B, T], or None where none can be.
 
+    Args and errors: as for `columns_of`.
+    """
+    columns = columns_of(mask, batch, length, past)
+    return None if columns is None else padding_in(columns, batch, length)
+
+
+def columns_of(mask: Any, batch: int, length: int, past: int, before: int = 0) -> Tensor | None:
+    """What a mask says of a chunk and of `before` positions in front of it: its columns [B or 1, ..., before + T].
+
     Args:
         mask: `attention_mask` as the decoder gets it.
         batch, length: of the token ids (B, T).
         past: positions in the cache.
+        before: how many of them are wanted.
 
     Raises:
-        ValueError: a mask from which this cannot be seen.
+        ValueError: a mask from which padding cannot be seen.
     """
     mask = chosen(mask)
     if mask is None:
@@ -43,11 +53,17 @@ def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
             f"an attention mask of shape {tuple(mask.shape)} for {batch} sequences of {past} cached and {length} new "
             f"positions: {_MEND}"
         )
-    if mask.ndim == 2:
-        return (mask[:, past : past + length] == 0).expand(batch, length)
-    if mask.shape[2] != length:
+    if mask.ndim == 4 and mask.shape[2] != length:
         raise ValueError(f"an attention mask of shape {tuple(mask.shape)} for {length} new positions: {_MEND}")
-    sees = visible(mask)[:, :, past : past + length]
+    return mask[..., past - before : past + length]
+
+
+def padding_in(columns: Tensor, batch: int, length: int) -> Tensor:
+    """Where a chunk is padding, by the columns of its mask: booleans [B, T]."""
+    of_chunk = columns[..., columns.shape[-1] - length :]
+    if columns.ndim == 2:
+        return (of_chunk == 0).expand(batch, length)
+    sees = visible(of_chunk)  # [B or 1, T, T]
     return ~sees.diagonal(dim1=1, dim2=2).expand(batch, length)  # does a position see itself?
 
 

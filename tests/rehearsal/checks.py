@@ -225,6 +225,42 @@ def token_ids_that_the_cpu_needs_come_into_the_same_memory() -> None:
         assert made == [1, 0, 1, 0]
 
 
+def a_mask_of_one_token_costs_one_copy() -> None:
+    """What a decode step asks with a mask, of two dimensions or four, and not without one: its columns, on the CPU."""
+    from transformers import StaticCache
+
+    from engram_ref.attach import attach
+    from engram_ref.layer import Engram
+    from engram_ref.tables.host import HostTable
+    from tests.ref.attach.models import make_ids, make_layers, make_model
+    from tests.rehearsal.calls import Calls
+
+    model, ids = make_model(dtype=torch.float32).cuda(), make_ids(4, 12).cuda()
+    layers = make_layers(dtype=torch.float32)
+    tables = {layer_id: HostTable(rows.detach(), GPU) for layer_id, rows in layers.weights.items()}
+    engrams = {layer_id: Engram(one.fusion.cuda(), tables[layer_id]) for layer_id, one in layers.engrams.items()}
+    sees = torch.arange(32, device=GPU).expand(4, 1, 1, 32) < 13
+    masks = {"none": None, "2-D": torch.ones(4, 13, device=GPU), "4-D": {"full_attention": sees}}
+
+    def step(mask: Any) -> Calls:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(ids, past_key_values=cache)
+        with Calls() as calls:
+            model(ids[:, :1], past_key_values=cache, attention_mask=mask)
+        return calls
+
+    with torch.no_grad():
+        plain = {name: step(mask) for name, mask in masks.items()}
+        with attach(model, engrams, layers.plan):
+            step(None)  # makes buffers
+            added = {name: step(mask) - plain[name] for name, mask in masks.items()}
+    for table in tables.values():
+        table.close()
+    assert sum(added["none"].values()) < 40, added["none"]
+    for name in ("2-D", "4-D"):
+        assert added[name] - added["none"] == {"_to_copy": 1} and not added["none"] - added[name], (name, added)
+
+
 def _fp8_rows() -> tuple[Any, Any, Any]:
     """A small layer of the shipped form: configuration, plan and stored rows."""
     from engram_ref.config import EngramConfig
@@ -402,7 +438,8 @@ CHECKS = [
     synchronisation_is_told, a_replay_is_what_was_captured, registrations_are_ranges,
     a_kernel_reads_no_pageable_memory, a_fetch_by_the_cpu_asks_little_of_cuda,
     rows_of_a_stream_that_is_not_told_are_always_waited_for,
-    token_ids_that_the_cpu_needs_come_into_the_same_memory, decoding_from_graphs_is_decoding,
+    token_ids_that_the_cpu_needs_come_into_the_same_memory, a_mask_of_one_token_costs_one_copy,
+    decoding_from_graphs_is_decoding,
     a_lookup_in_a_graph_is_a_branch_of_it, a_replay_that_asks_the_cpu_gets_its_rows_or_ends,
 ]  # fmt: skip
 
