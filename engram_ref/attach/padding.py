@@ -18,6 +18,7 @@ from torch import Tensor
 # -1e3 and -1e9 as well as the least of the dtype; biases by distance are small where they matter here, at a distance of
 # 0 or 1.
 _HIDDEN = -50.0
+_DYNAMIC = "where generate() made it, for a static cache of sliding windows alone, take a dynamic cache"
 _MEND = "give the two-dimensional mask, [B, positions], or none"
 
 
@@ -49,9 +50,11 @@ def columns_of(mask: Any, batch: int, length: int, past: int, before: int = 0) -
         shown = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
         raise ValueError(f"an attention mask {shown}, from which padding cannot be seen: {_MEND}")
     if mask.shape[-1] < past + length or mask.shape[0] not in (1, batch):
+        windowed = mask.ndim == 4 and mask.shape[-1] < past + length
+        mend = f"{_DYNAMIC}; else {_MEND}" if windowed else _MEND
         raise ValueError(
             f"an attention mask of shape {tuple(mask.shape)} for {batch} sequences of {past} cached and {length} new "
-            f"positions: {_MEND}"
+            f"positions: {mend}"
         )
     if mask.ndim == 4 and mask.shape[2] != length:
         raise ValueError(f"an attention mask of shape {tuple(mask.shape)} for {length} new positions: {_MEND}")

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 from engram_ref.attach import attach
 from engram_ref.attach.blocks import reader
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.histories.cache import CacheHistory
 from engram_ref.histories.following import history_of
-from tests.ref.attach.models import PAD, by_hand, make_family, make_ids, make_layers, make_model, padded_batch
+from tests.ref.attach.models import PAD, SIZES, by_hand, make_family, make_ids, make_layers, make_model, padded_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,6 +162,20 @@ def test_sequences_are_repeated_and_selected(model, attached, ids):
 
 
 # --- padding ---------------------------------------------------------------------------------------
+
+
+def test_beyond_a_window_a_static_cache_is_refused_and_a_dynamic_one_followed(layers):
+    """All of its layers slide, so `generate` makes a mask of the window alone out of the one that it was given."""
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4, initializer_range=0.2)).double().eval()
+    ids = make_ids()
+    given = dict(MORE, attention_mask=torch.ones_like(ids))
+    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
+        want = model.generate(ids, use_cache=False, **given)
+        assert torch.equal(model.generate(ids, **given), want)
+        with pytest.raises(
+            ValueError, match=r"for a static cache of sliding windows alone, take a dynamic cache; else "
+        ):
+            model.generate(ids, cache_implementation="static", disable_compile=True, **given)
 
 
 @pytest.mark.parametrize("options", [{}, dict(cache_implementation="static")], ids=["dynamic", "static"])
