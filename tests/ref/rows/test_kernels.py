@@ -481,6 +481,20 @@ for width, shape in shapes.items():
     found[f"look up {width}"] = accesses(
         one._look_up, types | {"out": "*i16" if width == 264 else "*i64"}, constants, ["constants", "rows"], 90
     )
+from bench.reads import kernels as r
+from bench.reads.methods import METHODS
+types = dict(codes="*i8", scales="*u8", rows="*i64", out="*i16", count="i32")
+shape = dict(CODE_STRIDE=264, SCALE_STRIDE=264, TILE=r.TILE, num_warps=r.WARPS)
+hints = dict(CACHED="", EVICTED="")
+for name in ("few", "many", "past_l1", "evict_first"):
+    changed = {"num_warps" if key == "warps" else key.upper(): value for key, value in METHODS[name].options.items()}
+    found[f"read {name}"] = accesses(r._read, types, {**shape, **hints, "places": None, **changed}, [], 90)
+found["read sorted"] = accesses(r._read, types | {"places": "*i64"}, {**shape, **hints}, [], 90)
+found["read pieces"] = accesses(r._read_pieces, types, {**shape}, [], 90)
+words = r.lines_of(264, 264) * 16
+types = dict(table="*i64", rows="*i64", out="*i16", count="i32", end="i32")
+shape = dict(STRIDE=264, TILE=r.TILE, WORDS=words, LANES=triton.next_power_of_2(words), num_warps=r.WARPS)
+found["read lines"] = accesses(r._read_lines, types, shape, [], 90)
 weights = "key_gain query_gain conv_gain taps".split()
 strides = "packed_b packed_t hidden_b hidden_t hidden_g out_b out_t".split()
 types = dict.fromkeys(["packed", "hidden", "out", *weights], "*bf16") | {"past": "*fp32"}
@@ -502,7 +516,7 @@ print(json.dumps(found))
 def compiled(tmp_path_factory):
     """Memory accesses, barriers, divisions, flushing operations and spills of the kernels, as compiled for a V100
     (gather of fp8 rows), an A100 (gather of plain ones) and an H100 (decoding in order, hash, gather of all layers,
-    gate and convolution)."""
+    the other ways to read of `bench`, gate and convolution)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
@@ -527,6 +541,22 @@ def test_fp8_rows_are_read_8_bytes_and_written_16_bytes_a_lane(way, compiled):
     assert "ld.global.v2.b32" in compiled[way] and "st.global.v4.b32" in compiled[way]
     shared = [op for op in compiled[way] if "shared" in op]  # the lane that reads a code writes its value
     assert shared == (["st.shared.b32", "ld.shared.b32"] if way == "look up 264" else [])  # the count's answer
+
+
+@pytest.mark.parametrize(
+    ("way", "load", "hint"),
+    [
+        *((way, "v2.b32", "") for way in ("few", "many", "sorted", "pieces")),
+        ("lines", "v2.b64", ""),
+        ("past_l1", "v2.b32", "cg."),
+        ("evict_first", "v2.b32", "L1::evict_first.L2::cache_hint."),
+    ],
+)
+def test_ways_to_read_that_are_timed_beside_the_library_ask_for_what_they_say(way, load, hint, compiled):
+    """A hint that Triton dropped would make a way another one."""
+    found = compiled[f"read {way}"]
+    assert f"ld.global.{hint}{load}" in found and "st.global.v4.b32" in found
+    assert hint or not any(other in op for op in found for other in (".cg", "evict"))
 
 
 @pytest.mark.parametrize("form", ["demo", "v41"])
