@@ -6,7 +6,8 @@
 `model` is any decoder that has a list of blocks (Llama, Qwen3, ...) and one residual stream (hc_mult=1). Where the
 decoder begins, token ids are compressed and hashed, once for all Engram layers, and every fetch starts; before block L
 the rows of layer L are joined and its gated update is added to the residual stream. `detach` removes all of it. The
-layers' parameters stay outside the model: to train them, give `engram.parameters()` to the optimizer.
+layers' parameters stay outside the model: to train them, give `engram.parameters()` to the optimizer; on several ranks,
+put the layers into the model before it is wrapped, so that their gradients are reduced, too.
 
 Schedule. `background=True` fetches while the blocks before L compute; `False` waits at the decoder's entry for what it
 started there (the naive schedule). `prefetcher=` takes another source of rows, anything with the Prefetcher's `start`,
