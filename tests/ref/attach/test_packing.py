@@ -208,6 +208,14 @@ def test_what_a_block_is_told_of_borders():
     for args, kwargs in [*across, ((), {"position_ids": PLACES})]:
         with pytest.raises(ValueError, match="block 1 of this model attends across"):
             require_apart(borders, "block 1", args, kwargs, flash=False)
+    # Every row and every head counts; what has another batch is a bias, and no mask.
+    both = borders.repeat(2, 1)
+    for one, other, dim in ((BLOCKS, causal, 0), (causal, BLOCKS, 0), (BLOCKS, causal, 1), (causal, BLOCKS, 1)):
+        mask = torch.cat([one, other], dim)
+        with pytest.raises(ValueError, match="block 1 of this model attends across"):
+            require_apart(both if dim == 0 else borders, "block 1", (mask,), {}, flash=False)
+    require_apart(both, "block 1", (BLOCKS.repeat(2, 3, 1, 1),), {}, flash=False)
+    require_apart(borders, "block 1", (bias.repeat(3, 1, 1, 1), BLOCKS), {}, flash=False)
     require_apart(borders, "block 1", (), {"position_ids": PLACES, "attention_mask": None}, flash=True)
     with pytest.raises(ValueError, match="attends across"):
         require_apart(borders, "block 1", (), {"position_ids": None}, flash=True)
