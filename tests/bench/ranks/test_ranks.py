@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
-import subprocess
+import socket
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,9 @@ from bench.setup import table_content
 from bench.wall.step import Shape
 from engram_ref.config import EngramConfig
 from engram_ref.sharding.on_paper import LINKS
-from tests.ref.ranks import run_ranks
+from tests.ref.ranks import Rank, run_ranks
 from tests.schemas import validator
 
-ROOT = Path(gpu_wall.__file__).resolve().parents[1]
 V41 = EngramConfig.preset("v41-flash")
 
 
@@ -84,15 +85,22 @@ def test_wrong_bytes_and_wrong_rows_end_the_run():
     assert run_ranks(2, wrong_bytes) == [True, True]
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+def command(rank, port, *arguments):
+    """What torchrun starts, in a process that has its modules already."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    sys.argv = ["gpu_wall.py", "--sharded", *arguments]
+    with redirect_stdout(io.StringIO()) as said:
+        gpu_wall.main()
+    return said.getvalue()
 
 
 def test_the_command_runs_as_it_says(tmp_path):
     small = ("--table_params", "2e5", "--steps", "decode:3", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
-    said = torchrun("bench/gpu_wall.py", "--sharded", *small)
-    assert "sharded tables" in said and "DIFFERS" not in said
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    said, silent = (rank.result() for rank in [Rank(command, rank, port, *small) for rank in range(2)])
+    assert "sharded tables" in said and "DIFFERS" not in said and silent == ""
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     validator(ranks.Results).validate(results)
     assert [(run["ranks"], run["backend"]) for run in results["runs"]] == [(2, "gloo")]

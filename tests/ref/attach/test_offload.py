@@ -394,7 +394,7 @@ def test_models_that_have_none_and_tables_that_are_away(model):
 
 
 def test_what_is_saved_without_the_rows_says_so(tmp_path):
-    model = make_model(ple_layer_ids=[1, 3])
+    model = make_model(**TWO_TABLES)
     with offload_table(model, "device"), pytest.warns(UserWarning) as told:
         model.save_pretrained(tmp_path)
         assert not any("ngram_embedding.weight" in key for key in model.state_dict())
