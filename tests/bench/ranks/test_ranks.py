@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
