@@ -309,8 +309,9 @@ class Attached(StagedSteps):
         thread = threading.get_ident()
         self._drop(thread)
         given = self._read(args, kwargs)
-        if self._not_trained_yet is not None and module.training and torch.is_grad_enabled():
-            model, self._not_trained_yet = self._not_trained_yet(), None
+        not_trained_yet = self._not_trained_yet  # read once: other threads may begin at the same time
+        if not_trained_yet is not None and module.training and torch.is_grad_enabled():
+            self._not_trained_yet, model = None, not_trained_yet()
             tell_apart(module if model is None else model, self.engrams)
         # Inside of torch.func every tensor that is made is wrapped, and has no address that compiled code could read.
         with torch._C._DisableFuncTorch(), self._waiting("start"), self._turn:

@@ -151,9 +151,10 @@ def tell_apart(model: Any, engrams: Mapping[int, Engram]) -> None:
     weights += [table.weight for table in tables if isinstance(table, DeviceTable) and table.weight is not None]
     if any(weight.requires_grad and id(weight) not in own for weight in weights):
         warnings.warn(
-            f"training on {dist.get_world_size()} ranks with Engram weights that are not in the model, so that DDP and "
-            "FSDP leave each rank its own: before you wrap it, model.engrams = nn.ModuleDict({'1': engram}), and for "
-            "rows model.rows = weight; or reduce their gradients yourself",
+            f"training on {dist.get_world_size()} ranks with Engram weights that are not in the model that attach() "
+            "was given: unless a module around it holds them, DDP and FSDP leave each rank its own. Before you wrap "
+            "it, model.engrams = nn.ModuleDict({'1': engram}), and for rows model.rows = weight; or reduce their "
+            "gradients yourself",
             stacklevel=3,
         )
 

@@ -90,7 +90,7 @@ def _require_own(block: int, table: nn.Module) -> None:
     """Refuse what stands in the table's place and is not what the class, or `without_table`, has put there."""
     if isinstance(table, Lookup):
         raise ValueError(f"the table of block {block} is offloaded already: restore() that one first")
-    if not isinstance(table, (nn.Embedding, _Absent)):
+    if not isinstance(getattr(table, "_orig_mod", table), (nn.Embedding, _Absent)):  # torch.compile's is as good
         kind = type(table)
         raise ValueError(
             f"the table of block {block} is wrapped in a {kind.__module__}.{kind.__name__}, as by adapters: leave it "

@@ -58,6 +58,9 @@ def columns_of(mask: Any, batch: int, length: int, past: int, before: int = 0) -
         )
     if mask.ndim == 4 and mask.shape[2] != length:
         raise ValueError(f"an attention mask of shape {tuple(mask.shape)} for {length} new positions: {_MEND}")
+    if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
+        # Integers, which transformers would add to the scores.
+        raise ValueError(f"an attention mask of shape {tuple(mask.shape)}, {mask.dtype}: give booleans; {_MEND}")
     return mask[..., past - before : past + length]
 
 
@@ -78,12 +81,6 @@ def chosen(mask: Any) -> Any:
 
 
 def visible(mask: Tensor) -> Tensor:
-    """Which position sees which, in any head, by a mask of four dimensions: booleans [B, T, positions].
-
-    Raises:
-        ValueError: integers, which transformers would add to the scores.
-    """
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"an attention mask of shape {tuple(mask.shape)}, {mask.dtype}: give booleans; {_MEND}")
+    """Which position sees which, in any head, by booleans or scores of four dimensions: booleans [B, T, positions]."""
     sees = mask if mask.dtype == torch.bool else mask > _HIDDEN
     return sees[:, 0] if sees.shape[1] == 1 else sees.any(dim=1)

@@ -56,14 +56,19 @@ class _Carried:
                 others.join(cache)
             others.part()
 
+    def is_of(self, cache: Any) -> bool:
+        """Not if its layers were last used with other histories, or when these were at another position."""
+        mark = getattr(_first_layer(cache), _MARK, self._mark)
+        # Layers that hold nothing are of any.
+        return not self.histories or mark == self._mark or cache.get_seq_length() == 0
+
     def require_own(self, cache: Any) -> None:
-        """Refuse layers that were last used with other histories, or when these were at another position.
+        """Refuse a cache whose layers these histories are not of.
 
         Raises:
-            ValueError: they are, and hold something.
+            ValueError: it is one.
         """
-        mark = getattr(_first_layer(cache), _MARK, self._mark)
-        if self.histories and mark != self._mark and cache.get_seq_length() != 0:
+        if not self.is_of(cache):
             raise ValueError(
                 f"a {type(cache).__name__} with layers that it had left, or of another cache, of which its history is "
                 "not: begin with a new cache, or `remember` what is in these layers"
@@ -140,19 +145,15 @@ def _used(cache: Any, carried: _Carried) -> Histories:
 
 
 def follow(cache: Any, key: str, history: CacheHistory) -> None:
-    """Let a cache carry a history, in the place of one under the same key, and do to it what is done to the cache.
-
-    Raises:
-        ValueError: it carries others, which are not of its layers.
-    """
+    """Let a cache carry a history, in the place of one under the same key, and do to it what is done to the cache."""
     carried = _carried_by(cache)
     if carried is None:
         kind: Any = type(cache)
         carried = _Carried({})
         carried.join(cache)
         cache.__class__ = _following(kind)
-    elif carried.histories.keys() - {key}:
-        carried.require_own(cache)
+    elif not carried.is_of(cache):
+        carried.histories.clear()  # what the layers hold is to be told under the other keys, too
     _used(cache, carried)[key] = history
 
 

@@ -92,7 +92,7 @@ def _notes(answer: dict[str, Any]) -> list[str]:
     idle = _OF_GPUS + _BESIDE if no_gpu else _OF_CPUS
     rates = [(name, rate) for name, rate in answer["machine"]["rates"].items() if name not in idle]
     alone = answer["group"]["ranks"] == 1
-    unmeasured = "" if alone else "; what blocks lose beside sharded rows was never measured, and is taken for none"
+    unmeasured = "" if alone else "; what blocks lose beside rows of other ranks was never measured"
     lines = [
         "fetch, exposed: seconds of a step's fetches; what of them the blocks before the layers do not hide, and what "
         "blocks lose beside them",

@@ -311,14 +311,24 @@ def test_what_begins_anew_or_is_told_needs_no_own_layers(kind, ids):
 
 
 def test_two_histories_of_one_cache_are_both_of_its_layers(ids):
-    """Of two attachments one is told what the layers hold, and the other one's history is still not theirs."""
+    """Of two attachments one is told what the layers hold, and the other one has to be, too."""
     model, one, two = make_model(), make_layers(form="v41"), make_layers(layer_ids=(0,), form="v41")
-    with torch.no_grad(), attach(model, one.engrams, one.plan), attach(model, two.engrams, two.plan) as attached:
+    with (
+        torch.no_grad(),
+        attach(model, one.engrams, one.plan) as first,
+        attach(model, two.engrams, two.plan) as attached,
+    ):
         cache = DynamicCache()
         model(ids[:, :5], past_key_values=cache)
         keep_and_go_on(model, cache, ids[:, 5:])
         with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
-            attached.remember(cache, ids[:, :6])
+            model(ids[:, 6:7], past_key_values=cache)
+        attached.remember(cache, ids[:, :6])
+        with pytest.raises(ValueError, match="a cache of 6 positions that Engram has not seen"):
+            model(ids[:, 6:7], past_key_values=cache)
+        first.remember(cache, ids[:, :6])
+        wanted = model(ids[:, :7], use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(model(ids[:, 6:7], past_key_values=cache).logits, wanted, **EXACT)
 
 
 def test_caches_of_one_encoders_output_are_each_of_their_own_history(ids):

@@ -440,6 +440,14 @@ def test_a_table_that_is_wrapped_is_refused(model):
         embedding.ngram_embedding = table
 
 
+def test_a_table_module_that_was_compiled_is_the_table():
+    model, ids = make_model(), ids_of(1, 9)
+    expected, embedding = logits(model, ids), model.model.layers[0].ple.ple_embedding
+    embedding.ngram_embedding = torch.compile(embedding.ngram_embedding, backend="eager")
+    with offload_table(model, "host"):
+        assert torch.equal(logits(model, ids), expected)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_a_table_that_is_sharded_is_refused(given):
     """Given rows would be compared with it."""

@@ -149,7 +149,7 @@ REFUSED = {
     "a list": (dict(input_ids=[[1, 2]]), "input_ids is a list: give a tensor of token ids"),
     "beside a mask": (dict(attention_mask=torch.ones_like(PACKED), cu_seq_lens_q=CU), "cu_seq_lens_q"),
     "a tree": (dict(attention_mask=BLOCKS | (torch.arange(18) == 0)), "neither causal nor block-diagonal"),
-    "integers": (dict(attention_mask=BLOCKS.long()), "give booleans"),
+    "integers": (dict(attention_mask=BLOCKS.long()), r"shape \(1, 1, 18, 18\), torch.int64: give booleans"),
     "too short": (dict(position_ids=PLACES[:, 1:]), r"position_ids of shape \(1, 17\)"),
     "of pictures": (dict(position_ids=PLACES.expand(3, 1, 18)), r"position_ids of shape \(3, 1, 18\)"),
 }
