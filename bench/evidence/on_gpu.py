@@ -201,11 +201,20 @@ class OnGpu:
         for name, case in (("staged", smaller), ("naive", smaller), ("graph", self.hundred)):
             lost = numbers.against(case, numbers.row_of(case, labels[name]), "resident", "prefill")
             found[f"gpu.prompts.{name}"] = f"{signed_percent(lost.median)} {lost.interval}"
+        a_token = [self._prompt_token_us(case, way) for case in (smaller, self.hundred) for way in ("uva", "graph")]
+        found["gpu.prompts.token_us"] = f"{min(a_token):.1f} to {max(a_token):.1f}"
         for name, case in (("smaller", smaller), ("hundred", self.hundred)):
             itself = numbers.noise_floor(case, "prefill", "resident")
             low, high = (signed_percent(itself[end] - 1) for end in ("low", "high"))
             found[f"gpu.prompts.itself.{name}"] = f"[{low}, {high}]"
         return found
+
+    @staticmethod
+    def _prompt_token_us(case: Json, way: str) -> float:
+        """What a token of a prompt takes longer than with the resident table."""
+        rows = [numbers.row_of(case, label) for label in (_PLACES[way], "resident")]
+        longer = statistics.median(later - own for later, own in zip(*numbers.paired(rows, "prefill")))
+        return 1e6 * longer / statistics.median(entry["prompt_tokens"] for entry in case["rounds"])
 
     def _staged(self, tokens: int) -> list[float]:
         """Seconds from token ids to rows that the CPU gathers, as they came."""

@@ -82,15 +82,16 @@ def verdict_lines(evidence: Evidence) -> str:
     weights = f"{claim_weights(e.model_step('v41-flash', 'one')) / 1e9:.2g}"
     lines = {
         "What survives": (
-            f"the claim about the model. Against no Engram, all of Engram adds at most "
+            f"the claim about the model. Against none, all of Engram adds at most "
             f"{100 * added_in_all:.2g} % to that step; its rows, not copied, reach {claim} at {e.crossing(_MODEL)} "
-            f"tokens a step from a cold start ({e.in_proportion(_MODEL)} of random ids), and are {text_spread(e)} % of "
-            f"its weights on other texts. The layer is a {layer_classes(e)} under every definition."
+            f"tokens a step from a cold start (in proportion {e.in_proportion(_MODEL)} of random ids), and are "
+            f"{text_spread(e)} % of its weights on other texts. The layer is a {layer_classes(e)} under every "
+            "definition."
         ),
         "What does not": (
             f"the claim about the lookup. By padding and what becomes of the rows the toy's adds {added(least)[1:]} to "
             f"{added(most)[1:]}, {MODELS[_MODEL].name}'s up to {most_placed} at that step. Foresight spares no first "
-            f"read: even the bound under every memory manager is {floors} higher offloaded ({of_v41} in V4.1's form)."
+            f"read: the bound under every memory manager is {floors} higher offloaded ({of_v41} in V4.1's form)."
         ),
         "Where it turns": (
             f"if all tokens of a step choose the same experts, Engram makes V4.1-Flash's step at most "

@@ -87,6 +87,17 @@ def test_whole_passes_against_the_resident_table(committed, values):
     assert found["gpu.prompt.token_us"] == f"{1e6 * longer / 4096:.1f}"
 
 
+def test_a_prompts_token_through_the_whole_model(committed, values):
+    """In place at batch 64, both ways, beside both tables."""
+    found, took = values(committed), []
+    for case in (*committed[HUNDRED]["cases"], next(c for c in committed[SERVED]["cases"] if c["batch"] == 64)):
+        rows = {row["label"]: [sum(one["prefill_s"]) for one in row["rounds"]] for row in case["rows"]}
+        tokens = statistics.median(entry["prompt_tokens"] for entry in case["rounds"])
+        for label in ("offload_uva", "offload_uva in graph"):
+            took.append(1e6 * statistics.median(a - b for a, b in zip(rows[label], rows["resident"])) / tokens)
+    assert found["gpu.prompts.token_us"] == f"{min(took):.1f} to {max(took):.1f}"
+
+
 def test_rows_in_place_follow_from_the_first_and_the_last_number_of_tokens(committed, values):
     found, cases = values(committed), committed[LOOKUP]["cases"]
     one, many = (statistics.median(cases[place]["samples_s"]["uva"]) for place in (0, -1))
