@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -255,9 +254,7 @@ class Attached(StagedSteps):
     def __enter__(self) -> Attached:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     # --- the hooks -------------------------------------------------------------------------------

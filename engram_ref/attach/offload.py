@@ -25,7 +25,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -194,9 +193,7 @@ class OffloadedTable:
     def __enter__(self) -> OffloadedTable:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.restore()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

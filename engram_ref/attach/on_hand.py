@@ -48,10 +48,6 @@ class OnHand:
             self._rows[layer_id, tokens] = rows
         return rows
 
-    def close(self) -> None:
-        """Let go of all rows."""
-        self._rows.clear()
-
 
 class HandedOut(dict[int, Pending]):
     """By layer id something that need not be waited for."""

@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?\s*", re.AS
 _POWER = re.compile(r"\s*(\d{1,2})\^(\d{1,3})\s*", re.ASCII)
 # The e of an exponent begins no unit.
 _UNIT = re.compile(r"([^a-zA-Zµμ]*(?:[eE][+-]?\d+)?)\s*([a-zA-Zµμ]*)")
-_BYTES = {"b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}}
+_BYTES = {"": 1, "b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}}
 _BYTES |= {f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)}
 _LEAST_PLAIN = 1e6  # bytes: 80 was meant to be 80GB
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}  # micro sign, Greek letter
@@ -69,13 +69,13 @@ def positive(text: str) -> float:
 
 def nbytes(text: str) -> int:
     """An argument type: bytes with a unit, or from a million on as a number alone: 80GB, 188.8GiB, 2e9."""
-    return round(_with_unit(text, _BYTES, "bytes, such as 80GB, 188.8GiB or 2e9", default=1))
+    return round(_with_unit(text, _BYTES, "bytes, such as 80GB, 188.8GiB or 2e9"))
 
 
 def bytes_per_second(text: str) -> float:
     """An argument type: a bandwidth above 0, such as 50GB/s."""
     what = "a bandwidth, such as 50GB/s"
-    value = _with_unit(text.strip().removesuffix("/s"), _BYTES, what, default=1)
+    value = _with_unit(text.strip().removesuffix("/s"), _BYTES, what)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be {what}")
     return value
@@ -83,14 +83,13 @@ def bytes_per_second(text: str) -> float:
 
 def seconds(text: str) -> float:
     """An argument type: a time with its unit: 56us, 3.6ms, 1s."""
-    return _with_unit(text, _SECONDS, "a time with its unit, such as 56us, 3.6ms or 1s", default=None)
+    return _with_unit(text, _SECONDS, "a time with its unit, such as 56us, 3.6ms or 1s")
 
 
-def _with_unit(text: str, units: Mapping[str, float], what: str, default: float | None) -> float:
+def _with_unit(text: str, units: Mapping[str, float], what: str) -> float:
     found = _UNIT.fullmatch(text.strip())
     value = number(found[1]) if found else None
-    # The default is for a number without a unit, not for a unit that nobody knows.
-    factor = units.get(found[2].lower(), None if found[2] else default) if found else None
+    factor = units.get(found[2].lower()) if found else None
     if found and not found[2] and value is not None and 0 < value < _LEAST_PLAIN:
         factor = None
     if value is None or factor is None or not 0 <= value * factor < 2**63:

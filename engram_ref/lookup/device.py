@@ -103,7 +103,10 @@ class DeviceLookup:
         self.fused = self._hasher.fused
         self._vocab = DeviceVocab(vocab, self.device) if isinstance(vocab, CompressedVocab) else vocab
         self._together = _together(self._tables, self.device) if self.fused else None
-        self._look_up: Any = _import_look_up() if self.fused else None
+        if self.fused:
+            from engram_ref.lookup.kernels import look_up  # needs Triton
+
+            self._look_up = look_up
         self._counts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property
@@ -195,10 +198,7 @@ class DeviceLookup:
         """Where the values go, checked."""
         if out is None:
             return self.new_rows(*token_ids.shape)
-        return self._checked(out, (len(self._tables), token_ids.numel() * len(self.plan.layers[0].primes)))
-
-    def _checked(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
-        shape = (*rows, self.format.width)
+        shape = (len(self._tables), token_ids.numel() * len(self.plan.layers[0].primes), self.format.width)
         if tuple(out.shape) != shape or out.dtype != self.format.dtype or not out.is_contiguous():
             raise ValueError(
                 f"out of shape {tuple(out.shape)}, {out.dtype}: these token ids need a contiguous {list(shape)}, "
@@ -269,9 +269,3 @@ def _together(tables: Mapping[int, Table], device: torch.device) -> Any:
     rows = [found for found in (table.in_place() for table in tables.values()) if found is not None]
     row_format = rows[0].format
     return kernels.LayerRows([found.parts for found in rows], row_format.scaled, row_format.width, device)
-
-
-def _import_look_up() -> Any:
-    from engram_ref.lookup.kernels import look_up
-
-    return look_up

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -64,13 +63,11 @@ class Fetch(Mapping[int, Pending]):
     def __enter__(self) -> Fetch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self.release()
         except FetchError:
-            if error is None:  # otherwise what ended the block is raised, which came first
+            if error[1] is None:  # otherwise what ended the block is raised, which came first
                 raise
 
 

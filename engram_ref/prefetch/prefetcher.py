@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import engram_ref.needs_torch  # noqa: F401
@@ -332,9 +331,7 @@ class Prefetcher:
     def __enter__(self) -> Prefetcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from engram_ref.sharding.plan import COUNT_BYTES, NOTICE_BYTES
 
+ID_BYTES = 4  # of a row number; of tables with 2^31 rows or more it would be 8
 MESSAGES = 3  # counts, row numbers, rows; notices travel beside them
 # NCCL's own tuning table: base of a ring that sends whole buffers ("Simple"), and one hop of it.
 BASE_S = 8.4e-6
@@ -68,7 +69,7 @@ class Received(NamedTuple):
         return sum(self)
 
 
-def exchange_bytes(rows: float, ranks: int, row_bytes: int, id_bytes: int = 4) -> Received:
+def exchange_bytes(rows: float, ranks: int, row_bytes: int) -> Received:
     """What a rank receives in one fetch of so many rows, every rank asking for as many; 0 of one rank alone.
 
     Of whole columns it is exact; of row ranges, the mean of evenly spread rows.
@@ -77,10 +78,9 @@ def exchange_bytes(rows: float, ranks: int, row_bytes: int, id_bytes: int = 4) -
         rows: that each rank asks for, of one table.
         ranks: that own it.
         row_bytes: of a stored row.
-        id_bytes: of a row number; 8 where the table has 2^31 rows or more.
     """
     others = rows * (ranks - 1) / ranks
-    return Received(others * id_bytes, others * row_bytes, float((ranks - 1) * (COUNT_BYTES + NOTICE_BYTES)))
+    return Received(others * ID_BYTES, others * row_bytes, float((ranks - 1) * (COUNT_BYTES + NOTICE_BYTES)))
 
 
 def exchange_seconds(link: Link, ranks: int, received: Received) -> float:

@@ -44,9 +44,6 @@ class Users:
         self.alone = threading.Lock()
         self._locks: dict[int, Any] = {}  # by thread, locked while it is inside
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Users, (self.what,)  # nobody uses a copy yet
-
     def here(self) -> Any:
         """The calling thread's lock, to be held by `with` while it is inside.
 

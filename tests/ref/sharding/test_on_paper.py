@@ -20,7 +20,7 @@ def test_bytes_are_the_plans(plans, ranks):
     plan = ShardPlan.of_layer(plans["v41-flash"].layers[0], ranks)
     for tokens in (0, 1, 64, 4095):
         told = plan.bytes_received(0, [tokens] * ranks, row_bytes)
-        found = exchange_bytes(tokens * columns, ranks, row_bytes, plan.id_bytes)
+        found = exchange_bytes(tokens * columns, ranks, row_bytes)
         assert (found.ids, found.rows) == (told.ids, told.rows)
         assert found.control == (ranks - 1) * (COUNT_BYTES + NOTICE_BYTES)
 

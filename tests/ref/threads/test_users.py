@@ -5,8 +5,6 @@ python -m pytest tests/ref/threads/test_users.py
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
 import time
 
@@ -77,13 +75,3 @@ def test_closing_by_two_threads():
     for thread in closing:
         thread.join(20)
         assert not thread.is_alive()
-
-
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda users: pickle.loads(pickle.dumps(users))])
-def test_nobody_uses_a_copy(again):
-    users = Users("this table")
-    with users.here():
-        made = again(users)
-        assert made.what == "this table" and not made.is_here()
-        made.close()
-    assert not users.closed
