@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
@@ -36,3 +37,11 @@ def as_device(device: Any) -> torch.device:
 def side_stream(device: torch.device) -> Any:
     """A CUDA stream for rows: of high priority, as blocks of the model wait for its few programs, not they for them."""
     return torch.cuda.Stream(device, priority=-1)
+
+
+def beside(stream: Any) -> AbstractContextManager[Any]:
+    """On a side stream, behind what the current one has by now; on the current one itself, if that is None."""
+    if stream is None:
+        return nullcontext()
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return torch.cuda.stream(stream)

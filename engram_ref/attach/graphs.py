@@ -18,7 +18,7 @@ host stands between two halves of it. `Attached.answer` before each replay lets 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engram_ref.attach.step import ForBlock, Step
 from engram_ref.calling.call import CpuCall
-from engram_ref.devices import side_stream
+from engram_ref.devices import beside, side_stream
 from engram_ref.layer import Engram
 
 
@@ -92,10 +92,7 @@ class Staged:
 
     def beside(self) -> AbstractContextManager[Any]:
         """On the side stream, if there is one, behind what the current one has: the last step may still be reading."""
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        return torch.cuda.stream(self._stream)
+        return beside(self._stream)
 
     def call(self, shape: torch.Size, values: torch.Size, dtype: torch.dtype) -> CpuCall:
         """What a step of this shape asks the CPU by, for values of this shape: always the same."""

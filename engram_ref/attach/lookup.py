@@ -19,7 +19,7 @@ from engram_ref.attach.on_hand import OnHand
 from engram_ref.attach.packing import Packing
 from engram_ref.attach.step import give_back
 from engram_ref.hashing.device import DeviceHasher
-from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab, history_of_ids
 from engram_ref.hashing.ngram import NgramHasher, TokenHistory
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.histories.cache import CacheHistory
@@ -267,14 +267,7 @@ class Source:
         return self.prefetcher.start(ids, before)
 
     def _before(self, history: CacheHistory) -> TokenHistory | DeviceHistory:
-        context = history.context.contiguous()
-        if self._on_device:
-            on_device = DeviceHistory(self.plan, history.batch_size, self.device)
-            on_device.ids = context
-            return on_device
-        before = TokenHistory(self.plan, history.batch_size)
-        before.ids = context.numpy()
-        return before
+        return history_of_ids(self.plan, history.context, self._on_device)
 
     def check(self) -> None:
         """Raise if a token id outside the vocabulary was met on the device."""

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 from engram_ref.attach.blocks import cache_among, named_arguments, unwrapped
 from engram_ref.attach.hooks import Hook
-from engram_ref.attach.own_table import Lookup, Seat, Source, check_table, ids_before, plan_of, table_for, text_model
+from engram_ref.attach.own_table import GivenRows, Lookup, Seat, check_table, ids_before, plan_of, table_for, text_model
 from engram_ref.attach.step import give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.hashing.device import DeviceHasher
-from engram_ref.hashing.device_ids import DeviceHistory
-from engram_ref.hashing.ngram import NgramHasher, TokenHistory
+from engram_ref.hashing.device_ids import history_of_ids
+from engram_ref.hashing.ngram import NgramHasher
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.prefetch import LEAST_BUFFERS, Fetch, Prefetcher
 from engram_ref.prefetch.fetch import Observer
@@ -47,7 +47,7 @@ from engram_ref.tables import Table
 def offload_table(
     model: nn.Module,
     placement: str = "host",
-    rows: Source | Mapping[int, Source] | None = None,
+    rows: GivenRows | Mapping[int, GivenRows] | None = None,
     *,
     prefetch: bool = True,
     buffers: int = LEAST_BUFFERS,
@@ -226,16 +226,14 @@ class OffloadedTable:
 
     def _start(self, prefetcher: Prefetcher, ids: Tensor, cache: Any) -> Fetch:
         before = None if cache is None else ids_before(cache, next(iter(self.tables)))
-        device = prefetcher.hasher.device if isinstance(prefetcher.hasher, DeviceHasher) else torch.device("cpu")
-        ids = ids.to(device, torch.int64)
-        history: Any = None
+        on_device = isinstance(prefetcher.hasher, DeviceHasher)
+        device = next(iter(self.tables.values())).index_device
+        ids, history = ids.to(device, torch.int64), None
         if before is not None:
-            on_cpu = device.type == "cpu"
-            history = TokenHistory(self.plan, len(ids)) if on_cpu else DeviceHistory(self.plan, len(ids), device)
             # [B, N-1], copied: the class writes its new ids over them.
-            recent = before[:, 1 - self.plan.max_ngram :].to(device, torch.int64, copy=True).contiguous()
-            history.ids = recent.numpy() if on_cpu else recent
-        return prefetcher.start(ids.numpy() if device.type == "cpu" else ids, history)
+            recent = before[:, 1 - self.plan.max_ngram :].to(device, torch.int64, copy=True)
+            history = history_of_ids(self.plan, recent, on_device)
+        return prefetcher.start(ids if on_device else ids.numpy(), history)
 
     @torch.compiler.disable
     def look_up(self, block: int, numbers: Tensor) -> Tensor:

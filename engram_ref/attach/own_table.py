@@ -26,7 +26,7 @@ from engram_ref.rows.rows import Rows, refuse_wrapped
 from engram_ref.tables import Table, make_table
 from engram_ref.tables.host import HostTable
 
-Source = Tensor | Rows | StoredRows
+GivenRows = Tensor | Rows | StoredRows
 _MODULE = "transformers.models.qwen4_exp.modeling_qwen4_exp"
 _TOKEN_STATE = 2  # of a cache: where the class keeps the last token ids
 _COMPARED = 1 << 16  # rows that are compared, or put back, at once
@@ -106,7 +106,7 @@ def ids_before(cache: Any, block: int) -> Tensor | None:
 
 
 def table_for(
-    embedding: Any, rows: Source | None, placement: str, device: torch.device, options: dict[str, Any]
+    embedding: Any, rows: GivenRows | None, placement: str, device: torch.device, options: dict[str, Any]
 ) -> Table:
     """A table behind a placement, of the rows that are given or of the model's own.
 

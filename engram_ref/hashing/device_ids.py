@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.devices import as_device
+from engram_ref.hashing.ngram import TokenHistory
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
 
@@ -165,3 +166,14 @@ class DeviceHistory:
     def copy(self) -> DeviceHistory:
         """An independent history in the same state."""
         return copy.copy(self)
+
+
+def history_of_ids(plan: HashPlan, ids: Tensor, on_device: bool) -> TokenHistory | DeviceHistory:
+    """What came before, by its last compressed ids [B, N-1], for a hasher on their device or for one of arrays."""
+    if on_device:
+        history = DeviceHistory(plan, len(ids), ids.device)
+        history.ids = ids.contiguous()
+        return history
+    before = TokenHistory(plan, len(ids))
+    before.ids = ids.contiguous().numpy()
+    return before

@@ -170,14 +170,6 @@ class Places(CacheHistory):
         """
         raise ValueError("a cache of places, which cannot be reordered, selected or repeated: admit() prompts instead")
 
-    def select(self, sequences: Tensor) -> None:
-        """As `require_movable`."""
-        self.require_movable()
-
-    def repeat(self, times: int) -> None:
-        """As `require_movable`."""
-        self.require_movable()
-
     def reset(self) -> None:
         """As `clear`."""
         self.clear()

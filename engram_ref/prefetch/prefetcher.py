@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_ref.devices import side_stream
+from engram_ref.devices import beside, side_stream
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.hashing.device_ids import DeviceHistory
 from engram_ref.hashing.ngram import Hashed, NgramHasher, TokenHistory
@@ -174,12 +174,9 @@ class Prefetcher:
 
         def begin(lease: Lease) -> dict[int, Outcome]:
             arrive: Callable[[Tensor], Pending] = Ready
-            if self._stream is None:
+            with beside(self._stream):
                 values, other = lookup()
-            else:
-                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-                with torch.cuda.stream(self._stream):
-                    values, other = lookup()
+                if self._stream is not None:
                     arrive = partial(Arriving, arrived=self._stream.record_event())
             others.append(arrive(other))
             return {layer_id: Done(partial(arrive, rows)) for layer_id, rows in values.items()}
@@ -271,20 +268,14 @@ class Prefetcher:
     def _on_stream(self, ids: Any, history: Any, buffers: Buffers) -> dict[int, Outcome]:
         """Hash and gather on the device; on a side stream, which first waits for the token ids."""
         assert isinstance(self.hasher, DeviceHasher)
-        if self._stream is None:
+        with beside(self._stream):
+            if self._stream is not None:
+                ids.record_stream(self._stream)  # the caller may let go of it
             rows = self.hasher(ids, history)
             buffers.numbers |= {layer_id: rows[layer_id].reshape(-1) for layer_id in self.tables}
-            return {i: Done(partial(table.start, rows[i].reshape(-1))) for i, table in self.tables.items()}
-        outcomes: dict[int, Outcome] = {}
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            ids.record_stream(self._stream)  # the caller may let go of it
-            rows = self.hasher(ids, history)
-            buffers.numbers |= {layer_id: rows[layer_id].reshape(-1) for layer_id in self.tables}
-            for layer_id, table in self.tables.items():
-                arrive = partial(_arrive, table, rows[layer_id].reshape(-1), self._stream)
-                outcomes[layer_id] = Done(arrive)
-        return outcomes
+            return {
+                i: Done(partial(_arrive, table, buffers.numbers[i], self._stream)) for i, table in self.tables.items()
+            }
 
     def counters(self) -> dict[int, dict[str, int]]:
         """By layer, what was asked of its table so far: see `Table.counters`."""
@@ -354,5 +345,6 @@ def _check_hasher(hasher: NgramHasher | DeviceHasher, table: Table) -> None:
 
 
 def _arrive(table: Table, rows: Tensor, stream: Any) -> Pending:
-    """A fetch on a side stream, which is current: whoever uses the rows waits for what is on it now."""
-    return Arriving(table.start(rows).wait(), stream.record_event())
+    """A fetch on the current stream; if that is a side stream, whoever uses the rows waits for what is on it now."""
+    pending = table.start(rows)
+    return pending if stream is None else Arriving(pending.wait(), stream.record_event())

@@ -298,7 +298,7 @@ class FakeStream:
     """Notes what it is asked for."""
 
     def __init__(self, name, happened):
-        self.name, self.happened = name, happened
+        self.name, self.happened, self.device = name, happened, torch.device("cuda")
 
     def wait_stream(self, other):
         self.happened.append((self.name, "waits for", other.name))
