@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from engram_ref.attach.blocks import (
     check_arguments,
     check_layers,
     find_blocks,
-    holds_anything,
     is_on_accelerator,
     length_of,
     reader,
@@ -32,7 +31,7 @@ from engram_ref.attach.blocks import (
     tell_apart,
     tell_larger,
 )
-from engram_ref.attach.checkpointing import Recomputed, hooks_run_again, is_checkpointed
+from engram_ref.attach.checkpointing import hooks_run_again, is_checkpointed
 from engram_ref.attach.exposed import Place, Waits
 from engram_ref.attach.graphs import keep_address
 from engram_ref.attach.hooks import Hook, forget_compiled, refuse_twice
@@ -101,8 +100,18 @@ def attach(
     engrams = check_arguments(engrams, plan, buffers, observer, exposed, prefetcher)
     check_layers(model, blocks, engrams, plan if isinstance(plan, HashPlan) else plan.plan)
     refuse_twice(blocks, engrams)
-    with torch.inference_mode(False):  # what is made here is written to in whatever mode the model runs
-        made = _make(model, decoder, blocks, engrams, plan, vocab, background, buffers, observer, exposed, prefetcher)
+    with torch.inference_mode(False), ExitStack() as undo:  # what is made is written to in whatever mode the model runs
+        hasher = make_hasher(plan, engrams, prefetcher)
+        if prefetcher is not None and observer is not None:
+            raise ValueError("an observer and a prefetcher: give the observer to the prefetcher")
+        own = None
+        if prefetcher is None:
+            tables = {layer_id: engram.table for layer_id, engram in engrams.items()}
+            prefetcher = own = undo.enter_context(Prefetcher(hasher, tables, buffers, background, observer))
+        form = next(iter(engrams.values())).fusion.config.form
+        source = Source(hasher, vocab, prefetcher, form, not background)
+        made = Attached(model, decoder, blocks, engrams, source, exposed, own, buffers)
+        undo.pop_all()
     try:
         if not isinstance(prefetcher, OnHand):
             tell_larger(decoder, made.token_ids)
@@ -110,36 +119,6 @@ def attach(
         return made  # in here: until the caller has it, nobody else could detach it
     except BaseException:
         made._take_out()
-        raise
-
-
-def _make(
-    model: nn.Module,
-    decoder: nn.Module,
-    blocks: nn.ModuleList,
-    engrams: Mapping[int, Engram],
-    plan: HashPlan | NgramHasher | DeviceHasher,
-    vocab: Any,
-    background: bool,
-    buffers: int,
-    observer: Observer | None,
-    exposed: Waits | None,
-    prefetcher: Any,
-) -> Attached:
-    hasher = make_hasher(plan, engrams, prefetcher)
-    form = next(iter(engrams.values())).fusion.config.form
-    if prefetcher is not None:
-        if observer is not None:
-            raise ValueError("an observer and a prefetcher: give the observer to the prefetcher")
-        source = Source(hasher, vocab, prefetcher, form, not background)
-        return Attached(model, decoder, blocks, engrams, source, exposed)
-    tables = {layer_id: engram.table for layer_id, engram in engrams.items()}
-    own = Prefetcher(hasher, tables, buffers, background, observer)
-    try:
-        source = Source(hasher, vocab, own, form, not background)
-        return Attached(model, decoder, blocks, engrams, source, exposed, own, buffers)
-    except BaseException:
-        own.close()
         raise
 
 
@@ -161,9 +140,9 @@ class Attached(StagedSteps):
         blocks: nn.ModuleList,
         engrams: Mapping[int, Engram],
         source: Source,
-        exposed: Waits | None = None,
-        own: Prefetcher | None = None,
-        buffers: int = sys.maxsize,
+        exposed: Waits | None,
+        own: Prefetcher | None,
+        buffers: int,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -178,10 +157,12 @@ class Attached(StagedSteps):
         self._key = secrets.token_hex(8)
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lengths = LengthsOnDevice()
-        self._recomputed = Recomputed()
+        # Given to blocks that are going to be computed again, by layer and address of the input: it is the same memory
+        # then, as the checkpoint keeps it alive. A newer input in the same memory means that the older is gone.
+        self._recomputed: dict[tuple[int, int], ForBlock] = {}
         self._steps: dict[int, Step] = {}  # begun and not ended, by thread
         self._turn = threading.Condition()  # steps of several threads begin one after the other
-        self._room = buffers
+        self._buffers = sys.maxsize if own is None else buffers
         self._reach = max(getattr(engram.fusion, "reach", 0) for engram in self.engrams.values())
         self._device = next(iter(self.engrams.values())).fusion.device
         self._recurs = recurs(blocks, decoder.config)
@@ -313,41 +294,37 @@ class Attached(StagedSteps):
         # Inside of torch.func every tensor that is made is wrapped, and has no address that compiled code could read.
         with torch._C._DisableFuncTorch(), self._waiting("start"), self._turn:
             # A thread that never ends its step does not stop the others for good: without a buffer they are refused.
-            self._turn.wait_for(lambda: len(self._steps) < self._room, timeout=_PATIENCE)
+            self._turn.wait_for(lambda: len(self._steps) < self._buffers, timeout=_PATIENCE)
             self._steps[thread] = self._start(given, module)
 
     def _start(self, given: Given, decoder: Any, room: Room | None = None, waited_for: bool = False) -> Step:
         self._settle()  # who answers has the places
         blocks = decoder.get_submodule(self._list)
         self._require_hooks(blocks)
-        places = None if given.cache is None else history_of(given.cache, self._key)
-        if isinstance(places, Places):
-            goes_on, fetch = places.next_step(given.ids.shape), None
-            try:
-                fetch, recent = self._source.start(given.ids, None, goes_on, room, None, waited_for)
-                goes_on.begin()
-                return Step(fetch, given.ids.shape, recent, goes_on, None)
-            except BaseException:
-                give_back(fetch)
-                raise
-        again = is_checkpointed(decoder, blocks)
-        use_cache = given.use_cache
-        if use_cache is None:
-            use_cache = bool(getattr(decoder.config, "use_cache", False))
-        past = self._past_length(given)
-        if again and past:
-            raise ValueError(
-                f"gradient checkpointing with a cache of {past} positions, which it does not read: leave the cache out"
-            )
-        cached = use_cache or given.cache is not None
-        if given.ids.shape[1] > 1 and given.mask is not None:
-            refuse_numbered(given.mask)
-        borders = borders_of(given, past, cached, decoder.config, self._recurs)
-        history = self._history(given, past) if cached and not again else None
-        padding = self._padding(given, past, history)
-        packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
-        again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
-        counted = given.cache if given.position is None else None
+        history = history_of(given.cache, self._key)
+        again, padding, packing, borders, counted = False, None, None, None, None
+        if isinstance(history, Places):
+            history = history.next_step(given.ids.shape)
+        else:
+            again = is_checkpointed(decoder, blocks)
+            use_cache = given.use_cache
+            if use_cache is None:
+                use_cache = bool(getattr(decoder.config, "use_cache", False))
+            past = self._past_length(given.cache, history)
+            if again and past:
+                raise ValueError(
+                    f"gradient checkpointing with a cache of {past} positions, which it does not read: leave the cache "
+                    "out"
+                )
+            cached = use_cache or given.cache is not None
+            if given.ids.shape[1] > 1 and given.mask is not None:
+                refuse_numbered(given.mask)
+            borders = borders_of(given, past, cached, decoder.config, self._recurs)
+            history = self._history(given, past, history) if cached and not again else None
+            padding = self._padding(given, past, history)
+            packing = None if borders is None else Packing(borders.to(self._source.device), max(1, self._reach))
+            again = again and torch.is_grad_enabled() and hooks_run_again(blocks)
+            counted = given.cache
         fetch = None
         try:
             fetch, recent = self._source.start(given.ids, padding, history, room, packing, waited_for)
@@ -387,21 +364,19 @@ class Attached(StagedSteps):
         """Whether the CPU may look into the mask: not where a step of one token runs without it."""
         return given.ids.shape[1] > 1 or self._source.reads_on_cpu or not is_on_accelerator(chosen(given.mask))
 
-    def _past_length(self, given: Given) -> int:
-        """Positions before this step, which is where `cache_position` begins, or else as many as the cache holds."""
-        if given.cache is None:
+    def _past_length(self, cache: Any, history: CacheHistory | None) -> int:
+        """Positions before this step: as many as the cache holds."""
+        if cache is None:
             return 0
-        length = length_of(given.cache) if given.position is None else given.position[0]
-        history = history_of(given.cache, self._key)
+        length = length_of(cache)
         if history is None or self._source.reads_on_cpu or not is_on_accelerator(length):
             return int(length)
         self._lengths.compare(length, history.length)
         return history.length
 
-    def _history(self, given: Given, past: int) -> CacheHistory:
-        """What came before this step."""
+    def _history(self, given: Given, past: int, history: CacheHistory | None) -> CacheHistory:
+        """What came before this step: as the cache carries it, or a new one."""
         batch, cache = len(given.ids), given.cache
-        history = None if cache is None else history_of(cache, self._key)
         if history is None and past:
             raise ValueError(
                 f"a cache of {past} positions that Engram has not seen: begin with an empty one, let the model fill it "
@@ -411,8 +386,6 @@ class Attached(StagedSteps):
             history = CacheHistory(self._source.plan, batch, self._source.device, self.engrams)
             if cache is not None:
                 self._follow(cache, history)
-        if history.open and past == 0 and cache is not None and holds_anything(cache):
-            history.require_whole()  # states that nobody counts are left of a step that was broken off
         history.settle(past)
         if history.batch_size != batch:
             raise ValueError(f"{batch} sequences with a cache of {history.batch_size}: the batch must stay the same")
@@ -428,7 +401,7 @@ class Attached(StagedSteps):
     def _join(self, layer_id: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForBlock:
         step = self._steps.get(threading.get_ident())
         if step is None:
-            needed = self._recomputed.take(layer_id, hidden)
+            needed = self._recomputed.pop((layer_id, hidden.data_ptr()), None)
             if needed is None:
                 raise RuntimeError(
                     f"block {layer_id} ran by itself: call the whole model, in one thread, or detach Engram first; "
@@ -441,7 +414,7 @@ class Attached(StagedSteps):
         with self._waiting(layer_id):
             needed = step.for_block(layer_id, hidden)
         if step.recomputed:
-            self._recomputed.keep(layer_id, hidden, needed)
+            self._recomputed[layer_id, hidden.data_ptr()] = needed
         return needed
 
     @torch.compiler.disable

@@ -165,9 +165,8 @@ class Given(NamedTuple):
     ids: Tensor
     cache: Any
     mask: Any
-    position: Any  # `cache_position`, which some releases of transformers hand over: where the chunk begins
     use_cache: bool | None
-    places: Any = None  # `position_ids`
+    positions: Any = None  # `position_ids`
     packed: Mapping[str, Any] = {}  # what else says that several sequences lie in one row, by name
 
 
@@ -207,8 +206,8 @@ def reader(decoder: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Gi
             for name, said in given.items()
             if said is not None and (name in _NUMBERS or name.startswith(LENGTHS))
         }
-        mask, position, use_cache = (given.get(name) for name in ("attention_mask", "cache_position", "use_cache"))
-        return Given(ids, cache_among(given), mask, position, use_cache, given.get("position_ids"), packed)
+        mask, use_cache, positions = (given.get(name) for name in ("attention_mask", "use_cache", "position_ids"))
+        return Given(ids, cache_among(given), mask, use_cache, positions, packed)
 
     return read
 
@@ -270,8 +269,6 @@ def cache_among(arguments: Mapping[str, Any]) -> Any:
 
 def looks_like_cache(value: Any) -> bool:
     """Whether something is a cache, or holds one, as far as can be seen from outside."""
-    if value is None or isinstance(value, (Tensor, str, bytes, int, float, set, frozenset)):
-        return False
     if isinstance(value, Mapping):
         return any(looks_like_cache(part) for part in value.values())
     if isinstance(value, (tuple, list)):
@@ -305,18 +302,6 @@ def cache_in(output: Any) -> Any:
         kinds = ", ".join(type(part).__name__ for part in found.values())
         raise ValueError(f"the model gives back {kinds}, which Engram does not follow: use_cache=False")
     return cache
-
-
-def holds_anything(cache: Any) -> bool:
-    """Whether something was written to a cache, be it none that it counts: recurrent blocks keep states there."""
-    if isinstance(cache, Tensor):
-        return cache.ndim > 0 and bool(cache.any())  # without dimensions, it is a count, or the size of a window
-    if isinstance(cache, Mapping):
-        return any(holds_anything(part) for part in cache.values())
-    if isinstance(cache, (tuple, list)):
-        return any(holds_anything(part) for part in cache)
-    layers = hasattr(cache, "get_seq_length") or type(cache).__module__.startswith("transformers.")
-    return layers and not hasattr(cache, "to_dict") and any(map(holds_anything, vars(cache).values()))
 
 
 def recurs(blocks: nn.ModuleList, config: Any) -> bool:

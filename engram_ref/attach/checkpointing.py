@@ -9,27 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
-
-class Recomputed:
-    """What was given to blocks that are going to be computed again."""
-
-    def __init__(self) -> None:
-        # By layer and address of the input: it is the same memory the second time, as the checkpoint keeps it alive.
-        self._given: dict[tuple[int, int], Any] = {}
-
-    def keep(self, layer_id: int, hidden: Tensor, given: Any) -> None:
-        """Note what belongs to this input of a block. A newer input in the same memory means that the older is gone."""
-        self._given[layer_id, hidden.data_ptr()] = given
-
-    def take(self, layer_id: int, hidden: Tensor) -> Any:
-        """It, once; None if there is nothing."""
-        return self._given.pop((layer_id, hidden.data_ptr()), None)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._given.clear()
+from torch import nn
 
 
 def is_checkpointed(decoder: Any, blocks: nn.ModuleList) -> bool:

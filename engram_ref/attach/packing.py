@@ -13,7 +13,6 @@ across them, the forward is refused.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,17 +44,17 @@ class Packing:
         batch, length = borders.shape
         # So many positions as the layers look back: DEAD to the hash, padding to the convolution.
         numbers = torch.arange(length, device=borders.device).expand(batch, length)
-        self._places = numbers + gap * borders.cumsum(1)  # [B, T], of each position among the wide ones
-        shape = (batch, int(self._places.max()) + 1)  # [B, W]
-        self._source = torch.zeros(shape, dtype=torch.int64, device=borders.device).scatter(1, self._places, numbers)
-        self.apart = torch.ones(shape, dtype=torch.bool, device=borders.device).scatter(1, self._places, False)
+        self._wide = numbers + gap * borders.cumsum(1)  # [B, T], of each position among the wide ones
+        shape = (batch, int(self._wide.max()) + 1)  # [B, W]
+        self._source = torch.zeros(shape, dtype=torch.int64, device=borders.device).scatter(1, self._wide, numbers)
+        self.apart = torch.ones(shape, dtype=torch.bool, device=borders.device).scatter(1, self._wide, False)
 
     def to(self, device: torch.device) -> Packing:
         """The same on a device."""
         if self.apart.device == device:
             return self
         moved = object.__new__(Packing)
-        moved._places, moved._source, moved.apart = (x.to(device) for x in (self._places, self._source, self.apart))
+        moved._wide, moved._source, moved.apart = (x.to(device) for x in (self._wide, self._source, self.apart))
         return moved
 
     def spread(self, values: Tensor) -> Tensor:
@@ -68,11 +67,11 @@ class Packing:
 
     def pick(self, values: Tensor) -> Tensor:
         """[B, W, ...] -> [B, T, ...]."""
-        return _take(values, self._places)
+        return _take(values, self._wide)
 
 
-def _take(values: Tensor, places: Tensor) -> Tensor:
-    return values[torch.arange(len(values), device=values.device)[:, None], places]
+def _take(values: Tensor, positions: Tensor) -> Tensor:
+    return values[torch.arange(len(values), device=values.device)[:, None], positions]
 
 
 def borders_of(given: Given, past: int, use_cache: bool, config: Any, recurs: bool = False) -> Tensor | None:
@@ -181,7 +180,7 @@ def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mappi
     masks = [x for x in values if isinstance(x, Tensor) and _could_be_mask(x, borders.shape[1])]
     rules = [rule for rule in (getattr(value, "mask_mod", None) for value in values) if rule is not None]
     if masks:  # or what only looks like one, such as a bias, which hides nothing
-        across = all(_crosses(_seen_by(mask, borders), borders) for mask in masks)
+        across = all(_crosses(visible(mask)[:, :, : borders.shape[1]], borders) for mask in masks)
     elif rules:  # flex attention asks a function about single pairs
         row, first = borders.nonzero(as_tuple=True)
         across = bool(rules[0](row, torch.zeros_like(row), first, first - 1).any())
@@ -197,13 +196,6 @@ def _could_be_mask(values: Tensor, length: int) -> bool:
     return shaped and (values.dtype == torch.bool or values.is_floating_point())
 
 
-def _seen_by(mask: Tensor, borders: Tensor) -> Tensor:
-    """Which position sees which by a block's mask, [B, T, T]; some models (MPT) have told theirs by what is hidden."""
-    sees = visible(mask)[:, :, : borders.shape[1]]
-    itself = sees.diagonal(dim1=1, dim2=2) & borders.to(sees.device)  # where a sequence begins, there is a token
-    return ~sees if mask.dtype == torch.bool and not itself.any() else sees
-
-
 def _crosses(sees: Tensor, borders: Tensor) -> bool:
     """Whether a position sees another sequence than its own, by `sees`, [B, T, T]."""
     number = borders.to(sees.device).cumsum(1)  # of the sequence, [B, T]
@@ -217,7 +209,7 @@ def _crosses(sees: Tensor, borders: Tensor) -> bool:
 
 def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
     """Borders where `position_ids` do not go on by one, which is where transformers sees them."""
-    positions = given.places
+    positions = given.positions
     if positions is None:
         return None
     positions = positions[None] if positions.ndim == 1 else positions  # [B or 1, T], of some models several of these
@@ -234,19 +226,15 @@ def _in_positions(given: Given, use_cache: bool, config: Any) -> Tensor | None:
             f"{_RESTART}, and there is a cache, with which transformers attends across their borders: use_cache=False, "
             f"or {_MEND}"
         )
-    if not _keeps_apart(positions, borders, len(given.ids), config):
-        raise ValueError(
-            f"{_RESTART}; this release of transformers, or this attention, would attend across their borders: {_MEND}"
-        )
+    if is_flash(config) and not _seen_by_flash(positions, borders, len(given.ids)):
+        raise ValueError(f"{_RESTART}; this attention would attend across their borders: {_MEND}")
     return borders
 
 
-def _keeps_apart(positions: Tensor, borders: Tensor, batch: int, config: Any) -> bool:
-    """Whether transformers attends within these borders."""
-    if is_flash(config):  # it sees only one row, by its smallest position
-        starts = positions == positions.min()
-        return batch == 1 and bool(starts[:, 0].all()) and torch.equal(starts[:, 1:], borders[:, 1:])
-    return hasattr(sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices")
+def _seen_by_flash(positions: Tensor, borders: Tensor, batch: int) -> bool:
+    """Whether flash attention attends within these borders: it sees those of one row, by its smallest position."""
+    starts = positions == positions.min()
+    return batch == 1 and bool(starts[:, 0].all()) and torch.equal(starts[:, 1:], borders[:, 1:])
 
 
 def _in_mask(mask: Tensor, length: int, past: int) -> Tensor | None:

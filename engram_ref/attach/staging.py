@@ -143,7 +143,7 @@ class StagedSteps(ABC):
             self._forget_entered()
             self._ask(self._staged, input_ids, past_key_values)
             return
-        self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=True)
+        self.begin(input_ids, past_key_values, attention_mask, waited_for=True)
         self.lay_down()
 
     def answer(self, input_ids: Tensor, past_key_values: Any) -> None:
@@ -194,7 +194,7 @@ class StagedSteps(ABC):
 
     def _asking_places(self, ids: Tensor, cache: Any) -> Places:
         """The places of a cache whose step asks for its rows."""
-        places = None if cache is None else history_of(cache, self._key)
+        places = history_of(cache, self._key)
         if not isinstance(places, Places):
             raise ValueError("a step that asks for its rows needs a cache of places: seat(cache, Places(...)) first")
         if not isinstance(places.next_step(ids.shape), Places):
@@ -229,26 +229,25 @@ class StagedSteps(ABC):
         self._stagings.clear()
         self._asking.clear()
 
-    def begin(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None) -> None:
+    def begin(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, *, waited_for: bool = False
+    ) -> None:
         """The first half of `stage`, which waits for nothing: the blocks before the first layer may be launched next.
 
         Where the accelerator reads the tables, or the ids are at hand, the fetch begins; where the CPU needs ids that
         the accelerator has, they are sent for.
 
-        Args and errors: as for `stage`.
+        Args and errors: as for `stage`; `waited_for`: nothing is launched before `lay_down`.
         """
-        self._begin_staged(input_ids, past_key_values, attention_mask, waited_for=False)
-
-    def _begin_staged(self, input_ids: Tensor, past_key_values: Any, attention_mask: Any, waited_for: bool) -> None:
         if self._staged is None:
             raise RuntimeError("stage() outside of staging(): write `with attached.staging():` around it")
         self._require_staging_thread()
         if self._staged.asking:
             raise ValueError("begin() where steps ask for their rows themselves: capture stage(), then answer()")
-        places = None if past_key_values is None else history_of(past_key_values, self._key)
+        places = history_of(past_key_values, self._key)
         if isinstance(places, Places) and isinstance(places.next_step(input_ids.shape), Prompts):
             raise ValueError(_PROMPTS_AND_STAGED)  # while they have not begun, so that they stay admitted
-        given = Given(input_ids, past_key_values, attention_mask, None, past_key_values is not None)
+        given = Given(input_ids, past_key_values, attention_mask, past_key_values is not None)
         room = self._room_in(self._staged)
         self._forget_entered()
         self._staged.forget()
@@ -310,7 +309,7 @@ class StagedSteps(ABC):
             raise ValueError(_PACKED_AND_STAGED)
         if given.ids.shape != self._staged.shape:
             raise ValueError(f"token ids of {tuple(given.ids.shape)}; staged were {self._staged.shape}: stage() first")
-        history = None if given.cache is None else history_of(given.cache, self._key)
+        history = history_of(given.cache, self._key)
         if history is not None and self._begun is None:  # before `lay_down` a step is open, and has no length
             history.require_whole()
             self._compare_length(given, history)

@@ -123,9 +123,9 @@ class CacheHistory:
         Raises:
             ValueError: the cache is longer than this history, a step was broken off, or more is gone than remembered.
         """
+        self.require_whole()  # also of an empty cache, in which may be states that nobody counts
         if length == 0:
             return self.reset()
-        self.require_whole()
         if self.packed:
             raise ValueError("a cache of several sequences packed into one row, of which none can go on: use a new one")
         if length > self.length:

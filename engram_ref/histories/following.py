@@ -115,7 +115,7 @@ def _caches_inside(cache: Any) -> list[Any]:
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
-    """The history that a cache carries under this key.
+    """The history that a cache carries under this key, if it does; None carries nothing.
 
     Raises:
         ValueError: the cache has layers of another history.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from argparse import Namespace
 from collections import UserDict
@@ -10,11 +9,11 @@ from collections import UserDict
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, MambaConfig, MambaForCausalLM, cache_utils
+from transformers import DynamicCache, LlamaConfig, MambaConfig, MambaForCausalLM
 from transformers.modeling_outputs import ModelOutput
 
 from engram_ref.attach import attach
-from engram_ref.attach.blocks import CACHES, cache_in, holds_anything, looks_like_cache, reader
+from engram_ref.attach.blocks import CACHES, cache_in, looks_like_cache, reader
 from engram_ref.attach.versions import NEWEST_TESTED, tell_untested
 from tests.ref.attach.models import SIZES, VOCAB, make_ids, make_layers, make_model
 
@@ -173,36 +172,6 @@ def test_a_recurrent_model_needs_no_cache():
         with pytest.raises(ValueError, match=r"Engram.*follow.*use_cache=False"):
             model.generate(ids, max_new_tokens=4, do_sample=False)
     assert want.shape == (2, 13)
-
-
-def layers_of_transformers():
-    """New layers of caches, of each kind that this release has and that needs no other package."""
-    bases = [cache_utils.CacheLayerMixin, cache_utils.LinearAttentionCacheLayerMixin]
-    for kind in bases:  # which grow here
-        bases += [below for below in kind.__subclasses__() if below not in bases]
-        sizes = [name for name in inspect.signature(kind).parameters if name in ("max_cache_len", "sliding_window")]
-        if kind.__module__ == cache_utils.__name__ and not inspect.isabstract(kind):
-            with contextlib.suppress(ImportError):
-                yield kind(**dict.fromkeys(sizes, 4))
-
-
-WRITTEN = {
-    "update": lambda ones, layer: layer.update(ones, ones),
-    "update_conv_state": lambda ones, layer: layer.update_conv_state(ones),
-    "update_recurrent_state": lambda ones, layer: layer.update_recurrent_state(ones),
-}
-
-
-@pytest.mark.parametrize("method", WRITTEN)
-def test_an_empty_layer_of_a_cache_holds_nothing_whatever_it_knows_of_sizes(method):
-    ones, written = torch.ones(1, 1, 2, 4), []
-    for layer in layers_of_transformers():
-        assert not holds_anything(layer), layer
-        if hasattr(layer, method):
-            WRITTEN[method](ones, layer)
-            assert holds_anything(layer), layer
-            written.append(layer)
-    assert len(written) > 1
 
 
 # --- releases --------------------------------------------------------------------------------------
