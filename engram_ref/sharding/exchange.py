@@ -23,7 +23,6 @@ from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -141,28 +140,12 @@ class Exchange(ABC):
 
 
 class AllToAll(Exchange):
-    """Every rank has its own tokens.
-
-    Args:
-        steady: rows that every rank asks for in every fetch, equally many from each owner; then no rank needs to tell
-            how many they are. 0: any number.
-    """
-
-    def __init__(self, plan: ShardPlan, group: Any, row_bytes: int, steady: int = 0) -> None:
-        super().__init__(plan, group, row_bytes)
-        if steady and (not plan.columns or steady % (plan.columns * plan.ranks)):
-            raise ValueError(
-                f"steady={steady} rows, {plan.columns} columns on each of {plan.ranks} ranks: give columns "
-                "x ranks x tokens, of a plan of whole columns"
-            )
-        self.steady = steady
+    """Every rank has its own tokens."""
 
     def ask(self, route: Route, error: BaseException | None = None, idle: bool = False) -> Asked:
-        """Exchange counts, unless they are always the same, then row numbers."""
-        if self.steady and error is not None:  # counts are not told: the others wait for as many as ever
-            route = self._stand_in()
+        """Exchange counts, then row numbers."""
         ids = torch.from_numpy(route.ids).to(self.device)  # before the others have heard anything
-        given, all_idle = (route.counts, False) if self.steady else self._exchange_counts(route.counts, idle)
+        given, all_idle = self._exchange_counts(route.counts, idle)
         found = torch.empty(sum(given), dtype=ids.dtype, device=self.device)
         with watched(self.group):
             dist.all_to_all_single(found, ids, given, route.counts, group=self.group)
@@ -178,13 +161,6 @@ class AllToAll(Exchange):
         self._count(control=COUNT_BYTES)
         given, idles = found.T.tolist()
         return given, all(idles)
-
-    def _stand_in(self) -> Route:
-        """Row numbers that can be answered, for a rank that has none: the first row of each owner, again and again."""
-        each = self.steady // self.plan.ranks
-        ids = np.repeat(np.asarray(self.plan.bounds[:-1]), each)
-        wire = np.int32 if self.plan.id_bytes == 4 else np.int64
-        return Route(ids.astype(wire), [each] * self.plan.ranks, np.arange(0))
 
     def room(self, counts: list[int]) -> Tensor:
         """One behind the other, uint8 [M, row_bytes]."""

@@ -123,7 +123,6 @@ def make_sharded(
     hot: Tensor | None = None,
     same_tokens: bool = False,
     unique: bool = False,
-    steady: int = 0,
     **options: Any,
 ) -> ShardedTable:
     """A table whose rows the ranks of a group own together; all of them call this, each with its own rows or all rows.
@@ -137,7 +136,7 @@ def make_sharded(
         group: of `torch.distributed`, for this table alone; None makes one of all ranks.
         timeout: of the new group: seconds that a rank waits for the others.
         owned: placement of the rows that this rank owns.
-        same_tokens, unique, steady: as for `ShardedTable`.
+        same_tokens, unique: as for `ShardedTable`.
         hot: for owned="hot": row numbers of the whole table. The place of a hot tier is in front of a sharded table,
             though, make_table("hot", behind="sharded"), where a hit asks nobody.
         options: as for `make_table`, of the rows that this rank owns.
@@ -163,9 +162,7 @@ def make_sharded(
         require_same(group, plan.checksum, "plan of shards")
         with agreed(group):
             local = undo.enter_context(_make_own(owned, own, plan.first(rank), where, hot, options))
-        table = ShardedTable(
-            local, plan, group, device, same_tokens=same_tokens, unique=unique, steady=steady, own_group=made
-        )
+        table = ShardedTable(local, plan, group, device, same_tokens=same_tokens, unique=unique, own_group=made)
         undo.pop_all()
     return table
 

@@ -49,7 +49,6 @@ class ShardedTable(Table):
         device: where fetched rows arrive.
         same_tokens: all ranks run the same tokens (tensor parallel), and fetch the same rows.
         unique: ask for each row of a fetch once, however often it is wanted.
-        steady: every rank asks for so many rows in every fetch, those of whole tokens: spares one message.
         own_group: end the group with the table.
 
     Raises:
@@ -70,7 +69,6 @@ class ShardedTable(Table):
         *,
         same_tokens: bool = False,
         unique: bool = False,
-        steady: int = 0,
         own_group: bool = False,
     ) -> None:
         super().__init__(plan.rows, local.format, torch.device(device), torch.device("cpu"))
@@ -78,13 +76,11 @@ class ShardedTable(Table):
         self.group = group
         self.unique = unique
         row_bytes = self.format.row_bytes
-        if same_tokens:
-            self.exchange: Exchange = AllGather(plan, group, row_bytes)
-        else:
-            self.exchange = AllToAll(plan, group, row_bytes, steady)
+        exchange = AllGather if same_tokens else AllToAll
+        self.exchange: Exchange = exchange(plan, group, row_bytes)
         with agreed(group):
             _check(self, local)
-        way = f"{self.format} {same_tokens} {steady} {unique and same_tokens}"
+        way = f"{self.format} {same_tokens} {unique and same_tokens}"
         require_same(group, plan.checksum, "plan of shards")
         require_same(group, hashlib.sha256(way.encode()).hexdigest(), "row format or way to exchange rows")
         self._local = local
@@ -171,15 +167,7 @@ class ShardedTable(Table):
         numbers = check_rows(rows, self.rows).numpy()
         if out is not None:
             check_out(out, len(rows), self.format, self.device)
-        steady = getattr(self.exchange, "steady", 0)
-        if steady and len(numbers) != steady:
-            raise ValueError(
-                f"{len(numbers)} rows in a fetch of a table that was made with steady={steady}: ask for those"
-            )
-        route = route_rows(numbers, self.plan, self.unique)
-        if steady and len(set(route.counts)) > 1:
-            raise ValueError(f"rows of no whole tokens: {route.counts} from each owner; with steady= all are alike")
-        return route
+        return route_rows(numbers, self.plan, self.unique)
 
     def _own(self, ids: Tensor) -> Tensor:
         """Bytes of rows that this rank owns, by their numbers in the whole table: uint8 [n, row_bytes]."""
@@ -264,8 +252,8 @@ def serve_others(tables: Iterable[Table]) -> None:
     """
     shared = [table for table in map(_of_all_rows, tables) if isinstance(table, ShardedTable)]
     for table in shared:
-        if not isinstance(table.exchange, AllToAll) or table.exchange.steady:
-            raise ValueError("serve_others: with same_tokens or steady all ranks have tokens in every step")
+        if not isinstance(table.exchange, AllToAll):
+            raise ValueError("serve_others: with same_tokens all ranks have tokens in every step")
     idle = not shared
     while not idle:
         idle = sum(table.idle() for table in shared) == len(shared)  # each table is asked in each round

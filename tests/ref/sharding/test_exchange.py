@@ -17,13 +17,12 @@ import torch.distributed as dist
 from engram_ref.hashing import NgramHasher
 from engram_ref.sharding import agreement as agreement_module
 from engram_ref.sharding import exchange as exchange_module
-from engram_ref.sharding.plan import NOTICE_BYTES, ShardPlan
+from engram_ref.sharding.plan import ShardPlan
 from engram_ref.tables import make_table
 from engram_ref.tables import sharded as sharded_module
-from engram_ref.tables.sharded import serve_others
 from engram_toy import hashing as twin
 from tests.ref.ranks import run_ranks
-from tests.ref.sharding.shards import LAYERS, PLAN, D, R, said, same, values_of
+from tests.ref.sharding.shards import LAYERS, PLAN, D, R, same, values_of
 
 # --- columns: bytes by formula, the twin's index stream -------------------------------------------
 
@@ -66,27 +65,6 @@ def test_counted_bytes_are_the_formulas_and_all_streams_are_the_twins(ranks):
 def test_bytes_where_all_ranks_have_the_same_tokens():
     for _, good, moved, _ in run_ranks(2, columns_of, 2, True):
         assert good and all((counted.ids, counted.rows) == (0, formula.rows) for counted, formula in moved)
-
-
-def steadily(rank):
-    layer = PLAN.layers[0]
-    values, plan = values_of(layer.rows), ShardPlan.of_layer(layer, 2)
-    count = 3 * len(layer.primes)
-    with make_table("sharded", values, plan=plan, steady=count) as table:
-        rows = torch.from_numpy(NgramHasher(PLAN)(np.full((1, 3), 5 + rank), layer.layer_id).reshape(-1))
-        good = [same(table.start(rows).wait(), values, rows)]
-        before = table.report()
-        wrong = said(lambda: table.start(rows[:-1] if rank else rows).wait())
-        apart = said(lambda: table.start(rows * 0 if rank else rows).wait())
-        good.append(same(table.start(rows).wait(), values, rows))
-        return good, before, wrong, apart, said(lambda: serve_others([table]))
-
-
-def test_where_every_fetch_is_alike_no_counts_are_exchanged():
-    for good, traffic, wrong, apart, serving in run_ranks(2, steadily):
-        assert all(good) and traffic.control == NOTICE_BYTES
-        assert "rows in a fetch of a table that was made with steady=" in wrong[1] and "rank 1 of 2" in wrong[1]
-        assert "no whole tokens" in apart[1] and "all ranks have tokens" in serving[1]
 
 
 def asked_after_it_was_made(rank, options):

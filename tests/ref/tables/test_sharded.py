@@ -262,6 +262,16 @@ def test_a_rank_that_is_done_serves_the_others_behind_hot_rows():
         assert kind == "ValueError" and words.startswith(f"serve_others: a {name} is no table")
 
 
+def serves_the_same_tokens(rank):
+    with make_table("sharded", values_of(), same_tokens=True) as table:
+        return said(lambda: serve_others([table]))
+
+
+def test_ranks_of_the_same_tokens_serve_nobody_alone():
+    refused = ("ValueError", "serve_others: with same_tokens all ranks have tokens in every step")
+    assert run_ranks(2, serves_the_same_tokens) == [refused] * 2
+
+
 # --- loading --------------------------------------------------------------------------------------
 
 
