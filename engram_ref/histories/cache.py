@@ -169,13 +169,6 @@ class CacheHistory:
     def require_movable(self) -> None:
         """Refuse that sequences are reordered, selected or repeated; asked before it is done to the cache."""
 
-    def forked(self) -> CacheHistory:
-        """What a shallow copy of the cache carries: from here on it goes its own way."""
-        fork: CacheHistory = object.__new__(type(self))
-        convolutions = {layer_id: past.copy() for layer_id, past in self.convolutions.items()}  # written in place
-        fork.__dict__.update(self.__getstate__(), convolutions=convolutions)
-        return fork
-
     def numbers(self, sequences: Any) -> Tensor:
         """Of the sequences that are named as a cache takes them: by numbers, booleans or a slice."""
         device = sequences.device if isinstance(sequences, Tensor) else None

@@ -2,7 +2,8 @@
 
 Beams reordered, sequences repeated or selected, all reset, the whole copied or pickled. What a history refuses is done
 to neither. Cropping changes the length, of which a history learns before its next step (`CacheHistory.settle`). Layers
-bear a mark of their last use, so a cache is refused that is given layers which were used by another since, or left.
+bear a mark of their last use, so a cache is refused that is given layers which were used by another since, or left, and
+so is a shallow copy with layers of its own, or the cache that it was made of: the one that is used first goes on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any
 
 import engram_ref.needs_torch  # noqa: F401
 
-from torch import Tensor
-
 from engram_ref.histories.cache import CacheHistory
 
 _ATTRIBUTE = "_engram_histories"
@@ -27,40 +26,19 @@ Histories = dict[str, CacheHistory]  # by key
 
 
 class _Carried:
-    """Histories, and who carries them: a cache, and shallow copies of it as long as all have the same layers.
-
-    What is done to one of these is done to all; until somebody gives other layers to one of them, be it the original.
-    """
+    """Histories, and which layers they are of; shallow copies of a cache carry the same."""
 
     def __init__(self, histories: Histories, mark: str | None = None) -> None:
         self.histories = histories
         self._mark = mark  # on the layers that these histories are of; copies of a layer bear it, too
-        # The oldest first. A copy of this, deep or from a file, begins with none: caches that are made with it join.
-        self._carriers: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-
-    def join(self, cache: Any) -> None:
-        """From now on a cache carries these histories."""
-        setattr(cache, _ATTRIBUTE, self)
-        self._carriers[cache] = None
-
-    def part(self) -> None:
-        """Whoever has other layers than the oldest goes its own way; asked before each use of the histories.
-
-        So nothing has been done to them since the layers were given, and a fork is what they were at that moment.
-        """
-        carriers = [cache for cache in self._carriers if getattr(cache, _ATTRIBUTE, None) is self]
-        apart = [cache for cache in carriers[1:] if not _same_layers(cache, carriers[0])]
-        if apart:
-            others = _Carried({key: history.forked() for key, history in self.histories.items()}, self._mark)
-            for cache in apart:
-                others.join(cache)
-            others.part()
+        self._owner: Any = None  # by a weak reference, the cache that used them last; it counts where no mark is
 
     def is_of(self, cache: Any) -> bool:
         """Not if its layers were last used with other histories, or when these were at another position."""
-        mark = getattr(_first_layer(cache), _MARK, self._mark)
+        mark = getattr(_first_layer(cache), _MARK, None)
+        own = mark == self._mark if mark else self._owner is None or self._owner() is cache
         # Layers that hold nothing are of any.
-        return not self.histories or mark == self._mark or cache.get_seq_length() == 0
+        return own or not self.histories or cache.get_seq_length() == 0
 
     def require_own(self, cache: Any) -> None:
         """Refuse a cache whose layers these histories are not of.
@@ -71,12 +49,13 @@ class _Carried:
         if not self.is_of(cache):
             raise ValueError(
                 f"a {type(cache).__name__} with layers that it had left, or of another cache, of which its history is "
-                "not: begin with a new cache, or `remember` what is in these layers"
+                "not: copy.deepcopy a cache that is to go on in two ways, begin with a new one, or `remember` what is "
+                "in these layers"
             )
 
     def mark(self, cache: Any) -> None:
         """The layers are about to be used, after which they are not what copies of them are."""
-        self._mark = secrets.token_hex(8)
+        self._mark, self._owner = secrets.token_hex(8), weakref.ref(cache)
         layer = _first_layer(cache)
         if layer is not None:
             setattr(layer, _MARK, self._mark)
@@ -85,33 +64,12 @@ class _Carried:
         return _Carried, (self.histories, self._mark)
 
 
-def _same_layers(cache: Any, other: Any) -> bool:
-    """Whether two caches hold their keys and values in the same layers; not if they do not show them."""
-    ours = _places_of(cache)
-    return any(ours) and ours == _places_of(other)
-
-
-def _places_of(cache: Any) -> list[list[int]]:
-    """By which objects a cache holds keys and values, one list for it, or one for each cache inside of it."""
-    if hasattr(cache, "layers"):
-        # An empty list is about to be filled: only who has that very list gets the layers.
-        return [[id(layer) for layer in cache.layers] or [id(cache.layers)]]
-    if inside := _caches_inside(cache):
-        return [places for part in inside for places in _places_of(part)]
-    held = [part for name, part in vars(cache).items() if name != _ATTRIBUTE]
-    return [[id(part) for part in held if isinstance(part, (list, dict, Tensor))]]  # of a kind of its own
-
-
 def _first_layer(cache: Any) -> Any:
     """The first of the layers that a decoder appends to, if it can bear a mark: the others go with it."""
     # Those of the encoder's output are read only, and may be shared.
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     first = layers[0] if isinstance(layers, (list, tuple)) and layers else None
     return first if hasattr(first, "__dict__") else None
-
-
-def _caches_inside(cache: Any) -> list[Any]:
-    return [part for part in vars(cache).values() if hasattr(part, "get_seq_length")]
 
 
 def history_of(cache: Any, key: str) -> CacheHistory | None:
@@ -128,14 +86,8 @@ def history_of(cache: Any, key: str) -> CacheHistory | None:
 
 
 def _carried_by(cache: Any) -> _Carried | None:
-    """What a cache carries, apart from caches that have other layers by now; None if it follows nothing."""
-    carried: _Carried | None = getattr(cache, _ATTRIBUTE, None)
-    if carried is None:
-        return None
-    carried.join(cache)  # a copy that its class has made by its own `__copy__` has not yet
-    carried.part()
-    own: _Carried = getattr(cache, _ATTRIBUTE)
-    return own
+    """What a cache carries; None if it follows nothing."""
+    return getattr(cache, _ATTRIBUTE, None)
 
 
 def _used(cache: Any, carried: _Carried) -> Histories:
@@ -150,7 +102,7 @@ def follow(cache: Any, key: str, history: CacheHistory) -> None:
     if carried is None:
         kind: Any = type(cache)
         carried = _Carried({})
-        carried.join(cache)
+        setattr(cache, _ATTRIBUTE, carried)
         cache.__class__ = _following(kind)
     elif not carried.is_of(cache):
         carried.histories.clear()  # what the layers hold is to be told under the other keys, too
@@ -159,7 +111,7 @@ def follow(cache: Any, key: str, history: CacheHistory) -> None:
 
 def unfollow(cache: Any, key: str) -> None:
     """Take a history away; a cache without one is as it was before the first."""
-    carried: _Carried | None = getattr(cache, _ATTRIBUTE, None)
+    carried = _carried_by(cache)
     if carried is None:
         return
     carried.histories.pop(key, None)
@@ -191,9 +143,9 @@ def _reduce(cache: Any, protocol: Any) -> Any:
 
 
 def _remake(make: Any, kind: type, carried: _Carried, *arguments: Any) -> Any:
-    """A cache without its state, that carries these histories before anybody can part from it unnoticed."""
+    """A cache without its state, that carries these histories."""
     made = make(_following(kind), *arguments)
-    carried.join(made)
+    setattr(made, _ATTRIBUTE, carried)
     return made
 
 

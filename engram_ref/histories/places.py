@@ -94,10 +94,6 @@ class Places(CacheHistory):
             raise ValueError(f"prompts of {lengths.tolist()} tokens for places {named}: give one at least for each")
         self._admitted = Prompts(self, slots, lengths)
 
-    def forked(self) -> Places:
-        """Themselves: who admits prompts has these in hand."""
-        return self
-
     def _named(self, slots: Tensor) -> list[int]:
         named: list[int] = slots.tolist()
         if len(set(named)) < len(named) or not all(0 <= slot < self.batch_size for slot in named):

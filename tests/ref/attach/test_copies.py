@@ -183,20 +183,30 @@ def shallow(cache):
     return fork
 
 
-def test_a_fork_of_a_cache_goes_its_own_way(layers, ids):
-    """One after the other, steps of equal length, so that no length tells that one history serves both."""
-    model = make_model()
-    other = make_ids(length=4, seed=8)
+class CopiesItself(DynamicCache):
+    def __copy__(self):
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.layers = copy.deepcopy(self.layers)
+        return twin
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("kind", "fork"), [(DynamicCache, shallow), (CopiesItself, copy.copy)])
+def test_of_a_cache_and_a_shallow_copy_with_layers_of_its_own_the_first_that_is_used_goes_on(kind, fork, swapped, ids):
+    """The other one is refused, at whatever length; a form without convolution would follow it back."""
+    model, layers = make_model(), make_layers(form="v41")
     with torch.no_grad(), attach(model, layers.engrams, layers.plan):
-        cache = DynamicCache()
+        cache = kind()
         model(ids[:, :5], past_key_values=cache)
-        forks = [cache, shallow(cache), shallow(cache)]
-        goes_on = [ids[:, 5:], other, other.flip(1)]
-        for at in range(4):
-            for fork, tokens in zip(forks, goes_on):
-                got = model(tokens[:, at : at + 1], past_key_values=fork).logits
-                wanted = model(torch.cat([ids[:, :5], tokens[:, : at + 1]], 1)).logits[:, -1:]
-                torch.testing.assert_close(got, wanted, **EXACT)
+        twin = fork(cache)
+        first, other = (twin, cache) if swapped else (cache, twin)
+        for at in range(5, 9):
+            got = model(ids[:, at : at + 1], past_key_values=first).logits
+            torch.testing.assert_close(got, model(ids[:, : at + 1], use_cache=False).logits[:, -1:], **EXACT)
+            for use in (lambda: other.batch_repeat_interleave(2), lambda: model(ids[:, :1], past_key_values=other)):
+                with pytest.raises(ValueError, match=r"copy\.deepcopy a cache that is to go on in two ways"):
+                    use()
 
 
 ACTS = {
@@ -228,7 +238,7 @@ def test_a_copy_with_the_layers_of_its_cache_is_the_same_cache(act, ids):
 
 
 def swap_back(model, cache, tokens):
-    fork = shallow(cache)
+    fork = copy.deepcopy(cache)
     model(tokens[:, :1], past_key_values=cache)
     model(tokens[:, 1:2], past_key_values=fork)
     fork.layers = cache.layers
@@ -236,14 +246,14 @@ def swap_back(model, cache, tokens):
 
 
 def swap_back_unused(model, cache, tokens):
-    fork = shallow(cache)
+    fork = copy.deepcopy(cache)
     model(tokens[:, :1], past_key_values=cache)
     fork.layers = cache.layers
     return fork
 
 
 def exchange(model, cache, tokens):
-    fork = shallow(cache)
+    fork = copy.deepcopy(cache)
     model(tokens[:, :1], past_key_values=cache)
     model(tokens[:, 1:2], past_key_values=fork)
     cache.layers, fork.layers = fork.layers, cache.layers
@@ -348,8 +358,8 @@ def test_caches_of_one_encoders_output_are_each_of_their_own_history(ids):
     with torch.no_grad(), attach(decoder, layers.engrams, layers.plan):
         first = EncoderDecoderCache(DynamicCache(), DynamicCache())
         step(ids[:, :3], first)
-        fork = copy.copy(first)
-        fork.self_attention_cache = copy.deepcopy(first.self_attention_cache)
+        fork = copy.deepcopy(first)
+        fork.cross_attention_cache = first.cross_attention_cache
         anew = EncoderDecoderCache(DynamicCache(), first.cross_attention_cache)
         caches = (first, ids[:, :3], ids[:, 3:]), (fork, ids[:, :3], other), (anew, other[:, :0], other)
         for at in range(3):
@@ -393,14 +403,6 @@ def test_a_cache_whose_layers_bear_no_mark_is_used_as_ever(ids):
             torch.testing.assert_close(got, model(ids[:, : at + 1], use_cache=False).logits[:, -1:], **EXACT)
 
 
-class CopiesItself(DynamicCache):
-    def __copy__(self):
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.layers = copy.deepcopy(self.layers)
-        return twin
-
-
 class Slotted(DynamicCache):
     __slots__ = ("note",)
 
@@ -413,20 +415,6 @@ class Stateful(DynamicCache):
         self.__dict__.update(state)
 
 
-def test_a_copy_that_its_class_makes_by_itself_goes_its_own_way(ids):
-    model, layers = make_model(), make_layers(form="v41")
-    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
-        cache = CopiesItself()
-        model(ids[:, :5], past_key_values=cache)
-        twin = copy.copy(cache)
-        for which, at in ((twin, 5), (cache, 6)):
-            model(ids[:, at : at + 1], past_key_values=which)
-        for which, at in ((twin, 5), (cache, 6)):
-            got = model(ids[:, 7:8], past_key_values=which).logits
-            want = model(torch.cat([ids[:, :5], ids[:, at : at + 1], ids[:, 7:8]], 1), use_cache=False).logits[:, -1:]
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", [Slotted, Stateful])
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
 def test_caches_with_states_of_their_own_kind_are_copied(again, kind, layers, ids):
@@ -437,17 +425,6 @@ def test_caches_with_states_of_their_own_kind_are_copied(again, kind, layers, id
         model(ids[:, :5], past_key_values=cache)
         got = model(ids[:, 5:], past_key_values=again(cache)).logits
         torch.testing.assert_close(got, model(ids).logits[:, 5:], **EXACT)
-
-
-@pytest.mark.parametrize("chosen", [[1, 0], (1,), torch.tensor([1, 0], dtype=torch.int32), torch.tensor([False, True])])
-def test_sequences_may_be_selected_as_a_cache_selects_them(chosen, layers, ids):
-    model = make_model()
-    with torch.no_grad(), attach(model, layers.engrams, layers.plan):
-        cache, bare = DynamicCache(), torch.arange(2)[chosen if isinstance(chosen, torch.Tensor) else list(chosen)]
-        model(ids[:, :5], past_key_values=cache)
-        cache.batch_select_indices(chosen)
-        got = model(ids[bare][:, 5:], past_key_values=cache).logits
-        torch.testing.assert_close(got, model(ids[bare]).logits[:, 5:], **EXACT)
 
 
 # --- modes -----------------------------------------------------------------------------------------

@@ -137,30 +137,6 @@ def test_generation_goes_on_where_it_stopped(model, attached, ids):
     assert torch.equal(got, want) and torch.equal(first, want[:, : first.shape[1]])
 
 
-def test_a_prompt_is_used_again(model, attached, ids):
-    """As transformers' guide does it: a copy of the prompt's cache for every continuation."""
-    prompt = DynamicCache()
-    model(ids, past_key_values=prompt)
-    for seed in (1, 2):
-        whole = torch.cat([ids, make_ids(length=4, seed=seed)], 1)
-        got = model.generate(whole, past_key_values=copy.deepcopy(prompt), **MORE)
-        assert torch.equal(got, model.generate(whole, **MORE))
-    assert prompt.get_seq_length() == ids.shape[1]
-
-
-def test_sequences_are_repeated_and_selected(model, attached, ids):
-    whole = make_ids(4, 3, seed=4)
-    cache = DynamicCache()
-    model(ids, past_key_values=cache)
-    cache.batch_repeat_interleave(2)
-    got = model(whole, past_key_values=cache).logits
-    want = model(torch.cat([ids.repeat_interleave(2, 0), whole], 1)).logits[:, -3:]
-    torch.testing.assert_close(got, want, **EXACT)
-    cache.batch_select_indices(torch.tensor([3, 0]))
-    after = torch.cat([ids.repeat_interleave(2, 0), whole, whole], 1)[[3, 0]]
-    torch.testing.assert_close(model(whole[[3, 0]], past_key_values=cache).logits, model(after).logits[:, -3:], **EXACT)
-
-
 # --- padding ---------------------------------------------------------------------------------------
 
 
@@ -254,16 +230,6 @@ def test_a_step_that_engram_did_not_see_is_refused(model, layers, ids):
         other(ids[:, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="the cache holds 10 positions, Engram's history 9"):
             model(ids[:, :1], past_key_values=cache)
-
-
-def test_a_cache_from_before_detaching_is_refused_afterwards(model, layers, ids):
-    cache = DynamicCache()
-    with torch.no_grad():
-        with attach(model, layers.engrams, layers.plan):
-            model(ids, past_key_values=cache)
-        assert type(cache) is DynamicCache and cache.get_seq_length() == 9
-        with attach(model, layers.engrams, layers.plan), pytest.raises(ValueError, match="that Engram has not seen"):
-            model(ids, past_key_values=cache)
 
 
 def test_another_batch_is_refused(model, attached, ids):

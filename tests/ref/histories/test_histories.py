@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache
 
 from engram_ref.hashing import DEAD
 from engram_ref.histories.cache import SLACK, CacheHistory, LengthsOnDevice
 from engram_ref.histories.following import follow, history_of, unfollow
 from engram_ref.histories.places import Places
-from tests.ref.attach.models import make_layers, make_model
+from tests.ref.attach.models import make_layers
 
 LAYERS = make_layers((1,))
 CPU = torch.device("cpu")
@@ -64,9 +64,13 @@ def test_it_goes_back_before_the_first_id():
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
         (lambda cache: cache.batch_select_indices(slice(0, 2)), [0, 1]),
         (lambda cache: cache.batch_select_indices([]), []),
+        (lambda cache: cache.batch_select_indices([2, 0]), [2, 0]),
+        (lambda cache: cache.batch_select_indices((1,)), [1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0], dtype=torch.int32)), [2, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
     ],
-    ids=["reorder", "by name", "select", "slice", "none", "repeat"],
+    ids=["reorder", "by name", "select", "slice", "none", "list", "tuple", "int32", "booleans", "repeat"],
 )
 def test_it_does_what_the_cache_does(act, order):
     cache, history, before = DynamicCache(), make_history(), make_history()
@@ -113,56 +117,15 @@ def test_what_the_cache_cannot_do_is_not_done_to_it():
     assert history.recent is recent
 
 
-def test_an_emptied_cache_empties_it_where_it_is():
-    cache = StaticCache(config=make_model(num_hidden_layers=1).config, max_cache_len=4)
-    history = make_history()
-    history.open = True
-    address = history.convolutions[1].values.data_ptr()
-    follow(cache, "key", history)
-    cache.reset()
-    assert history.length == 0 and not history.open and (history.recent == DEAD).all()
-    assert history.convolutions[1].values.data_ptr() == address and not history.convolutions[1].values.any()
-
-
-def test_a_copied_cache_has_a_history_of_its_own():
-    cache, history = DynamicCache(), make_history()
-    follow(cache, "key", history)
-    twin = copy.deepcopy(cache)
-    other = history_of(twin, "key")
-    assert other is not history and torch.equal(other.recent, history.recent)
-    twin.reset()
-    assert other.length == 0 and history.length == 5
-
-
-def with_other_layers(cache):
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_cache_and_its_copies_share_a_history_until_one_of_them_gets_other_layers(number):
+def test_a_cache_and_its_shallow_copies_share_a_history():
     cache, history, before = filled_cache(), make_history(), make_history()
     follow(cache, "key", history)
-    caches = [cache, copy.copy(cache)]
-    caches.append(copy.copy(caches[1]))
-    caches[number].reorder_cache(torch.tensor([2, 0, 0]))  # all of them, as they have the same layers
-    assert all(history_of(each, "key") is history for each in caches)
-    with_other_layers(caches[number])
-    caches[0].batch_select_indices([1])
-    for each in caches:
-        moved = each.layers[0].keys[:, 0, 0, 0].div(2).long()  # which sequences are left, and in which order
-        found = history_of(each, "key")
-        assert torch.equal(found.recent, before.recent[moved])
-        assert torch.equal(found.convolutions[1].values, before.convolutions[1].values[moved])
-
-
-def test_caches_that_are_copied_together_share_a_history_of_their_own():
-    cache, history = filled_cache(), make_history()
-    follow(cache, "key", history)
+    twin = copy.copy(copy.copy(cache))
+    twin.reorder_cache(torch.tensor([2, 0, 0]))
+    assert history_of(twin, "key") is history_of(cache, "key") is history
+    assert torch.equal(history.recent, before.recent[[2, 0, 0]])
     one, two = copy.deepcopy([cache, copy.copy(cache)])
     assert history_of(one, "key") is history_of(two, "key") is not history
-    del one
-    with_other_layers(two)
-    assert history_of(two, "key").length == 5
 
 
 class Bare:
@@ -172,18 +135,32 @@ class Bare:
         return 5
 
 
-def test_a_copy_that_shows_no_layers_goes_its_own_way_at_once():
-    for cache in (Bare(), EncoderDecoderCache(DynamicCache(), DynamicCache())):
-        history = make_history()
-        follow(cache, "key", history)
-        twin = copy.copy(cache)
-        if not isinstance(cache, Bare):
-            assert history_of(twin, "key") is history
-            twin.self_attention_cache = copy.copy(cache.self_attention_cache)
-            assert history_of(twin, "key") is history
-            twin.self_attention_cache = copy.deepcopy(cache.self_attention_cache)
-        assert history_of(twin, "key") is not history
-        assert history_of(cache, "key") is history and torch.equal(history_of(twin, "key").recent, history.recent)
+def filled_afterwards(cache):
+    cache.update(torch.zeros(3, 1, 1, 2), torch.zeros(3, 1, 1, 2), 0)
+
+
+def with_other_layers(cache):
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fill", "part"),
+    [(Bare, lambda _: None, lambda _: None), (DynamicCache, filled_afterwards, with_other_layers)],
+    ids=["no layers", "layers that came since"],
+)
+def test_layers_without_a_mark_are_those_of_the_cache_that_used_the_history_last(kind, fill, part):
+    cache, history = kind(), make_history()
+    follow(cache, "key", history)
+    fill(cache)
+    twin = copy.copy(cache)
+    part(twin)
+    with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
+        history_of(twin, "key")
+    assert history_of(cache, "key") is history
+    assert history_of(copy.deepcopy(cache), "key") is not history
+    del cache
+    with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
+        history_of(twin, "key")
 
 
 def test_a_cache_keeps_its_class_and_gets_it_back():
@@ -220,22 +197,3 @@ def test_lengths_are_compared_without_asking():
     with pytest.raises(ValueError, match="the cache holds 5 positions, Engram's history 4"):
         lengths.check()
     lengths.check()
-
-
-class WithoutLayers:
-    """A cache of another kind, which keeps what it has in a list."""
-
-    def __init__(self):
-        self.kept = [torch.zeros(1)]
-
-    def get_seq_length(self):
-        return len(self.kept)
-
-
-def test_copies_of_a_cache_without_layers_share_as_long_as_they_hold_the_same():
-    cache, history = WithoutLayers(), make_history()
-    follow(cache, "one", history)
-    twin = copy.copy(cache)
-    assert history_of(twin, "one") is history_of(cache, "one") is history
-    twin.kept = list(cache.kept)
-    assert history_of(cache, "one") is history and history_of(twin, "one") is not history
