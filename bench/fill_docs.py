@@ -163,7 +163,7 @@ SCRIPTS: dict[str, Callable[[], str]] = {
 # a phone, too, and `bench.site.pictures` looks for that.
 DRAWN: dict[str, Callable[..., list[Path]]] = {
     "bytedmd_toy": figures.draw_all,
-    "bytedmd_sweeps": sweep_figures.draw_all,
+    "bytedmd_sweeps": functools.partial(sweep_figures.draw_all, names=("padding", "share")),
     "production": row_figures.draw_all,
     "verdict_map": map_figure.draw_all,
     "gpu_wall_cpu": wall_figures.draw_all,

@@ -7,6 +7,7 @@ Saved as sweep_NAME.svg: a panel per model and boundary, a line per variant, the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ _LOGARITHMIC = {"padding", "tokens", "share", "hot", "bytes", "compute", "wrong"
 _SIDE_BY_SIDE = 5  # names that a panel has room for, written level
 
 
-def draw_all(results: dict[str, Any], out: Path) -> list[Path]:
-    """Draw a figure for every sweep into a folder; each file is complete or absent. Returns the paths."""
-    return save_all({f"sweep_{name}": partial(_figure, sweep=name) for name in results["sweeps"]}, results, out)
+def draw_all(results: dict[str, Any], out: Path, names: Iterable[str] | None = None) -> list[Path]:
+    """Draw a figure for every sweep, or those named, into a folder, each complete or absent. Returns the paths."""
+    return save_all(
+        {f"sweep_{name}": partial(_figure, sweep=name) for name in names or results["sweeps"]}, results, out
+    )
 
 
 def _figure(results: dict[str, Any], sweep: str) -> Any:
