@@ -9,9 +9,6 @@ import statistics
 import subprocess
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
 import pytest
 from matplotlib import pyplot as plt
 

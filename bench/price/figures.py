@@ -14,9 +14,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")  # before pyplot, which chooses for itself otherwise
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 

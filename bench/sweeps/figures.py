@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
 from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
 from bench.sweeps.points import SWEEPS
@@ -33,8 +35,6 @@ def draw_all(results: dict[str, Any], out: Path, names: Iterable[str] | None = N
 
 def _figure(results: dict[str, Any], sweep: str) -> Any:
     """Models in rows, boundaries in columns, one scale for all."""
-    from matplotlib import pyplot as plt
-
     pairs, label = groups(results, sweep), SWEEPS[sweep].label
     models, boundaries = (list(dict.fromkeys(names)) for names in zip(*pairs))
     size = (10.5, 1.4 + 2.6 * len(models))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 
-import matplotlib
-
-matplotlib.use("svg")
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from bench import fill_docs
 from bench.instruments.drawing import NARROW, same_picture, save_all, stack
 from bench.instruments.output import source
 
@@ -69,6 +70,15 @@ def test_both_drawings_name_their_results(tmp_path):
         save_all({"some": drawn}, {"a": 1}, tmp_path, wanted)
     assert {path.name for path in tmp_path.iterdir()} == {"some.svg", "some.narrow.svg"}
     assert all(source({"a": 1}) in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+
+
+def test_a_command_in_a_process_of_its_own_draws_what_the_documents_show(tmp_path):
+    results = fill_docs.load("end_to_end_cpu")
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    command = [sys.executable, "-m", "bench.served.figures", str(tmp_path / "results.json")]
+    subprocess.run(command, cwd=fill_docs.ROOT, check=True, capture_output=True)
+    shown = fill_docs.DRAWN["end_to_end_cpu"](results, tmp_path / "shown")
+    assert [(tmp_path / path.name).read_bytes() for path in shown] == [path.read_bytes() for path in shown] != []
 
 
 PICTURE = """<svg width="9.5pt"><!-- 1.25 --><path d="M 226.958197 2" style="stroke: #0072b2; opacity: 0.5"
