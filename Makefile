@@ -32,7 +32,7 @@ toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal # forked children cannot use threads of OpenMP
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .
@@ -75,7 +75,7 @@ ranges:
 processors: $(VENV)/stamp-fast,plot,ref,test,docs
 	for set in "default COMPATIBLE SSE41 nehalem" "avx2 AVX2 AVX2 haswell"; do set -- $$set; echo "$$1"; \
 		NUMBA_CPU_NAME=$$4 NUMBA_CPU_FEATURES= \
-		ATEN_CPU_CAPABILITY=$$1 MKL_CBWR=$$2 ONEDNN_MAX_CPU_ISA=$$3 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		ATEN_CPU_CAPABILITY=$$1 MKL_CBWR=$$2 ONEDNN_MAX_CPU_ISA=$$3 $(BIN)/python -m pytest \
 		-q -n auto --ignore tests/ref/fusion/test_compiled.py tests/ref/fusion tests/ref/test_layer.py tests/ref/rows tests/ref/hashing \
 		tests/ref/attach tests/ref/guides tests/cross tests/bench/rivals || exit 1; done
 

@@ -21,6 +21,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.pop("COLUMNS", None)  # readline, which pytest imports, exports a terminal's, and tables would be cut to it
 os.unsetenv("COLUMNS")  # it does so behind os.environ's back
+# Read as torch is imported: tensors are so small that several threads are slower, and forked children can use none.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Torch reads both when it is imported. What it compiles is worth keeping, code for other vectors apart, as it would be
 # run. Whether the compiler knows this processor's vectors takes it a program to find out, 6 s; if not, it says so.
 _CODE = f"engram-tests-inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}"

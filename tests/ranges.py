@@ -13,7 +13,6 @@ lies beside its environment.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,6 @@ HOME = ROOT / ".venvs-ranges"
 EXTRAS = ("plot", "ref", "test")  # docs and lint are for this repository alone, where constraints.txt pins them
 ENDS = ("oldest", "newest")
 HEAVY = ("torch", "triton")
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # tensors are small, and every core has a process of tests
 REQUIREMENT = re.compile(r"([\w-]+)([>=]=)([\d.]+)")
 QUIETLY = ("-q", "-n", "auto", "-p", "no:cacheprovider", "-W", "ignore")
 # What a release may change, by the package that may: half a minute on two cores. Not all of the suite, which takes ten
@@ -98,7 +96,7 @@ def run(end: str, wanted: list[str]) -> bool:
     with log.open("w") as output:
 
         def call(*command: str) -> bool:
-            done = subprocess.run([str(python), "-m", *command], cwd=ROOT, env=ONE_THREAD, stdout=output, stderr=output)
+            done = subprocess.run([str(python), "-m", *command], cwd=ROOT, stdout=output, stderr=output)
             return done.returncode == 0
 
         newer = ("--upgrade",) if end == "newest" else ()  # exact versions that are there need no look into the index

@@ -1,7 +1,4 @@
-"""Engram in a decoder of transformers: the sums of a forward written by hand, and everything as before afterwards.
-
-python -m pytest tests/ref/attach/test_attached.py
-"""
+"""Engram in a decoder of transformers: the sums of a forward written by hand, and everything as before afterwards."""
 
 from __future__ import annotations
 
@@ -26,8 +23,6 @@ from engram_ref.tables import make_table
 from engram_ref.tables.device import DeviceTable
 from engram_ref.vocab import CompressedVocab
 from tests.ref.attach.models import VOCAB, add_by_hand, by_hand, make_ids, make_layers, make_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

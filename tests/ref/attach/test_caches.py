@@ -17,8 +17,6 @@ from engram_ref.attach.blocks import CACHES, cache_in, looks_like_cache, reader
 from engram_ref.attach.versions import NEWEST_TESTED, tell_untested
 from tests.ref.attach.models import SIZES, VOCAB, make_ids, make_layers, make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def counting_decoder(name, returned=None):
     """A decoder that calls its cache by `name`, and adds up what it has seen, so that the past matters.

@@ -20,8 +20,6 @@ from engram_ref.prefetch import Prefetcher
 from engram_ref.tables import make_table
 from tests.ref.attach.models import VOCAB, by_hand, make_ids, make_layers, make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXACT = dict(rtol=0, atol=1e-12)  # float64, logits of about 1; other shapes of the same sums differ by 1e-15
 WAYS = {
     "background": lambda layers: {},

@@ -1,7 +1,4 @@
-"""Errors with Engram attached: what is refused in a line; forwards, fetches and stagings that fail do no harm.
-
-python -m pytest tests/ref/attach/test_errors.py
-"""
+"""Errors with Engram attached: what is refused in a line; forwards, fetches and stagings that fail do no harm."""
 
 from __future__ import annotations
 
@@ -28,9 +25,6 @@ from engram_ref.prefetch import FetchError
 from engram_ref.tables.device import DeviceTable
 from engram_ref.vocab import CompressedVocab
 from tests.ref.attach.models import PAD, VOCAB, Plainest, by_hand, make_layers, make_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2, vocab_size=20)
 HEADS = dict(encoder_ffn_dim=8, decoder_ffn_dim=8)

@@ -15,8 +15,6 @@ from engram_ref.histories.cache import CacheHistory
 from engram_ref.histories.following import history_of
 from tests.ref.attach.models import PAD, SIZES, by_hand, make_family, make_ids, make_layers, make_model, padded_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXACT = dict(rtol=0, atol=1e-12)  # float64, logits of about 1; other shapes of the same sums differ by 1e-15
 MORE = dict(max_new_tokens=6, do_sample=False)
 

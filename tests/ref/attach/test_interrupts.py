@@ -1,7 +1,4 @@
-"""Ctrl-C inside of `attach`, `offload_table` and forwards, at every step there is: the model is what it was.
-
-python -m pytest tests/ref/attach/test_interrupts.py
-"""
+"""Ctrl-C inside of `attach`, `offload_table` and forwards, at every step there is: the model is what it was."""
 
 from __future__ import annotations
 
@@ -25,8 +22,6 @@ from engram_ref.attach.own_table import plan_of
 from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach.models import Plainest, make_ids, make_layers
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 OURS = {module.__file__ for module in (attached_module, hooks_module, offload_module, own_table)}
 IN_FORWARDS = OURS | {module.__file__ for module in (graphs, lookup, staging, step_module)}

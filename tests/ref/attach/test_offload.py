@@ -1,7 +1,5 @@
 """The n-gram table of a transformers model behind our placements: the logits are those of the untouched model, to the
 bit, and everything is given back.
-
-    python -m pytest tests/ref/attach/test_offload.py
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = 7
 BLOCKS = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])  # the first has the table
 TWO_TABLES = dict(ple_layer_ids=[1, 3], num_hidden_layers=4, layer_types=None)  # in blocks 0 and 2

@@ -12,8 +12,6 @@ from engram_ref.attach.packing import Packing, borders_of, require_apart
 from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach.models import Plainest, make_family, make_ids, make_layers, make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXACT = dict(rtol=0, atol=1e-12)  # float64, logits of about 1; other shapes of the same sums differ by 1e-15
 LENGTHS = (4, 1, 9, 1, 1, 2)  # shorter and longer than what the hash and the convolution look back
 SEQUENCES = [row[:length] for row, length in zip(make_ids(len(LENGTHS), 9, seed=3), LENGTHS)]

@@ -14,9 +14,6 @@ from engram_ref.attach.padding import padding_of
 from engram_ref.hashing import NgramHasher
 from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model, padded_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 SEQUENCES = [row[:length] for row, length in zip(make_ids(3, 9), (9, 5, 1))]
 
 

@@ -22,8 +22,6 @@ from engram_ref.layer import Engram
 from engram_ref.tables.host import HostTable
 from tests.ref.attach.models import VOCAB, make_ids, make_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 # Prompts in turn: (place, tokens, how many more it is given); the second one in place 1 comes while place 0 goes on.
 TURNS = [[(0, 9, 5), (1, 1, 2)], [(1, 4, 3)]]

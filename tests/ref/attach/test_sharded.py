@@ -71,7 +71,7 @@ def on_a_rank(rank, form, ranks, same_tokens):
 
 @pytest.mark.parametrize("same_tokens", [False, True], ids=["own tokens", "same tokens"])
 @pytest.mark.parametrize("form", ["demo", "v41"])
-def test_logits_and_tokens_are_those_of_one_process(form, same_tokens, one_thread):
+def test_logits_and_tokens_are_those_of_one_process(form, same_tokens):
     found = run_ranks(2, on_a_rank, form, 2, same_tokens)
     model, layers = make_model(), make_layers(form=form)
     plain = model(prompts(0)).logits

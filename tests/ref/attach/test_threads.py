@@ -14,8 +14,6 @@ from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
 from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 THREADS = 4
 
 

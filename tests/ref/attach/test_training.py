@@ -16,8 +16,6 @@ from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
 from tests.ref.attach.models import by_hand, make_family, make_ids, make_layers, make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Counted(Prefetcher):
     """A prefetcher that counts."""

@@ -1,8 +1,6 @@
 """A step calls the CPU while it runs, in Triton's interpreter: rows to the bit, and an end of waiting whatever happens.
 
 The kernels look at memory that another thread writes meanwhile, so question and answer really are of two threads.
-
-    python -m pytest tests/ref/calling/test_call.py
 """
 
 from __future__ import annotations

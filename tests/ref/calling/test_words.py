@@ -1,7 +1,4 @@
-"""Words between threads: what is posted is seen, with all that was written before it; waiting ends.
-
-python -m pytest tests/ref/calling/test_words.py
-"""
+"""Words between threads: what is posted is seen, with all that was written before it; waiting ends."""
 
 from __future__ import annotations
 

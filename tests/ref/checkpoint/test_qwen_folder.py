@@ -26,7 +26,6 @@ from tests.ref.attach.test_offload import TWO_TABLES, make_model
 from tests.ref.files.test_header import dig
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLE = "model.layers.2.ple."
 TABLE = PLE + "ple_embedding.ngram_embedding."
 CONSTANTS = ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets")

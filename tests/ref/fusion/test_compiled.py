@@ -2,8 +2,6 @@
 
 A compiler may put the write to a history before the reads of it, if it misses that they are the same memory; torch 2.11
 did. What is written is therefore made of what was there, which no order of operations can overlook.
-
-    python -m pytest tests/ref/fusion/test_compiled.py
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ def history_of(fusion):
     return made
 
 
-def test_compiled_steps_are_those_of_eager_mode(fusion, one_thread):
+def test_compiled_steps_are_those_of_eager_mode(fusion):
     """More of them than the convolution reaches back, where torch 2.11 failed; tests/cuda has other lengths."""
     e, hidden = inputs(12)
     eager, ours = history_of(fusion), history_of(fusion)

@@ -16,7 +16,6 @@ from engram_ref.fusion import DemoFusion, ShortConvHistory, base, causal_conv
 from engram_ref.fusion import demo as fusion_module
 from tests.ref.fusion.v41_cases import make_inputs, seeded
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[2] / "golden" / "layer_demo.safetensors"
 RECORDED = EngramConfig(
     layer_ids=(0, 3), max_ngram=3, heads=2, row_width=32, table_size_per_order=(3027, 2003), hidden=64, seed=7

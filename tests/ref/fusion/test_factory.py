@@ -1,7 +1,4 @@
-"""One call for all forms of the fusion, the form that a configuration names, and what each form refuses.
-
-python -m pytest tests/ref/fusion/test_factory.py
-"""
+"""One call for all forms of the fusion, the form that a configuration names, and what each form refuses."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.fusion.v41 import V41Fusion
 from tests.ref.fusion.v41_cases import make_config, make_dead, make_fusion_v41, make_inputs
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_both_forms_add_to_the_stream():

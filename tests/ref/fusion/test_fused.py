@@ -3,8 +3,6 @@
 The oracle is the fusion itself in float64 by torch's operations. A pass may be twice as far from it as the same
 operations in the same dtype are, and half a step of the dtype more: each rounds its result, and both sum in an order
 of their own.
-
-    python -m pytest tests/ref/fusion/test_fused.py
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import ShortConvHistory, base, make_fusion
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS = {
     "loops": ("numba", "engram_ref.fusion.fused", [torch.float32]),
     "kernel": ("triton", "engram_ref.fusion.kernels", [torch.bfloat16]),

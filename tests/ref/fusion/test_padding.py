@@ -1,7 +1,4 @@
-"""Marked positions of every form: whatever stands there, a NaN too, reaches no other position and no weight.
-
-python -m pytest tests/ref/fusion/test_padding.py
-"""
+"""Marked positions of every form: whatever stands there, a NaN too, reaches no other position and no weight."""
 
 from __future__ import annotations
 

@@ -180,7 +180,6 @@ def with_byte(tensor, byte):
     return changed
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BAD = {
     "no scales": ({"weight": make_pair()["weight"]}, r"wkv\.scale is missing: give both"),
     "blocks of 128": (

@@ -2,8 +2,6 @@
 
 The class computes its norms in float32 whatever it is given. It is compared as it is, within what that rounds, and with
 these norms in float64, within what another order of sums changes.
-
-    python -m pytest tests/ref/fusion/test_qwen.py
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from engram_ref.config import EngramConfig
 from engram_ref.fusion import QwenFusion, ShortConvHistory, make_fusion
 from tests.ref.fusion.qwen_oracle import new_cache, qwen4, text_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT64 = 1e-11  # sums of order 1 in another order differ by 1e-15; the gate's slope and small eps enlarge that
 FLOAT32 = 2e-5  # three norms in float32, 1e-7 each, through the same slope
 

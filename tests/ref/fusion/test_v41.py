@@ -1,7 +1,4 @@
-"""The gate of V4.1 against the plain formula: zeros, eps, the single rounding, gradients, and what is refused.
-
-python -m pytest tests/ref/fusion/test_v41.py
-"""
+"""The gate of V4.1 against the plain formula: zeros, eps, the single rounding, gradients, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,9 +20,6 @@ from tests.ref.fusion.v41_cases import (
     plainly,
     seeded,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # --- the formula ----------------------------------------------------------------------------------
 

@@ -1,7 +1,4 @@
-"""Positions of V4.1's gate: dead ones come out as they went in, none touches another, and blocks change nothing.
-
-python -m pytest tests/ref/fusion/test_v41_positions.py
-"""
+"""Positions of V4.1's gate: dead ones come out as they went in, none touches another, and blocks change nothing."""
 
 from __future__ import annotations
 
@@ -20,9 +17,6 @@ from tests.ref.fusion.v41_cases import (
     make_inputs,
     seeded,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # --- dead positions -------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 The record has no inner product of 0 and no tiny mean square, and is not rounded: those are held against the formula
 itself, in test_v41.py.
-
-    python -m pytest tests/ref/fusion/test_v41_record.py
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.rows import fp8
 from tests.ref.fusion.v41_cases import RECORDED, plainly
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[2] / "golden" / "layer_v41.safetensors"
 GATE_TOLERANCE = 1e-12
 # A value of the record is a sum of 768 products whose sizes add up to 6,022 at most. Each processor sums in an order of

@@ -1,7 +1,4 @@
-"""The weights of V4.1's gate: fp8 or decoded, the same bits; names and shapes as checkpoints have them.
-
-python -m pytest tests/ref/fusion/test_v41_weights.py
-"""
+"""The weights of V4.1's gate: fp8 or decoded, the same bits; names and shapes as checkpoints have them."""
 
 from __future__ import annotations
 
@@ -22,8 +19,6 @@ from tests.ref.fusion.v41_cases import (
     make_inputs,
     seeded,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)

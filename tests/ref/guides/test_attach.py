@@ -1,20 +1,14 @@
-"""The page "Put Engram into your model" runs from top to bottom; what of it does not run says so.
-
-python -m pytest tests/ref/guides/test_attach.py
-"""
+"""The page "Put Engram into your model" runs from top to bottom; what of it does not run says so."""
 
 from __future__ import annotations
 
 import re
-
-import pytest
 
 from tests.ref.guides.pages import run_page, text_of
 
 PAGE = "put-engram-into-your-model.md"
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_guide_runs(monkeypatch, cache_home):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     blocks, names = run_page(PAGE)

@@ -1,7 +1,4 @@
-"""The page about Qwen3.8-Flash-Next runs from top to bottom.
-
-python -m pytest tests/ref/guides/test_qwen.py
-"""
+"""The page about Qwen3.8-Flash-Next runs from top to bottom."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ pytest.importorskip(
 )
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_guide_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path / "checkpoint"))
     blocks, names = run_page("run-qwen-with-its-table-elsewhere.md")

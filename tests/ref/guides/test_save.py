@@ -1,16 +1,10 @@
-"""The page "Save and load" runs from top to bottom: what is kept is kept, what is refused is refused.
-
-python -m pytest tests/ref/guides/test_save.py
-"""
+"""The page "Save and load" runs from top to bottom: what is kept is kept, what is refused is refused."""
 
 from __future__ import annotations
-
-import pytest
 
 from tests.ref.guides.pages import run_page
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_guide_runs():
     blocks, names = run_page("save-and-load.md")
     assert len(blocks) == 8

@@ -1,8 +1,6 @@
 """The lookup of a step: NgramHasher's integers and the tables' bits, in one launch or two, history included.
 
 All ways of it, the kernels in Triton's interpreter and plain torch, are compared with the NumPy definition by `==`.
-
-    python -m pytest tests/ref/lookup/test_device.py
 """
 
 from __future__ import annotations
@@ -40,7 +38,6 @@ from tests.ref.attach.models import make_ids, make_layers, make_model, padded_ba
 from tests.ref.rows.fp8_pairs import assert_bits, random_rows, rows_of
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not gpu.INTERPRETED, reason="tests/cuda/test_lookup_cuda.py does this on a GPU"),
     # The interpreter multiplies with NumPy, which speaks of an overflow where fp8 rows have infinity for a value.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in multiply"),

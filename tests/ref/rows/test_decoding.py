@@ -1,7 +1,4 @@
-"""Every path from stored fp8 rows to values on a CPU gives the bits of the definition, `fp8.dequantise`.
-
-python -m pytest tests/ref/rows/test_decoding.py
-"""
+"""Every path from stored fp8 rows to values on a CPU gives the bits of the definition, `fp8.dequantise`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Filling with normal numbers: their distribution, and that they depend on the seed and on nothing else.
-
-python -m pytest tests/ref/rows/test_filling.py
-"""
+"""Filling with normal numbers: their distribution, and that they depend on the seed and on nothing else."""
 
 from __future__ import annotations
 

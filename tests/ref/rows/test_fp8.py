@@ -1,7 +1,4 @@
-"""fp8 with block scales: every pair of code and scale against exact fractions, and quantisation against all codes.
-
-python -m pytest tests/ref/rows/test_fp8.py
-"""
+"""fp8 with block scales: every pair of code and scale against exact fractions, and quantisation against all codes."""
 
 from __future__ import annotations
 

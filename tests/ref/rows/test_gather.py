@@ -1,7 +1,4 @@
-"""The gather of rows on the CPU: the same bytes for every width, every number of rows, and with or without numba.
-
-python -m pytest tests/ref/rows/test_gather.py
-"""
+"""The gather of rows on the CPU: the same bytes for every width, every number of rows, and with or without numba."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Without a GPU they run in Triton's interpreter, on the CPU; with one, on it. What the interpreter cannot show,
 that they compile and which accesses they make, is read off the code that Triton makes for GPUs that are not here.
-
-    python -m pytest tests/ref/rows/test_kernels.py
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Host memory: where it lies, what closing gives back, what is refused, and the bookkeeping of page-locking.
 
 There is no CUDA here: a stand-in for its runtime notes what is registered and unregistered, and refuses on demand.
-
-    python -m pytest tests/ref/rows/test_memory.py
 """
 
 from __future__ import annotations

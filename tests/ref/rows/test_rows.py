@@ -1,7 +1,4 @@
-"""Rows in one part or two: the same bytes, made of one another, and refused where they are not rows.
-
-python -m pytest tests/ref/rows/test_rows.py
-"""
+"""Rows in one part or two: the same bytes, made of one another, and refused where they are not rows."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from engram_ref.tables.file import StoredRows, save_rows
 from tests.ref.attach.models import make_ids, make_layers, make_model
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, ROW_BYTES = 4, 16
 NONE = {"rows": 0, "row_hits": 0, "bytes_device": 0, "bytes_host": 0, "bytes_disk": 0}
 

@@ -1,7 +1,4 @@
-"""Errands: done once, waited for, called off for certain; all that are given together end together.
-
-python -m pytest tests/ref/threads/test_errands.py
-"""
+"""Errands: done once, waited for, called off for certain; all that are given together end together."""
 
 from __future__ import annotations
 

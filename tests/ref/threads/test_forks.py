@@ -1,7 +1,4 @@
-"""A process that forks after a fetch, or in the middle of one: the child fetches, closes and ends, the parent goes on.
-
-python -m pytest tests/ref/threads/test_forks.py
-"""
+"""A process that forks after or in the middle of a fetch: the child fetches, closes and ends, the parent goes on."""
 
 from __future__ import annotations
 

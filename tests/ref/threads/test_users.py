@@ -1,7 +1,4 @@
-"""Who is inside: closing waits for the others, refuses for oneself, and an interruption leaves nobody counted.
-
-python -m pytest tests/ref/threads/test_users.py
-"""
+"""Who is inside: closing waits for the others, refuses for oneself, and an interruption leaves nobody counted."""
 
 from __future__ import annotations
 
