@@ -16,7 +16,7 @@ from engram_ref.files.stored_rows import StoredRows
 from engram_ref.files.writing import save_rows
 from engram_ref.fusion import DemoFusion, ShortConvHistory
 from engram_ref.fusion.v41 import V41Fusion
-from engram_ref.hashing import DEAD, HashPlan, NgramHasher, TokenHistory
+from engram_ref.hashing import DEAD, HashPlan, NgramHasher
 from engram_ref.layer import Engram, build_engram
 from engram_ref.prefetch import Prefetcher
 from engram_ref.rows.filling import fill_normal
@@ -27,6 +27,7 @@ from engram_ref.tables import make_table
 from engram_ref.tables.base import Ready
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.hot import HotTable
+from tests.ref.fusion.v41_cases import as_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer_demo.safetensors"
 GOLDEN_V41 = GOLDEN.with_name("layer_v41.safetensors")
@@ -98,13 +99,6 @@ def test_the_recorded_layer_from_token_ids_on(case, dtype, limit, vocab_small):
     assert (Engram(fusion, DeviceTable(table))(hidden, (rows + 1) % len(table)) - want).abs().max() > limit
 
 
-def test_the_fusion_gets_the_rows_of_each_position_side_by_side(engram, weights):
-    _, rows, hidden = make_batch(2, 7)
-    e = torch.stack([torch.cat([weights[row] for row in position]) for position in rows.reshape(-1, 4)])
-    want = hidden + engram.fusion(e.view(2, 7, 16), hidden)
-    assert torch.equal(engram(hidden, rows), want)
-
-
 def test_every_way_to_hand_in_rows_gives_the_same_bits(engram):
     ids, rows, hidden = make_batch(3, 9)
     want = engram(hidden, rows)
@@ -114,23 +108,6 @@ def test_every_way_to_hand_in_rows_gives_the_same_bits(engram):
     assert torch.equal(engram(hidden, engram.table.start(torch.from_numpy(rows).view(-1))), want)
     with Prefetcher(NgramHasher(PLAN), {1: engram.table}) as prefetcher, prefetcher.start(ids) as fetch:
         assert torch.equal(engram(hidden, fetch[1]), want)
-
-
-@pytest.mark.parametrize("placement", ["device", "host", "hot"])
-def test_every_placement_gives_the_same_bits(engram, weights, placement):
-    _, rows, hidden = make_batch(2, 9)
-    options = {"hot": torch.arange(0, 100, 3)} if placement == "hot" else {}
-    with make_table(placement, weights, **options) as table:
-        assert torch.equal(Engram(engram.fusion, table)(hidden, rows), engram(hidden, rows))
-
-
-def test_rows_that_were_not_asked_for_do_not_matter(engram, weights):
-    _, rows, hidden = make_batch(1, 3)
-    poisoned = torch.full_like(weights, float("nan"))
-    poisoned[rows.reshape(-1)] = weights[rows.reshape(-1)]
-    assert torch.equal(Engram(engram.fusion, DeviceTable(poisoned))(hidden, rows), engram(hidden, rows))
-    poisoned[rows[0, 2, 1]] = float("nan")
-    assert Engram(engram.fusion, DeviceTable(poisoned))(hidden, rows)[0, 2].isnan().any()
 
 
 def test_a_stream_without_copies_keeps_its_shape(weights):
@@ -151,20 +128,6 @@ def test_rows_are_converted_to_the_fusions_dtype(weights):
     assert torch.equal(after, Engram(fusion, DeviceTable(stored.float()))(hidden.float(), rows))
 
 
-@pytest.mark.parametrize("cuts", [[], list(range(1, 20)), [12, *range(13, 20)]])
-def test_tokens_in_chunks_give_one_shot(engram, cuts):
-    """Both histories at work: of the hash and of the convolution."""
-    ids, rows, hidden = make_batch(2, 20)
-    hasher, tokens, past = NgramHasher(PLAN), TokenHistory(PLAN, 2), ShortConvHistory(engram.fusion, 2)
-    parts = []
-    with torch.no_grad():
-        for start, stop in zip([0, *cuts], [*cuts, 20]):
-            chunk = ids[:, start:stop]
-            parts.append(engram(hidden[:, start:stop], hasher(chunk, 1, history=tokens), past))
-            tokens.advance(chunk)
-    torch.testing.assert_close(torch.cat(parts, dim=1), engram(hidden, rows), rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 def test_no_positions_give_no_stream(engram, shape):
     rows = torch.empty((*shape, 4), dtype=torch.int32)
@@ -173,20 +136,6 @@ def test_no_positions_give_no_stream(engram, shape):
 
 
 # --- training -------------------------------------------------------------------------------------
-
-
-def test_gradients_reach_the_rows_of_the_table():
-    generator = torch.Generator().manual_seed(5)
-    weights = torch.randn(12, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    fusion = DemoFusion(CONFIG.replace(hidden=3), dtype=torch.float64)
-    fusion.reset_parameters(generator)
-    rows = torch.randint(0, 11, (1, 4, 4), generator=generator)  # repeats; row 11 is never read
-    hidden = torch.randn(1, 4, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w, h: Engram(fusion, DeviceTable(w))(h, rows), (weights, hidden))
-    Engram(fusion, DeviceTable(weights))(hidden, rows).sum().backward()
-    read = torch.zeros(12, dtype=torch.bool)
-    read[rows.view(-1)] = True
-    assert torch.equal(weights.grad.abs().sum(dim=1) > 0, read)
 
 
 def test_gradients_are_those_of_the_fetched_rows_whatever_is_fetched_before_they_are_asked_for():
@@ -204,12 +153,6 @@ def test_gradients_are_those_of_the_fetched_rows_whatever_is_fetched_before_they
     (right,), (ours,) = (torch.autograd.grad(sum(losses), weight) for losses in (want, got))
     assert torch.equal(ours, right) and right.any()
     engram.table.close()
-
-
-def test_a_frozen_table_still_trains_the_fusion(engram):
-    _, rows, hidden = make_batch(2, 5)
-    engram(hidden, rows).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in engram.parameters())
 
 
 def test_the_state_dict_is_the_fusions(engram):
@@ -342,8 +285,8 @@ def scaled_rows(count=LAYER.rows):
     )
 
 
-def make_v41(table=None, config=CONFIG_V41, fp8=False):
-    fusion = V41Fusion(config, dtype=torch.bfloat16, fp8=fp8)
+def make_v41(table=None):
+    fusion = V41Fusion(CONFIG_V41, dtype=torch.bfloat16)
     fusion.reset_parameters(torch.Generator().manual_seed(0))
     return Engram(fusion, table or DeviceTable(scaled_rows()))
 
@@ -356,10 +299,6 @@ def make_masked_batch(batch, length):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(batch, length, 2, 32, generator=generator).bfloat16()
     return ids, NgramHasher(PLAN)(ids, 1), hidden, torch.from_numpy(dead)
-
-
-def as_bytes(tensor):
-    return tensor.detach().contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -382,26 +321,6 @@ def test_the_recorded_v41_layer_from_row_numbers_on(placement, packed):
     assert (wrong[0] - recorded["output_f64"]).abs().max() > 1e-11
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("placement", ["device", "host", "hot"])
-@pytest.mark.parametrize("fp8", [True, False])
-def test_every_placement_of_scaled_rows_gives_the_same_bits(fp8, placement, packed):
-    _, rows, hidden, dead = make_masked_batch(2, 9)
-    options = {"hot": torch.arange(0, 100, 3)} if placement == "hot" else {}
-    engram = make_v41(fp8=fp8)
-    want = engram(hidden, rows, dead=dead)
-    assert want.dtype == torch.bfloat16 and not torch.equal(want, hidden)
-    with make_table(placement, scaled_rows(), packed=packed, **options) as table:
-        assert torch.equal(as_bytes(Engram(engram.fusion, table)(hidden, rows, dead=dead)), as_bytes(want))
-
-
-def test_the_v41_fusion_gets_decoded_rows_side_by_side():
-    _, rows, hidden, dead = make_masked_batch(2, 7)
-    engram = make_v41()
-    e = scaled_rows().values()[torch.from_numpy(rows).long()].flatten(2)
-    assert torch.equal(engram(hidden, rows, dead=dead), engram.fusion(e, hidden, dead))
-
-
 def test_a_prefetched_layer_passes_dead_positions_through():
     ids, rows, hidden, dead = make_masked_batch(3, 9)
     engram = make_v41()
@@ -411,26 +330,6 @@ def test_a_prefetched_layer_passes_dead_positions_through():
     assert torch.equal(as_bytes(after[dead]), as_bytes(hidden[dead]))
     assert (after[~dead] != hidden[~dead]).any()
     assert (engram(hidden, rows)[dead] != hidden[dead]).any()
-
-
-def test_scaled_rows_that_were_not_asked_for_do_not_matter():
-    _, rows, hidden, _ = make_masked_batch(1, 3)
-    engram, numbers = make_v41(), torch.from_numpy(rows).long().reshape(-1)
-    raw = scaled_rows().parts[0].clone()
-    poisoned = make_v41(DeviceTable(Rows(RowFormat.of(CONFIG_V41), (raw,))))
-    raw.fill_(0xFF)  # every code and every scale is NaN, since the table looked at them
-    raw[numbers] = scaled_rows().parts[0][numbers]
-    assert torch.equal(poisoned(hidden, rows), engram(hidden, rows))
-    raw[numbers[-1]] = 0xFF
-    assert poisoned(hidden, rows)[0, 2].isnan().any()
-
-
-def test_a_v41_stream_without_copies_keeps_its_shape():
-    engram = make_v41(config=CONFIG_V41.replace(hc_mult=1))
-    _, rows, hidden, dead = make_masked_batch(2, 6)
-    plain = engram(hidden[:, :, 0], rows, dead=dead)
-    assert plain.shape == (2, 6, 32)
-    assert torch.equal(plain, engram(hidden[:, :, :1], rows, dead=dead)[:, :, 0])
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
@@ -477,25 +376,8 @@ def test_a_fetch_of_something_else_is_refused(engram, shape):
         engram(torch.zeros(2, 5, 2, 16, dtype=torch.float64), Ready(torch.zeros(shape, dtype=torch.float64)))
 
 
-def test_a_row_that_does_not_exist_is_refused(engram):
-    _, rows, hidden = make_batch(1, 4)
-    rows[0, 3, 3] = LAYER.rows
-    with pytest.raises(ValueError, match=rf"row {LAYER.rows} does not exist; the table has rows 0 .. {LAYER.rows - 1}"):
-        engram(hidden, rows)
-
-
 def test_rows_of_another_width_are_refused(engram):
     with pytest.raises(ValueError, match="rows of 5 values; this layer needs 4"):
         Engram(engram.fusion, DeviceTable(torch.zeros(10, 5)))
     with pytest.raises(ValueError, match="rows of 64 values; this layer needs 32"):
         make_v41(DeviceTable(Rows.from_packed(torch.zeros(10, 66, dtype=torch.uint8))))
-
-
-def test_each_form_refuses_what_it_does_not_know(engram):
-    _, rows, hidden, dead = make_masked_batch(2, 5)
-    with pytest.raises(ValueError, match="leave dead out, or use form v41"):
-        engram(torch.zeros(2, 5, 2, 16, dtype=torch.float64), rows, dead=dead)
-    with pytest.raises(ValueError, match="leave history out"):
-        make_v41()(hidden, rows, ShortConvHistory(engram.fusion, 2))
-    with pytest.raises(ValueError, match=r"hidden needs booleans \[2, 5\] on cpu"):
-        make_v41()(hidden, rows, dead=dead[:1])

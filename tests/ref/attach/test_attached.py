@@ -153,20 +153,6 @@ def generated_logits(model, ids):
     return torch.stack(model.generate(ids, **options).logits)
 
 
-def test_rows_that_no_token_needs_may_be_nan(model, ids):
-    layers = make_layers()
-    clean = {layer_id: rows.clone() for layer_id, rows in layers.weights.items()}
-    for layer_id, rows in layers.weights.items():
-        needed = torch.from_numpy(NgramHasher(layers.plan)(ids.numpy(), layer_id)).flatten().unique().long()
-        spoilt = torch.ones(len(rows), dtype=torch.bool)
-        spoilt[needed] = False
-        rows[spoilt] = torch.nan
-        assert spoilt.any() and not torch.equal(rows, clean[layer_id])
-    got = logits_of(model, layers, ids)
-    assert torch.equal(got, by_hand(model, layers, ids)) and got.isfinite().all()
-    assert logits_of(model, layers, make_ids(seed=5)).isnan().any()
-
-
 @pytest.mark.parametrize("placement", ["host", "hot", "file"])
 def test_other_placements_give_the_same(placement, model, layers, ids, tmp_path):
     engrams = {}

@@ -14,7 +14,8 @@ from bench.rivals.demo_layer import DemoWay, transposed_conv
 from engram_ref.config import EngramConfig
 from engram_ref.fusion import DemoFusion, ShortConvHistory, base, causal_conv
 from engram_ref.fusion import demo as fusion_module
-from tests.ref.fusion.v41_cases import make_inputs, seeded
+from engram_ref.fusion import make_fusion as fusion_of
+from tests.ref.fusion.v41_cases import ALL_DTYPES, make_inputs, seeded
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "layer_demo.safetensors"
 RECORDED = EngramConfig(
@@ -24,7 +25,6 @@ CASES = ["A.case0", "A.case1", "A.case2"]
 # Sums of order 1 in another order differ by some 1e-15, and the gate's slope reaches 125 where its argument is small.
 TOLERANCE = 1e-12
 LIMIT = {torch.float32: 5e-6, torch.float64: TOLERANCE}  # the record's float32 is within 1.2e-6 of its own float64
-ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
     "plain stream": dict(hc_mult=1),
     "no convolution": dict(kernel_size=0),
@@ -454,6 +454,10 @@ def test_the_two_halves_give_the_whole(shape, either_path):
 # --- what is refused ------------------------------------------------------------------------------
 
 
+FORMS = {"demo": {}, "v41": dict(form="v41", kernel_size=0)}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("e", "hidden", "message"),
     [
@@ -463,11 +467,12 @@ def test_the_two_halves_give_the_whole(shape, either_path):
         ((2, 5, 15), (2, 5, 4, 16), r"e of shape \(2, 5, 15\); .* needs \[2, 5, 16\]"),
         ((2, 1, 16), (2, 5, 4, 16), r"needs \[2, 5, 16\]"),
         ((1, 5, 16), (2, 5, 4, 16), r"needs \[2, 5, 16\]"),
+        ((10, 16), (2, 5, 4, 16), r"needs \[2, 5, 16\]"),
     ],
 )
-def test_wrong_shapes_are_refused(e, hidden, message, either_path):
+def test_wrong_shapes_are_refused(e, hidden, message, form, either_path):
     with pytest.raises(ValueError, match=message):
-        make_fusion(make_config())(torch.zeros(e, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64))
+        fusion_of(make_config(**FORMS[form]))(torch.zeros(e), torch.zeros(hidden))
 
 
 def test_keys_and_values_of_another_width_are_refused(either_path):
@@ -476,14 +481,15 @@ def test_keys_and_values_of_another_width_are_refused(either_path):
         make_fusion(make_config()).combine(torch.zeros(2, 5, 64, dtype=torch.float64), hidden)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("which", [0, 1])
-def test_another_dtype_is_refused(which):
-    config = make_config()
+def test_another_dtype_is_refused(which, form):
+    config = make_config(**FORMS[form])
     inputs = list(make_inputs(config, 1, 2))
     inputs[which] = inputs[which].float()
     name = ("e", "hidden")[which]
     with pytest.raises(ValueError, match=rf"{name} is torch.float32 on cpu; this layer is torch.float64 on cpu"):
-        make_fusion(config)(*inputs)
+        fusion_of(config, dtype=torch.float64)(*inputs)
 
 
 @pytest.mark.parametrize("batch, dtype", [(3, torch.float64), (1, torch.float64), (2, torch.float32)])

@@ -39,6 +39,7 @@ def test_gradients_stop_at_padding_even_where_it_is_nan(form):
 
     finite, poisoned = gradients(1.0), gradients(float("nan"))
     assert all(torch.equal(ours, want) and want.any() for ours, want in zip(poisoned, finite))
+    assert not poisoned[0][PADDING].any() and not poisoned[1][PADDING].any()
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
@@ -50,6 +51,14 @@ def test_no_position_beside_padding_becomes_nan(form, with_gradients):
         e[PADDING], hidden[PADDING] = float("nan"), float("nan")
         with torch.set_grad_enabled(with_gradients):
             assert fusion.add_to(hidden, e, padding=PADDING)[~PADDING].isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [PADDING[:, 1:], PADDING.float()], ids=["shape", "float32"])
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_that_does_not_fit_is_refused(form, wrong):
+    fusion, e, hidden = fusion_and_inputs(form, torch.float64)
+    with pytest.raises(ValueError, match="hidden needs booleans"):
+        fusion.add_to(hidden, e, padding=wrong)
 
 
 @pytest.mark.parametrize("kernel_size", [0, 1, 4])

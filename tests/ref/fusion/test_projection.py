@@ -11,19 +11,9 @@ from torch import nn
 from engram_ref.fusion import projection
 from engram_ref.fusion.projection import Fp8Projection, PlainProjection
 from engram_ref.rows import fp8
+from tests.ref.fusion.v41_cases import ALL_DTYPES, as_bytes, seeded
 
 INPUTS, OUTPUTS = 96, 160
-ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """64 output rows at once: two blocks and a half."""
-    monkeypatch.setattr(projection, "CPU_BLOCK", 64 * INPUTS)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make_pair(seed=0):
@@ -48,10 +38,6 @@ def make_both(dtype, pair=None):
     packed.load_state_dict(pair)
     plain.load_state_dict({"weight": exact(pair).to(dtype)})
     return packed, plain
-
-
-def as_bytes(tensor):
-    return tensor.detach().contiguous().view(torch.uint8)
 
 
 # --- the same numbers -----------------------------------------------------------------------------

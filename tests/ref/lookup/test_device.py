@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engram-offload[test]' on Linux)")
@@ -35,6 +34,7 @@ from engram_ref.tables.host import HostTable
 from engram_ref.tables.uva import UvaTable
 from engram_ref.vocab import CompressedVocab
 from tests.ref.attach.models import make_ids, make_layers, make_model, padded_batch
+from tests.ref.launches import Launches
 from tests.ref.rows.fp8_pairs import assert_bits, random_rows, rows_of
 
 pytestmark = [
@@ -402,23 +402,6 @@ def test_a_closed_table_is_refused(plan, fused):
 
 
 # --- launches --------------------------------------------------------------------------------------
-
-VIEWS = {"view", "slice", "select", "unbind", "expand", "alias", "detach", "unsqueeze", "transpose", "_unsafe_view"}
-MEMORY = {"empty", "new_empty", "empty_strided", "empty_like", "scalar_tensor"}  # a scalar stays on the CPU
-
-
-class Launches(TorchDispatchMode):
-    """Names of what would be launched on a GPU, in order: torch operations that compute something, and kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        name = operation._schema.name.split("::")[1]
-        if name not in VIEWS | MEMORY:
-            self.names.append(name)
-        return operation(*arguments, **(options or {}))
 
 
 class Counted:
