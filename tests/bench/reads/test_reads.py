@@ -1,7 +1,7 @@
 """Ways to read rows: all find the same bits, what they ask for is counted from addresses, and orders are what they say.
 
 In Triton's interpreter; on a GPU see tests/cuda/test_reads_cuda.py. What a warp asks for at once is read off the code
-that Triton makes for an H100, in tests/ref/rows/test_kernels.py.
+that Triton makes for an H100, in tests/ref/test_kernel_code.py.
 """
 
 from __future__ import annotations

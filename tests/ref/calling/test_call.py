@@ -6,15 +6,9 @@ The kernels look at memory that another thread writes meanwhile, so question and
 from __future__ import annotations
 
 import gc
-import json
-import os
-import re
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +18,6 @@ pytest.importorskip("triton", reason="the kernels need Triton (pip install 'engr
 from engram_ref import gpu
 from engram_ref.calling.call import CallError, CpuCall
 
-ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(not gpu.INTERPRETED, reason="tests/cuda/test_call_cuda.py does this on a GPU")
 
@@ -240,71 +233,3 @@ def test_a_device_without_the_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     with pytest.raises(ValueError, match="a step that calls the CPU runs on CUDA, not on cpu"):
         call_of()
-
-
-COMPILE = """
-import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from engram_ref.calling import kernels as k
-
-def ptx(kernel, types, constants, aligned):
-    options = {"num_warps": constants.pop("num_warps")}
-    number = kernel.arg_names.index
-    source = ASTSource(
-        kernel,
-        {**types, **dict.fromkeys(constants, "constexpr")},
-        {(number(name),): value for name, value in constants.items()},
-        {(number(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-numbers = dict.fromkeys("ids_b ids_t length count polls".split(), "i32")
-ask = ptx(k._ask, dict(ids="*i64", mailbox="*i64", turn="*i64", answered="*i32", **numbers),
-          dict(LANES=k.IDS_AT_ONCE, num_warps=1), [])
-take = ptx(k._take, dict(sent="*i32", answered="*i32", out="*i32", units="i32"),
-           dict(UNITS=k.UNITS_PER_PROGRAM, WORDS=4, num_warps=4), ["sent", "out"])
-print(json.dumps({"ask": ask, "take": take}))
-"""
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Assembly for an H100, from a process without the interpreter."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def accesses(code):
-    """Loads, stores and barriers of global memory in the order of the text, and the borders of blocks."""
-    found = re.findall(r"(?:ld|st)(?:\.\w+)*\.global\S*|bar\.sync|\$L__BB\d+_\d+:|bra \t?\$L__BB\d+_\d+", code)
-    return [word.replace("\t", "") for word in found]
-
-
-def test_words_cross_the_bus_in_order_and_nothing_is_read_and_written_back(compiled):
-    found = accesses(compiled["ask"])
-    posted = found.index("st.release.sys.global.s64")
-    assert found[posted - 1] == "bar.sync", "all threads have written their ids before one of them says so"
-    assert "st.global.b64" in found[: posted - 1], "the ids"
-    looks = [at for at, word in enumerate(found) if word == "ld.acquire.sys.global.s64"]
-    assert len(looks) == 3 and looks[0] > posted
-    assert found[looks[0] - 1].startswith("bra $L__BB"), "what the host knows is looked at only after waiting in vain"
-    expired = found.index("st.release.sys.global.s64", looks[2])
-    assert found[expired - 2 : expired] == ["st.global.b64", "bar.sync"], "the first step before the last one"
-    assert found.count("st.release.sys.global.s64") == 2
-    begin = found[looks[2] - 1].rstrip(":")  # the loop: it looks anew each time, and at nothing else
-    assert begin.startswith("$L__BB") and found[looks[2] + 1] == f"bra {begin}"
-    assert "atom" not in compiled["ask"] and "red." not in compiled["ask"]
-
-
-def test_an_answer_is_read_past_the_caches_as_widely_as_can_be(compiled):
-    found = accesses(compiled["take"])
-    sent = [word for word in found if word.startswith("ld.volatile")]  # of system scope, says PTX
-    assert sent and set(sent) == {"ld.volatile.global.v4.b32"} == {word for word in found if ".v4" in word} - {
-        "st.global.v4.b32"
-    }
