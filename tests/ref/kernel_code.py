@@ -84,23 +84,10 @@ def gathers():
 
 def hashes_and_lookups():
     """The hash of two layers, and the lookup in one kernel."""
-    tensors = dict.fromkeys(
-        ["ids", "vocab", "before", "constants", "compressed", "after", "met_tokens", "met_ids"], "*i64"
-    )
-    numbers = [
-        "ids_b",
-        "ids_t",
-        "mask_b",
-        "mask_t",
-        "before_b",
-        "length",
-        "tokens",
-        "size",
-        "pad",
-        "stand_in",
-        "past",
-        "kept",
-    ]
+    given, made = ["ids", "vocab", "before", "constants"], ["compressed", "after", "met_tokens", "met_ids"]
+    tensors = dict.fromkeys([*given, *made], "*i64")
+    strides, sizes = ["ids_b", "ids_t", "mask_b", "mask_t", "before_b"], ["length", "tokens", "size", "past", "kept"]
+    numbers = [*strides, *sizes, "pad", "stand_in"]
     types = tensors | dict.fromkeys(numbers, "i32") | {"rows": "*i32"}
     usual = dict(N=4, HEADS=8, COLUMNS=24, WINDOW=4, mask=None)
     hash_types = types | dict.fromkeys(["tiles", "known", "segment_end"], "i32")

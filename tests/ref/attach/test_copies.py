@@ -310,6 +310,10 @@ def test_what_begins_anew_or_is_told_needs_no_own_layers(kind, ids):
         torch.testing.assert_close(model(other[:, :1], past_key_values=cache).logits, wanted, **EXACT)
         keep_and_go_on(model, cache, ids[:, 5:])
         cache.reset()
+        if cache.get_seq_length():  # of a dynamic cache transformers 5.17 makes zeros, as many as there were
+            with pytest.raises(ValueError, match="begin with a new cache"):
+                model(other[:, :5], past_key_values=cache)
+            return
         empty = copy.deepcopy(cache.layers)
         for begun in (other, ids):  # after the first round the cache gets empty layers of somebody else's
             model(begun[:, :5], past_key_values=cache)
