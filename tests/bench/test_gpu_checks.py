@@ -99,15 +99,19 @@ def test_called_again_it_leaves_out_what_ended_well_with_the_same_code(tmp_path,
         ({"short_asking": 1}, False),
         ({"short_served": 2}, True),  # of the other kind
         ({"short_asking": 124}, True),  # it was slow beside a dozen others
-        ({"short_asking": 0}, True),
+        ({"short_asking": 0}, False),  # the other steps ask, too
     ],
 )
 def test_what_a_short_run_has_refused_is_not_begun_at_length(ended, runs, tmp_path, call):
     (tmp_path / "work").mkdir()
     lines = ["check call, today, code one", *(f"{name} ended with {code}, 9 s after" for name, code in ended.items())]
     (tmp_path / "work/steps.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    call("one", ends=0 if runs else 1, ONLY="served_asking reads lookup")
+    well = ended.get("short_asking") == 0
+    asked = "hundred_billion" if well else "served_asking"
+    call("one", ends=0 if runs or well else 1, ONLY=f"served_asking reads lookup {asked}")
     assert (tmp_path / "work/served_asking.log").exists() is runs
+    log = tmp_path / f"work/{asked}.log"
+    assert ("--asking" in log.read_text() if log.exists() else False) is (runs or well)
 
 
 def test_a_step_that_was_not_captured_says_why(tmp_path):

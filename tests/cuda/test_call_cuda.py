@@ -110,6 +110,7 @@ def test_a_captured_step_that_asks_is_the_step_that_does_not(device, form):
             attached.seat(cache, places)
             outs[asks] = []
             given, graph = tokens[:, :1].clone(), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()  # the eager step below reads it on another stream
             if asks:
                 with attached.staging(overlap=True, asking=True):
                     for step in range(2):  # the first is eager, and compiles

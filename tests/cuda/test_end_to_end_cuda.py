@@ -38,7 +38,7 @@ def serve(tmp_path, monkeypatch, capsys):
         (out / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
         (out / "tale.txt").write_text("the seventh bridge sleeps until rain " * 500, encoding="utf-8")
         # Prompts reach over two spans of the cache.
-        command = f"""gpu_wall --end-to-end --device cuda --out {out} --backbones {out}/config.json --rounds 3
+        command = f"""gpu_wall --end-to-end --device cuda --out {out} --backbones {out}/config.json --rounds 2
             --batches 3 --sequences 5 --streams uniform --prompt_tokens 240 260 --output_tokens 2 9
             --table_params 3e6 --text {out}/tale.txt"""
         monkeypatch.setattr(run, "QWEN3_VOCABULARY", 1000)
@@ -71,7 +71,7 @@ def test_a_staged_copy_is_as_many_bytes_as_rows_were_asked_for(serve):
     assert {sample["round"]: sample["copied"] for sample in naive["rounds"]} == asked
 
 
-@pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")])
+@pytest.mark.parametrize("geometry", [("v41-flash", "bfloat16"), ("tiny", "float32")], ids=["v41-flash", "tiny"])
 def test_every_placement_chooses_the_same_in_graphs_and_without(geometry, serve):
     preset, dtype = geometry
     both = [

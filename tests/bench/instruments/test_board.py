@@ -132,6 +132,13 @@ def test_far_more_than_the_rows_is_counted_again(nvml, row_bytes, per_pass, coun
     validator(Traffic).validate(found)
 
 
+@pytest.mark.parametrize(("per_pass", "counted_again"), [(25_000_000, False), (25_000_001, True)])
+def test_beside_few_rows_what_crosses_anyway_is_not_counted_again(per_pass, counted_again, nvml):
+    """In four passes of a quarter of a second each."""
+    nvml.per_pass = per_pass
+    assert ("first" in count_traffic(Driver(nvml, "gpu"), nvml.one_pass, 1_000_000, nvml.clock)) is counted_again
+
+
 def test_without_a_counter_throughput_is_sampled_for_a_second_and_says_so(nvml):
     nvml.refused = {"nvmlDeviceGetFieldValues"}
     found = count_traffic(Driver(nvml, "gpu"), nvml.one_pass, 60_000_000, nvml.clock)
