@@ -163,6 +163,6 @@ class Rounds:
 def _counts(variant: Variant) -> dict[str, int]:
     """What a table counts of itself: bytes that it copied or read, rows looked up and found on the device."""
     table = variant.table
-    copied = table.report().bytes_read if isinstance(table, FileTable) else table.bytes_copied if table else 0
+    copied = table.counters()["bytes_disk"] if isinstance(table, FileTable) else table.bytes_copied if table else 0
     hot = table.report() if isinstance(table, HotTable) else None
     return {"copied": copied, "lookups": hot.lookups if hot else 0, "hits": hot.hits if hot else 0}

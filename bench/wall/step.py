@@ -168,7 +168,7 @@ class Counted:
 
     def _count_copied(self) -> int:
         if self._file is not None:
-            return self._file.report().bytes_read
+            return self._file.counters()["bytes_disk"]
         return self._table.bytes_copied if self._table is not None else 0
 
     def add_to(self, samples: Samples) -> None:

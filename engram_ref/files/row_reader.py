@@ -94,8 +94,8 @@ class RowReader:
             for fd in self._files.values():
                 _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the system reads what nobody asked for
 
-    def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
-        """Read rows to their places; how many different rows there were, and how many bytes the reads returned.
+    def read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> int:
+        """Read rows to their places; how many bytes the reads returned.
 
         Args:
             ordered: row numbers [N], int64, sorted, checked.
@@ -111,7 +111,7 @@ class RowReader:
         self._require_unchanged()  # afterwards, so that it holds for what was written meanwhile
         return read
 
-    def ask(self, ordered: np.ndarray) -> Callable[[np.ndarray, np.ndarray], tuple[int, int]]:
+    def ask(self, ordered: np.ndarray) -> Callable[[np.ndarray, np.ndarray], int]:
         """Ask the disk for rows and wait for nothing; only where `can_ask`, and for AT_ONCE rows at most.
 
         Args:
@@ -130,10 +130,11 @@ class RowReader:
         planned = self._plan(ordered)
         take = self._queues.ask(self._fds, planned.reads)
 
-        def wait(places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+        def wait(places: np.ndarray, raw: np.ndarray) -> int:
             total = take(planned.found)
             self._require_unchanged()
-            return planned.put(places, raw), total
+            planned.put(places, raw)
+            return total
 
         return wait
 
@@ -145,19 +146,19 @@ class RowReader:
             for offset, length in zip(reads.offsets.tolist(), reads.lengths.tolist()):
                 _advise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+    def _read(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> int:
         if not len(ordered):
-            return 0, 0
+            return 0
         if _fused is not None and self._ahead:
-            unique = self._read_fused(_fused, ordered, places, raw)
-            if unique is not None:
-                return unique, unique * raw.shape[1]
+            read = self._read_fused(_fused, ordered, places, raw)
+            if read is not None:
+                return read
         return self._read_planned(ordered, places, raw)
 
     def _read_fused(
         self, fused: Callable[..., int], ordered: np.ndarray, places: np.ndarray, raw: np.ndarray
     ) -> int | None:
-        """How many different rows the compiled loop read, or None if it could not read some row."""
+        """How many bytes the compiled loop read, each row once, or None if it could not read some row."""
         per_row = len(self._parts) // len(self._shards)
         shares = self._shares(len(ordered) * per_row)
         cuts = [len(ordered) * share // shares for share in range(1, shares)]
@@ -168,15 +169,16 @@ class RowReader:
             return fused(self._places, self._bounds, ordered[low:high], places[low:high], raw, ahead, self._now)
 
         unique = self._run([functools.partial(read, *bound) for bound in itertools.pairwise(bounds)])
-        return None if min(unique) < 0 else sum(unique)
+        return None if min(unique) < 0 else sum(unique) * raw.shape[1]
 
-    def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> tuple[int, int]:
+    def _read_planned(self, ordered: np.ndarray, places: np.ndarray, raw: np.ndarray) -> int:
         """Read every row once, where `plan_reads` says, then put it wherever it is wanted."""
         planned = self._plan(ordered)
         shares = self._shares(sum(map(len, planned.reads)))
         split = zip(*(reads.split(shares) for reads in planned.reads))
         total = sum(self._run([functools.partial(self._read_share, reads, planned.found) for reads in split]))
-        return planned.put(places, raw), total
+        planned.put(places, raw)
+        return total
 
     def _plan(self, ordered: np.ndarray) -> _Planned:
         unique, index = np.unique(ordered, return_inverse=True)
@@ -184,7 +186,7 @@ class RowReader:
         inside = [rows_in(unique, part) for part in self._parts]
         reads = [plan_reads(unique[rows], part, self._direct) for rows, part in zip(inside, self._parts)]
         found = [whole[part.columns][rows] for rows, part in zip(inside, self._parts)]
-        return _Planned(len(unique), index, whole, found, reads)
+        return _Planned(index, whole, found, reads)
 
     def _read_share(self, reads: Sequence[Reads], found: Sequence[np.ndarray]) -> int:
         """Do some of the reads of each part; how many bytes they returned."""
@@ -243,24 +245,21 @@ class _Planned:
     """The reads of a fetch, and where their rows go.
 
     Attributes:
-        unique: how many different rows there are.
         index: of each row that is wanted, its place among the different ones.
         whole: by columns of a part, the different rows.
         found: of each part, the rows in `whole` that its reads bring.
         reads: of each part.
     """
 
-    unique: int
     index: np.ndarray
     whole: dict[tuple[int, int], np.ndarray]
     found: list[np.ndarray]
     reads: list[Reads]
 
-    def put(self, places: np.ndarray, raw: np.ndarray) -> int:
-        """Copy the rows to wherever they are wanted; how many different ones there are."""
+    def put(self, places: np.ndarray, raw: np.ndarray) -> None:
+        """Copy the rows to wherever they are wanted."""
         for columns, rows in self.whole.items():
             raw[places, slice(*columns)] = rows[self.index]
-        return self.unique
 
 
 def _advise(fd: int, offset: int, nbytes: int, advice: int) -> None:

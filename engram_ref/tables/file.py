@@ -36,38 +36,9 @@ from engram_ref.threads.errands import Later
 
 # Rows that a disk is asked for by whoever wants them: some 5 us each, and 10 us past no page cache.
 ASKED_ROWS = 64
-Take = Callable[[np.ndarray, np.ndarray], tuple[int, int]]  # of `RowReader.ask`
+Take = Callable[[np.ndarray, np.ndarray], int]  # of `RowReader.ask`
 
-__all__ = ["FileTable", "Prediction", "StoredRows", "Traffic", "predict", "save_pieces", "save_rows"]
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What fetches asked for and what reads returned.
-
-    Attributes:
-        fetches: how many.
-        rows_requested, bytes_requested: with repeats.
-        rows_unique, bytes_unique: without the repeats within each fetch.
-        bytes_read: returned by reads; more than the unique ones only where whole blocks are read (`direct`).
-    """
-
-    fetches: int = 0
-    rows_requested: int = 0
-    rows_unique: int = 0
-    bytes_requested: int = 0
-    bytes_unique: int = 0
-    bytes_read: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.fetches + other.fetches,
-            self.rows_requested + other.rows_requested,
-            self.rows_unique + other.rows_unique,
-            self.bytes_requested + other.bytes_requested,
-            self.bytes_unique + other.bytes_unique,
-            self.bytes_read + other.bytes_read,
-        )
+__all__ = ["FileTable", "Prediction", "StoredRows", "predict", "save_pieces", "save_rows"]
 
 
 @dataclass(frozen=True)
@@ -75,20 +46,15 @@ class Prediction:
     """What one fetch will read, known from its row numbers.
 
     Attributes:
-        traffic: what the counters of the table will grow by.
+        bytes_read: what reads will return: each row once, and more only where whole blocks are read (`direct`).
         bytes_paged: what the disk must deliver if nothing is in the page cache: whole pages, each once; for direct
             reads whole blocks.
         stretches: runs of touching pages among them: the fewest reads that the disk can do it with.
     """
 
-    traffic: Traffic
+    bytes_read: int
     bytes_paged: int
     stretches: int
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that reads will return."""
-        return self.traffic.bytes_read
 
 
 def predict(rows: Tensor, stored: StoredRows, direct: bool = False) -> Prediction:
@@ -99,12 +65,12 @@ def predict(rows: Tensor, stored: StoredRows, direct: bool = False) -> Predictio
     """
     unique = np.unique(check_rows(rows, stored.rows).numpy())
     lengths = np.concatenate([plan_reads(unique[rows_in(unique, p)], p, direct).lengths for p in stored.parts])
-    traffic = _traffic(len(rows), len(unique), stored, int(lengths.sum()))
+    bytes_read = int(lengths.sum())
     if direct:
-        return Prediction(traffic, int(round_up(lengths).sum()), len(lengths))
+        return Prediction(bytes_read, int(round_up(lengths).sum()), len(lengths))
     in_order = sorted(stored.parts, key=lambda part: (part.stamp, part.offset))
     files = [_pages(unique, list(parts)) for _, parts in itertools.groupby(in_order, key=lambda part: part.stamp)]
-    return Prediction(traffic, mmap.PAGESIZE * sum(pages for pages, _ in files), sum(runs for _, runs in files))
+    return Prediction(bytes_read, mmap.PAGESIZE * sum(pages for pages, _ in files), sum(runs for _, runs in files))
 
 
 def _pages(unique: np.ndarray, parts: Sequence[StoredPart]) -> tuple[int, int]:
@@ -119,11 +85,6 @@ def _pages(unique: np.ndarray, parts: Sequence[StoredPart]) -> tuple[int, int]:
     shared = first[1:] == last[:-1]  # a page on which one row ends and the next begins
     apart = first[1:] > last[:-1] + 1
     return int((last - first + 1).sum() - shared.sum()), 1 + int(apart.sum())
-
-
-def _traffic(requested: int, unique: int, stored: StoredRows, bytes_read: int) -> Traffic:
-    row_bytes = stored.format.row_bytes
-    return Traffic(1, requested, unique, requested * row_bytes, unique * row_bytes, bytes_read)
 
 
 class FileTable(Table):
@@ -150,7 +111,7 @@ class FileTable(Table):
         self.direct = direct
         self._delivery = Delivery(device, stored.format)
         self._reader = RowReader(stored.parts, threads, direct)
-        self._traffic = Traffic()
+        self._bytes_read = 0
 
     def start(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Read the rows now, in this thread, and start them on their way to the device.
@@ -216,25 +177,21 @@ class FileTable(Table):
     def _fill(self, ordered: np.ndarray, places: np.ndarray, staged: Tensor, take: Take | None = None) -> None:
         """Read rows, or `take` those that were asked for."""
         raw = staged.numpy()
-        unique, bytes_read = take(places, raw) if take else self._reader.read(ordered, places, raw)
+        bytes_read = take(places, raw) if take else self._reader.read(ordered, places, raw)
         if self.format.scaled:
             first = self.source.first
             refuse_nan(self.source.path, raw, self.format.width, lambda at: first + int(ordered[places == at][0]))
-        traffic = _traffic(len(ordered), unique, self.source, bytes_read)
         with self._users.alone:
-            self._traffic += traffic
+            self._asked += len(ordered)
+            self._bytes_read += bytes_read
 
     def predict(self, rows: Tensor) -> Prediction:
         """What a fetch of these rows will read."""
         return predict(rows, self.source, self.direct)
 
-    def report(self) -> Traffic:
-        """What was fetched so far."""
-        return self._traffic
-
     def counters(self) -> dict[str, int]:
         """As for every table; `bytes_disk` is what reads have returned, whether the page cache had it or not."""
-        return counted(self._traffic.rows_requested, 0, disk=self._traffic.bytes_read)
+        return counted(self._asked, 0, disk=self._bytes_read)
 
     def drop_cache(self) -> None:
         """Make the system forget the files, so that the next fetch is cold."""

@@ -21,7 +21,8 @@ from engram_ref.files.conventions import BLOCK
 from engram_ref.files.writing import make_header
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import file, make_table
-from engram_ref.tables.file import FileTable, StoredRows, Traffic, predict
+from engram_ref.tables.base import counted
+from engram_ref.tables.file import FileTable, StoredRows, predict
 from tests.ref.files.stored_cases import (
     CASES,
     FORMATS,
@@ -72,19 +73,21 @@ def test_all_kinds_of_row_numbers(case, way, make):
 @pytest.mark.parametrize("case", ["264 B", *FP8])
 def test_rows_that_are_asked_for_now_and_taken_later(case, way, make):
     """Few of them are only asked for, many are fetched as ever; either way all is counted as predicted."""
-    values, table, asked = random_content(case).values(), make(case, **way), Traffic()
+    values, table, asked, bytes_read = random_content(case).values(), make(case, **way), 0, 0
     for rows in (random_rows(file.ASKED_ROWS), random_rows(500), *ROWS.values()):
         pending = cold(table).ask(rows)
         if 0 < len(rows) <= table.inline_rows:
-            assert table.report() == asked
+            assert table.counters() == counted(asked, 0, disk=bytes_read)
         assert_same_bits(pending.wait(), values, rows)
         assert pending.wait().data_ptr() == pending.wait().data_ptr()
-        asked += predict(rows, table.source, table.direct).traffic
-        assert table.report() == asked
+        asked += len(rows)
+        bytes_read += predict(rows, table.source, table.direct).bytes_read
+        assert table.counters() == counted(asked, 0, disk=bytes_read)
         out = torch.empty(len(rows), table.format.width, dtype=table.format.dtype)
         assert table.ask(rows, out).wait().data_ptr() == out.data_ptr()
         assert_same_bits(out, values, rows)
-        asked += predict(rows, table.source, table.direct).traffic
+        asked += len(rows)
+        bytes_read += predict(rows, table.source, table.direct).bytes_read
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -233,12 +236,12 @@ def test_a_row_with_nan_is_refused_when_it_is_fetched(case, column, byte, way, m
         table = make(poisoned if case == "packed" else poisoned.split(), case, **way)
     others = torch.tensor([3, 499, 501, 499, 700])
     assert_same_bits(fetch(table, others), poisoned.values(), others)
-    before = table.report()
+    before = table.counters()
     for rows in (torch.tensor([600]), torch.tensor([600, 3, 700, 600])):
         for use in (fetch, FileTable.stored):
             with pytest.raises(ValueError, match=r"row 600 has a code or a scale that is NaN: not fp8 rows$"):
                 use(table, rows)
-    assert table.report() == before
+    assert table.counters() == before
 
 
 def test_nan_in_plain_rows_is_a_value(make):
@@ -263,7 +266,7 @@ def test_rows_that_do_not_exist_are_refused(way, make):
     for row in (R, -1, 2**62):
         with pytest.raises(ValueError, match=f"row {row} does not exist; the table has rows 0 .. 700"):
             table.start(torch.tensor([0, row]))
-    assert table.report() == Traffic()
+    assert not any(table.counters().values())
 
 
 def test_a_buffer_that_does_not_fit_is_refused(make):

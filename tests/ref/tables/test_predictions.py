@@ -5,7 +5,6 @@ python -m pytest tests/ref/tables/test_predictions.py
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.rows import Rows
-from engram_ref.tables.file import FileTable, Prediction, Traffic, predict
+from engram_ref.tables.base import counted
+from engram_ref.tables.file import FileTable, Prediction, predict
 from tests.ref.files.stored_cases import CASES, R, random_codes, random_rows, random_values
 from tests.ref.files.ways import cold, fetch, linux
 
@@ -26,12 +26,9 @@ def test_counters_of_a_case_counted_by_hand(make):
     table = make(random_values(RowFormat(torch.float32, 4)))  # 16 B a row, 256 rows a page
     rows = torch.tensor([3, 3, 1, 0, 256])
     fetch(table, rows)
-    traffic = Traffic(1, rows_requested=5, rows_unique=4, bytes_requested=80, bytes_unique=64, bytes_read=64)
-    assert table.report() == traffic
-    assert table.predict(rows) == Prediction(traffic, bytes_paged=2 * 4096, stretches=1)
-    assert table.predict(rows).bytes_read == 64
-    direct = dataclasses.replace(traffic, bytes_read=2 * 4096)
-    assert predict(rows, table.source, direct=True) == Prediction(direct, bytes_paged=2 * 4096, stretches=1)
+    assert table.counters() == counted(rows=5, hits=0, disk=64)
+    assert table.predict(rows) == Prediction(bytes_read=64, bytes_paged=2 * 4096, stretches=1)
+    assert predict(rows, table.source, direct=True) == Prediction(2 * 4096, 2 * 4096, stretches=1)
 
 
 def test_counters_of_two_parts_counted_by_hand(make):
@@ -40,10 +37,9 @@ def test_counters_of_two_parts_counted_by_hand(make):
     assert [part.offset for part in table.source.parts] == [4096, 4096 + 32 * R]
     rows = torch.tensor([3, 3, 1, 0, 256])  # codes on pages 1 and 3
     fetch(table, rows)
-    traffic = Traffic(1, rows_requested=5, rows_unique=4, bytes_requested=165, bytes_unique=132, bytes_read=132)
-    assert table.report() == traffic
-    assert table.predict(rows) == Prediction(traffic, bytes_paged=3 * 4096, stretches=3)
-    direct = dataclasses.replace(traffic, bytes_read=2 * 4096 + 26528 + R - 6 * 4096)  # the file ends on page 6
+    assert table.counters() == counted(rows=5, hits=0, disk=132)
+    assert table.predict(rows) == Prediction(bytes_read=132, bytes_paged=3 * 4096, stretches=3)
+    direct = 2 * 4096 + 26528 + R - 6 * 4096  # the file ends on page 6
     assert predict(rows, table.source, direct=True) == Prediction(direct, bytes_paged=3 * 4096, stretches=3)
     ends = torch.tensor([0, R - 1])  # the last codes lie on the page on which the scales begin
     assert table.predict(ends).bytes_paged == 2 * 4096 and table.predict(ends).stretches == 2
@@ -52,14 +48,15 @@ def test_counters_of_two_parts_counted_by_hand(make):
 @pytest.mark.parametrize("case", CASES)
 def test_counters_are_what_was_predicted(case, way, make):
     table = make(case, **way)
-    expected = Traffic()
+    asked = bytes_read = 0
     for count in (0, 1, 300):
-        expected += table.predict(random_rows(count)).traffic
+        bytes_read += table.predict(random_rows(count)).bytes_read
         fetch(cold(table), random_rows(count))
         fetch(table, random_rows(count).int())
-        expected += table.predict(random_rows(count).int()).traffic
-        assert table.report() == expected
-    assert expected.fetches == 6 and expected.bytes_read > 0
+        bytes_read += table.predict(random_rows(count).int()).bytes_read
+        asked += 2 * count
+        assert table.counters() == counted(asked, 0, disk=bytes_read)
+    assert bytes_read > 0
 
 
 @pytest.mark.parametrize("case", CASES)
