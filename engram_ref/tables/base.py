@@ -193,6 +193,7 @@ class Table(ABC):
 
         Raises:
             RuntimeError: called from within a fetch of this table.
+            ValueError: a bad row number that a kernel met and nobody has heard of yet; the table is closed.
         """
         self._users.close()
         with self._users.here(), self._users.alone:  # others may close it, too

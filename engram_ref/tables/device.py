@@ -117,10 +117,6 @@ class DeviceTable(Table):
     def _held(self) -> dict[str, int]:
         return {"device": 0 if self._rows is None else self._rows.nbytes}
 
-    def close(self) -> None:
-        """Let go of the rows, and raise a bad row number that nobody has heard of yet."""
-        super().close()
-
     def _give_back(self) -> None:
         in_place, self._in_place = self._in_place, None
         self._rows = self.weight = None

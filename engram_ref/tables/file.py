@@ -222,10 +222,6 @@ class FileTable(Table):
         """Give back staging memory; the next fetch makes it anew."""
         self._delivery.trim()
 
-    def close(self) -> None:
-        """Wait for the fetches of other threads, then end the threads and close the files."""
-        super().close()
-
     def _give_back(self) -> None:
         self.trim()
         self._reader.close()

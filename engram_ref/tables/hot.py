@@ -233,10 +233,6 @@ class HotTable(Table):
         self._numbers.trim()
         self._behind.trim()
 
-    def close(self) -> None:
-        """Give back the hot rows and the table behind; the report stays."""
-        super().close()
-
     def _give_back(self) -> None:
         self._numbers.trim()
         self._hot = None

@@ -105,10 +105,6 @@ class UvaTable(Table):
     def _held(self) -> dict[str, int]:
         return {"host": 0 if self._in_place is None else self._in_place.table.nbytes}
 
-    def close(self) -> None:
-        """Wait for the kernels, give the memory back, and raise a bad row number that nobody has heard of yet."""
-        super().close()
-
     def _give_back(self) -> None:
         table, self._in_place = self._in_place, None
         if table is not None:
