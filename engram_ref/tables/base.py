@@ -70,6 +70,7 @@ class Table(ABC):
     waits = False
     trained = False
     _reads_from = "host"
+    _delivery: Any = None  # a Delivery (`staging`, which imports this file), where the CPU gathers rows
 
     def __init__(self, rows: int, row_format: RowFormat, device: torch.device, index_device: torch.device) -> None:
         self.rows = rows
@@ -173,7 +174,7 @@ class Table(ABC):
     @property
     def bytes_copied(self) -> int:
         """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
-        return 0
+        return 0 if self._delivery is None else self._delivery.bytes_copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(
@@ -181,8 +182,10 @@ class Table(ABC):
             "its rows use save_layer(path, fusion, rows, plan) or save_rows(path, rows), and load_layer or make_table"
         )
 
-    def trim(self) -> None:  # noqa: B027, most tables have none
+    def trim(self) -> None:
         """Give back staging memory; the next fetch makes it anew."""
+        if self._delivery is not None:
+            self._delivery.trim()
 
     def inside(self) -> Any:
         """To be held by `with` while somebody else reads the table's memory: closing waits for it."""

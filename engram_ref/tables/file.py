@@ -213,15 +213,6 @@ class FileTable(Table):
     def _held(self) -> dict[str, int]:
         return {"disk": self.source.nbytes}
 
-    @property
-    def bytes_copied(self) -> int:
-        """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
-        return self._delivery.bytes_copied
-
-    def trim(self) -> None:
-        """Give back staging memory; the next fetch makes it anew."""
-        self._delivery.trim()
-
     def _give_back(self) -> None:
         self.trim()
         self._reader.close()

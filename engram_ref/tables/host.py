@@ -83,15 +83,6 @@ class HostTable(Table):
     def _held(self) -> dict[str, int]:
         return {"host": 0 if self._rows is None else self._rows.nbytes}
 
-    @property
-    def bytes_copied(self) -> int:
-        """Bytes that copies have brought from host memory to an accelerator, for all fetches so far."""
-        return self._delivery.bytes_copied
-
-    def trim(self) -> None:
-        """Give the staging buffers back."""
-        self._delivery.trim()
-
     def _give_back(self) -> None:
         self.trim()
         self._rows = None
