@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from engram_ref.devices import as_device
-from engram_ref.hashing.device_ids import INTEGERS, DeviceHistory, DeviceVocab, IdRange
+from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab, IdRange
 from engram_ref.hashing.plan import INT32_MAX, HashPlan, LayerPlan
 from engram_ref.ids import DEAD
 
@@ -244,8 +244,8 @@ class _Plain:
             kept = after.shape[1]
             missing = before.new_full((len(ids), max(0, kept - before.shape[1] - ids.shape[1])), DEAD)
             after.copy_(torch.cat([missing, before, ids], dim=1)[:, -kept:])
-        widest = max((x.dtype for x in rows.values()), key=lambda dtype: dtype.itemsize)
-        return Hashed(torch.stack([x.to(widest) for x in rows.values()]), ids)
+        dtype = _widest(self.plan)
+        return Hashed(torch.stack([x.to(dtype) for x in rows.values()]), ids)
 
     def _hash(self, layer: LayerPlan, shifts: list[Tensor], primes: Tensor, offsets: Tensor) -> Tensor:
         heads = self.plan.heads
@@ -259,7 +259,7 @@ class _Plain:
 
 
 class _Fused:
-    """The same in one launch of a Triton kernel; a call needs two where some indices are int32 and others int64."""
+    """The same in one launch of a Triton kernel, all layers in the widest of their dtypes."""
 
     def __init__(self, plan: HashPlan, allowed: IdRange) -> None:
         self.plan = plan
@@ -267,23 +267,12 @@ class _Fused:
         self._kernels = _import_kernels()
         if not self._kernels.can_run_on(allowed.device):
             raise ValueError(f"fused=True on {allowed.device}: the kernel needs a CUDA device; use fused=False")
-        self._launches = []
-        for dtype in INTEGERS:
-            layers = [layer for layer in plan.layers if _row_dtype(layer) == dtype]
-            if layers:
-                constants = self._kernels.pack_constants(layers, allowed.device)
-                self._launches.append((dtype, [layer.layer_id for layer in layers], constants))
-        self._widest = self._launches[-1][0]
-        self._all = (
-            constants if len(self._launches) == 1 else self._kernels.pack_constants(list(plan.layers), allowed.device)
-        )
+        self._constants = self._kernels.pack_constants(plan.layers, allowed.device)
+        self._dtype = _widest(plan)
 
     def __call__(self, ids: Tensor, before: Tensor) -> dict[int, Tensor]:
-        rows: dict[int, Tensor] = {}
-        for dtype, layer_ids, constants in self._launches:
-            hashed = self._kernels.hash_layers(self.plan, ids, before, constants, dtype, self._ids.met)
-            rows.update(zip(layer_ids, hashed))
-        return {layer.layer_id: rows[layer.layer_id] for layer in self.plan.layers}
+        rows = self._kernels.hash_layers(self.plan, ids, before, self._constants, self._dtype, self._ids.met)
+        return {layer.layer_id: x.to(_row_dtype(layer)) for layer, x in zip(self.plan.layers, rows)}
 
     def from_tokens(
         self,
@@ -300,8 +289,8 @@ class _Fused:
             self.plan,
             token_ids,
             before,
-            self._all,
-            self._widest,
+            self._constants,
+            self._dtype,
             self._ids.met,
             vocab=None if vocab is None else vocab.map,
             met_tokens=None if vocab is None else vocab.allowed.met,
@@ -326,6 +315,10 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 def _row_dtype(layer: LayerPlan) -> torch.dtype:
     return torch.int32 if layer.rows <= INT32_MAX else torch.int64
+
+
+def _widest(plan: HashPlan) -> torch.dtype:
+    return max(map(_row_dtype, plan.layers), key=lambda dtype: dtype.itemsize)
 
 
 def _import_kernels() -> ModuleType:

@@ -20,6 +20,8 @@ The remainder of any 64-bit h by p >= 2, without a division, from M = floor(2^64
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import engram_ref.needs_torch  # noqa: F401
 
 import torch
@@ -144,7 +146,7 @@ def remainder(h, prime, reciprocal):
     return tl.where(r >= prime, r - prime, r)
 
 
-def pack_constants(layers: list[LayerPlan], device: torch.device) -> Tensor:
+def pack_constants(layers: Sequence[LayerPlan], device: torch.device) -> Tensor:
     """What `hash_layers` needs of these layers: multipliers, primes, offsets, reciprocals. [L, N + 3 C] int64"""
     return torch.tensor(
         [[*x.multipliers, *x.primes, *x.offsets, *(_signed(2**64 // p) for p in x.primes)] for x in layers],
