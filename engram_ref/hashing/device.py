@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import engram_ref.needs_torch  # noqa: F401
 
@@ -30,9 +30,6 @@ from engram_ref.devices import as_device
 from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab, IdRange
 from engram_ref.hashing.plan import INT32_MAX, HashPlan, LayerPlan
 from engram_ref.ids import DEAD
-
-if TYPE_CHECKING:
-    pass
 
 
 class DeviceHasher:
@@ -116,7 +113,7 @@ class DeviceHasher:
         else:
             hashed = way.from_tokens(token_ids, vocab, before, after, dead, stand_in)
         if vocab is not None:
-            vocab.check_now()
+            vocab.allowed.check_now()
         self._ids.check_now()
         return hashed
 
@@ -235,11 +232,8 @@ class _Plain:
             ids = vocab.look_up(token_ids, dead, stand_in)
         else:
             ids = token_ids.to(torch.int64) if dead is None else token_ids.to(torch.int64).masked_fill(dead, stand_in)
-        ids = self._admitted(ids)
+        ids = self._admitted(ids)  # where a bad id is refused at once, nothing has been advanced
         rows = self(ids, before[:, before.shape[1] - (self.plan.max_ngram - 1) :])
-        if vocab is not None:
-            vocab.check_now()
-        self._ids.check_now()  # where a bad id is refused at once, nothing has been advanced
         if after is not None:
             kept = after.shape[1]
             missing = before.new_full((len(ids), max(0, kept - before.shape[1] - ids.shape[1])), DEAD)

@@ -104,9 +104,7 @@ class DeviceVocab:
                 from `check` on CUDA, until when it becomes DEAD.
         """
         self.check_batch(token_ids, dead)
-        compressed = self.look_up(token_ids, dead, DEAD)
-        self.check_now()
-        return compressed
+        return self.look_up(token_ids, dead, DEAD)
 
     def look_up(self, token_ids: Tensor, dead: Tensor | None, stand_in: int) -> Tensor:
         """The same without looking at what is given, and with any compressed id where `dead` is true."""
@@ -126,10 +124,6 @@ class DeviceVocab:
                 f"dead is {dead.dtype} {tuple(dead.shape)} on {dead.device}: "
                 f"give booleans of shape {tuple(token_ids.shape)} on {token_ids.device}"
             )
-
-    def check_now(self) -> None:
-        """`check` where it costs no waiting: on a CPU."""
-        self.allowed.check_now()
 
     def check(self) -> None:
         """Wait for the device and raise if a token id outside the vocabulary was met since the last check."""
@@ -158,7 +152,6 @@ class DeviceHistory:
         self._ids.check_batch(compressed_ids)
         if self._ids.device.type == "cpu":
             self._ids.admit(compressed_ids)
-            self._ids.check()
         width = self.ids.shape[1]
         last = compressed_ids[:, -width:].to(torch.int64)
         self.ids = torch.cat([self.ids, last], dim=1)[:, -width:].contiguous()
