@@ -7,8 +7,9 @@ def run() -> None:
     """The console script."""
     interruptible("engram-price")
     from engram_price import command
+    from engram_ref import cli
 
-    command.run()
+    cli.run(command.main, command.PROG)
 
 
 if __name__ == "__main__":

@@ -172,8 +172,3 @@ def main(argv: list[str] | None = None) -> None:
     with cli.one_line_errors(PROG):
         found = price_text(options)
         print(json.dumps(found, indent=1) if options.json else cli.fitted(report(found)), flush=True)
-
-
-def run() -> None:
-    """The console script."""
-    cli.run(main, PROG)

@@ -262,10 +262,5 @@ def main(argv: list[str] | None = None) -> None:
         print(summary(found), file=sys.stderr)
 
 
-def run() -> None:
-    """The console script."""
-    cli.run(main, PROG)
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, PROG)

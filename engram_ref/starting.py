@@ -42,6 +42,7 @@ def interruptible(prog: str) -> None:
 def plan() -> None:
     """The console script `engram-plan`."""
     interruptible("engram-plan")
+    from engram_ref import cli
     from engram_ref import plan as command
 
-    command.run()
+    cli.run(command.main, command.PROG)

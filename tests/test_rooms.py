@@ -23,7 +23,7 @@ ROOMS = {
     "engram_ref.quoting": "",
     "engram_ref.config": "",
     "engram_ref.ids": "",
-    "engram_ref.starting": "plan",
+    "engram_ref.starting": "cli plan",
     "engram_ref.cli": "",
     "engram_ref.compiled": "",
     "engram_ref.devices": "",

@@ -204,8 +204,3 @@ def main(argv: list[str] | None = None) -> None:
             print("\n".join(engine_flags(found["recommendation"]["placement"])), flush=True)
         else:
             print(json.dumps(found, indent=1) if options.json else cli.fitted(report(found)), flush=True)
-
-
-def run() -> None:
-    """The console script."""
-    cli.run(main, PROG)
