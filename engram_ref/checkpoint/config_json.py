@@ -32,7 +32,7 @@ from engram_ref.quoting import quoted
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "deepseek_v41"
 QUANTISATION = {"quant_method": "fp8", "weight_block_size": [SCALE_BLOCK, SCALE_BLOCK], "scale_fmt": "ue8m0"}
-_MEND = f"take the {CONFIG_FILE} that came with the weights"
+MEND = f"take the {CONFIG_FILE} that came with the weights"
 
 # Field of EngramConfig -> name in text_config, and the least value.
 _INTEGERS = {
@@ -60,21 +60,31 @@ def read_config(folder: str | os.PathLike[str]) -> EngramConfig:
             contradiction to another; the message names file, field and value.
         OSError: it cannot be read.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.exists():
-        raise ValueError(f"no {CONFIG_FILE} in {folder}: give the folder of a checkpoint")
-    root = read_json(path)
-    text = root.get("text_config", root)
-    if root.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{path}: model_type={quoted(root.get('model_type'))}, not {MODEL_TYPE!r}: {_MEND}")
-    if not isinstance(text, dict):
-        raise ValueError(f"{path}: text_config={quoted(text)} is not an object: {_MEND}")
+    path, root, text = read_text_config(folder, (MODEL_TYPE,))
     _check_quantisation(path, root)
     _check_one_meaning(path, root, text)
     config = _geometry(path, text)
     _check_blocks(path, config)
     _check_rows(path, config, _integers(path, text, _ROWS))
     return config
+
+
+def read_text_config(
+    folder: str | os.PathLike[str], model_types: tuple[str, ...]
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A checkpoint's `config.json`, all that it says, and what of it is of the language model; refused if of others."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"no {CONFIG_FILE} in {folder}: give the folder of a checkpoint")
+    root = read_json(path)
+    if root.get("model_type") not in model_types:
+        raise ValueError(
+            f"{path}: model_type={quoted(root.get('model_type'))}, not {' or '.join(map(repr, model_types))}: {MEND}"
+        )
+    text = root.get("text_config", root)
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config={quoted(text)} is not an object: {MEND}")
+    return path, root, text
 
 
 def config_fields(config: EngramConfig, rows: tuple[int, ...], vocab_size: int, depth: int) -> dict[str, Any]:
@@ -100,12 +110,12 @@ def config_fields(config: EngramConfig, rows: tuple[int, ...], vocab_size: int, 
 def _check_quantisation(path: Path, root: dict[str, Any]) -> None:
     given = root.get("quantization_config")
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: quantization_config={quoted(given)} is not an object: {_MEND}")
+        raise ValueError(f"{path}: quantization_config={quoted(given)} is not an object: {MEND}")
     for name, needed in QUANTISATION.items():
         if given.get(name) != needed:
             raise ValueError(
                 f"{path}: quantization_config has {name}={quoted(given.get(name))}; the rows are stored with "
-                f"{needed!r}, and with anything else they decode to wrong values: {_MEND}"
+                f"{needed!r}, and with anything else they decode to wrong values: {MEND}"
             )
 
 
@@ -115,14 +125,14 @@ def _check_one_meaning(path: Path, root: dict[str, Any], text: dict[str, Any]) -
         if name in root and name in text and root[name] != text[name]:
             raise ValueError(
                 f"{path}: {name} is {quoted(root[name])} at the top level and {quoted(text[name])} in text_config: "
-                f"{_MEND}"
+                f"{MEND}"
             )
 
 
 def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
     eps = _field(path, text, _EPS)
     if eps != V41_NORM_EPS:
-        raise ValueError(f"{path}: {_EPS}={quoted(eps)}; the gate of this model computes with {V41_NORM_EPS}: {_MEND}")
+        raise ValueError(f"{path}: {_EPS}={quoted(eps)}; the gate of this model computes with {V41_NORM_EPS}: {MEND}")
     integers = {field: _integer(path, text, name, least) for field, (name, least) in _INTEGERS.items()}
     layer_ids = _integers(path, text, _LAYERS)
     _check_below(path, text, _LAYERS, max(layer_ids, default=0), _DEPTH)  # counted from 0
@@ -144,18 +154,18 @@ def _geometry(path: Path, text: dict[str, Any]) -> EngramConfig:
             **integers,
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; {_MEND}") from error
+        raise ValueError(f"{path}: {error}; {MEND}") from error
 
 
 def _check_below(path: Path, text: dict[str, Any], name: str, largest: int, limit_name: str) -> None:
     limit = _integer(path, text, limit_name, 1)
     if largest >= limit:
-        raise ValueError(f"{path}: {name}={quoted(text[name])} does not fit {limit_name}={limit}: {_MEND}")
+        raise ValueError(f"{path}: {name}={quoted(text[name])} does not fit {limit_name}={limit}: {MEND}")
 
 
 def _field(path: Path, text: dict[str, Any], name: str) -> Any:
     if name not in text:
-        raise ValueError(f"{path}: {name} is missing: {_MEND}")
+        raise ValueError(f"{path}: {name} is missing: {MEND}")
     return text[name]
 
 
@@ -169,7 +179,7 @@ def _integers(path: Path, text: dict[str, Any], name: str) -> tuple[int, ...]:
     values = _field(path, text, name)
     # `isinstance` would take a bool for an integer.
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError(f"{path}: {name}={quoted(values)}: must be a list of integers; {_MEND}")
+        raise ValueError(f"{path}: {name}={quoted(values)}: must be a list of integers; {MEND}")
     return tuple(values)
 
 
@@ -178,7 +188,7 @@ def _check_blocks(path: Path, config: EngramConfig) -> None:
     if outputs % SCALE_BLOCK:
         raise ValueError(
             f"{path}: (hc_mult + 1) * hidden_size = {outputs}: a projection in fp8 is made of blocks of "
-            f"{SCALE_BLOCK} x {SCALE_BLOCK}, so it must be a multiple of {SCALE_BLOCK}; {_MEND}"
+            f"{SCALE_BLOCK} x {SCALE_BLOCK}, so it must be a multiple of {SCALE_BLOCK}; {MEND}"
         )
 
 
@@ -187,7 +197,7 @@ def _check_rows(path: Path, config: EngramConfig, rows: tuple[int, ...]) -> None
     if len(rows) != len(config.layer_ids):
         raise ValueError(
             f"{path}: {_ROWS} has {len(rows)} entries and {_LAYERS} {len(config.layer_ids)}; there is one for each "
-            f"layer: {_MEND}"
+            f"layer: {MEND}"
         )
     size = config.table_size_per_order[0]
     primes_give = table_rows(config)
@@ -195,7 +205,7 @@ def _check_rows(path: Path, config: EngramConfig, rows: tuple[int, ...]) -> None
         if given != needed:
             raise ValueError(
                 f"{path}: {_ROWS} gives layer {layer_id} {given} rows; the {config.columns} primes from "
-                f"{_SIZE}={size} up give {needed}: {_MEND}"
+                f"{_SIZE}={size} up give {needed}: {MEND}"
             )
 
 

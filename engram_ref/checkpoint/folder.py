@@ -33,10 +33,12 @@ from engram_ref.checkpoint.config_json import read_config
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.files.header import TensorEntry, read_header, read_json, read_metadata, require_written
 from engram_ref.hashing.plan import HashPlan, LayerPlan
-from engram_ref.quoting import one_line, quoted
+from engram_ref.quoting import listed, one_line, quoted
 from engram_ref.vocab import KNOWN_MAPS, CompressedVocab, tokenizer_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engram_ref.files.stored_rows import StoredRows
 
 __all__ = ["INDEX_FILE", "ModelFolder", "expected_tensors", "read_config", "tensor_name"]
@@ -47,7 +49,6 @@ TOKENIZER_FILE = "tokenizer.json"
 LAYER_PLAN = "layer_plan"  # beside the tensors of a layer, in the metadata of the file that holds its table
 _ENGRAM_NAME = re.compile(r"layers\.\d+\.engram\.")
 _MEND = "download the checkpoint again"
-_SHOWN = 12  # names in a message
 _PUBLISHED_BY = ("layer_ids", "compressed_size", "seed")
 
 
@@ -160,6 +161,16 @@ def require_same_rows(stored: StoredRows, entries: Iterable[TensorEntry], opener
             raise ValueError(f"{entry.path} was changed after it was checked: call {opener} again")
 
 
+def read_entry(entry: TensorEntry, sparse: bool, opener: str) -> Tensor:
+    """A tensor, of a file that is still what it was when the folder was opened by `opener`."""
+    from engram_ref.files.validated import Header
+
+    header = Header.read(entry.path, sparse)
+    if header.tensors.get(entry.name) != entry:
+        raise ValueError(f"{entry.path} was changed after it was checked: call {opener} again")
+    return header.read_tensor(entry.name)
+
+
 def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None, text: bytes) -> CompressedVocab:
     """The vocabulary of the folder's tokenizer, refused unless the table was hashed with it."""
     vocab = CompressedVocab.from_json(text, tokenizer)
@@ -206,24 +217,27 @@ def _find_tensors(
     }
     missing = [name for name in needed if name not in weight_map]
     if missing:
-        raise ValueError(f"{path} has no {some_names(missing)}: {_MEND}, its index included")
+        raise ValueError(f"{path} has no {listed(missing)}: {_MEND}, its index included")
     headers = {file: read_shard(path / file) for file in sorted({weight_map[name] for name in needed})}
     _refuse_unexpected(path, {*weight_map, *(name for header in headers.values() for name in header)}, needed)
+    found = {}
     for name, (dtype, shape) in needed.items():
-        homes = [file for file, header in headers.items() if name in header]
-        if homes != [weight_map[name]]:  # in the file that the index names, and in no other that was opened
-            raise ValueError(
-                f"{path / INDEX_FILE} says that {name} is in {one_line(weight_map[name], 100)}; it is in "
-                f"{' and '.join(homes) or 'no file that was looked at'}: {_MEND}"
-            )
-        _check_tensor(headers[homes[0]][name], dtype, shape, plan)
-    return {name: headers[weight_map[name]][name] for name in needed}
+        found[name] = entry_of(path, name, weight_map, headers)
+        _check_tensor(found[name], dtype, shape, plan)
+    return found
 
 
-def some_names(names: list[str]) -> str:
-    """Names from a file, in one line: the first few, and how many there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(one_line(name, 100) for name in names[:_SHOWN]) + more
+def entry_of(
+    path: Path, name: str, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorEntry]]
+) -> TensorEntry:
+    """A tensor in the file that the index names, refused if it is in another one that was opened."""
+    homes = [file for file, header in headers.items() if name in header]
+    if homes != [weight_map[name]]:
+        raise ValueError(
+            f"{path / INDEX_FILE} says that {name} is in {one_line(weight_map[name], 100)}; it is in "
+            f"{' and '.join(homes) or 'no file that was looked at'}: {_MEND}"
+        )
+    return headers[homes[0]][name]
 
 
 def _check_recorded(path: Path, config: EngramConfig, plan: HashPlan, tensors: Mapping[str, TensorEntry]) -> None:
@@ -276,7 +290,7 @@ def _refuse_unexpected(path: Path, found: Iterable[str], needed: Mapping[str, An
     if unexpected:
         layers = sorted({name.split(".engram.")[0] for name in needed})
         raise ValueError(
-            f"{path} has {some_names(unexpected)}; Engram as configured is {', '.join(layers)} with "
+            f"{path} has {listed(unexpected)}; Engram as configured is {', '.join(layers)} with "
             f"{len(needed) // len(layers)} tensors each: use config.json and weights of one model"
         )
 

@@ -19,9 +19,9 @@ import engram_ref.needs_torch  # noqa: F401
 
 import torch
 
+from engram_ref.checkpoint.folder import read_entry
 from engram_ref.checkpoint.qwen_folder import FUSION_PARTS, QwenFolder
 from engram_ref.devices import as_device
-from engram_ref.files.validated import Header
 from engram_ref.fusion.qwen import QwenFusion
 from engram_ref.layer import Engram
 from engram_ref.tables import make_table
@@ -50,12 +50,7 @@ def load_layer_qwen(
     """
     device = as_device(device)
     entries = folder.tensors[folder.plan.layer(layer_id).layer_id]
-    state = {}
-    for name in FUSION_PARTS:
-        header = Header.read(entries[name].path, folder.sparse)
-        if header.tensors.get(entries[name].name) != entries[name]:
-            raise ValueError(f"{entries[name].path} was changed after it was checked: call QwenFolder.open again")
-        state[name] = header.read_tensor(entries[name].name)
+    state = {name: read_entry(entries[name], folder.sparse, "QwenFolder.open") for name in FUSION_PARTS}
     # Made without values: all of them are the checkpoint's.
     fusion = QwenFusion(folder.config, "meta", dtype or state[FUSION_PARTS[0]].dtype).to_empty(device=device)
     fusion.load_state_dict(state)

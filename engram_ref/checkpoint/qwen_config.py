@@ -16,13 +16,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engram_ref.checkpoint.config_json import CONFIG_FILE, MEND, read_text_config
 from engram_ref.config import MOST_IDS, MOST_TABLE_SIZE, EngramConfig, require_columns, require_int
 from engram_ref.files.header import read_json
 from engram_ref.quoting import quoted
 
-CONFIG_FILE = "config.json"
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
-_MEND = f"take the {CONFIG_FILE} that came with the weights"
 
 # Name in the file -> least value, most, and what the class takes where it is left out.
 _INTEGERS = {
@@ -51,21 +50,11 @@ def read_qwen_config(folder: str | os.PathLike[str]) -> EngramConfig:
             range; the message names file, field and value.
         OSError: it cannot be read.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.exists():
-        raise ValueError(f"no {CONFIG_FILE} in {folder}: give the folder of a checkpoint")
-    root = read_json(path)
-    if root.get("model_type") not in MODEL_TYPES:
-        raise ValueError(
-            f"{path}: model_type={quoted(root.get('model_type'))}, not {' or '.join(map(repr, MODEL_TYPES))}: {_MEND}"
-        )
-    text = root.get("text_config", root)
-    if not isinstance(text, dict):
-        raise ValueError(f"{path}: text_config={quoted(text)} is not an object: {_MEND}")
+    path, _, text = read_text_config(folder, MODEL_TYPES)
     try:
         return _geometry(text)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; {_MEND}") from error
+        raise ValueError(f"{path}: {error}; {MEND}") from error
 
 
 def text_fields(config: EngramConfig, depth: int) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engram_ref.checkpoint.folder import INDEX_FILE, read_shard, read_weight_map, require_same_rows, some_names
+from engram_ref.checkpoint.folder import INDEX_FILE, entry_of, read_shard, read_weight_map, require_same_rows
 from engram_ref.checkpoint.qwen_config import CONFIG_FILE, read_qwen_config
 from engram_ref.config import EngramConfig
 from engram_ref.files.header import TensorEntry, require_written
 from engram_ref.hashing.plan import HashPlan, LayerPlan
-from engram_ref.quoting import one_line, quoted
+from engram_ref.quoting import listed, one_line, quoted
 
 if TYPE_CHECKING:
     from engram_ref.files.stored_rows import StoredRows
@@ -140,23 +140,17 @@ def _find_layers(path: Path, weight_map: Mapping[str, str], config: EngramConfig
     strange = [name for name, match in named.items() if not _NUMBER.fullmatch(match["block"])]
     if strange:
         raise ValueError(
-            f"{path} has {some_names(strange)}: its layer's number is not written as transformers does, so that the "
+            f"{path} has {listed(strange)}: its layer's number is not written as transformers does, so that the "
             f"tensor may be there twice: {_MEND}"
         )
     _refuse_other_layers(path, named.values(), config)
     headers = {file: read_shard(path / file) for file in sorted({weight_map[name] for name in named})}
     layers: dict[int, dict[str, TensorEntry]] = {layer: {} for layer in config.layer_ids}
     for name, match in named.items():
-        homes = [file for file, header in headers.items() if name in header]
-        if homes != [weight_map[name]]:
-            raise ValueError(
-                f"{path / INDEX_FILE} says that {name} is in {one_line(weight_map[name], 100)}; it is in "
-                f"{' and '.join(homes) or 'no file that was looked at'}: {_MEND}"
-            )
-        layers[int(match["block"])][match["part"]] = headers[homes[0]][name]
+        layers[int(match["block"])][match["part"]] = entry_of(path, name, weight_map, headers)
     left_out = sorted({n for header in headers.values() for n in header if _NAME.fullmatch(n)} - named.keys())
     if left_out:
-        raise ValueError(f"{path / INDEX_FILE} does not name {some_names(left_out)}, which its files have: {_MEND}")
+        raise ValueError(f"{path / INDEX_FILE} does not name {listed(left_out)}, which its files have: {_MEND}")
     return layers
 
 
@@ -194,7 +188,7 @@ def _check_table(
         raise ValueError(f"{where} no tensor …{_TABLE}shard_<k>.weight: {_MEND}")
     missing = [f"shard_{k}" for k in range(max(numbers)) if k not in numbers]
     if missing:
-        raise ValueError(f"{where} {some_names(missing)} missing, of shards up to {max(numbers)}: {_MEND}")
+        raise ValueError(f"{where} {listed(missing)} missing, of shards up to {max(numbers)}: {_MEND}")
     shards = tuple(numbers[k] for k in sorted(numbers))
     for entry in shards:
         if entry.dtype not in ROW_DTYPES or entry.dtype != shards[0].dtype:
@@ -228,10 +222,10 @@ def _check_fusion(path: Path, config: EngramConfig, layer_id: int, tensors: Mapp
     shapes = fusion_shapes(config)
     missing = [name for name in shapes if name not in tensors]
     if missing:
-        raise ValueError(f"{path} has no {some_names([f'layers.{layer_id}.ple.{name}' for name in missing])}: {_MEND}")
+        raise ValueError(f"{path} has no {listed([f'layers.{layer_id}.ple.{name}' for name in missing])}: {_MEND}")
     others = sorted(tensors.keys() - shapes.keys() - _CONSTANTS.keys())
     if others:
-        raise ValueError(f"{path}: layer {layer_id} has {some_names(others)}, which such a layer has not: {_MEND}")
+        raise ValueError(f"{path}: layer {layer_id} has {listed(others)}, which such a layer has not: {_MEND}")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ValueError(

@@ -17,12 +17,9 @@ from typing import Any
 import engram_ref.needs_torch  # noqa: F401
 
 import torch
-from torch import Tensor
 
-from engram_ref.checkpoint.folder import ModelFolder, tensor_name
+from engram_ref.checkpoint.folder import ModelFolder, read_entry, tensor_name
 from engram_ref.devices import as_device
-from engram_ref.files.header import TensorEntry
-from engram_ref.files.validated import Header
 from engram_ref.fusion.projection import check_fp8
 from engram_ref.fusion.v41 import V41Fusion
 from engram_ref.layer import Engram
@@ -73,19 +70,13 @@ def load_fusion_v41(
 ) -> V41Fusion:
     """The projection and the gains of one layer; arguments and errors as `load_layer_v41`."""
     device = as_device(device)
-    state = {part: _read(folder.tensor(layer_id, part), folder.sparse) for part in FUSION_PARTS}
+    entries = {part: folder.tensor(layer_id, part) for part in FUSION_PARTS}
+    state = {part: read_entry(entry, folder.sparse, "ModelFolder.open") for part, entry in entries.items()}
     try:
         check_fp8(state["wkv.weight"], state["wkv.scale"], tensor_name(layer_id, "wkv."))
     except ValueError as error:
-        raise ValueError(f"{folder.tensor(layer_id, 'wkv.weight').path}: {error}; download it again") from error
+        raise ValueError(f"{entries['wkv.weight'].path}: {error}; download it again") from error
     # Made without values: all of them are the checkpoint's.
     fusion = V41Fusion(folder.config, "meta", dtype, fp8).to_empty(device=device)
     fusion.load_state_dict(state)
     return fusion
-
-
-def _read(entry: TensorEntry, sparse: bool) -> Tensor:
-    header = Header.read(entry.path, sparse)
-    if header.tensors.get(entry.name) != entry:
-        raise ValueError(f"{entry.path} was changed after it was checked: call ModelFolder.open again")
-    return header.read_tensor(entry.name)
