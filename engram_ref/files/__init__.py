@@ -11,4 +11,5 @@ writing       rows to a file
 pagecache     what of a file is in memory
 replacing     a file that is there whole or not at all; without torch
 small_files   a small file read whole, or refused; without torch
+texts         a text to look up: a file, standard input or Python's help topics; without torch
 """

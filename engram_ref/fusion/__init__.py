@@ -6,6 +6,7 @@ qwen         the same of Qwen3.8-Flash-Next
 v41          gate of DeepSeek-V4.1-Flash
 projection   its projection, plain or in fp8 blocks
 factory      one of them, by the configuration's form
+fused        what follows the projection in one pass, compiled; kernels: in Triton
 """
 
 from engram_ref.fusion.base import Fusion, ShortConvHistory

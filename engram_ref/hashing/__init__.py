@@ -3,7 +3,7 @@
 plan      the constants, as data
 ngram     the hash and the history, in NumPy: the definition
 fused     the same, compiled: all columns of a token in one pass, from token ids on if wanted; needs numba
-device    the same in torch operations, where the ids are; needs torch
+device    the same in torch operations, where the ids are; needs torch; device_ids: vocabulary and history there
 kernels   the same as a Triton kernel, from token ids on; needs torch and Triton
 """
 

@@ -12,7 +12,7 @@ The remainder of any 64-bit h by p >= 2, without a division, from M = floor(2^64
                                   than 1 below h / p: q is floor(h / p) or one less
     r = h - q * p                 therefore in 0 .. 2p - 1: at most one subtraction of p is left to do
 
-    python -m pytest tests/ref/rows/test_kernels.py
+    python -m pytest tests/ref/hashing/test_device.py tests/ref/rows/test_kernels.py
 """
 
 # mypy: disable-error-code="no-untyped-def"

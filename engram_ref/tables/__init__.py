@@ -5,6 +5,7 @@ host     in host memory: gathered by the CPU, copied through pinned staging
 uva      in pinned host memory that a GPU kernel reads in place
 hot      the most frequent rows on the device, in front of any other table
 file     in a safetensors file: batched, sorted, deduplicated reads
+sharded  over the ranks of a group, each of which owns some of the rows
 
     table = make_table("host", weights, device="cuda")
     values = table.start(rows).wait()        # [N, D], the same bits from every placement
