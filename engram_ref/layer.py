@@ -36,9 +36,7 @@ from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import Pending, RowFormat, Table, make_table
 from engram_ref.tables.base import Ready
-from engram_ref.tables.device import DeviceTable
-from engram_ref.tables.host import HostTable
-from engram_ref.tables.uva import UvaTable
+from engram_ref.tables.factory import adopt
 
 FRESH_PLACEMENTS = ("device", "host", "uva")
 # Scaled rows that are drawn and encoded together; of 32 values or more, they are whole chunks for `fill_normal`.
@@ -178,7 +176,7 @@ def build_engram(
             _fill(rows, seed)
         if placement == "device" and fusion.device.type != "cpu":
             return Engram(fusion, make_table(placement, rows, device))  # copied; the memory is not needed any more
-        engram = Engram(fusion, _adopt(placement, rows, fusion.device, memory))
+        engram = Engram(fusion, adopt(placement, rows, fusion.device, memory))  # what `encode` gave is numbers
         undo.pop_all()
     return engram
 
@@ -193,15 +191,6 @@ def _fill(rows: Rows, seed: int) -> None:
         values = torch.empty((len(piece), rows.format.width), dtype=rows.format.dtype, device="cpu")
         fill_normal(values, seed, start=first * rows.format.width)
         piece.copy_(rows.format.encode(values))
-
-
-def _adopt(placement: str, rows: Rows, device: torch.device, memory: HostMemory) -> Table:
-    """A table of rows that lie where they are to stay."""
-    if device.type == "cuda":
-        memory.pin()
-    if placement == "device":
-        return DeviceTable(rows, memory, checked=True)  # what `encode` gave is numbers
-    return (HostTable if placement == "host" else UvaTable)(rows, device, memory, checked=True)
 
 
 def check_plan(config: EngramConfig, layer_plan: LayerPlan) -> None:

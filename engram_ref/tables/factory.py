@@ -276,12 +276,15 @@ def _in_host_memory(
                     lambda fd: first_other_row(rows, fd, packed),
                 )
             )
-        found = laid(rows, memory.bytes, packed)
-        if target.type == "cuda":
-            memory.pin()  # after the rows came: a copy from a device could not reach over two pieces
-        if placement == "device":
-            table: Table = DeviceTable(found, memory, checked=True)
-        else:
-            table = (HostTable if placement == "host" else UvaTable)(found, target, memory, checked=True)
+        table = adopt(placement, laid(rows, memory.bytes, packed), target, memory)
         undo.pop_all()
     return table
+
+
+def adopt(placement: str, rows: Rows, device: torch.device, memory: HostMemory) -> Table:
+    """A table of rows, none of them NaN, that lie in the memory in which they are to stay."""
+    if device.type == "cuda":
+        memory.pin()  # after the rows came: a copy from a device could not reach over two pieces
+    if placement == "device":
+        return DeviceTable(rows, memory, checked=True)
+    return (HostTable if placement == "host" else UvaTable)(rows, device, memory, checked=True)
