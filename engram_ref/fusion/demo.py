@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -172,7 +171,10 @@ class DemoFusion(Fusion):
         if is_differentiated() or torch.compiler.is_compiling():
             # Blocks are written with `out=`, which passes no gradients back; the compiler makes its own.
             return self._combine_at_once(self.project(e), hidden, history, padding)
-        project = partial(_projected, self, e)
+
+        def project(rows: slice, steps: slice) -> Tensor:
+            return self.project(e[rows, steps])
+
         if one_pass is None:
             return self._combine_in_blocks(project, hidden, history, padding)
         return self._combine_in_one_pass(one_pass, project, hidden, history, padding, adds)
@@ -359,10 +361,6 @@ class DemoFusion(Fusion):
             unexpected_keys.extend(
                 key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in views
             )
-
-
-def _projected(fusion: DemoFusion, e: Tensor, rows: slice, steps: slice) -> Tensor:
-    return fusion.project(e[rows, steps])
 
 
 class Gains(NamedTuple):
