@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # started as a script: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +23,7 @@ if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one l
     interruptible("row_definitions")
 
 from bench.instruments.output import require_writable
-from bench.instruments.results import conclude, priced_head, write_unless_same
+from bench.instruments.results import conclude, priced_head
 from bench.rows.cases import LAYOUTS
 from bench.rows.definitions import TABLES, Record, definitions_table, records
 from bench.setup.parallel import add_jobs, in_parallel
@@ -46,7 +45,6 @@ def main() -> None:
     options = parser.parse_args()
     with cli.one_line_errors(PROG):
         require_writable(options.out)
-        results: dict[str, Any] = {**priced_head(PROG, "bench.rows.definitions"), "records": []}
         # The longest come last here, and are started first.
         jobs = list(itertools.product([1000] if options.quick else options.tokens, options.tables, LAYOUTS))[::-1]
         found: dict[int, list[Record]] = {}
@@ -54,8 +52,8 @@ def main() -> None:
             found[place] = priced
             tokens, table, layout = jobs[place]
             print(f"{table}, {tokens:,} tokens, {layout}: {len(found)} of {len(jobs)}", file=sys.stderr, flush=True)
-            results["records"] = [record for at in sorted(found, reverse=True) for record in found[at]]
-            write_unless_same(options.out / "results.json", results, "records")  # what is finished is kept
+        every = [record for at in sorted(found, reverse=True) for record in found[at]]
+        results = {**priced_head(PROG, "bench.rows.definitions"), "records": every}
         conclude(results, options.out / "results.json", definitions_table, rows="records")
 
 
