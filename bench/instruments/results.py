@@ -19,7 +19,6 @@ from typing import Any
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import finish, forget_figures, printed_anyway
-from bench.instruments.reading import read_results, set_aside
 from bench.schemas.common import Environment, Git, Origin
 from engram_ref.files.replacing import replacing
 
@@ -103,52 +102,25 @@ def conclude(results: Any, path: Path | None, report: Callable[[Any], str] | Non
     Args:
         path: of the file; None for none.
         report: makes the table; None for none.
-        rows: of numbers that every run finds again, the key of the long list; see `write_unless_same`.
+        rows: the key of a long list, as for `write_rows`.
     """
     with nullcontext() if report is None else printed_anyway(lambda: report(results)):
         if path is not None:
-            same = rows is not None and not write_unless_same(path, results, rows)
-            if rows is None:
-                write_json(path, results)
-            print(f"{path} says the same already" if same else f"wrote {path}", file=sys.stderr)
+            write_json(path, results) if rows is None else write_rows(path, results, rows)
+            print(f"wrote {path}", file=sys.stderr)
     finish(results, path)
 
 
-def write_unless_same(path: Path, content: Mapping[str, Any], rows: str) -> bool:
-    """Write a results file unless the one there says the same; say whether it was written.
-
-    What says where it ran, and by which code, does not count: a run that finds the same numbers again leaves the file
-    as it is.
-
-    Args:
-        rows: the key of a long list, of which every entry gets one line.
-    """
-    if path.exists() and _evidence(_found(path)) == _evidence(content):
-        return False
+def write_rows(path: Path, content: Mapping[str, Any], rows: str) -> None:
+    """Write a results file whose list `rows` has one line an entry: what differs between runs is lines, too."""
     parts = []
     for key, value in content.items():
-        if key == rows:  # a line each, so that what differs between two runs is a line, too
+        if key == rows:
             lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in value)
             parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
         else:
             parts.append(f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}")
     write_json(path, content, "{\n" + ",\n".join(parts) + "\n}")
-    return True
-
-
-def _found(path: Path) -> dict[str, Any]:
-    """What the file there holds; one that holds no results is set aside."""
-    try:
-        return read_results(path)
-    except ValueError as error:
-        set_aside(path, str(error))
-        return {}
-
-
-def _evidence(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A results file without where and by what it was made, as JSON gives it back."""
-    provenance = {"environment", "git", "code_sha256"}
-    return json.loads(json.dumps({key: value for key, value in content.items() if key not in provenance}))
 
 
 def write_json(path: Path, content: Mapping[str, Any], text: str | None = None) -> None:

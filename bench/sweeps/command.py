@@ -10,7 +10,6 @@ from pathlib import Path
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.output import draw_where_possible
-from bench.instruments.reading import read_results
 from bench.instruments.results import conclude
 from bench.price.models import MODELS_OF
 from bench.sweeps.points import GRID, NAMES, QUICK_AXES, Axes, Settings, grid_points, points_of
@@ -49,10 +48,9 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     if points:
         windows = {stream_name(point.case.settings): texts.window(point.case.settings) for point in points}
         asked = {**about, "models": list(models), **asdict(base)}
-        path = options.out / "sweeps.json"
-        conclude(sweeps_content(asked, points, records, windows), path, report_all, rows="points")
-        # An older run's, if it found the same.
-        draw_where_possible("bench.sweeps.figures", read_results(path), options.out)
+        sweeps = sweeps_content(asked, points, records, windows)
+        conclude(sweeps, options.out / "sweeps.json", report_all, rows="points")
+        draw_where_possible("bench.sweeps.figures", sweeps, options.out)
     if grid:
         asked = {**about, "models": ["engram"], **asdict(base)}
         prices = grid_content(asked, base, axes, records, texts.window(base))

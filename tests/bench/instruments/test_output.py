@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 
@@ -12,7 +11,7 @@ import pytest
 from bench import bytedmd_toy, hashing_speed, production
 from bench.instruments import output
 from bench.instruments.output import forget_figures, printed_anyway, require_writable, require_writable_file, source
-from bench.instruments.results import write_json, write_unless_same
+from bench.instruments.results import write_json
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path):
@@ -80,23 +79,6 @@ def test_figures_of_earlier_results_go_and_others_stay(tmp_path):
         os.mkfifo(tmp_path / name)
     write_json(tmp_path / "results.json", new)
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"new", "other", "stranger", "pipe"}
-
-
-def test_figures_go_only_when_the_numbers_do(tmp_path):
-    path = tmp_path / "results.json"
-    write_json(path, {"git": "before", "points": [1]})
-    figure = tmp_path / "figure.svg"
-    figure.write_text(source(json.loads(path.read_text())))
-    assert not write_unless_same(path, {"git": "after", "points": [1]}, "points") and figure.exists()
-    assert write_unless_same(path, {"git": "after", "points": [2]}, "points") and not figure.exists()
-
-
-def test_a_broken_file_in_the_way_is_set_aside(tmp_path, capsys):
-    path = tmp_path / "results.json"
-    path.write_text("half a fi")
-    assert write_unless_same(path, {"points": [2]}, "points")
-    assert (tmp_path / "results.json.broken").read_text() == "half a fi"
-    assert "results.json is not a results file" in capsys.readouterr().err
 
 
 def test_without_a_figure_nothing_is_read(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from bench.instruments.results import (
     priced_head,
     results_head,
     write_json,
-    write_unless_same,
+    write_rows,
 )
 from engram_ref.files import replacing
 
@@ -32,39 +32,24 @@ def test_write_json(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_that_says_the_same_is_left_alone(tmp_path):
-    """Where it ran and by which code does not count, everything else does; of the long list, one line an entry."""
+def test_of_a_long_list_every_entry_gets_a_line(tmp_path):
     path = tmp_path / "new" / "folder" / "results.json"
     content = {"a": [1, 2], "git": {"commit": "x"}, "rows": [{"price": 1}, {"price": 2}], "b": (3,)}
     text = '{\n"a": [1,2],\n"git": {"commit":"x"},\n"rows": [\n{"price":1},\n{"price":2}\n],\n"b": [3]\n}\n'
-    assert write_unless_same(path, content, "rows") is True
+    write_rows(path, content, "rows")
     assert path.read_text() == text
-    elsewhere = {"git": {"commit": "y"}, "environment": {"cpu": "z"}, "code_sha256": "0"}
-    assert write_unless_same(path, {**content, **elsewhere}, "rows") is False
-    assert path.read_text() == text
-    for other in ({"a": [1, 3]}, {"rows": content["rows"][:1]}, {"c": 1}):
-        assert write_unless_same(path, {**content, **other}, "rows") is True
-        assert json.loads(path.read_text()) == {**content, "b": [3], **other}
+    write_rows(path, {**content, "rows": []}, "rows")
+    assert json.loads(path.read_text()) == {**content, "b": [3], "rows": []}
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_figures_of_what_a_file_held_before_are_forgotten_when_it_is_written(tmp_path, monkeypatch):
     forgotten, path = [], tmp_path / "results.json"
     monkeypatch.setattr(module, "forget_figures", lambda *given: forgotten.append((*given, path.exists())))
-    write_unless_same(path, {"a": 1}, "rows")
+    write_rows(path, {"a": 1}, "rows")
     assert forgotten == [(path, {"a": 1}, False)]  # before: a run that is killed in between leaves no stale figure
-    write_unless_same(path, {"a": 1}, "rows")
-    assert len(forgotten) == 1
     write_json(path, {"a": 2})
     assert forgotten[1:] == [(path, {"a": 2}, True)]
-
-
-def test_a_file_that_holds_no_results_is_kept_beside_the_new_one(tmp_path, capsys):
-    path = tmp_path / "results.json"
-    path.write_text("what somebody wrote")
-    assert write_unless_same(path, {"a": 1}, "rows")
-    assert (tmp_path / "results.json.broken").read_text() == "what somebody wrote"
-    assert "results.json is not a results file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
@@ -97,14 +82,11 @@ def test_a_head_of_what_every_machine_finds_names_the_code():
 @pytest.mark.parametrize("report", [None, lambda results: f"{len(results['rows'])} rows"])
 def test_a_run_ends_with_its_table_and_its_results(report, rows, tmp_path, capsys):
     path, results = tmp_path / "results.json", {"rows": [1, 2]}
-    for again in (False, True):
-        conclude(results, path, report, rows)
-        said = capsys.readouterr()
-        *table, last = [line for line in said.out.splitlines() if line]
-        assert table == [*([] if report is None else ["2 rows"]), str(path)] and json.loads(last)
-        same = again and rows is not None
-        assert said.err.startswith(f"{path} says the same already" if same else f"wrote {path}")
-        assert json.loads(path.read_text()) == results
+    conclude(results, path, report, rows)
+    said = capsys.readouterr()
+    *table, last = [line for line in said.out.splitlines() if line]
+    assert table == [*([] if report is None else ["2 rows"]), str(path)] and json.loads(last)
+    assert said.err.startswith(f"wrote {path}") and json.loads(path.read_text()) == results
     conclude(results, None, report)
     assert "wrote" not in capsys.readouterr().err
 
