@@ -18,7 +18,6 @@ from bench.rows.table import crossing_of, lines, row_share
 from bench.rows.whole_model import MODELS, shown
 from bench.site.stack_story import as_data
 
-GRID_AXES = ("padding", "share", "hot", "compute")
 GRID_VARIANTS = ("resident", "offload_naive", "offload_prefetch")
 
 
@@ -26,7 +25,6 @@ def grid_script(results: Path) -> str:
     """Axes, prices and thresholds for the page "Explore"."""
     grid = _load(results / "bytedmd_grid.json")
     if grid is not None:
-        check_grid(grid)
         thresholds = {"strong_below": STRONG_BELOW, "win_up_to": WIN_UP_TO, "loss_above": LOSS_ABOVE}
         kept = {"axes": grid["axes"], "prices": {name: grid["prices"][name] for name in GRID_VARIANTS}}
         kept |= {
@@ -36,24 +34,6 @@ def grid_script(results: Path) -> str:
         }
         grid = {**kept, "thresholds": thresholds, "source": source(grid)}
     return _script("engramGrid", grid, "bench/results/bytedmd_grid.json")
-
-
-def check_grid(grid: dict[str, Any]) -> None:
-    """Raise ValueError unless every variant has a positive price at every point of the axes."""
-    lengths = [len(grid["axes"][axis]) for axis in GRID_AXES]
-    for name in GRID_VARIANTS:
-        _check_level(name, grid["prices"][name], lengths)
-
-
-def _check_level(where: str, prices: Any, lengths: list[int]) -> None:
-    if not lengths:
-        if not (isinstance(prices, int) and prices > 0):
-            raise ValueError(f"the grid's price {where} is {prices!r}: give a positive integer")
-        return
-    if len(prices) != lengths[0]:
-        raise ValueError(f"the grid has {len(prices)} entries in {where} and {lengths[0]} on the axis: give one each")
-    for number, inner in enumerate(prices):
-        _check_level(f"{where}[{number}]", inner, lengths[1:])
 
 
 def whole_model_script(results: Path) -> str:
