@@ -71,7 +71,6 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
     around = next(a for a in model.surroundings("decode", STEP) if a.experts in ("", "expected") and not a.context)
     steps = price_steps(as_read(dealt, held=True), start(dealt, True), config.row_bytes(), [model.above(around, STEP)])
     share = int(steps.prices.sum()) / (steps.prices.shape[1] * step_price(around.read_bytes, model.blocks))
-    number = np.arange(len(dealt.links), dtype=np.int64)  # of each read; a step begins at a multiple of step_reads
     return {
         "reads": len(reads.links),
         "distinct_rows": len(reads.rows),
@@ -80,7 +79,7 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
         "hot": _hot(rows, config, plan),
         "step_tokens": STEP,
         "step_reads": len(dealt.links),
-        "distinct_in_step": int((dealt.links < number // dealt.step_reads * dealt.step_reads).sum()),
+        "distinct_in_step": int(dealt.first_in_step().sum()),
         "step_price_share": share,
     }
 
@@ -143,11 +142,9 @@ def measure_batch(parts: list[np.ndarray], plans: dict[str, tuple[EngramConfig, 
         rows = np.stack([hasher(batch, layer.layer_id) for layer in plan.layers])  # [L, B, T, C]
         by_step = rows.transpose(0, 2, 1, 3).reshape(len(plan.layers), -1, rows.shape[3])  # [L, T*B, C]
         reads = link(by_step, plan, len(batch))
-        number = np.arange(len(reads.links), dtype=np.int64)
-        in_step = (reads.links < number // reads.step_reads * reads.step_reads).sum()
         found["tables"][name] = {
             "reads": len(reads.links),
-            "distinct_in_step": int(in_step),
+            "distinct_in_step": int(reads.first_in_step().sum()),
             "first_ever": int((reads.links < 0).sum()),
         }
     return found

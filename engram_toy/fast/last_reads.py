@@ -49,6 +49,11 @@ class RowReads:
         _count_reads(self.links, np.empty(len(self.links), np.int32), counts)
         return counts
 
+    def first_in_step(self) -> np.ndarray:
+        """Which reads are the first of their row in their step, bool [reads]."""
+        # A link to a read of an earlier step, or to none, lies before the step's first read.
+        return self.links < np.arange(len(self.links), dtype=np.int64) // self.step_reads * self.step_reads
+
     def ranked(self) -> np.ndarray:
         """The rows that are read, the most frequent first; of equals, the smaller row: int64 [distinct]."""
         return self.rows[np.argsort(-self.frequency(), kind="stable")]
