@@ -26,11 +26,12 @@ if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one l
 
     interruptible("verdict")
 
-from bench.evidence.committed import RESULTS, STEP, Evidence
+from bench.evidence.committed import RESULTS, Evidence
 from bench.evidence.price import halves
 from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.reading import as_this_version
 from bench.lab.export import export
+from bench.rows.whole_model import STEP
 from bench.site.start_page import verdict_lines, verdict_sentence
 from engram_ref import cli
 

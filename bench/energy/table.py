@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.energy.tiers import Tier, crossings, rows_energy, weights_energy
 from bench.instruments.words import aligned
-from bench.rows.whole_model import AROUND, MODELS, shown
+from bench.rows.whole_model import MODELS, shown, table_of
 from engram_ref.place.energy import PAGE, Range, pages_per_row
 
 # Models, and whose experts a step reads.
@@ -26,15 +26,9 @@ def shares(results: Record, table: str, key: str) -> dict[int, float]:
     return found
 
 
-def table_of(model: str) -> str:
-    """The table beside a model, by the name that its counts have."""
-    return next(table for table, models in AROUND.items() if model in models)
-
-
 def weight_bytes(model: str, experts: str, tokens: float) -> int:
     """Bytes of weights that a decode step of so many tokens reads; keys and values are left out."""
-    around = MODELS[model].surroundings("decode", max(1, round(tokens)))
-    return next(a.read_bytes for a in around if (a.experts, a.context) == (experts, 0))
+    return MODELS[model].decoding(experts, max(1, round(tokens))).read_bytes
 
 
 def crossing_table(results: Record, tiers: list[Tier], reuse: Sequence[str] = tuple(REUSE)) -> str:

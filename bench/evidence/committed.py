@@ -19,10 +19,10 @@ from bench.price.table import find_run
 from bench.rows import table as rows
 from bench.rows.cases import LAYOUTS
 from bench.rows.table import TEXT
+from bench.rows.whole_model import STEP
 from bench.sweeps.table import ratios
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-STEP = 512  # tokens: the sequences of the paper's run, one token each
 COMPARED_TOKENS = 10**6  # of text and of random ids
 Results = dict[str, Any]
 

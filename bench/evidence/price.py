@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import product
 
 from bench.evidence import published
-from bench.evidence.committed import COMPARED_TOKENS, STEP, Evidence, rounded_up
+from bench.evidence.committed import COMPARED_TOKENS, Evidence, rounded_up
 from bench.instruments.claim import WALL_TIME_CLAIM, classify
 from bench.instruments.timing import summary
 from bench.instruments.words import aligned
@@ -14,7 +14,7 @@ from bench.price.table import find_run, verdict
 from bench.rows import table as row_table
 from bench.rows.cases import LAYOUTS
 from bench.rows.table import TABLES, TEXT, per_byte, percent, reuse
-from bench.rows.whole_model import CONTEXTS, MODELS, shown
+from bench.rows.whole_model import CONTEXTS, MODELS, STEP, shown
 from bench.sweeps import table as sweep_table
 from bench.sweeps.lookup_range import named_class
 from bench.sweeps.points import SWEEPS

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.energy import table as energy_table
-from bench.evidence.committed import STEP, Evidence, rounded_up
+from bench.evidence.committed import Evidence, rounded_up
 from bench.evidence.published import energy_tiers
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, by_seed
 from bench.price.table import claimed_overhead, denominator_table, find_run, most_ratio, noise_floor, rows_ratio
 from bench.rows import definitions, verdict_map
 from bench.rows import other_texts_table as texts
+from bench.rows.whole_model import STEP
 from bench.sweeps import lookup_range
 from bench.sweeps.points import FLOOR
 from engram_toy.models.endings import ENDINGS, NEAREST

@@ -14,10 +14,9 @@ from typing import Any
 from bench.instruments.results import priced_head
 from bench.rows.cases import read_rows, source
 from bench.rows.verdict_map import map_records, map_table, points_table
-from bench.rows.whole_model import AROUND, MODELS
+from bench.rows.whole_model import AROUND, MODELS, STEP
 
 PROG = "verdict_map"
-STEP = 512  # tokens: sequences of the paper's run, one each
 FULL, QUICK = 1 << 18, 1 << 14  # tokens: 512 steps, and 32
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.rows.cases import LAYOUTS
-from bench.rows.whole_model import MODELS, step_price
+from bench.rows.whole_model import MODELS, STEP, step_price
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 from engram_toy.fast.last_reads import Linker, RowReads
@@ -23,7 +23,6 @@ from engram_toy.fast.rows import among, price_rows, start
 
 TOKENS = 100_000  # of every text that has as many: reuse grows with length
 HOT_SHARE = 0.01  # of the rows: the tier that is quoted of the standard library, too
-STEP = 512  # tokens of a decode step: sequences of the paper's run, one each
 ORDERS = (2, 3, 4)  # of n-grams: those of V4.1; the paper's table has two of them
 WEIGHED = {"paper-100b": "dense-4b", "v41-flash": "v41-flash"}  # table -> the model beside it
 
@@ -68,7 +67,7 @@ def _table(name: str, ids: np.ndarray, config: EngramConfig, plan: HashPlan) -> 
     prices = {layout: price_rows(reads, start(reads, held), config.row_bytes()) for layout, held in LAYOUTS.items()}
     dealt = link(rows[:, deal_order(len(ids), STEP)], plan, STEP)
     model = MODELS[WEIGHED[name]]
-    around = next(a for a in model.surroundings("decode", STEP) if a.experts in ("", "expected") and not a.context)
+    around = model.decoding("expected" if model.experts else "", STEP)
     steps = price_steps(as_read(dealt, held=True), start(dealt, True), config.row_bytes(), [model.above(around, STEP)])
     share = int(steps.prices.sum()) / (steps.prices.shape[1] * step_price(around.read_bytes, model.blocks))
     return {

@@ -19,7 +19,7 @@ from typing import Any
 from bench.instruments.claim import LOSS_ABOVE, WIN_UP_TO, classify
 from bench.instruments.words import aligned
 from bench.rows.cases import LAYOUTS
-from bench.rows.whole_model import AROUND, MODELS, Surroundings, shown, step_price
+from bench.rows.whole_model import MODELS, STEP, shown, step_price, table_of
 from engram_ref.config import EngramConfig
 from engram_toy.fast.last_reads import RowReads
 from engram_toy.fast.rows import price_rows, start
@@ -30,7 +30,7 @@ ABOVE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # bytes above / by
 POINTS = tuple(
     (model, experts, tokens)
     for model, experts in (("dense-4b", ""), ("dense-8b", ""), ("v41-flash", "one"), ("v41-flash", "expected"))
-    for tokens in (1, 512, 32_768)
+    for tokens in (1, STEP, 32_768)
 )
 
 Record = dict[str, Any]
@@ -87,7 +87,8 @@ def boundary(record: Record, level: float) -> float:
 
 def point(model: str, experts: str, tokens: int) -> tuple[float, float]:
     """Where a decode step of a published model stands: bytes above / bytes of the table, bytes read / bytes of rows."""
-    shape, around = MODELS[model], _around(model, experts, tokens)
+    shape = MODELS[model]
+    around = shape.decoding(experts, tokens)
     # Rows; the primes that a column really has are a little larger.
     table = sum(shape.table.table_size_per_order) * shape.table.heads * len(shape.table.layer_ids)
     return (
@@ -103,15 +104,10 @@ def point_ratio(results: Record, layout: str, model: str, experts: str, tokens: 
         ValueError: no record of these results is buried as deep as the model's table.
     """
     x, y = point(model, experts, tokens)
-    table = next(name for name, models in AROUND.items() if model in models)
     # A model with idle experts stands at all that lies above, but its weights are priced where they lie, at the foot of
     # what a step reads: its ratio is no smaller than that of its rows by themselves.
-    read = _around(model, experts, tokens).read_bytes
-    return ratio(_next_larger(results, table, layout, x), y, step_price(read, MODELS[model].blocks) / read)
-
-
-def _around(model: str, experts: str, tokens: int) -> Surroundings:
-    return next(a for a in MODELS[model].surroundings("decode", tokens) if (a.experts, a.context) == (experts, 0))
+    read = MODELS[model].decoding(experts, tokens).read_bytes
+    return ratio(_next_larger(results, table_of(model), layout, x), y, step_price(read, MODELS[model].blocks) / read)
 
 
 def map_table(results: Record) -> str:

@@ -25,6 +25,7 @@ from engram_ref.place.model import Experts
 from engram_toy.tracer.stack import cumulative_price
 
 _BFLOAT16 = 2
+STEP = 512  # tokens of a decode step: the sequences of the paper's run, one token each
 CONTEXTS = (0, 4096, 32_768, 131_072)  # tokens whose keys and values a sequence holds; 0 leaves them out
 # The paper's table: 100 B parameters in one layer, at the geometry of Engram-27B, rows of 80 bfloat16 values.
 PAPER_TABLE_PARAMETERS = 100e9
@@ -93,6 +94,10 @@ class WholeModel:
             caches = {0: 0}
         idle = self.all_bytes - weights
         return [Surroundings("", context, weights + kv, weights + kv + idle) for context, kv in caches.items()]
+
+    def decoding(self, experts: str, tokens: int) -> Surroundings:
+        """What a decode step reads beside the table, keys and values left out; `experts` as `Surroundings` has it."""
+        return next(a for a in self.surroundings("decode", tokens) if (a.experts, a.context) == (experts, 0))
 
     def above(self, around: Surroundings, tokens: int) -> list[int]:
         """Bytes above a row that was last read 1, 2, ... steps of so many tokens ago; at last, that was never read.
@@ -171,6 +176,11 @@ OTHERS = {
 ROW_SIZES = {name: (model.table.row_bytes(), model.table.row_width) for name, model in OTHERS.items()}
 ALL_MODELS = {**MODELS, **OTHERS}
 EXPERTS = {"": "", "one": ", one token's experts", "expected": ", expected experts", "all": ", every expert"}
+
+
+def table_of(model: str) -> str:
+    """The table beside a model, by its name in AROUND."""
+    return next(table for table, models in AROUND.items() if model in models)
 
 
 def shown(table: str, experts: str = "") -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bench.evidence.committed import STEP, Evidence, rounded_up
+from bench.evidence.committed import Evidence, rounded_up
 from bench.evidence.ranges import energy_span, layer_classes, lookup_floors, lookup_span, text_spread
 from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.price.table import verdict
 from bench.rows.cases import LAYOUTS
 from bench.rows.table import claim_weights
-from bench.rows.whole_model import MODELS
+from bench.rows.whole_model import MODELS, STEP
 
 _MODEL = "dense-4b"  # the smaller of the paper's two
 _PREFETCH = "offload_prefetch"
