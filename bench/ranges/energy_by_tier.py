@@ -14,16 +14,17 @@ import argparse
 import sys
 from typing import Any
 
-from bench.energy.step_reads import count_steps
+import numpy as np
+
 from bench.energy.table import crossing_table, reuse_table, step_table
 from bench.evidence.published import energy_tiers
 from bench.instruments.results import priced_head
-from bench.rows.cases import LEAST_STEPS, source
-from bench.rows.whole_model import AROUND, MODELS
+from bench.rows.cases import LEAST_STEPS, check_steps, read_rows, source
+from bench.rows.whole_model import AROUND, MODELS, STEP
+from engram_ref.config import EngramConfig
 
 PROG = "energy_by_tier"
 STEPS = (1, 8, 64, 512, 4096, 32_768)  # tokens
-PAPER_STEP = 512  # sequences of the paper's run, one token each
 FULL, QUICK = 1 << 20, 1 << 16  # tokens: of the largest step, and of 512 tokens, LEAST_STEPS and more
 
 
@@ -40,6 +41,30 @@ def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:
     return text.sha256, found
 
 
+def count_steps(ids: np.ndarray, config: EngramConfig, tokens_per_step: int) -> dict[str, Any]:
+    """Reads of the second half of the steps: all, those that are the first of their row in a step, and the first ever.
+
+    Args:
+        ids: compressed, int64 [T].
+
+    Raises:
+        ValueError: the text has too few steps.
+    """
+    check_steps(len(ids), tokens_per_step)
+    reads = read_rows(ids, config, "decode", tokens_per_step)
+    steps = len(reads.links) // reads.step_reads
+    counted = steps - steps // 2  # the first half warms up
+    begin = steps // 2 * reads.step_reads
+    return {
+        "tokens": steps * tokens_per_step,
+        "tokens_per_step": tokens_per_step,
+        "steps_counted": counted,
+        "reads": len(reads.links) - begin,
+        "distinct_in_step": int(reads.first_in_step()[begin:].sum()),
+        "first_ever": int((reads.links[begin:] < 0).sum()),
+    }
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this run alone."""
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} tokens")
@@ -50,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokens = QUICK if options.quick else FULL
     sha256, found = records(tokens)
     return {
-        **priced_head(PROG, "bench.energy.step_reads"),
+        **priced_head(PROG, "bench.ranges.energy_by_tier"),
         "configuration": {"tokens": tokens, "quick": options.quick},
         "stream": {"name": "python-stdlib", "sha256": sha256},
         "records": found,
@@ -60,5 +85,5 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def report(results: dict[str, Any]) -> str:
     """The three tables of the counts, with published energies multiplied in."""
     places = energy_tiers()
-    tables = crossing_table(results, places), step_table(places, PAPER_STEP), reuse_table(results)
+    tables = crossing_table(results, places), step_table(places, STEP), reuse_table(results)
     return "\n\n".join(tables)

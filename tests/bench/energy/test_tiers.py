@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jsonschema
 import numpy as np
 import pytest
 
-from bench.energy import step_reads
 from bench.energy.table import crossing, crossing_table, reuse_table, shares, step_table, weight_bytes
 from bench.energy.tiers import Tier, crossings, rows_energy, tiers, weights_energy
 from bench.evidence.committed import Evidence
 from bench.evidence.published import energy_tiers
+from bench.ranges.energy_by_tier import count_steps
 from bench.rows import cases
 from bench.schemas import ranges
 from engram_ref.config import EngramConfig
@@ -20,7 +18,6 @@ from engram_ref.hashing import HashPlan, NgramHasher
 from engram_ref.place.energy import pages_per_row
 from tests.schemas import validator
 
-ROOT = Path(step_reads.__file__).resolve().parents[2]
 NEAR, FAR, PAGED = Tier("near", (1.0, 2.0)), Tier("far", (10.0, 40.0)), Tier("paged", (0.0, 0.0), (1e6, 3e6))
 
 
@@ -92,7 +89,7 @@ def small(monkeypatch):
 def test_counts_are_those_of_sets(small):
     """259 tokens, four a step: 64 steps, the last 32 count; token b of step t is token 64 b + t of the text."""
     ids, config, plan = small
-    found = step_reads.count_steps(ids, config, tokens_per_step=4)
+    found = count_steps(ids, config, tokens_per_step=4)
     rows = {layer.layer_id: NgramHasher(plan)(ids[None], layer.layer_id)[0] for layer in plan.layers}
     seen, reads, distinct, first = set(), 0, 0, 0
     for t in range(64):
@@ -107,7 +104,7 @@ def test_counts_are_those_of_sets(small):
 
 def test_too_few_steps_are_refused(small):
     with pytest.raises(ValueError, match="take a text of 32 steps"):
-        step_reads.count_steps(small[0], small[1], tokens_per_step=9)
+        count_steps(small[0], small[1], tokens_per_step=9)
 
 
 def test_the_committed_file_fits_its_schema(results):
