@@ -64,9 +64,9 @@ class Evidence:
 
     # --- single numbers ------------------------------------------------------------------------
 
-    def ratio(self, model: str, boundary: str, variant: str, toy: str = "bytedmd_toy") -> float:
+    def ratio(self, model: str, boundary: str, variant: str) -> float:
         """Price of a variant of the toy over that of the resident table."""
-        run, resident = (find_run(self[toy], model, boundary, name) for name in (variant, "resident"))
+        run, resident = (find_run(self.toy, model, boundary, name) for name in (variant, "resident"))
         return run["cost"] / resident["cost"]
 
     def swept(self, sweep: str, value: Any, model: str, boundary: str, variant: str) -> float:

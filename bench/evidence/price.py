@@ -13,7 +13,7 @@ from bench.instruments.words import aligned
 from bench.price.table import find_run, verdict
 from bench.rows import table as row_table
 from bench.rows.cases import LAYOUTS
-from bench.rows.table import TABLES, TEXT, per_byte, percent, reuse
+from bench.rows.table import TEXT, per_byte, percent, reuse
 from bench.rows.whole_model import CONTEXTS, MODELS, STEP, shown
 from bench.sweeps import table as sweep_table
 from bench.sweeps.lookup_range import named_class
@@ -118,7 +118,7 @@ def values(evidence: Evidence) -> dict[str, str]:
 def _toy_values(e: Evidence) -> dict[str, str]:
     asked = e.toy["configuration"]
     found = {
-        **{f"toy.{name}": f"{asked[name]:,}" for name in ("seq_len", "d_model", "padding", "repeats")},
+        **{f"toy.{name}": f"{asked[name]:,}" for name in ("seq_len", "d_model", "padding")},
         "toy.machine": "{0[cpu]}, {0[cpu_count]} cores".format(e.toy["environment"]),
         "toy.hot_share": f"{100 * asked['hot_share']:g}",
     }
@@ -126,8 +126,6 @@ def _toy_values(e: Evidence) -> dict[str, str]:
         key = f"toy.{model}.{boundary}.{variant.removeprefix('offload_')}"
         ratio = e.ratio(model, boundary, variant)
         found[key], found[f"{key}.more"] = f"{ratio:.3g}", f"{100 * (ratio - 1):.2g}"
-    for boundary in BOUNDARIES:
-        found[f"toy_v41.{boundary}"] = f"{e.ratio('engram', boundary, 'offload_prefetch', 'bytedmd_toy_v41'):.3g}"
     for model, count in product(TOYS, ("lookups", "distinct_rows")):
         found[f"toy.{model}.{count}"] = f"{e.toy['models'][model][count]:,}"
     return found
@@ -140,15 +138,12 @@ def _sweep_values(e: Evidence) -> dict[str, str]:
         "reuse.uniform": ("reuse", "uniform"), "reuse.zipf": ("reuse", "zipf"), "reuse.text": ("reuse", "text"),
         "reuse.stdlib": ("reuse", "python-stdlib"),
         "wrong.none": ("wrong", 0.0), "wrong.half": ("wrong", 0.5),
-        "definition.two-stack": ("definition", "two-stack"),
-        "seed.1": ("seed", 1), "seed.2": ("seed", 2),
-        "share.least": ("share", 0.01), "share.tenth": ("share", 0.1),
     }  # fmt: skip
-    prefetched = {key: e.swept(*point, "engram", "lookup", "offload_prefetch") for key, point in points.items()}
-    found = {f"sweep.{key}": f"{ratio:.3g}" for key, ratio in prefetched.items()}
-    found["class.definition.two-stack"] = classify(prefetched["definition.two-stack"], None).label
-    for key, share in (("all", 1.0), ("tenth", 0.1)):
-        found[f"sweep.hot.{key}"] = f"{e.swept('hot', share, 'engram', 'lookup', 'offload_hot'):.3g}"
+    found = {
+        f"sweep.{key}": f"{e.swept(*point, 'engram', 'lookup', 'offload_prefetch'):.3g}"
+        for key, point in points.items()
+    }
+    found["sweep.hot.tenth"] = f"{e.swept('hot', 0.1, 'engram', 'lookup', 'offload_hot'):.3g}"
     for boundary in ("layer", "block"):
         ratio = e.swept("padding", 10**7, "engram", boundary, "offload_prefetch")
         found[f"sweep.padding.{boundary}.most"] = f"{ratio:.3g}"
@@ -180,19 +175,15 @@ def _row_values(e: Evidence) -> dict[str, str]:
         "rows.compared": f"{COMPARED_TOKENS:,}",
         "rows.by_value": f"{100 * (by_value['price_by_value'] / by_value['price'] - 1):.4f}",
     }
-    for table in TABLES:
-        for stream, key in ((TEXT, "reuse"), ("uniform", "reuse.uniform"), ("zipf", "reuse.zipf")):
-            found[f"rows.{table}.{key}"] = percent(reuse(e.compared(table, stream)))
-    for table, layout in product(TABLES, LAYOUTS):
-        key = f"rows.{table}.{layout.split()[0]}"
-        for stream, end in ((TEXT, ""), ("uniform", ".uniform")):
-            found[f"{key}.byte{end}"] = f"{per_byte(e.compared(table, stream, layout)):,.0f}"
-        whole = e.longest(table, layout)
-        found[f"{key}.first"] = percent(sum(whole["price_by_depth"]["first"].values()) / whole["price"])
-        for share in (0.001, 0.01, 0.1):
-            found[f"{key}.saved.{share:g}"] = percent(e.saved(table, share, layout))
-        for exponent in (6, 9, 10, 11, 12):
-            found[f"{key}.below.1e{exponent}"] = f"{e.placed(table, layout, 10**exponent):.3g}"
+    for stream, end in ((TEXT, ""), ("uniform", ".uniform"), ("zipf", ".zipf")):
+        found[f"rows.v41-flash.reuse{end}"] = percent(reuse(e.compared("v41-flash", stream)))
+    for stream, end in ((TEXT, ""), ("uniform", ".uniform")):
+        found[f"rows.v41-flash.held.byte{end}"] = f"{per_byte(e.compared('v41-flash', stream)):,.0f}"
+    for layout in LAYOUTS:
+        key = f"rows.v41-flash.{layout.split()[0]}"
+        for share in (0.01, 0.1):
+            found[f"{key}.saved.{share:g}"] = percent(e.saved("v41-flash", share, layout))
+        found[f"{key}.below.1e10"] = f"{e.placed('v41-flash', layout, 10**10):.3g}"
     return found
 
 
@@ -217,9 +208,6 @@ def _model_values(e: Evidence) -> dict[str, str]:
                 found[f"{key}.{what}.{layout.split()[0]}"] = f"{ratio:{digits}}"
                 found[f"{key}.{what}.{layout.split()[0]}.class"] = classify(ratio, None).label
             dearer.append(100 * (e.pinned(model, experts, layout)[0] / e.uncopied(model, experts, layout) - 1))
-    for model, context in product(("dense-4b", "dense-8b"), CONTEXTS[1:]):  # a step reads keys and values of as many
-        additions = row_table.additions(e.model_step(model, context=context))
-        found[f"model.{model}.context.{context}"] = _hundredths(additions["in all"])
     found["copies.step"] = f"{min(dearer):.0f} to {max(dearer):.0f}"
     flash = MODELS["v41-flash"]
     if flash.experts is None:
@@ -230,12 +218,10 @@ def _model_values(e: Evidence) -> dict[str, str]:
         ratio = e.uncopied(model, layout=layout, tokens=tokens)
         found[f"model.{model}.uncopied.{layout.split()[0]}.{tokens}"] = f"{ratio:.3g}"
         found[f"model.{model}.uncopied.{layout.split()[0]}.{tokens}.class"] = classify(ratio, None).label
-    for model in ("dense-4b", "dense-8b"):
-        ratio = e.uncopied_later(model, "compacted")
-        found[f"model.{model}.uncopied.compacted.later"] = f"{ratio:.3g}"
-        found[f"model.{model}.uncopied.compacted.later.class"] = classify(ratio, None).label
+    found["model.dense-8b.uncopied.compacted.later"] = f"{e.uncopied_later('dense-8b', 'compacted'):.3g}"
     found["model.dense-4b.random.in_proportion"] = e.in_proportion("dense-4b")
-    short = e.model_step("dense-4b", context=CONTEXTS[1])
+    short = e.model_step("dense-4b", context=CONTEXTS[1])  # a step reads keys and values of as many tokens, too
+    found[f"model.dense-4b.context.{CONTEXTS[1]}"] = _hundredths(row_table.additions(short)["in all"])
     found["context.short.gb"] = f"{(short['read_bytes'] - MODELS['dense-4b'].decode_bytes) / 1e9:.0f}"
     found["model.dense-4b.second_half"] = _hundredths(e.second_half("dense-4b"))
     found["least_steps"] = f"{e.least_steps()}"

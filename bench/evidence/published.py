@@ -176,7 +176,6 @@ def values() -> dict[str, str]:
     return {name: entry["text"] for name, entry in figures().items()} | {
         "loss.4b": f"{100 * throughput_loss('4b'):.2f}",
         "loss.8b": f"{100 * throughput_loss('8b'):.2f}",
-        "extra_us.4b": f"{1e6 * extra_time('4b'):.2f}",
         "extra_us.8b": f"{1e6 * extra_time('8b'):.2f}",
         "table_gb.bf16": _table_gb("bf16"),
         "table_gb.fp8": _table_gb("fp8"),
@@ -185,7 +184,6 @@ def values() -> dict[str, str]:
         "m_to_M.8b": f"1:{figure('table_parameters') / figure('backbone.8b'):g}",
         "rows_per_token": f"{rows_per_token()}",
         "bytes_per_token.bf16": f"{bytes_per_token('bf16'):,.0f}",
-        "bytes_per_token.fp32": f"{bytes_per_token('fp32'):,.0f}",
         "traffic_mb_s.bf16": f"{row_traffic('bf16') / 1e6:.0f}",
         "traffic_mb_s.fp32": f"{row_traffic('fp32') / 1e6:.0f}",
         "traffic_of_pcie.fp32": f"{100 * row_traffic('fp32') / pcie_bandwidth():.2f}",
@@ -200,5 +198,4 @@ def values() -> dict[str, str]:
         "energy.host_ddr": _times_hbm("host memory over PCIe, DDR"),
         "energy.ssd_sequential": _times_hbm("NVMe SSD, sequential"),
         "energy.ssd_random": _times_hbm("NVMe SSD, random rows, per useful bit"),
-        "layer.loss_gain": f"{figure('ablation.baseline') - figure('ablation.single'):.3f}",
     }

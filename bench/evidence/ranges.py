@@ -18,8 +18,8 @@ from bench.sweeps import lookup_range
 from bench.sweeps.points import FLOOR
 from engram_toy.models.endings import ENDINGS, NEAREST
 
-_TOYS = {"engram": "engram", "v41": "engram, V4.1's form", "bank": "kv-bank"}
-_SMALL = {"small": "kv-bank, at most 1,000 values", "small.once": "kv-bank, at most 1,000 values, 3 tokens"}
+_TOYS = {"engram": "engram", "v41": "engram, V4.1's form"}
+_SMALL = "kv-bank, at most 1,000 values"
 _TABLE, _TOKENS = "v41-flash", (10**5, 10**6)  # of which row definitions are quoted
 _LAYOUT_KEYS = {"held live": "held", "compacted": "compacted"}
 
@@ -59,14 +59,19 @@ def values(e: Evidence) -> dict[str, str]:
 
 
 def _lookup_values(e: Evidence) -> dict[str, str]:
-    found, priced = {}, e["lookup_range"]
-    for key, toy in (_TOYS | _SMALL).items():
-        for name, ending in (("returned", ENDINGS[0]), ("dropped", "dropped"), ("nearest", NEAREST)):
-            ratio = lookup_range.ratio(priced, toy, ending, lookup_range.BASE_PADDING)
-            found[f"ending.{key}.{name}"] = f"{ratio:.1f}"
-        for end, bound in zip(("least", "most"), lookup_range.span(priced, toy)):
-            found[f"range.{key}.{end}"] = f"{bound:.2g}"
-        found[f"range.{key}.class"] = lookup_range.named_class(priced, toy)
+    quoted = {
+        "engram.returned": ("engram", ENDINGS[0]),
+        "engram.dropped": ("engram", "dropped"),
+        "engram.nearest": ("engram", NEAREST),
+        "small.returned": (_SMALL, ENDINGS[0]),
+        "small.once.returned": (f"{_SMALL}, 3 tokens", ENDINGS[0]),
+    }
+    found = {}
+    for key, (toy, ending) in quoted.items():
+        ratio = lookup_range.ratio(e["lookup_range"], toy, ending, lookup_range.BASE_PADDING)
+        found[f"ending.{key}"] = f"{ratio:.1f}"
+    for end, bound in zip(("least", "most"), lookup_span(e)):
+        found[f"range.engram.{end}"] = f"{bound:.2g}"
     for model, boundary in itertools.product(("engram", "kv-bank"), ("layer", "block")):
         found[f"most.{model}.{boundary}"] = f"{most_ratio(e.toy, model, boundary):.2f}"
         found[f"rows.{model}.{boundary}.alone"] = f"{rows_ratio(e.toy, model, boundary):.2f}"
