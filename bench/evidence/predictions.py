@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from bench.instruments.reading import read_results
 from bench.instruments.words import markdown, short, signed
 from bench.rows.whole_model import shown
+from bench.served.numbers import delay_s, hit_rate, token_times
 from bench.setup.decoder_sizes import SIZES, BlockShape
 from engram_ref.config import EngramConfig
 from engram_ref.place.energy import PAGE, pages_per_row
@@ -189,15 +190,13 @@ def _end_to_end(name: str, results: dict[str, Any]) -> Iterator[Line]:
     """What a hot tier holds, and what a decode step loses behind a slowed bus: the delay less the window."""
     yield from _hot_tiers(name, results)
     for case in results["cases"]:
-        rows = {row["label"]: _decode(row) for row in case["rows"]}
+        rows = {row["label"]: token_times(row)["median"] for row in case["rows"]}
         block = rows["no_engram"] / case["blocks"]
-        asked = case["batch"] * case["table"]["columns"] * case["table"]["row_bytes"]
         for row in case["rows"]:
             if not row["bus"]:
                 continue
-            bandwidth = row["bus"]["bytes_per_s"]
-            delay = row["bus"]["latency_s"] + (asked / bandwidth if bandwidth else 0.0)
-            predicted = beyond_seconds([delay], [case["layer_id"]], block)  # on both sides nothing is read beside it
+            # On both sides nothing is read beside it.
+            predicted = beyond_seconds([delay_s(case, row)], [case["layer_id"]], block)
             # Where the window hides all of it, what was measured is noise, and a ratio to it says nothing.
             if predicted > 0:
                 lost = rows[row["label"]] - rows["resident"]
@@ -213,7 +212,7 @@ def _file_beside(name: str, case: dict[str, Any], steps: dict[str, float], block
         kind = {"offload_disk": "file, no GPU", "offload_hot": "hot file, no GPU"}.get(row["variant"])
         if kind is None or row["schedule"] == "synchronous":
             continue
-        fetch = seconds(machine, kind, rows, rows, case["table"]["row_bytes"], _hits(row) if "hot" in kind else 0.0)
+        fetch = seconds(machine, kind, rows, rows, case["table"]["row_bytes"], hit_rate(row) or 0.0)
         predicted = _exposed(machine, kind, fetch, [case["layer_id"]], block)
         case_name = f"batch {case['batch']}, {case['stream']['name']}, {row['label']}, lost per step"
         yield Line(name, case_name, "exposed", predicted, steps[row["label"]] - steps["resident"], "s")
@@ -245,7 +244,7 @@ def _served_on_gpu(name: str, results: dict[str, Any]) -> Iterator[Line]:
     machine = _of_limits(results)
     for case in results["cases"]:
         rows_of = {row["label"]: row for row in case["rows"] if row["rounds"]}
-        steps = {label: _decode(row) for label, row in rows_of.items()}
+        steps = {label: token_times(row)["median"] for label, row in rows_of.items()}
         block = steps["no_engram"] / case["blocks"]
         rows, row_bytes = case["batch"] * case["table"]["columns"], case["table"]["row_bytes"]
         for label, row in rows_of.items():
@@ -253,17 +252,11 @@ def _served_on_gpu(name: str, results: dict[str, Any]) -> Iterator[Line]:
             kind = "host" if waits else _BEHIND.get(row["variant"])
             if kind is None:
                 continue
-            took = seconds(machine, kind, rows, rows, row_bytes, _hits(row) if kind == "hot" else 0.0)
+            took = seconds(machine, kind, rows, rows, row_bytes, hit_rate(row) or 0.0)
             predicted = took if waits else _exposed(machine, kind, took, [case["layer_id"]], block)
             formula = f"time.{kind}" if waits else "exposed"
             what = f"{case['table']['parameters']:.3g} parameters, batch {case['batch']}, {label}, lost per step"
             yield Line(name, what, formula, predicted, steps[label] - steps["resident"], "s")
-
-
-def _hits(row: dict[str, Any]) -> float:
-    """Share of the lookups that a hot tier served."""
-    asked = sum(served["lookups"] for served in row["rounds"])
-    return sum(served["hits"] for served in row["rounds"]) / asked
 
 
 def _hot_tiers(name: str, results: dict[str, Any]) -> Iterator[Line]:
@@ -292,10 +285,6 @@ def _sharded(name: str, results: dict[str, Any]) -> Iterator[Line]:
                 most = max(rank["ids"] + rank["rows"] + rank["control"] for rank in case["by_rank"])
                 what = f"{run['ranks']} ranks, {case['tokens']:,} tokens, bytes from other ranks"
                 yield Line(name, what, "exchange.bytes", told, most, "B")
-
-
-def _decode(row: dict[str, Any]) -> float:
-    return statistics.median(step for served in row["rounds"] for step in served["decode_s"])
 
 
 def _production(name: str, results: dict[str, Any]) -> Iterator[Line]:

@@ -327,6 +327,12 @@ class Slowed(NamedTuple):
         return False if holds else None
 
 
+def delay_s(case: Json, row: Json) -> float:
+    """Seconds that a slowed bus takes from the request until a decode step's rows have arrived."""
+    rate = row["bus"]["bytes_per_s"]
+    return row["bus"]["latency_s"] + (step_bytes(case) / rate if rate else 0.0)
+
+
 def slowed(case: Json) -> list[Slowed]:
     """All slowed buses, fastest first, by their median decode steps: a delay is the same in every step.
 
@@ -336,11 +342,10 @@ def slowed(case: Json) -> list[Slowed]:
     found, noise = [], noise_floor(case, "token")["high"] - 1
     for row in case["rows"]:
         if row["bus"] and row["rounds"]:
-            rate = row["bus"]["bytes_per_s"]
             found.append(
                 Slowed(
                     row["label"],
-                    row["bus"]["latency_s"] + (step_bytes(case) / rate if rate else 0.0),
+                    delay_s(case, row),
                     statistics.median(per_step(row, "window_s")),
                     statistics.median(per_step(row, "decode_exposed_s")),
                     difference(case, row, row_of(case, "resident"), "token"),
