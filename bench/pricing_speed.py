@@ -18,6 +18,7 @@ and every touch is one charged read. Implementations take turns on one log, and 
 from __future__ import annotations
 
 import random
+import statistics
 import sys
 import time
 from array import array
@@ -36,7 +37,7 @@ if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one l
 
 from bench.instruments.output import require_writable_file
 from bench.instruments.results import conclude, results_head
-from bench.instruments.timing import interleave, paired_ratio, summary
+from bench.instruments.timing import interleave, paired_ratio
 from engram_ref import cli
 from engram_toy.bytedmd import traced_eval
 from engram_toy.functional import dot
@@ -117,11 +118,11 @@ def report(results: dict[str, Any]) -> str:
     lines = []
     tracing = results["tracing"]
     for name, samples in tracing["samples_s"].items():
-        ns = summary(samples)["median"] / tracing["operations"] * 1e9
+        ns = statistics.median(samples) / tracing["operations"] * 1e9
         ratio = paired_ratio(samples, tracing["samples_s"]["plain"])["median"]
         lines.append(f"one operation, {name:<24}{ns:8.0f} ns  {ratio:6.1f} x plain")
     for name, log in results["pricing"].items():
-        python, numba = (summary(log["samples_s"][key])["median"] for key in ("python", "numba"))
+        python, numba = (statistics.median(log["samples_s"][key]) for key in ("python", "numba"))
         ratio = paired_ratio(log["samples_s"]["python"], log["samples_s"]["numba"])["median"]
         per_touch = [seconds / log["touches"] * 1e9 for seconds in (python, numba)]
         lines.append(
@@ -130,7 +131,7 @@ def report(results: dict[str, Any]) -> str:
         )
     for key in ("python", "numba"):
         small, large = (results["pricing"][name]["samples_s"][key] for name in (SMALL, LARGE))
-        growth = summary(large)["median"] / summary(small)["median"]
+        growth = statistics.median(large) / statistics.median(small)
         lines.append(f"from 10^5 to 10^6 live values {key} takes {growth:.1f} times as long for 10 times the touches")
     return "\n".join(lines)
 

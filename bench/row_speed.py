@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,6 @@ if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one l
 
 from bench.instruments.output import require_writable_file
 from bench.instruments.results import conclude, results_head
-from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from engram_ref import cli
 
@@ -91,7 +91,7 @@ def report(results: dict[str, Any]) -> str:
         work = reads * math.log2(reads)
         first = first or total / work
         peak = median(samples, "peak_bytes")
-        stages = [f"{summary([s['seconds'][stage] for s in samples])['median']:.2f}" for stage in STAGES]
+        stages = [f"{statistics.median([s['seconds'][stage] for s in samples]):.2f}" for stage in STAGES]
         growth = [f"{total / work / first:.2f}", f"{peak / reads:.0f}"]
         sizes = [f"{samples[0]['tokens']:,}", f"{reads:,}"]
         rows.append([*sizes, *stages, f"{total:.1f}", f"{peak / 2**30:.2f}", *growth])
@@ -100,7 +100,7 @@ def report(results: dict[str, Any]) -> str:
 
 def median(samples: list[dict[str, Any]], key: str) -> float:
     """The median of one quantity."""
-    return summary([sample[key] for sample in samples])["median"]
+    return statistics.median([sample[key] for sample in samples])
 
 
 def main() -> None:

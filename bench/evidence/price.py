@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from itertools import product
 
 from bench.evidence import published
 from bench.evidence.committed import COMPARED_TOKENS, Evidence, rounded_up
 from bench.instruments.claim import WALL_TIME_CLAIM, classify
-from bench.instruments.timing import summary
 from bench.instruments.words import aligned
 from bench.price.table import find_run, verdict
 from bench.rows import table as row_table
@@ -77,7 +77,7 @@ def layouts(evidence: Evidence, variants: tuple[str, ...] = VARIANTS) -> str:
         for boundary in BOUNDARIES:
             for variant in variants:
                 run = find_run(evidence.toy, model, boundary, variant)
-                median = 1000 * summary(run["wall_time_s"])["median"]
+                median = 1000 * statistics.median(run["wall_time_s"])
                 label = "BASELINE" if variant == "resident" else verdict(evidence.toy, model, boundary, variant).label
                 ratio = f"{evidence.ratio(model, boundary, variant):.3f}"
                 price, each = f"{run['cost']:,}", f"{run['cost_per_token']:,.0f}"
