@@ -8,7 +8,7 @@ from itertools import product
 
 from bench.evidence import published
 from bench.evidence.committed import COMPARED_TOKENS, Evidence, rounded_up
-from bench.instruments.claim import WALL_TIME_CLAIM, classify
+from bench.instruments.claim import LEVELS, WALL_TIME_CLAIM, classify
 from bench.instruments.words import aligned
 from bench.price.table import find_run, verdict
 from bench.rows import table as row_table
@@ -149,7 +149,7 @@ def _sweep_values(e: Evidence) -> dict[str, str]:
         found[f"sweep.padding.{boundary}.most"] = f"{ratio:.3g}"
     found["sweep.points"] = f"{len(e.sweeps['points']):,}"
     found["sweep.cheaper_copies"] = f"{e.cheaper_copies()}"
-    for level in sweep_table.LEVELS:
+    for level in LEVELS:
         found[f"cross.padding.{level:g}"] = f"{_crossing(e, 'padding', level):,.0f}"
     return found
 

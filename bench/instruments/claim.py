@@ -14,6 +14,9 @@ from typing import NamedTuple
 WIN_UP_TO = 5.0
 STRONG_BELOW = 2.0
 LOSS_ABOVE = 20.0
+# What a figure writes at each, and what a table puts behind a ratio, by its class.
+LEVELS = {STRONG_BELOW: "2", WIN_UP_TO: "5: WIN up to here", LOSS_ABOVE: "20: LOSS above"}
+MARKS = {"WIN": "W", "INCONCLUSIVE": "i", "LOSS": "L", "INVALID": "x"}
 WALL_TIME_CLAIM = 0.03  # the paper's "<3 %"
 # Time for the rows of layer 2 in Qwen3-32B, and a step of its 64 blocks, as arXiv 2603.10087 computes them.
 PUBLISHED_WINDOW_S, PUBLISHED_STEP_S = 56e-6, 3.6e-3

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 
-from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
+from bench.instruments.claim import LEVELS
 from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
 from bench.price.table import Run, find_run, groups, scale_text, variants
 
@@ -110,7 +110,7 @@ def _ratios(results: dict[str, Any]) -> Any:
             places = [b + (i - 1) * 0.3 for b in range(len(boundaries))]
             bars = axis.bar(places, heights, 0.28, color=COLOURS[variant], label=variant)
             axis.bar_label(bars, [f"{h:.2f}" if h < 10 else f"{h:.1f}" for h in heights], fontsize=7, padding=2)
-        for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
+        for level, text in LEVELS.items():
             axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--")
             axis.text(len(boundaries) - 0.55, level, text, ha="right", va="bottom", fontsize=8, color="0.35")
         axis.set_yscale("log")

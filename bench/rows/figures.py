@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO
+from bench.instruments.claim import LEVELS, WALL_TIME_CLAIM
 from bench.instruments.drawing import legend_below, redraw, save_all
 from bench.rows.table import Record, additions, depth_shares, lines, one, placed, row_share, select
 from bench.rows.whole_model import shown
@@ -79,7 +79,7 @@ def _place(results: dict[str, Any]) -> Any:
             axis.plot(sizes, ratios, style, color=colour, marker="o", markersize=3, label=f"{table}, {layout}")
     axis.set(xscale="log", yscale="log", xlabel="bytes above the table, live and never read / live bytes of the table")
     axis.set_ylabel("price below them / price above them")
-    for level, text in ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above")):
+    for level, text in LEVELS.items():
         _level(axis, level, text)
     axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     axis.minorticks_off()

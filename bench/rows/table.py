@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WALL_TIME_CLAIM, WIN_UP_TO, classify
+from bench.instruments.claim import LEVELS, LOSS_ABOVE, MARKS, WALL_TIME_CLAIM, WIN_UP_TO, classify
 from bench.instruments.words import aligned
 from bench.rows.whole_model import OTHERS, ROW_SIZES, shown
 
 TABLES = ("demo", "paper-27b", "paper-40b", "v41-flash")
 TEXT = "python-stdlib"
-LEVELS = (STRONG_BELOW, WIN_UP_TO, LOSS_ABOVE)
 SCHEDULES = {"none": "offload_naive", "stands for it": "prefetch_stands", "for one use": "prefetch_one_use"}
-_MARKS = {"WIN": "W", "INCONCLUSIVE": "i", "LOSS": "L"}
 _COPIED = ("prefetch_stands", "prefetch_one_use")
 _UNDER = "that may show that a step stays under 3 %, and never that it does not"
 _OWN, _BURIED = "engram_weights_step_price", "buried_step_price"
@@ -123,7 +121,7 @@ def place_table(results: dict[str, Any]) -> str:
     for table, row_bytes, layout in dict.fromkeys((r["table"], r["row_bytes"], r["layout"]) for r in found):
         line = [r for r in found if (r["table"], r["row_bytes"], r["layout"]) == (table, row_bytes, layout)]
         curve = {r["padding_bytes"]: placed(r) for r in line if r["padding_bytes"]}
-        cells = [f"{ratio:.3g} {_MARKS[classify(ratio, None).label]}" for ratio in curve.values()]
+        cells = [f"{ratio:.3g} {MARKS[classify(ratio, None).label]}" for ratio in curve.values()]
         live = line[0]["live_bytes"]
         at = [crossing_of(list(curve), list(curve.values()), level) for level in LEVELS]
         rows.append(
@@ -272,7 +270,7 @@ def by_step_table(results: dict[str, Any], steps: Sequence[int], step: int) -> s
             # In the second half much has been read before.
             asked = (*(found[tokens] for tokens in steps), found[step]["second_half"])
             ratios = [lookups_against_pinned(r, "offload_naive") for r in asked]
-            cells = [f"{ratio:.3g} {_MARKS[classify(ratio, None).label]}" for ratio in ratios]
+            cells = [f"{ratio:.3g} {MARKS[classify(ratio, None).label]}" for ratio in ratios]
             rows.append([named(line[0]), line[0]["layout"], *cells])
     note = (
         "price of offloaded rows, not copied, over those of a table that stays above the weights, by tokens a step;\n"

@@ -14,12 +14,11 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO
+from bench.instruments.claim import LEVELS
 from bench.instruments.drawing import COLOURS, legend_below, redraw, save_all
 from bench.sweeps.points import SWEEPS
 from bench.sweeps.table import groups, ratios, value_text
 
-_LEVELS = ((STRONG_BELOW, "2"), (WIN_UP_TO, "5: WIN up to here"), (LOSS_ABOVE, "20: LOSS above"))
 # Naive and prefetch nearly coincide: the wider line stays visible below.
 _STYLES = {"offload_naive": ("o", "-", 3.0), "offload_prefetch": ("s", "-", 1.2), "offload_hot": ("^", "--", 1.2)}
 _LOGARITHMIC = {"padding", "tokens", "share", "hot", "bytes", "compute", "wrong"}  # the others have names for values
@@ -61,7 +60,7 @@ def _panel(axis: Any, results: dict[str, Any], sweep: str, model: str, boundary:
         else:  # names lie on no line; variants stand side by side
             beside = [place + 0.16 * (number - 1) for place in places]
             axis.plot(beside, heights, color=COLOURS[variant], label=variant, **{**style, "linestyle": "none"})
-    for level, _ in _LEVELS:
+    for level in LEVELS:
         axis.axhline(level, color="0.45", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axis.set_title(f"{model}, {boundary}")
     axis.set_yscale("log")
@@ -97,7 +96,7 @@ def _limit(axes: Any, results: dict[str, Any], sweep: str) -> None:
         axis.set_ylim(low, high)
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     for axis in axes[:, -1]:
-        for level, text in _LEVELS:
+        for level, text in LEVELS.items():
             axis.annotate(
                 text, (1, level), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
                 va="center", fontsize=8, color="0.35", annotation_clip=False,

@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.instruments.claim import LOSS_ABOVE, STRONG_BELOW, WIN_UP_TO, Verdict, classify
+from bench.instruments.claim import LEVELS, MARKS, Verdict, classify
 from bench.instruments.reading import as_this_version, read_results
 from bench.instruments.words import aligned
 from bench.price.table import comparable
 from bench.sweeps.points import SWEEPS
 from engram_ref import cli
 
-LEVELS = (STRONG_BELOW, WIN_UP_TO, LOSS_ABOVE)
 CROSSED = ("padding", "tokens", "share", "hot")  # sweeps of an amount that the ratio rises or falls with
-_MARKS = {"WIN": "W", "INCONCLUSIVE": "i", "LOSS": "L", "INVALID": "x"}
 _OFFLOADS = ("offload_naive", "offload_prefetch", "offload_hot")
 
 Results = dict[str, Any]
@@ -117,7 +115,7 @@ def report(results: Results, sweep: str) -> str:
     values = results["sweeps"][sweep]["values"]
     rows = [["model", "boundary", "variant", *map(value_text, values)]]
     for model, boundary in groups(results, sweep):
-        marks = [_MARKS[verdict.label] for verdict in verdicts(results, sweep, model, boundary)]
+        marks = [MARKS[verdict.label] for verdict in verdicts(results, sweep, model, boundary)]
         for variant in _OFFLOADS:
             found = ratios(results, sweep, model, boundary, variant)
             ends = marks if variant == "offload_prefetch" else [" "] * len(marks)
