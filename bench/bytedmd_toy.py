@@ -65,7 +65,7 @@ if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one l
     interruptible("bytedmd_toy")
 
 from bench.instruments.journal import now
-from bench.instruments.output import draw_where_possible, require_writable
+from bench.instruments.output import draw_where_possible, require_writable, say
 from bench.instruments.results import conclude, results_head
 from bench.instruments.timing import interleave, paired_ratio, summary
 from bench.price.job import Job, output_digest, price_job, upstream
@@ -137,11 +137,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if options.sweep:
             cli.refuse_idle(given, varied(chosen(options)), "where every sweep varies it: leave it out")
     return options
-
-
-def say(message: str) -> None:
-    """Progress, on stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def configs_of(options: argparse.Namespace) -> dict[str, EngramConfig]:
@@ -252,7 +247,7 @@ def main() -> None:
     if options.sweep:
         with cli.one_line_errors(PROG):
             check_definition(options.definition)  # only these can be laid down anew from one recording
-        return run_sweeps(options, PROG, say)
+        return run_sweeps(options, PROG)
     with cli.one_line_errors(PROG):
         if options.tracer == "upstream":
             _check_upstream(options)

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from bench.hashing_speed import COMPRESSED_SIZE, PAD_COMPRESSED
 from bench.hashing_speed import demo_way as hash_as_demo
-from bench.instruments.output import finish, printed_anyway, require_writable_file
+from bench.instruments.output import finish, printed_anyway, require_writable_file, say
 from bench.instruments.results import results_head, write_json
 from bench.instruments.timing import Prepared, interleave, paired_ratio, prepared_samples
 from bench.rivals import fp8_gather
@@ -292,7 +292,7 @@ def main() -> None:
         require_writable_file(options.out)
         with printed_anyway(lambda: report(results)):
             for case in options.cases:
-                print(f"measuring {case}", file=sys.stderr, flush=True)
+                say(f"measuring {case}")
                 results["cases"] += runs[case]()
                 if options.out:
                     write_json(options.out, results)

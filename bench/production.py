@@ -52,7 +52,7 @@ if importlib.util.find_spec("numba") is None:
 
 from bench.instruments.code_digest import code_sha256
 from bench.instruments.journal import Journal
-from bench.instruments.output import require_writable
+from bench.instruments.output import require_writable, say
 from bench.instruments.results import conclude, results_head
 from bench.rows.cases import LEAST_STEPS, Case, as_they_are, check_steps, price_case, source
 from bench.rows.table import TABLES, report
@@ -126,11 +126,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_fresh(parser)
     add("--quick", action="store_true", help=f"{QUICK_TOKENS:,} tokens of everything")
     return parser.parse_args(argv)
-
-
-def say(message: str) -> None:
-    """Progress, on stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def keys_of(cases: list[Case]) -> dict[Case, str]:

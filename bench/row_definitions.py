@@ -22,7 +22,7 @@ if __name__ == "__main__":  # Ctrl-C ends the imports that follow, too, in one l
 
     interruptible("row_definitions")
 
-from bench.instruments.output import require_writable
+from bench.instruments.output import require_writable, say
 from bench.instruments.results import conclude, priced_head
 from bench.rows.cases import LAYOUTS
 from bench.rows.definitions import TABLES, Record, definitions_table, records
@@ -51,7 +51,7 @@ def main() -> None:
         for place, priced in in_parallel(_records_of, jobs, options.jobs):
             found[place] = priced
             tokens, table, layout = jobs[place]
-            print(f"{table}, {tokens:,} tokens, {layout}: {len(found)} of {len(jobs)}", file=sys.stderr, flush=True)
+            say(f"{table}, {tokens:,} tokens, {layout}: {len(found)} of {len(jobs)}")
         every = [record for at in sorted(found, reverse=True) for record in found[at]]
         results = {**priced_head(PROG, "bench.rows.definitions"), "records": every}
         conclude(results, options.out / "results.json", definitions_table, rows="records")

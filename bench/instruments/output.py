@@ -71,9 +71,9 @@ def draw_where_possible(module: str, results: Mapping[str, Any], out: Path) -> N
         drawn = importlib.import_module(module).draw_all(results, out)
     except ImportError:
         drawn = []
-        print("no figures: pip install matplotlib draws them", file=sys.stderr, flush=True)
+        say("no figures: pip install matplotlib draws them")
     for path in drawn:
-        print(f"wrote {path}", file=sys.stderr, flush=True)
+        say(f"wrote {path}")
 
 
 def finish(results: Mapping[str, Any], path: Path | None) -> None:
@@ -116,9 +116,14 @@ def _source_of(path: Path) -> str | None:
         return None  # no results: no figure shows it
 
 
+def say(message: str) -> None:
+    """Progress: a line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def tell(text: str) -> None:
-    """Progress on stderr; on a terminal one line that is overwritten."""
+    """Progress that is told often: on a terminal one line, overwritten each time."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)  # \033[K: what a longer line has left
     else:
-        print(text, file=sys.stderr, flush=True)
+        say(text)

@@ -11,13 +11,13 @@ of this is a measurement of energy.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import numpy as np
 
 from bench.energy.table import crossing_table, reuse_table, step_table
 from bench.evidence.published import energy_tiers
+from bench.instruments.output import say
 from bench.instruments.results import priced_head
 from bench.rows.cases import LEAST_STEPS, check_steps, read_rows, source
 from bench.rows.whole_model import AROUND, MODELS, STEP
@@ -36,7 +36,7 @@ def records(tokens: int) -> tuple[str, list[dict[str, Any]]]:
         config = MODELS[models[0]].table
         for step in STEPS:
             if tokens >= LEAST_STEPS * step:
-                print(f"{table}, {step:,} tokens a step", file=sys.stderr, flush=True)
+                say(f"{table}, {step:,} tokens a step")
                 found.append({"table": table, **count_steps(text.ids, config, step)})
     return text.sha256, found
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from typing import Any
 
 import numpy as np
 
+from bench.instruments.output import say
 from bench.instruments.results import priced_head
 from bench.rows.other_texts import TOKENS, WEIGHED, measure_batch, measure_ids, seen_before, shuffled
 from bench.rows.other_texts_table import texts_table
@@ -54,7 +54,7 @@ report = texts_table
 
 def records_of(name: str) -> list[dict[str, Any]]:
     """The records of one text: of the own one, three with its controls."""
-    print(name, file=sys.stderr, flush=True)
+    say(name)
     vocab = CompressedVocab.from_tokenizer(None)
     models = {table: MODELS[model].table for table, model in WEIGHED.items()}
     plans = {table: (config, HashPlan.for_vocab(config, vocab)) for table, config in models.items()}

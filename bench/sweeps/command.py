@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,19 +18,19 @@ from bench.sweeps.table import report_all
 from engram_ref import cli
 
 
-def run_sweeps(options: Namespace, prog: str, say: Callable[[str], None]) -> None:
+def run_sweeps(options: Namespace, prog: str) -> None:
     """Price the sweeps that the options name; write results and figures to --out and print the tables."""
     journal = options.out / "sweeps.journal"
     try:
         with cli.one_line_errors(prog):
-            _run(options, journal, say)
+            _run(options, journal)
     except KeyboardInterrupt:
         kept = f"finished prices are kept in {journal}, the same command continues"
         print(f"\n{prog}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)  # as a shell tells of Ctrl-C
 
 
-def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
+def _run(options: Namespace, journal: Path) -> None:
     names = chosen(options)
     if options.fresh:
         journal.unlink(missing_ok=True)
@@ -41,7 +40,7 @@ def _run(options: Namespace, journal: Path, say: Callable[[str], None]) -> None:
     axes = QUICK_AXES if options.quick else Axes()
     grid = list(grid_points(base, axes)) if GRID in names else []
     cases = list(dict.fromkeys(point.case for point in [*points, *grid]))
-    records = price_all(cases, texts, code_sha256(*PRICING_CODE), journal, options.jobs, say)
+    records = price_all(cases, texts, code_sha256(*PRICING_CODE), journal, options.jobs)
 
     about = {name: str(value) if (value := getattr(options, name)) else None for name in ("text", "tokenizer")}
     about["quick"] = options.quick

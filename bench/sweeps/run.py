@@ -11,14 +11,14 @@ import json
 import platform
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from bench.instruments.journal import Journal
-from bench.instruments.output import require_writable
+from bench.instruments.output import require_writable, say
 from bench.price.models import digest, toy_config
 from bench.setup.parallel import in_parallel
 from bench.setup.streams import Source, Stream, random_source, standard_library, text_source
@@ -126,9 +126,7 @@ def operations(job: Job) -> int:
     return setup + {"lookup": lookup, "layer": layer, "block": block}[case.boundary]
 
 
-def price_all(
-    cases: Sequence[Case], texts: Texts, code: str, journal: Path, processes: int, say: Callable[[str], None]
-) -> dict[Case, Record]:
+def price_all(cases: Sequence[Case], texts: Texts, code: str, journal: Path, processes: int) -> dict[Case, Record]:
     """The record of every case: those of the journal, and the missing ones priced.
 
     Args:
@@ -145,7 +143,7 @@ def price_all(
         jobs = make_jobs(missing, texts)
         if len(missing) < len(keys):
             say(f"{len(keys) - len(missing):,} of {len(keys):,} prices are in {journal}")
-        progress = _Progress(jobs, say)
+        progress = _Progress(jobs)
         try:
             for place, records in in_parallel(price_cases, jobs, processes):
                 done.add(dict(zip((keys[case] for case in jobs[place].cases), records)))
@@ -161,9 +159,9 @@ def price_all(
 class _Progress:
     """A line every few seconds: what was just finished, and how long the rest takes at this pace."""
 
-    def __init__(self, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
         self._left = self._all = sum(map(operations, jobs))
-        self._count, self._done, self._say = len(jobs), 0, say
+        self._count, self._done = len(jobs), 0
         self._began = self._said = time.monotonic()
 
     def advance(self, job: Job) -> None:
@@ -177,4 +175,4 @@ class _Progress:
         case = job.cases[0]
         what = f"{case.model} {case.boundary}, {case.settings.seq_len} tokens, width {case.settings.d_model}"
         took = time_left(elapsed, self._all - self._left, self._all)
-        self._say(f"price {self._done:3d}/{self._count}  {what:<42} {took}")
+        say(f"price {self._done:3d}/{self._count}  {what:<42} {took}")
