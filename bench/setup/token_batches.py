@@ -1,14 +1,14 @@
 """Batches of compressed token ids for the hardware benchmark, fresh ones every iteration.
 
     text = standard_library(vocab)                               # of bench.setup.streams
-    batches = text_batches(vocab, batch=8, tokens=4096, seed=0, text=text)
+    batches = text_batches(text, batch=8, tokens=4096, seed=0)
     ids = batches.next()                                         # [B, T]
 
-    batches = text_batches(vocab, batch=64, tokens=1, seed=0, plan=plan)      # decoding
+    batches = text_batches(text, batch=64, tokens=1, seed=0, plan=plan)  # decoding
     ids = batches.next()                                         # [B, 1], each sequence a token further
     before = batches.history                                     # what came before these ids
 
-Real text is the default. Uniform random ids are the worst case: hardly an n-gram comes twice.
+Uniform random ids are the worst case: hardly an n-gram comes twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import count
 
 import numpy as np
 
-from bench.setup.streams import Source, standard_library
+from bench.setup.streams import Source
 from engram_ref.config import require_int
 from engram_ref.hashing import HashPlan, TokenHistory
 from engram_ref.vocab import CompressedVocab
@@ -65,14 +65,7 @@ class TokenBatches:
         return history
 
 
-def text_batches(
-    vocab: CompressedVocab,
-    batch: int,
-    tokens: int,
-    seed: int,
-    plan: HashPlan | None = None,
-    text: Source | None = None,
-) -> TokenBatches:
+def text_batches(text: Source, batch: int, tokens: int, seed: int, plan: HashPlan | None = None) -> TokenBatches:
     """Batches of real text: every sequence walks along its own part of it, `tokens` a batch.
 
     No window comes twice until the parts are exhausted. Then the walk starts over at another offset: the windows are
@@ -82,13 +75,11 @@ def text_batches(
         seed: where the first walk starts.
         plan: with it sequences go on from batch to batch, and `history` is kept: decoding. Without it every batch
             begins new sequences: prefill.
-        text: None for the standard library, with the packaged tokenizer.
 
     Raises:
         ValueError: the text is too short for two batches, or single tokens without a plan.
     """
     _check(batch, tokens, plan)
-    text = text or standard_library(vocab)
     length = len(text.ids) // batch
     if length < 2 * tokens:
         raise ValueError(

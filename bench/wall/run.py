@@ -83,7 +83,7 @@ class Benchmark:
         """Token ids of the chosen stream; with a plan, sequences that go on from step to step."""
         if self.options.stream == "uniform":
             return uniform_batches(self.vocab, batch, tokens, self.options.seed, plan)
-        return text_batches(self.vocab, batch, tokens, self.options.seed, plan, self.text)
+        return text_batches(self.text, batch, tokens, self.options.seed, plan)
 
     def run(self) -> dict[str, Any]:
         """Measure what is not there yet; the file is written after each round, complete each time."""

@@ -37,8 +37,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_batch_is_one_window_of_each_part(vocab_small, counted):
-    batches = text_batches(vocab_small, 4, 10, 0, text=counted)
+def test_a_batch_is_one_window_of_each_part(counted):
+    batches = text_batches(counted, 4, 10, 0)
     first, second = batches.next(), batches.next()
     assert first.shape == (4, 10)
     assert first.dtype == np.int64
@@ -49,8 +49,8 @@ def test_a_batch_is_one_window_of_each_part(vocab_small, counted):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 10), (4, 10), (5, 64), (10, 50), (3, 31)])
-def test_no_window_comes_twice_until_the_text_is_exhausted(vocab_small, counted, batch, tokens):
-    batches = text_batches(vocab_small, batch, tokens, 1, text=counted)
+def test_no_window_comes_twice_until_the_text_is_exhausted(counted, batch, tokens):
+    batches = text_batches(counted, batch, tokens, 1)
     starts = [int(batches.next()[0, 0]) for _ in range(3000 // (batch * tokens) + 2)]
     assert max(starts) + tokens <= 1000 // batch
     turns = [at for at in range(1, len(starts)) if starts[at] != starts[at - 1] + tokens]
@@ -60,15 +60,15 @@ def test_no_window_comes_twice_until_the_text_is_exhausted(vocab_small, counted,
         assert starts[begin] != starts[end] < starts[end - 1] + tokens  # and the next one begins elsewhere
 
 
-def test_the_seed_says_where_the_walk_starts(vocab_small, counted):
-    one, same, other = (text_batches(vocab_small, 2, 50, seed, text=counted).next() for seed in (1, 1, 2))
+def test_the_seed_says_where_the_walk_starts(counted):
+    one, same, other = (text_batches(counted, 2, 50, seed).next() for seed in (1, 1, 2))
     assert (one == same).all()
     assert (one != other).all()
 
 
 def decoded(plan, text, steps, with_history):
     """Rows of `steps` single-token batches, [B, steps, C], and the ids that they were."""
-    batches = text_batches(None, 3, 1, 5, plan=plan, text=text)
+    batches = text_batches(text, 3, 1, 5, plan=plan)
     hasher = NgramHasher(plan, "numpy")
     ids, rows = [], []
     for _ in range(steps):
@@ -83,8 +83,8 @@ def test_decoding_hashes_as_one_shot_does_and_only_with_the_history(plan, counte
     assert (rows == NgramHasher(plan, "numpy")(ids, 1)).all() == with_history
 
 
-def test_a_history_stays_as_it_was_given(plan, vocab_small, counted):
-    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, text=counted)
+def test_a_history_stays_as_it_was_given(plan, counted):
+    batches = text_batches(counted, 2, 1, 0, plan=plan)
     ids = [batches.next() for _ in range(3)]
     held = batches.history
     batches.next()
@@ -92,8 +92,8 @@ def test_a_history_stays_as_it_was_given(plan, vocab_small, counted):
     assert (held.ids[:, -2:] == np.concatenate(ids[:2], axis=1)).all()
 
 
-def test_where_the_text_starts_over_sequences_do_too(plan, vocab_small):
-    batches = text_batches(vocab_small, 2, 1, 0, plan=plan, text=Source("short", "", np.arange(8), np.arange(8)))
+def test_where_the_text_starts_over_sequences_do_too(plan):
+    batches = text_batches(Source("short", "", np.arange(8), np.arange(8)), 2, 1, 0, plan=plan)
     seen = []
     for _ in range(9):
         ids = batches.next()
@@ -148,19 +148,19 @@ def test_a_text_file_will_do(tmp_path, vocab_small, small_tokenizer):
     (tmp_path / "some.txt").write_text("A few words, " * 50)
     text = text_source(tmp_path / "some.txt", vocab_small, small_tokenizer)
     assert text.name == "some.txt"
-    assert text_batches(vocab_small, 2, 20, 0, text=text).next().shape == (2, 20)
+    assert text_batches(text, 2, 20, 0).next().shape == (2, 20)
 
 
-def test_a_short_text_is_refused_with_both_numbers(vocab_small, counted):
-    text_batches(vocab_small, 5, 100, 0, text=counted).next()
+def test_a_short_text_is_refused_with_both_numbers(counted):
+    text_batches(counted, 5, 100, 0).next()
     with pytest.raises(ValueError, match=r"counted has 1,000 tokens: 5 sequences of 101 need at least 1,010"):
-        text_batches(vocab_small, 5, 101, 0, text=counted)
+        text_batches(counted, 5, 101, 0)
 
 
-@pytest.mark.parametrize("make", [text_batches, uniform_batches])
-def test_single_tokens_need_a_plan(make, vocab_small):
-    with pytest.raises(ValueError, match="give the plan"):
-        make(vocab_small, 4, 1, 0)
+def test_single_tokens_need_a_plan(vocab_small, counted):
+    for make, ids in ((text_batches, counted), (uniform_batches, vocab_small)):
+        with pytest.raises(ValueError, match="give the plan"):
+            make(ids, 4, 1, 0)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 8), (4, 0), (4, -1)])
