@@ -16,8 +16,8 @@ from bench.instruments.claim import WALL_TIME_CLAIM
 from bench.instruments.drawing import COLOURS, interval, legend_below, panels, save_all
 from bench.instruments.timing import NotMeasured
 from bench.instruments.words import device_label
-from bench.served import numbers
-from bench.served.numbers import Json
+from bench.served.classes import added_each
+from bench.served.numbers import Json, row_of, token_times
 
 _AXIS = (15, 8000)  # us: the same for all panels and both figures
 _WAYS = {"resident": "resident", "uva": "offload_uva", "staged": "offload_prefetch"}
@@ -45,11 +45,11 @@ def decode(results: Json) -> Any:
 def _places(axis: Any, case: Json) -> None:
     # What was left out of a run has no rounds.
     rows = [row for row in case["rows"] if row["rounds"] and row["variant"] != "no_engram" and not row["repeat"]]
-    step = numbers.token_times(numbers.row_of(case, "no_engram"))["median"]
+    step = token_times(row_of(case, "no_engram"))["median"]
     counts = set()
     for place, row in enumerate(rows):
         try:
-            added = _added_us(case, row)
+            added = [1e6 * each for each in added_each(case, row["label"])]
         except NotMeasured:
             continue
         counts.add(len(added))
@@ -63,12 +63,6 @@ def _places(axis: Any, case: Json) -> None:
     axis.set_xlim(_AXIS)
     rounds = " or ".join(map(str, sorted(counts)))
     axis.set_xlabel(f"us added to a decode step: median, least to most of {rounds} rounds")
-
-
-def _added_us(case: Json, row: Json) -> list[float]:
-    """What a row adds to the mean decode step of each round that it has in common with the model without Engram."""
-    times, without = numbers.paired([row, numbers.row_of(case, "no_engram")], "step")
-    return [1e6 * (later - earlier) for later, earlier in zip(times, without)]
 
 
 def draw_lookup(results: Json, out: Path, narrow: bool = False) -> list[Path]:

@@ -82,15 +82,20 @@ def loss(case: Json, label: str, baseline: str, phase: str) -> str:
     return f"{text} {classify([case], label, baseline, phase)[0]}"
 
 
-def added_s(case: Json, label: str) -> float:
-    """Seconds that a row adds to a decode step without Engram: the median over rounds of the mean over steps.
+def added_each(case: Json, label: str) -> list[float]:
+    """Seconds that a row adds to the mean decode step without Engram, of each round that both have.
 
     Raises:
         NotMeasured: a row is missing.
     """
     # By the steps of each round: sequences differ in length, so that rounds do.
     later, earlier = paired([row_of(case, label), row_of(case, "no_engram")], "step")
-    return statistics.median(a - b for a, b in zip(later, earlier))
+    return [a - b for a, b in zip(later, earlier)]
+
+
+def added_s(case: Json, label: str) -> float:
+    """The median of `added_each`."""
+    return statistics.median(added_each(case, label))
 
 
 def losses(case: Json) -> list[list[str]]:
