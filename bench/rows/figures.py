@@ -55,7 +55,7 @@ def _depths(results: dict[str, Any]) -> Any:
     for row, layout in zip(axes, LAYOUT_LINES):
         for axis, (table, tokens) in zip(row, longest.items()):
             record = one(results, part="scale", table=table, stream="python-stdlib", tokens=tokens, layout=layout)
-            bins = depth_shares([record])
+            bins = depth_shares(record)
             first, later = ([100 * pair[i] for pair in bins.values()] for i in (0, 1))
             axis.bar(list(bins), first, 0.85, color="#D55E00", label="first read of a row")
             axis.bar(list(bins), later, 0.85, bottom=first, color="#0072B2", label="read before")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.instruments.claim import LEVELS, LOSS_ABOVE, MARKS, WALL_TIME_CLAIM, WIN_UP_TO, classify
@@ -134,9 +134,9 @@ def place_table(results: dict[str, Any]) -> str:
     return f"{aligned(rows, left={0, 1})}\n\n{note}"
 
 
-def placed(record: Record, schedule: str = "offload_naive") -> float:
+def placed(record: Record) -> float:
     """Price of the lookups below so many bytes over that of the table above them, without any copies."""
-    return record[schedule] / record["resident"]
+    return record["offload_naive"] / record["resident"]
 
 
 def copies_table(results: dict[str, Any]) -> str:
@@ -178,9 +178,9 @@ def whole_model_table(results: dict[str, Any]) -> str:
     return aligned(rows, left={0, 1, 2, 3})
 
 
-def reached(line: Sequence[Record], share: Callable[[Record], float] | None = None) -> str:
-    """Tokens per step at which a line reaches 3 %, as text; `share` of a record, by default that of its rows."""
-    tokens, shares = [r["tokens_per_step"] for r in line], [(share or row_share)(r) for r in line]
+def reached(line: Sequence[Record]) -> str:
+    """Tokens per step at which the rows of a line reach 3 %, as text."""
+    tokens, shares = [r["tokens_per_step"] for r in line], [row_share(r) for r in line]
     at = crossing_of(tokens, shares)
     if at is None:
         return f"over {tokens[-1]:,}"
@@ -293,9 +293,9 @@ def against_pinned(record: Record) -> tuple[float, float]:
     return lookups, (lookups * record["pinned"] + rest) / (record["pinned"] + rest)
 
 
-def row_share(record: Record, schedule: str = "offload_naive") -> float:
+def row_share(record: Record) -> float:
     """Price of the rows of a step as a share of the price of its weights, which is taken from below."""
-    return record[schedule] / (record["steps"] * record["weights_step_price"])
+    return record["offload_naive"] / (record["steps"] * record["weights_step_price"])
 
 
 def crossing_of(tokens: Sequence[int], shares: Sequence[float], level: float = WALL_TIME_CLAIM) -> float | None:
@@ -317,14 +317,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.01 or share == 0 else f"{100 * share:.2g} %"
 
 
-def depth_shares(records: Iterable[Record]) -> dict[int, tuple[float, float]]:
+def depth_shares(record: Record) -> dict[int, tuple[float, float]]:
     """Per power of two of the depth in bytes: share of all reads, first and later ones."""
-    bins: dict[int, list[float]] = {}
-    for r in records:
-        for column, kind in enumerate(("first", "later")):
-            for b, count in r["reads_by_depth"][kind].items():
-                bins.setdefault(int(b), [0.0, 0.0])[column] += count / r["reads"]
-    return {b: (first, later) for b, (first, later) in sorted(bins.items())}
+    first, later = (record["reads_by_depth"][kind] for kind in ("first", "later"))
+    bins = sorted(first.keys() | later.keys(), key=int)
+    return {int(b): (first.get(b, 0) / record["reads"], later.get(b, 0) / record["reads"]) for b in bins}
 
 
 _TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], ...]] = {
