@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypedDict
 from bench.schemas.generator import NotRequired, one_of, rules
 from bench.schemas.values import Amount, Amounts, Count, Counts, Digest, Natural, Positive, Samples, Share, Text
 
+CONTROL = "no_engram"  # the backbone by itself
 PLACEMENTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 Device = Annotated[str, one_of("cpu", "cuda")]
 Layout = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypedDict
 
 from bench.schemas.common import (
+    CONTROL,
     PLACEMENTS,
     VALUE_OR_WHY,
     Device,
@@ -156,7 +157,7 @@ class Contender(TypedDict):
     """One variant, before its passes."""
 
     label: Text
-    variant: Annotated[str, one_of("no_engram", "own_compute", *PLACEMENTS, "throttled")]
+    variant: Annotated[str, one_of(CONTROL, "own_compute", *PLACEMENTS, "throttled")]
     schedule: Annotated[
         str,
         one_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypedDict
 
 from bench.schemas.common import (
+    CONTROL,
     PLACEMENTS,
     Device,
     DeviceEnvironment,
@@ -149,7 +150,7 @@ class Energy(TypedDict):
 class Run(TypedDict):
     """One variant of a step."""
 
-    variant: Annotated[str, one_of("no_engram", *PLACEMENTS)]
+    variant: Annotated[str, one_of(CONTROL, *PLACEMENTS)]
     schedule: Annotated[str, one_of("synchronous", "prefetched", "in place")]
     page_cache: Annotated[str, one_of("cold", "warm")] | None
     repeat: Annotated[int, one_of(0, 1), "1: the second measurement of resident, the noise floor"]

@@ -16,6 +16,7 @@ from typing import Any
 from bench.instruments.claim import PUBLISHED_WINDOW_S
 from bench.instruments.timing import NotMeasured, noise_interval
 from bench.instruments.words import aligned, commit_of, gib, measured_on, short, signed
+from bench.schemas.common import CONTROL
 from bench.served import numbers
 from bench.served.classes import NO_CLASS, losses
 from bench.served.numbers import LAUNCH_BOUND, NO_LOOKUP, PARTS, PHASES, WHOLE, Json, Slowed
@@ -98,7 +99,6 @@ def _columns(case: Json) -> list[tuple[str, str, Callable[[Json], str]]]:
 
     exposed = of_steps("decode_exposed_s", 1e6)
     copied = if_looked_up(lambda row: short(statistics.median(one["copied"] for one in row["rounds"]) / 1e6))
-    control = "no_engram"
     return [
         ("variant", "", lambda row: row["label"]),
         ("on", "", lambda row: row["device"]),
@@ -114,7 +114,7 @@ def _columns(case: Json) -> list[tuple[str, str, Callable[[Json], str]]]:
         (
             "less no_engram",
             "MB/round",
-            lambda r: "" if r["variant"] == control else _scaled(numbers.over_control(case, r), 1e6),
+            lambda r: "" if r["variant"] == CONTROL else _scaled(numbers.over_control(case, r), 1e6),
         ),
         ("energy", "J/token", lambda row: _scaled(numbers.joules_per_token(row), 1)),
         ("board", "J/round", lambda row: _scaled(numbers.pass_joules(row), 1)),

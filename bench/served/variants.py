@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.schemas.common import CONTROL, PLACEMENTS
 from bench.setup.slow_bus import Bus, ThrottledTable
-from bench.setup.variants import ASKING, BESIDE, CONTROL, IN_GRAPH, VARIANTS, TableSet, Variant, chosen
+from bench.setup.variants import ASKING, BESIDE, IN_GRAPH, TableSet, Variant, chosen
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan
 from engram_ref.lookup.device import DeviceLookup
@@ -29,7 +30,7 @@ from engram_ref.vocab import CompressedVocab
 
 OWN_COMPUTE = "own_compute"
 THROTTLED = "throttled"
-ON_CUDA = (CONTROL, OWN_COMPUTE, *VARIANTS, THROTTLED)
+ON_CUDA = (CONTROL, OWN_COMPUTE, *PLACEMENTS, THROTTLED)
 ON_CPU = (CONTROL, OWN_COMPUTE, "resident", "offload_disk", "offload_hot", THROTTLED)
 
 

@@ -36,13 +36,11 @@ from engram_ref.tables.file import FileTable, StoredRows, save_rows
 from engram_ref.tables.host import HostTable
 from engram_ref.tables.hot import HotTable, most_frequent
 
-VARIANTS = ("resident", "offload_naive", "offload_prefetch", "offload_uva", "offload_hot", "offload_disk")
 ON_CPU = ("resident", "offload_disk")  # without an accelerator the others would all be the same RAM
 IN_GRAPH = "in graph"  # the schedule whose lookup a CUDA graph holds
 BESIDE = "in graph, beside"  # the same, on a branch of its own, which joins where rows are needed
 ASKING = "in graph, asking the CPU"  # the branch sends the ids to the CPU, which gathers, and waits for the rows
 UNSEEN = (IN_GRAPH, BESIDE, ASKING)  # whose decode steps wait for rows inside of a graph, where no clock is
-CONTROL = "no_engram"  # the backbone by itself
 PREPARED = ("cold", "warm")  # states of the page cache that a step finds
 HOT_TOKENS = 1 << 19  # of text before the measured one, to choose the most frequent rows from
 _CHECKED_ROWS = 4096  # of a step: what each variant must find as it was written
@@ -54,7 +52,7 @@ class Variant:
     """One way to have the rows: a line of the results.
 
     Attributes:
-        name: of VARIANTS, or a control's.
+        name: of PLACEMENTS, or a control's.
         schedule: synchronous, prefetched, in place, IN_GRAPH, BESIDE, ASKING, or none where nothing is looked up.
         page_cache: of a file: cold, warm, used or passed by.
         repeat: 1 for the second measurement of `resident`, the noise floor.

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from bench.schemas.common import PLACEMENTS
 from bench.setup.sizes import MOST_TOKENS
-from bench.setup.variants import ON_CPU, VARIANTS, chosen
+from bench.setup.variants import ON_CPU, chosen
 from bench.wall import components
 from bench.wall.step import Shape
 from engram_ref import cli
@@ -94,7 +95,7 @@ def wanted_variants(names: Sequence[str] | None, device: torch.device) -> list[s
     """
     if names == ["none"]:
         return []
-    return chosen(names, VARIANTS if device.type == "cuda" else ON_CPU, ", or none")
+    return chosen(names, PLACEMENTS if device.type == "cuda" else ON_CPU, ", or none")
 
 
 def refuse_idle_options(

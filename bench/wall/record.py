@@ -13,8 +13,9 @@ from typing import Any
 
 from bench.instruments.board import Beside
 from bench.instruments.driver import Answer
+from bench.schemas.common import CONTROL
 from bench.schemas.wall import Hot, Run, StepBytes
-from bench.setup.variants import CONTROL, Variant
+from bench.setup.variants import Variant
 from bench.wall.step import IO_COUNTER, Samples, file_behind
 from bench.wall.timeline import Span
 from engram_ref.tables.hot import HotTable

@@ -20,9 +20,10 @@ import torch
 
 from bench.instruments.clocks import Lap, device_clock, total
 from bench.instruments.timing import rounds
+from bench.schemas.common import CONTROL
 from bench.setup.backbones import Backbone
 from bench.setup.token_batches import TokenBatches
-from bench.setup.variants import CONTROL, TableSet, Variant
+from bench.setup.variants import TableSet, Variant
 from engram_ref.attach import attach
 from engram_ref.fusion.base import Fusion, ShortConvHistory
 from engram_ref.hashing import NgramHasher, TokenHistory

@@ -17,11 +17,11 @@ from typing import Any
 
 from bench.instruments.timing import NotMeasured, noise_interval, quantile, unless_missing
 from bench.instruments.words import aligned, commit_of, fraction, gib, measured_on, short, signed
+from bench.schemas.common import CONTROL
 from bench.wall import numbers
 from bench.wall.numbers import ALONE, Run, Step
 
 _WIDTH = 150  # characters of a line
-CONTROL = "no_engram"
 _SECONDS = [(1.0, "s"), (1e-3, "ms"), (1e-6, "us")]
 _BYTES = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")]
 

@@ -14,6 +14,7 @@ import torch
 
 from bench import gpu_wall
 from bench.instruments import bandwidth
+from bench.schemas.common import PLACEMENTS
 from bench.schemas.wall import Results
 from bench.setup import sizes
 from bench.setup.variants import TableSet, Variant
@@ -156,7 +157,7 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
 
 def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch, cache_home):
     """All variants on a CPU, the in-place one in Triton's interpreter: what a GPU adds is streams and their clocks."""
-    monkeypatch.setattr(wall_options, "ON_CPU", wall_options.VARIANTS)
+    monkeypatch.setattr(wall_options, "ON_CPU", PLACEMENTS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     shapes = [
         "--steps",
@@ -174,7 +175,7 @@ def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch,
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     SCHEMA.validate(results)
     for step in results["steps"]:
-        assert {run["variant"] for run in step["runs"]} == set(wall_options.VARIANTS) and rows_agree(step)
+        assert {run["variant"] for run in step["runs"]} == set(PLACEMENTS) and rows_agree(step)
         hot = run_of(step, "offload_hot")["hot"]
         assert hot["hot_rows"] == step["table"]["rows"] // 10 and hot["hit_rate"] > 0.1
 
@@ -182,7 +183,7 @@ def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch,
 @pytest.mark.parametrize("layout", ["packed", "split"])
 def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypatch, cache_home):
     """Four orders, 24 columns, fp8 rows both ways, form v41 around a small backbone: equal bits from all variants."""
-    monkeypatch.setattr(wall_options, "ON_CPU", wall_options.VARIANTS)
+    monkeypatch.setattr(wall_options, "ON_CPU", PLACEMENTS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     fused = []
     real = V41Fusion.forward
@@ -199,7 +200,7 @@ def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypa
     assert [step["prediction"]["rows"] for step in results["steps"]] == [5 * 24, 2 * 24]
     assert results["configuration"]["rows"] == layout
     for step in results["steps"]:
-        assert {run["variant"] for run in step["runs"]} == {"no_engram", *wall_options.VARIANTS} and rows_agree(step)
+        assert {run["variant"] for run in step["runs"]} == {"no_engram", *PLACEMENTS} and rows_agree(step)
         table = step["table"]
         assert (table["row_bytes"], table["columns"], table["published_rows"]) == (264, 24, 384_006_168)
         assert table["bytes"] == 264 * table["rows"] and table["layout"] == layout
