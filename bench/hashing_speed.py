@@ -243,8 +243,6 @@ def _size_lines(size: dict[str, Any]) -> list[str]:
     few = written < FEW_BYTES
     lines = [f"{batch} x {length} tokens"]
     for first, *names in (HASHES if few else HASHES[:-1], PATHS):
-        if first not in times:  # a file of before it was measured
-            continue
         for name in (first, *names):
             median = statistics.median(times[name])
             line = f"  {name:9s} {median * 1e6:12.2f} us {median / (batch * length) * 1e9:9.1f} ns/token"
