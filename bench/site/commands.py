@@ -47,16 +47,14 @@ def command_table(results: Path) -> str:
     """All commands, as a table; a duration is that of the committed run, on the machine that its results name."""
     rows = []
     for command, what in _COMMANDS.items():
-        took = duration(results / f"{_TIMED[command]}.json") if command in _TIMED else None
-        rows.append([f"`{command}`", what, _NEEDS.get(command, "nothing else"), took or ""])
+        took = duration(results / f"{_TIMED[command]}.json") if command in _TIMED else ""
+        rows.append([f"`{command}`", what, _NEEDS.get(command, "nothing else"), took])
     return markdown(["command", "what it does", "needs", "took"], rows, right={3})
 
 
-def duration(path: Path) -> str | None:
-    """How long the run of a results file took; None where it does not say."""
+def duration(path: Path) -> str:
+    """How long the run of a results file took."""
     content = read_results(path)
-    if not {"started", "finished"} <= content.keys():
-        return None
     taken = datetime.fromisoformat(content["finished"]) - datetime.fromisoformat(content["started"])
     seconds = round(taken.total_seconds())
     return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min {seconds % 60} s"

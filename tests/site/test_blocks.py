@@ -119,8 +119,6 @@ def test_durations_are_those_of_the_runs(tmp_path):
     assert duration(path) == "72 s"
     path.write_text(json.dumps({**times, "finished": "2026-01-01T01:02:03+00:00"}), encoding="utf-8")
     assert duration(path) == "62 min 3 s"
-    path.write_text("{}", encoding="utf-8")
-    assert duration(path) is None
 
 
 def test_the_commands_name_targets_and_files_that_exist():
