@@ -50,6 +50,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engram_ref/hashing/ngram.py": (
         "tests/ref/hashing/test_ngram.py",
         "tests/ref/hashing/test_recorded.py",
+        "tests/cross/test_hash_v41.py",
         "tests/cross/test_hash_qwen.py",
         "tests/ref/hashing/test_fused.py",
     ),

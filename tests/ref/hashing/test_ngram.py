@@ -2,7 +2,6 @@
 
 Integers only, compared by `==`, with both backends; against recorded numbers they are held in test_recorded.py.
 
-    python -m pytest tests/ref/hashing/test_ngram.py
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from engram_ref.hashing import DEAD, HashPlan, LayerPlan, NgramHasher, TokenHist
 from tests.ref.hashing.recorded import assert_rows, candidate, random_ids
 
 # --- histories ------------------------------------------------------------------------------------
-# That chunks equal one shot, and how far a DEAD token reaches, is shown in tests/cross/test_hash_v41.py.
+# That chunks equal one shot, that hashing reads a history and does not advance it, and how far a DEAD token reaches, is
+# shown in tests/cross/test_hash_v41.py.
 
 
 def test_history_keeps_the_last_ids(v41):
@@ -27,13 +27,6 @@ def test_history_keeps_the_last_ids(v41):
     assert history.ids.tolist() == [[DEAD, DEAD, 1], [DEAD, DEAD, 2]]
     history.advance(np.array([[3, 4, 5, 6], [7, 8, 9, DEAD]]))
     assert history.ids.tolist() == [[4, 5, 6], [8, 9, DEAD]]
-
-
-def test_history_is_read_not_advanced(v41, backend):
-    history = TokenHistory(v41, 1)
-    history.advance(np.array([[5, 6, 7]]))
-    NgramHasher(v41, backend)([[8, 9]], 1, history=history)
-    assert history.ids.tolist() == [[5, 6, 7]]
 
 
 def test_history_copy_is_independent(v41):
@@ -74,13 +67,6 @@ def test_history_of_unsigned_ids(v41):
     assert (history.ids.dtype, history.ids.tolist()) == (np.int64, [[DEAD, 1, 2]])
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 4])
-def test_hasher_refuses_a_history_of_other_sequences(sequences, v41, backend):
-    ids = np.zeros((3, 4), dtype=np.int64)
-    with pytest.raises(ValueError, match=rf"a history of \({sequences}, 3\); 3 sequences"):
-        NgramHasher(v41, backend)(ids, 1, history=TokenHistory(v41, sequences))
-
-
 @pytest.mark.parametrize("bad", [[[100]], [[-2]], [[10**18]], [[1.5]]], ids=str)
 def test_history_refuses_what_hashing_refuses(bad, tiny_plan):
     history = TokenHistory(tiny_plan, 1)
@@ -90,13 +76,6 @@ def test_history_refuses_what_hashing_refuses(bad, tiny_plan):
 
 
 # --- shapes, dtypes, limits -----------------------------------------------------------------------
-
-
-def test_only_pads_give_the_row_of_a_dead_token(v41, backend):
-    hasher = NgramHasher(v41, backend)
-    rows = hasher(np.full((1, 5), DEAD), 1)
-    assert_rows(rows, hasher(np.full((1, 5), v41.pad_compressed), 1))
-    assert (rows == rows[:, :1]).all()
 
 
 def test_smallest_vocabulary(backend):
@@ -159,31 +138,6 @@ def test_ids_are_left_alone(v41, backend):
     assert (ids == before).all()
 
 
-def test_permuted_batch_permutes_the_rows(v41, backend):
-    ids = random_ids(v41.compressed_size, (5, 20), dead=0.1)
-    hasher = NgramHasher(v41, backend)
-    order = [3, 0, 4, 1, 2]
-    assert_rows(hasher(ids[order], 1), hasher(ids, 1)[order])
-
-
-def test_later_tokens_do_not_change_earlier_rows(v41, backend):
-    ids = random_ids(v41.compressed_size, (2, 20), dead=0.1)
-    hasher = NgramHasher(v41, backend)
-    whole = hasher(ids, 1)
-    for length in range(1, 20):
-        assert_rows(hasher(ids[:, :length], 1), whole[:, :length])
-
-
-def test_two_configurations_side_by_side(plans, backend):
-    ids = random_ids(99_092, (2, 10))
-    demo, v41 = NgramHasher(plans["demo"], backend), NgramHasher(plans["v41-flash"], backend)
-    alone = demo(ids, 1)
-    assert v41(ids, 1).shape == (2, 10, 24)
-    assert_rows(demo(ids, 1), alone)
-    # The first three multipliers of layer 1 are shared; the tables are not.
-    assert not (v41(ids, 1, offsets=False)[..., :16] == demo(ids, 1, offsets=False)).any(axis=2).all()
-
-
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -196,8 +150,8 @@ BAD_IDS = {
     "three dimensions": (np.ones((1, 2, 3), dtype=int), r"compressed ids of shape \(1, 2, 3\): give a batch"),
     "no sequences": (np.empty((0, 5), dtype=int), r"compressed ids of shape \(0, 5\): an empty batch"),
     "no tokens": (np.empty((1, 0), dtype=int), r"compressed ids of shape \(1, 0\): an empty batch"),
-    "below DEAD": (np.array([[0, -2]]), r"compressed ids contain -2; the vocabulary has -1 \.\. 99"),
-    "size": (np.array([[0, 100]]), r"compressed ids contain 100; the vocabulary has -1 \.\. 99"),
+    "below DEAD": (np.array([[0, 3], [-1, -2]]), r"compressed ids contain -2; the vocabulary has -1 \.\. 99"),
+    "size": (np.array([[0, 3], [100, 99]]), r"compressed ids contain 100; the vocabulary has -1 \.\. 99"),
     "least": (np.array([[-(2**63)]]), "compressed ids contain -9223372036854775808"),
     "largest": (np.array([[2**63 - 1]]), "compressed ids contain 9223372036854775807"),
     "huge": (np.array([[2**64 - 1]], dtype=np.uint64), "compressed ids contain 18446744073709551615"),
@@ -208,15 +162,6 @@ BAD_IDS = {
 def test_bad_ids(case, tiny_plan, backend):
     ids, message = BAD_IDS[case]
     with pytest.raises(ValueError, match=message):
-        NgramHasher(tiny_plan, backend)(ids, 1)
-
-
-@pytest.mark.parametrize("bad", [-2, 100])
-@pytest.mark.parametrize("place", [(0, 0), (1, 33), (2, 99)], ids=str)
-def test_one_bad_id_anywhere_is_found(bad, place, tiny_plan, backend):
-    ids = random_ids(100, (3, 100))
-    ids[place] = bad
-    with pytest.raises(ValueError, match=f"compressed ids contain {bad};"):
         NgramHasher(tiny_plan, backend)(ids, 1)
 
 
