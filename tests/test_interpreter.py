@@ -1,7 +1,4 @@
-"""Triton's interpreter, made quicker for the tests: what it describes, converts and refuses is what it was.
-
-python -m pytest tests/test_interpreter.py
-"""
+"""Triton's interpreter, made quicker for the tests: what it describes, converts and refuses is what it was."""
 
 from __future__ import annotations
 

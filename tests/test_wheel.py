@@ -1,8 +1,6 @@
 """The wheel by itself: built, installed into a clean environment, its commands run from another folder.
 
 Offline and short: nothing is downloaded, and what it depends on is borrowed from the environment of the tests.
-
-    python -m pytest tests/test_wheel.py
 """
 
 from __future__ import annotations

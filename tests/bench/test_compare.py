@@ -1,7 +1,4 @@
-"""`bench/compare.py` on committed files of every kind, and each verdict by a case of its own.
-
-python -m pytest tests/bench/test_compare.py
-"""
+"""`bench/compare.py` on committed files of every kind, and each verdict by a case of its own."""
 
 from __future__ import annotations
 

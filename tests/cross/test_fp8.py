@@ -1,7 +1,4 @@
-"""The twin decodes fp8 as torch does: every code, every scale, and whole stored rows, to the bit.
-
-python -m pytest tests/cross/test_fp8.py
-"""
+"""The twin decodes fp8 as torch does: every code, every scale, and whole stored rows, to the bit."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Against row numbers captured from transformers' class, and against the class itself: any configuration, the end of text
 anywhere, caches, chunks, batches. Integers by `==`.
-
-    python -m pytest tests/cross/test_hash_qwen.py
 """
 
 from __future__ import annotations

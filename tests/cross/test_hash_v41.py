@@ -3,8 +3,6 @@
 A DEAD token changes its own rows and those of the next three; cut anywhere, a sequence gives the rows of one shot.
 Every way carries its own history. Integers by `==`, against one shot of the NumPy definition, whose numbers are those
 of the record (`tests/ref/hashing/test_recorded.py`, `tests/toy/test_hashing.py`).
-
-    python -m pytest tests/cross/test_hash_v41.py
 """
 
 from __future__ import annotations

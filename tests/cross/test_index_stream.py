@@ -2,8 +2,6 @@
 
 The twin gets the plan as JSON and shares no code with the reference. Real text, every preset, every edge of a
 sequence, and random plans; integers by `==`. A wrong twin must fail the same comparison.
-
-    python -m pytest tests/cross/test_index_stream.py
 """
 
 from __future__ import annotations

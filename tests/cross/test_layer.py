@@ -3,8 +3,6 @@
 From compressed ids to the stream after the layer: each hashes by itself, reads the rows of one table, gates and
 convolves. Shapes are the edges of the configuration: one copy or four, with and without a convolution, orders up to 2,
 3 and 4.
-
-    python -m pytest tests/cross/test_layer.py
 """
 
 from __future__ import annotations

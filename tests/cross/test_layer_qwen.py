@@ -1,8 +1,6 @@
 """Both twins compute Qwen3.8-Flash-Next's layer, the reference in float64, and the twin's is the class's own.
 
 From token ids to the update: each hashes by itself, reads the rows of one table, gates and convolves.
-
-    python -m pytest tests/cross/test_layer_qwen.py
 """
 
 from __future__ import annotations

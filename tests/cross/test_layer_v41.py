@@ -2,8 +2,6 @@
 
 Each hashes by itself, DEAD positions among the ids, reads the bytes of one table, decodes, projects and gates: plain
 Python one position at a time, and the reference in float64.
-
-    python -m pytest tests/cross/test_layer_v41.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A captured step calls the CPU while it runs, on a GPU: rows to the bit, run after run, and an end of waiting.
-
-python -m pytest tests/cuda/test_call_cuda.py
-"""
+"""A captured step calls the CPU while it runs, on a GPU: rows to the bit, run after run, and an end of waiting."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """fp8 rows on a GPU: every placement gives the same bits, packed and split, and nothing stops the CPU.
 
 The kernel's own tests, tests/ref/rows/test_kernels.py and test_in_place.py, run on the GPU too where there is one.
-
-    python -m pytest tests/cuda/test_fp8_cuda.py
 """
 
 from __future__ import annotations

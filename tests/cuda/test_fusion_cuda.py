@@ -1,7 +1,4 @@
-"""Gate and convolution as one kernel, on a GPU: against float64, in a captured graph, and counted.
-
-python -m pytest tests/cuda/test_fusion_cuda.py
-"""
+"""Gate and convolution as one kernel, on a GPU: against float64, in a captured graph, and counted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tables on a GPU: every placement gives the same bits there, and page-locking keeps its promises.
-
-python -m pytest tests/cuda/test_tables_cuda.py
-"""
+"""Tables on a GPU: every placement gives the same bits there, and page-locking keeps its promises."""
 
 from __future__ import annotations
 

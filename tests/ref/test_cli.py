@@ -1,7 +1,4 @@
-"""Numbers of command lines: refused in one line where no memory or patience would be enough.
-
-python -m pytest tests/ref/test_cli.py
-"""
+"""Numbers of command lines: refused in one line where no memory or patience would be enough."""
 
 from __future__ import annotations
 

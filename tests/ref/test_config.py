@@ -1,7 +1,4 @@
-"""The configuration: what it costs per token, by hand-computed numbers, and what it refuses.
-
-python -m pytest tests/ref/test_config.py
-"""
+"""The configuration: what it costs per token, by hand-computed numbers, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """The constants as a file: every number against an independent source, the checksum recomputed by hand, and what the
 command does with input that is wrong.
-
-    python -m pytest tests/ref/test_plan.py
 """
 
 from __future__ import annotations

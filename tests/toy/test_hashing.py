@@ -1,8 +1,6 @@
 """The twin's hash against V4.1-Flash's recorded rows; the plan, too, comes from the record, not from the reference.
 
 What both twins are asked together is in `tests/cross`.
-
-    python -m pytest tests/toy/test_hashing.py
 """
 
 from __future__ import annotations

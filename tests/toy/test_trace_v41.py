@@ -1,7 +1,4 @@
-"""The V4.1 layer under the tracer: nothing escapes, every code and scale is seen, and the price is the definition's.
-
-python -m pytest tests/toy/test_trace_v41.py
-"""
+"""The V4.1 layer under the tracer: nothing escapes, every code and scale is seen, and the price is the definition's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Predictions of `engram-place` against every committed measurement: how far off each kind may be; none is left out.
-
-python -m pytest tests/bench/evidence/test_predictions.py
-"""
+"""Predictions of `engram-place` against every committed measurement: how far off each kind may be; none is left out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The journal: whatever kills a run, what was finished is found again, and nothing else is.
-
-python -m pytest tests/bench/instruments/test_journal.py
-"""
+"""The journal: whatever kills a run, what was finished is found again, and nothing else is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a table in a file is held against, with a fake clock, a fake fio and a fake store.
-
-python -m pytest tests/bench/rivals/test_engramdb.py
-"""
+"""What a table in a file is held against, with a fake clock, a fake fio and a fake store."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Whole models by the bytes of a step: what was published, to the byte, and the price of a cycle, by definition.
-
-python -m pytest tests/bench/rows/test_whole_model.py
-"""
+"""Whole models by the bytes of a step: what was published, to the byte, and the price of a cycle, by definition."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A text in pieces has the ids that it has as a whole: real text, and texts that were written against the cuts.
-
-python -m pytest tests/bench/setup/test_encoding.py
-"""
+"""A text in pieces has the ids that it has as a whole: real text, and texts that were written against the cuts."""
 
 from __future__ import annotations
 

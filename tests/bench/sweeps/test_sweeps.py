@@ -1,7 +1,4 @@
-"""Sweeps: the same integers as direct runs, the same file however often a run is killed, and what tables make of it.
-
-python -m pytest tests/bench/sweeps/test_sweeps.py
-"""
+"""Sweeps: the same integers as direct runs, the same file however often a run is killed, and what tables make of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The `config.json` of a checkpoint: the published one is the preset, and every way in which one can be wrong is named.
-
-python -m pytest tests/ref/checkpoint/test_config_json.py
-"""
+"""The `config.json` of a checkpoint: the published one is the preset, and every way in which one can be wrong is named."""
 
 from __future__ import annotations
 

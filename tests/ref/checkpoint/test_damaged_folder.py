@@ -1,7 +1,4 @@
-"""What is wrong with the weights of a checkpoint or with their index is said in a sentence that names file and tensor.
-
-python -m pytest tests/ref/checkpoint/test_damaged_folder.py
-"""
+"""What is wrong with the weights of a checkpoint or with their index is said in a sentence that names file and tensor."""
 
 from __future__ import annotations
 

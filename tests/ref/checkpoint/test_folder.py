@@ -1,7 +1,4 @@
-"""Checkpoints opened where they lie: the published one at its full size (sparse files), and a small one with content.
-
-python -m pytest tests/ref/checkpoint/test_folder.py
-"""
+"""Checkpoints opened where they lie: the published one at its full size (sparse files), and a small one with content."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A Qwen3.8-Flash-Next checkpoint, written by transformers itself: read in place, and refused however it is wrong.
-
-python -m pytest tests/ref/checkpoint/test_qwen_folder.py
-"""
+"""A Qwen3.8-Flash-Next checkpoint, written by transformers itself: read in place, and refused however it is wrong."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The sample checkpoint: the published layout, numbers that are rows, the same for the same seed.
-
-python -m pytest tests/ref/checkpoint/test_sample.py
-"""
+"""The sample checkpoint: the published layout, numbers that are rows, the same for the same seed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Layers of a checkpoint in DeepSeek-V4.1's layout: from every placement the rows and weights that were drawn.
-
-python -m pytest tests/ref/checkpoint/test_v41.py
-"""
+"""Layers of a checkpoint in DeepSeek-V4.1's layout: from every placement the rows and weights that were drawn."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Reads past the page cache, many at a time: the bytes, what goes wrong under way, and how little the host does.
-
-python -m pytest tests/ref/files/test_direct_reads.py
-"""
+"""Reads past the page cache, many at a time: the bytes, what goes wrong under way, and how little the host does."""
 
 from __future__ import annotations
 

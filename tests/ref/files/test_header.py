@@ -1,7 +1,4 @@
-"""Headers of safetensors files: where the library has the tensors, and nothing that does not add up is believed.
-
-python -m pytest tests/ref/files/test_header.py
-"""
+"""Headers of safetensors files: where the library has the tensors, and nothing that does not add up is believed."""
 
 from __future__ import annotations
 

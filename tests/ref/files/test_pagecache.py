@@ -1,7 +1,4 @@
-"""What the system keeps of a file in memory is counted, of one file, of several and in pieces; and dropped.
-
-python -m pytest tests/ref/files/test_pagecache.py
-"""
+"""What the system keeps of a file in memory is counted, of one file, of several and in pieces; and dropped."""
 
 from __future__ import annotations
 

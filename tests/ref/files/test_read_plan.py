@@ -1,7 +1,4 @@
-"""Which reads bring which rows, against a loop over the rows: every boundary, every cut, every run.
-
-python -m pytest tests/ref/files/test_read_plan.py
-"""
+"""Which reads bring which rows, against a loop over the rows: every boundary, every cut, every run."""
 
 from __future__ import annotations
 

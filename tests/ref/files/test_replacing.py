@@ -1,7 +1,4 @@
-"""Files that are complete or absent: the umask, links, devices, and what a killed process leaves.
-
-python -m pytest tests/ref/files/test_replacing.py
-"""
+"""Files that are complete or absent: the umask, links, devices, and what a killed process leaves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Reads of rows: their threads and descriptors, errors of the disk, and systems that refuse or return less.
-
-python -m pytest tests/ref/files/test_row_reader.py
-"""
+"""Reads of rows: their threads and descriptors, errors of the disk, and systems that refuse or return less."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A table whose rows lie in several tensors, of one file and more: read as if it lay in one.
-
-python -m pytest tests/ref/files/test_shards.py
-"""
+"""A table whose rows lie in several tensors, of one file and more: read as if it lay in one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Files that are read whole: none that would wait, never end or fill memory.
-
-python -m pytest tests/ref/files/test_small_files.py
-"""
+"""Files that are read whole: none that would wait, never end or fill memory."""
 
 from __future__ import annotations
 

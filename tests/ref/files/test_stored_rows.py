@@ -1,7 +1,4 @@
-"""Rows in files: found or refused with a reason, read whole in any layout, and written so that others can read them.
-
-python -m pytest tests/ref/files/test_stored_rows.py
-"""
+"""Rows in files: found or refused with a reason, read whole in any layout, and written so that others can read them."""
 
 from __future__ import annotations
 

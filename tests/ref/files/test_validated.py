@@ -1,7 +1,4 @@
-"""Files that are not what they were when they were validated: not opened, or refused by the next fetch.
-
-python -m pytest tests/ref/files/test_validated.py
-"""
+"""Files that are not what they were when they were validated: not opened, or refused by the next fetch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Two threads, one hasher or vocabulary on a CPU: bad ids are raised in the call that got them, and change no other.
-
-python -m pytest tests/ref/hashing/test_bad_ids_threads.py
-"""
+"""Two threads, one hasher or vocabulary on a CPU: bad ids are raised in the call that got them, and change no other."""
 
 from __future__ import annotations
 

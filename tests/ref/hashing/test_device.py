@@ -3,8 +3,6 @@
 Integers only, compared by `==`, against the golden numbers of other implementations and against
 `NgramHasher(plan, "numpy")`. A hasher with one constant changed shows that the comparisons would tell. The kernel
 runs on a GPU where there is one, else in Triton's interpreter.
-
-    python -m pytest tests/ref/hashing/test_device.py
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 The definition is `NgramHasher(plan, "numpy")`; every comparison here is `==` on integers. The remainder by
 multiplications gets tests of its own against Python's `%`, and a wrong candidate that these must catch.
-
-    python -m pytest tests/ref/hashing/test_fused.py
 """
 
 from __future__ import annotations

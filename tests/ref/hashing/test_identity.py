@@ -1,7 +1,4 @@
-"""Which vocabulary a plan, a table and a cached map belong to: another one of the same size is told, everywhere.
-
-python -m pytest tests/ref/hashing/test_identity.py
-"""
+"""Which vocabulary a plan, a table and a cached map belong to: another one of the same size is told, everywhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The hasher and what it remembers of sequences: ids in every form, histories, shapes, and what both refuse.
 
 Integers only, compared by `==`, with both backends; against recorded numbers they are held in test_recorded.py.
-
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The plan of the hash: its constants, the pins of every preset, its JSON, and what is no plan.
 
 Everything that a plan promises to refuse is offered to it, be it built or read.
-
 """
 
 from __future__ import annotations
@@ -115,9 +114,7 @@ def test_compressed_size_is_a_positive_integer(size):
 
 
 def test_compressed_size_fits_an_id():
-    with pytest.raises(
-        ValueError, match=r"compressed_size=9223372036854775808 exceeds 2\^63 - 1: ids are 64-bit"
-    ):
+    with pytest.raises(ValueError, match=r"compressed_size=9223372036854775808 exceeds 2\^63 - 1: ids are 64-bit"):
         HashPlan.build(EngramConfig.preset("tiny"), 2**63, 0)
 
 

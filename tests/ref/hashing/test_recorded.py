@@ -2,8 +2,6 @@
 
 Integers only, compared by `==`, with both backends. Wrong candidates, each with one plausible mistake, show that the
 comparison would tell.
-
-    python -m pytest tests/ref/hashing/test_recorded.py
 """
 
 from __future__ import annotations

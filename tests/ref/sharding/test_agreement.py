@@ -1,7 +1,4 @@
-"""What is wrong on one rank is raised on all in the same words; who ends, is late or broke off is lost; nobody hangs.
-
-python -m pytest tests/ref/sharding/test_agreement.py
-"""
+"""What is wrong on one rank is raised on all in the same words; who ends, is late or broke off is lost; nobody hangs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What ranks exchange: bytes by formula, the twin's index stream; and mistakes in it, which the comparison sees.
-
-python -m pytest tests/ref/sharding/test_exchange.py
-"""
+"""What ranks exchange: bytes by formula, the twin's index stream; and mistakes in it, which the comparison sees."""
 
 from __future__ import annotations
 

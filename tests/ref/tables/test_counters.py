@@ -1,7 +1,4 @@
-"""What tables count: rows, hits and bytes by where they were read. They only grow, and rates follow from them.
-
-python -m pytest tests/ref/tables/test_counters.py
-"""
+"""What tables count: rows, hits and bytes by where they were read. They only grow, and rates follow from them."""
 
 from __future__ import annotations
 

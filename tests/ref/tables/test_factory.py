@@ -1,7 +1,4 @@
-"""The factory of tables: rows in files go everywhere; what is no placement, row, device or option is refused.
-
-python -m pytest tests/ref/tables/test_factory.py
-"""
+"""The factory of tables: rows in files go everywhere; what is no placement, row, device or option is refused."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Tables are random bytes (`tests/ref/files/stored_cases.py`) and are compared byte by byte with NumPy's indexing. The
 ways of reading are those of `tests/ref/files/ways.py`.
-
-    python -m pytest tests/ref/tables/test_file.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Rows in fp8: the same bits from every placement, laid as wanted, none with NaN, and no byte more than theirs.
-
-python -m pytest tests/ref/tables/test_fp8_rows.py
-"""
+"""Rows in fp8: the same bits from every placement, laid as wanted, none with NaN, and no byte more than theirs."""
 
 from __future__ import annotations
 

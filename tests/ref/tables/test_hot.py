@@ -1,8 +1,6 @@
 """The hot rows: which they are, that only misses reach the table behind, and what the report counts.
 
 That a hot table gives the right bits is tested with all placements in test_placements.py.
-
-    python -m pytest tests/ref/tables/test_hot.py
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """fp8 rows that a kernel decodes where they lie, in host memory or a device's own: values, bad numbers, what is read.
 
 Without a GPU the kernel runs in Triton's interpreter and both tables serve a CPU; with one, it runs there.
-
-    python -m pytest tests/ref/tables/test_in_place.py
 """
 
 from __future__ import annotations

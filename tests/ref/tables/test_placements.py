@@ -1,8 +1,6 @@
 """Every placement gives the same bits, and refuses the same.
 
 Tables are compared byte by byte with NumPy's indexing. Without a GPU the uva kernel runs in Triton's interpreter.
-
-    python -m pytest tests/ref/tables/test_placements.py
 """
 
 from __future__ import annotations

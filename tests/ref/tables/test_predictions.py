@@ -1,7 +1,4 @@
-"""What was read and what was predicted: counters by hand, pages by a loop over the rows, and what the disk delivered.
-
-python -m pytest tests/ref/tables/test_predictions.py
-"""
+"""What was read and what was predicted: counters by hand, pages by a loop over the rows, and what the disk delivered."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Tables that several processes hold together: the bits of the whole table, whatever is underneath or in front.
 
 What goes wrong on one rank is tested in tests/ref/sharding/test_agreement.py, what is exchanged in test_exchange.py.
-
-    python -m pytest tests/ref/tables/test_sharded.py
 """
 
 from __future__ import annotations

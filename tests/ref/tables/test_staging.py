@@ -1,8 +1,6 @@
 """How rows reach a device: the ring of staging buffers, on a stand-in for a GPU whose copies run as late as they may.
 
 Every safeguard is taken away once, and rows must come out wrong. The same on a real GPU: tests/cuda.
-
-    python -m pytest tests/ref/tables/test_staging.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Rows that are trained: gradients reach them, they are used as they are now, and a table that cannot learn takes none.
-
-python -m pytest tests/ref/tables/test_trained_rows.py
-"""
+"""Rows that are trained: gradients reach them, they are used as they are now, and a table that cannot learn takes none."""
 
 from __future__ import annotations
 

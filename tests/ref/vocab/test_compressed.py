@@ -1,7 +1,4 @@
-"""The map in use: made from an array, called with ids and masks, and what both refuse.
-
-python -m pytest tests/ref/vocab/test_compressed.py
-"""
+"""The map in use: made from an array, called with ids and masks, and what both refuse."""
 
 from __future__ import annotations
 

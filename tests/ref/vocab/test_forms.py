@@ -2,8 +2,6 @@
 
 Every multiplier derives from the size of this map, so it is compared in whole, by `==`; wrong candidates, each with one
 normalisation step lost, show that the comparison would tell.
-
-    python -m pytest tests/ref/vocab/test_forms.py
 """
 
 from __future__ import annotations

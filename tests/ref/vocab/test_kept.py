@@ -1,7 +1,4 @@
-"""Maps that are kept: named by content, library and code, rebuilt where damaged, done without where none can be kept.
-
-python -m pytest tests/ref/vocab/test_kept.py
-"""
+"""Maps that are kept: named by content, library and code, rebuilt where damaged, done without where none can be kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Maps that are published are compared with what was published, however the tokenizer is named.
-
-python -m pytest tests/ref/vocab/test_published.py
-"""
+"""Maps that are published are compared with what was published, however the tokenizer is named."""
 
 from __future__ import annotations
 

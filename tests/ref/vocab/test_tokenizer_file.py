@@ -1,7 +1,4 @@
-"""Where a tokenizer comes from: a file, a folder, the package, the Hub; and what none of them may be.
-
-python -m pytest tests/ref/vocab/test_tokenizer_file.py
-"""
+"""Where a tokenizer comes from: a file, a folder, the package, the Hub; and what none of them may be."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Compiled loops where numba is broken or its cache cannot be written: the same prices, and one word about it.
-
-python -m pytest tests/toy/fast/test_compiling.py
-"""
+"""Compiled loops where numba is broken or its cache cannot be written: the same prices, and one word about it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What goes into a traced run stays the caller's: his lists, what is done to them, and repetitions of them.
-
-python -m pytest tests/toy/tracer/test_arguments.py
-"""
+"""What goes into a traced run stays the caller's: his lists, what is done to them, and repetitions of them."""
 
 from __future__ import annotations
 

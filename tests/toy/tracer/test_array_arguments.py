@@ -1,8 +1,6 @@
 """Arrays that go into a traced run: they compute as NumPy does, and are priced as lists are.
 
 What the operations of arrays read is tested in test_arrays.py.
-
-    python -m pytest tests/toy/tracer/test_array_arguments.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""NumPy arrays under the tracer: the values are NumPy's to the bit, the reads those of the original.
-
-python -m pytest tests/toy/tracer/test_arrays.py
-"""
+"""NumPy arrays under the tracer: the values are NumPy's to the bit, the reads those of the original."""
 
 from __future__ import annotations
 

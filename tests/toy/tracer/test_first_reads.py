@@ -1,8 +1,6 @@
 """A recorded run whose inputs lie otherwise has the trace of the run that really starts so.
 
 Random logs are laid down anew and replayed in full; the programs of the experiment are run in every layout.
-
-    python -m pytest tests/toy/tracer/test_first_reads.py
 """
 
 from __future__ import annotations

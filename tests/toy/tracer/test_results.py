@@ -1,7 +1,4 @@
-"""What a traced function returns is plain: containers hold plain values, and work that is not done yet is refused.
-
-python -m pytest tests/toy/tracer/test_results.py
-"""
+"""What a traced function returns is plain: containers hold plain values, and work that is not done yet is refused."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Traced runs stay apart: values of other runs and second threads are refused; and a trace has a price.
-
-python -m pytest tests/toy/tracer/test_runs.py
-"""
+"""Traced runs stay apart: values of other runs and second threads are refused; and a trace has a price."""
 
 from __future__ import annotations
 

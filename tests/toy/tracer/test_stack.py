@@ -3,8 +3,6 @@
 Why: the fast ways never build the stack, so the only proof is to build it. The oracle below is a list that is
 searched from the top, written from the definition's words; hand-computed traces anchor the oracle itself, logs
 whose depths are known by construction reach sizes that it cannot, and wrong candidates show that it would tell.
-
-    python -m pytest tests/toy/tracer/test_stack.py
 """
 
 from __future__ import annotations
