@@ -63,33 +63,49 @@ def test_interrupting_the_import_is_not_a_broken_numba(broken):
 
 EVERYTHING = """
 import warnings
+sys.modules["triton"] = None  # as if it were not installed either
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     import numpy, torch
     import engram_ref.layer, engram_ref.prefetch
     from engram_ref.config import EngramConfig
     from engram_ref.hashing import HashPlan, NgramHasher
+    from engram_ref.rows import gather
     from engram_ref.tables import make_table
     from engram_ref.tables.file import StoredRows, save_rows
     from engram_ref.rows.rows import Rows
     NgramHasher(HashPlan.build(EngramConfig.preset("tiny"), 97, 2))(numpy.array([[3, 4]]), 1)
 told = [str(warning.message) for warning in told if "numba" in str(warning.message)]
 assert len(told) == 1 and "Numba needs NumPy 2.4 or less" in told[0], told
+assert gather._copy_rows is None
 raw, rows = torch.arange(99 * 33).remainder(120).to(torch.uint8).view(99, 33), torch.tensor([5, 98, 5])
 table = Rows.from_packed(raw)
 save_rows(FILE, table)
-for placement, content in (("device", table), ("host", table), ("file", StoredRows.find(FILE))):
-    with make_table(placement, content) as made:
-        assert torch.equal(made.start(rows).wait(), table.values()[rows])
+plain = torch.arange(99 * 8.0).view(99, 8)
+for placement, content, expected, options in (
+    ("device", table, table.values(), {}),
+    ("host", table, table.values(), {}),
+    ("file", StoredRows.find(FILE), table.values(), {}),
+    ("device", plain, plain, {}),
+    ("hot", plain, plain, {"hot": torch.tensor([5])}),
+):
+    with make_table(placement, content, **options) as made:
+        assert torch.equal(made.start(rows).wait(), expected[rows])
+try:
+    make_table("uva", plain)
+except ValueError as error:
+    print(error)
 """
 
 
-def test_the_package_works_with_a_broken_numba(tmp_path):
+def test_the_package_works_with_a_broken_numba_and_without_triton(tmp_path):
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "__init__.py").write_text(f"raise ImportError({str(ERRORS[0])!r})\n", encoding="utf-8")
     code = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; FILE = {str(tmp_path / 't')!r}\n{EVERYTHING}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("this machine cannot serve placement uva: needs a CUDA device and Triton")
+    assert done.stdout.count("\n") == 1
 
 
 UNCOMPILED = """

@@ -1,4 +1,4 @@
-"""The `config.json` of a checkpoint: the published one is the preset, and every way in which one can be wrong is named."""
+"""The `config.json` of a checkpoint: the published one is the preset, and whatever can be wrong in one is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with the weights of a checkpoint or with their index is said in a sentence that names file and tensor."""
+"""What is wrong with a checkpoint's weights or with their index is said in a sentence that names file and tensor."""
 
 from __future__ import annotations
 

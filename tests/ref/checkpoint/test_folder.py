@@ -1,4 +1,4 @@
-"""Checkpoints opened where they lie: the published one at its full size (sparse files), and a small one with content."""
+"""Checkpoints opened where they lie: the published one at full size (sparse files), and a small one with content."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ def fp8_rows(count: int = 20, width: int = 64) -> Rows:
 
 
 def test_the_format_of_the_shipped_model():
+    assert RowFormat.of(EngramConfig.preset("demo")) == RowFormat(torch.bfloat16, 64)
     row_format = RowFormat.of(EngramConfig.preset("v41-flash"))
     assert row_format == RowFormat(torch.bfloat16, 256, scaled=True)
     assert (row_format.row_bytes, row_format.split_bytes) == (264, (256, 8))

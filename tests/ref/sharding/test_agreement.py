@@ -1,4 +1,4 @@
-"""What is wrong on one rank is raised on all in the same words; who ends, is late or broke off is lost; nobody hangs."""
+"""What is wrong on one rank is raised on all in the same words; who ends, is late or breaks off is lost; none hangs."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
 from engram_ref.layer import build_engram
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
-from engram_ref.tables import RowFormat, make_table
+from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.vocab import CompressedVocab
 from tests.ref.tables.placements import (
@@ -164,37 +162,3 @@ def test_a_refused_hot_table_closes_the_one_behind(monkeypatch):
     with pytest.raises(ValueError, match="row 301 does not exist"):
         make_table("hot", random_values(), hot=torch.tensor([R]))
     assert closed == [R * D * 4]
-
-
-def test_the_format_follows_the_configuration():
-    config = EngramConfig.preset("demo")
-    assert RowFormat.of(config) == RowFormat(torch.bfloat16, 64)
-    assert RowFormat.of(config).row_bytes == config.row_bytes()
-    assert RowFormat.of(EngramConfig.preset("v41-flash")) == RowFormat(torch.bfloat16, 256, scaled=True)
-
-
-WITHOUT_NUMBA_AND_TRITON = """
-import sys
-sys.modules.update(numba=None, triton=None)
-import torch
-from engram_ref.rows import gather
-from engram_ref.tables import make_table
-assert gather._copy_rows is None
-values, rows = torch.randn(50, 8), torch.tensor([3, 49, 3], dtype=torch.int32)
-for placement, options in (("device", {}), ("host", {}), ("hot", {"hot": torch.tensor([3])})):
-    with make_table(placement, values, **options) as table:
-        assert torch.equal(table.start(rows).wait(), values[rows])
-try:
-    make_table("uva", values)
-except ValueError as error:
-    print(error)
-"""
-
-
-def test_numba_and_triton_are_not_needed():
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NUMBA_AND_TRITON], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("this machine cannot serve placement uva: needs a CUDA device and Triton")
-    assert run.stdout.count("\n") == 1

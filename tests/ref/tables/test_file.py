@@ -18,7 +18,7 @@ from engram_ref.files import direct_reads, row_reader
 from engram_ref.files.conventions import BLOCK
 from engram_ref.files.writing import make_header
 from engram_ref.rows.rows import Rows
-from engram_ref.tables import file, make_table
+from engram_ref.tables import file
 from engram_ref.tables.base import counted
 from engram_ref.tables.file import FileTable, StoredRows, predict
 from tests.ref.files.stored_cases import (
@@ -177,14 +177,6 @@ def test_stored_rows_are_the_bytes_of_all_parts(case, way, make):
     assert torch.equal(got, content.packed().parts[0][rows])
 
 
-@pytest.mark.parametrize("case", FP8)
-def test_the_factory_leaves_rows_where_they_are(case, kept):
-    content, rows = random_content(case), random_rows(60)
-    with make_table("file", kept(case, R)) as table:
-        assert table.format == content.format
-        assert_same_bits(fetch(table, rows), content.values(), rows)
-
-
 def test_rows_that_are_not_asked_for_do_not_leak(way, make):
     values = torch.full((R, 33), torch.nan, dtype=torch.float64)
     wanted = torch.arange(3, R, 5)
@@ -242,11 +234,6 @@ def test_a_row_with_nan_is_refused_when_it_is_fetched(case, column, byte, way, m
     assert table.counters() == before
 
 
-def test_nan_in_plain_rows_is_a_value(make):
-    values = torch.full((5, 4), torch.nan)
-    assert_same_bits(fetch(make(values), torch.arange(5)), values, torch.arange(5))
-
-
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -259,26 +246,7 @@ def test_a_closed_table_says_so(make):
             use()
 
 
-def test_rows_that_do_not_exist_are_refused(way, make):
-    table = make("256 B", **way)
-    for row in (R, -1, 2**62):
-        with pytest.raises(ValueError, match=f"row {row} does not exist; the table has rows 0 .. 700"):
-            table.start(torch.tensor([0, row]))
-    assert not any(table.counters().values())
-
-
-def test_a_buffer_that_does_not_fit_is_refused(make):
-    table = make("256 B")
-    with pytest.raises(ValueError, match="3 rows need a contiguous"):
-        table.start(torch.arange(3), torch.empty(4, 64))
-
-
 @pytest.mark.parametrize("threads", [0, -1])
 def test_no_threads_are_refused(threads, found):
     with pytest.raises(ValueError, match=f"threads={threads}: one at least must read"):
         FileTable(found, CPU, threads=threads)
-
-
-def test_bytes_held_are_on_disk(make):
-    assert make("256 B").bytes_held() == {"device": 0, "host": 0, "disk": R * 256}
-    assert make("split").bytes_held() == {"device": 0, "host": 0, "disk": R * 264}

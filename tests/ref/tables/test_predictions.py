@@ -1,4 +1,4 @@
-"""What was read and what was predicted: counters by hand, pages by a loop over the rows, and what the disk delivered."""
+"""What is read and what was predicted: counters by hand, pages by a loop over the rows, and what the disk delivers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that are trained: gradients reach them, they are used as they are now, and a table that cannot learn takes none."""
+"""Rows that are trained: gradients reach them, they are used as they are now; a table that cannot learn takes none."""
 
 from __future__ import annotations
 

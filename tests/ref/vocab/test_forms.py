@@ -14,18 +14,6 @@ from engram_ref.vocab import CompressedVocab, forms, load_tokenizer
 from tests.ref.vocab.loading import steps_without
 
 
-def test_deepseek_v4(vocab_v4):
-    assert len(vocab_v4.ids) == 129_280
-    assert len(vocab_v4) == vocab_v4.size == 99_092
-    assert vocab_v4.digest == "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481"
-
-
-def test_deepseek_v3(vocab_v3):
-    assert len(vocab_v3.ids) == 128_815
-    assert len(vocab_v3) == vocab_v3.size == 98_627
-    assert vocab_v3.digest == "cd48cb62d9cca1baaf08d9e7795ad3d4c22b6c56f0f070178b9e3a52694ea930"
-
-
 def test_digest_is_of_little_endian_int32(vocab_v4):
     assert hashlib.sha256(vocab_v4.ids.astype("<i4").tobytes()).hexdigest() == vocab_v4.digest
 

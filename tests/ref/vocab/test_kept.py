@@ -1,4 +1,4 @@
-"""Maps that are kept: named by content, library and code, rebuilt where damaged, done without where none can be kept."""
+"""Kept maps: named by content, library and code, rebuilt where damaged, done without where none can be kept."""
 
 from __future__ import annotations
 
