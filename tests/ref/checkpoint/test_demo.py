@@ -276,11 +276,6 @@ def test_plain_rows_are_refused_where_fp8_is_configured(tmp_path):
     refuse(tmp_path / "x", r"replace\(row_dtype='bfloat16'\)", config.replace(row_dtype="float8_e4m3fn"), plan)
 
 
-def test_an_unknown_placement_is_refused(saved):
-    with pytest.raises(ValueError, match="no placement 'nowhere'"):
-        load_layer(saved, CONFIG, LAYER, "nowhere")
-
-
 @pytest.mark.parametrize("spoil", [lambda x: x[:-1], lambda x: x[:, :-1], lambda x: x.bfloat16(), lambda x: x[0]])
 def test_a_table_that_does_not_fit_is_not_saved(saved, spoil):
     kept = saved.read_bytes()

@@ -135,16 +135,6 @@ def test_rows_with_a_nan_are_refused_where_they_are_loaded(folder, model, part, 
     assert "row 77" in str(refused.value)
 
 
-def test_a_file_that_was_changed_meanwhile_is_refused(folder):
-    opened = ModelFolder.open(folder)
-    file = opened.tensor(1, "q_weight").path
-    other = opened.tensor(14, "q_weight").path.read_bytes()
-    file.unlink()
-    file.write_bytes(other)
-    with pytest.raises(ValueError, match=r"was changed after it was checked: call ModelFolder\.open again"):
-        load_fusion_v41(opened, 1)
-
-
 def test_another_projection_of_the_same_shape_is_refused(folder):
     opened = ModelFolder.open(folder)
     overwrite(folder, opened.tensor(1, "q_weight"), 5, 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -35,8 +33,6 @@ from tests.ref.tables.placements import (
     random_values,
     ranks_for,
 )
-
-ROOT = Path(__file__).parents[3]
 
 
 @every_case

@@ -177,15 +177,6 @@ def test_stored_rows_are_the_bytes_of_all_parts(case, way, make):
     assert torch.equal(got, content.packed().parts[0][rows])
 
 
-def test_rows_that_are_not_asked_for_do_not_leak(way, make):
-    values = torch.full((R, 33), torch.nan, dtype=torch.float64)
-    wanted = torch.arange(3, R, 5)
-    values[wanted] = wanted[:, None].double()
-    out = torch.full((len(wanted), 33), torch.nan, dtype=torch.float64)
-    assert fetch(cold(make(values, **way)), wanted, out) is out
-    assert (out == wanted[:, None]).all()
-
-
 @pytest.mark.parametrize("shift", [1, 264, -1])
 def test_reading_beside_the_rows_is_noticed(shift, make, way):
     values = random_values(FORMATS["264 B"])

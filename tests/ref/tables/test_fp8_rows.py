@@ -50,15 +50,6 @@ def test_fp8_rows_are_laid_as_wanted(case, split, packed, stored, tmp_path):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "file" not in case])  # files: test_file.py
-def test_fp8_rows_that_were_not_asked_for_are_not_read(case, placed):
-    poisoned = FP8.clone()
-    poisoned[1::2] = 0x7E  # the largest code with a scale of 1/2: no such row is among the others
-    poisoned[CASES[case].get("hot", torch.tensor([0]))] = FP8[CASES[case].get("hot", torch.tensor([0]))]
-    table, rows = placed(case, rows_of(poisoned)), random_rows(300) // 2 * 2
-    assert_bits(fetch(table, rows), FP8[rows])
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if "file" not in case])  # files: test_file.py
 @pytest.mark.parametrize("split", [False, True], ids=["packed", "split"])
 @pytest.mark.parametrize(("column", "byte"), [(5, 0x7F), (5, 0xFF), (65, 0xFF)], ids=["NaN", "-NaN", "scale"])
 def test_fp8_rows_with_nan_are_refused_by_every_placement(case, split, column, byte, placed):

@@ -101,15 +101,6 @@ def test_values_arrive_in_the_buffer_that_is_given(table, raw):
         table.start(there(1), out=buffer)
 
 
-def test_rows_that_are_not_asked_for_are_not_read(make, raw, split):
-    with make(rows_of(raw.clone(), split)) as table:
-        for part in table.in_place().parts:
-            part[::2] = 0xFF
-        got = table.start(there(49, 3, 49)).wait()
-        assert_bits(got, raw[[49, 3, 49]])
-        assert not got.isnan().any()
-
-
 def test_stored_rows_are_the_bytes(table, raw):
     assert torch.equal(table.stored(torch.tensor([49, 0])), raw[[49, 0]])
 

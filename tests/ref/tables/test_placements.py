@@ -85,15 +85,6 @@ def test_a_wrong_candidate_is_caught(wrong):
 
 
 @every_case
-def test_no_row_leaks_that_was_not_asked_for(case, placed):
-    values = torch.full((R, D), float("nan"))
-    rows = torch.tensor([1, 4, 30, 31, R - 2])  # hot and not hot
-    values[rows] = torch.arange(5.0)[:, None]
-    got = fetch(placed(case, values), rows.repeat(3))
-    assert got.cpu().tolist() == values[rows.repeat(3)].tolist()
-
-
-@every_case
 def test_a_buffer_of_the_callers_is_filled_again_and_again(case, placed):
     values = random_values()
     table = placed(case, values)
