@@ -7,7 +7,6 @@ bytes without the NaN that is refused.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import torch
@@ -86,12 +85,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     content = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values()]
     path.write_bytes(make_header(entries, metadata, on_page=next(iter(tensors))) + b"".join(content))
-
-
-def file_bytes(header: dict, body: int = 64) -> bytes:
-    """A safetensors file by hand: any header, and a body of zeros."""
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + bytes(body)
 
 
 def assert_same_bits(got: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
