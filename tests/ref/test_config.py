@@ -215,17 +215,6 @@ def test_frozen(tiny):
     assert tiny.heads == 8
 
 
-def test_fields_are_given_by_name():
-    with pytest.raises(TypeError, match="positional"):
-        EngramConfig((1,), 3, 8, 4, (1000, 1000), 64)
-
-
-def test_two_configurations_side_by_side():
-    demo, v41 = EngramConfig.preset("demo"), EngramConfig.preset("v41-flash")
-    assert (demo.bytes_per_token(), v41.bytes_per_token(), demo.bytes_per_token()) == (4_096, 12_672, 4_096)
-    assert EngramConfig.preset("demo") == demo != v41
-
-
 def test_defaults_are_those_of_the_demo():
     fields = dict(layer_ids=(1, 15), max_ngram=3, heads=8, row_width=64, hidden=1024)
     assert EngramConfig(**fields, table_size_per_order=(129_280 * 5,) * 2) == EngramConfig.preset("demo")

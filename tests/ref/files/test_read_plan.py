@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 
 from engram_ref.files import read_plan
 from engram_ref.files.conventions import BLOCK, round_up
-from engram_ref.files.read_plan import Reads, plan_reads
+from engram_ref.files.read_plan import plan_reads
 from tests.ref.files.stored_cases import R
 
 
@@ -96,13 +95,6 @@ def test_runs_of_reads_are_even_and_one_after_the_other(parts):
     assert all(len(run.first) == len(run) + 1 and run.starts is whole.starts for run in runs)
     assert [0, *(n for run in runs for n in run.first[1:].tolist())] == whole.first.tolist()
     assert [run.first[0] for run in runs[1:]] == [run.first[-1] for run in runs[:-1]]
-
-
-def test_a_plan_does_not_change():
-    reads = plan_reads(np.array([1]), part(8))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        reads.offsets = reads.lengths
-    assert isinstance(reads, Reads)
 
 
 # --- of rows in files -----------------------------------------------------------------------------

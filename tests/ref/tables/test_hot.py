@@ -5,7 +5,6 @@ That a hot table gives the right bits is tested with all placements in test_plac
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import pytest
@@ -287,8 +286,6 @@ def test_a_report_does_not_change_afterwards():
     report = table.report()
     table.start(torch.tensor([7])).wait()
     assert report.lookups == 0 and table.report().lookups == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        report.hits = 3
 
 
 # --- the table behind -------------------------------------------------------------------------------------

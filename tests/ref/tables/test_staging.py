@@ -5,7 +5,6 @@ Every safeguard is taken away once, and rows must come out wrong. The same on a 
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -239,12 +238,6 @@ def test_bytes_that_were_copied_are_counted(gpu):
     assert gpu.delivery.bytes_copied == 0
     gpu.send(1), gpu.send(1, count=7)
     assert gpu.delivery.bytes_copied == 57 * FORMAT.row_bytes
-
-
-def test_a_fetch_does_not_change(gpu):
-    fetch = gpu.send(1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        fetch.values = fetch.arrived
 
 
 def test_threads_take_turns_with_the_staging_buffers(gpu):
