@@ -20,7 +20,7 @@ from engram_ref.config import EngramConfig
 from engram_ref.files.header import read_metadata
 from engram_ref.fusion import DemoFusion
 from engram_ref.hashing import HashPlan, NgramHasher
-from engram_ref.vocab import CompressedVocab
+from engram_ref.vocab import CompressedVocab, kept, load_tokenizer, published, tokenizer_json
 from engram_toy.hashing import NgramHasher as ToyHasher
 from tests.ref.attach.models import VOCAB, make_layers, make_model
 
@@ -137,8 +137,8 @@ def test_a_saved_layer_records_vocabulary_and_pad(tmp_path, silent):
 
 
 def test_half_an_identity_is_told(tmp_path):
-    for kept, given, told in ((BARE, PLAN, "plan"), (PLAN, BARE, "file")):
-        path = saved(tmp_path / "layer.safetensors", kept)
+    for stored, given, told in ((BARE, PLAN, "plan"), (PLAN, BARE, "file")):
+        path = saved(tmp_path / "layer.safetensors", stored)
         with pytest.warns(UserWarning, match=f"only the {told} says vocab_digest: .* is unknown"):
             load_layer(path, CONFIG, given.layer(1)).table.close()
 
@@ -224,21 +224,20 @@ def resign(file, ids):
     file.write_bytes(hashlib.sha256(file.name.encode() + b"\0" + stored).digest() + stored)
 
 
-def test_a_signed_map_is_not_believed(small_tokenizer, tmp_path, vocab_small, vocab_v4, cache_home):
+def test_a_signed_map_is_not_believed(small_tokenizer, tmp_path, vocab_small, monkeypatch):
     CompressedVocab.from_tokenizer(small_tokenizer, tmp_path)
     (file,) = tmp_path.iterdir()
     resign(file, vocab_small.ids)
-    kept = file.read_bytes()
+    stored = file.read_bytes()
     CompressedVocab.from_tokenizer(small_tokenizer, tmp_path)
-    assert file.read_bytes() == kept  # the signature is the writer's
-    for ids in ([0, 1, 2, 3, 4], np.append(vocab_small.ids, 0)):
-        resign(file, ids)
+    assert file.read_bytes() == stored  # the signature is the writer's
+    # Another one as long, in which nothing but a published digest tells it: by the tokens, then by the file.
+    tokens = published.fingerprint(load_tokenizer(small_tokenizer))
+    monkeypatch.setitem(published.KNOWN_MAPS, tokens, vocab_small.digest)
+    for known in ({}, {hashlib.sha256(tokenizer_json(small_tokenizer)).hexdigest(): tokens}):
+        monkeypatch.setattr(kept, "KNOWN_FILES", known)
+        resign(file, np.append(vocab_small.ids[:-1], 0))
         assert CompressedVocab.from_tokenizer(small_tokenizer, tmp_path).digest == vocab_small.digest
-    (tmp_path / "v4").mkdir()
-    (kept,) = (cache_home / "engram").glob("8f9f37ca*.map")
-    # As long as the right one, and published digests are known.
-    resign(tmp_path / "v4" / kept.name, np.append(vocab_v4.ids[:-1], 0))
-    assert CompressedVocab.from_tokenizer(cache_dir=tmp_path / "v4").digest == vocab_v4.digest
 
 
 def test_the_map_of_another_tokenizer_is_not_believed_under_this_name(tmp_path):

@@ -95,6 +95,7 @@ DAMAGE = {
     "nothing mapped": lambda file: store(file, []),
     "signed anew, nothing alike": lambda file: store(file, list(range(tokens_in(file)))),
     "signed anew, all alike": lambda file: store(file, [0] * tokens_in(file)),
+    "a token more": lambda file: store(file, [*np.frombuffer(file.read_bytes()[32:], "<i4"), 0]),
     "five tokens": lambda file: store(file, [0, 1, 2, 3, 4]),
     "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
 }
