@@ -349,9 +349,15 @@ def test_standard_input_that_is_closed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--preset", "qwen38-flash-next"], 0), (["--preset", "none"], 2), (["--help"], 0)]
+    ("arguments", "closed", "code"),
+    [
+        (["--preset", "qwen38-flash-next"], ">&-", 0),
+        (["--help"], ">&-", 0),
+        (["--preset", "none"], ">&-", 2),
+        (["--preset", "none"], "2>&-", 2),
+        (["--preset", "none"], ">&- 2>&-", 2),
+    ],
 )
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_command_that_was_started_without_output_ends_as_any_other(closed, arguments, code):
     """As a daemon's child may be; what is an error does not go to the other stream instead."""
     command = shlex.join([sys.executable, "-m", "engram_ref.plan", *arguments])

@@ -54,8 +54,9 @@ def test_every_installed_command_is_tried():
     assert len(ENTRIES) == 3
 
 
-@pytest.mark.parametrize("module", ["engram_ref.cli", "numpy"])
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    ("name", "module"), [*((name, "numpy") for name in STARTS), *((name, "engram_ref.cli") for name in ENTRIES)]
+)
 def test_ctrl_c_during_imports_ends_in_one_line(name, module):
     done = interrupted(name, module)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", f"{name}: interrupted; nothing was written")

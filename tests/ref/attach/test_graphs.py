@@ -83,15 +83,16 @@ def test_staged_padding_compiles_to_one_graph(plainest, ids):
                 assert not torch.allclose(compiled(ids, mask), want, atol=1e-3)
 
 
-def test_staged_steps_of_a_model_compile_to_one_graph(model, layers, ids):
+def test_staged_steps_of_a_model_compile_to_one_graph(ids):
     """Functionalised, as for a backend that writes kernels; the convolution's past goes on inside the graph."""
+    model, layers = make_model(num_hidden_layers=1), make_layers((0,))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch.no_grad(), attach(model, layers.engrams, layers.plan) as attached, attached.staging():
         cache, parts, addresses = static(model), [], set()
         for t in range(6):
             attached.stage(ids[:, t : t + 1], cache)
             parts.append(compiled(ids[:, t : t + 1], past_key_values=cache).logits)
-            addresses.add(attached._staged.at(1).past.values.data_ptr())
+            addresses.add(attached._staged.at(0).past.values.data_ptr())
         compiled(ids[:, 6:7], past_key_values=cache)  # reads the rows of the step before, and cannot notice
         with pytest.raises(ValueError, match="the cache holds 7 positions, Engram's history 6"):
             attached.stage(ids[:, 7:8], cache)

@@ -192,7 +192,7 @@ def test_a_forward_that_is_interrupted_spoils_none_that_follows(plainest, staged
                 except KeyboardInterrupt as error:
                     kept.append(error)
             assert torch.equal(forward(attached), want), at
-            assert torch.equal(plainest(ids), want), at
+            assert not staged or torch.equal(plainest(ids), want), at
             if made is not None:
                 break
             kept.clear()

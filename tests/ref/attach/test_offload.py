@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import threading
 import warnings
 
 import pytest
@@ -19,6 +18,7 @@ from engram_ref.attach import offload_table, without_table
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
+from tests.ref.threads.together import in_threads
 
 EOS = 7
 BLOCKS = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])  # the first has the table
@@ -127,15 +127,15 @@ def chunked(model, ids, mask, cuts):
     return torch.cat(parts, dim=1)
 
 
-MASKS = {"none": None, "left": slice(0, 5), "right": slice(17, 24), "holes": slice(2, 20, 4)}
+MASKS = {"none": None, "left": slice(0, 4), "right": slice(9, 13), "holes": slice(1, 12, 4)}
 
 
 @pytest.mark.parametrize("side", MASKS)
-@pytest.mark.parametrize("cuts", [[], [1], [9, 10, 11, 20], list(range(1, 24))], ids=["whole", "1", "some", "steps"])
+@pytest.mark.parametrize("cuts", [[], [1], [5, 6, 7, 11], list(range(1, 13))], ids=["whole", "1", "some", "steps"])
 def test_caches_and_padding(model, side, cuts):
-    ids, mask = ids_of(2, 24), None
+    ids, mask = ids_of(2, 13), None
     if MASKS[side] is not None:
-        mask = torch.ones(2, 24, dtype=torch.int64)
+        mask = torch.ones(2, 13, dtype=torch.int64)
         mask[1, MASKS[side]] = 0
     expected = chunked(model, ids, mask, cuts)
     with offload_table(model, "device") as offloaded:
@@ -159,7 +159,7 @@ def test_generate(model, way):
 
     def generate():
         torch.manual_seed(5)
-        given = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, "output_scores": True}
+        given = {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, "output_scores": True}
         return model.generate(ids, return_dict_in_generate=True, eos_token_id=999, **given, **WAYS[way])
 
     expected = generate()
@@ -249,47 +249,30 @@ class _Nothing(nn.Module):
 
 
 def test_compiled():
-    """Without a code generator, whose rounding differs with where a graph ends, compiled is as it was written."""
-    model = make_model(num_hidden_layers=1, layer_types=["linear_attention"])
+    """What was compiled with the table in its place does not outlive the change, nor what was compiled without.
+
+    Without a code generator, whose rounding differs with where a graph ends, compiled is as it was written.
+    """
+    model, ids = make_model(num_hidden_layers=1, layer_types=["linear_attention"]), ids_of(2, 12)
     (block,) = model.model.layers
     # What the class computes beside its table is not ours: tracing that takes twice as long as all else.
     block.linear_attn, block.mlp = _Nothing(), _Nothing()
-    ids = ids_of(2, 12)
+    compiled = torch.compile(model, backend="eager")
     expected = logits(model, ids, use_cache=False)
+    assert torch.equal(logits(compiled, ids, use_cache=False), expected)
     with offload_table(model, "device") as offloaded:
-        assert torch.equal(logits(torch.compile(model, backend="eager"), ids, use_cache=False), expected)
+        assert torch.equal(logits(compiled, ids, use_cache=False), expected)
         assert (offloaded.prefetched, offloaded.late) == (1, 0)
-
-
-def test_a_compiled_block_before_and_after():
-    """What was compiled with the table in its place does not outlive the change, nor what was compiled without."""
-    model, ids = make_model(), ids_of(2, 12)
-    expected = logits(model, ids)
-    model.get_submodule("model.layers.0.ple").compile(backend="eager")
-    assert torch.equal(logits(model, ids), expected)
-    with offload_table(model, "device") as offloaded:
-        assert torch.equal(logits(model, ids), expected)
-        assert (offloaded.prefetched, offloaded.late) == (1, 0)
-    assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(compiled, ids, use_cache=False), expected)
 
 
 def test_threads(model):
-    batches = [ids_of(1, 30, seed) for seed in range(6)]
+    batches = [ids_of(1, 30, seed) for seed in range(3)]
     expected = [logits(model, ids) for ids in batches]
-    found = [None] * len(batches)
-
-    def work(at):
-        for _ in range(4):
-            found[at] = logits(model, batches[at])
-
     with offload_table(model, "device") as offloaded:
-        threads = [threading.Thread(target=work, args=(at,)) for at in range(len(batches))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = in_threads(lambda n: [logits(model, batches[n]) for _ in range(2)], len(batches))
         assert offloaded.prefetched
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(ours, want) for each, want in zip(found, expected, strict=True) for ours in each)
 
 
 def test_an_error_in_a_forward_leaves_room_for_the_next(model):

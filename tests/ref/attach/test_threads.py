@@ -13,20 +13,9 @@ from engram_ref.attach import attach
 from engram_ref.hashing import NgramHasher
 from engram_ref.prefetch import Prefetcher
 from tests.ref.attach.models import by_hand, make_ids, make_layers, make_model
+from tests.ref.threads.together import in_threads
 
 THREADS = 4
-
-
-def in_threads(work, count=THREADS):
-    """What `work` gives for 0 .. count - 1, all begun together."""
-    together = threading.Barrier(count)
-
-    def run(number):
-        together.wait(10)
-        return work(number)
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count), timeout=60))
 
 
 def logits(model, ids):
@@ -43,7 +32,7 @@ def test_each_thread_gets_its_own_rows(length, background, model, layers):
 
     def forwards(number):
         with torch.no_grad():
-            return [model(inputs[number]).logits for _ in range(8)]
+            return [model(inputs[number]).logits for _ in range(3)]
 
     with attach(model, layers.engrams, layers.plan, background=background) as attached:
         for got, one in zip(in_threads(forwards), want):

@@ -15,6 +15,7 @@ from engram_ref.files.direct_reads import Queues
 from engram_ref.tables.file import FileTable
 from tests.ref.files.stored_cases import R, assert_same_bits, random_content, store
 from tests.ref.files.ways import CPU, fetch
+from tests.ref.threads.together import in_threads
 
 pytestmark = pytest.mark.skipif(Queues.where_possible() is None, reason="this system reads no files asynchronously")
 
@@ -140,19 +141,10 @@ def test_a_full_system_is_waited_for_if_reads_are_under_way_and_raised_if_not(ta
 
 
 def test_several_threads_have_a_queue_each(table, case):
-    values, found = random_content(case).values(), {}
-
-    def work(seed):
-        found[seed] = [fetch(table, scattered(40, seed + 10 * i)) for i in range(5)]
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in range(4):
+    values = random_content(case).values()
+    for seed, got in enumerate(in_threads(lambda seed: [fetch(table, scattered(40, seed + 10 * i)) for i in range(5)])):
         for i in range(5):
-            assert_same_bits(found[seed][i], values, scattered(40, seed + 10 * i))
+            assert_same_bits(got[i], values, scattered(40, seed + 10 * i))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

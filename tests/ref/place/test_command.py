@@ -126,13 +126,16 @@ def test_a_given_host_size_serves_where_the_system_says_none(monkeypatch, capsys
     assert "give --host" in capsys.readouterr().err
 
 
-def test_it_answers_without_torch():
+def test_it_answers_without_torch(tmp_path):
+    (tmp_path / "short.txt").write_text("a few words " * 64)
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from engram_ref.place.command import main\n"
-        "main(['--preset', 'tiny', '--gpu', '1GB', '--host', '1GB', '--disk', '1GB'])"
+        "main(['--preset', 'tiny', '--gpu', '1GB', '--host', '1GB', '--disk', '1GB', '--text', sys.argv[1]])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "short.txt"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "take " in done.stdout, done.stderr
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engram_ref.files.texts import read_text
 from engram_ref.place import energy, price, reads, table
 from engram_ref.place.answer import OF_RANKS, WITH_GPU, WITHOUT_GPU
 from engram_ref.place.formulas import (
@@ -215,4 +214,4 @@ def test_a_text_that_is_too_short_is_refused():
 
 
 def test_more_tokens_a_step_than_the_text_has_count_as_all_distinct():
-    assert count_reads(Model.of("tiny"), read_text(None), (1 << 20,)).distinct == {1 << 20: 1.0}
+    assert count_reads(Model.of("tiny"), ("short.txt", "a few words " * 64), (1 << 20,)).distinct == {1 << 20: 1.0}

@@ -25,7 +25,6 @@ CASES = {
     "hot, device behind": {"hot": torch.arange(R), "behind": "device"},
     "sharded": {},  # by one rank; by several: test_sharded.py
 }
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 every_case = pytest.mark.parametrize("case", CASES)
 
 

@@ -469,7 +469,7 @@ def test_a_table_that_differs_in_one_value_is_refused(name, row, stored, tmp_pat
 @pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
 @pytest.mark.parametrize("packed", [None, True, False])
 @pytest.mark.parametrize("given", ["packed", "split"])
-@pytest.mark.parametrize("column", [0, 63, 64, 65], ids=["first code", "last code", "first scale", "last scale"])
+@pytest.mark.parametrize("column", [63, 64], ids=["last code", "first scale"])
 def test_fp8_rows_that_differ_in_one_code_or_scale_are_refused(name, column, given, packed, stored, tmp_path):
     def rows(raw):
         found = getattr(Rows.from_packed(raw), given)()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from engram_ref.threads.errands import Done, Errand, Later, Pool, call_off
+from tests.ref.threads.together import in_threads
 
 
 @pytest.fixture
@@ -65,13 +66,8 @@ def test_what_is_left_for_later_is_done_once_by_whoever_waits():
     calls = []
     later = Later(lambda: calls.append("done") or object())
     assert calls == []
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(later.wait())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert calls == ["done"] and len(found) == 4 and len(set(map(id, found))) == 1
+    found = in_threads(lambda _: later.wait())
+    assert calls == ["done"] and len(set(map(id, found))) == 1
 
 
 @pytest.mark.parametrize("error, again", [(OSError("gone"), OSError), (KeyboardInterrupt(), RuntimeError)])
