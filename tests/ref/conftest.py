@@ -7,6 +7,14 @@ import sys
 import pytest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kept_maps(cache_home):
+    """Maps of vocabularies are kept in this run's folder, which other processes are told of, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_locked():
     """Fails a test that leaves memory locked in the stand-in for CUDA's runtime, as it would stay locked in CUDA."""

@@ -163,8 +163,7 @@ def test_a_bus_brings_something_in_time(text):
         end_to_end_options._bus(text)
 
 
-def test_a_sample_that_no_disk_holds_is_refused_before_it_is_written(tmp_path, monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_a_sample_that_no_disk_holds_is_refused_before_it_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"\d+ bytes do not fit onto the disk of .*: take smaller tables"):
         sample.write_sample(tmp_path, sample.sample_config(first_prime=2_000_000_000))
     assert list(tmp_path.iterdir()) == []

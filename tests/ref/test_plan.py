@@ -25,16 +25,9 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
 
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-
-
 @pytest.fixture(scope="module")
-def flash(cache_home):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        return constants("v41-flash")
+def flash():
+    return constants("v41-flash")
 
 
 @pytest.fixture

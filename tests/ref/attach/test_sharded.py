@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 
@@ -153,15 +152,13 @@ def test_layers_outside_of_the_model_drift_apart_and_it_is_told_once():
 # --- the example ---------------------------------------------------------------------------------------------
 
 
-def example(rank, folder, cache_home):
-    os.environ["XDG_CACHE_HOME"] = str(cache_home)
+def example(rank, folder):
     return sharded_generate.report(ModelFolder.open(folder), 3)
 
 
-def test_the_example_generates_on_two_ranks(tmp_path, vocab_v4, cache_home, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_the_example_generates_on_two_ranks(tmp_path, vocab_v4):
     sharded_generate.write_checkpoint(tmp_path / "model")
-    first, second = run_ranks(2, example, tmp_path / "model", cache_home)
+    first, second = run_ranks(2, example, tmp_path / "model")
     assert first.startswith("rank 0 of 2: 9 + 3 tokens, holds 7,1") and second.startswith("rank 1 of 2: 10 + 7 tokens")
     assert "as the plan says" in first and "to the bit" in second
 

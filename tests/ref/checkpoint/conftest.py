@@ -1,13 +1,8 @@
-"""Fixtures of the checkpoints' tests: a folder that a test may spoil, and where maps are kept meanwhile."""
+"""Fixtures of the checkpoints' tests: a folder that a test may spoil."""
 
 from __future__ import annotations
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ LAYERS = [1, 14]
 
 
 @pytest.fixture(scope="module")
-def model(sample_folder, cache_home):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        return ModelFolder.open(sample_folder)
+def model(sample_folder):
+    return ModelFolder.open(sample_folder)
 
 
 def drawn(model, layer_id, part):

@@ -9,8 +9,7 @@ from tests.ref.guides.pages import run_page, text_of
 PAGE = "put-engram-into-your-model.md"
 
 
-def test_the_guide_runs(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_the_guide_runs():
     blocks, names = run_page(PAGE)
     assert len(blocks) == 9
     assert names["tokens"].shape == (1, 11) and names["logits"].isfinite().all()

@@ -154,8 +154,7 @@ def test_a_damaged_record_is_refused(text):
 
 
 @pytest.fixture
-def folder(sample_folder, tmp_path, monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def folder(sample_folder, tmp_path):
     return shutil.copytree(sample_folder, tmp_path / "model")
 
 
