@@ -1,7 +1,5 @@
 """Commands of `bench` run in this process, as a shell would run them: no second interpreter, no second torch."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

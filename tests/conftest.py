@@ -4,8 +4,6 @@ Imports that are not in the standard library stay inside the fixtures, so that t
 twin also collect where none of them is installed. No test touches the network.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import json

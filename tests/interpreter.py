@@ -5,8 +5,6 @@ of a device function it replaces them once more, a millisecond and a half for no
 and shape anew, though a kernel has a few of either; described and refused is the same as before.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -10,8 +10,6 @@ environment is kept and brought up to date the next time. One line is printed fo
 lies beside its environment.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess

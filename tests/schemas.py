@@ -1,7 +1,5 @@
 """Validators of results files. Each schema is itself checked once: `jsonschema.validate` does that at every call."""
 
-from __future__ import annotations
-
 import functools
 
 from jsonschema import Draft202012Validator

@@ -1,7 +1,5 @@
 """Findings rest on evidence: no number in them is typed, and what others published is in one file with its source."""
 
-from __future__ import annotations
-
 import json
 import re
 

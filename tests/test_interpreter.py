@@ -1,7 +1,5 @@
 """Triton's interpreter, made quicker for the tests: what it describes, converts and refuses is what it was."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

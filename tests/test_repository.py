@@ -1,7 +1,5 @@
 """Rules of the repository that no linter knows: functions stay small, documents show results, no stray files."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

@@ -4,8 +4,6 @@ What stands in ROOMS on the left may import what stands on its right, nothing el
 of a package, or a file at its root; modules are found by walking the packages, so that a new folder cannot escape.
 """
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Offline and short: nothing is downloaded, and what it depends on is borrowed from the environment of the tests.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

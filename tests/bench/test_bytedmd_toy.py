@@ -1,7 +1,5 @@
 """The command from end to end, on a small job: its evidence, its figures, its errors."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """`bench/compare.py` on committed files of every kind, and each verdict by a case of its own."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import io

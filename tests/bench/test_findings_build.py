@@ -1,7 +1,5 @@
 """`bench/findings.py`: finished steps are not run again, and files that hold the same prices are left alone."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The script for CUDA machines, as far as it can be read: its calls, limits and order; tests/rehearsal runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

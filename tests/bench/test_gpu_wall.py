@@ -1,7 +1,5 @@
 """The hardware benchmark end to end where there is no GPU: what it measures, what it refuses, what it leaves behind."""
 
-from __future__ import annotations
-
 import json
 import resource
 import subprocess

@@ -1,7 +1,5 @@
 """The lookup alone: what is timed on a CPU, how the device's clock is used on CUDA, and what the table says."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys

@@ -1,7 +1,5 @@
 """Production scale: the streams are the twin's, every part gives valid records, and the tables say what they hold."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """`bench/verdict.py`: the whole answer, on one screen, and what it is not concluded from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

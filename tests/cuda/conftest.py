@@ -3,8 +3,6 @@
 ENGRAM_STRESS_STEPS=1000 python -m pytest tests/cuda       where minutes count: a tenth of the steps under stress
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

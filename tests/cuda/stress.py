@@ -1,7 +1,5 @@
 """How long the stress tests are: whole where there is time, shorter where ENGRAM_STRESS_STEPS says so."""
 
-from __future__ import annotations
-
 import os
 
 

@@ -1,7 +1,5 @@
 """Engram in a decoder on a GPU: every placement gives the same bits, also compiled, and captured in a CUDA graph."""
 
-from __future__ import annotations
-
 import warnings
 from contextlib import ExitStack
 

@@ -1,7 +1,5 @@
 """A captured step calls the CPU while it runs, on a GPU: rows to the bit, run after run, and an end of waiting."""
 
-from __future__ import annotations
-
 import time
 from contextlib import contextmanager
 

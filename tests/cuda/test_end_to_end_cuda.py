@@ -1,7 +1,5 @@
 """A whole small model served on a GPU: every placement chooses the same tokens, in graphs and without them."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -3,8 +3,6 @@
 The kernel's own tests, tests/ref/rows/test_kernels.py and test_in_place.py, run on the GPU too where there is one.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

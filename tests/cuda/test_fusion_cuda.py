@@ -1,7 +1,5 @@
 """Gate and convolution as one kernel, on a GPU: against float64, in a captured graph, and counted."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

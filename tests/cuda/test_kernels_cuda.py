@@ -4,8 +4,6 @@ The kernels' own tests, tests/ref/rows/test_kernels.py and test_uva.py, run on t
 what only a GPU has: registered memory in several pieces, streams that race, and a CPU that must not be stopped.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The layer on a GPU, in both forms: what it computes on a CPU, in every dtype, in one shot and in chunks."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -4,8 +4,6 @@ What needs no GPU is in tests/ref/lookup/test_device.py. Here the threads of a p
 and a graph really replays.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

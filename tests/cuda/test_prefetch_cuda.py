@@ -4,8 +4,6 @@ Every safeguard is taken away by a patch, while the GPU is kept busy in the plac
 must be waited for is delayed, a consumer that still needs its rows is delayed.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import numpy as np

@@ -4,8 +4,6 @@ What needs no GPU is in tests/bench/reads. Here loads are as wide as they are co
 the wrong word faults, or finds another lane's.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

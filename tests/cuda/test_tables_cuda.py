@@ -1,7 +1,5 @@
 """Tables on a GPU: every placement gives the same bits there, and page-locking keeps its promises."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -5,8 +5,6 @@ python -m tests.fuzz --share 0.02           a fiftieth of it
 python -m tests.fuzz --only headers kills   some kinds
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

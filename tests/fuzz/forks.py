@@ -3,8 +3,6 @@
 python -m tests.fuzz --only forks
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import tempfile

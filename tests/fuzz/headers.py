@@ -3,8 +3,6 @@
 python -m tests.fuzz --only headers
 """
 
-from __future__ import annotations
-
 import json
 import random
 import tempfile

@@ -5,8 +5,6 @@ Its processes are forked from one that has imported everything, so that kills fa
 python -m tests.fuzz --only kills
 """
 
-from __future__ import annotations
-
 import faulthandler
 import itertools
 import json

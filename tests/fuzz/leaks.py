@@ -3,8 +3,6 @@
 python -m tests.fuzz --only leaks
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import tempfile

@@ -3,8 +3,6 @@
 python -m tests.fuzz --only prefetch
 """
 
-from __future__ import annotations
-
 import random
 import threading
 from typing import Any

@@ -3,8 +3,6 @@
 python -m tests.fuzz --only programs
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings

@@ -1,7 +1,5 @@
 """A command of a moment, for the kills to be tried on; torch is not imported, as every process imports this anew."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -3,8 +3,6 @@
 python -m pytest tests/fuzz
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import json

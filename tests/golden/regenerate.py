@@ -8,8 +8,6 @@ difference means that the code or NumPy went wrong, so write the file anew only 
     python tests/golden/regenerate.py              # write the file
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

@@ -3,8 +3,6 @@
 python -m pytest tests/price
 """
 
-from __future__ import annotations
-
 import io
 import json
 import sys

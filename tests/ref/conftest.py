@@ -1,7 +1,5 @@
 """Fixtures of the reference's tests."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

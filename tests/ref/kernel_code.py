@@ -4,8 +4,6 @@ an H100 (all others). Prints JSON by kernel; in a process of its own, for Triton
     env -u TRITON_INTERPRET TRITON_DUMP_PTXAS_LOG=1 TRITON_CACHE_DIR=EMPTY python -m tests.ref.kernel_code
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

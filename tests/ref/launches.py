@@ -3,8 +3,6 @@
 with Launches() as counted: ...  # counted.names: every operation that is no view and makes no memory, in order
 """
 
-from __future__ import annotations
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of what is left over when views are told by their schema; a scalar stays on the CPU.

@@ -3,8 +3,6 @@
 found = run_ranks(3, function, argument)            # function(rank, argument) in each, over gloo; what they return
 """
 
-from __future__ import annotations
-
 import datetime
 import multiprocessing
 import os

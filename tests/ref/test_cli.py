@@ -1,7 +1,5 @@
 """Numbers of command lines: refused in one line where no memory or patience would be enough."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -1,7 +1,5 @@
 """A numba that is installed and broken: told once, in one line with the versions, and everything works without it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The configuration: what it costs per token, by hand-computed numbers, and what it refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

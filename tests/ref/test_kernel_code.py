@@ -3,8 +3,6 @@
 The interpreter, which runs the kernels in all other tests here, shows none of it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The layer from row numbers on, in both forms: every way to hand in rows, new layers, and what is refused."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """numba's cache of loops: which sources count for it, and that it is done without where there can be none."""
 
-from __future__ import annotations
-
 import ast
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Without torch, whatever needs it says in one line how to get it, and the rest works as before."""
 
-from __future__ import annotations
-
 import pkgutil
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 command does with input that is wrong.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

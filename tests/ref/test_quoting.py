@@ -1,7 +1,5 @@
 """Foreign text in messages: always one printable line, always short, made in bounded work."""
 
-from __future__ import annotations
-
 import ast
 import json
 import time

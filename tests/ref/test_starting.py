@@ -1,7 +1,5 @@
 """Ctrl-C while a command imports its modules: one line and code 130, as later, whatever is being imported."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -4,8 +4,6 @@ python -m tests.rehearsal bench/gpu_wall.py --device cuda ...
 python -m tests.rehearsal -m pytest tests/cuda/test_tables_cuda.py
 """
 
-from __future__ import annotations
-
 import importlib
 import runpy
 import sys

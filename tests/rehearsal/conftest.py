@@ -1,7 +1,5 @@
 """The server that runs the tests' commands on the stand-in: torch and transformers are imported once for all."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

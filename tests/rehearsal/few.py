@@ -3,8 +3,6 @@
 What needs the device to be slower than the host (delays, races, stress) proves nothing where nothing is concurrent.
 """
 
-from __future__ import annotations
-
 import pytest
 
 _JUDGED = ("test_locked_memory_is_known_to_torch_and_can_be_locked_again", "test_row_numbers_on_the_cpu_are_refused")

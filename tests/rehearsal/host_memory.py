@@ -4,8 +4,6 @@
 together with its tensor.
 """
 
-from __future__ import annotations
-
 import weakref
 
 import torch

@@ -7,8 +7,6 @@ The command runs with the client's files, folder and environment, gets the SIGIN
 is killed when the client is.
 """
 
-from __future__ import annotations
-
 import array
 import functools
 import gc

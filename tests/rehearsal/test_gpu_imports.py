@@ -1,7 +1,5 @@
 """Whatever runs on the GPU machine imports only what that machine has, by a list of its packages of a given day."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The lookup alone with other ways to read rows, as a GPU runs it, on the stand-in: what a results file has of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The GPU plan's own script at toy sizes on the stand-in: what comes back, and what a cut at any moment leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Every guard of the stand-in fires, and what it replays is what eager decoding gives, to the bit."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess

@@ -3,8 +3,6 @@
 Triton's interpreter runs one program after the other, so that programs are given more to do each.
 """
 
-from __future__ import annotations
-
 import functools
 
 TEXT_BYTES = 1 << 16

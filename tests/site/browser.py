@@ -3,8 +3,6 @@
 No name is resolved but this machine's. What a page asks for, and what it complains of, is noted as it happens.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """The site, built once, served locally, read by headless Chromium; skipped with a reason where either is missing."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

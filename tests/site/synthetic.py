@@ -1,7 +1,5 @@
 """Made-up data of the right shape for the interactive pages: every class occurs, and no two points are alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 AXES = {

@@ -1,7 +1,5 @@
 """Data scripts, schema tables, commands and start page, apart from a browser."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

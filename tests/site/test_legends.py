@@ -1,7 +1,5 @@
 """Whoever reads a table of results finds what its columns mean on the same page, not in a command's --help."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """The site in a browser: the interactive pages show what was computed, complain of nothing, and ask no other host."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from urllib.parse import urlencode

@@ -1,7 +1,5 @@
 """The reference pages have every class and function that users are told of, or could import by a package's name."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

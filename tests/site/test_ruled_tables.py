@@ -1,7 +1,5 @@
 """Printed tables become tables of Markdown with every cell as it was printed; what is no table stays as it was."""
 
-from __future__ import annotations
-
 import re
 
 from bench.fill_docs import DOCUMENTS, ROOT

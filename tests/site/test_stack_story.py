@@ -1,7 +1,5 @@
 """The steps that the site shows are the tracer's: depths, prices, and what is live."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

@@ -3,8 +3,6 @@
 Shares no code with `engram_toy`: it logs events with their operands and replays them once last uses are known.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 

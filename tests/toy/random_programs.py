@@ -7,8 +7,6 @@ How to run more of them than the suite does:
     TOY_PROGRAMS=9000 python -m pytest tests/toy/test_random_programs.py
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The tracer against the original's recorded traces, against a literal oracle, and at its edges."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

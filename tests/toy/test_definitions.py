@@ -1,7 +1,5 @@
 """The other definitions and the floor: golden programs, brute force on tiny ones, order relations, wrong candidates."""
 
-from __future__ import annotations
-
 import json
 import operator
 import random

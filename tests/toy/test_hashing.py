@@ -3,8 +3,6 @@
 What both twins are asked together is in `tests/cross`.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

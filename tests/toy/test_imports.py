@@ -1,7 +1,5 @@
 """The twin needs nothing but Python: imported and run where nothing else can be imported."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 The number of programs is TOY_PROGRAMS (150 if it is not set); see `random_programs`.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 from hypothesis import given, settings

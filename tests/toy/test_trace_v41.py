@@ -1,7 +1,5 @@
 """The V4.1 layer under the tracer: nothing escapes, every code and scale is seen, and the price is the definition's."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Where the original ByteDMD is installed (`pip install '.[upstream]'`), every depth is compared with its own."""
 
-from __future__ import annotations
-
 import pytest
 
 from engram_toy.bytedmd import traced_eval

@@ -1,7 +1,5 @@
 """Energy by tier: every sum worked out by hand, counts against sets of Python, and what the committed file says."""
 
-from __future__ import annotations
-
 import jsonschema
 import numpy as np
 import pytest

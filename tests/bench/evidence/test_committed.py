@@ -1,7 +1,5 @@
 """What the finding about ByteDMD says in words is what the committed results say in numbers."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the pages say of the runs on a GPU, computed once more from the samples, by other words."""
 
-from __future__ import annotations
-
 import copy
 import json
 import statistics

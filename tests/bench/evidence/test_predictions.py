@@ -1,7 +1,5 @@
 """Predictions of `engram-place` against every committed measurement: how far off each kind may be; none is left out."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 

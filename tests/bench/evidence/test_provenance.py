@@ -1,7 +1,5 @@
 """Committed results were measured by code that is committed."""
 
-from __future__ import annotations
-
 import functools
 import subprocess
 

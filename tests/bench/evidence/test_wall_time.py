@@ -1,7 +1,5 @@
 """The finding's blocks: computed from committed files, and a sentence where there are none."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

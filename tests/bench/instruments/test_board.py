@@ -1,7 +1,5 @@
 """Board state and bus traffic of passes, from a driver, clocks and counters that are fake."""
 
-from __future__ import annotations
-
 import functools
 from types import SimpleNamespace
 

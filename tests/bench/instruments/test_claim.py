@@ -1,7 +1,5 @@
 """The classification at every boundary of its thresholds, and the table that shows it."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

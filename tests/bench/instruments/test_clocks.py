@@ -1,7 +1,5 @@
 """The benchmarks' clock, on a host and a device that are fake: every time is known beforehand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

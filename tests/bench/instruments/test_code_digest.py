@@ -1,7 +1,5 @@
 """A digest changes with all code that is imported, lazily too, with nothing else, and refuses to be one of nothing."""
 
-from __future__ import annotations
-
 import pytest
 
 from bench.instruments.code_digest import code_files, code_sha256

@@ -1,7 +1,5 @@
 """Figures for a phone: the same panels in one column, each with its own labels, and nothing beside them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import subprocess

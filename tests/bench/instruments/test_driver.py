@@ -1,7 +1,5 @@
 """What the driver is asked, with a driver, clocks and events that are fake: every answer is known beforehand."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The interval of a median against every resample there is, and against drawn ones where these are too many."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

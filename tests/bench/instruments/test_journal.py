@@ -1,7 +1,5 @@
 """The journal: whatever kills a run, what was finished is found again, and nothing else is."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """Results go where they can: found out before the work, printed even so, never beside figures of others."""
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Results files as they are read: hostile strings become harmless, and what is not a results file is named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

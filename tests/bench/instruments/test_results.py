@@ -1,7 +1,5 @@
 """Files are complete or absent, and say where they come from."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

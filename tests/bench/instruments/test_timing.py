@@ -1,7 +1,5 @@
 """The clock is fake, so every sample is known."""
 
-from __future__ import annotations
-
 import gc
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The answer in the lab's form: it runs from its folder on any `bytedmd`; the original's prices are our tracer's."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """What the figures of the priced models name: kinds that no bar shows share a key, which says by what rule."""
 
-from __future__ import annotations
-
 from bench.price.figures import KIND_COLOURS, _parts
 
 

@@ -1,7 +1,5 @@
 """Ranks that share tables: the run counts what the plan says, the model agrees, and who waits for whom."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

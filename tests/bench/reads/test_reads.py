@@ -4,8 +4,6 @@ In Triton's interpreter; on a GPU see tests/cuda/test_reads_cuda.py. What a warp
 that Triton makes for an H100, in tests/ref/test_kernel_code.py.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

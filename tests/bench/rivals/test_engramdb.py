@@ -1,7 +1,5 @@
 """What a table in a file is held against, with a fake clock, a fake fio and a fake store."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """fp8 rows against bfloat16 rows: every way fetches the same rows, fresh ones each time, and says what bounds it."""
 
-from __future__ import annotations
-
 import json
 import sys
 

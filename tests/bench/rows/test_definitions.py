@@ -1,7 +1,5 @@
 """Rows under every definition: one small stream worked out by hand, and what the committed file says."""
 
-from __future__ import annotations
-
 from math import isqrt
 
 import jsonschema

@@ -1,7 +1,5 @@
 """What the figures of rows draw and how they name it: against the committed records, and against their own legends."""
 
-from __future__ import annotations
-
 import pytest
 from matplotlib import pyplot as plt
 

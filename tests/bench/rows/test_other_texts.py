@@ -1,7 +1,5 @@
 """Other texts: reuse by counting, one table by hand against sets, packages as they are unpacked; no network."""
 
-from __future__ import annotations
-
 import hashlib
 import tarfile
 import zipfile

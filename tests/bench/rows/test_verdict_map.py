@@ -1,7 +1,5 @@
 """The map of classes: prices by hand on a tiny stream, boundaries by bisection, published models by division."""
 
-from __future__ import annotations
-
 from math import isqrt
 from pathlib import Path
 

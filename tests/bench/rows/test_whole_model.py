@@ -1,7 +1,5 @@
 """Whole models by the bytes of a step: what was published, to the byte, and the price of a cycle, by definition."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

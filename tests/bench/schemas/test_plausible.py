@@ -1,7 +1,5 @@
 """Results files that contradict themselves are refused where they are read, in one line that says where and why."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -5,8 +5,6 @@ lookup 1 %, what prefetching could not hide half a per cent. All samples of a ro
 paired shares are exact; only the second `resident` differs, by 0.1 %.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from bench.served.numbers import NO_LOOKUP

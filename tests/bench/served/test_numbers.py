@@ -1,7 +1,5 @@
 """The overhead taken apart, percentiles, slowed buses, tables and figures: from samples whose answer is known."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The parts of the end-to-end benchmark by themselves: bus, clock, workload, memory, a file that survives, graphs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import runpy

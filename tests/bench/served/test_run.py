@@ -1,7 +1,5 @@
 """The end-to-end benchmark on a CPU: what is served is right, every variant chooses the same tokens, runs continue."""
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """Backbones: sizes as published, Engram before the second block, and a context that no step changes."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """A text in pieces has the ids that it has as a whole: real text, and texts that were written against the cuts."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

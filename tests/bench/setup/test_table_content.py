@@ -1,7 +1,5 @@
 """Synthetic tables: the bytes follow a formula that is written out again here, in plain Python."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

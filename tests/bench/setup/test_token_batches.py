@@ -1,7 +1,5 @@
 """Token batches: each one is a window of the text, none comes twice, and decoding continues what came before."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The lookup's endings and its range: small cases worked out by hand, by the oracle, and the committed results."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The parts of pricing one replay under every layout, at their edges; other tests hold the whole to direct runs."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

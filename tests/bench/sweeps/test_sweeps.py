@@ -1,7 +1,5 @@
 """Sweeps: the same integers as direct runs, the same file however often a run is killed, and what tables make of it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -6,8 +6,6 @@ of a round share one factor of `DRIFT`, so that paired ratios are exact and medi
 second `resident` differs from round to round, by 1 %.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 DRIFT = [1.0, 1.1, 0.9, 1.05, 0.95]

@@ -1,7 +1,5 @@
 """Figures of wall-time results: what they show, read from their artists, and that they are the same every time."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Numbers, tables and schema of wall-time results, on a file whose numbers are known by hand."""
 
-from __future__ import annotations
-
 import copy
 
 import jsonschema

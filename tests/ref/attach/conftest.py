@@ -1,7 +1,5 @@
 """What most tests of an attached model begin with: a model, layers of both forms, token ids."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.ref.attach.models import make_ids, make_layers, make_model

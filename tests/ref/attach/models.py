@@ -1,7 +1,5 @@
 """Small decoders with random weights, Engram layers for them, and what a forward of both is, written out by hand."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

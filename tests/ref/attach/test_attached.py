@@ -1,7 +1,5 @@
 """Engram in a decoder of transformers: the sums of a forward written by hand, and everything as before afterwards."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from unittest import mock
 

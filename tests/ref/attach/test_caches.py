@@ -1,7 +1,5 @@
 """What a forward is given as its past, under whatever name: followed, or refused in one line."""
 
-from __future__ import annotations
-
 import inspect
 from argparse import Namespace
 from collections import UserDict

@@ -1,7 +1,5 @@
 """Copies and pickles with Engram attached: each computes what the original computes, or says what to do instead."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

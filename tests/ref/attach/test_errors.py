@@ -1,7 +1,5 @@
 """Errors with Engram attached: what is refused in a line; forwards, fetches and stagings that fail do no harm."""
 
-from __future__ import annotations
-
 import threading
 from contextlib import nullcontext
 

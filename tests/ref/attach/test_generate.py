@@ -1,7 +1,5 @@
 """`generate` with Engram attached: the history follows the cache, whatever is done to it, or says that it cannot."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Engram in compiled and captured forwards: the same numbers, one graph where it must be one, nothing stale."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 

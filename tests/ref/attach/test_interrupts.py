@@ -1,7 +1,5 @@
 """Ctrl-C inside of `attach`, `offload_table` and forwards, at every step there is: the model is what it was."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import sys

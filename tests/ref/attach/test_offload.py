@@ -2,8 +2,6 @@
 bit, and everything is given back.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import re

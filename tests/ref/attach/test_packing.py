@@ -1,7 +1,5 @@
 """Several sequences in one row: each gives what it gives alone, or the forward is refused by name."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache

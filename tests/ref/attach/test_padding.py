@@ -1,7 +1,5 @@
 """Padding with Engram attached: a padded sequence gives what it gives alone, and no mask is read wrongly."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache

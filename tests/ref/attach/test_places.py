@@ -1,7 +1,5 @@
 """Sequences that come to the places of one cache and leave them: each is what it is by itself, staged or not."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace

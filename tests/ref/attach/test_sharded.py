@@ -1,7 +1,5 @@
 """A model of transformers on two ranks that share its tables: the logits of one process, to the bit in float64."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 

@@ -1,7 +1,5 @@
 """Several threads, one model with Engram: each gets its own rows, or an error that says why not."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor

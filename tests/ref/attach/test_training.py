@@ -1,7 +1,5 @@
 """Training with Engram attached: gradients as by hand, and blocks computed again neither fetch nor remember twice."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

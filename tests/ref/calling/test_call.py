@@ -3,8 +3,6 @@
 The kernels look at memory that another thread writes meanwhile, so question and answer really are of two threads.
 """
 
-from __future__ import annotations
-
 import gc
 import threading
 import time

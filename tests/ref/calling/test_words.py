@@ -1,7 +1,5 @@
 """Words between threads: what is posted is seen, with all that was written before it; waiting ends."""
 
-from __future__ import annotations
-
 import threading
 import time
 

@@ -1,7 +1,5 @@
 """Fixtures of the checkpoints' tests: a folder that a test may spoil."""
 
-from __future__ import annotations
-
 import pytest
 
 

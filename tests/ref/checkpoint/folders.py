@@ -3,8 +3,6 @@
 What a test replaces stands in a folder of links, so that nothing is copied that it leaves alone.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 

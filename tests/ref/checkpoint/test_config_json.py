@@ -1,7 +1,5 @@
 """The `config.json` of a checkpoint: the published one is the preset, and whatever can be wrong in one is named."""
 
-from __future__ import annotations
-
 import pytest
 
 from engram_ref.checkpoint.config_json import config_fields, read_config, table_rows

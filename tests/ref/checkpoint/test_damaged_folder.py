@@ -1,7 +1,5 @@
 """What is wrong with a checkpoint's weights or with their index is said in a sentence that names file and tensor."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

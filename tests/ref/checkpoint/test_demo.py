@@ -1,7 +1,5 @@
 """A layer in a file: round trips, the demo's own checkpoint, and everything that must not be loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Checkpoints opened where they lie: the published one at full size (sparse files), and a small one with content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import lzma

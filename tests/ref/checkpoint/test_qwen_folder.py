@@ -1,7 +1,5 @@
 """A Qwen3.8-Flash-Next checkpoint, written by transformers itself: read in place, and refused however it is wrong."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The sample checkpoint: the published layout, numbers that are rows, the same for the same seed."""
 
-from __future__ import annotations
-
 import json
 import os
 

@@ -1,7 +1,5 @@
 """Layers of a checkpoint in DeepSeek-V4.1's layout: from every placement the rows and weights that were drawn."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

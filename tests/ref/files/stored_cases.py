@@ -4,8 +4,6 @@ Plain rows are random bytes, so that NaN with any payload, -0.0 and denormals ar
 bytes without the NaN that is refused.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

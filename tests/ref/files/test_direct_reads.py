@@ -1,7 +1,5 @@
 """Reads past the page cache, many at a time: the bytes, what goes wrong under way, and how little the host does."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

@@ -1,7 +1,5 @@
 """Headers of safetensors files: where the library has the tensors, and nothing that does not add up is believed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What the system keeps of a file in memory is counted, of one file, of several and in pieces; and dropped."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

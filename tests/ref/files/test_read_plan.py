@@ -1,7 +1,5 @@
 """Which reads bring which rows, against a loop over the rows: every boundary, every cut, every run."""
 
-from __future__ import annotations
-
 import itertools
 from types import SimpleNamespace
 

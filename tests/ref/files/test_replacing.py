@@ -1,7 +1,5 @@
 """Files that are complete or absent: the umask, links, devices, and what a killed process leaves."""
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

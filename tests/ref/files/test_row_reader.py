@@ -1,7 +1,5 @@
 """Reads of rows: their threads and descriptors, errors of the disk, and systems that refuse or return less."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import importlib.util

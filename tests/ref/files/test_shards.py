@@ -1,7 +1,5 @@
 """A table whose rows lie in several tensors, of one file and more: read as if it lay in one."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Files that are read whole: none that would wait, never end or fill memory."""
 
-from __future__ import annotations
-
 import os
 import tracemalloc
 

@@ -1,7 +1,5 @@
 """Rows in files: found or refused with a reason, read whole in any layout, and written so that others can read them."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import os

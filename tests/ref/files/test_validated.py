@@ -1,7 +1,5 @@
 """Files that are not what they were when they were validated: not opened, or refused by the next fetch."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 Ways that a machine lacks are taken by hiding the others.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Fixtures of all fusions; the blocks are small for V4.1's gate, and another module says itself how small."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

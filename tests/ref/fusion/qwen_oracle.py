@@ -5,8 +5,6 @@
 The class came with transformers 5.16; a transformers without it makes the tests that need it skip, and say so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any

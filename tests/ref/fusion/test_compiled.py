@@ -4,8 +4,6 @@ A compiler may put the write to a history before the reads of it, if it misses t
 did. What is written is therefore made of what was there, which no order of operations can overlook.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd

@@ -1,7 +1,5 @@
 """Gate and short convolution: against the demo's recorded layer, against plain PyTorch, and in chunks."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

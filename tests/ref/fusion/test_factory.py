@@ -1,7 +1,5 @@
 """One call for all forms of the fusion, the form that a configuration names, and what each form refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -5,8 +5,6 @@ operations in the same dtype are, and half a step of the dtype more: each rounds
 of their own.
 """
 
-from __future__ import annotations
-
 import importlib
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Marked positions of every form: whatever stands there, a NaN too, reaches no other position and no weight."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Projections with plain and with fp8 weights: the same bits, the checkpoint's names, and what is refused at load."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

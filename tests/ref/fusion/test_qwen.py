@@ -4,8 +4,6 @@ The class computes its norms in float32 whatever it is given. It is compared as 
 these norms in float64, within what another order of sums changes.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

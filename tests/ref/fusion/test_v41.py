@@ -1,7 +1,5 @@
 """The gate of V4.1 against the plain formula: zeros, eps, the single rounding, gradients, and what is refused."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

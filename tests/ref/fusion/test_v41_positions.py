@@ -1,7 +1,5 @@
 """Positions of V4.1's gate: dead ones come out as they went in, none touches another, and blocks change nothing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -4,8 +4,6 @@ The record has no inner product of 0 and no tiny mean square, and is not rounded
 itself, in test_v41.py.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The weights of V4.1's gate: fp8 or decoded, the same bits; names and shapes as checkpoints have them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

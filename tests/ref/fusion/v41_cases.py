@@ -1,7 +1,5 @@
 """V4.1's gate for tests: layers in which every weight matters, their inputs, and the formula in plain PyTorch."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The examples of a page: its Python blocks, run one after the other with the same names."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

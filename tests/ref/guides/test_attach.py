@@ -1,7 +1,5 @@
 """The page "Put Engram into your model" runs from top to bottom; what of it does not run says so."""
 
-from __future__ import annotations
-
 import re
 
 from tests.ref.guides.pages import run_page, text_of

@@ -1,7 +1,5 @@
 """The page about Qwen3.8-Flash-Next runs from top to bottom."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

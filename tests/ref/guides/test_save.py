@@ -1,7 +1,5 @@
 """The page "Save and load" runs from top to bottom: what is kept is kept, what is refused is refused."""
 
-from __future__ import annotations
-
 from tests.ref.guides.pages import run_page
 
 

@@ -1,7 +1,5 @@
 """Fixtures of the hash's tests: records, and plans that most of them take."""
 
-from __future__ import annotations
-
 import pytest
 
 from engram_ref.config import EngramConfig

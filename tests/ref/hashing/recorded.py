@@ -4,8 +4,6 @@ Rows are integers and are compared by `==`, or by their digest where a record ha
 hash in plain Python, with one plausible mistake or none.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

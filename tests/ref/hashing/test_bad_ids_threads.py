@@ -1,7 +1,5 @@
 """Two threads, one hasher or vocabulary on a CPU: bad ids are raised in the call that got them, and change no other."""
 
-from __future__ import annotations
-
 import sys
 import threading
 

@@ -5,8 +5,6 @@ Integers only, compared by `==`, against the golden numbers of other implementat
 runs on a GPU where there is one, else in Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import sys

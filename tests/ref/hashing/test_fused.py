@@ -4,8 +4,6 @@ The definition is `NgramHasher(plan, "numpy")`; every comparison here is `==` on
 multiplications gets tests of its own against Python's `%`, and a wrong candidate that these must catch.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Which vocabulary a plan, a table and a cached map belong to: another one of the same size is told, everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

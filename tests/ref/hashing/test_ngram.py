@@ -3,8 +3,6 @@
 Integers only, compared by `==`, with both backends; against recorded numbers they are held in test_recorded.py.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import numpy as np

@@ -3,8 +3,6 @@
 Everything that a plan promises to refuse is offered to it, be it built or read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

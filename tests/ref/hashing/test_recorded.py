@@ -4,8 +4,6 @@ Integers only, compared by `==`, with both backends. Wrong candidates, each with
 comparison would tell.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """A history in a cache: what is done to one is done to the other, and copies are independent."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

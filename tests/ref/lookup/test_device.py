@@ -3,8 +3,6 @@
 All ways of it, the kernels in Triton's interpreter and plain torch, are compared with the NumPy definition by `==`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import threading

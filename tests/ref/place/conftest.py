@@ -1,7 +1,5 @@
 """What all tests of placements share."""
 
-from __future__ import annotations
-
 import pytest
 
 from engram_ref.place.model import Model

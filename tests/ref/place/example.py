@@ -1,7 +1,5 @@
 """A machine of round figures, a text's counts, and what is asked of both."""
 
-from __future__ import annotations
-
 from engram_ref.place.answer import Question, answer
 from engram_ref.place.group import Group
 from engram_ref.place.machine import Machine, Rate

@@ -1,7 +1,5 @@
 """The answer as a whole: every placement of a model's table, the one to take, and why."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

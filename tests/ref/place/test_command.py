@@ -1,7 +1,5 @@
 """`engram-place` with its options, input that is wrong, and rates that are measured."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

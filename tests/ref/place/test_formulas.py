@@ -1,7 +1,5 @@
 """Sums by hand of what a placement moves, takes and costs, and a text's reads against Python's sets."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the tests of prefetching fetch: two layers of a small plan, and tables that take their time."""
 
-from __future__ import annotations
-
 import threading
 import time
 

@@ -1,7 +1,5 @@
 """The schedule of fetches: what arrives and when, what happens to errors, what breaks without a safeguard."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import threading

@@ -1,7 +1,5 @@
 """Whose buffers are whose: no row is written over, no slot is lost, whatever is released, interrupted or forgotten."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

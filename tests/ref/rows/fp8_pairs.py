@@ -4,8 +4,6 @@ raw = pair_rows()                           # uint8 [256, 264]: every pair once
 assert_bits(candidate(raw), raw)            # all bits; NaN for NaN
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

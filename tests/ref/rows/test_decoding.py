@@ -1,7 +1,5 @@
 """Every path from stored fp8 rows to values on a CPU gives the bits of the definition, `fp8.dequantise`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Filling with normal numbers: their distribution, and that they depend on the seed and on nothing else."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

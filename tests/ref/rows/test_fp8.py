@@ -1,7 +1,5 @@
 """fp8 with block scales: every pair of code and scale against exact fractions, and quantisation against all codes."""
 
-from __future__ import annotations
-
 import bisect
 from fractions import Fraction
 

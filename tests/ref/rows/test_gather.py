@@ -1,7 +1,5 @@
 """The gather of rows on the CPU: the same bytes for every width, every number of rows, and with or without numba."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -4,8 +4,6 @@ Without a GPU they run in Triton's interpreter, on the CPU; with one, on it. Wha
 that they compile and which accesses they make, is in test_kernel_code.py.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

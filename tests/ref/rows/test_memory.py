@@ -3,8 +3,6 @@
 There is no CUDA here: a stand-in for its runtime notes what is registered and unregistered, and refuses on demand.
 """
 
-from __future__ import annotations
-
 import functools
 import mmap
 import os

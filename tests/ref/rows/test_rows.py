@@ -1,7 +1,5 @@
 """Rows in one part or two: the same bytes, made of one another, and refused where they are not rows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor

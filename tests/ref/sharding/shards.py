@@ -3,8 +3,6 @@
 Functions that `run_ranks` starts stand in the test files themselves, above the test that starts them.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

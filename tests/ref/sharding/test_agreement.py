@@ -1,7 +1,5 @@
 """What is wrong on one rank is raised on all in the same words; who ends, is late or breaks off is lost; none hangs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

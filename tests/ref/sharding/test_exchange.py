@@ -1,7 +1,5 @@
 """What ranks exchange: bytes by formula, the twin's index stream; and mistakes in it, which the comparison sees."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from unittest import mock

@@ -1,7 +1,5 @@
 """The exchange on paper: bytes as the plan gives them beforehand, sums by hand, and what must only grow."""
 
-from __future__ import annotations
-
 import pytest
 
 from engram_ref.sharding.on_paper import BASE_S, LINKS, PER_PEER_S, Received, exchange_bytes, exchange_seconds

@@ -1,7 +1,5 @@
 """Who owns which rows, how requests are sorted, and the bytes that follow; no process but this one."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

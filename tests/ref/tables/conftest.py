@@ -1,7 +1,5 @@
 """Fixtures of tables: of every placement, and in files by every way to read them (`tests/ref/files/ways.py`)."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -3,8 +3,6 @@
 Random bytes, so that NaN with any payload, -0.0 and denormals are among the values.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

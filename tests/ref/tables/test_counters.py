@@ -1,7 +1,5 @@
 """What tables count: rows, hits and bytes by where they were read. They only grow, and rates follow from them."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """The factory of tables: rows in files go everywhere; what is no placement, row, device or option is refused."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

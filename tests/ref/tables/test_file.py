@@ -4,8 +4,6 @@ Tables are random bytes (`tests/ref/files/stored_cases.py`) and are compared byt
 ways of reading are those of `tests/ref/files/ways.py`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

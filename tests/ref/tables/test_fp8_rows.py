@@ -1,7 +1,5 @@
 """Rows in fp8: the same bits from every placement, laid as wanted, none with NaN, and no byte more than theirs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 That a hot table gives the right bits is tested with all placements in test_placements.py.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

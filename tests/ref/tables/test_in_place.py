@@ -3,8 +3,6 @@
 Without a GPU the kernel runs in Triton's interpreter and both tables serve a CPU; with one, it runs there.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 Tables are compared byte by byte with NumPy's indexing. Without a GPU the uva kernel runs in Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 

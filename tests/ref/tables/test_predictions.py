@@ -1,7 +1,5 @@
 """What is read and what was predicted: counters by hand, pages by a loop over the rows, and what the disk delivers."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 What goes wrong on one rank is tested in tests/ref/sharding/test_agreement.py, what is exchanged in test_exchange.py.
 """
 
-from __future__ import annotations
-
 import os
 from unittest import mock
 

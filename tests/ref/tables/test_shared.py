@@ -1,7 +1,5 @@
 """One copy of a table per machine: leader, followers, errors, deaths, and nothing left behind."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os

@@ -3,8 +3,6 @@
 Every safeguard is taken away once, and rows must come out wrong. The same on a real GPU: tests/cuda.
 """
 
-from __future__ import annotations
-
 import threading
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Rows that are trained: gradients reach them, they are used as they are now; a table that cannot learn takes none."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -4,8 +4,6 @@ Without a GPU the kernel runs in Triton's interpreter and the table serves a CPU
 becomes of row numbers and buffers is in test_in_place.py and, for every placement alike, test_placements.py.
 """
 
-from __future__ import annotations
-
 import sys
 
 import pytest

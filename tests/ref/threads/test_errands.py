@@ -1,7 +1,5 @@
 """Errands: done once, waited for, called off for certain; all that are given together end together."""
 
-from __future__ import annotations
-
 import gc
 import threading
 import time

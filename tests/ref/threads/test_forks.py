@@ -1,7 +1,5 @@
 """A process that forks after or in the middle of a fetch: the child fetches, closes and ends, the parent goes on."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """Who is inside: closing waits for the others, refuses for oneself, and an interruption leaves nobody counted."""
 
-from __future__ import annotations
-
 import threading
 import time
 

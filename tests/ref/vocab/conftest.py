@@ -1,7 +1,5 @@
 """Fixtures of the vocabulary's tests: tokenizers of a few tokens, and maps that may only come from the cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

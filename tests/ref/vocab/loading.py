@@ -1,7 +1,5 @@
 """What tests of the vocabulary share: the normaliser with steps left out, and a Hub that is not asked."""
 
-from __future__ import annotations
-
 import sys
 import types
 

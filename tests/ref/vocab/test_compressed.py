@@ -1,7 +1,5 @@
 """The map in use: made from an array, called with ids and masks, and what both refuse."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

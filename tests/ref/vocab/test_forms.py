@@ -4,8 +4,6 @@ Every multiplier derives from the size of this map, so it is compared in whole, 
 normalisation step lost, show that the comparison would tell.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Kept maps: named by content, library and code, rebuilt where damaged, done without where none can be kept."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

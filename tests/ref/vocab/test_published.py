@@ -1,7 +1,5 @@
 """Maps that are published are compared with what was published, however the tokenizer is named."""
 
-from __future__ import annotations
-
 import types
 
 import pytest

@@ -1,7 +1,5 @@
 """Where a tokenizer comes from: a file, a folder, the package, the Hub; and what none of them may be."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Compiled loops where numba is broken or its cache cannot be written: the same prices, and one word about it."""
 
-from __future__ import annotations
-
 import resource
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Rows that stay where they are, and copies of what is read again: what the tracer says, and above the floor."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

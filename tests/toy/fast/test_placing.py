@@ -1,7 +1,5 @@
 """Rows beside the weights of a model, and prefetched rows: integer by integer what the value-level tracer says."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

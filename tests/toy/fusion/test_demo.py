@@ -1,7 +1,5 @@
 """The twin's layer against the demo's recorded layer, in float64; and its arithmetic at the edges."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

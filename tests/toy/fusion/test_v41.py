@@ -1,7 +1,5 @@
 """The twin's V4.1 layer against a recorded one, in float64; and its gate at the edges."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

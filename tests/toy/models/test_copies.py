@@ -1,7 +1,5 @@
 """A copy that stands for its original never lowers the price: 2,000 random programs. One for a single use can."""
 
-from __future__ import annotations
-
 import random
 
 from engram_toy.bytedmd import bytedmd, trace

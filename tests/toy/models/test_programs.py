@@ -1,7 +1,5 @@
 """The experiment's rules: equal outputs, padding that buries only while it is held, nothing escapes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """What goes into a traced run stays the caller's: his lists, what is done to them, and repetitions of them."""
 
-from __future__ import annotations
-
 import time
 from array import array
 from collections import deque

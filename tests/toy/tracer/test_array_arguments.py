@@ -3,8 +3,6 @@
 What the operations of arrays read is tested in test_arrays.py.
 """
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

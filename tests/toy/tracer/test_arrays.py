@@ -1,7 +1,5 @@
 """NumPy arrays under the tracer: the values are NumPy's to the bit, the reads those of the original."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import operator

@@ -3,8 +3,6 @@
 Random logs are laid down anew and replayed in full; the programs of the experiment are run in every layout.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

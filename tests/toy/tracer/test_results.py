@@ -1,7 +1,5 @@
 """What a traced function returns is plain: containers hold plain values, and work that is not done yet is refused."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import itertools

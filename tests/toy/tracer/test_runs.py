@@ -1,7 +1,5 @@
 """Traced runs stay apart: values of other runs and second threads are refused; and a trace has a price."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Values for tests of traced runs: a named tuple, a list with a method, a frozen dataclass."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import namedtuple
 
