@@ -1,7 +1,5 @@
 """The twin decodes fp8 as torch does: every code, every scale, and whole stored rows, to the bit."""
 
-from __future__ import annotations
-
 import math
 import struct
 

@@ -4,12 +4,8 @@ Against row numbers captured from transformers' class, and against the class its
 anywhere, caches, chunks, batches. Integers by `==`.
 """
 
-from __future__ import annotations
-
 import json
 import pydoc_data.topics
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,61 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import engram_toy.hashing as toy
-from engram_ref import gpu
 from engram_ref.config import EngramConfig
-from engram_ref.hashing import DEAD, HashPlan, LayerPlan, NgramHasher, TokenHistory
-from engram_ref.hashing.device import DeviceHasher
-from engram_ref.hashing.device_ids import DeviceHistory
+from engram_ref.hashing import DEAD, HashPlan, LayerPlan
 from engram_ref.vocab import CompressedVocab, load_tokenizer, vocab_for
+from tests.cross.ways import WAYS, Way
 
-WAYS = ("numpy", "numba", "torch", "triton", "twin")
 CASES = ("small", "second layer", "4-grams, 3 heads", "as released")
-
-
-class Way:
-    """One implementation, for one layer of a plan; `history` may be None at the start of sequences."""
-
-    def __init__(self, name: str, plan: HashPlan, layer_id: int) -> None:
-        if name == "triton" and not gpu.INTERPRETED:
-            pytest.skip("Triton is not interpreted here: tests/cuda compares the kernel on a GPU")
-        self.name, self.plan, self.layer_id = name, plan, layer_id
-        if name == "twin":
-            self.twin = toy.NgramHasher(json.loads(plan.to_json()))
-        elif name in ("numpy", "numba"):
-            self.hasher: Any = NgramHasher(plan, name)
-        else:
-            self.hasher = DeviceHasher(plan, "cpu", fused=name == "triton")
-
-    def new_history(self, batch: int) -> Any:
-        if self.name == "twin":
-            return [toy.TokenHistory(self.twin.plan) for _ in range(batch)]
-        if self.name in ("numpy", "numba"):
-            return TokenHistory(self.plan, batch)
-        return DeviceHistory(self.plan, batch, "cpu")
-
-    def rows(self, ids: np.ndarray, history: Any = None) -> list[Any]:
-        """Rows [B][T][C]; a history is moved on."""
-        if self.name == "twin":
-            pasts = [None] * len(ids) if history is None else history
-            rows = [self.twin(x, self.layer_id, history=past) for x, past in zip(ids.tolist(), pasts)]
-            for x, past in zip(ids.tolist(), history or []):
-                past.advance(x)
-            return rows
-        on_cpu = self.name in ("numpy", "numba")
-        given: Any = ids if on_cpu else torch.from_numpy(ids)
-        if on_cpu:
-            rows = self.hasher(given, self.layer_id, history=history)
-        else:
-            rows = self.hasher(given, history)[self.layer_id]
-        if history is not None:
-            history.advance(given)
-        return rows.tolist()
-
-    def in_chunks(self, ids: np.ndarray, cuts: Sequence[int]) -> list[Any]:
-        history = self.new_history(len(ids))
-        parts = [self.rows(part, history) for part in np.split(ids, list(cuts), axis=1) if part.size]
-        return [[row for part in parts for row in part[b]] for b in range(len(ids))]
 
 
 @pytest.fixture(params=WAYS)
@@ -117,12 +64,12 @@ def test_the_constants_are_those_of_the_class(captured):
 
 def test_the_rows_are_those_of_the_class(captured, way_name):
     case, config = captured
-    way = Way(way_name, plan_of(config), case["ple_layer_index"])
+    way, layer = Way(way_name, plan_of(config)), case["ple_layer_index"]
     for batch in case["batches"]:
         ids = np.array(batch["ids"])
-        assert way.rows(ids) == batch["rows"]
+        assert way.rows(ids)[:, :, layer].tolist() == batch["rows"]
         steps = range(1, ids.shape[1]) if way_name != "triton" else [ids.shape[1] // 2]  # the interpreter is slow
-        assert way.in_chunks(ids, steps) == batch["rows"]
+        assert way.in_chunks(ids, steps)[:, :, layer].tolist() == batch["rows"]
 
 
 def test_the_preset_is_the_released_geometry(golden):
@@ -165,9 +112,9 @@ def test_any_configuration_gives_the_rows_of_the_class(question, data):
     expected = oracle(torch.from_numpy(ids)).tolist()
     assert oracle.in_chunks(torch.from_numpy(ids), cuts).tolist() == expected
     for name in WAYS:
-        way = Way(name, plan, index)
-        assert way.rows(ids) == expected, name
-        assert way.in_chunks(ids, cuts) == expected, name
+        way = Way(name, plan)
+        assert way.rows(ids)[:, :, index].tolist() == expected, name
+        assert way.in_chunks(ids, cuts)[:, :, index].tolist() == expected, name
 
 
 def test_a_hash_that_lets_eos_close_itself_is_caught(golden):
@@ -176,7 +123,7 @@ def test_a_hash_that_lets_eos_close_itself_is_caught(golden):
     config = config_of(1000, 3, 8, 1009, 7, 1234, 1)
     ids = next(np.array(b["ids"]) for b in case["batches"] if b["ids"][0][:2] == [7, 821])
     rows = next(b["rows"] for b in case["batches"] if b["ids"][0][:2] == [7, 821])
-    assert Way("numpy", plan_of(config), 0).rows(np.where(ids == 7, DEAD, ids)) != rows
+    assert Way("numpy", plan_of(config)).rows(np.where(ids == 7, DEAD, ids))[:, :, 0].tolist() != rows
 
 
 # --- real text, of a tokenizer that is not the model's --------------------------------------------
@@ -190,11 +137,11 @@ def test_text(way_name, small_tokenizer):
     ids = np.array([[token for text in topics for token in (*tokenizer.encode(text).ids, eos)]])
     assert len(set(ids[0].tolist())) > 40
     plan = plan_of(EngramConfig.preset("qwen38-flash-next"))
-    expected = Way("numpy", plan, 1).rows(ids)
-    assert Way(way_name, plan, 1).in_chunks(ids, [5, 6, 40]) == expected
+    expected, way = Way("numpy", plan).rows(ids), Way(way_name, plan)
+    assert (way.in_chunks(ids, [5, 6, 40]) == expected).all()
     # A text behind the end of another one is hashed as if it stood alone.
     last = len(tokenizer.encode(topics[-1]).ids) + 1
-    assert Way(way_name, plan, 1).rows(ids[:, -last:])[0] == expected[0][-last:]
+    assert (way.rows(ids[:, -last:]) == expected[:, -last:]).all()
 
 
 # --- plans ----------------------------------------------------------------------------------------

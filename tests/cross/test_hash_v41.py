@@ -5,88 +5,17 @@ Every way carries its own history. Integers by `==`, against one shot of the Num
 of the record (`tests/ref/hashing/test_recorded.py`, `tests/toy/test_hashing.py`).
 """
 
-from __future__ import annotations
-
-import json
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 
-import engram_toy.hashing as toy
 from engram_ref.files.texts import read_text
-from engram_ref.hashing import DEAD, HashPlan
-from engram_ref.hashing import ngram as ref
-from engram_ref.hashing.device import DeviceHasher
-from engram_ref.hashing.device_ids import DeviceHistory, DeviceVocab
+from engram_ref.hashing import DEAD
+from engram_ref.hashing.device_ids import DeviceVocab
 from engram_ref.vocab import load_tokenizer
+from tests.cross.ways import WAYS, Way
 
 LENGTH = 64
-
-
-class Reference:
-    """`engram_ref.hashing` with one of its backends."""
-
-    def __init__(self, plan: HashPlan, backend: str) -> None:
-        self.hasher = ref.NgramHasher(plan, backend)
-
-    def history(self, batch: int) -> ref.TokenHistory:
-        return ref.TokenHistory(self.hasher.plan, batch)
-
-    def advance(self, history: ref.TokenHistory, ids: np.ndarray) -> None:
-        history.advance(ids)
-
-    def rows(self, ids: np.ndarray, history: ref.TokenHistory) -> np.ndarray:
-        """[B, T, layers, C] of ids [B, T]."""
-        layers = [self.hasher(ids, layer.layer_id, history=history) for layer in self.hasher.plan.layers]
-        return np.stack(layers, axis=2)
-
-
-class Device:
-    """`engram_ref.hashing.device`, in plain torch on a CPU."""
-
-    def __init__(self, plan: HashPlan) -> None:
-        self.hasher = DeviceHasher(plan, "cpu", fused=False)
-
-    def history(self, batch: int) -> DeviceHistory:
-        return DeviceHistory(self.hasher.plan, batch, "cpu")
-
-    def advance(self, history: DeviceHistory, ids: np.ndarray) -> None:
-        history.advance(torch.from_numpy(ids))
-
-    def rows(self, ids: np.ndarray, history: DeviceHistory) -> np.ndarray:
-        return torch.stack([*self.hasher(torch.from_numpy(ids), history).values()], dim=2).numpy()
-
-
-class Twin:
-    """`engram_toy.hashing`, one sequence at a time."""
-
-    def __init__(self, plan: HashPlan) -> None:
-        self.hasher = toy.NgramHasher(json.loads(plan.to_json()))
-
-    def history(self, batch: int) -> list[toy.TokenHistory]:
-        return [toy.TokenHistory(self.hasher.plan) for _ in range(batch)]
-
-    def advance(self, history: list[toy.TokenHistory], ids: np.ndarray) -> None:
-        for sequence, past in zip(ids.tolist(), history):
-            past.advance(sequence)
-
-    def rows(self, ids: np.ndarray, history: list[toy.TokenHistory]) -> np.ndarray:
-        layer_ids = [layer["layer_id"] for layer in self.hasher.plan["layers"]]
-        sequences = [
-            [self.hasher(sequence, layer_id, history=past) for layer_id in layer_ids]
-            for sequence, past in zip(ids.tolist(), history)
-        ]
-        return np.array(sequences).swapaxes(1, 2)
-
-
-WAYS = {
-    "numpy": lambda plan: Reference(plan, "numpy"),
-    "numba": lambda plan: Reference(plan, "numba"),
-    "torch": Device,
-    "twin": Twin,
-}
 
 
 @pytest.fixture
@@ -94,9 +23,9 @@ def plan(plans):
     return plans["v41-flash"]
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=[name for name in WAYS if name != "triton"])  # the interpreter is slow: tests/ref/hashing has it
 def way(request, plan):
-    return WAYS[request.param](plan)
+    return Way(request.param, plan)
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +38,6 @@ def ids():
     return ids
 
 
-def one_shot(way, ids: np.ndarray) -> np.ndarray:
-    return way.rows(ids, way.history(len(ids)))
-
-
-def in_chunks(way, ids: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
-    """The rows of one chunk after the other, put together; an empty chunk only passes the history."""
-    history, rows = way.history(len(ids)), []
-    for chunk in np.split(ids, cuts, axis=1):
-        if chunk.size:
-            rows.append(way.rows(chunk, history))
-        way.advance(history, chunk)
-    return np.concatenate(rows, axis=1)
-
-
 def changed(a: np.ndarray, b: np.ndarray) -> list[int]:
     """Positions of which some row differs, in some sequence."""
     return np.flatnonzero((a != b).any(axis=(0, 2, 3))).tolist()
@@ -133,26 +48,26 @@ def changed(a: np.ndarray, b: np.ndarray) -> list[int]:
 
 def test_every_length_in_every_two_chunks(way, plan, ids):
     """Every cut of the longest; of the shorter ones those at either end, and as far from it as an n-gram reaches."""
-    whole = one_shot(Reference(plan, "numpy"), ids)
+    whole = Way("numpy", plan).rows(ids)
     for length in range(1, LENGTH + 1):
-        assert (one_shot(way, ids[:, :length]) == whole[:, :length]).all()
+        assert (way.rows(ids[:, :length]) == whole[:, :length]).all()
         near = {cut for k in range(5) for cut in (k, length - k) if 0 <= cut <= length}
         for cut in range(length + 1) if length == LENGTH else near:
-            rows = in_chunks(way, ids[:, :length], [cut])
+            rows = way.in_chunks(ids[:, :length], [cut])
             assert rows.shape == (2, length, 2, 24) and (rows == whole[:, :length]).all(), (length, cut)
 
 
 def test_every_length_token_by_token(way, ids):
     """What is hashed at one step does not depend on how many follow, so the longest run is a run of every length."""
-    steps = in_chunks(way, ids, range(1, LENGTH))
+    steps = way.in_chunks(ids, range(1, LENGTH))
     for length in range(1, LENGTH + 1):
-        assert (steps[:, :length] == one_shot(way, ids[:, :length])).all()
+        assert (steps[:, :length] == way.rows(ids[:, :length])).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_many_chunks(way, plan, ids, seed):
     cuts = np.sort(np.random.default_rng(seed).integers(0, LENGTH + 1, 12))  # some of them twice: empty chunks
-    assert (in_chunks(way, ids, cuts) == one_shot(Reference(plan, "numpy"), ids)).all()
+    assert (way.in_chunks(ids, cuts) == Way("numpy", plan).rows(ids)).all()
 
 
 def test_no_tokens_leave_the_history_alone(way, ids):
@@ -160,19 +75,19 @@ def test_no_tokens_leave_the_history_alone(way, ids):
     for chunk in (ids[:, :5], ids[:, :0], ids[:, 5:]):
         rows += [way.rows(chunk, history)] if chunk.size else []
         way.advance(history, chunk)
-    assert (np.concatenate(rows, axis=1) == one_shot(way, ids)).all()
+    assert (np.concatenate(rows, axis=1) == way.rows(ids)).all()
 
 
 def test_a_lost_history_changes_three_positions(way, ids):
-    parts = np.concatenate([one_shot(way, ids[:, :40]), one_shot(way, ids[:, 40:])], axis=1)
-    assert changed(parts, one_shot(way, ids)) == [40, 41, 42]
+    parts = np.concatenate([way.rows(ids[:, :40]), way.rows(ids[:, 40:])], axis=1)
+    assert changed(parts, way.rows(ids)) == [40, 41, 42]
 
 
 def test_a_history_that_keeps_pads_for_dead_tokens_is_caught(way, plan, ids):
     """The DEAD token at 14 blocks what lies before it, also for a chunk that starts at 15."""
     history = way.history(2)
     way.advance(history, np.where(ids == DEAD, plan.pad_compressed, ids)[:, :15])
-    assert changed(way.rows(ids[:, 15:], history), one_shot(way, ids)[:, 15:]) == [0, 1]
+    assert changed(way.rows(ids[:, 15:], history), way.rows(ids)[:, 15:]) == [0, 1]
 
 
 # --- DEAD tokens ----------------------------------------------------------------------------------
@@ -180,11 +95,11 @@ def test_a_history_that_keeps_pads_for_dead_tokens_is_caught(way, plan, ids):
 
 def test_a_dead_token_changes_its_rows_and_those_of_the_next_three(way, ids):
     text = ids[:1]
-    before = one_shot(way, text)
+    before = way.rows(text)
     for position in range(LENGTH):
         masked = text.copy()
         masked[0, position] = DEAD
-        after = one_shot(way, masked)
+        after = way.rows(masked)
         assert changed(after, before) == list(range(position, min(LENGTH, position + 4)))
         # The fourth gram of position + 3 is the only one to reach back so far.
         if position + 3 < LENGTH:
@@ -193,7 +108,7 @@ def test_a_dead_token_changes_its_rows_and_those_of_the_next_three(way, ids):
 
 def test_after_a_dead_token_a_sequence_begins(way, ids):
     """The text between two images has the rows that it has alone."""
-    assert (one_shot(way, ids[1:])[:, 37:62] == one_shot(way, ids[1:, 37:62])).all()
+    assert (way.rows(ids[1:])[:, 37:62] == way.rows(ids[1:, 37:62])).all()
 
 
 # --- real text ------------------------------------------------------------------------------------
@@ -220,7 +135,7 @@ def test_from_text_to_rows(masked, way, plan, vocab_v4, text):
     compressed = vocab_v4(tokens, dead)
     assert (compressed == DEAD).sum() == dead.sum()
     assert (DeviceVocab(vocab_v4, "cpu")(torch.from_numpy(tokens), torch.from_numpy(dead)).numpy() == compressed).all()
-    rows = one_shot(way, compressed)
-    assert (rows == one_shot(Reference(plan, "numpy"), compressed)).all()
+    rows = way.rows(compressed)
+    assert (rows == Way("numpy", plan).rows(compressed)).all()
     assert rows.min() >= 0 and all(rows[:, :, i].max() < layer.rows for i, layer in enumerate(plan.layers))
-    assert (in_chunks(way, compressed, [100, 101, 102, 350]) == rows).all()
+    assert (way.in_chunks(compressed, [100, 101, 102, 350]) == rows).all()

@@ -4,8 +4,6 @@ The twin gets the plan as JSON and shares no code with the reference. Real text,
 sequence, and random plans; integers by `==`. A wrong twin must fail the same comparison.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import pydoc_data.topics

@@ -5,8 +5,6 @@ convolves. Shapes are the edges of the configuration: one copy or four, with and
 3 and 4.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -3,8 +3,6 @@
 From token ids to the update: each hashes by itself, reads the rows of one table, gates and convolves.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

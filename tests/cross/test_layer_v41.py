@@ -4,8 +4,6 @@ Each hashes by itself, DEAD positions among the ids, reads the bytes of one tabl
 Python one position at a time, and the reference in float64.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
