@@ -45,7 +45,7 @@ from engram_ref.attach.packing import (
     require_apart,
     require_continued,
 )
-from engram_ref.attach.padding import chosen, columns_of, padding_in, padding_of
+from engram_ref.attach.padding import chosen, columns_of, padding_in, padding_of, require_columns
 from engram_ref.attach.staging import StagedSteps, is_exported, is_traced_by_make_fx
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
@@ -319,6 +319,7 @@ class Attached(StagedSteps):
             cached = use_cache or given.cache is not None
             if given.ids.shape[1] > 1 and given.mask is not None:
                 refuse_numbered(given.mask)
+            require_columns(given.mask, len(given.ids), given.ids.shape[1], past)
             borders = borders_of(given, past, cached, decoder.config, self._recurs)
             history = self._history(given, past, history) if cached and not again else None
             padding = self._padding(given, past, history)
@@ -348,7 +349,7 @@ class Attached(StagedSteps):
         """Where the chunk is padding, [B, T], or None; what begins anew behind the cache is refused."""
         batch, length = given.ids.shape
         recent = None if history is None or not past else history.recent[:, -past:]
-        columns = columns_of(given.mask, batch, length, past, 0 if recent is None else recent.shape[1])
+        columns = columns_of(given.mask, length, past, 0 if recent is None else recent.shape[1])
         if columns is None:
             return None
         brought = length == 1 and self._source.reads_on_cpu
@@ -382,7 +383,7 @@ class Attached(StagedSteps):
                 f"a cache of {past} positions that Engram has not seen: begin with an empty one, let the model fill it "
                 "while Engram is attached, or tell with remember(cache, input_ids) what is in it"
             )
-        if history is None or (past == 0 and history.batch_size != batch):
+        if history is None or (past == 0 and history.batch_size != batch and not history.open):
             history = CacheHistory(self._source.plan, batch, self._source.device, self.engrams)
             if cache is not None:
                 self._follow(cache, history)

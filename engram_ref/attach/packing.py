@@ -187,7 +187,10 @@ def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mappi
     else:
         across = not (flash and any(value is not None for key, value in kwargs.items() if key in _TOLD_APART))
     if across:
-        raise ValueError(f"{_SEVERAL}; {name} of this model attends across their borders, or mixes them: {_MEND}")
+        raise ValueError(
+            f"{_SEVERAL}; {name} of this model attends across their borders, mixes them, or has a mask of its own kind: "
+            f"{_MEND}"
+        )
 
 
 def _could_be_mask(values: Tensor, length: int) -> bool:

@@ -25,27 +25,27 @@ _MEND = "give the two-dimensional mask, [B, positions], or none"
 def padding_of(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
     """Where the `length` positions after the first `past` are padding: booleans [B, T], or None where none can be.
 
-    Args and errors: as for `columns_of`.
+    Args and errors: as for `require_columns`.
     """
-    columns = columns_of(mask, batch, length, past)
+    require_columns(mask, batch, length, past)
+    columns = columns_of(mask, length, past)
     return None if columns is None else padding_in(columns, batch, length)
 
 
-def columns_of(mask: Any, batch: int, length: int, past: int, before: int = 0) -> Tensor | None:
-    """What a mask says of a chunk and of `before` positions in front of it: its columns [B or 1, ..., before + T].
+def require_columns(mask: Any, batch: int, length: int, past: int) -> None:
+    """Refuse a mask that has no column for each position, or not one row for each of a chunk.
 
     Args:
         mask: `attention_mask` as the decoder gets it.
         batch, length: of the token ids (B, T).
         past: positions in the cache.
-        before: how many of them are wanted.
 
     Raises:
         ValueError: a mask from which padding cannot be seen.
     """
     mask = chosen(mask)
     if mask is None:
-        return None
+        return
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         shown = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
         raise ValueError(f"an attention mask {shown}, from which padding cannot be seen: {_MEND}")
@@ -61,7 +61,18 @@ def columns_of(mask: Any, batch: int, length: int, past: int, before: int = 0) -
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         # Integers, which transformers would add to the scores.
         raise ValueError(f"an attention mask of shape {tuple(mask.shape)}, {mask.dtype}: give booleans; {_MEND}")
-    return mask[..., past - before : past + length]
+
+
+def columns_of(mask: Any, length: int, past: int, before: int = 0) -> Tensor | None:
+    """What a mask says of a chunk and of `before` positions in front of it: its columns [B or 1, ..., before + T].
+
+    Args:
+        mask: that `require_columns` let pass.
+        length, past: of the chunk, and positions in the cache.
+        before: how many of the latter are wanted.
+    """
+    mask = chosen(mask)
+    return None if mask is None else mask[..., past - before : past + length]
 
 
 def padding_in(columns: Tensor, batch: int, length: int) -> Tensor:

@@ -141,7 +141,8 @@ class CacheHistory:
         """
         if self.open:
             raise ValueError(
-                "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new cache"
+                "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new "
+                "cache, or reset() this one"
             )
 
     def _crop(self, count: int) -> None:

@@ -144,10 +144,11 @@ def test_beyond_a_window_a_static_cache_is_refused_and_a_dynamic_one_followed(la
     with torch.no_grad(), attach(model, layers.engrams, layers.plan):
         want = model.generate(ids, use_cache=False, **given)
         assert torch.equal(model.generate(ids, **given), want)
-        with pytest.raises(
-            ValueError, match=r"for a static cache of sliding windows alone, take a dynamic cache; else "
-        ):
-            model.generate(ids, cache_implementation="static", disable_compile=True, **given)
+        for more in ({}, dict(prefill_chunk_size=4)):  # by token, or by chunk
+            with pytest.raises(
+                ValueError, match="for a static cache of sliding windows alone, take a dynamic cache; else "
+            ):
+                model.generate(ids, cache_implementation="static", disable_compile=True, **given, **more)
 
 
 @pytest.mark.parametrize("options", [{}, dict(cache_implementation="static")], ids=["dynamic", "static"])
@@ -275,8 +276,9 @@ def test_a_cache_that_counts_nothing_may_hold_states_of_a_broken_step(name, laye
             model(ids, past_key_values=cache)
         hook.remove()
         assert cache.get_seq_length() == 0
-        with pytest.raises(ValueError, match=r"broken off.*begin with a new cache"):
-            model(ids, past_key_values=cache)
+        for again in (ids, ids[:1]):
+            with pytest.raises(ValueError, match=r"broken off.*begin with a new cache, or reset\(\) this one"):
+                model(again, past_key_values=cache)
 
 
 def test_a_cache_of_another_kind_is_refused(model, attached, ids):

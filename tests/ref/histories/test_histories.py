@@ -146,19 +146,27 @@ def with_other_layers(cache):
     [(Bare, lambda _: None, lambda _: None), (DynamicCache, filled_afterwards, with_other_layers)],
     ids=["no layers", "layers that came since"],
 )
-def test_layers_without_a_mark_are_those_of_the_cache_that_used_the_history_last(kind, fill, part):
+@pytest.mark.parametrize("first", ["cache", "copy"])
+def test_of_a_cache_and_its_copy_whose_layers_bear_no_mark_the_first_goes_on(kind, fill, part, first):
     cache, history = kind(), make_history()
     follow(cache, "key", history)
     fill(cache)
     twin = copy.copy(cache)
     part(twin)
+    goes_on, second = (cache, twin) if first == "cache" else (twin, cache)
+    assert history_of(goes_on, "key") is history
     with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
-        history_of(twin, "key")
-    assert history_of(cache, "key") is history
-    assert history_of(copy.deepcopy(cache), "key") is not history
-    del cache
+        history_of(second, "key")
+    assert history_of(goes_on, "key") is history
+    assert history_of(copy.deepcopy(goes_on), "key") is not history
+
+
+def test_layers_that_were_filled_while_nothing_was_attached_are_refused():
+    cache, history = filled_cache(), make_history()
+    follow(cache, "key", history)
+    cache.layers = filled_cache().layers
     with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
-        history_of(twin, "key")
+        history_of(cache, "key")
 
 
 def test_a_cache_keeps_its_class_and_gets_it_back():
