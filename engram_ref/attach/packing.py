@@ -188,7 +188,7 @@ def require_apart(borders: Tensor, name: str, args: Sequence[Any], kwargs: Mappi
         across = not (flash and any(value is not None for key, value in kwargs.items() if key in _TOLD_APART))
     if across:
         raise ValueError(
-            f"{_SEVERAL}; {name} of this model attends across their borders, mixes them, or has a mask of its own kind: "
+            f"{_SEVERAL}; {name} of this model attends across their borders, mixes them, or has a mask of its own: "
             f"{_MEND}"
         )
 
