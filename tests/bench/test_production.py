@@ -20,11 +20,10 @@ from bench.rows import figures
 from bench.rows import table as row_table
 from bench.rows.cases import Case, plan_of, price_case, read_rows, source
 from bench.rows.table import TEXT, crossing_of
-from bench.rows.whole_model import AROUND, MODELS, WholeModel, step_price
+from bench.rows.whole_model import AROUND, MODELS
 from bench.schemas.production import Results
 from engram_ref.config import EngramConfig
 from engram_toy import hashing
-from engram_toy.tracer.stack import cumulative_price, read_price
 from tests.schemas import validator
 
 TOKENS = 512
@@ -224,25 +223,6 @@ def test_experts_lie_between_the_two_extremes():
         assert found == sorted(found) and found[-1] > 0.9 * model.all_bytes
     assert model.surroundings("decode", 1)[1].read_bytes == model.decode_bytes
     assert {around.live_bytes for around in model.surroundings("decode", 9)} == {model.all_bytes}
-
-
-def test_step_price_is_that_of_a_cycle():
-    """Eight blocks of three bytes read in turn, by hand: each lies under the seven others."""
-    depths = [21 + byte for byte in (1, 2, 3)]
-    assert step_price(24, 8) == 8 * sum(read_price(depth) for depth in depths)
-    assert step_price(24, 1) == cumulative_price(24)
-    assert step_price(25, 8) >= step_price(24, 8)
-
-
-def test_models_weigh_what_was_published():
-    """The 4B and 8B classes in bfloat16; the paper's 100 B parameters and 2,560 bytes a token."""
-    assert MODELS["dense-4b"].decode_bytes == pytest.approx(8.04e9, rel=1e-3)
-    assert MODELS["dense-8b"].decode_bytes == pytest.approx(15.1e9, rel=3e-3)
-    for name in ("dense-4b", "dense-8b"):
-        table = MODELS[name].table
-        assert table.bytes_per_token() == 2560
-        assert plan_of(table).layers[0].rows * table.row_width == pytest.approx(100e9, rel=1e-5)
-    assert isinstance(MODELS["v41-flash"], WholeModel) and MODELS["v41-flash"].table.bytes_per_token() == 12_672
 
 
 def test_crossing():
