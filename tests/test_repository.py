@@ -71,10 +71,7 @@ def test_nothing_imports_bench():
     assert [path.name for path in packages if re.search(r"^\s*(from|import) bench", path.read_text(), re.M)] == []
 
 
-@pytest.mark.parametrize(
-    ("package", "only"),
-    [("triton", ["gpu.py", *["kernels.py"] * 6]), ("pynvml", ["driver.py"])],
-)
+@pytest.mark.parametrize(("package", "only"), [("triton", ["gpu.py", *["kernels.py"] * 6]), ("pynvml", ["driver.py"])])
 def test_optional_packages_are_imported_where_they_are_fenced(package, only):
     pattern = re.compile(rf"""^\s*(from|import) {package}\b|import_module\("{package}"\)""", re.M)
     assert sorted(path.name for path in CODE if pattern.search(path.read_text(encoding="utf-8"))) == only

@@ -39,8 +39,7 @@ def test_lookup_cost(preset):
 
 
 @pytest.mark.parametrize(
-    ("row_dtype", "total"),
-    [("float8_e4m3fn", 12_672), ("bfloat16", 24_576), ("float16", 24_576), ("float32", 49_152)],
+    ("row_dtype", "total"), [("float8_e4m3fn", 12_672), ("bfloat16", 24_576), ("float16", 24_576), ("float32", 49_152)]
 )
 def test_v41_in_other_row_types(row_dtype, total):
     assert EngramConfig.preset("v41-flash").replace(row_dtype=row_dtype).bytes_per_token() == total

@@ -28,13 +28,7 @@ def grid() -> dict[str, Any]:
     }
     below = [[share * (1 - hot) for hot in AXES["hot"]] for share in AXES["share"]]
     stream = {"name": "made up", "sha256": "0" * 64, "tokens": 1000, "start": 0}
-    return {
-        "axes": AXES,
-        "prices": prices,
-        "share_below": below,
-        "stream": stream,
-        "configuration": {"seq_len": 32},
-    }
+    return {"axes": AXES, "prices": prices, "share_below": below, "stream": stream, "configuration": {"seq_len": 32}}
 
 
 def production() -> dict[str, Any]:

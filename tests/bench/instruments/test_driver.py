@@ -181,10 +181,7 @@ def test_a_cpu_has_no_accelerator(nvml):
 
 def test_without_the_package_the_reason_is_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert driver._answers(open_driver(CUDA))["driver"] == (
-        None,
-        "NVML is not installed: pip install nvidia-ml-py",
-    )
+    assert driver._answers(open_driver(CUDA))["driver"] == (None, "NVML is not installed: pip install nvidia-ml-py")
 
 
 def test_a_driver_that_is_not_loaded_is_a_reason(nvml, gpu):

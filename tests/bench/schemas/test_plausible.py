@@ -78,11 +78,7 @@ SPOILT = {
         lambda r: exchange(run_of(r, "offload_naive"), run_of(r, "offload_prefetch")),
         "that variant is 'prefetched'",
     ),
-    "a step less": (
-        SERVED,
-        lambda r: row_of(r, "resident")["rounds"][2]["decode_s"].pop(),
-        "decode steps in round 2",
-    ),
+    "a step less": (SERVED, lambda r: row_of(r, "resident")["rounds"][2]["decode_s"].pop(), "decode steps in round 2"),
     "other names, served": (
         SERVED,
         lambda r: exchange(row_of(r, "resident"), row_of(r, "no_engram")),

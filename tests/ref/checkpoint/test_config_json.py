@@ -121,16 +121,10 @@ CONTRADICTIONS = {
         "100000 layers of 24 columns",
     ),
     "a large prime": ({"engram_vocab_size": 10**18}, "engram_vocab_size=1000000000000000000: must be at most"),
-    "400 digits": (
-        {"engram_vocab_size": 10**400},
-        "engram_vocab_size=<an integer of some 400 digits>: must be",
-    ),
+    "400 digits": ({"engram_vocab_size": 10**400}, "engram_vocab_size=<an integer of some 400 digits>: must be"),
     "no number": ({"engram_n_heads": float("nan")}, "engram_n_heads=nan: must be an integer"),
     "a long list": ({"engram_n_heads": [[[8]]] * 10**5}, "engram_n_heads=[["),
-    "for the terminal": (
-        {"engram_layer_ids": {"1": "\x1b[2J"}},
-        "engram_layer_ids={'1': '\\x1b[2J'}: must be a list",
-    ),
+    "for the terminal": ({"engram_layer_ids": {"1": "\x1b[2J"}}, "engram_layer_ids={'1': '\\x1b[2J'}: must be a list"),
     "a long text": ({"rms_norm_eps": "x" * 10**6}, "the gate of this model computes with"),
 }
 

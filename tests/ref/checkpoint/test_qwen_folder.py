@@ -132,11 +132,7 @@ def test_defaults_are_those_of_the_class(tmp_path):
         ngram_vocab_size_base=20_000_000, ple_embed_dim=None,
     )  # fmt: skip
     found = read(tmp_path, {"model_type": "qwen4_exp_text", "ple_layer_ids": [1], "eos_token_id": 7})
-    assert (found.compressed_size, found.hidden, found.hc_mult) == (
-        given.vocab_size,
-        given.hidden_size,
-        given.hc_count,
-    )
+    assert (found.compressed_size, found.hidden, found.hc_mult) == (given.vocab_size, given.hidden_size, given.hc_count)
     assert (found.max_ngram, found.heads, found.row_width) == (3, 8, given.ple_embed_dim // 16)
     assert (found.seed, found.rows_multiple, found.norm_eps) == (given.seed, 128, given.rms_norm_eps)
     assert found.kernel_size == given.ple_conv_kernel_size

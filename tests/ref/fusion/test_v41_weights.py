@@ -6,14 +6,7 @@ from torch import nn
 
 from engram_ref.config import EngramConfig
 from engram_ref.fusion.v41 import V41Fusion
-from tests.ref.fusion.v41_cases import (
-    RECORDED,
-    make_config,
-    make_fp8_pair,
-    make_fusion_v41,
-    make_inputs,
-    seeded,
-)
+from tests.ref.fusion.v41_cases import RECORDED, make_config, make_fp8_pair, make_fusion_v41, make_inputs, seeded
 
 
 def test_names_shapes_and_dtypes_are_the_checkpoints():

@@ -8,10 +8,7 @@ import pytest
 from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.place.answer import recommend
 from engram_ref.place.engines import engine_flags
-from engram_ref.place.formulas import (
-    FORMULAS,
-    held_bytes,
-)
+from engram_ref.place.formulas import FORMULAS, held_bytes
 from engram_ref.place.group import Group
 from engram_ref.place.machine import ASSUMED, Rate
 from engram_ref.place.model import BACKBONES, Model

@@ -9,14 +9,7 @@ import pytest
 
 from engram_ref.place import energy, price, reads, table
 from engram_ref.place.answer import OF_RANKS, WITH_GPU, WITHOUT_GPU
-from engram_ref.place.formulas import (
-    BESIDE,
-    beside_seconds,
-    beyond_seconds,
-    moved_bytes,
-    seconds,
-    tier_shares,
-)
+from engram_ref.place.formulas import BESIDE, beside_seconds, beyond_seconds, moved_bytes, seconds, tier_shares
 from engram_ref.place.machine import Rate
 from engram_ref.place.model import BACKBONES, Model
 from engram_ref.place.reads import count_reads

@@ -17,17 +17,7 @@ from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.hot import HotTable
 from engram_ref.vocab import CompressedVocab
-from tests.ref.prefetch.tables import (
-    CONFIG,
-    PLAN,
-    Gated,
-    SlowTable,
-    alive,
-    expected,
-    numbers,
-    random_ids,
-    slow_tables,
-)
+from tests.ref.prefetch.tables import CONFIG, PLAN, Gated, SlowTable, alive, expected, numbers, random_ids, slow_tables
 
 
 @pytest.mark.parametrize("background", [True, False])

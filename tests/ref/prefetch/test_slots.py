@@ -19,15 +19,7 @@ from engram_ref.prefetch import fetch as fetching
 from engram_ref.prefetch import prefetcher as starting
 from engram_ref.tables import make_table
 from engram_ref.threads.errands import Later
-from tests.ref.prefetch.tables import (
-    CONFIG,
-    PLAN,
-    Gated,
-    SlowTable,
-    expected,
-    random_ids,
-    slow_tables,
-)
+from tests.ref.prefetch.tables import CONFIG, PLAN, Gated, SlowTable, expected, random_ids, slow_tables
 
 
 def test_a_second_release_does_nothing_to_the_next_fetch(values):

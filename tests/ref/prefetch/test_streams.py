@@ -11,15 +11,7 @@ from engram_ref.hashing import NgramHasher
 from engram_ref.hashing.device import DeviceHasher
 from engram_ref.prefetch import Prefetcher
 from engram_ref.tables.base import Ready
-from tests.ref.prefetch.tables import (
-    CPU,
-    PLAN,
-    SlowTable,
-    expected,
-    numbers,
-    random_ids,
-    slow_tables,
-)
+from tests.ref.prefetch.tables import CPU, PLAN, SlowTable, expected, numbers, random_ids, slow_tables
 
 
 def test_hashing_on_the_device(values):

@@ -138,10 +138,7 @@ MEMINFO = "MemTotal: 64000000 kB\nMemAvailable: 8388608 kB\n"  # 8 GiB
 SYSTEMS = {
     "no container": ({"/proc/meminfo": MEMINFO}, 8 << 30),
     "no limit": ({"/proc/meminfo": MEMINFO, "memory.max": "max\n", "memory.current": "99\n"}, 8 << 30),
-    "version 2": (
-        {"/proc/meminfo": MEMINFO, "memory.max": f"{4 << 30}\n", "memory.current": f"{3 << 30}\n"},
-        1 << 30,
-    ),
+    "version 2": ({"/proc/meminfo": MEMINFO, "memory.max": f"{4 << 30}\n", "memory.current": f"{3 << 30}\n"}, 1 << 30),
     "version 2, files in memory": (
         {
             "/proc/meminfo": MEMINFO,
