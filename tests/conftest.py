@@ -76,6 +76,15 @@ def cache_home(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def kept_maps(cache_home):
+    """For a module whose tests, or the processes that they start, look for maps where a user's are."""
+    # Not for all: matplotlib's list of fonts, which takes it seconds to make, follows this variable, too.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        yield
+
+
 @pytest.fixture(scope="session")
 def vocab_v4(cache_home):
     from engram_ref.vocab import CompressedVocab

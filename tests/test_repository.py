@@ -30,11 +30,7 @@ KINDS = {"py", "md", "json", "js", "css", "svg", "txt", "log", "toml", "yml", "s
 PLAIN = {".gitignore", "LICENSE", "Makefile", ".ci/run"}
 MOST_BYTES = 2 << 20  # a golden file of the layer's has 1.8 MB
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+pytestmark = pytest.mark.usefixtures("kept_maps")
 
 
 def functions(path):

@@ -25,8 +25,7 @@ def cells(text: str) -> Iterator[tuple[re.Match[str], str]]:
         yield cell, printed.getvalue()
 
 
-def test_every_block_prints_what_the_page_shows(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_every_block_prints_what_the_page_shows(kept_maps):
     found = [(cell["shown"] or "", printed) for cell, printed in cells(PAGE.read_text(encoding="utf-8"))]
     assert len(found) >= 8
     assert [shown for shown, _ in found] == [printed for _, printed in found]

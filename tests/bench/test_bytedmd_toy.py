@@ -32,13 +32,7 @@ SCHEMA = validator(Results)
 SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
 SMALL_TOKENIZER = ROOT / "tests/golden/tokenizer_small"
 TIMES = {"wall_time_s", "wall_time_summary_s"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(cache_home):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        yield
+pytestmark = pytest.mark.usefixtures("kept_maps")
 
 
 def serial(function, jobs, processes):
@@ -139,13 +133,12 @@ def test_the_second_definition_and_another_text(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def cut_down(tmp_path_factory, cache_home):
+def cut_down(tmp_path_factory):
     """A run of the preset with an even smaller table: its output, and its results."""
     out = tmp_path_factory.mktemp("v41")
     options = [*SMALL, "--preset", "v41-flash", "--out", str(out)]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
         patch.setattr(bytedmd_toy, "in_parallel", serial)
         patch.setitem(models.CUTS["v41-flash"], "table_size_per_order", (50, 50, 50))
         patch.setattr(sys, "argv", ["bytedmd_toy", *options])

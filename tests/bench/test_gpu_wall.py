@@ -33,6 +33,7 @@ from tests.schemas import validator
 ROOT = Path(__file__).parents[2]
 SCHEMA = validator(Results)
 SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
+pytestmark = pytest.mark.usefixtures("kept_maps")
 
 
 V41 = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "v41-flash", "--cases", "none"]
@@ -57,11 +58,10 @@ def run_main(monkeypatch, *arguments, figures=False):
 
 
 @pytest.fixture(scope="module")
-def results(text, tmp_path_factory, cache_home):
+def results(text, tmp_path_factory):
     """One small run: every CPU variant, both phases, the two component cases that a CPU can run."""
     out = tmp_path_factory.mktemp("wall")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
         patch.setattr(wall_run, "FIO_SECONDS", 0.2)
         preset = EngramConfig.preset
         small = {"table_size_per_order": (1000, 1000)}  # of the component cases, else 2.6 GB
@@ -131,7 +131,7 @@ def test_figures_traces_and_nothing_else_are_left(results):
     assert {("hash", "background"), ("gather", "background"), ("compute", "main"), ("wait", "main")} <= lanes
 
 
-def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache_home):
+def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch):
     """A backbone that takes longer than the fetch: what is exposed is a small share of the synchronous wait."""
     import time
 
@@ -145,7 +145,6 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
     real = FileTable.start
     monkeypatch.setattr(FileTable, "start", lambda table, rows, out=None: (time.sleep(0.02), real(table, rows, out))[1])
     monkeypatch.setattr(wall_run, "build_backbone", slow)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     only = ["--variants", "offload_disk", "--page_cache", "cold", "--steps", "prefill:1x8", "--rounds", 3]
     run_main(monkeypatch, *SMALL, *only, "--cases", "none", "--text", text, "--out", tmp_path)
     step = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["steps"][0]
@@ -153,10 +152,9 @@ def test_a_slow_disk_is_hidden_behind_compute(tmp_path, text, monkeypatch, cache
     assert min(run_of(step, "offload_disk", "synchronous")["exposed_s"]) >= 0.02
 
 
-def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch, cache_home):
+def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch):
     """All variants on a CPU, the in-place one in Triton's interpreter: what a GPU adds is streams and their clocks."""
     monkeypatch.setattr(wall_options, "ON_CPU", PLACEMENTS)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     shapes = [
         "--steps",
         "prefill:1x5",
@@ -179,10 +177,9 @@ def test_every_variant_is_measured_where_it_can_run(tmp_path, text, monkeypatch,
 
 
 @pytest.mark.parametrize("layout", ["packed", "split"])
-def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypatch, cache_home):
+def test_every_variant_of_v41_flash_is_measured(layout, tmp_path, text, monkeypatch):
     """Four orders, 24 columns, fp8 rows both ways, form v41 around a small backbone: equal bits from all variants."""
     monkeypatch.setattr(wall_options, "ON_CPU", PLACEMENTS)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     fused = []
     real = V41Fusion.forward
     monkeypatch.setattr(V41Fusion, "forward", lambda self, e, *given: (fused.append(e), real(self, e, *given))[1])
@@ -260,8 +257,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_bad_input_is_one_line(arguments, tmp_path, text, monkeypatch, capsys, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_bad_input_is_one_line(arguments, tmp_path, text, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(monkeypatch, *SMALL, "--cases", "none", "--text", text, "--out", tmp_path, *arguments.split())
     assert stopped.value.code == 2
@@ -293,7 +289,7 @@ def test_decode_steps_are_not_launched_one_by_one_on_cuda(monkeypatch, capsys):
     assert [shape.phase for shape in gpu_wall.parse_arguments().steps] == ["prefill", "decode"]
 
 
-def test_wrong_rows_are_never_timed(tmp_path, text, monkeypatch, capsys, cache_home):
+def test_wrong_rows_are_never_timed(tmp_path, text, monkeypatch, capsys):
     real = FileTable.start
 
     def damaged(table, rows, out=None):
@@ -302,7 +298,6 @@ def test_wrong_rows_are_never_timed(tmp_path, text, monkeypatch, capsys, cache_h
         return pending
 
     monkeypatch.setattr(FileTable, "start", damaged)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     with pytest.raises(SystemExit):
         run_main(monkeypatch, *SMALL, "--steps", "prefill:1x8", "--cases", "none", "--text", text, "--out", tmp_path)
     assert "returned other rows than were written: nothing was measured" in capsys.readouterr().err
@@ -319,10 +314,9 @@ def full_disk():
 
 
 @pytest.mark.parametrize("variant", ["resident", "offload_disk"])
-def test_a_full_disk_leaves_nothing_behind(variant, tmp_path, text, monkeypatch, capsys, cache_home, full_disk):
+def test_a_full_disk_leaves_nothing_behind(variant, tmp_path, text, monkeypatch, capsys, full_disk):
     """Neither the results (many samples of a resident table) nor a table's file fit; an older file stays."""
     (tmp_path / "results.json").write_text("older")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     arguments = ["--cases", "none", "--variants", variant, "--steps", "prefill:1x8", "--rounds", 800]
     with pytest.raises(SystemExit) as stopped:
         run_main(monkeypatch, *SMALL, *arguments, "--text", text, "--out", tmp_path)
@@ -413,8 +407,7 @@ def steps_of(out):
     return json.loads((out / "results.json").read_text(encoding="utf-8"))["steps"]
 
 
-def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, monkeypatch):
     real = wall_run.steps.measure
     cuts = [KeyboardInterrupt(), SystemExit(143), RuntimeError("CUDA error")]
 
@@ -448,9 +441,8 @@ def test_a_cut_keeps_finished_shapes_and_the_next_run_goes_on(tmp_path, text, mo
     assert measured == ["decode", "prefill", "decode"]
 
 
-def test_a_cut_within_a_shape_keeps_its_whole_rounds(tmp_path, text, monkeypatch, cache_home):
+def test_a_cut_within_a_shape_keeps_its_whole_rounds(tmp_path, text, monkeypatch):
     """What was left is what comes back, bit for bit; rounds that follow have other ids than any before."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     monkeypatch.setattr(wall_record, "SAVED_EVERY", 0)
     real, passes, kept, cut = wall_run.steps.Stepper.run, [], [], 7  # of 4 variants a round: within the second
     options = ["--steps", "prefill:1x5", "--variants", "resident", "offload_disk", "--page_cache", "cold"]
@@ -500,8 +492,7 @@ def test_a_continued_step_does_not_see_ids_again():
     assert len(drawn(0)) == 6 and drawn(2) == drawn(0)[4:] and drawn(3) == []
 
 
-def test_another_configuration_is_not_continued(tmp_path, text, monkeypatch, capsys, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_another_configuration_is_not_continued(tmp_path, text, monkeypatch, capsys):
     run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path)
     with pytest.raises(SystemExit):
         run_main(monkeypatch, *SMALL, *UNTRACED, "--text", text, "--out", tmp_path, "--rounds", 3)
@@ -509,9 +500,8 @@ def test_another_configuration_is_not_continued(tmp_path, text, monkeypatch, cap
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Kineto"), ValueError("no event"), StopIteration(), KeyError("x")])
-def test_a_profiler_that_fails_costs_no_shape(error, tmp_path, text, monkeypatch, capsys, cache_home):
+def test_a_profiler_that_fails_costs_no_shape(error, tmp_path, text, monkeypatch, capsys):
     """Traces come last: when the first fails, all shapes are on disk, and the others are tried."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     on_disk = []
 
     def trace_step(*given):

@@ -28,6 +28,7 @@ from tests.schemas import validator
 
 SCHEMA = validator(Results)
 SMALL = ["--device", "cpu", "--preset", "v41-flash", "--table_params", "3e5", "--tokens", "1", "5", "--repeats", "6"]
+pytestmark = pytest.mark.usefixtures("kept_maps")
 SMALL += ["--threads", "1", "3"]
 ON_CPU = Path(__file__).parents[2] / "bench/results/lookup_speed_cpu.json"
 COMMITTED = Path(__file__).parents[2] / "bench/results/lookup_speed_h200.json"  # of before there were parts
@@ -40,9 +41,8 @@ def run_main(monkeypatch, *arguments):
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch, cache_home, capsys):
+def results(tmp_path, monkeypatch, capsys):
     """One small run on a CPU, and what it printed."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     run_main(monkeypatch, *SMALL, "--out", tmp_path)
     return json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), capsys.readouterr().out, tmp_path
 
@@ -125,8 +125,7 @@ def test_a_shared_gather_is_a_gather(threads, count):
             numbers = numbers.flip(0)
 
 
-def test_wrong_rows_are_never_timed(tmp_path, monkeypatch, cache_home, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_wrong_rows_are_never_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lookup_speed.Lookups, "measure", None)
     real = lookup_speed.TableSet.check
 
@@ -151,8 +150,7 @@ def test_wrong_rows_are_never_timed(tmp_path, monkeypatch, cache_home, capsys):
         (["--preset", "gpt"], "invalid choice: 'gpt'"),
     ],
 )
-def test_bad_options_are_refused_in_one_line(options, said, tmp_path, monkeypatch, cache_home, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_bad_options_are_refused_in_one_line(options, said, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(monkeypatch, *SMALL, "--out", tmp_path, *options)
     error = capsys.readouterr().err
@@ -160,9 +158,8 @@ def test_bad_options_are_refused_in_one_line(options, said, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_both_ways_to_look_up_find_the_rows_of_a_samples_ids(fused, tmp_path, cache_home, monkeypatch):
+def test_both_ways_to_look_up_find_the_rows_of_a_samples_ids(fused, tmp_path, monkeypatch):
     """The kernels, in Triton's interpreter, on fresh ids and histories, against hash and gather by the CPU."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     options = lookup_speed.parse_arguments([*SMALL, "--out", str(tmp_path)])
     with lookup_speed.ExitStack() as stack:
         lookups = lookup_speed.Lookups(options, stack)
@@ -246,8 +243,7 @@ def test_the_table_holds_uva_against_what_was_published(results):
     assert "GB300" in text and "not like for like" in text
 
 
-def test_other_ways_to_read_need_the_rows_of_uva_and_say_so(tmp_path, monkeypatch, cache_home, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def test_other_ways_to_read_need_the_rows_of_uva_and_say_so(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, *SMALL, "--out", tmp_path, "--reads", "padded")
     found, text = json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), capsys.readouterr().out
     SCHEMA.validate(found)

@@ -21,11 +21,7 @@ from tests.fuzz import folders, forks, headers, kills, leaks, prefetch, programs
 from tests.fuzz.resumable import resumable
 
 SHARES = {"programs": 60, "headers": 600, "folders": 15, "prefetch": 200, "forks": 8, "leaks": 60, "kills": 1}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, cache_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+pytestmark = pytest.mark.usefixtures("kept_maps")
 
 
 @pytest.mark.parametrize("kind", SHARES)

@@ -6,11 +6,7 @@ import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kept_maps(cache_home):
-    """Maps of vocabularies are kept in this run's folder, which other processes are told of, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        yield
+def _kept_maps(kept_maps): ...
 
 
 @pytest.fixture(autouse=True)

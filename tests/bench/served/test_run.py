@@ -212,9 +212,8 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def program(text, tmp_path_factory, cache_home):
+def program(text, tmp_path_factory, kept_maps):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
         yield Program(tmp_path_factory.mktemp("end_to_end") / "run", text, patch)
 
 

@@ -49,10 +49,9 @@ def load(path):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def patch(cache_home):
+def patch(kept_maps):
     """Recordings one after the other in this process, a smaller table for Engram, no figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
         patch.setitem(models.CUTS, "tiny", {"table_size_per_order": (50, 50)})
         patch.setattr(sweep_run, "in_parallel", lambda function, jobs, _: enumerate(map(function, jobs)))
         patch.setattr(sweep_command, "draw_where_possible", lambda *_: None)
