@@ -1,19 +1,15 @@
 """Random programs for a ByteDMD tracer: drawn by hypothesis, for the literal oracle and, if there, the original.
 
 What: straight-line programs over nested lists: arithmetic, comparisons, branches, conversions, stores, repeated
-operands, aliased arguments; results in lists, tuples and dicts.
-How to run more of them than the suite does:
+operands, aliased arguments; results in lists, tuples and dicts. More of them than the suite has time for:
 
-    TOY_PROGRAMS=9000 python -m pytest tests/toy/test_random_programs.py
+    python -m tests.fuzz --only programs
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
-
-EXAMPLES = int(os.environ.get("TOY_PROGRAMS", "150"))
 
 BINARY = ("add", "sub", "mul", "lt", "eq", "radd", "rsub", "max", "divmod", "pow", "and")
 UNARY = ("neg", "abs", "copy", "index", "branch", "sum", "store", "alias", "drop")

@@ -1,7 +1,4 @@
-"""Random programs: traced they compute what they compute plain, and are priced as the literal oracle prices them.
-
-The number of programs is TOY_PROGRAMS (150 if it is not set); see `random_programs`.
-"""
+"""Random programs: traced they compute what they compute plain, and are priced as the literal oracle prices them."""
 
 import importlib.util
 
@@ -10,15 +7,13 @@ from hypothesis import strategies as st
 
 from engram_toy.bytedmd import record, trace_to_bytedmd, traced_eval
 from tests.toy.oracle import oracle_trace
-from tests.toy.random_programs import EXAMPLES, RETURNED, SHAPES, STEPS, arguments, program
+from tests.toy.random_programs import RETURNED, SHAPES, STEPS, arguments, program
 
 ORIGINAL = importlib.util.find_spec("bytedmd")
-PROGRAMS = given(STEPS, SHAPES, RETURNED, st.integers(0, 3))
-MANY = settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 
 
-@MANY
-@PROGRAMS
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(STEPS, SHAPES, RETURNED, st.integers(0, 3))
 def test_a_random_program_is_priced_and_computed_right(steps, shape, returned, aliased):
     function = program(steps, returned)
     plain, traced, literal = (arguments(shape, aliased) for _ in range(3))
