@@ -48,29 +48,7 @@ def line_of(text, *words):
     return found[0]
 
 
-# The numbers
-
-
-@pytest.mark.parametrize(
-    ("names", "median", "resolved"),
-    [
-        (("no_engram",), -0.1, True),
-        (("resident",), 0.0, False),
-        (("offload_naive",), 0.04, True),
-        (("offload_prefetch",), 0.005, False),  # within 1 % of noise
-        (("offload_hot",), 0.03, True),
-        (("offload_disk", "synchronous", "cold"), 0.5, True),
-        (("offload_disk", "prefetched", "warm"), 0.02, True),
-    ],
-)
-def test_overhead_is_the_paired_ratio_to_resident(step, names, median, resolved):
-    found = overhead(step, run_of(step, *names))
-    assert found[:3] == pytest.approx((median, median, median), abs=1e-12)
-    assert found.resolved is resolved
-
-
-def test_noise_floor_is_resident_against_itself(step):
-    assert noise_floor(step) == pytest.approx({"median": 1.0, "low": 0.99, "high": 1.01})
+# The numbers: those of the runs as they are stand in `RUN_LINES`
 
 
 def test_a_wide_noise_floor_resolves_nothing_below_it(step):
@@ -97,22 +75,6 @@ def test_without_resident_there_is_no_overhead(step):
         overhead(step, run_of(step, "offload_naive"))
     with pytest.raises(NotMeasured, match=r"resident \(again\) was not measured"):
         noise_floor(step)
-
-
-@pytest.mark.parametrize(
-    ("names", "share"),
-    [
-        (("offload_naive",), 0.0),
-        (("resident",), 0.0),
-        (("offload_prefetch",), 0.9),
-        (("offload_uva",), 0.5),
-        (("offload_hot",), 0.75),
-        (("offload_disk", "prefetched", "cold"), 0.9),
-        (("offload_disk", "prefetched", "warm"), 0.75),
-    ],
-)
-def test_hidden_share_is_against_the_wait_of_the_same_placement(step, names, share):
-    assert hidden_share(step, run_of(step, *names)) == pytest.approx(share)
 
 
 def test_a_run_that_waits_longer_hides_less_than_nothing(step):
@@ -149,20 +111,6 @@ def test_a_synchronous_run_that_did_not_wait_hides_nothing(step):
 
 
 @pytest.mark.parametrize(
-    ("names", "ratio"),
-    [
-        (("resident",), 5.0),  # gathered in place: nothing overlaps
-        (("offload_naive",), 4.0),
-        (("offload_prefetch",), 4.0),  # the fetch alone is that of offload_naive
-        (("offload_disk", "synchronous", "cold"), 2.0),
-        (("offload_disk", "prefetched", "cold"), 2.0),
-    ],
-)
-def test_floor_ratio_is_the_fetch_alone_over_its_floor(step, names, ratio):
-    assert floor_ratio(step, run_of(step, *names)) == pytest.approx(ratio)
-
-
-@pytest.mark.parametrize(
     ("names", "reason"),
     [
         (("no_engram",), "no rows are fetched"),
@@ -193,7 +141,8 @@ def test_the_floor_is_predicted_from_unique_bytes(step):
 def test_waits_of_a_second_are_waits(step):
     naive = run_of(step, "offload_naive")
     naive["exposed_s"] = [1.0] * len(DRIFT)
-    assert hidden_share(step, naive) == 0 and fetch_rates(naive) == [UNIQUE_BYTES] * len(DRIFT)
+    assert hidden_share(step, naive) == hidden_share(step, run_of(step, "resident")) == 0
+    assert fetch_rates(naive) == [UNIQUE_BYTES] * len(DRIFT)
 
 
 def test_what_the_control_received_is_taken_off(step):
@@ -321,6 +270,7 @@ RUN_LINES = {
     "offload_uva prefetched": "10.2 9.59-10.8 +2.0 [+2.0, +2.0] 200 50.0 100 - 1 - 1.05",
     "offload_hot prefetched": "10.3 9.68-10.9 +3.0 [+3.0, +3.0] 100 75.0 100 - 1 1 1.05 75.0",
     "offload_disk synchronous cold": "15 14.1-15.9 +50.0 [+50.0, +50.0] 5000 2500 2 1 1 1.05",
+    "offload_disk prefetched cold": "11 10.3-11.7 +10.0 [+10.0, +10.0] 500 90.0 2500 2 1 1 1.05",
     "offload_disk prefetched warm": "10.2 9.59-10.8 +2.0 [+2.0, +2.0] 500 75.0 - - 1 1 1.05",
 }
 
