@@ -23,6 +23,7 @@ from tests.ref.tables.placements import (
     random_rows,
     random_values,
 )
+from tests.ref.threads.together import in_threads
 
 # --- the same bits from everywhere ----------------------------------------------------------------
 
@@ -230,23 +231,20 @@ def test_closing_in_the_middle_of_many_fetches(case, placed):
     values = random_values()
     table, wrong, closed = placed(case, values), [], []
 
-    def serve(seed):
-        rows = random_rows(30 + seed)
+    def serve(number):
+        if number == 3:
+            time.sleep(0.03)
+            return table.close()
+        rows = random_rows(30 + number)
         while True:
             try:
                 got = table.start(rows).wait()
             except ValueError as error:
                 return closed.append(str(error))
             if not torch.equal(got.view(torch.uint8), values[rows].view(torch.uint8)):
-                wrong.append(seed)
+                wrong.append(number)
 
-    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.03)
-    table.close()
-    for thread in threads:
-        thread.join(30)
+    in_threads(serve)
     assert not wrong and len(closed) == 3 and all("closed" in message for message in closed)
 
 
