@@ -272,6 +272,9 @@ def test_closing_waits_for_a_start_in_another_thread(values):
     tables[1].may_end.set()
     starting.join(30), closing.join(30)
     assert torch.equal(got[0], expected(values, ids, 1)) and tables[1].trims == 1
+    with Prefetcher(NgramHasher(PLAN), tables):
+        assert tables[1].trims == 1
+    assert tables[1].trims == 2  # the end of the block closes it
     prefetcher.close()
     with pytest.raises(RuntimeError, match="this prefetcher is closed: make a new one"):
         prefetcher.start(ids)
