@@ -72,10 +72,9 @@ def test_each_parameter_is_a_product_and_a_sum_that_torch_counts(tiny):
 
     with FlopCounterMode(display=False) as counter:
         tiny.step(ids(1, 8), None)
-    counted = {
-        str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
-    }
-    assert sum(counted.values()) == 8 * 2 * tiny.blocks * tiny.shape.parameters()
+    # Without attention, and angles of positions, which older transformers multiply as matrices, too.
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    assert counted["aten.mm"] == 8 * 2 * tiny.blocks * tiny.shape.parameters()
 
 
 @pytest.mark.parametrize("name", ["none", "tiny"])
