@@ -229,21 +229,25 @@ $PYTHON -c "import sys; sys.exit($rate > 1.2)" || { HUGE=$FALLBACK && echo "pinn
 # took, a pass more in each round, and a tenth. Seconds of setup, a round (warm-up and five), and what is counted beside
 # it: lookup: 40, and some 6 for parts that were not timed then; 100 B: 85 + 6 x 9 + 15; 16 B: 35, then 6 x 13 + 12 at
 # batch 64, 6 x 7 + 12 at 1, 6 x 9 + 12 at 16. Reads and lookup begin with the most tokens, which tell most of the bus.
-# Steps that ask the CPU for what it gathers, the one way that nobody has measured, stand beside the others where their
-# short run ended well (some 9 at each batch), and otherwise by themselves (75), since they have never run on CUDA.
+# Steps that ask the CPU for what it gathers, the one way that nobody has measured, stand in the rounds of 100 B (some 10
+# more) where their short run ended well. They have never run on CUDA: if they fail there, or the short run was
+# cut, 100 B is measured without them, in another folder, and they have a step of their own (75) behind it.
 # Prefill (40, then 15 and 50 for the two shapes), batch 256 and a 4B model have what is left, or the next call.
 step 60 reads $RUN bench/lookup_speed.py --device cuda --out "$WORK/reads" --table_params $READS --tokens $FEW --repeats $REPEATS --reads
 step 53 lookup $RUN bench/lookup_speed.py --device cuda --out "$WORK/lookup" --preset $PRESET --table_params $PARAMS \
   --tokens $TOKENS --repeats $REPEATS
-ASK=""
-ended_well short_asking && ASK=--asking
-served 175 hundred_billion $LARGE ${BATCHES%% *} $HUGE no_engram resident offload_prefetch offload_uva $ASK
-settle
-if [ -z "$ASK" ]; then
+COMPARED="no_engram resident offload_prefetch offload_uva"
+if ended_well short_asking && ! refused short_served; then
+  served 190 hundred_asking $LARGE ${BATCHES%% *} $HUGE $COMPARED --asking
+  settle
+fi
+if ! ended_well hundred_asking; then
+  served 175 hundred_billion $LARGE ${BATCHES%% *} $HUGE $COMPARED
+  settle
   served 130 served_asking $LARGE ${BATCHES%% *} $PARAMS no_engram resident offload_prefetch --asking --rounds 3
   settle
 fi
-served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL $ASK
+served 260 served_8b $LARGE "$BATCHES" $PARAMS $ALL
 settle
 prefill 105 prefill $PARAMS "$SHAPES"
 settle

@@ -27,8 +27,8 @@ PROG = "gpu_evidence"
 LARGEST = 16 << 20  # bytes of a file that comes back
 SUMMARY = 12_000  # characters
 _LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
-_SERVED = ("hundred_billion", "served_8b", "served_asking", "served_many", "served_4b",
-           "short_served", "short_asking")  # fmt: skip
+_HUNDRED = ("hundred_asking", "hundred_billion")  # the latter where the former did not end well
+_SERVED = (*_HUNDRED, "served_8b", "served_asking", "served_many", "served_4b", "short_served", "short_asking")
 _TOLD = 1200  # characters of a failed step's log in the summary
 _ROUNDS = re.compile(r": (?:warm-up|round \d+ of \d+) +(\d+) s")  # as `bench.instruments.timing.time_left` ends it
 _DAY = 24 * 3600
@@ -48,7 +48,7 @@ def pack(work: Path, out: Path) -> None:
     """Write the files that come back, the summary last."""
     named: dict[str, Callable[[Path], object]] = {
         "evidence.tar.gz": lambda path: _archive(work, path),
-        "hundred_billion.json": lambda path: _copy(work / "hundred_billion/results.json", path),
+        "hundred_billion.json": lambda path: [_copy(work / name / "results.json", path) for name in _HUNDRED],
         "served_8b.json": lambda path: _copy(work / "served_8b/results.json", path),
         "wall.json": lambda path: _copy(work / "prefill/results.json", path),
         "lookup.json": lambda path: _copy(work / "lookup/results.json", path),

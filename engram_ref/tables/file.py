@@ -122,7 +122,9 @@ class FileTable(Table):
         """
         with self._users.here():
             ordered, places = self._sorted(rows)
-            return self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
+            fetch = self._delivery.send(len(ordered), functools.partial(self._fill, ordered, places), out)
+        self.count(len(ordered))
+        return fetch
 
     def ask(self, rows: Tensor, out: Tensor | None = None) -> Pending:
         """Ask the disk for the rows now; they are read by whoever waits for them.
@@ -146,7 +148,9 @@ class FileTable(Table):
         with self._users.here():
             self._require_open()
             fill = functools.partial(self._fill, ordered, places, take=take)
-            return self._delivery.send(len(ordered), fill, out).wait()
+            values = self._delivery.send(len(ordered), fill, out).wait()
+        self.count(len(ordered))
+        return values
 
     @property
     def inline_rows(self) -> int:
@@ -165,7 +169,7 @@ class FileTable(Table):
         return ordered, places
 
     def stored(self, rows: Tensor) -> Tensor:
-        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; counted like any fetch."""
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; of them bytes are counted."""
         numbers = check_rows(rows, self.rows).numpy()
         places = np.argsort(numbers)
         raw = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8, device="cpu")
@@ -182,7 +186,6 @@ class FileTable(Table):
             first = self.source.first
             refuse_nan(self.source.path, raw, self.format.width, lambda at: first + int(ordered[places == at][0]))
         with self._users.alone:
-            self._asked += len(ordered)
             self._bytes_read += bytes_read
 
     def predict(self, rows: Tensor) -> Prediction:

@@ -133,22 +133,32 @@ def test_every_placement_underneath_and_a_hot_tier_in_front(tmp_path):
     assert first.keys() == second.keys()
 
 
-def counted(rank):
+def counted(rank, path):
     values, numbers, found = values_of(), torch.tensor([1, 2, 2, R - 1] if rank else [5]), []
-    for owned in ({"owned": "host"}, {"owned": "device"}, {"owned": "hot", "hot": torch.tensor([1, R - 1])}):
-        with make_table("sharded", values, **owned) as table:
+    for owned in ("host", "device", "file", "hot"):
+        rows = StoredRows.find(path) if owned == "file" else values
+        options = {"hot": torch.tensor([1, R - 1])} if owned == "hot" else {}
+        with make_table("sharded", rows, owned=owned, **options) as table:
             for _ in range(5):
                 table.start(numbers).wait()
             said(lambda table=table: table.start(numbers + R * rank).wait())  # refused on rank 1
-            found.append({name: count for name, count in table.counters().items() if count})
+            counts = {name: count for name, count in table.counters().items() if count}
+            read_from = table.local.behind if owned == "hot" else table.local
+            found.append((counts, read_from.counters()["rows"]))
     return found
 
 
-def test_rows_are_counted_where_they_are_asked_for_and_bytes_where_they_are_read():
-    read = [(5 * (1 + 3) + 1) * D * 4, 5 * D * 4]  # rank 0 owns 1, 2 and 5
-    for rank, found in enumerate(run_ranks(2, counted)):
+def test_rows_are_counted_where_they_are_asked_for_and_bytes_where_they_are_read(tmp_path):
+    save_rows(tmp_path / "rows.safetensors", values_of())
+    read = [5 * (1 + 3) + 1, 5]  # rank 0 owns 1, 2 and 5
+    for rank, found in enumerate(run_ranks(2, counted, tmp_path / "rows.safetensors")):
         rows = 5 * 4 if rank else 5 + 1
-        assert found == [{"rows": rows, place: read[rank]} for place in ("bytes_host", "bytes_device", "bytes_host")]
+        once = 5 * (1 + 2) + 1 if rank == 0 else 5  # of a file, a row that is there twice is read once
+        for place, (counts, local) in zip(
+            ("bytes_host", "bytes_device", "bytes_disk", "bytes_host"), found, strict=True
+        ):
+            nbytes = (once if place == "bytes_disk" else read[rank]) * D * 4
+            assert (counts, local) == ({"rows": rows, place: nbytes}, read[rank])
 
 
 def test_without_a_group_there_is_a_sentence():
