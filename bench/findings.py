@@ -7,10 +7,11 @@
 Steps: the toy in both forms, all sweeps, production scale, rows under every definition, the lookup's range, row reads
 by tier, the map of classes; then the new results are compared with those committed under bench/results, and the
 documents and figures filled from them. Prices are exact and the same everywhere: a committed file that holds the same
-ones stays as it is, wall times included, so that the tree does not change when nothing has changed. Every step keeps
-what it has finished in --out: a run that is killed, at any moment, continues when it is started again. Another text,
-for one the standard library of another Python, gives other prices and other files. Texts of other kinds need a network:
-`make corpora` measures them. The one text among them that is here is measured again, and has to be as it is committed.
+ones stays as it is, wall times included, so that the tree does not change when nothing has changed. Steps that have
+ended are kept in --out, and of sweeps and production scale every price: a run that is killed, at any moment, continues
+there when it is started again. Another text, for one the standard library of another Python, gives other prices and
+other files. Texts of other kinds need a network: `make corpora` measures them. The one text among them that is here is
+measured again, and has to be as it is committed.
 """
 
 from __future__ import annotations

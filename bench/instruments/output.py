@@ -28,11 +28,18 @@ _PROBE_BYTES = 1 << 16  # a full disk has room for a name, and none for bytes
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder, and find out now what would else be found after hours.
+    """Make a folder for results, and find out now what would else be found after hours.
 
     Raises:
-        ValueError: no files can be made there.
+        ValueError: no files can be made there, or a folder stands in the place of one.
     """
+    _require_room(folder)
+    for path in folder.glob("*.json"):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder in the place of results: move it, or name another --out")
+
+
+def _require_room(folder: Path) -> None:
     if os.path.exists(folder) and not folder.is_dir():  # as a method, it raises on a name that is too long
         raise ValueError(f"--out {folder} is a file: name a folder")
     try:
@@ -53,7 +60,7 @@ def require_writable_file(path: Path | None) -> None:
         return
     if os.path.isdir(path):
         raise ValueError(f"--out {path} is a folder: name a file in it")
-    require_writable(path.parent)
+    _require_room(path.parent)
 
 
 @contextmanager

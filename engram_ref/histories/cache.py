@@ -142,7 +142,7 @@ class CacheHistory:
         if self.open:
             raise ValueError(
                 "an earlier step with this cache was broken off, so cache and Engram may differ: begin with a new "
-                "cache, or reset() this one"
+                "cache, or, where that empties it, reset() this one"
             )
 
     def _crop(self, count: int) -> None:
