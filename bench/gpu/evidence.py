@@ -48,12 +48,12 @@ def pack(work: Path, out: Path) -> None:
     """Write the files that come back, the summary last."""
     named: dict[str, Callable[[Path], object]] = {
         "evidence.tar.gz": lambda path: _archive(work, path),
-        "hundred_billion.json": lambda path: [_copy(work / name / "results.json", path) for name in _HUNDRED],
-        "served_8b.json": lambda path: _copy(work / "served_8b/results.json", path),
-        "wall.json": lambda path: _copy(work / "prefill/results.json", path),
-        "lookup.json": lambda path: _copy(work / "lookup/results.json", path),
+        "hundred_billion.json": lambda path: _copy(path, *(work / name / "results.json" for name in _HUNDRED)),
+        "served_8b.json": lambda path: _copy(path, work / "served_8b/results.json"),
+        "wall.json": lambda path: _copy(path, work / "prefill/results.json"),
+        "lookup.json": lambda path: _copy(path, work / "lookup/results.json"),
         "tests.xml": lambda path: _merge_tests(work, path),
-        "machine.txt": lambda path: _copy(work / "machine.txt", path),
+        "machine.txt": lambda path: _copy(path, work / "machine.txt"),
         "summary.txt": lambda path: path.write_text(summary(work), encoding="utf-8"),
     }
     with _staging(work, out) as folder:
@@ -70,9 +70,11 @@ def _staging(work: Path, out: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=".packing-", dir=work if same else out.parent)
 
 
-def _copy(source: Path, target: Path) -> None:
-    if source.exists():
-        shutil.copyfile(source, target)
+def _copy(target: Path, *sources: Path) -> None:
+    """The last of these files that is there, if one is."""
+    for source in sources:
+        if source.exists():
+            shutil.copyfile(source, target)
 
 
 def _archive(work: Path, path: Path) -> None:

@@ -169,7 +169,7 @@ class FileTable(Table):
         return ordered, places
 
     def stored(self, rows: Tensor) -> Tensor:
-        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; of them bytes are counted."""
+        """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory; only bytes are counted."""
         numbers = check_rows(rows, self.rows).numpy()
         places = np.argsort(numbers)
         raw = torch.empty((len(numbers), self.format.row_bytes), dtype=torch.uint8, device="cpu")

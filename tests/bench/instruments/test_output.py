@@ -40,9 +40,12 @@ def test_an_unusable_folder_is_refused_in_one_line(tmp_path, monkeypatch, where)
         assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="is a folder: name a file in it"):
         require_writable_file(tmp_path)
+
+
+def test_a_folder_in_the_place_of_results_is_refused(tmp_path):
     (tmp_path / "results.json").mkdir()
     require_writable_file(tmp_path / "others.json")
-    with pytest.raises(ValueError, match="results.json is a folder in the place of results: move it"):
+    with pytest.raises(ValueError, match="is a folder in the place of results: move it"):
         require_writable(tmp_path)
 
 
