@@ -1,7 +1,8 @@
 # Each target makes .venv with what it needs, pinned by constraints.txt, and runs.
 #
 #   make toy     the laptop job: real text to a ByteDMD verdict (results and figures in out/)
-#   make test    the whole test suite
+#   make test    the tests, without the slow ones, which start whole commands, browsers, ranks and compilers
+#   make test-slow    those; CI runs both
 #   make check   formatter, linter, types, documentation build
 #   make redraw  every figure drawn anew and compared with the committed one, half a minute
 #   make site    the documentation, in site/; open site/index.html
@@ -20,7 +21,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: toy test check redraw site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges processors mutants fuzz clean
+.PHONY: toy test test-slow check redraw site findings corpora speed bench-cpu end-to-end-cpu bench-layer ranges processors mutants fuzz clean
 
 # A stamp per set of extras, so that an installation happens once.
 $(VENV)/stamp-%: pyproject.toml constraints.txt
@@ -32,7 +33,10 @@ toy: $(VENV)/stamp-fast,plot
 	$(BIN)/python bench/bytedmd_toy.py --out out/toy
 
 test: $(VENV)/stamp-fast,plot,ref,test,docs
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/stamp-fast,plot,ref,test,docs
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 check: $(VENV)/stamp-fast,plot,ref,test,lint,docs
 	$(BIN)/ruff format --check .

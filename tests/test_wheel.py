@@ -17,6 +17,8 @@ import pytest
 
 import engram_ref
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engram_ref", "engram_toy", "engram_price")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE")

@@ -30,7 +30,8 @@ _COMMANDS = {
     "make speed": "Speed of hashing, of pricing, and of pricing at production scale",
     "python bench/fill_docs.py": "Write the figures of these pages from the committed results",
     "make site": "This site as files: open `site/index.html`, no server needed",
-    "make test": "The whole suite",
+    "make test": "The tests, without the slow ones",
+    "make test-slow": "Tests that start whole commands, a browser, the stand-in for CUDA, ranks, compilers",
     "make check": "Formatter, linter, types, and this site, strictly",
 }
 _NEEDS = {  # beside Python

@@ -32,7 +32,7 @@ SCHEMA = validator(Results)
 SMALL = ["--quick", "--seq_len", "6", "--d_model", "4", "--padding", "500", "--repeats", "2"]
 SMALL_TOKENIZER = ROOT / "tests/golden/tokenizer_small"
 TIMES = {"wall_time_s", "wall_time_summary_s"}
-pytestmark = pytest.mark.usefixtures("kept_maps")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_maps")]
 
 
 def serial(function, jobs, processes):

@@ -13,6 +13,8 @@ import pytest
 from bench.gpu import evidence as gpu_evidence
 from bench.instruments.results import git_commit
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "bench/gpu_checks.sh"
 TEXT = SCRIPT.read_text(encoding="utf-8")
 LINES = TEXT.replace("\\\n", " ").splitlines()

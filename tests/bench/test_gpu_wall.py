@@ -33,7 +33,7 @@ from tests.schemas import validator
 ROOT = Path(__file__).parents[2]
 SCHEMA = validator(Results)
 SMALL = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "tiny", "--backbone", "none"]
-pytestmark = pytest.mark.usefixtures("kept_maps")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_maps")]
 
 
 V41 = ["--device", "cpu", "--dtype", "float32", "--table_params", "3e5", "--preset", "v41-flash", "--cases", "none"]

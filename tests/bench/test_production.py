@@ -26,6 +26,8 @@ from engram_ref.config import EngramConfig
 from engram_toy import hashing
 from tests.schemas import validator
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 512
 SCHEMA = validator(Results)
 

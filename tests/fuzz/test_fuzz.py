@@ -21,7 +21,7 @@ from tests.fuzz import folders, forks, headers, kills, leaks, prefetch, programs
 from tests.fuzz.resumable import resumable
 
 SHARES = {"programs": 60, "headers": 600, "folders": 15, "prefetch": 200, "forks": 8, "leaks": 60, "kills": 1}
-pytestmark = pytest.mark.usefixtures("kept_maps")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_maps")]
 
 
 @pytest.mark.parametrize("kind", SHARES)

@@ -21,7 +21,7 @@ from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
 
 IDS = [n * n % 97 for n in range(24)]
 BEFORE = [n % 31 for n in range(200)]
-pytestmark = pytest.mark.usefixtures("kept_maps")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_maps")]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "v41-flash", "qwen38-flash-next"])

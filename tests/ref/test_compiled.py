@@ -12,6 +12,8 @@ from engram_ref import compiled
 from engram_ref.config import EngramConfig
 from engram_ref.hashing import HashPlan, NgramHasher
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ERRORS = [
     ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.5."),

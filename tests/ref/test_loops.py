@@ -104,6 +104,7 @@ def test_a_read_only_checkout(cache, small, tmp_path):
         assert {path.name.partition(".")[0] for path in home.rglob("*.nbi")} == {"inner", "outer"}
 
 
+@pytest.mark.slow
 def test_machine_code_of_other_sources_is_not_used(small):
     """A loop holds the code that it calls, of other files too; a release may come with their old times and sizes."""
     for _ in range(2):

@@ -210,6 +210,7 @@ runpy.run_module("engram_ref.plan", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--preset", "v41-flash"], ["--check", "FOLDER"]], ids=" ".join)
 def test_the_command_needs_no_torch(options, sample_folder, flash):
     options = [str(sample_folder) if option == "FOLDER" else option for option in options]

@@ -11,6 +11,8 @@ from bench.schemas.lookup_speed import Results
 from tests.schemas import validator
 
 pytest.importorskip("triton", reason="the stand-in runs kernels in Triton's interpreter")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the stand-in runs kernels in Triton's interpreter")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench/gpu_checks.sh"
 NAMED = {"evidence.tar.gz", "hundred_billion.json", "served_8b.json", "wall.json", "lookup.json", "tests.xml",

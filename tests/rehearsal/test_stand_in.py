@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the stand-in runs kernels in Triton's interpreter")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 CHECKS = ast.parse((Path(__file__).with_name("checks.py")).read_text(encoding="utf-8"))
 NAMES = [

@@ -12,6 +12,8 @@ from bench.site.stack_story import STORIES, tell
 from tests.site import synthetic
 from tests.site.conftest import ROOT, build
 
+pytestmark = pytest.mark.slow
+
 PAGES = [f"{name}.html" for name in re.findall(r": ([\w/-]+)\.md\b", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)]
 AXE = Path(axe_core_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
 GRID = synthetic.grid()

@@ -13,6 +13,8 @@ from bench import fill_docs
 from bench.instruments.drawing import NARROW, same_picture, save_all, stack
 from bench.instruments.output import source
 
+pytestmark = pytest.mark.slow
+
 
 def drawn(results=None):
     """Three panels of four, a legend below, labels of rows and columns once, and a scale of colours at the side."""

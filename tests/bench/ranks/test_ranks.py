@@ -26,6 +26,8 @@ from engram_ref.sharding.on_paper import LINKS
 from tests.ref.ranks import Rank, run_ranks
 from tests.schemas import validator
 
+pytestmark = pytest.mark.slow
+
 V41 = EngramConfig.preset("v41-flash")
 
 

@@ -33,6 +33,8 @@ from engram_ref.tables.device import DeviceTable
 from tests.bench.served.test_numbers import SCHEMA
 from tests.bench.setup.test_backbones import TINY
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 VARIANTS = ["no_engram", "own_compute", "resident", "resident again", "offload_disk synchronous"]
 VARIANTS += ["offload_disk prefetched", "offload_hot 1 %", "offload_hot 10 %", "throttled 0.01 GB/s"]

@@ -34,6 +34,8 @@ from engram_toy.models.layouts import VARIANTS
 from engram_toy.models.programs import BOUNDARIES, build
 from tests.schemas import validator
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SCHEMA = validator(Results)
 COMMITTED = ROOT / "bench/results"

@@ -15,6 +15,8 @@ from bench.wall.figures import KINDS, _merged, bandwidth, draw_all, overheads, t
 from bench.wall.numbers import run_of
 from tests.bench.wall.example import example
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 NAMES = ["timeline.svg", "overhead.svg", "bandwidth.svg"]
 DRAWINGS = (timeline, overheads, bandwidth)

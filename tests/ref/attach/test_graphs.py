@@ -13,6 +13,8 @@ from engram_ref.attach.step import Step
 from engram_ref.tables.base import Ready
 from tests.ref.attach.models import Plainest, by_hand, make_ids, make_layers, make_model
 
+pytestmark = pytest.mark.slow
+
 EXACT = dict(rtol=0, atol=1e-12)  # float64; the sums are cut differently
 SMALL = dict(num_hidden_layers=2)
 

@@ -21,6 +21,8 @@ from engram_ref.hashing.device import DeviceHasher
 from tests.ref.attach.models import Plainest, make_ids, make_layers
 from tests.ref.fusion.qwen_oracle import qwen4, text_config
 
+pytestmark = pytest.mark.slow
+
 OURS = {module.__file__ for module in (attached_module, hooks_module, offload_module, own_table)}
 IN_FORWARDS = OURS | {module.__file__ for module in (graphs, lookup, staging, step_module)}
 TORCHS = [nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook, nn.Module.__setattr__]

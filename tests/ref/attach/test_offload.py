@@ -246,6 +246,7 @@ class _Nothing(nn.Module):
         return hidden
 
 
+@pytest.mark.slow
 def test_compiled():
     """What was compiled with the table in its place does not outlive the change, nor what was compiled without.
 

@@ -20,6 +20,8 @@ from examples import sharded_generate
 from tests.ref.attach.models import make_ids, make_layers, make_model
 from tests.ref.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = (5, 9)  # of each rank: one is done before the other
 
 

@@ -232,6 +232,7 @@ def test_the_tokenizers_digest_is_of_what_was_compressed(folder, monkeypatch):
     assert ModelFolder.open(folder).tokenizer_sha256 == hashlib.sha256(text).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_the_right_size_with_another_map(folder):
     """Two tokens have changed places: as many compressed ids, other rows for every text."""
     content = load(folder / TOKENIZER_FILE)

@@ -44,6 +44,7 @@ def history_of(fusion):
     return made
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_those_of_eager_mode(fusion):
     """More of them than the convolution reaches back, where torch 2.11 failed; tests/cuda has other lengths."""
     e, hidden = inputs(12)

@@ -2,7 +2,11 @@
 
 import re
 
+import pytest
+
 from tests.ref.guides.pages import run_page, text_of
+
+pytestmark = pytest.mark.slow
 
 PAGE = "put-engram-into-your-model.md"
 

@@ -124,6 +124,7 @@ def test_a_given_host_size_serves_where_the_system_says_none(monkeypatch, capsys
     assert "give --host" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_answers_without_torch(tmp_path):
     (tmp_path / "short.txt").write_text("a few words " * 64)
     code = (

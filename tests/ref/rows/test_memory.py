@@ -276,6 +276,7 @@ sys.modules["kept"] = kept
 """
 
 
+@pytest.mark.slow
 def test_the_end_of_the_process_is_silent():
     """CUDA may be down by then; the system takes the locks back."""
     done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True)

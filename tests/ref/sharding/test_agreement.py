@@ -20,6 +20,8 @@ from engram_ref.tables.hot import HotTable
 from tests.ref.ranks import run_ranks, start_ranks
 from tests.ref.sharding.shards import FP8, D, R, numbers_for, said, same, values_of
 
+pytestmark = pytest.mark.slow
+
 # --- what is wrong on one rank --------------------------------------------------------------------
 
 

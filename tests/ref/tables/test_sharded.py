@@ -26,6 +26,8 @@ from engram_ref.tables.sharded import serve_others
 from tests.ref.ranks import run_ranks
 from tests.ref.sharding.shards import FP8, LAYERS, PLAN, D, R, numbers_for, said, same, values_of
 
+pytestmark = pytest.mark.slow
+
 # --- the same bits --------------------------------------------------------------------------------
 
 

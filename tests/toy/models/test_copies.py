@@ -2,7 +2,11 @@
 
 import random
 
+import pytest
+
 from engram_toy.bytedmd import bytedmd, trace
+
+pytestmark = pytest.mark.slow
 
 SIZES = (1, 4)  # bytes per value
 

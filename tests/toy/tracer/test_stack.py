@@ -203,6 +203,7 @@ def test_a_downward_scan_deepens_by_nothing_when_values_die(stack_depths: StackD
     assert stack_depths(log, "lru") == array("i", range(1, live + 1))
 
 
+@pytest.mark.slow
 def test_numba_reaches_across_twenty_million_slots() -> None:
     alternations = 10**7
     left, right = array("i", [0]) * alternations, array("i", [1]) * alternations
