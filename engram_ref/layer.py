@@ -164,7 +164,10 @@ def build_engram(
     check_plan(config, layer_plan)
     device = as_device(device)
     if placement not in FRESH_PLACEMENTS:
-        raise ValueError(f"placement {placement!r}: a new table is made as one of {', '.join(FRESH_PLACEMENTS)}")
+        raise ValueError(
+            f"placement {placement!r}: a new table is made as one of {', '.join(FRESH_PLACEMENTS)}; for others save "
+            "its rows and load them: make_table"
+        )
     fusion = make_fusion(config, "meta", dtype).to_empty(device="cpu")
     fusion.reset_parameters(torch.Generator().manual_seed(seed))
     fusion = fusion.to(device)

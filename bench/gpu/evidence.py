@@ -27,8 +27,16 @@ PROG = "gpu_evidence"
 LARGEST = 16 << 20  # bytes of a file that comes back
 SUMMARY = 12_000  # characters
 _LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
-_HUNDRED = ("hundred_asking", "hundred_billion")  # the latter where the former did not end well
-_SERVED = (*_HUNDRED, "served_8b", "served_asking", "served_many", "served_4b", "short_served", "short_asking")
+_SERVED = (
+    "hundred_asking",
+    "hundred_billion",
+    "served_8b",
+    "served_asking",
+    "served_many",
+    "served_4b",
+    "short_served",
+    "short_asking",
+)
 _TOLD = 1200  # characters of a failed step's log in the summary
 _ROUNDS = re.compile(r": (?:warm-up|round \d+ of \d+) +(\d+) s")  # as `bench.instruments.timing.time_left` ends it
 _DAY = 24 * 3600
@@ -48,12 +56,12 @@ def pack(work: Path, out: Path) -> None:
     """Write the files that come back, the summary last."""
     named: dict[str, Callable[[Path], object]] = {
         "evidence.tar.gz": lambda path: _archive(work, path),
-        "hundred_billion.json": lambda path: _copy(path, *(work / name / "results.json" for name in _HUNDRED)),
-        "served_8b.json": lambda path: _copy(path, work / "served_8b/results.json"),
-        "wall.json": lambda path: _copy(path, work / "prefill/results.json"),
-        "lookup.json": lambda path: _copy(path, work / "lookup/results.json"),
+        "hundred_billion.json": lambda path: _copy(_hundred(work), path),
+        "served_8b.json": lambda path: _copy(work / "served_8b/results.json", path),
+        "wall.json": lambda path: _copy(work / "prefill/results.json", path),
+        "lookup.json": lambda path: _copy(work / "lookup/results.json", path),
         "tests.xml": lambda path: _merge_tests(work, path),
-        "machine.txt": lambda path: _copy(path, work / "machine.txt"),
+        "machine.txt": lambda path: _copy(work / "machine.txt", path),
         "summary.txt": lambda path: path.write_text(summary(work), encoding="utf-8"),
     }
     with _staging(work, out) as folder:
@@ -70,11 +78,16 @@ def _staging(work: Path, out: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=".packing-", dir=work if same else out.parent)
 
 
-def _copy(target: Path, *sources: Path) -> None:
-    """The last of these files that is there, if one is."""
-    for source in sources:
-        if source.exists():
-            shutil.copyfile(source, target)
+def _copy(source: Path, target: Path) -> None:
+    if source.exists():
+        shutil.copyfile(source, target)
+
+
+def _hundred(work: Path) -> Path:
+    """What was measured with 100 B parameters: with steps that ask if that ended well, or there is nothing else."""
+    asking, plain = (work / name / "results.json" for name in ("hundred_asking", "hundred_billion"))
+    whole = re.search(r"^hundred_asking ended with 0,", _text(work / "steps.txt"), re.MULTILINE)
+    return asking if whole or not plain.exists() else plain
 
 
 def _archive(work: Path, path: Path) -> None:

@@ -42,12 +42,9 @@ def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True
         return Verdict("INVALID", "outputs differ, or a value escaped the tracer: the prices cannot be compared")
     if not price_ratio > 0:  # nor are they NaN
         raise ValueError(f"price ratio {price_ratio}: prices are positive")
-    if price_ratio < STRONG_BELOW:
-        return Verdict(
-            "WIN", f"below {STRONG_BELOW:g}x, clearly; by the given task's thresholds, not by the paper's 3 %"
-        )
     if price_ratio <= WIN_UP_TO:
-        return Verdict("WIN", f"up to {WIN_UP_TO:g}x, by the given task's thresholds, not by the paper's 3 %")
+        reason = f"up to {WIN_UP_TO:g}x, clearly below {STRONG_BELOW:g}x; by the given task's thresholds"
+        return Verdict("WIN", f"{reason}, far above the paper's 3 %")
     if price_ratio <= LOSS_ABOVE:
         return Verdict(
             "INCONCLUSIVE",

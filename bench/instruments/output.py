@@ -34,9 +34,9 @@ def require_writable(folder: Path) -> None:
         ValueError: no files can be made there, or a folder stands in the place of one.
     """
     _require_room(folder)
-    for path in folder.glob("*.json"):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder in the place of results: move it, or name another --out")
+    results = folder / "results.json"
+    if results.is_dir():
+        raise ValueError(f"{results} is a folder in the place of results: move it, or name another --out")
 
 
 def _require_room(folder: Path) -> None:

@@ -31,12 +31,12 @@ class _Carried:
     def __init__(self, histories: Histories, mark: str | None = None) -> None:
         self.histories = histories
         self._mark = mark  # on the layers that these histories are of; copies of a layer bear it, too
-        self.owner: Any = None  # by a weak reference, the cache that used them last; it counts where no mark is
+        self._owner: Any = None  # by a weak reference, the cache that used them last; it counts where no mark is
 
     def is_of(self, cache: Any) -> bool:
         """Not if its layers were last used with other histories, or when these were at another position."""
         mark = getattr(_first_layer(cache), _MARK, None)
-        own = mark == self._mark if mark or self._mark else self.owner is None or self.owner() is cache
+        own = mark == self._mark if mark or self._mark else self._owner is None or self._owner() is cache
         # Layers that hold nothing are of any.
         return own or not self.histories or cache.get_seq_length() == 0
 
@@ -56,9 +56,19 @@ class _Carried:
     def mark(self, cache: Any) -> None:
         """The layers are about to be used, after which they are not what copies of them are."""
         layer = _first_layer(cache)
-        self._mark, self.owner = None if layer is None else secrets.token_hex(8), weakref.ref(cache)
+        self._mark, self._owner = None if layer is None else secrets.token_hex(8), weakref.ref(cache)
         if layer is not None:
             setattr(layer, _MARK, self._mark)
+
+    def release(self, cache: Any) -> None:
+        """A cache is about to be copied: where layers bear no mark, the one of both that is used first goes on.
+
+        Raises:
+            ValueError: another one goes on already.
+        """
+        if self._mark is None:
+            self.require_own(cache)
+            self._owner = None
 
     def __reduce__(self) -> Any:
         return _Carried, (self.histories, self._mark)
@@ -139,13 +149,14 @@ def _reduce(cache: Any, protocol: Any) -> Any:
     make, arguments, *rest = kind.__reduce_ex__(cache, protocol)
     if not arguments or arguments[0] is not type(cache):
         raise ValueError(f"a {kind.__name__} with Engram's history, which cannot be copied or pickled: detach() first")
-    return _remake, (make, kind, getattr(cache, _ATTRIBUTE), *arguments[1:]), *rest
+    carried = getattr(cache, _ATTRIBUTE)
+    carried.release(cache)
+    return _remake, (make, kind, carried, *arguments[1:]), *rest
 
 
 def _remake(make: Any, kind: type, carried: _Carried, *arguments: Any) -> Any:
     """A cache without its state, that carries these histories."""
     made = make(_following(kind), *arguments)
-    carried.owner = None  # a shallow copy carries the same, and the one of the two that is used first goes on
     setattr(made, _ATTRIBUTE, carried)
     return made
 

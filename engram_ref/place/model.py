@@ -70,7 +70,7 @@ _PAPER = Backbone(
     _PAPER_ACTIVE,
     2 * _PAPER_ACTIVE,
     2 * _PAPER_VALUES,
-    "the paper: 30 blocks, 3.8 B of 21 B values active, bfloat16, 6 of 55 experts a token",
+    "the paper: 30 blocks, 3.8 billion of 21 billion values active, bfloat16, 6 of 55 experts a token",
     Experts(2 * (_PAPER_VALUES - _PAPER_ACTIVE) * 55 // 49, 55, 6),
 )
 # By preset. Of the shipped models by audits of their files; the narrowest format in V4.1-Flash is half a byte.
@@ -82,7 +82,7 @@ BACKBONES = {
         16_000_000_000,
         8_000_000_000,
         307_000_000_000,
-        "audits of its files: 16 B values active, fp4 at least, 6 of 384 experts a token",
+        "audits of its files: 16 billion values active, fp4 at least, 6 of 384 experts a token",
         Experts(289_000_000_000, 384, 6),
     ),
     "qwen38-flash-next": Backbone(
@@ -90,7 +90,7 @@ BACKBONES = {
         6_000_000_000,
         12_000_000_000,
         12_000_000_000,
-        "6 B values active, bfloat16; one token's experts at every batch",
+        "6 billion values active, bfloat16; one token's experts at every batch",
     ),
 }
 

@@ -9,6 +9,18 @@ from engram_ref.place.answer import percent, size, time
 _OF_GPUS = ("device", "bus", "uva", "compute", "start_device", "start_bus", "start_staged")
 _BESIDE = ("beside_uva", "beside_staged", "beside_hot")  # of GPUs, too
 _OF_CPUS = ("memory", "processor", "beside_file")  # where it computes
+_WHERE = {
+    "device": "in GPU memory",
+    "memory": "in host memory, read where it lies",
+    "uva": "in pinned host memory, read there by the GPU",
+    "host": "in host memory, gathered by the CPU",
+    "file": "on disk, read by the CPU",
+    "hot": "the most frequent rows in GPU memory, behind them host",
+    "hot file": "the most frequent rows in memory, behind them file",
+    "sharded": "a part with each rank",
+    "sharded host": "a part with each rank, in host memory",
+    "hot sharded": "the most frequent rows with each rank, behind them sharded",
+}
 _HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "loss", "price", "model", "energy"]
 
 
@@ -94,9 +106,10 @@ def _notes(answer: dict[str, Any]) -> list[str]:
     alone = answer["group"]["ranks"] == 1
     unmeasured = "" if alone else "; what blocks lose beside rows of other ranks was never measured"
     lines = [
-        "fetch, exposed: seconds of a step's fetches; what of them the blocks before the layers do not hide, and what "
-        "blocks lose beside them",
-        f"loss: exposed over all blocks of the step, if they take no longer than this{unmeasured}",
+        "; ".join(f"{p['placement']}: {_WHERE[p['placement']]}" for p in answer["placements"]),
+        "fetch: what a step's fetches take by themselves; exposed, by how much they make the step longer: what the "
+        "blocks before the layers do not hide of them, and what blocks lose beside them; it may be the longer one",
+        f"loss: exposed over the time of all blocks; if they take longer than is said above, it is less{unmeasured}",
         "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",
         "energy: of moving the rows, from published ranges. Every prediction names its formula in --json",
     ]

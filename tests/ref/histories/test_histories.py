@@ -157,6 +157,9 @@ def test_of_a_cache_and_its_copy_whose_layers_bear_no_mark_the_first_goes_on(kin
     assert history_of(goes_on, "key") is history
     with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
         history_of(second, "key")
+    for copied in (copy.copy, copy.deepcopy):  # nor does a copy make it another
+        with pytest.raises(ValueError, match="layers that it had left, or of another cache"):
+            history_of(copied(second), "key")
     assert history_of(goes_on, "key") is history
     assert history_of(copy.deepcopy(goes_on), "key") is not history
 
