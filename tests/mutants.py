@@ -73,7 +73,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engram_ref/tables/staging.py": ("tests/ref/tables/test_staging.py",),
     "engram_ref/files/read_plan.py": ("tests/ref/files/test_read_plan.py", "tests/ref/files/test_shards.py"),
     "engram_ref/rows/fp8.py": ("tests/ref/rows/test_fp8.py",),
-    "engram_toy/hashing.py": ("tests/toy/test_hashing.py", "tests/cross/test_index_stream.py"),
+    "engram_toy/hashing.py": (
+        "tests/toy/test_hashing.py",
+        "tests/cross/test_index_stream.py",
+        "tests/cross/test_hash_qwen.py",
+    ),
     "engram_toy/tracer/stack.py": ("tests/toy/tracer/test_stack.py", "tests/toy/test_bytedmd.py"),
     "engram_toy/tracer/first_reads.py": ("tests/toy/tracer/test_first_reads.py",),
     "engram_toy/fast/first_reads.py": ("tests/toy/tracer/test_first_reads.py",),
