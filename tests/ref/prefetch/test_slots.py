@@ -38,6 +38,21 @@ def test_a_second_release_does_nothing_to_the_next_fetch(values):
         second.release()
 
 
+def test_the_block_of_a_fetch_raises_what_failed_unless_it_ended_in_another_error(values):
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values, fail_at=1)) as prefetcher:
+        with pytest.raises(FetchError, match="the disk has gone"), prefetcher.start(random_ids(0)):
+            pass
+    with Prefetcher(NgramHasher(PLAN), slow_tables(values, fail_at=1)) as prefetcher:
+        with pytest.raises(ZeroDivisionError), prefetcher.start(random_ids(0)):
+            raise ZeroDivisionError
+
+
+def test_tables_of_other_sizes_than_the_plan_are_refused(values):
+    fewer = {**values, 3: values[3][:-1]}
+    with pytest.raises(ValueError, match="rows for the table of layer 3, which has .*: give the plan"):
+        Prefetcher(NgramHasher(PLAN), slow_tables(fewer))
+
+
 def test_a_failed_layer_frees_no_buffer_that_another_is_writing(values):
     tables = {1: SlowTable(values[1], fail_at=1), 3: Gated(values[3])}
     with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
