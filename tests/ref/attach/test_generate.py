@@ -1,6 +1,7 @@
 """`generate` with Engram attached: the history follows the cache, whatever is done to it, or says that it cannot."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -234,6 +235,16 @@ def test_another_batch_is_refused(model, attached, ids):
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="3 sequences with a cache of 2"):
         model(make_ids(3, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # of newer releases, and of all
+def test_a_cache_is_followed_under_either_name(name, model, attached, ids):
+    if name not in inspect.signature(type(model).forward).parameters and name == "cache":
+        pytest.skip("this transformers has the older name alone")
+    cache = DynamicCache()
+    chunks = [model(chunk, **{name: cache}).logits for chunk in (ids[:, :4], ids[:, 4:5], ids[:, 5:])]
+    torch.testing.assert_close(torch.cat(chunks, 1), model(ids).logits, **EXACT)
+    assert cache.get_seq_length() == ids.shape[1]
 
 
 def test_an_emptied_cache_takes_another_batch(model, attached, ids):
