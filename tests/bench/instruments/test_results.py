@@ -85,6 +85,7 @@ def test_a_run_ends_with_its_table_and_its_results(report, rows, tmp_path, capsy
     *table, last = [line for line in said.out.splitlines() if line]
     assert table == [*([] if report is None else ["2 rows"]), str(path)] and json.loads(last)
     assert said.err.startswith(f"wrote {path}") and json.loads(path.read_text()) == results
+    assert ("[\n1,\n2\n]" in path.read_text()) == (rows is not None)  # a line for each
     conclude(results, None, report)
     assert "wrote" not in capsys.readouterr().err
 

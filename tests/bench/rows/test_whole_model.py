@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from bench.rows.whole_model import MODELS, Surroundings, step_price
+from bench.rows.whole_model import MODELS, OTHERS, Surroundings, step_price
 from engram_toy.tracer.stack import read_price
 
 
@@ -34,6 +34,11 @@ def test_v41_flash_reads_one_tokens_experts_or_the_expected_ones_or_all_of_its_f
             Surroundings("expected", 0, shared + chosen, every),
             Surroundings("all", 0, every, every),
         ]
+
+
+def test_of_qwen_the_active_weights_alone_are_known():
+    """Six billion, bfloat16."""
+    assert OTHERS["qwen38-flash-next"].surroundings("decode", 9) == [Surroundings("", 0, 12 * 10**9, 12 * 10**9)]
 
 
 def test_an_expert_that_no_step_reads_buries_a_row_once():
