@@ -27,16 +27,8 @@ PROG = "gpu_evidence"
 LARGEST = 16 << 20  # bytes of a file that comes back
 SUMMARY = 12_000  # characters
 _LEFT_OUT = ("wheels", "triton", "*.safetensors", "*.lock", ".*")
-_SERVED = (
-    "hundred_asking",
-    "hundred_billion",
-    "served_8b",
-    "served_asking",
-    "served_many",
-    "served_4b",
-    "short_served",
-    "short_asking",
-)
+_SERVED = ("hundred_asking", "hundred_billion", "served_8b", "served_asking", "served_many", "served_4b",
+           "short_served", "short_asking")  # fmt: skip
 _TOLD = 1200  # characters of a failed step's log in the summary
 _ROUNDS = re.compile(r": (?:warm-up|round \d+ of \d+) +(\d+) s")  # as `bench.instruments.timing.time_left` ends it
 _DAY = 24 * 3600

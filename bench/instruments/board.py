@@ -24,7 +24,7 @@ from bench.schemas.common import Fallback, Traffic
 
 ENOUGH_BYTES = 50_000_000  # of rows, so that what else crosses the link is small beside them
 MOST_ASKED = 3  # times the bytes of the rows: more is no rounding to lines of memory, and is counted again
-ANYWAY = 100_000_000  # bytes that may cross beside few rows: a pass at batch 1 receives 15 MB without any
+BESIDE_ROWS = 100_000_000  # bytes that may cross beside few rows: a pass at batch 1 receives 15 MB without any
 ENOUGH_S = 1.0  # after which there are enough passes in any case
 THROUGHPUT = "nvmlDeviceGetPcieThroughput, windows of 20 ms"
 _RX = "NVML_PCIE_UTIL_RX_BYTES"
@@ -160,7 +160,7 @@ def count_traffic(
     """
     received, passes, seconds = _count(driver, one_pass, row_bytes, clock)
     first = None
-    if received.value is not None and received.value > max(MOST_ASKED * passes * row_bytes, ANYWAY) and row_bytes:
+    if received.value is not None and received.value > max(MOST_ASKED * passes * row_bytes, BESIDE_ROWS) and row_bytes:
         first = round(received.value / passes)
         received, passes, seconds = _count(driver, one_pass, row_bytes, clock)
     total, why = received

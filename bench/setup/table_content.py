@@ -95,8 +95,8 @@ def _fill_packed(rows: np.ndarray, words: _Words, seed: int, first_row: int) -> 
     pattern, factors = _splitmix64(seed, np.arange(_CHUNK, dtype=_WORD)), _factors(seed, chunks)
     cores = _cores()
 
-    def work(chunks: np.ndarray, factors: np.ndarray) -> None:
-        for chunk, factor in zip(chunks.tolist(), factors):
+    def work(stretch: np.ndarray, of_stretch: np.ndarray) -> None:
+        for chunk, factor in zip(stretch.tolist(), of_stretch):
             start = chunk * _CHUNK
             low, high = max(start, first), min(start + _CHUNK, past)
             part = table[low - first : high - first]
