@@ -23,7 +23,7 @@ from engram_ref.place.formulas import (
     tier_shares,
 )
 from engram_ref.place.group import ALONE, Group
-from engram_ref.place.machine import Machine
+from engram_ref.place.machine import UNITS, Machine
 from engram_ref.place.model import Model
 from engram_ref.place.reads import Reads
 
@@ -126,7 +126,7 @@ def answer(question: Question) -> dict[str, Any]:
     placements = [_placement(question, name) for name in question.placements]
     return {
         "model": _model(question.model),
-        "machine": asdict(question.machine),
+        "machine": {**asdict(question.machine), "rates": _rates(question.machine)},
         "reads": asdict(question.reads),
         "batches": list(question.batches),
         "prompts": list(question.prompts),
@@ -136,6 +136,10 @@ def answer(question: Question) -> dict[str, Any]:
         "recommendation": recommend(placements),
         "formulas": FORMULAS,
     }
+
+
+def _rates(machine: Machine) -> dict[str, Any]:
+    return {name: {**asdict(rate), "unit": UNITS[name]} for name, rate in machine.rates.items()}
 
 
 def _block(question: Question) -> dict[str, Any]:
@@ -307,7 +311,7 @@ def _kept_then_losses(placement: dict[str, Any]) -> tuple[int, list[Any]]:
 
 def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: bool) -> str:
     losses = " and ".join(
-        f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of {step['tokens']:,} tokens"
+        f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of {in_tokens(step['tokens'])}"
         for step in _largest(best)
     )
     least = f"nothing that fits loses less than {percent(TOLERATED)}, and it loses the least"
@@ -316,6 +320,11 @@ def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: b
     no_room = [p["placement"] for p in placements if not p["fits"]]
     without = f"; {', '.join(no_room)} would not fit" if no_room else ""
     return f"{best['placement']}: {says} {losses}{frees}{without}."
+
+
+def in_tokens(number: int) -> str:
+    """A number of tokens in words."""
+    return f"{number:,} token{'s' * (number != 1)}"
 
 
 def size(nbytes: float) -> str:

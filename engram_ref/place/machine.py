@@ -34,26 +34,32 @@ class Rate:
 
 # The round figures of ordinary hardware of 2026; `--measure` or an option replaces each.
 ASSUMED = {
-    "device": Rate(3e12, "assumed: HBM3 of one accelerator, bytes/s"),
-    "bus": Rate(5e10, "assumed: PCIe 5.0 x16 in practice, bytes/s"),
-    "uva": Rate(3e7, "assumed: rows of 264 B that a GPU reads in place, as measured on an H200, rows/s"),
-    "gather": Rate(2e7, "assumed: one thread, rows on huge pages, rows/s"),
-    "memory": Rate(1.5e10, "assumed: one thread that copies, bytes/s"),
-    "compute": Rate(4.9e14, "assumed: half of an H100's dense bfloat16 peak, operations/s"),
-    "processor": Rate(1e11, "assumed: a few cores, float32, operations/s"),
-    "reads": Rate(5e5, "assumed: one NVMe drive, random reads of 4 KiB, 64 in flight, reads/s"),
-    "start_device": Rate(5.7e-6, "assumed: one launch from ids to rows, as measured on an H200, s"),
-    "start_host": Rate(2e-5, "assumed: one call that gathers, s"),
-    "start_bus": Rate(2.7e-6, "assumed: the first row in place, as measured on an H200, s"),
-    "start_staged": Rate(
-        3.2e-4, "assumed: hashed and gathered by the CPU, and copied, as measured on an H200's host, s"
-    ),
-    "start_disk": Rate(1e-4, "assumed: one read of an NVMe drive, s"),
+    "device": Rate(3e12, "assumed: HBM3 of one accelerator"),
+    "bus": Rate(5e10, "assumed: PCIe 5.0 x16 in practice"),
+    "uva": Rate(3e7, "assumed: rows of 264 B that a GPU reads in place, as measured on an H200"),
+    "gather": Rate(2e7, "assumed: one thread, rows on huge pages"),
+    "memory": Rate(1.5e10, "assumed: one thread that copies"),
+    "compute": Rate(4.9e14, "assumed: half of an H100's dense bfloat16 peak"),
+    "processor": Rate(1e11, "assumed: a few cores, float32"),
+    "reads": Rate(5e5, "assumed: one NVMe drive, random reads of 4 KiB, 64 in flight"),
+    "start_device": Rate(5.7e-6, "assumed: one launch from ids to rows, as measured on an H200"),
+    "start_host": Rate(2e-5, "assumed: one call that gathers"),
+    "start_bus": Rate(2.7e-6, "assumed: the first row in place, as measured on an H200"),
+    "start_staged": Rate(3.2e-4, "assumed: hashed and gathered by the CPU, and copied, as measured on an H200's host"),
+    "start_disk": Rate(1e-4, "assumed: one read of an NVMe drive"),
     # What a step was longer for than windows explain: medians of all that is committed of one model with one layer.
     "beside_uva": Rate(0.6, "assumed: of a fetch in place, what blocks lose beside it, as measured on an H200"),
-    "beside_staged": Rate(1.1e-3, "assumed: lost beside a fetch that the CPU stages, as measured on an H200, s"),
-    "beside_hot": Rate(2.3e-3, "assumed: the same with a hot tier in front, as measured on an H200, s"),
-    "beside_file": Rate(1.2e-3, "assumed: lost by a CPU beside a fetch from a file, as measured on two cores, s"),
+    "beside_staged": Rate(1.1e-3, "assumed: lost beside a fetch that the CPU stages, as measured on an H200"),
+    "beside_hot": Rate(2.3e-3, "assumed: the same with a hot tier in front, as measured on an H200"),
+    "beside_file": Rate(1.2e-3, "assumed: lost by a CPU beside a fetch from a file, as measured on two cores"),
+}
+UNITS = {
+    **dict.fromkeys(ASSUMED, "s"),
+    **dict.fromkeys(("device", "bus", "memory"), "B/s"),
+    **dict.fromkeys(("uva", "gather"), "rows/s"),
+    **dict.fromkeys(("compute", "processor"), "operations/s"),
+    "reads": "reads/s",
+    "beside_uva": "",  # a share
 }
 
 

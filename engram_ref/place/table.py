@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engram_ref.place.answer import percent, size, time
+from engram_ref.place.answer import in_tokens, percent, size, time
 
 _OF_GPUS = ("device", "bus", "uva", "compute", "start_device", "start_bus", "start_staged")
 _BESIDE = ("beside_uva", "beside_staged", "beside_hot")  # of GPUs, too
@@ -67,8 +67,8 @@ def _heading(answer: dict[str, Any], number: int) -> str:
     said = step["block_s"] is None or (not prompt and answer["block"]["seconds"] is not None)
     least = "" if said else f"; a block takes {time(step['block_s'])} at least"
     if prompt:
-        return f"== a prompt of {step['tokens']:,} tokens: {rows}{least}"
-    return f"== {step['tokens']:,} tokens a step: {rows} a step{least}"
+        return f"== a prompt of {in_tokens(step['tokens'])}: {rows}{least}"
+    return f"== {in_tokens(step['tokens'])} a step: {rows} a step{least}"
 
 
 def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
@@ -106,21 +106,33 @@ def _notes(answer: dict[str, Any]) -> list[str]:
     alone = answer["group"]["ranks"] == 1
     unmeasured = "" if alone else "; what blocks lose beside rows of other ranks was never measured"
     lines = [
-        "; ".join(f"{p['placement']}: {_WHERE[p['placement']]}" for p in answer["placements"]),
+        *(f"{p['placement']}: {_WHERE[p['placement']]}" for p in answer["placements"]),
         "fetch: what a step's fetches take by themselves; exposed, by how much they make the step longer: what the "
         "blocks before the layers do not hide of them, and what blocks lose beside them; it may be the longer one",
         f"loss: exposed over the time of all blocks; if they take longer than is said above, it is less{unmeasured}",
         "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",
         "energy: of moving the rows, from published ranges. Every prediction names its formula in --json",
     ]
-    for name, rate in rates:
-        lines.append(f"{name} {rate['value']:.3g}, {rate['source']}")
-    return lines
+    found = [["rate", "value", "from"]]
+    found += [[name, in_units(rate["value"], rate["unit"]), rate["source"]] for name, rate in rates]
+    return [*lines, "", aligned(found, left=(0, 2))]
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Cells in columns under a ruled head, the first two flush left."""
+def in_units(value: float, unit: str) -> str:
+    """A rate in words, by powers of a thousand, as options take them; or a delay, or a share, which has no unit."""
+    if unit == "s":
+        return time(value)
+    if not unit:
+        return percent(value)
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.3g} {prefix}{'' if unit == 'B/s' else ' '}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def aligned(rows: list[list[str]], left: tuple[int, ...] = (0, 1)) -> str:
+    """Cells in columns under a ruled head, those of `left` flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+    lines = ["  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
              for row in rows]  # fmt: skip
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,6 +1,7 @@
 """The answer as a whole: every placement of a model's table, the one to take, and why."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -175,6 +176,20 @@ def test_the_report_of_every_preset(preset):
     text = report(ask(model))
     assert text.count("== ") == 3 and "assumed" not in text.split("reads")[0] and f"{sum(model.rows):,} rows" in text
     assert (preset in BACKBONES) == (model.backbone is not None)
+
+
+def test_rates_have_units_and_one_token_is_one(flash):
+    given = {"bus": 5e10, "uva": 3e7, "compute": 9.9e14, "reads": 999.0, "start_device": 5.7e-6, "beside_uva": 0.6}
+    machine = ROUND.with_rates({name: Rate(value, "given") for name, value in given.items()})
+    found = ask(flash, machine, batches=(1,))
+    table = {cells[0]: cells[1] for line in report(found).splitlines() if len(cells := re.split("  +", line)) == 3}
+    shown = ["50 GB/s", "30 M rows/s", "990 T operations/s", "999 reads/s", "5.7 us", "60 %"]
+    assert [table[name] for name in given] == shown
+    assert "== 1 token a step" in report(found) and "a step of 1 token" in found["recommendation"]["reason"]
+    assert {name: found["machine"]["rates"][name]["unit"] for name in ("bus", "beside_uva")} == {
+        "bus": "B/s",
+        "beside_uva": "",
+    }
 
 
 def test_flags_of_engines():
