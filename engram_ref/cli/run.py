@@ -28,7 +28,8 @@ def one_line_errors(prog: str) -> Iterator[None]:
             _leave_unread()
         if isinstance(error, ModuleNotFoundError) and error.name != "torch":  # torch's says how to install it
             raise
-        print(f"{prog}: error: {one_line(error, _LONGEST_ERROR)}", file=sys.stderr)
+        number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""  # of use to nobody at a terminal
+        print(f"{prog}: error: {one_line(str(error).removeprefix(number), _LONGEST_ERROR)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -308,7 +308,7 @@ def test_a_command_whose_reader_leaves_ends_in_silence(kind, caught):
 def test_another_pipe_that_breaks_is_told(capsys):
     with pytest.raises(SystemExit) as ended, cli.one_line_errors("some"):
         raise BrokenPipeError(32, "Broken pipe")
-    assert ended.value.code == 2 and "Broken pipe" in capsys.readouterr().err
+    assert ended.value.code == 2 and capsys.readouterr().err == "some: error: Broken pipe\n"
 
 
 def test_a_name_in_no_encoding_is_printed(monkeypatch):
