@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import shlex
 import statistics
 import subprocess
 from pathlib import Path
@@ -203,11 +204,12 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 
 def test_the_readme_places_a_table(capsys):
-    """The command as it stands there, without its console script."""
-    line = re.search(r"^engram-place (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert line
-    place_command.main(line[1].split())
-    assert "take " in capsys.readouterr().out
+    """The commands as they stand there, without their console script."""
+    lines = re.findall(r"^engram-place (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(lines) == 2
+    for line in lines:
+        place_command.main(shlex.split(line, comments=True))
+        assert "take uva" in capsys.readouterr().out
 
 
 EXAMPLES = ["README.md", "docs/how-it-works.md", "docs/how-bytedmd-works.md", "docs/run-it-yourself.md"]

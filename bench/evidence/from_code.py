@@ -17,7 +17,7 @@ from engram_ref.vocab import CompressedVocab, load_tokenizer
 
 PHRASE = "New York, new york, NEW YORK"
 # On hardware that is named, for a text that is the same everywhere.
-PLACED = "--preset v41-flash --gpu 80GB --host 512GB --disk 2TB --batch 64 --text LICENSE"
+PLACED = "--preset v41-flash --gpu 40GB --host 512GB --disk 2TB --batch 64 --text LICENSE"
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 2**30
 _HOT_SHARE = 0.1  # of the rows, as in the table's words "hot, a tenth"

@@ -24,9 +24,9 @@ from engram_ref.place.formulas import (
     FORMULAS,
     beside_seconds,
     beyond_seconds,
+    block_seconds,
     held_bytes,
     moved_bytes,
-    prompt_block_seconds,
     seconds,
 )
 from engram_ref.place.group import Group
@@ -140,11 +140,9 @@ def _wall(name: str, results: dict[str, Any]) -> Iterator[Line]:
             yield Line(name, f"{step_name}, bytes of pages", "time.file", pages, said["bytes_paged"], "B")
         if products and shape["phase"] == "prefill":
             values = step["blocks"] * BlockShape.of(SIZES[step["backbone"]]).parameters()
-            least = prompt_block_seconds(
-                values, shape["batch"] * shape["tokens"], products["flops"] / products["limit_s"]
-            )
+            least = block_seconds(values, shape["batch"] * shape["tokens"], products["flops"] / products["limit_s"])
             case = f"{step_name}, {step['blocks']} blocks compute, at least"
-            yield Line(name, case, "window.prompt", least, medians["no_engram"], "s")
+            yield Line(name, case, "window", least, medians["no_engram"], "s")
         for run in step["runs"]:
             if run["repeat"] or run["variant"] == "no_engram":
                 continue

@@ -43,7 +43,9 @@ def classify(price_ratio: float, wall_overhead: float | None, valid: bool = True
     if not price_ratio > 0:  # nor are they NaN
         raise ValueError(f"price ratio {price_ratio}: prices are positive")
     if price_ratio <= WIN_UP_TO:
-        reason = f"up to {WIN_UP_TO:g}x, clearly below {STRONG_BELOW:g}x; by the given task's thresholds"
+        reason = (
+            f"up to {WIN_UP_TO:g}x, with room to spare below {STRONG_BELOW:g}x; thresholds that came with the question"
+        )
         return Verdict("WIN", f"{reason}, far above the paper's 3 %")
     if price_ratio <= LOSS_ABOVE:
         return Verdict(

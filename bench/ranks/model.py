@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.instruments.claim import PUBLISHED_WINDOW_S
 from engram_ref.config import EngramConfig
-from engram_ref.place.formulas import prompt_block_seconds
+from engram_ref.place.formulas import block_seconds
 from engram_ref.rows.format import RowFormat
 from engram_ref.sharding.on_paper import LINKS, Received, exchange_bytes, exchange_seconds
 
@@ -31,7 +31,7 @@ def layer_bytes(tokens: int, ranks: int, config: EngramConfig) -> Received:
 
 def window_seconds(phase: str, tokens: int) -> float:
     """Compute before the second block."""
-    return PUBLISHED_WINDOW_S if phase == "decode" else prompt_block_seconds(BLOCK_PARAMETERS, tokens, FLOPS)
+    return PUBLISHED_WINDOW_S if phase == "decode" else block_seconds(BLOCK_PARAMETERS, tokens, FLOPS)
 
 
 def model_table() -> list[dict[str, Any]]:

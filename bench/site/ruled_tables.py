@@ -102,6 +102,10 @@ def _flush_right(column: list[str], width: int) -> bool:
 
 def _cell(text: str) -> str:
     """As it was printed: nothing in it is Markdown, and an interval stays on one line, as a number and its unit do."""
-    together = re.sub(r"\[[^\]]*\]| (?=%)", lambda part: part.group().replace(" ", "\u00a0"), text.strip())
+    together = re.sub(
+        r"\[[^\]]*\]| (?=%)|(?<=\d) (?=\S{1,3}$|[KMGT]iB\b)",
+        lambda part: part.group().replace(" ", "\u00a0"),
+        text.strip(),
+    )
     plain = re.sub(r"[\\`*_{}\[\]<>#|~^&]", lambda mark: f"&#{ord(mark.group())};", together)
     return _RANGE.sub(r'<span class="whole">\g<0></span>', plain)  # no browser breaks a line at its hyphen

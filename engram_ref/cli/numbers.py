@@ -91,7 +91,7 @@ def _with_unit(text: str, units: Mapping[str, float], what: str) -> float:
     value = number(found[1]) if found else None
     factor = units.get(found[2].lower()) if found else None
     if found and not found[2] and value is not None and 0 < value < _LEAST_PLAIN:
-        factor = None
+        raise argparse.ArgumentTypeError(f"{quoted(text)} has no unit: give {what}")
     if value is None or factor is None or not 0 <= value * factor < 2**63:
         raise argparse.ArgumentTypeError(f"{quoted(text)} must be {what}")
     return value * factor

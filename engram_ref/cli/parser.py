@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from engram_ref import __version__
@@ -34,7 +35,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and that takes --table-params for --table_params and back."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(formatter_class=_Formatter, **arguments)
+        # `--model x` would be --model-time, which is not what was meant.
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **arguments)
         self.add_argument("--version", action="version", version=f"engram-offload {__version__}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -49,7 +51,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and leave with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        start, unknown, option = message.partition("unrecognized arguments: ")
+        near = get_close_matches(option.partition("=")[0].split(" ")[0], self._option_string_actions, 1)
+        meant = f", did you mean {near[0]}?" if unknown and not start and near else ""
+        self.exit(2, f"{self.prog}: error: {message}{meant} (see --help)\n")
 
     def parse_given(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The options, and which of them stand on the command line: by name in the namespace, as they are spelt."""
@@ -63,12 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 def _respelt(word: str, known: Mapping[str, str]) -> str:
     name, equals, value = word.partition("=")
-    hyphens = name.replace("_", "-")
-    # As argparse does, a beginning is taken that only one option has.
-    meant = [option for plain, option in known.items() if plain == hyphens] or [
-        option for plain, option in known.items() if plain.startswith(hyphens)
-    ]
-    return meant[0] + equals + value if len(meant) == 1 else word
+    return known.get(name.replace("_", "-"), name) + equals + value
 
 
 def add_fresh(parser: argparse.ArgumentParser) -> None:

@@ -16,9 +16,9 @@ from engram_ref.place.formulas import (
     OWNED,
     beside_seconds,
     beyond_seconds,
+    block_seconds,
     held_bytes,
     moved_bytes,
-    prompt_block_seconds,
     seconds,
     tier_shares,
 )
@@ -47,6 +47,8 @@ class Question:
         block_s: seconds of a decoder block; None: at least its weights' bytes over the bandwidth.
         blocks: of the model; None: as many as are known, or at least those up to the last Engram layer.
         hot_share: of all rows, that the hot tier holds.
+        weights_over: GPUs, or processes, that split each block's weights. So many ranks compute together, as under
+            expert parallelism; if there are fewer, several compute for one, as under tensor parallelism.
     """
 
     model: Model
@@ -58,6 +60,7 @@ class Question:
     prompts: tuple[int, ...] = ()
     group: Group = ALONE
     blocks: int | None = None
+    weights_over: int = 1
 
     @property
     def has_gpu(self) -> bool:
@@ -76,20 +79,20 @@ class Question:
         """A placement's name among the formulas."""
         return name if self.has_gpu or name == "memory" else f"{name}, no GPU"
 
-    def prompt_block(self, tokens: int) -> float | None:
-        """Seconds of a block on a prompt, at least: those of a decode step, or what its operations take."""
-        block, backbone = self.block(tokens), self.model.backbone
-        if backbone is None or block is None:
-            return block
-        rate = self.machine["compute" if self.has_gpu else "processor"]
-        return max(block, prompt_block_seconds(backbone.active_values / backbone.blocks, tokens, rate))
+    def block(self, tokens: int, phase: str) -> float | None:
+        """Seconds of a block in a step of so many tokens of each rank; None where nothing is known of it.
 
-    def block(self, tokens: int) -> float | None:
-        """Seconds of a block in a decode step of so many tokens; None where nothing is known of it."""
+        Where no block time was given, the least: the longer of what reading its weights takes, and its operations. A
+        given time is that of a decode step; a prompt takes as long, or as its operations.
+        """
         backbone = self.model.backbone
-        if self.block_s is not None or backbone is None:
+        if backbone is None or (self.block_s is not None and phase == "decode"):
             return self.block_s
-        return backbone.step_bytes(tokens) / backbone.blocks / self.machine[self._weights]
+        together = tokens * min(self.weights_over, self.group.ranks)  # of all ranks that split one copy of the weights
+        parts = backbone.blocks * self.weights_over
+        computed = block_seconds(backbone.active_values / parts, together, self.machine[self._compute])
+        read = backbone.step_bytes(together) / parts / self.machine[self._weights]
+        return max(computed, read if self.block_s is None else self.block_s)
 
     @property
     def block_source(self) -> str:
@@ -98,8 +101,15 @@ class Question:
             return "given"
         if self.model.backbone is None:
             return "unknown: give --block-time"
-        of = self.model.backbone.source
-        return f"at least: a block's weights that a step reads / {self._weights} bandwidth ({of})"
+        who = "by one that does all: where several split its weights it is less (--weights-over)"
+        who = who if self.weights_over == 1 else f"by each of {self.weights_over} that split its weights"
+        leasts = f"reading its weights ({self._weights}) and its operations ({self._compute})"
+        return f"at least the longer of {leasts}, {who}; {self.model.backbone.source}"
+
+    @property
+    def _compute(self) -> str:
+        """The rate of operations."""
+        return "compute" if self.has_gpu else "processor"
 
     @property
     def _weights(self) -> str:
@@ -208,7 +218,7 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
     layers, row_bytes = len(config.layer_ids), config.row_bytes()
     of_layer = (kind, rows / layers, rows / layers * share, row_bytes, hits, group)
     fetch = [seconds(question.machine, *of_layer)] * layers  # every layer reads as many rows
-    block = (question.prompt_block if prompt else question.block)(tokens)
+    block = question.block(tokens, phase)
     beyond = None if block is None else beyond_seconds(fetch, config.layer_ids, block)
     exposed = None if beyond is None else beyond + beside_seconds(question.machine, kind, fetch, beyond)
     return {
@@ -219,7 +229,7 @@ def _step(question: Question, name: str, phase: str, tokens: int) -> dict[str, A
         "bytes": {tier: layers * nbytes for tier, nbytes in moved_bytes(*of_layer).items()},
         "seconds": sum(fetch),
         "block_s": block,
-        "window_formula": "window.prompt" if prompt else "window",
+        "window_formula": "window",
         "beyond_s": beyond,
         "beyond_formula": "beyond",
         "exposed_s": exposed,
@@ -287,7 +297,10 @@ def recommend(placements: list[dict[str, Any]]) -> dict[str, Any]:
         why = "it fits and its fetch is the shortest; with --block-time it can be said what of it is hidden."
         return {"placement": best["placement"], "reason": f"{best['placement']}: {why}"}
     tolerable = [p for p in fitting if max(_losses(p)) <= TOLERATED]
-    best = min(tolerable, key=_kept_then_losses) if tolerable else min(fitting, key=_losses)
+    # In steps of a per cent of the most that any of them holds: a buffer's size is to decide nothing.
+    step = max(max(p["held"].values()) for p in placements) / 100 or 1
+    frees = sorted(tolerable, key=lambda p: (-round(p["freed"] / step), _losses(p)))
+    best = frees[0] if frees else min(fitting, key=_losses)
     return {"placement": best["placement"], "reason": _reason(best, placements, bool(tolerable))}
 
 
@@ -302,16 +315,10 @@ def _losses(placement: dict[str, Any]) -> list[Any]:
     return [step["loss"] for step in _largest(placement)]
 
 
-def _kept_then_losses(placement: dict[str, Any]) -> tuple[int, list[Any]]:
-    """The less memory is kept from others the better; of equals, what loses less."""
-    largest = max(placement["held"].values()) or 1
-    # In steps of a per cent of what is held: a buffer's size is to decide nothing.
-    return -round(100 * placement["freed"] / largest), _losses(placement)
-
-
 def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: bool) -> str:
     losses = " and ".join(
-        f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of {in_tokens(step['tokens'])}"
+        f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of "
+        f"{in_tokens(step['tokens'])}"
         for step in _largest(best)
     )
     least = f"nothing that fits loses less than {percent(TOLERATED)}, and it loses the least"
@@ -319,7 +326,8 @@ def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: b
     frees = f", and leaves {size(best['freed'])} of memory to others" if best["freed"] > 0 else ""
     no_room = [p["placement"] for p in placements if not p["fits"]]
     without = f"; {', '.join(no_room)} would not fit" if no_room else ""
-    return f"{best['placement']}: {says} {losses}{frees}{without}."
+    unmeasured = "; what blocks lose beside rows of other ranks was never measured" * (best["placement"] in OF_RANKS)
+    return f"{best['placement']}: {says} {losses}{frees}{unmeasured}{without}."
 
 
 def in_tokens(number: int) -> str:

@@ -1,12 +1,12 @@
 """Where should my table live? Predictions for every placement of a model's n-gram table, and a recommendation.
 
     engram-place --preset v41-flash                          on this machine, in seconds, with assumed rates
-    engram-place --preset v41-flash --gpu 80GB --host 512GB --disk 2TB
-    engram-place --preset v41-flash --gpu 80GB --host 512GB --model-time 30ms     your own clock: a decode step
+    engram-place --preset v41-flash --gpu 40GB --host 512GB --disk 2TB
+    engram-place --preset v41-flash --gpu 40GB --host 512GB --model-time 30ms     your own clock: a decode step
     engram-place /models/DeepSeek-V4.1-Flash --measure       a checkpoint (or its config.json); rates measured here
-    engram-place --preset v41-flash --gpu 80GB --ranks 8     eight GPUs of a machine that may share the rows among them
+    engram-place --preset v41-flash --gpu 40GB --host 900GB --ranks 8 --weights-over 8     eight GPUs, one model
     engram-place --preset v41-flash --json | jq .recommendation
-    engram-place --preset v41-flash --gpu 80GB --host 512GB --engram-config      the flag for vLLM and SGLang
+    engram-place --preset v41-flash --gpu 40GB --host 512GB --engram-config      the flag for vLLM and SGLang
 
 --gpu, --host and --disk are what is free for the table, beside weights and caches: the GPU of each rank, host memory
 and disk of each machine. Rates that were neither measured nor given are assumed, and said so. --json has every number
@@ -40,7 +40,7 @@ _RATES = {
     "uva": (cli.positive, "rows a second that the accelerator reads in host memory, such as 3e7"),
     "memory": (cli.bytes_per_second, "bandwidth of host memory, one thread"),
     "gather": (cli.positive, "rows a second that the CPU gathers, such as 2e7"),
-    "compute": (cli.positive, "operations a second of the accelerator on a prompt, such as 5e14"),
+    "compute": (cli.positive, "operations a second of the accelerator, such as 5e14"),
     "processor": (cli.positive, "the same of the CPU, where there is no GPU"),
     "reads": (cli.positive, "random reads a second of the disk, such as 5e5"),
 }
@@ -62,6 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     when.add_argument("--block-time", type=cli.seconds, metavar="TIME", help="of one decoder block, such as 56us")
     when.add_argument("--model-time", type=cli.seconds, metavar="TIME", help="of a whole step, divided by --blocks")
     add("--blocks", type=cli.at_least(1, 10_000), help="decoder blocks of the model (default: those of the preset)")
+    add("--weights-over", type=cli.at_least(1, 1 << 10), metavar="GPUS",
+        help="that split each block's weights, as tensor or expert parallelism do (default: 1)")  # fmt: skip
     add("--batch", type=cli.at_least(1, _MOST_BATCH), nargs="+", default=[1, 64, 512], metavar="TOKENS",
         help="tokens of a decode step (default: 1 64 512)")  # fmt: skip
     add("--prompt", type=cli.at_least(1, _MOST_BATCH), nargs="*", default=[4096], metavar="TOKENS",
@@ -87,6 +89,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
     if (options.preset is None) == (options.checkpoint is None):
         parser.error("name a --preset or a checkpoint, and one of them only")
+    if options.weights_over is not None and (options.model_time or options.block_time):
+        parser.error("--weights-over is for blocks whose time is estimated: leave it out, or the time")
     if options.blocks is not None and options.model_time is None and options.block_time is None:
         parser.error("--blocks does nothing without --block-time or --model-time")
     of_ranks = [name for name in ("machines", "link", "link_rate") if getattr(options, name) is not None]
@@ -113,6 +117,8 @@ def question(options: argparse.Namespace) -> Question:
     batches, prompts = (tuple(sorted(set(tokens))) for tokens in (options.batch, options.prompt))
     machine = _machine(options, model.config.row_bytes())
     _refuse_idle(options, machine.gpu is not None, model.backbone is not None)
+    if options.weights_over is not None and model.backbone is None:
+        raise ValueError("--weights-over: nothing is known of this model's weights, give --block-time")
     group = _group(options, machine.gpu is not None)
     reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer, prompts)
     return Question(
@@ -125,6 +131,7 @@ def question(options: argparse.Namespace) -> Question:
         prompts=prompts,
         group=group,
         blocks=options.blocks,
+        weights_over=options.weights_over or 1,
     )
 
 
@@ -144,8 +151,8 @@ def _refuse_idle(options: argparse.Namespace, has_gpu: bool, is_known: bool) -> 
         )
     if block_given or not is_known:
         cli.refuse_idle(given, ("memory",), "where no block is estimated: leave it out")
-    if not options.prompt or not is_known:
-        cli.refuse_idle(given, ("compute", "processor"), "where no prompt's block is estimated: leave it out")
+    if not is_known or (block_given and not options.prompt):
+        cli.refuse_idle(given, ("compute", "processor"), "where no block is estimated: leave it out")
     # The placements are shown all the same, for what they would hold; none of them can be taken, however fast.
     if options.disk == 0:
         cli.refuse_idle(given, ("reads",), "where there is no disk: leave it out, or --disk 0")

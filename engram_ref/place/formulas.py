@@ -47,9 +47,10 @@ FORMULAS = {
     "stored and decoded. GPU of a rank; host and disk of a machine, whose ranks share one copy",
     "rows": "tokens x layers x columns",
     "distinct": "rows x share of distinct rows in a step of the text; of a prompt, in as many tokens in a row",
-    "window": "layer x block time; the block time given, or bytes of a block's weights that a step reads / bandwidth, "
-    "a least; of experts those that so many tokens choose, each by itself and none preferred",
-    "window.prompt": "the same, but at least 2 x active values of a block x tokens / compute (processor, if no GPU)",
+    "window": "layer x block time; that given for a decode step, or the longer of two leasts: bytes of a block's "
+    "weights that a step reads / weights_over / device (memory, if no GPU), of experts those that the tokens of "
+    "min(weights_over, ranks) ranks choose, each by itself and none preferred; 2 x active values of a block x those "
+    "tokens / weights_over / compute (processor, if no GPU). A prompt takes a given time or its operations, the longer",
     "beyond": "over layers, the most that the fetches up to one take beyond its window; not below 0",
     "beside": "uva: beside_uva x what of its fetches is not beyond the windows; each fetch of host, file and sharded "
     "host: beside_staged, of hot and hot file: beside_hot; if no GPU, of file and hot file: beside_file; others: 0, "
@@ -203,8 +204,8 @@ def tier_shares(placement: str, hits: float, group: Group = ALONE) -> dict[str, 
     return {{"uva": "host", "file, no GPU": "file"}.get(placement, placement): 1.0}
 
 
-def prompt_block_seconds(values: float, tokens: int, operations_per_s: float) -> float:
-    """How long a block computes on a prompt at least: a multiplication and an addition for each weight and token."""
+def block_seconds(values: float, tokens: int, operations_per_s: float) -> float:
+    """How long a block computes at least: a multiplication and an addition for each weight and token."""
     return 2 * values * tokens / operations_per_s
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_ref.checkpoint import config_json, qwen_config
-from engram_ref.config import EngramConfig
+from engram_ref.config import PRESETS, EngramConfig
 from engram_ref.hashing.plan import HashPlan
 
 _ANY_SIZE = 1000  # of a vocabulary: rows follow from the primes, whatever it is
@@ -143,7 +143,8 @@ def read_geometry(path: Path) -> EngramConfig:
     """
     folder = path if path.is_dir() else path.parent
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a checkpoint's folder or its config.json")
+        known = f", or --preset {path}" if str(path) in PRESETS else ", downloaded: no name on a hub is looked up"
+        raise ValueError(f"{path} does not exist: give a checkpoint's folder or its config.json{known}")
     if path.is_file() and path.name != config_json.CONFIG_FILE:
         raise ValueError(f"{path}: give a checkpoint's folder or its {config_json.CONFIG_FILE}, not another file")
     if qwen_config.read_model_type(folder) in qwen_config.MODEL_TYPES:

@@ -21,7 +21,8 @@ _WHERE = {
     "sharded host": "a part with each rank, in host memory",
     "hot sharded": "the most frequent rows with each rank, behind them sharded",
 }
-_HEAD = ["placement", "fits", "GPU", "host", "disk", "freed", "fetch", "exposed", "loss", "price", "model", "energy"]
+_TIERS = {"gpu": "GPU", "host": "host", "disk": "disk"}
+_HEAD = ["placement", "fits", *_TIERS.values(), "freed", "fetch", "exposed", "loss", "price", "model", "energy"]
 
 
 def report(answer: dict[str, Any]) -> str:
@@ -76,10 +77,10 @@ def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
     for placement in answer["placements"]:
         step = placement["steps"][number]
         prices, joules = step["price"], step["joules"]
-        lacking = ", ".join(f"{size(n)} {tier}" for tier, n in placement["lacking"].items())
+        lacking = ", ".join(f"{_TIERS[tier]} lacks {size(n)}" for tier, n in placement["lacking"].items())
         found.append([
             placement["placement"],
-            "yes" if placement["fits"] else f"no, {lacking} short",
+            "yes" if placement["fits"] else f"no: {lacking}",
             *(size(n) if n else "0" for n in placement["held"].values()),
             size(placement["freed"]) if placement["freed"] > 0 else "0",
             time(step["seconds"]),
@@ -119,7 +120,7 @@ def _notes(answer: dict[str, Any]) -> list[str]:
 
 
 def in_units(value: float, unit: str) -> str:
-    """A rate in words, by powers of a thousand, as options take them; or a delay, or a share, which has no unit."""
+    """A rate in words, by powers of a thousand; or a delay, or a share, which has no unit."""
     if unit == "s":
         return time(value)
     if not unit:

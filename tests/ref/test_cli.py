@@ -140,7 +140,9 @@ def test_units(kind, text, value):
     ],
 )
 def test_what_is_no_amount_is_refused(kind, text):
-    with pytest.raises(argparse.ArgumentTypeError, match=r"must be .*such as"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="has no unit: give .*such as" if text in ("80", "56") else "must be .*such as"
+    ):
         kind(text)
 
 
@@ -180,7 +182,7 @@ def parser():
     return found
 
 
-@pytest.mark.parametrize("argv", [["--table_params", "10^6"], ["--table-params=1e6"], ["--table-p", "1000000"]])
+@pytest.mark.parametrize("argv", [["--table_params", "10^6"], ["--table-params=1e6"]])
 def test_hyphens_and_underscores_are_both_taken(parser, argv):
     assert parser.parse_args(argv).table_params == 10**6
     options, given = parser.parse_given([*argv, "--hot_share", "a_b"])
@@ -189,10 +191,14 @@ def test_hyphens_and_underscores_are_both_taken(parser, argv):
 
 def test_what_is_no_option_is_left_as_it_is(parser, capsys):
     assert parser.parse_args(["--", "--table-rows"]).rest == ["--table-rows"]
-    for argv, said in ((["--table", "1"], "ambiguous"), (["--table-size"], "unrecognized")):
+    for argv, said in (
+        (["--table-para", "1"], "unrecognized arguments: --table-para, did you mean --table_params? (see"),
+        (["--hot-shares=1"], "unrecognized arguments: --hot-shares=1, did you mean --hot-share? (see"),
+        (["--weather"], "unrecognized arguments: --weather (see"),
+    ):
         with pytest.raises(SystemExit):
             parser.parse_args(argv)
-        assert said in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"x: error: {said}")
 
 
 def test_every_command_says_its_version(parser, capsys):

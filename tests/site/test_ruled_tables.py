@@ -29,7 +29,7 @@ def test_cells_are_those_that_were_printed():
 
 def test_a_range_stays_on_one_line():
     made = with_tables(f"```text\n{aligned([['p20-p80', 'us'], ['1,846-2,319', '0.35-0.44 uJ']], set())}\n```")
-    assert '<span class="whole">1,846-2,319</span>' in made and '<span class="whole">0.35-0.44</span> uJ' in made
+    assert '<span class="whole">1,846-2,319</span>' in made and '<span class="whole">0.35-0.44</span>\u00a0uJ' in made
     assert cells(made) == [["p20-p80", "us"], ["1,846-2,319", "0.35-0.44 uJ"]]
     assert "span" not in with_tables(f"```text\n{aligned([['day', 'of'], ['2026-11-27', 'sha-1-2b']], set())}\n```")
 

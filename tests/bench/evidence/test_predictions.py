@@ -59,7 +59,7 @@ def test_lookups_on_a_gpu(found):
 
 
 def test_a_prompt_takes_no_less_than_its_operations(found):
-    assert all(0.4 < ratio < 1 for ratio in kind(found, "window.prompt"))
+    assert all(0.4 < ratio < 1 for ratio in kind(found, "window"))
 
 
 def test_prices(found):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engram_ref.config import PRESETS, EngramConfig
-from engram_ref.place.answer import recommend
+from engram_ref.place.answer import Question, recommend
 from engram_ref.place.engines import engine_flags
 from engram_ref.place.formulas import FORMULAS, held_bytes
 from engram_ref.place.group import Group
@@ -15,7 +15,7 @@ from engram_ref.place.machine import ASSUMED, Rate
 from engram_ref.place.model import BACKBONES, Model
 from engram_ref.place.table import report
 from engram_ref.sharding.on_paper import LINKS
-from tests.ref.place.example import EIGHT, GB, ROUND, ask, placement
+from tests.ref.place.example import EIGHT, GB, ROUND, ask, counted, placement
 
 
 def test_every_prediction_names_its_formula(flash):
@@ -53,6 +53,14 @@ def test_what_fits_is_recommended_and_why(flash):
     assert ask(flash, replace(fast, host=GB), block_s=1.0)["recommendation"]["placement"] == "file"
     none = ask(flash, replace(fast, host=0, disk=10 * GB))["recommendation"]
     assert none["placement"] is None and "GiB" in none["reason"]
+
+
+def test_what_frees_the_most_is_taken_among_ranks_too(flash):
+    """A part of the table on each GPU frees less than one copy in host memory, however little its ranks hold."""
+    fast, ranks = ROUND.with_rates(ASSUMED), Group(8, 1, LINKS["nvlink"])
+    assert ask(flash, fast, block_s=1.0, group=ranks)["recommendation"]["placement"] == "uva"
+    parted = ask(flash, replace(fast, host=64 * GB, disk=0), block_s=1.0, group=ranks)["recommendation"]
+    assert parted["placement"] == "sharded" and "never measured" in parted["reason"]
 
 
 def test_ranks_that_share_a_table(flash):
@@ -93,7 +101,7 @@ def test_a_prompt_hides_behind_blocks_that_compute(flash):
     assert [(step["phase"], step["tokens"]) for step in steps[3:]] == [("prefill", 256), ("prefill", 4096)]
     assert [step["block_s"] for step in steps[2:]] == [1e-3, 1e-3, pytest.approx(2 * 16e9 / 40 * 4096 / 4.9e14)]
     assert steps[4]["beyond_s"] == 0.0 and steps[4]["exposed_s"] == pytest.approx(0.6 * steps[4]["seconds"])
-    assert steps[4]["window_formula"] == "window.prompt"
+    assert steps[4]["window_formula"] == "window"
     assert ") of a prompt of 4,096 tokens, and leaves" in found["recommendation"]["reason"]
     assert "== a prompt of 4,096 tokens: 196,608 rows" in report(found)
     slow = replace(fast, host=GB).with_rates({"reads": Rate(1e3, "given")})  # from a file: nothing hides
@@ -148,6 +156,23 @@ def test_without_a_gpu_the_cpu_computes(flash):
     assert [p["placement"] for p in found["placements"]] == ["memory", "hot file", "file"]
     assert placement(found, "file")["freed"] == flash.table_bytes - placement(found, "file")["held"]["host"]
     assert all(p["held"]["gpu"] == 0 for p in found["placements"])
+
+
+def test_a_block_takes_the_longer_of_its_weights_and_its_operations(flash):
+    """By each GPU: its part of the weights, used by the tokens of all ranks that split them."""
+    machine = ROUND.with_rates({"device": Rate(1e12, "given"), "compute": Rate(1e14, "given")})
+
+    def block(tokens, phase="decode", ranks=1, **how):
+        group = Group(ranks, 1, LINKS["nvlink"])
+        return Question(flash, machine, counted(), (1,), group=group, **how).block(tokens, phase)
+
+    weights, operations = flash.backbone.step_bytes(64) / 40 / 1e12, 2 * 16e9 / 40 * 4096 / 1e14
+    assert block(64) == block(64, ranks=8) == weights and block(4096) == block(4096, "prefill") == operations
+    assert block(64, weights_over=8) == weights / 8 and block(4096, weights_over=8) == operations / 8
+    assert block(64, ranks=8, weights_over=8) == flash.backbone.step_bytes(512) / 40 / 8 / 1e12
+    assert block(4096, ranks=8, weights_over=8) == operations
+    assert block(4096, block_s=1e-3) == 1e-3 and block(4096, "prefill", block_s=1e-3) == operations
+    assert block(4096, "prefill", block_s=1.0) == 1.0
 
 
 def test_a_model_of_which_nothing_is_known_has_no_window_and_no_price():

@@ -51,6 +51,16 @@ def test_model_time_is_divided_by_the_blocks(capsys, quick):
     assert found["block"]["seconds"] == pytest.approx(1e-3)
 
 
+def test_weights_that_are_split_make_blocks_shorter(capsys, quick):
+    one, eight = (
+        json.loads(run(capsys, "--preset", "v41-flash", *SIZES, "--json", *more))
+        for more in ((), ("--weights-over", "8"))
+    )
+    of_one, of_eight = ([s["block_s"] for s in found["placements"][0]["steps"]] for found in (one, eight))  # by batch
+    assert len(of_one) == 3 and of_eight == [seconds / 8 for seconds in of_one]
+    assert "each of 8 that" in eight["block"]["source"] and "--weights-over" in one["block"]["source"]
+
+
 def test_ranks_links_and_prompts_of_the_command(capsys, quick):
     argv = ["--preset", "demo", *SIZES, "--prompt", "256", "--ranks", "4"]
     found = json.loads(run(capsys, *argv, "--json"))
@@ -67,7 +77,13 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
     [
         ([], "name a --preset or a checkpoint"),
         (["--preset", "demo", "."], "and one of them only"),
-        (["/nowhere"], "/nowhere does not exist"),
+        (["/nowhere"], "/nowhere does not exist: give a checkpoint's folder or its config.json, downloaded"),
+        (
+            ["v41-flash"],
+            "v41-flash does not exist: give a checkpoint's folder or its config.json, or --preset v41-flash",
+        ),
+        (["--preset", "demo", "--weights-over", "8"], "nothing is known of this model's weights, give --block-time"),
+        (["--preset", "v41-flash", "--weights-over", "8", "--block-time", "1ms"], "leave it out, or the time"),
         (["--preset", "demo", "--gpu", "80G"], "bytes, such as 80GB"),
         (["--preset", "demo", "--block-time", "56"], "a time with its unit"),
         (["--preset", "demo", "--model-time", "4ms"], "say how many with --blocks"),
@@ -87,7 +103,10 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
             ["--preset", "v41-flash", "--gpu", "0", "--memory-rate", "1e9", "--block-time", "1ms"],
             "no block is estimated",
         ),
-        (["--preset", "v41-flash", "--gpu", "1GB", "--compute-rate", "1e9", "--prompt"], "no prompt's block"),
+        (
+            ["--preset", "v41-flash", "--gpu", "1GB", "--compute-rate", "1e9", "--prompt", "--block-time", "1s"],
+            "no block is",
+        ),
         (["--preset", "tiny", "--folder", ".", "--disk", "1GB"], "--folder does nothing with --disk"),
         (
             ["--preset", "tiny", "--disk", "0", "--reads-rate", "1e5"],
