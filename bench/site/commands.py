@@ -9,6 +9,10 @@ from bench.instruments.reading import read_results
 from bench.instruments.words import markdown
 
 _COMMANDS = {
+    "engram-place --preset v41-flash": "[Where a table should live](where-should-my-table-live.md): what fits, what a "
+    "step moves and loses, which place to take",
+    "engram-price --preset v41-flash --text FILE": "What the lookups of a text cost in ByteDMD, in a table cut to fit",
+    "engram-plan --preset v41-flash": "The constants of a published hash, for another engine",
     "make toy": "Real text to a verdict: table, figures and `results.json` in `out/toy/`",
     "python bench/bytedmd_toy.py --preset v41-flash": "The same with DeepSeek-V4.1-Flash's geometry, cut to a laptop",
     "python bench/bytedmd_toy.py --quick": "The same, small, to see that it works",
