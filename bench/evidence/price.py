@@ -147,9 +147,9 @@ def _sweep_values(e: Evidence) -> dict[str, str]:
     for boundary in ("layer", "block"):
         ratio = e.swept("padding", 10**7, "engram", boundary, "offload_prefetch")
         found[f"sweep.padding.{boundary}.most"] = f"{ratio:.3g}"
-        for at, padding in (("less", 10**5), ("most", 10**7)):
-            ratio = e.swept("padding", padding, "engram", boundary, "offload_prefetch")
-            found[f"sweep.padding.{boundary}.{at}.more"] = f"{100 * (ratio - 1):.2g}"
+    for boundary, at, padding in (("layer", "less", 10**5), ("block", "most", 10**7)):
+        ratio = e.swept("padding", padding, "engram", boundary, "offload_prefetch")
+        found[f"sweep.padding.{boundary}.{at}.more"] = f"{100 * (ratio - 1):.2g}"
     found["sweep.points"] = f"{len(e.sweeps['points']):,}"
     found["sweep.cheaper_copies"] = f"{e.cheaper_copies()}"
     for level in LEVELS:

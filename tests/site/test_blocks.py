@@ -142,6 +142,11 @@ def test_the_start_page_says_what_was_measured(tmp_path):
     assert other.ratio("engram", "lookup", "offload_prefetch") == ratio / 2
     for block in (verdict_sentence, verdict_figure, verdict_lines):
         assert block(other) != block(evidence)
+    # What the sentence says of the padding is asked of the results.
+    dear = {"sweep": "padding", "model": "engram", "boundary": "block", "variant": "resident"}
+    replace(tmp_path / "bytedmd_sweeps.json", "points", lambda r: dear.items() <= r.items(), "cost", 2)
+    with pytest.raises(ValueError, match="no padding decides at the toy's block"):
+        verdict_sentence(Evidence(tmp_path))
 
 
 def replace(path, rows, which, key, factor):
