@@ -31,6 +31,7 @@ from engram_ref.devices import as_device
 from engram_ref.fusion.base import Fusion, ShortConvHistory
 from engram_ref.fusion.factory import make_fusion
 from engram_ref.hashing.plan import LayerPlan
+from engram_ref.recording import ADVICE, is_recorded
 from engram_ref.rows.filling import fill_normal
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
@@ -120,6 +121,8 @@ class Engram(nn.Module):
         config = self.fusion.config
         batch, length = stream.shape[:2]
         shape = (batch, length, config.columns)
+        if not isinstance(rows, Ready) and not torch.compiler.is_dynamo_compiling() and is_recorded():
+            raise ValueError(ADVICE)
         if isinstance(rows, (Tensor, np.ndarray)):
             if tuple(rows.shape) != shape:
                 raise ValueError(f"row numbers of shape {tuple(rows.shape)}; hidden needs {shape}")

@@ -28,6 +28,7 @@ ROOMS = {
     "engram_ref.loops": "",
     "engram_ref.gpu": "",
     "engram_ref.free_memory": "",
+    "engram_ref.recording": "",
     "engram_ref.threads": "",
     "engram_ref.rows": "config compiled free_memory loops gpu threads",
     "engram_ref.files": "config compiled loops threads rows",
@@ -39,11 +40,11 @@ ROOMS = {
     "engram_ref.calling": "compiled loops gpu threads rows",
     "engram_ref.lookup": "ids gpu devices rows vocab hashing tables",
     "engram_ref.prefetch": "devices threads hashing tables",
-    "engram_ref.layer": "config devices rows hashing tables fusion",
+    "engram_ref.layer": "config devices recording rows hashing tables fusion",
     "engram_ref.checkpoint": "config cli devices rows files vocab hashing tables fusion layer",
     "engram_ref.histories": "ids hashing tables fusion layer",
     "engram_ref.attach": (
-        "config ids devices rows files vocab hashing tables fusion lookup calling prefetch layer histories"
+        "config ids devices recording rows files vocab hashing tables fusion lookup calling prefetch layer histories"
     ),
     "engram_ref.plan": "config cli files vocab hashing checkpoint",
     "engram_ref.place": "starting config cli free_memory files vocab hashing checkpoint tables rows sharding",

@@ -15,7 +15,6 @@ from bench.price.table import verdict
 from bench.rows.cases import LAYOUTS
 from bench.rows.table import claim_weights
 from bench.rows.whole_model import MODELS, STEP
-from bench.sweeps.table import ratios
 
 _MODEL = "dense-4b"  # the smaller of the paper's two
 _PREFETCH = "offload_prefetch"
@@ -28,8 +27,9 @@ def verdict_sentence(evidence: Evidence) -> str:
     Raises:
         ValueError: the padding of the sweep does not decide at the toy's layer and block, which the sentence says.
     """
+    paddings = evidence.sweeps["sweeps"]["padding"]["values"]
     for boundary in ("layer", "block"):
-        swept = ratios(evidence.sweeps, "padding", "engram", boundary, _PREFETCH)
+        swept = [evidence.swept("padding", padding, "engram", boundary, _PREFETCH) for padding in paddings]
         if not min(swept) < 1 + WALL_TIME_CLAIM < max(swept):
             raise ValueError(f"no padding decides at the toy's {boundary}: mend the sentences that say so")
     more = rounded_up(100 * evidence.prefetched_share(_MODEL))

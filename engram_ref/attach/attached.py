@@ -46,7 +46,7 @@ from engram_ref.attach.packing import (
     require_continued,
 )
 from engram_ref.attach.padding import chosen, columns_of, padding_in, padding_of, require_columns
-from engram_ref.attach.staging import StagedSteps, is_exported, is_traced_by_make_fx
+from engram_ref.attach.staging import StagedSteps
 from engram_ref.attach.step import ForBlock, Step, give_back
 from engram_ref.attach.versions import tell_untested
 from engram_ref.fusion.base import ShortConvHistory
@@ -59,6 +59,7 @@ from engram_ref.histories.places import Places
 from engram_ref.layer import Engram
 from engram_ref.prefetch import LEAST_BUFFERS, Prefetcher
 from engram_ref.prefetch.fetch import Observer
+from engram_ref.recording import ADVICE, is_exported, is_recorded
 from engram_ref.tables.base import Ready
 from engram_ref.vocab import CompressedVocab
 
@@ -242,8 +243,8 @@ class Attached(StagedSteps):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._staged is None:
-            if is_exported() or torch.jit.is_tracing() or is_traced_by_make_fx():
-                raise ValueError("a traced or exported program would keep the rows of this example: use torch.compile")
+            if is_recorded():
+                raise ValueError(ADVICE)
             self._begin(module, args, kwargs)
         elif torch.compiler.is_dynamo_compiling() or is_exported():
             self._joined = set()  # a new one, so that a graph does not depend on which blocks ran in the last forward

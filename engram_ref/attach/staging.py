@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
 from engram_ref.attach.blocks import Given, is_on_accelerator
 from engram_ref.attach.graphs import Staged
@@ -36,19 +35,6 @@ _PACKED_AND_STAGED = "several sequences in one row of a staged step: stage a pad
 _PROMPTS_AND_STAGED = "prompts that take places are not staged: call the model outside of staging()"
 
 _Attached = TypeVar("_Attached", bound="StagedSteps")
-
-
-def is_exported() -> bool:
-    """Whether the forward that runs is exported: torch says only that some thread of the process is about to export."""
-    if not torch.compiler.is_exporting():
-        return False
-    return torch.compiler.is_dynamo_compiling() or detect_fake_mode() is not None  # with tensors that have no values
-
-
-def is_traced_by_make_fx() -> bool:
-    """Whether this thread's operations are written down; `get_proxy_mode` would tell of other threads' exports, too."""
-    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    return before_dispatch or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 class StagedSteps(ABC):

@@ -8,7 +8,8 @@ The table of a layer is one tensor or, as published, many: `ngram_embedding.shar
 other in the order of k. Opening reads `config.json`, the index and the headers of the files that hold tensors of these
 layers. What could make a row wrong without an error is refused by name: a shard that is missing, twice there, of
 another width or dtype or one too many, rows that the primes do not add up to, a layer of another model, and hash
-constants of the checkpoint (multipliers, primes and offsets, which transformers saves) that are not the plan's.
+constants of the checkpoint (multipliers, primes and offsets, which transformers saves) that are not the plan's; a
+warning says where it has none.
 `engram_ref.checkpoint.qwen` loads whole layers. Torch is imported only where rows are asked for.
 
     python -m pytest tests/ref/checkpoint/test_qwen_folder.py
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +42,7 @@ FUSION_PARTS = (
     "key_proj.weight", "value_proj.weight", "norm_key.weight", "norm_query.weight", "norm_conv.weight", "conv1d.weight",
 )  # fmt: skip
 _TABLE = "ple_embedding.ngram_embedding."
-_CONSTANTS = {  # name in the checkpoint -> of a layer's plan
+CONSTANTS = {  # name in the checkpoint -> of a layer's plan
     "ple_embedding.layer_multipliers": "multipliers",
     "ple_embedding.ngram_heads_vocab_sizes": "primes",
     "ple_embedding.ngram_heads_offsets": "offsets",
@@ -94,7 +96,7 @@ class QwenFolder:
         plan = HashPlan.build(config, config.compressed_size, config.pad_id)
         weight_map = read_weight_map(path)
         layers = _find_layers(path, weight_map, config)
-        shards, tensors = {}, {}
+        shards, tensors, silent = {}, {}, []
         for layer in plan.layers:
             found = layers[layer.layer_id]
             table = {name: entry for name, entry in found.items() if name.startswith(_TABLE)}
@@ -103,7 +105,14 @@ class QwenFolder:
             _check_fusion(path, config, layer.layer_id, tensors[layer.layer_id])
             if not sparse:  # before constants are read there
                 require_written([*shards[layer.layer_id], *tensors[layer.layer_id].values()])
-            _check_constants(layer, tensors[layer.layer_id])
+            if not _check_constants(layer, tensors[layer.layer_id]):
+                silent.append(layer.layer_id)
+        if silent:
+            warnings.warn(
+                f"{path}: layers {quoted(silent)} have no {listed(list(CONSTANTS))}, so what {CONFIG_FILE} says of "
+                "seed, ids and sizes is believed: with others, every row would be wrong and nothing would tell",
+                stacklevel=2,
+            )
         dtypes = {entry.dtype for entries in shards.values() for entry in entries}
         if len(dtypes) > 1:
             raise ValueError(f"{path}: tables of {' and '.join(sorted(dtypes))}: {_MEND}")
@@ -223,7 +232,7 @@ def _check_fusion(path: Path, config: EngramConfig, layer_id: int, tensors: Mapp
     missing = [name for name in shapes if name not in tensors]
     if missing:
         raise ValueError(f"{path} has no {listed([f'layers.{layer_id}.ple.{name}' for name in missing])}: {_MEND}")
-    others = sorted(tensors.keys() - shapes.keys() - _CONSTANTS.keys())
+    others = sorted(tensors.keys() - shapes.keys() - CONSTANTS.keys())
     if others:
         raise ValueError(f"{path}: layer {layer_id} has {listed(others)}, which such a layer has not: {_MEND}")
     for name, shape in shapes.items():
@@ -234,9 +243,9 @@ def _check_fusion(path: Path, config: EngramConfig, layer_id: int, tensors: Mapp
             )
 
 
-def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> None:
-    """Compare the plan with the hash constants that the checkpoint has, if it has them."""
-    for name, mine in _CONSTANTS.items():
+def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Compare the plan with the hash constants that the checkpoint has; whether it has them all."""
+    for name, mine in CONSTANTS.items():
         entry = tensors.get(name)
         if entry is None:
             continue
@@ -251,3 +260,4 @@ def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> No
                 f"{entry.path}, {entry.name} is {quoted(found)}; the plan of {CONFIG_FILE} has {quoted(needed)}: the "
                 "rows were hashed otherwise, use config.json and weights of one model"
             )
+    return CONSTANTS.keys() <= tensors.keys()

@@ -10,7 +10,7 @@ random, the same for the same seed. One more file has a tensor that is none of E
 
 That of DeepSeek-V4.1-Flash has the packaged tokenizer. Its codes are any but NaN; scales lie between 2^-16 and 2^-9, so
 that rows, keys and values are of the size that a gate can work with. Beside each table, in the metadata of its file,
-stands what its rows are hashed with: constants, pad and digest of the vocabulary.
+stands what its rows are hashed with: constants, pad and digest of the vocabulary. The other's constants are tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from engram_ref import cli
 from engram_ref.checkpoint.config_json import CONFIG_FILE, config_fields
 from engram_ref.checkpoint.folder import INDEX_FILE, LAYER_PLAN, TOKENIZER_FILE, expected_tensors, tensor_name
 from engram_ref.checkpoint.qwen_config import MODEL_TYPES, text_fields
-from engram_ref.checkpoint.qwen_folder import fusion_shapes
+from engram_ref.checkpoint.qwen_folder import CONSTANTS, fusion_shapes
 from engram_ref.config import SCALE_BLOCK, EngramConfig
 from engram_ref.files.conventions import DTYPES
 from engram_ref.files.replacing import replacing
@@ -91,7 +91,7 @@ def write_sample(folder: Path, config: EngramConfig, seed: int = 0) -> None:
         tensors = expected_tensors(config, layer)
         groups.append({tensor_name(layer.layer_id, part): tensor for part, tensor in tensors.items()})
         metadata.append({tensor_name(layer.layer_id, LAYER_PLAN): layer.to_json()})
-    _write_files(folder, groups, metadata, seed)
+    _write_files(folder, groups, metadata, seed, {})
     _write(folder / TOKENIZER_FILE, tokenizer_json())
     rows = tuple(layer.rows for layer in plan.layers)
     # Last: without it, what a cut run has left is no checkpoint.
@@ -103,26 +103,36 @@ def _write_qwen(folder: Path, config: EngramConfig, seed: int) -> None:
     assert config.compressed_size is not None
     plan = HashPlan.build(config, config.compressed_size, config.pad_id)
     groups: list[_Tensors] = [{"model.norm.weight": ("BF16", (config.hidden,))}]
+    given: dict[str, np.ndarray] = {}
     for layer in plan.layers:
         beside = f"model.layers.{layer.layer_id}.ple."
+        constants = {f"{beside}{part}": np.array(getattr(layer, mine), "<i8") for part, mine in CONSTANTS.items()}
+        given |= constants
         groups.append({f"{beside}{part}": ("BF16", shape) for part, shape in fusion_shapes(config).items()})
+        groups[-1] |= {name: ("I64", values.shape) for name, values in constants.items()}
         least, more = divmod(layer.rows, QWEN_SHARDS)  # the first few shards have a row more
         table = f"{beside}ple_embedding.ngram_embedding."
         shapes = [(least + (k < more), config.row_width) for k in range(QWEN_SHARDS)]
         groups.append({f"{table}shard_{k}.weight": ("BF16", shape) for k, shape in enumerate(shapes)})
-    _write_files(folder, groups, [{}] * len(groups), seed)
+    _write_files(folder, groups, [{}] * len(groups), seed, given)
     # Last, as in `write_sample`.
     _write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPES[0], "text_config": text_fields(config, DEPTH)})
 
 
-def _write_files(folder: Path, groups: list[_Tensors], metadata: list[dict[str, str]], seed: int) -> None:
-    """A file for each group of tensors, and the index of all."""
+def _write_files(
+    folder: Path,
+    groups: list[_Tensors],
+    metadata: list[dict[str, str]],
+    seed: int,
+    given: Mapping[str, np.ndarray],
+) -> None:
+    """A file for each group of tensors, those of `given` with these values, and the index of all."""
     files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     total = sum(_nbytes(*tensor) for tensors in groups for tensor in tensors.values())
     if total > (free := shutil.disk_usage(folder).free):
         raise ValueError(f"{total} bytes do not fit onto the disk of {folder}, {free} are free: take smaller tables")
     for file, tensors, texts in zip(files, groups, metadata):
-        _write_tensors(folder / file, tensors, texts, seed)
+        _write_tensors(folder / file, tensors, texts, seed, given)
     weight_map = {name: file for file, tensors in zip(files, groups) for name in tensors}
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -147,12 +157,14 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _write_tensors(path: Path, tensors: _Tensors, metadata: dict[str, str], seed: int) -> None:
+def _write_tensors(
+    path: Path, tensors: _Tensors, metadata: dict[str, str], seed: int, given: Mapping[str, np.ndarray]
+) -> None:
     header = make_header({name: (DTYPES[dtype], shape) for name, (dtype, shape) in tensors.items()}, metadata)
     with replacing(path) as file:
         file.write(header)
         for name, (dtype, shape) in tensors.items():
-            for piece in sample_bytes(name, dtype, shape, seed):
+            for piece in [given[name]] if name in given else sample_bytes(name, dtype, shape, seed):
                 file.write(piece.data)
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from engram_ref import layer as layer_module
 from engram_ref.config import EngramConfig
@@ -379,3 +381,15 @@ def test_rows_of_another_width_are_refused(engram):
         Engram(engram.fusion, DeviceTable(torch.zeros(10, 5)))
     with pytest.raises(ValueError, match="rows of 64 values; this layer needs 32"):
         make_v41(DeviceTable(Rows.from_packed(torch.zeros(10, 66, dtype=torch.uint8))))
+
+
+def test_programs_that_would_keep_the_rows_of_an_example_are_refused(engram):
+    hidden, rows = torch.zeros(2, 5, 2, 16, dtype=torch.float64), torch.zeros(2, 5, 4, dtype=torch.int64)
+    recorders = (torch.jit.trace, torch.export.export, lambda layer, given: make_fx(layer)(*given))
+    with torch.no_grad():
+        for record in recorders:
+            with pytest.raises(ValueError, match=r"would keep the rows of this example: use torch\.compile"):
+                record(engram, (hidden, rows))
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="would keep the rows"):
+            engram(hidden, rows)
+        assert engram(hidden, rows).shape == hidden.shape
