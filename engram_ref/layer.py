@@ -11,7 +11,9 @@ the rows, keep them: `Engram(fusion, DeviceTable(weight))` with a `weight` that 
 optimizer beside `engram.parameters()`.
 
 `engram.state_dict()` has the weights of the fusion and not the rows, which `save_layer` (`engram_ref.checkpoint`)
-writes with them. A deep copy has weights of its own and reads the same table; a layer is not pickled.
+writes with them. A deep copy has weights of its own and reads the same table; a layer is not pickled. It calls
+`fusion.add_to`, not `fusion(...)`, so hooks on the fusion, such as those of `torch.nn.utils.prune`, do not run; torch's
+parametrizations do.
 """
 
 from __future__ import annotations
