@@ -70,10 +70,10 @@ class Question:
     @property
     def placements(self) -> tuple[str, ...]:
         """All that this machine and these ranks could serve."""
-        alone = WITH_GPU if self.has_gpu else WITHOUT_GPU
-        if self.group.ranks == 1:
-            return alone
-        return alone + (OF_RANKS if self.has_gpu else OF_RANKS[:-1])
+        found: tuple[str, ...] = WITH_GPU if self.has_gpu else WITHOUT_GPU
+        if self.group.ranks > 1:
+            found += OF_RANKS if self.has_gpu else OF_RANKS[:-1]
+        return tuple(name for name in found if self.hot_share or "hot" not in name)  # a tier of nothing helps nobody
 
     def kind(self, name: str) -> str:
         """A placement's name among the formulas."""
@@ -97,14 +97,15 @@ class Question:
     @property
     def block_source(self) -> str:
         """Where a block's seconds are from."""
-        if self.block_s is not None:
-            return "given"
-        if self.model.backbone is None:
+        if self.model.backbone is None and self.block_s is None:
             return "unknown: give --block-time"
+        if self.model.backbone is None or (self.block_s is not None and not self.prompts):
+            return "given"
         who = "by one that does all: where several split its weights it is less (--weights-over)"
         who = who if self.weights_over == 1 else f"by each of {self.weights_over} that split its weights"
-        leasts = f"reading its weights ({self._weights}) and its operations ({self._compute})"
-        return f"at least the longer of {leasts}, {who}; {self.model.backbone.source}"
+        read = f"reading its weights ({self._weights})" if self.block_s is None else "given; of a prompt as long"
+        both = f"{read} or its operations ({self._compute}), the longer"
+        return f"{both}, {who}; {self.model.backbone.source}"
 
     @property
     def _compute(self) -> str:
@@ -141,6 +142,7 @@ def answer(question: Question) -> dict[str, Any]:
         "batches": list(question.batches),
         "prompts": list(question.prompts),
         "group": asdict(question.group),
+        "hot_share": question.hot_share,
         "block": _block(question),
         "placements": placements,
         "recommendation": recommend(placements),
@@ -158,6 +160,7 @@ def _block(question: Question) -> dict[str, Any]:
         "seconds": question.block_s,  # those that were given; what is estimated goes by the step, and stands there
         "source": question.block_source,
         "formula": "window",
+        "weights_over": question.weights_over,
         "blocks": blocks,
         "blocks_source": source,
     }
@@ -187,6 +190,7 @@ def _placement(question: Question, name: str) -> dict[str, Any]:
         "lacking": lacking,
         "held": held,
         "freed": resident[place] - held[place],
+        "freed_where": _WHERE[place],
         "formula": "held",
         "steps": [
             *(_step(question, name, "decode", batch) for batch in question.batches),
@@ -279,9 +283,9 @@ def _prices(question: Question, kind: str, tokens: int, rows: int, distinct: flo
 def recommend(placements: list[dict[str, Any]]) -> dict[str, Any]:
     """The placement to take, and why, in a sentence.
 
-    Of those that fit: one that frees the most of the accelerator's memory among those that lose less of a step than is
-    TOLERATED; if none does, the one that loses the least. The largest batch counts, and the longest prompt, decoding
-    first.
+    Of those that fit: one that frees the most of the accelerator's memory among those that lose no more than TOLERATED
+    of any step, of equals the one that loses less of decode steps; if there is none, the one that loses the least of
+    that step of which it loses the most.
     """
     fitting = [p for p in placements if p["fits"]]
     if not fitting:
@@ -292,38 +296,38 @@ def recommend(placements: list[dict[str, Any]]) -> dict[str, Any]:
             "reason": f"No placement fits: {least['placement']} comes closest and lacks {lacks}.",
         }
     if any(None in _losses(p) for p in fitting):
-        # The decode step decides; of equals, the prompt.
-        best = min(fitting, key=lambda p: [step["seconds"] for step in _largest(p)])
-        why = "it fits and its fetch is the shortest; with --block-time it can be said what of it is hidden."
+        best = min(fitting, key=lambda p: [step["seconds"] for step in p["steps"]][::-1])
+        why = "it fits and its longest fetch is the shortest; with --block-time it can be said what of it is hidden."
         return {"placement": best["placement"], "reason": f"{best['placement']}: {why}"}
-    tolerable = [p for p in fitting if max(_losses(p)) <= TOLERATED]
+    tolerable = [p for p in fitting if _losses(p)[0] <= TOLERATED]
     # In steps of a per cent of the most that any of them holds: a buffer's size is to decide nothing.
     step = max(max(p["held"].values()) for p in placements) / 100 or 1
-    frees = sorted(tolerable, key=lambda p: (-round(p["freed"] / step), _losses(p)))
+    frees = sorted(tolerable, key=lambda p: (-round(p["freed"] / step), [worst["loss"] for worst in _worst(p)]))
     best = frees[0] if frees else min(fitting, key=_losses)
     return {"placement": best["placement"], "reason": _reason(best, placements, bool(tolerable))}
 
 
-def _largest(placement: dict[str, Any]) -> list[dict[str, Any]]:
-    """The step of the largest batch, and that of the longest prompt, if there is one."""
-    # Ascending, so the last of a phase is the largest.
-    return list({step["phase"]: step for step in placement["steps"]}.values())
-
-
 def _losses(placement: dict[str, Any]) -> list[Any]:
-    """Of a step, and of a prompt: the shares that the placement loses; None where that is not known."""
-    return [step["loss"] for step in _largest(placement)]
+    """The shares of the steps that the placement loses, the largest first; None where that is not known."""
+    losses = [step["loss"] for step in placement["steps"]]
+    return losses if None in losses else sorted(losses, reverse=True)
+
+
+def _worst(placement: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the decode steps, and of the prompts, if there are any, that of which the placement loses the most."""
+    steps = sorted(placement["steps"], key=lambda step: step["loss"])
+    return [found[-1] for phase in _PHASES if (found := [step for step in steps if step["phase"] == phase])]
 
 
 def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: bool) -> str:
     losses = " and ".join(
         f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of "
         f"{in_tokens(step['tokens'])}"
-        for step in _largest(best)
+        for step in _worst(best)
     )
-    least = f"nothing that fits loses less than {percent(TOLERATED)}, and it loses the least"
-    says = "it loses" if tolerable else f"{least},"
-    frees = f", and leaves {size(best['freed'])} of memory to others" if best["freed"] > 0 else ""
+    least = f"nothing that fits loses less than {percent(TOLERATED)} of every step; at its worst it loses the least"
+    says = "it loses at most" if tolerable else f"{least},"
+    frees = f", and holds {size(best['freed'])} less {best['freed_where']} than a resident table" * (best["freed"] > 0)
     no_room = [p["placement"] for p in placements if not p["fits"]]
     without = f"; {', '.join(no_room)} would not fit" if no_room else ""
     unmeasured = "; what blocks lose beside rows of other ranks was never measured" * (best["placement"] in OF_RANKS)
@@ -345,7 +349,9 @@ def size(nbytes: float) -> str:
 
 def percent(share: float | None) -> str:
     """A share in words, with two digits."""
-    return "-" if share is None else f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
+    if share is None or not 0 < share < 0.001:
+        return "-" if share is None else f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
+    return "<0.1 %"
 
 
 def time(value: float | None) -> str:
@@ -353,6 +359,11 @@ def time(value: float | None) -> str:
     if value is None:
         return "-"
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{1e6 * value:.3g} us"
+        if value >= 0.9995 * unit:
+            return f"{_three(value / unit)} {name}"
+    return f"{_three(1e6 * value)} us"
+
+
+def _three(value: float) -> str:
+    """Three digits, or all that a larger number has before the point."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

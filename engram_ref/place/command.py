@@ -4,7 +4,7 @@
     engram-place --preset v41-flash --gpu 40GB --host 512GB --disk 2TB
     engram-place --preset v41-flash --gpu 40GB --host 512GB --model-time 30ms     your own clock: a decode step
     engram-place /models/DeepSeek-V4.1-Flash --measure       a checkpoint (or its config.json); rates measured here
-    engram-place --preset v41-flash --gpu 40GB --host 900GB --ranks 8 --weights-over 8     eight GPUs, one model
+    engram-place --preset v41-flash --gpu 40GB --host 900GB --ranks 8 --weights-over 8     expert parallelism
     engram-place --preset v41-flash --json | jq .recommendation
     engram-place --preset v41-flash --gpu 40GB --host 512GB --engram-config      the flag for vLLM and SGLang
 
@@ -89,13 +89,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
     if (options.preset is None) == (options.checkpoint is None):
         parser.error("name a --preset or a checkpoint, and one of them only")
-    if options.weights_over is not None and (options.model_time or options.block_time):
+    if options.weights_over is not None and (options.model_time or options.block_time) and not options.prompt:
         parser.error("--weights-over is for blocks whose time is estimated: leave it out, or the time")
+    ranks, split = sorted((options.ranks, options.weights_over or 1))
+    if split % ranks:
+        parser.error(f"--weights-over {options.weights_over} of {options.ranks} --ranks: one must divide the other")
     if options.blocks is not None and options.model_time is None and options.block_time is None:
         parser.error("--blocks does nothing without --block-time or --model-time")
     of_ranks = [name for name in ("machines", "link", "link_rate") if getattr(options, name) is not None]
     if options.ranks == 1 and of_ranks:
         parser.error(f"--{of_ranks[0].replace('_', '-')} does nothing without --ranks")
+    if options.link in ("nvlink", "pcie") and (options.machines or 1) > 1:
+        parser.error(f"--link {options.link} does not reach other machines: give --link ethernet, or --link-rate")
     if options.json and options.engram_config:
         parser.error("--json has everything: leave --engram-config away, or --json")
     if options.folder is not None and options.disk is not None and not (options.measure and options.disk):
@@ -208,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.one_line_errors(PROG):
         found = answer(question(options))
         if options.engram_config:
-            print("\n".join(engine_flags(found["recommendation"]["placement"])), flush=True)
+            taken, form = found["recommendation"]["placement"], found["model"]["config"]["form"]
+            print("\n".join(engine_flags(taken, form)), flush=True)
         else:
             print(json.dumps(found, indent=1) if options.json else cli.fitted(report(found)), flush=True)

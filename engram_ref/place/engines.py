@@ -1,28 +1,41 @@
-"""What serving engines call a placement: the flag that vLLM and SGLang take, and what neither can do.
+"""What serving engines call a placement: the flags that vLLM and SGLang take, and what neither can do.
 
-Read in their documentation and sources in November 2026: vLLM's `EngramConfig` (`cpu_offload`: pinned host memory, read
-in place), SGLang's page on Engram tables (`placement`: `gpu`, or `cpu`, pinned host memory, read in place). Both load a
-DeepSeek-V4.1 model; vLLM takes Qwen's n-gram table under the same flag.
+Read in their documentation and sources in November 2026. vLLM's `EngramConfig`, for DeepSeek-V4.1 and for Qwen's n-gram
+table: `cpu_offload`, pinned host memory, read in place; `embedding_across_dp`, parts with all ranks. SGLang's page on
+Engram tables, for DeepSeek-V4.1: `placement`, `gpu` or `cpu`, the same; `replication`, `none`, parts with the ranks
+that split the weights, or `per_node`, one copy. For Qwen's it has `--ple-offload-embedding`, pinned host memory.
 """
 
 from __future__ import annotations
 
 import json
 
-_FLAGS = {
-    "device": ({"cpu_offload": False}, {"placement": "gpu"}),
-    "uva": ({"cpu_offload": True}, {"placement": "cpu"}),
+_VLLM = {
+    "device": {"cpu_offload": False},
+    "uva": {"cpu_offload": True},
+    "sharded": {"cpu_offload": False, "embedding_across_dp": True},
+    "sharded host": {"cpu_offload": True, "embedding_across_dp": True},
 }
+_SGLANG = {
+    "device": {"placement": "gpu"},
+    "uva": {"placement": "cpu", "replication": "per_node"},
+    "sharded": {"placement": "gpu", "replication": "none"},
+    "sharded host": {"placement": "cpu", "replication": "none"},
+}
+_SGLANG_QWEN = {"device": "# without a flag", "sharded": "# without a flag", "uva": "--ple-offload-embedding"}
 _SEEN = "as documented in November 2026"
 
 
-def engine_flags(placement: str | None) -> list[str]:
-    """A line for each engine."""
-    if placement not in _FLAGS:
+def engine_flags(placement: str | None, form: str) -> list[str]:
+    """A line for each engine that loads a model of this form and knows the placement."""
+    if form not in ("v41", "qwen"):
+        return [f"# neither vLLM nor SGLang loads a model of the form {form}, {_SEEN}"]
+    if placement not in _VLLM:
         what = "nothing fits" if placement is None else f"neither engine has the placement {placement}"
-        return [f"# {what}, {_SEEN}: vLLM and SGLang hold the table on the GPU or read it in place from host memory"]
-    vllm, sglang = _FLAGS[placement]
-    return [
-        f"--engram-config '{json.dumps(vllm)}'  # vLLM, {_SEEN}",
-        f"--engram-config '{json.dumps(sglang)}'  # SGLang, {_SEEN}",
-    ]
+        return [f"# {what}, {_SEEN}: they hold the table on GPUs, or read it in place from pinned host memory"]
+    lines = [f"--engram-config '{json.dumps(_VLLM[placement])}'  # vLLM, {_SEEN}"]
+    if form == "v41":
+        lines.append(f"--engram-config '{json.dumps(_SGLANG[placement])}'  # SGLang, {_SEEN}")
+    elif placement in _SGLANG_QWEN:
+        lines.append(f"{_SGLANG_QWEN[placement]}  # SGLang, {_SEEN}")
+    return lines

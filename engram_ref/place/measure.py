@@ -70,7 +70,7 @@ def _in_memory(values: Tensor) -> dict[str, Rate]:
     return {
         "start_host": Rate(start, _SOURCE),
         "gather": Rate(rate, _SOURCE),
-        "memory": Rate(_COPY / copy, _SOURCE),
+        "memory": Rate(2 * _COPY / copy, f"{_SOURCE}: bytes read and written"),
         "processor": Rate(
             _operations_per_second(torch.randn(_FACTOR, _FACTOR, dtype=torch.float32, device="cpu")),
             f"{_SOURCE}: float32",

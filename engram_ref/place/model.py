@@ -73,6 +73,8 @@ _PAPER = Backbone(
     "the paper: 30 blocks, 3.8 billion of 21 billion values active, bfloat16, 6 of 55 experts a token",
     Experts(2 * (_PAPER_VALUES - _PAPER_ACTIVE) * 55 // 49, 55, 6),
 )
+# Without its table, and with one shared expert, which is among what is active as 10 of the 512 others are.
+_QWEN_VALUES, _QWEN_ACTIVE = 125_000_000_000, 6_000_000_000
 # By preset. Of the shipped models by audits of their files; the narrowest format in V4.1-Flash is half a byte.
 BACKBONES = {
     "paper-27b": _PAPER,
@@ -87,10 +89,11 @@ BACKBONES = {
     ),
     "qwen38-flash-next": Backbone(
         48,
-        6_000_000_000,
-        12_000_000_000,
-        12_000_000_000,
-        "6 billion values active, bfloat16; one token's experts at every batch",
+        _QWEN_ACTIVE,
+        2 * _QWEN_ACTIVE,
+        2 * _QWEN_VALUES,
+        "as published: 6 of 125 billion values active, bfloat16, 10 of 512 experts a token",
+        Experts(2 * (_QWEN_VALUES - _QWEN_ACTIVE) * 512 // 502, 512, 10),
     ),
 }
 

@@ -66,7 +66,7 @@ def _heading(answer: dict[str, Any], number: int) -> str:
     prompt = step["phase"] == "prefill"
     # What was given is the time of a decode step's block; a prompt's may take longer, and nobody may know how long.
     said = step["block_s"] is None or (not prompt and answer["block"]["seconds"] is not None)
-    least = "" if said else f"; a block takes {time(step['block_s'])} at least"
+    least = "" if said else f"; a block takes {time(step['block_s'])} by these rates"
     if prompt:
         return f"== a prompt of {in_tokens(step['tokens'])}: {rows}{least}"
     return f"== {in_tokens(step['tokens'])} a step: {rows} a step{least}"
@@ -110,7 +110,8 @@ def _notes(answer: dict[str, Any]) -> list[str]:
         *(f"{p['placement']}: {_WHERE[p['placement']]}" for p in answer["placements"]),
         "fetch: what a step's fetches take by themselves; exposed, by how much they make the step longer: what the "
         "blocks before the layers do not hide of them, and what blocks lose beside them; it may be the longer one",
-        f"loss: exposed over the time of all blocks; if they take longer than is said above, it is less{unmeasured}",
+        "loss: exposed over the time of all blocks; it is less where they take longer than is said above, more where "
+        f"they are shorter{unmeasured}",
         "price, model: ByteDMD price of the rows over resident ones, and the same for the whole model's step",
         "energy: of moving the rows, from published ranges. Every prediction names its formula in --json",
     ]
@@ -125,8 +126,8 @@ def in_units(value: float, unit: str) -> str:
         return time(value)
     if not unit:
         return percent(value)
-    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
+    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * power:
             return f"{value / power:.3g} {prefix}{'' if unit == 'B/s' else ' '}{unit}"
     return f"{value:.3g} {unit}"
 

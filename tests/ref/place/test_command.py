@@ -45,8 +45,10 @@ def test_the_engines_flag_follows_the_recommendation(capsys, quick):
 
 def test_model_time_is_divided_by_the_blocks(capsys, quick):
     found = json.loads(run(capsys, "--preset", "v41-flash", *SIZES, "--model-time", "4ms", "--json"))
-    published = {"formula": "window", "blocks": 40, "blocks_source": "as published"}
-    assert found["block"] == {"seconds": pytest.approx(1e-4), "source": "given", **published}
+    published = {"formula": "window", "weights_over": 1, "blocks": 40, "blocks_source": "as published"}
+    source = found["block"].pop("source")
+    assert found["block"] == {"seconds": pytest.approx(1e-4), **published}
+    assert source.startswith("given; of a prompt as long or its operations (compute), the longer, by one that does all")
     found = json.loads(run(capsys, "--preset", "demo", *SIZES, "--model-time", "16ms", "--blocks", "16", "--json"))
     assert found["block"]["seconds"] == pytest.approx(1e-3)
 
@@ -83,7 +85,12 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
             "v41-flash does not exist: give a checkpoint's folder or its config.json, or --preset v41-flash",
         ),
         (["--preset", "demo", "--weights-over", "8"], "nothing is known of this model's weights, give --block-time"),
-        (["--preset", "v41-flash", "--weights-over", "8", "--block-time", "1ms"], "leave it out, or the time"),
+        (
+            ["--preset", "v41-flash", "--weights-over", "8", "--block-time", "1ms", "--prompt"],
+            "leave it out, or the time",
+        ),
+        (["--preset", "v41-flash", "--weights-over", "3", "--ranks", "8"], "one must divide the other"),
+        (["--preset", "v41-flash", "--ranks", "8", "--machines", "2", "--link", "nvlink"], "not reach other machines"),
         (["--preset", "demo", "--gpu", "80G"], "bytes, such as 80GB"),
         (["--preset", "demo", "--block-time", "56"], "a time with its unit"),
         (["--preset", "demo", "--model-time", "4ms"], "say how many with --blocks"),
