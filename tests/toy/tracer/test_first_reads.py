@@ -20,7 +20,7 @@ from bench.sweeps.pricing import Relaid
 from bench.sweeps.readdressed import Readdressed, TableInputs
 from engram_ref.hashing import HashPlan
 from engram_toy import definitions
-from engram_toy.bytedmd import record, trace
+from engram_toy.bytedmd import record
 from engram_toy.fast import first_reads as fast_first_reads
 from engram_toy.fast import floor as fast_floor
 from engram_toy.models.layouts import VARIANTS, Layout, most_frequent
@@ -163,41 +163,6 @@ def starts(workload):
     return [*named, half, wrong]
 
 
-def direct(workload, boundary, layout, padding, definition):
-    program = build(workload, boundary, layout, padding, hold=definition == "lru")
-    return trace(program.function, program.arguments, program.kinds, definition)
-
-
-def cost_of(reads, size):
-    return sum(count * read_price(depth, size) for depth, count in reads.items())
-
-
-@pytest.mark.parametrize("definition", DEFINITIONS)
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_every_variant_is_the_direct_run(workload, boundary, definition):
-    """Variants without copies come from one recording, those with copies from their own at another padding."""
-    recorded = {}
-    for layout in starts(workload):
-        schedule = layout.name if layout.prefetch else ""
-        if schedule not in recorded:
-            program = build(workload, boundary, layout, padding=0)
-            recording = record(program.function, program.arguments, program.kinds)
-            table = TableInputs(recording, program, layout)
-            recorded[schedule] = (recording.trace(definition).depths, Relaid(recording, table, definition))
-        depths, relaid = recorded[schedule]
-        start = relaid.lay(layout)
-        for padding in PADDINGS:
-            for place, depth in zip(relaid.first.places, start.depths(padding)):
-                depths[place] = depth
-            want = direct(workload, boundary, layout, padding, definition)
-            assert depths == want.depths
-            counts = want.tally()
-            assert relaid.reads_by_kind == {kind: reads.total() for kind, reads in counts.items()}
-            for size in (1, 4):
-                costs = {kind: cost_of(reads, size) for kind, reads in counts.items()}
-                assert relaid.cost_by_kind(start, padding, size) == costs
-
-
 @pytest.fixture(scope="module")
 def recorded(workload):
     """What a program does and how it is laid down, by boundary, name of a layout, padding, and `hold`.
@@ -212,6 +177,36 @@ def recorded(workload):
         return program, record(program.function, program.arguments, program.kinds)
 
     return found
+
+
+def cost_of(reads, size):
+    return sum(count * read_price(depth, size) for depth, count in reads.items())
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_every_variant_is_the_direct_run(workload, recorded, boundary, definition):
+    """Variants without copies come from one recording, those with copies from their own at another padding."""
+    by_schedule = {}
+    for layout in starts(workload):
+        schedule = layout.name if layout.prefetch else ""
+        if schedule not in by_schedule:
+            program, recording = recorded(boundary, layout.name, 0, True)
+            table = TableInputs(recording, program, layout)
+            by_schedule[schedule] = (recording.trace(definition).depths, Relaid(recording, table, definition))
+        depths, relaid = by_schedule[schedule]
+        start = relaid.lay(layout)
+        for padding in PADDINGS:
+            for place, depth in zip(relaid.first.places, start.depths(padding)):
+                depths[place] = depth
+            direct = recorded(boundary, layout.name, padding, definition == "lru")[1]
+            want = direct.trace(definition, compiled=True)
+            assert depths == want.depths
+            counts = want.tally()
+            assert relaid.reads_by_kind == {kind: reads.total() for kind, reads in counts.items()}
+            for size in (1, 4):
+                costs = {kind: cost_of(reads, size) for kind, reads in counts.items()}
+                assert relaid.cost_by_kind(start, padding, size) == costs
 
 
 @pytest.mark.parametrize("definition", [*definitions.DEFINITIONS[2:], FLOOR])
@@ -235,7 +230,7 @@ def test_every_variant_of_other_definitions_is_the_direct_run(workload, recorded
                 wanted = fast_floor.floor(*fast_floor.waits(direct.log))
                 assert wanted * (1 - 1e-4) <= costs[FLOOR] <= wanted
             else:
-                want = direct.trace(definition).tally()
+                want = direct.trace(definition, compiled=True).tally()
                 assert costs == {kind: cost_of(reads, 1) for kind, reads in want.items()}
                 assert priced.reads_by_kind == {kind: reads.total() for kind, reads in want.items()}
     if boundary == "lookup":  # else a small table above pushes everything else down, and that weighs as much
