@@ -15,11 +15,14 @@ again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from engram_ref.hashing.plan import checksum
 
+Json = dict[str, Any]
+_NUMBERS = {int, float}  # of the types that JSON is read as
 # Times and rates that something is divided by; others, such as waits, may be 0.
 _DIVIDED = ("step_s", "samples_s", "prefill_s", "decode_s", "wall_time_s", "bytes_per_s", "reads_per_s")
 _COUNTS = (
@@ -37,7 +40,7 @@ _HELD: dict[str, set[str]] = {
 _SCHEDULES = {"offload_naive": "synchronous", "offload_prefetch": "prefetched"}  # what tells these two apart
 
 
-def check(content: Mapping[str, Any]) -> None:
+def check(content: Json) -> None:
     """Hold a results file against itself.
 
     Raises:
@@ -47,77 +50,73 @@ def check(content: Mapping[str, Any]) -> None:
 
 
 def _check(node: Any, path: tuple[str, ...]) -> None:
-    if isinstance(node, Mapping):
-        for name, test in (("held", _check_held), ("checksum", _check_plan), ("rows", _check_passes)):
+    if isinstance(node, dict):
+        for name, test in _TESTS:
             if name in node:
                 test(node, path)
-        _check_sums(node, path)
-        _check_parts(node, path)
-        _check_waits(node, path)
-        if isinstance(runs := node.get("runs"), list):
-            _check_rounds(runs, path)
         for key, value in node.items():
-            _check_numbers(key, value, path)
-            if isinstance(value, (Mapping, list)):
+            if key.endswith("_s") or key in _COUNTS:
+                _check_numbers(key, value, path)
+            if isinstance(value, (dict, list)):
                 _check(value, (*path, key))
     elif isinstance(node, list):
         for number, inner in enumerate(node):
-            if isinstance(inner, (Mapping, list)):
+            if isinstance(inner, (dict, list)):
                 _check(inner, (*path[:-1], f"{path[-1]} {number}") if path else ())
 
 
 def _check_numbers(key: str, value: Any, path: tuple[str, ...]) -> None:
-    is_time, is_count = key.endswith("_s"), key in _COUNTS
-    for number in _numbers(value) if is_time or is_count else ():
-        if not 0 <= number < math.inf or (number == 0 and key in _DIVIDED):
-            what = "a time or rate is above 0" if key in _DIVIDED else "it is finite, and not below 0"
+    is_count, is_divided = key in _COUNTS, key in _DIVIDED
+    for number in _numbers(value):
+        if not 0 <= number < math.inf or (is_divided and number == 0):
+            what = "a time or rate is above 0" if is_divided else "it is finite, and not below 0"
             raise ValueError(f"{_where(path, key)} holds {number}: {what}, measure again")
         if is_count and number != int(number):
             raise ValueError(f"{_where(path, key)} holds {number}: counts are whole, measure again")
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (list, Mapping)):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _numbers(inner)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield value
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return [value] if type(value) in _NUMBERS else []
+    if _NUMBERS.issuperset(map(type, value)):  # samples: most of a file
+        return value
+    return [number for inner in value for number in _numbers(inner)]
 
 
-def _check_sums(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
-    for whole, parts in _SUMS.items():
-        if isinstance(node.get(parts), Mapping) and whole in node and node[whole] != sum(_numbers(node[parts])):
-            raise ValueError(f"{_where(path, whole)} is {node[whole]}, which is not the sum of {parts}: measure again")
+def _check_sum(node: Json, path: tuple[str, ...], whole: str, parts: str) -> None:
+    if whole in node and isinstance(node[parts], dict) and node[whole] != sum(_numbers(node[parts])):
+        raise ValueError(f"{_where(path, whole)} is {node[whole]}, which is not the sum of {parts}: measure again")
 
 
-def _check_parts(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
-    for part, whole in _PARTS.items():
-        few, many = node.get(part), node.get(whole)
-        if isinstance(few, int) and isinstance(many, int) and few > many:
-            raise ValueError(f"{_where(path, part)} is {few}, of {many} {whole}: measure again")
+def _check_part(node: Json, path: tuple[str, ...], whole: str, part: str) -> None:
+    few, many = node[part], node.get(whole)
+    if isinstance(few, int) and isinstance(many, int) and few > many:
+        raise ValueError(f"{_where(path, part)} is {few}, of {many} {whole}: measure again")
 
 
-def _check_waits(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
-    for wait, whole in _WAITS.items():
-        # Altogether: the accelerator's clock has the waits and the host's the steps, and one may be read later.
-        waited, took = (sum(_numbers(_listed_in(node, key))) for key in (wait, whole))
-        if len(_listed_in(node, wait)) == len(_listed_in(node, whole)) and waited > took:
-            raise ValueError(f"{_where(path, wait)} is {waited:.3g} s of {took:.3g} s {whole}: measure again")
+def _check_wait(node: Json, path: tuple[str, ...], whole: str, wait: str) -> None:
+    # Altogether: the accelerator's clock has the waits and the host's the steps, and one may be read later.
+    waited, took = (sum(_numbers(_listed_in(node, key))) for key in (wait, whole))
+    if len(_listed_in(node, wait)) == len(_listed_in(node, whole)) and waited > took:
+        raise ValueError(f"{_where(path, wait)} is {waited:.3g} s of {took:.3g} s {whole}: measure again")
 
 
-def _check_rounds(runs: list[Any], path: tuple[str, ...]) -> None:
+def _check_rounds(step: Json, path: tuple[str, ...]) -> None:
     """Index i of all runs of a step is of the same round."""
-    lengths = _lengths((run, key) for run in runs for key in ("step_s", "exposed_s") if isinstance(run, Mapping))
+    runs = _listed_in(step, "runs")
+    lengths = _lengths((run, key) for run in runs for key in ("step_s", "exposed_s") if isinstance(run, dict))
     if len(lengths := lengths - {0}) > 1:  # no rows are waited for without a table
         raise ValueError(f"{_where(path, 'runs')} have {_listed(lengths)} rounds: all of a step have as many")
 
 
-def _check_passes(case: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _check_passes(case: Json, path: tuple[str, ...]) -> None:
     """A round is the same steps under every variant."""
     rounds: dict[str, set[int]] = {}
     rows = case["rows"] if isinstance(case["rows"], list) else []
-    for row in (row for row in rows if isinstance(row, Mapping)):
-        samples = [sample for sample in _listed_in(row, "rounds") if isinstance(sample, Mapping)]
+    for row in (row for row in rows if isinstance(row, dict)):
+        samples = [sample for sample in _listed_in(row, "rounds") if isinstance(sample, dict)]
         seen = [str(sample.get("round")) for sample in samples]
         if twice := {number for number in seen if seen.count(number) > 1}:
             raise ValueError(f"{_where(path, row.get('label'))} has round {min(twice)} twice: measure again")
@@ -131,17 +130,17 @@ def _check_passes(case: Mapping[str, Any], path: tuple[str, ...]) -> None:
             )
 
 
-def _lengths(lists: Iterable[tuple[Mapping[str, Any], str]]) -> set[int]:
+def _lengths(lists: Iterable[tuple[Json, str]]) -> set[int]:
     return {len(node[key]) for node, key in lists if isinstance(node.get(key), list)}
 
 
-def _listed_in(node: Mapping[str, Any], key: str) -> list[Any]:
+def _listed_in(node: Json, key: str) -> list[Any]:
     return node[key] if isinstance(node.get(key), list) else []
 
 
-def _check_held(row: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _check_held(row: Json, path: tuple[str, ...]) -> None:
     variant, held = row.get("variant"), row["held"]
-    if not isinstance(held, Mapping) or not isinstance(variant, str) or variant not in _HELD:
+    if not isinstance(held, dict) or not isinstance(variant, str) or variant not in _HELD:
         return
     where = {place for place, nbytes in held.items() if nbytes}
     if where != _HELD[variant]:
@@ -153,15 +152,15 @@ def _check_held(row: Mapping[str, Any], path: tuple[str, ...]) -> None:
         raise ValueError(f"{_where(path, variant)} is {row['schedule']!r}; that variant is {_SCHEDULES[variant]!r}")
 
 
-def _check_moved(row: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _check_moved(row: Json, path: tuple[str, ...]) -> None:
     """A table where the compute is, or none: no byte of rows is copied or read from a file."""
     samples = [row["bytes"], *_listed_in(row, "rounds")] if "bytes" in row else _listed_in(row, "rounds")
-    moved = sum(sum(_numbers(sample.get("copied"))) for sample in samples if isinstance(sample, Mapping))
+    moved = sum(sum(_numbers(sample.get("copied"))) for sample in samples if isinstance(sample, dict))
     if moved:
         raise ValueError(f"{_where(path, row['variant'])} copied {moved} bytes: they are another variant's samples")
 
 
-def _check_plan(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _check_plan(node: Json, path: tuple[str, ...]) -> None:
     if checksum({key: value for key, value in node.items() if key != "checksum"}) != node["checksum"]:
         raise ValueError(f"{_where(path, 'checksum')} is of other numbers than those beside it: measure again")
 
@@ -172,3 +171,15 @@ def _where(path: tuple[str, ...], key: Any) -> str:
 
 def _listed(lengths: set[int]) -> str:
     return " and ".join(map(str, sorted(lengths)))
+
+
+# In this order, where a node has the name: of several contradictions the first is told.
+_TESTS: list[tuple[str, Callable[[Json, tuple[str, ...]], None]]] = [
+    ("held", _check_held),
+    ("checksum", _check_plan),
+    ("rows", _check_passes),
+    *((parts, partial(_check_sum, whole=whole, parts=parts)) for whole, parts in _SUMS.items()),
+    *((part, partial(_check_part, whole=whole, part=part)) for part, whole in _PARTS.items()),
+    *((wait, partial(_check_wait, whole=whole, wait=wait)) for wait, whole in _WAITS.items()),
+    ("runs", _check_rounds),
+]
