@@ -12,7 +12,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from bench import fill_docs
-from bench.evidence import on_gpu, wall_time
+from bench.evidence import committed, on_gpu, predictions, wall_time
 from bench.instruments.drawing import save_all
 from bench.instruments.output import source
 from bench.instruments.reading import read_results
@@ -75,8 +75,9 @@ def test_optional_packages_are_imported_where_they_are_fenced(package, only):
 
 
 def test_documents_show_what_was_measured(monkeypatch):
-    for reader in (on_gpu, wall_time):  # else each file is read a dozen times
-        monkeypatch.setattr(reader, "read_results", functools.cache(read_results))
+    once = functools.cache(read_results)  # else each file is read a dozen times
+    for reader in (committed, fill_docs, on_gpu, predictions, wall_time):
+        monkeypatch.setattr(reader, "read_results", once)
     assert fill_docs.stale() == []
 
 
