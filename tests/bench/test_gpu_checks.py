@@ -71,7 +71,7 @@ def call(tmp_path):
     """Calls the script for two steps that only say what they would run; how often each has run so far."""
 
     def start(code, ends=0, **settings):
-        environment = {**os.environ, "RUN": "echo", "ONLY": "reads lookup", "PYTHON": sys.executable,
+        environment = {**os.environ, "RUN": "echo", "ONLY": "reads lookup", "PYTHON": f"{sys.executable} -I -S",
                        "WORK": str(tmp_path / "work"), "GIT_COMMIT": code, **settings}  # fmt: skip
         command = ["bash", str(SCRIPT), "measure", str(tmp_path / "out")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
