@@ -14,7 +14,7 @@ import torch
 
 from bench import fill_docs, gpu_wall
 from bench.instruments.claim import PUBLISHED_WINDOW_S
-from bench.ranks import run
+from bench.ranks import run, schedule
 from bench.ranks.model import layer_bytes, model_table
 from bench.ranks.schedule import simulate
 from bench.ranks.table import bytes_table, formula_holds, measured_table, most_hidden
@@ -32,6 +32,12 @@ V41 = EngramConfig.preset("v41-flash")
 
 
 # --- real processes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def few_simulated_steps(monkeypatch):
+    """Each run ends with the simulation: of 1,000 steps it takes most of the time."""
+    monkeypatch.setattr(schedule, "STEPS", 10)
 
 
 def options_for(out):
