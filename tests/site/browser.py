@@ -43,6 +43,7 @@ class Browser:
         os.close(from_chromium)
         self._number, self._rest, self._session = 0, b"", ""
         self._loaded: set[str] = set()
+        self._emulated: dict[str, dict[str, Any]] = {}  # by method
         self.forget()
         pages = [target for target in self._call("Target.getTargets")["targetInfos"] if target["type"] == "page"]
         self._session = self._call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
@@ -66,12 +67,18 @@ class Browser:
 
     def screen(self, width: int, height: int = 900, scheme: str = "light") -> None:
         """The size of the window in CSS pixels, and whether the reader prefers light or dark."""
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._emulate("Emulation.setDeviceMetricsOverride", **metrics)
         features = [
             {"name": "prefers-color-scheme", "value": scheme},
             {"name": "prefers-reduced-motion", "value": "reduce"},
         ]
-        self._call("Emulation.setEmulatedMedia", features=features)
+        self._emulate("Emulation.setEmulatedMedia", features=features)
+
+    def _emulate(self, method: str, **parameters: Any) -> None:
+        if self._emulated.get(method) != parameters:  # what is as it was is laid out again, too
+            self._call(method, **parameters)
+            self._emulated[method] = parameters
 
     def open(self, url: str) -> None:
         """Load a page anew, until its load event; an empty one lies between, so that the last one has ended."""

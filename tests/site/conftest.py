@@ -1,5 +1,6 @@
 """The site, built once, served locally, read by headless Chromium; skipped with a reason where either is missing."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -23,6 +24,13 @@ ROOT = Path(__file__).parents[2]
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         """Requests are not worth a line each."""
+
+
+class _FewFound(_Quiet):
+    """The site with a search that knows one part of one page: each load makes its index anew, a fifth of a second."""
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(path.replace("/search.json", "/search_few.json"))
 
 
 def build(project: Path) -> subprocess.CompletedProcess[str]:
@@ -59,18 +67,32 @@ def site(project, tmp_path_factory):
     (results / "production.json").write_text(json.dumps(synthetic.production()), encoding="utf-8")
     (folder / "assets" / "grid.js").write_text(data.grid_script(results), encoding="utf-8")
     (folder / "assets" / "whole_model.js").write_text(data.whole_model_script(results), encoding="utf-8")
+    search = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    (folder / "search_few.json").write_text(json.dumps({**search, "items": search["items"][:1]}), encoding="utf-8")
     return folder
+
+
+@contextlib.contextmanager
+def _served(handler, folder):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")
 def address(site):
-    """Where the site is served, on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(site)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    """Where the site is served, on this machine, but for its search."""
+    with _served(_FewFound, site) as where:
+        yield where
+
+
+@pytest.fixture(scope="session")
+def searched(site):
+    """Where it is served with all of its search."""
+    with _served(_Quiet, site) as where:
+        yield where
 
 
 @pytest.fixture(scope="session")
