@@ -1,5 +1,6 @@
 """Figures of wall-time results: what they show, read from their artists, and that they are the same every time."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -27,6 +28,12 @@ def results():
     return example("cuda")
 
 
+@functools.cache
+def drawn_of_three(draw, device):
+    """Three steps, drawn once for all that look at them."""
+    return draw(example(device, steps=3))
+
+
 @pytest.fixture(autouse=True)
 def _close_figures():
     yield
@@ -48,13 +55,13 @@ def dots_of(axis):
 def test_every_panel_names_its_device():
     for device, name in (("cpu", "CPU Example CPU 9000"), ("cuda", "GPU Example GPU 100")):
         for draw in DRAWINGS:
-            titles = [axis.get_title() for axis in draw(example(device, steps=3)).axes if axis.get_title()]
+            titles = [axis.get_title() for axis in drawn_of_three(draw, device).axes if axis.get_title()]
             assert titles and all(name in title for title in titles)
 
 
 def test_one_panel_per_step():
     for draw in (timeline, overheads):
-        assert sum(bool(axis.get_title()) for axis in draw(example("cuda", steps=3)).axes) == 3
+        assert sum(bool(axis.get_title()) for axis in drawn_of_three(draw, "cuda").axes) == 3
 
 
 def test_overheads_are_resolved_or_say_that_they_are_not(results):
@@ -171,7 +178,7 @@ def overlaps(figure):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("draw", DRAWINGS)
 def test_no_labels_overlap(device, draw):
-    assert overlaps(draw(example(device, steps=3))) == []
+    assert overlaps(drawn_of_three(draw, device)) == []
 
 
 def test_an_overlap_would_be_seen(results):
