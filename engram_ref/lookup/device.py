@@ -33,7 +33,7 @@ from engram_ref.hashing.device import DeviceHasher, Hashed
 from engram_ref.hashing.device_ids import DeviceVocab
 from engram_ref.hashing.plan import HashPlan
 from engram_ref.ids import DEAD
-from engram_ref.tables.base import Table
+from engram_ref.tables.base import Table, written_by_address
 from engram_ref.vocab import CompressedVocab
 
 # Up to about as many rows as there are programs of two that run at once on an H100 (132 processors, 32 programs each):
@@ -206,7 +206,7 @@ class DeviceLookup:
             )
         if out.device.type != self.device.type:
             raise ValueError(f"out on {out.device}; this lookup delivers to {self.device}")
-        return out
+        return written_by_address(out)
 
     def check(self) -> None:
         """Wait for the device and raise if an id outside the vocabulary was met since the last check.

@@ -245,7 +245,7 @@ def check_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def check_out(out: Tensor, count: int, row_format: RowFormat, device: torch.device) -> Tensor:
-    """A caller's buffer, refused unless the rows of one fetch fit it exactly."""
+    """A caller's buffer that is about to be written to, refused unless the rows of one fetch fit it exactly."""
     if tuple(out.shape) != (count, row_format.width) or out.dtype != row_format.dtype or not out.is_contiguous():
         raise ValueError(
             f"out of shape {tuple(out.shape)}, {out.dtype}: {count} rows need a contiguous "
@@ -253,4 +253,16 @@ def check_out(out: Tensor, count: int, row_format: RowFormat, device: torch.devi
         )
     if out.device.type != device.type:
         raise ValueError(f"out on {out.device}; this table delivers to {device}")
+    return written_by_address(out)
+
+
+def written_by_address(out: Tensor) -> Tensor:
+    """Treat a buffer as torch's own functions treat their `out`, before something writes to it that torch cannot see.
+
+    Raises:
+        ValueError: it requires gradients, which would pass through the write as if nothing had been written.
+    """
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires gradients, and rows written into it pass none back: give out.detach()")
+    torch.autograd.graph.increment_version(out)  # a backward() that needs what it held raises, and is not wrong
     return out

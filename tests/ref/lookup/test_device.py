@@ -254,8 +254,9 @@ def test_rows_of_any_width_and_alignment_into_a_given_buffer(dtype, width, shift
     size = lookup.new_rows(2, 3).numel()
     around = torch.full((size + 2 * shift + 2,), torch.nan, dtype=dtype)
     out = around[shift + 1 : shift + 1 + size].view(2, -1, width)
+    before = out._version
     found = lookup(torch.from_numpy(ids), out=out)
-    assert found.values[3].data_ptr() == out.data_ptr()
+    assert found.values[3].data_ptr() == out.data_ptr() and out._version > before
     assert_found(found, want, weights)
     assert not out.isnan().any()
     assert around[: shift + 1].isnan().all() and around[shift + 1 + size :].isnan().all()
@@ -353,6 +354,10 @@ REFUSED = {
     ),
     "a short buffer": (dict(out=torch.empty(2, 63, 24, dtype=torch.bfloat16)), r"contiguous \[2, 64, 24\]"),
     "a buffer of floats": (dict(out=torch.empty(2, 64, 24)), "torch.float32: these token ids need"),
+    "a trained buffer": (
+        dict(out=torch.empty(2, 64, 24, dtype=torch.bfloat16, requires_grad=True)),
+        "out requires gradients",
+    ),
 }
 
 

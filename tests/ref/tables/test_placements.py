@@ -95,6 +95,17 @@ def test_a_buffer_of_the_callers_is_filled_again_and_again(case, placed):
 
 
 @every_case
+def test_a_backward_that_needs_the_rows_of_a_buffer_that_was_filled_again_is_refused(case, placed):
+    table = placed(case, random_values())
+    out, weight = torch.empty(3, D, device=table.device), torch.ones(D, device=table.device, requires_grad=True)
+    product = fetch(table, torch.tensor([1, 2, 3]), out) * weight
+    with torch.no_grad():
+        fetch(table, torch.tensor([7, 8, 9]), out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@every_case
 def test_a_fetch_is_not_changed_by_the_next_ones(case, placed):
     values = random_values()
     table = placed(case, values)
@@ -172,6 +183,17 @@ def test_a_buffer_that_does_not_fit_is_refused(case, placed):
     for out in (torch.empty(4, D), torch.empty(3, D + 1), torch.empty(3, D).double(), torch.empty(D, 3).T):
         with pytest.raises(ValueError, match="3 rows need a contiguous"):
             fetch(table, torch.tensor([1, 2, 3]), out.to(table.device))
+
+
+@every_case
+def test_a_buffer_that_requires_gradients_is_refused_while_they_are_on(case, placed):
+    values, rows = random_values(), torch.tensor([1, 2, 3])
+    table = placed(case, values)
+    out = torch.empty(3, D, device=table.device, requires_grad=True)
+    with pytest.raises(ValueError, match="out requires gradients"):
+        fetch(table, rows, out)
+    with torch.no_grad():
+        assert_same_bits(fetch(table, rows, out).detach(), values, rows)
 
 
 # --- closing --------------------------------------------------------------------------------------
