@@ -148,13 +148,14 @@ class Prefetcher:
         return hashed
 
     def start_hashed(self, hashed: Hashed, *, waited_for: bool = False) -> Fetch:
-        """As `start`, of what `hash_tokens` found.
+        """As `start`, of what `hash_tokens` found; as there, a later change does no harm.
 
         Raises:
             RuntimeError: as `start`.
         """
-        rows = {layer.layer_id: found.reshape(-1) for layer, found in zip(self.hasher.plan.layers, hashed.rows)}
         way = self._way(hashed.compressed.size, waited_for)
+        numbers = hashed.rows.copy() if way is None else hashed.rows
+        rows = {layer.layer_id: found.reshape(-1) for layer, found in zip(self.hasher.plan.layers, numbers)}
         return self._lent(lambda lease: self._by_layer(lease, way, partial(self._gather, rows, lease.buffers)))
 
     def start_lookup(self, lookup: Callable[[], tuple[Mapping[int, Tensor], Tensor]]) -> tuple[Fetch, Pending]:

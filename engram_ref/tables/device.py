@@ -78,7 +78,8 @@ class DeviceTable(Table):
         if trained is not None:
             if out is not None:
                 raise ValueError("out= given for rows that pass gradients back: leave it out, or use torch.no_grad()")
-            return Ready(F.embedding(rows, trained))
+            # It keeps the numbers for backward(), and may be given an array's, which torch does not see written to.
+            return Ready(F.embedding(rows.clone(), trained))
         if self._in_place is not None:
             self._in_place.admit(rows)
             return self._in_place.checked(Ready(self._in_place.read(rows, out)))

@@ -75,6 +75,17 @@ def test_token_ids_are_compressed_and_hashed_for_all_layers_at_once(values, back
         assert all(slot.is_free() for slot in prefetcher._slots._all)
 
 
+def test_what_was_hashed_may_be_written_over_while_its_rows_are_gathered(values):
+    hasher, vocab = NgramHasher(PLAN), CompressedVocab.identity(PLAN.compressed_size)
+    first, second = np.random.default_rng(5).integers(0, PLAN.compressed_size, (2, 2, 300))
+    with Prefetcher(hasher, slow_tables(values, seconds=0.02)) as prefetcher:
+        hashed = prefetcher.hash_tokens(first, vocab)
+        with prefetcher.start_hashed(hashed) as fetch:
+            hasher.from_tokens(second, vocab, out=hashed)
+            for layer_id in fetch:
+                assert torch.equal(fetch[layer_id].wait(), expected(values, first, layer_id))
+
+
 def test_without_a_background_nothing_overlaps(values):
     tables = slow_tables(values, seconds=0.03)
     with Prefetcher(NgramHasher(PLAN), tables, background=False) as prefetcher:

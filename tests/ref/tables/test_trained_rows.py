@@ -26,6 +26,15 @@ def test_gradients_reach_the_rows():
             fetch(table, rows, torch.empty(400, D))
 
 
+def test_row_numbers_may_be_written_over_before_gradients_are_asked_for():
+    weight, numbers = torch.nn.Parameter(torch.zeros(R, D)), np.array([1, 2])
+    with DeviceTable(weight) as table:
+        got = fetch(table, torch.from_numpy(numbers))
+        numbers[:] = 5
+        got.sum().backward()
+    assert weight.grad is not None and weight.grad[:6, 0].tolist() == [0, 1, 1, 0, 0, 0]
+
+
 def test_rows_are_used_as_they_are_now():
     weight = torch.nn.Parameter(torch.zeros(R, D))
     with DeviceTable(weight) as table, torch.no_grad():
