@@ -59,7 +59,7 @@ def quantise(values: Tensor, block_rows: int = 1) -> tuple[Tensor, Tensor]:
     What `dequantise` gave comes back as it was: the values, not always the codes, as several pairs stand for one value.
 
     Args:
-        values: [..., R, W], finite; float64 is rounded to float32 first.
+        values: [..., R, W], finite in float32, to which float64 is rounded first.
         block_rows: rows that share a scale.
 
     Returns:
@@ -71,10 +71,10 @@ def quantise(values: Tensor, block_rows: int = 1) -> tuple[Tensor, Tensor]:
     """
     if values.ndim < 2 or values.shape[-1] % SCALE_BLOCK or values.shape[-2] % block_rows:
         raise ValueError(f"values of shape {tuple(values.shape)}: not made of blocks of {block_rows} x {SCALE_BLOCK}")
-    if not torch.isfinite(values).all():
-        raise ValueError("values that are not finite: fp8 rows hold numbers only")
-    blocks = values.to(torch.float32).double()
-    blocks = blocks.unflatten(-1, (-1, SCALE_BLOCK)).unflatten(-3, (-1, block_rows))  # [..., R/b, b, W/32, 32]
+    single = values.to(torch.float32)
+    if not torch.isfinite(single).all():
+        raise ValueError("values that are not finite in float32: fp8 rows hold numbers only")
+    blocks = single.double().unflatten(-1, (-1, SCALE_BLOCK)).unflatten(-3, (-1, block_rows))  # [..., R/b, b, W/32, 32]
     fraction, exponent = torch.frexp(blocks.abs().amax(dim=(-3, -1), keepdim=True))  # [..., R/b, 1, W/32, 1]
     # The least shift with which the largest of a block is no more than the largest code.
     shift = exponent - _LARGEST_EXPONENT + (fraction > _LARGEST_FRACTION)

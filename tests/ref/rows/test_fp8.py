@@ -178,6 +178,8 @@ def test_values_that_are_not_finite_are_refused(wrong):
     values[1, 3] = wrong
     with pytest.raises(ValueError, match="not finite"):
         fp8.quantise(values)
+    with pytest.raises(ValueError, match="not finite in float32"):
+        fp8.quantise(torch.full((2, BLOCK), 1e39, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
