@@ -57,6 +57,10 @@ class Rows:
             )
         if not all(part.is_contiguous() for part in self.parts):
             raise ValueError("the rows of a table must lie one after the other: give contiguous parts")
+        if any(
+            part.storage_offset() + part.nbytes > part.untyped_storage().nbytes() for part in self.parts if len(part)
+        ):
+            raise ValueError("rows whose memory was given back: their storage has been resized to fewer bytes")
 
     @classmethod
     def of(cls, values: Tensor) -> Rows:

@@ -91,9 +91,16 @@ class DeviceTable(Table):
     def _open(self) -> Rows:
         self._require_open()
         assert self._rows is not None
-        if self.weight is not None and self.weight.data_ptr() != self._rows.parts[0].data_ptr():
+        if self.weight is not None and not self._are_here(self.weight):
             self._follow(self.weight)
         return self._rows
+
+    def _are_here(self, values: Tensor) -> bool:
+        """Whether the rows are these values still; memory that was given back has the address 0, as do its views."""
+        assert self._rows is not None
+        here = values.data_ptr() == self._rows.parts[0].data_ptr() != 0
+        like = values.shape == (self.rows, self.format.width) and values.dtype == self.format.dtype
+        return here and like and values.is_contiguous()
 
     def _follow(self, values: Tensor) -> None:
         """Rows that are trained lie elsewhere now: `values.data = ...`, as an average of weights is swapped in."""

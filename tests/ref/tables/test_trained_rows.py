@@ -69,6 +69,36 @@ def test_rows_that_were_exchanged_for_others_are_followed(gathered, monkeypatch)
                 fetch(table, numbers)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "none"])
+def test_other_rows_at_the_same_address_are_seen(grad):
+    weight = torch.nn.Parameter(torch.randn(6, 6))
+    own = weight.data
+    with DeviceTable(weight) as table, torch.set_grad_enabled(grad):
+        for values, message in (
+            (own.t(), "one after the other"),
+            (own[:3], "made of 6 rows"),
+            (own.view(12, 3)[:6], r"this table has \[rows, 6\]"),
+            (own.view(torch.float16), "float16"),
+        ):
+            weight.data = values
+            with pytest.raises(ValueError, match=message):
+                fetch(table, torch.tensor([5]))
+        weight.data = own
+        assert torch.equal(fetch(table, torch.tensor([5])), own[5:])
+
+
+def test_rows_whose_memory_was_given_back_are_refused_until_it_is_there_again():
+    weight = torch.nn.Parameter(torch.zeros(6, 4))
+    with DeviceTable(weight) as table, torch.no_grad():
+        weight.untyped_storage().resize_(0)
+        for refused in (lambda: fetch(table, torch.tensor([5])), lambda: DeviceTable(weight)):
+            with pytest.raises(ValueError, match="memory was given back"):
+                refused()
+        weight.untyped_storage().resize_(96)
+        weight.fill_(7)
+        assert torch.equal(fetch(table, torch.tensor([5])), torch.full((1, 4), 7.0))
+
+
 @pytest.mark.parametrize(
     "take",
     [
