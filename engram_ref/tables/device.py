@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from engram_ref.rows.decoding import kernels_for
 from engram_ref.rows.memory import HostMemory
@@ -70,7 +71,9 @@ class DeviceTable(Table):
             check_shape(rows, self.index_device)  # not the numbers, for which the CPU would have to wait
         else:
             rows = check_rows(rows, self.rows)
-        trained = self.weight if torch.is_grad_enabled() else None
+        trained = self.weight
+        if trained is not None and not torch.is_grad_enabled() and unpack_dual(trained).tangent is None:
+            trained = None
         if self._delivery is not None and trained is None:
             return self._delivery.take(table, rows, out)  # which looks at `out`
         if out is not None:

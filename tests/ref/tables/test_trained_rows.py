@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
@@ -67,6 +68,16 @@ def test_rows_that_were_exchanged_for_others_are_followed(gathered, monkeypatch)
             weight.data = values
             with pytest.raises(ValueError, match=message), torch.no_grad():
                 fetch(table, numbers)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "none"])
+def test_tangents_of_forward_differentiation_come_with_their_rows(grad):
+    weight = torch.zeros(R, D, requires_grad=True)
+    tangents = torch.arange(R * D).view(R, D).float()
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        table = DeviceTable(forward_ad.make_dual(weight, tangents))
+        got = forward_ad.unpack_dual(fetch(table, torch.tensor([7, 2]))).tangent
+    assert got is not None and torch.equal(got, tangents[[7, 2]])
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "none"])
