@@ -23,7 +23,7 @@ from torch import Tensor
 from engram_ref.rows.format import RowFormat
 from engram_ref.rows.memory import require_bytes
 from engram_ref.rows.rows import Rows
-from engram_ref.tables.base import Pending, Table, check_out, check_rows, check_shape
+from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
 from engram_ref.tables.device import DeviceTable
 from engram_ref.tables.staging import Arriving, Delivery, Once
 
@@ -132,8 +132,7 @@ class HotTable(Table):
                 check_rows(rows.cpu(), self.rows)
                 if out is not None:
                     check_out(out, len(rows), self.format, self.device)
-                slots, missed = self._tell_apart(rows)
-                misses = rows.index_select(0, missed)
+                slots, missed, misses = self._tell_apart(rows)
                 numbers = self._send(slots, missed, beside)
             except Exception as error:  # whatever it is: others who share the table behind would wait
                 self._behind.excuse(error)
@@ -148,31 +147,40 @@ class HotTable(Table):
         """Tell those who share the table behind."""
         self._behind.excuse(error)
 
-    def _tell_apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots of all rows, int32 [N], 0 for those that miss; and the places of these, int64 [M]. All are noted."""
+    def _tell_apart(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots of all rows, int32 [N], 0 for those that miss; and the places and numbers of these, [M]. All are noted.
+
+        The places are int64.
+        """
         if self.index_device.type == "cpu":
             return self._tell_apart_here(rows.numpy())
         slots = self._slots.index_select(0, rows)
         missed = (slots < 0).nonzero().view(-1)  # [M]: the CPU waits for M
+        misses = rows.index_select(0, missed)
         self._hot_seen[slots] = True
-        self._slots[rows.index_select(0, missed)] = _SEEN
-        return slots.clamp_(min=0), missed
+        self._slots[misses] = _SEEN
+        return slots.clamp_(min=0), missed, misses
 
-    def _tell_apart_here(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        # In NumPy: passes over a few numbers, each of which takes torch several times as long to begin.
+    def _tell_apart_here(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        # In NumPy: passes over a few numbers, each of which takes torch several times as long to begin. Over many torch
+        # wakes threads, for which it would wait for good in a forked process, that has none.
         table, seen = self._slots.numpy(), self._hot_seen.numpy()
         slots = table[rows]  # [N]
         missed = np.flatnonzero(slots < 0)
+        misses = rows[missed]
         seen[slots] = True
-        table[rows[missed]] = _SEEN
-        return torch.from_numpy(np.maximum(slots, 0, out=slots)), torch.from_numpy(missed)
+        table[misses] = _SEEN
+        return torch.from_numpy(np.maximum(slots, 0, out=slots)), torch.from_numpy(missed), torch.from_numpy(misses)
 
     def _send(self, slots: Tensor, missed: Tensor, beside: bool) -> Pending:
         """Bring both to the device, one after the other, as they are used there: int32 [2 M + N, 1]."""
-        numbers = torch.cat([missed.view(torch.int32), slots])[:, None]
-        if self.index_device.type == "cpu":
-            return self._numbers.send(len(numbers), lambda raw: raw.copy_(numbers.view(torch.uint8)), beside=beside)
-        return Arriving(numbers, torch.cuda.current_stream(self.device).record_event())
+        if self.index_device.type != "cpu":
+            numbers = torch.cat([missed.view(torch.int32), slots])[:, None]
+            return Arriving(numbers, torch.cuda.current_stream(self.device).record_event())
+        numbers = torch.from_numpy(np.concatenate([missed.numpy().view(np.int32), slots.numpy()]))[:, None]
+        if self.device.type == "cpu":
+            return Ready(numbers)
+        return self._numbers.send(len(numbers), lambda raw: raw.copy_(numbers.view(torch.uint8)), beside=beside)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The bytes of some rows as they are stored, uint8 [N, row_bytes], in host memory: those behind."""
@@ -254,9 +262,15 @@ class _Mixed:
         numbers = self.numbers.wait().view(-1)
         missed, slots = numbers[: 2 * self.missed], numbers[2 * self.missed :]
         values = self.hot.start(slots, self.out).wait()  # [N, D]; for a miss some hot row, to be written over
+        misses = self.misses.wait()
+        if values.device.type == "cpu":  # in NumPy, as in `_tell_apart_here`
+            row = f"V{values.shape[1] * values.element_size()}"
+            into, rows = (part.view(torch.uint8).numpy().view(row) for part in (values, misses))
+            into[missed.numpy().view(np.int64)] = rows
+            return values
         # torch copies no rows of float8 by number, but bytes it does
         unit = torch.uint8 if values.element_size() == 1 else values.dtype
-        values.view(unit).index_copy_(0, missed.view(torch.int64), self.misses.wait().view(unit))
+        values.view(unit).index_copy_(0, missed.view(torch.int64), misses.view(unit))
         return values
 
 

@@ -7,6 +7,7 @@ tests do.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from engram_ref.rows.gather import gather_parts
 from engram_ref.rows.memory import HUGE_PAGE, HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables.base import Pending, Ready, check_out
+from engram_ref.threads.errands import require_here
 from engram_ref.threads.users import Users
 
 Fill = Callable[[Tensor], object]  # writes the stored rows of one fetch into uint8 [N, row_bytes]
@@ -227,14 +229,20 @@ class Once:
 
     def __init__(self, pending: Pending) -> None:
         self._pending = pending
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
         self._found: Pending | None = None
 
     def wait(self) -> Tensor:
-        """The rows, [N, D]; what goes wrong is raised each time."""
-        with self._lock:
-            if self._found is None:  # nor after an error or Ctrl-C, by which nobody has got them
-                self._found = _found(self._pending.wait())
+        """The rows, [N, D]; what goes wrong is raised each time.
+
+        Raises:
+            RuntimeError: somebody puts them together in the process that this is a fork of.
+        """
+        if self._found is None:
+            self._process = require_here(self._lock, self._process)
+            with self._lock:
+                if self._found is None:  # nor after an error or Ctrl-C, by which nobody has got them
+                    self._found = _found(self._pending.wait())
         return self._found.wait()
 
 

@@ -71,7 +71,7 @@ class Errand(Generic[T]):
         if self.ended:
             return
         if os.getpid() != self._process:
-            self.error = RuntimeError(f"it was under way in process {self._process}, not in this fork: start it anew")
+            self.error = _not_here(self._process)
             return
         with self._waiting:
             pass
@@ -137,7 +137,7 @@ class Later(Generic[T]):
     """Work that is left to whoever waits for it first; how a fetch looks that the disk has only been asked for."""
 
     def __init__(self, work: Callable[[], T]) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
         self._work: Callable[[], T] = work
         self._done: Done[T] | None = None
 
@@ -146,13 +146,31 @@ class Later(Generic[T]):
 
         Raises:
             Exception: what it raised, each time.
-            RuntimeError: somebody was interrupted while he did it.
+            RuntimeError: somebody was interrupted while he did it, or does it in the process that this is a fork of.
         """
-        with self._lock:
-            if self._done is None:
-                work, self._work = self._work, _interrupted
-                self._done = Done(work)
+        if self._done is None:
+            self._process = require_here(self._lock, self._process)
+            with self._lock:
+                if self._done is None:
+                    work, self._work = self._work, _interrupted
+                    self._done = Done(work)
         return self._done.result()
+
+
+def require_here(lock: threading.Lock, process: int) -> int:
+    """This process's number, before a lock of `process` is waited for.
+
+    Raises:
+        RuntimeError: this is a fork, and whoever holds the lock is not in it.
+    """
+    here = os.getpid()
+    if here != process and lock.locked():
+        raise _not_here(process)
+    return here
+
+
+def _not_here(process: int) -> RuntimeError:
+    return RuntimeError(f"it was under way in process {process}, not in this fork: start it anew")
 
 
 def _interrupted() -> Any:

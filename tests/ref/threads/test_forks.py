@@ -18,6 +18,7 @@ from engram_ref.tables import make_table
 from engram_ref.tables.base import Ready
 from engram_ref.tables.file import StoredRows, save_rows
 from engram_ref.tables.host import HostTable
+from engram_ref.tables.staging import Once
 from engram_ref.threads.errands import Later, Pool
 from engram_ref.threads.users import Users
 
@@ -82,6 +83,23 @@ def test_a_file_is_read_in_the_child_too(file_table):
     fetch()
 
 
+def test_hot_rows_are_put_together_in_the_child_too():
+    """Many, over which torch wakes threads: those of the parent are not in the child."""
+    rows, threads = torch.arange(60_000) % len(VALUES), torch.get_num_threads()
+    with make_table("hot", VALUES, hot=torch.arange(9)) as table:
+
+        def fetch():
+            assert np.array_equal(table.start(rows).wait().numpy(), VALUES.numpy()[rows.numpy()])
+
+        torch.set_num_threads(2)
+        try:
+            torch.ones(100_000).add(1)  # they are there
+            fetch()
+            assert in_child(fetch, seconds=10) == 0
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_a_prefetcher_works_in_the_child_too(file_table):
     prefetcher = Prefetcher(NgramHasher(PLAN), {1: file_table})
 
@@ -134,6 +152,39 @@ def test_forked_while_a_thread_waits_for_rows():
         finally:
             table.may_end.set()
             thread.join()
+
+
+class Waited:
+    """A fetch that ends when it may."""
+
+    def __init__(self):
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def wait(self):
+        self.begun.set()
+        assert self.may_end.wait(30)
+        return VALUES[:1]
+
+
+@pytest.mark.parametrize("kind", [Once, lambda fetch: Later(fetch.wait)], ids=["once", "later"])
+def test_forked_while_a_thread_puts_rows_together(kind):
+    fetch = Waited()
+    pending, untouched = kind(fetch), kind(Ready(VALUES[1:2]))
+    thread = threading.Thread(target=pending.wait)
+    thread.start()
+    assert fetch.begun.wait(30)
+
+    def use():
+        with pytest.raises(RuntimeError, match=r"it was under way in process \d+, not in this fork: start it anew"):
+            pending.wait()
+        assert torch.equal(untouched.wait(), VALUES[1:2])
+
+    try:
+        assert in_child(use, seconds=10) == 0
+    finally:
+        fetch.may_end.set()
+        thread.join()
+    assert in_child(pending.wait) == 0  # has ended
 
 
 def test_forked_in_the_middle_of_a_fetch():
