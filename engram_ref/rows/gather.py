@@ -13,7 +13,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,11 +31,12 @@ _THREAD_BYTES = 4 << 20  # of output for each thread: 0.3 ms or more, against 0.
 def are_below(rows: Tensor, limit: int) -> bool:
     """Whether row numbers [N], int32 or int64, contiguous, on the CPU, are all in 0 .. limit - 1."""
     # In one thread: torch would wake others for a long vector, up to 10 ms on a busy machine.
+    if _are_below is None:
+        numbers = rows.numpy()  # signed: torch.compile traces this, and torch has no maximum of unsigned ones
+        return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < limit)
     wide = rows.dtype == torch.int64
     limit = min(limit, 2**63 if wide else 2**31)  # from here on, unsigned, stand the negative ones
-    if _are_below is not None:
-        return _are_below(rows.data_ptr(), wide, rows.shape[0], limit)
-    return not rows.shape[0] or int(rows.numpy().view(np.uint64 if wide else np.uint32).max()) < limit
+    return _are_below(rows.data_ptr(), wide, rows.shape[0], limit)
 
 
 def gather(table: Tensor, rows: Tensor, out: Tensor) -> None:

@@ -81,6 +81,14 @@ def test_row_numbers_are_below_a_limit_or_not(compiled, dtype, monkeypatch):
         assert are_below(torch.tensor(numbers, dtype=dtype), limit) is wanted, (numbers[:3], limit)
 
 
+@pytest.mark.slow  # dynamo takes seconds to import
+def test_row_numbers_are_looked_at_in_a_compiled_model_too(monkeypatch):
+    """torch traces NumPy where it is used, and does not have all of it."""
+    monkeypatch.setattr(module, "_are_below", None)
+    look = torch.compile(are_below, backend="eager")
+    assert [look(torch.tensor(numbers), 4) for numbers in ([0, 3], [4, 0], [-1, 2])] == [True, False, False]
+
+
 def test_a_wrong_candidate_is_caught():
     table, rows = random_table(16), random_rows(65)
     wrong = gathered(table, rows)
