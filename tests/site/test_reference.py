@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from tests.site.conftest import ROOT
 
 # Modules at the root of a package that are there for its other modules.
-PLUMBING = {"cli", "compiled", "devices", "free_memory", "gpu", "loops", "needs_torch", "quoting", "starting"}
+PLUMBING = {
+    "cli",
+    "compiled",
+    "devices",
+    "free_memory",
+    "gpu",
+    "loops",
+    "needs_torch",
+    "quoting",
+    "recording",
+    "starting",
+}
 COMMANDS = {"main", "parse", "run"}  # of modules that are commands: `--help` is their reference
 
 
