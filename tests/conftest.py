@@ -29,6 +29,9 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Until tests begin: what is imported stays, and is looked through again and again, 1.4 s in each worker.
+gc.disable()
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -36,6 +39,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def _quicker():
     """What tests wait for and are not about: no part of it changes what they find."""
     gc.freeze()  # what was there before a module is not looked at by each collection of it, half a second
+    gc.enable()
     if "triton.runtime.interpreter" in sys.modules:
         from tests.interpreter import repeat_nothing
 
