@@ -1,6 +1,7 @@
 """Fixtures of tables: of every placement, and in files by every way to read them (`tests/ref/files/ways.py`)."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ from engram_ref.tables import Table, make_table
 from engram_ref.tables.file import StoredRows, save_rows
 from tests.ref.files.ways import found, kept, make, way  # noqa: F401 - fixtures
 from tests.ref.tables.placements import CASES, device_for, ranks_for
+
+
+@pytest.fixture(autouse=True)
+def _large_programs(monkeypatch):
+    """The interpreter takes a millisecond for a program, whatever it does; on a GPU nothing is changed."""
+    kernels, gpu = (sys.modules.get(f"engram_ref.{name}") for name in ("rows.kernels", "gpu"))  # few tests need Triton
+    if kernels and gpu and gpu.INTERPRETED:
+        monkeypatch.setattr(kernels, "ROWS_PER_PROGRAM", 64)
+        monkeypatch.setattr(kernels, "SCALED_ROWS_PER_PROGRAM", 64)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,12 +15,19 @@ from engram_ref.vocab import CompressedVocab, compressed, forms, kept, published
 from tests.ref.vocab.loading import steps_without
 
 
-@pytest.fixture
-def cached(small_tokenizer, tmp_path):
-    """A folder with the cached small vocabulary; its file."""
-    CompressedVocab.from_tokenizer(small_tokenizer, tmp_path)
-    (file,) = tmp_path.iterdir()
+@pytest.fixture(scope="module")
+def made(small_tokenizer, tmp_path_factory):
+    """The cached small vocabulary."""
+    folder = tmp_path_factory.mktemp("made")
+    CompressedVocab.from_tokenizer(small_tokenizer, folder)
+    (file,) = folder.iterdir()
     return file
+
+
+@pytest.fixture
+def cached(made, tmp_path):
+    """A folder with the cached small vocabulary; its file."""
+    return Path(shutil.copy(made, tmp_path))
 
 
 def test_cache_is_one_file_named_by_content_library_and_code(cached, small_tokenizer):
