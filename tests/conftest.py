@@ -44,6 +44,9 @@ def _quicker():
         from tests.interpreter import repeat_nothing
 
         repeat_nothing()
+    guards: Any = sys.modules.get("torch._dynamo.guards")
+    if guards:  # how long a guard takes, which a log is told; caches are flushed before, 25 ms for each graph
+        guards.profile_guard_manager = lambda *_: 0.0
     reading: Any = sys.modules.get("engram_ref.vocab.tokenizer_file")
     if reading and not hasattr(reading.parse, "cache_info"):  # a text takes a quarter of a second
         parse = functools.lru_cache(maxsize=4)(reading.parse)
