@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 OURS = {module.__file__ for module in (attached_module, hooks_module, offload_module, own_table)}
 IN_FORWARDS = OURS | {module.__file__ for module in (graphs, lookup, staging, step_module)}
 TORCHS = [nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook, nn.Module.__setattr__]
+REGISTERS = [name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 TABLE = "model.layers.{}.ple.ple_embedding.ngram_embedding"
 
 
@@ -104,12 +105,7 @@ def interrupted_everywhere(call, *given):
 
 def registers_of(model):
     """All that torch has noted of hooks, in any module."""
-    return [
-        len(register)
-        for module in model.modules()
-        for name, register in vars(module).items()
-        if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
-    ]
+    return [len(register) for module in model.modules() for register in map(vars(module).get, REGISTERS)]
 
 
 # --- attach ---------------------------------------------------------------------------------------
