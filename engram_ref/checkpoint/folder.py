@@ -193,10 +193,12 @@ def _read_vocab(path: Path, config: EngramConfig, tokenizer: Path | None, text: 
 def read_weight_map(path: Path) -> dict[str, str]:
     """File name of every tensor, by the folder's index, or by the header of its only file."""
     index = path / INDEX_FILE
-    if not index.exists():
+    if not os.path.lexists(index):  # a link that leads nowhere is an index that is missing
         if not (path / SINGLE_FILE).exists():
             raise ValueError(f"{path} has neither {INDEX_FILE} nor {SINGLE_FILE}: {_MEND}")
         return dict.fromkeys(read_header(path / SINGLE_FILE), SINGLE_FILE)
+    if not index.exists():
+        raise ValueError(f"{index} is a link that leads nowhere: {_MEND}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files: {_MEND}")

@@ -140,3 +140,6 @@ def test_an_index_that_is_none(folder):
         refuse(folder, f"{INDEX_FILE} has no weight_map from tensors to files")
     (folder / INDEX_FILE).unlink()
     refuse(folder, f"has neither {INDEX_FILE} nor {SINGLE_FILE}: download the checkpoint again")
+    shutil.copy(folder / THIRD, folder / SINGLE_FILE)  # which must not stand in for an index that is not here
+    (folder / INDEX_FILE).symlink_to(folder / "nowhere")
+    refuse(folder, f"{INDEX_FILE} is a link that leads nowhere: download the checkpoint again")
