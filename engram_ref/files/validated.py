@@ -121,9 +121,10 @@ def open_same(path: Path, stamp: Stamp, flags: int = 0) -> int:
 def require_same(path: Path, fd: int, stamp: Stamp) -> None:
     """Refuse an open file that is not any more, or no longer in the state, that has this stamp; a microsecond.
 
-    Every write gives a file a new time, before it gives it new bytes: what was read before this call is what was
+    `write` gives a file a new time, before it gives it new bytes: what was read before this call is what was
     validated. Two writes within one tick of the system's clock (up to 10 ms) have the same time, and who sets the time
-    back is not found out.
+    back is not found out. Nor is who stores through a mapping into a page that the disk does not have yet: only the
+    first store into a page after it was written there gives the file a new time.
 
     Raises:
         ValueError: it was written to, or it is another file.
