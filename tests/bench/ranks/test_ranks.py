@@ -66,6 +66,7 @@ def test_the_run_counts_what_the_plan_says_and_keeps_other_numbers_of_ranks(tmp_
         for case in entry["cases"]:
             assert formula_holds(case) and len(case["by_rank"]) == entry["ranks"]
             assert (case["by_rank"][0]["formula"] is None) == (case["way"] == "unique")
+    assert results["schedule"] == schedule.schedule_table(results["model"]) != []
     validator(ranks.Results).validate(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
     other = options_for(tmp_path)
     other.seed += 1
