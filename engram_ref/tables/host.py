@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engram_ref.devices import as_device
 from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows, rows_of_table
 from engram_ref.tables.base import Pending, Table, check_out, check_rows
@@ -26,7 +27,8 @@ class HostTable(Table):
         checked: fp8 rows were searched for NaN just now, and are not searched again.
 
     Raises:
-        ValueError: rows on another device, rows that require gradients, or fp8 rows with a code or a scale that is NaN.
+        ValueError: rows on another device, a device that is neither the CPU nor CUDA, rows that require gradients, or
+            fp8 rows with a code or a scale that is NaN.
     """
 
     placement = "host"
@@ -43,7 +45,7 @@ class HostTable(Table):
         if rows.device != cpu:
             raise ValueError(f"rows on {rows.device}: a host table has them on the CPU; use placement device")
         rows = rows_of_table(rows, checked)
-        super().__init__(len(rows), rows.format, torch.device(device), cpu)
+        super().__init__(len(rows), rows.format, as_device(device), cpu)
         self._rows: Rows | None = rows
         self._memory = memory
         self._delivery = Delivery(self.device, rows.format)

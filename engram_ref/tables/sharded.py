@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engram_ref.devices import as_device
 from engram_ref.rows.rows import Rows
 from engram_ref.sharding.agreement import RankLost, agreed, require_same
 from engram_ref.sharding.exchange import AllGather, AllToAll, Arrival, Asked, Exchange
@@ -71,7 +72,7 @@ class ShardedTable(Table):
         unique: bool = False,
         own_group: bool = False,
     ) -> None:
-        super().__init__(plan.rows, local.format, torch.device(device), torch.device("cpu"))
+        super().__init__(plan.rows, local.format, as_device(device), torch.device("cpu"))
         self.plan = plan
         self.group = group
         self.unique = unique

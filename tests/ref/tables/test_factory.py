@@ -17,6 +17,7 @@ from engram_ref.rows.memory import HostMemory
 from engram_ref.rows.rows import Rows
 from engram_ref.tables import make_table
 from engram_ref.tables.file import StoredRows, save_rows
+from engram_ref.tables.host import HostTable
 from engram_ref.vocab import CompressedVocab
 from tests.ref.tables.placements import (
     CASES,
@@ -115,6 +116,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         lambda device: DeviceHistory(plan, 1, device),
         lambda device: DeviceVocab(CompressedVocab.from_map([0]), device),
         lambda device: ExposedTime(device),
+        lambda device: HostTable(torch.zeros(3, 4), device),
     ):
         with pytest.raises(ValueError, match=r"^device 'cuda': torch sees no CUDA device on this machine; use 'cpu'$"):
             ask("cuda")
