@@ -134,7 +134,8 @@ class StoredRows:
                 )
             parts += [replace(part, first=first) for part in shard.parts]
             first += shard.rows
-        return cls(shards[0].format, tuple(parts))
+        there = [part for part in parts if part.rows] or parts[: len(shards[0].parts)]
+        return cls(shards[0].format, tuple(there))
 
     @property
     def path(self) -> Path:

@@ -107,6 +107,16 @@ def test_scaled_rows_and_their_scales_lie_together(tmp_path):
     assert [bytes(p.numpy()) for p in together.read().parts] == [bytes(p.contiguous().numpy()) for p in rows.parts]
 
 
+def test_shards_without_rows_are_passed_over(stored, tmp_path):
+    save_rows(tmp_path / "plain.safetensors", torch.ones(3, WIDTH))
+    plain = StoredRows.find(tmp_path / "plain.safetensors")
+    none = plain.between(0, 0)
+    for shards, rows in (([none, plain, none], 3), ([none, none], 0)):
+        together = StoredRows.together(shards)
+        assert (together.widths, together.rows) == ([WIDTH * 4], rows)
+        assert torch.equal(together.read().values(), torch.ones(rows, WIDTH))
+
+
 def test_what_is_not_stored_alike_is_refused(stored, tmp_path):
     save_rows(tmp_path / "wide.safetensors", torch.zeros(3, WIDTH + 1))
     wide = StoredRows.find(tmp_path / "wide.safetensors")
