@@ -125,8 +125,11 @@ def _remove_unlocked(part: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure."""
-    fd = os.open(folder, os.O_RDONLY)
+    """Make a rename last through a power failure, where the folder may be opened."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # one that may be written to and not read; the file has its name all the same
+        return
     try:
         os.fsync(fd)
     finally:

@@ -119,6 +119,20 @@ def test_a_device_or_a_pipe_is_not_replaced(tmp_path, way):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
 
 
+def test_a_folder_that_may_not_be_read_gets_its_file(tmp_path, way, monkeypatch):
+    opened, real = [], os.open
+
+    def refuse(path, *rest):
+        opened.append(path)
+        if path == tmp_path:
+            raise PermissionError("a folder of mode 0300")
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write(tmp_path / "results.json", way)
+    assert (tmp_path / "results.json").read_bytes() == b"whole" and tmp_path in opened
+
+
 def test_an_error_names_the_file_that_was_wanted(tmp_path, way):
     with pytest.raises(FileNotFoundError) as caught:
         write(tmp_path / "none" / "results.json", way)
