@@ -82,7 +82,7 @@ def _place(ratio: float) -> str:
 
 def verdict_lines(evidence: Evidence) -> str:
     """What survives, what does not, and where it turns: three lines, all in per cent, no number twice."""
-    e = evidence
+    e, name = evidence, MODELS[_MODEL].name
     least, most = lookup_span(e)
     # Without the plus.
     floors, of_v41 = (" to ".join(added(floor)[1:] for floor in lookup_floors(e, form)) for form in ("engram", "v41"))
@@ -93,22 +93,22 @@ def verdict_lines(evidence: Evidence) -> str:
     lines = {
         "What survives": (
             f"the claim about the model. All of Engram makes that step at most {100 * added_in_all:.2g} % dearer than "
-            f"none. Its rows alone, not copied, reach {claim} at {e.crossing(_MODEL)} "
+            f"none. Its rows, not copied, reach {claim} at {e.crossing(_MODEL)} "
             f"tokens a step from a cold start (of random ids at {e.in_proportion(_MODEL)}, in proportion); on other "
             f"texts they are {text_spread(e)} % of the weights. The layer is a {layer_classes(e)} under every "
             "definition."
         ),
         "What does not": (
             f"the claim about the lookup. Offloading makes the toy's {added(least)[1:]} to {added(most)[1:]} dearer, "
-            f"by padding and the rows' fate; {MODELS[_MODEL].name}'s up to {most_placed}. Foresight spares no first "
-            f"read: the bound under every memory manager is {floors} higher offloaded (V4.1's form: {of_v41})."
+            f"by padding and the rows' fate; {name}'s at that step up to {most_placed}. Foresight spares no first read: "
+            f"the bound under every memory manager is {floors} higher offloaded (V4.1's form: {of_v41})."
         ),
         "Where it turns": (
-            f"open: if all tokens of a step choose the same experts, Engram makes V4.1-Flash's at most "
-            f"{added(1 + one)[1:]} dearer; under {claim} if it reads over {weights} GB of weights. As *energy*, by "
-            f"published figures, {MODELS[_MODEL].name}'s rows reach {claim} of what reading its weights from HBM takes "
-            f"(a small part of the board's) at {energy_span(e, 'NVMe SSD, random rows')} tokens a step from random "
-            f"rows of an SSD, {energy_span(e, 'host DDR over PCIe')} from host DDR."
+            f"if all tokens choose the same experts, Engram makes V4.1-Flash's step at most {added(1 + one)[1:]} dearer; "
+            f"under {claim} if it reads over {weights} GB of weights: open. As *energy*, by published figures, {name}'s "
+            f"rows reach {claim} of what reading its weights from HBM takes (a small part of the board's) at "
+            f"{energy_span(e, 'NVMe SSD, random rows')} tokens a step from random rows of an SSD, "
+            f"{energy_span(e, 'host DDR over PCIe')} from host DDR."
         ),
     }
     return "\n".join(f"- **{title}**: {text}" for title, text in lines.items())

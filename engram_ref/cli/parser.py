@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from engram_ref import __version__
 from engram_ref.cli.width import wrapped
+from engram_ref.quoting import one_line
 
 _ABSENT = object()  # what no command line can say
 
@@ -54,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         start, unknown, option = message.partition("unrecognized arguments: ")
         near = get_close_matches(option.partition("=")[0].split(" ")[0], self._option_string_actions, 1)
         meant = f", did you mean {near[0]}?" if unknown and not start and near else ""
-        self.exit(2, f"{self.prog}: error: {message}{meant} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message + meant, 2000)} (see --help)\n")
 
     def parse_given(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The options, and which of them stand on the command line: by name in the namespace, as they are spelt."""

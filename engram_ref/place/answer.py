@@ -44,11 +44,12 @@ class Question:
         batches: tokens of a decode step of a rank, each of a sequence of its own.
         prompts: tokens of a prompt, each a step of its own.
         group: the ranks, and how they reach each other.
-        block_s: seconds of a decoder block; None: at least its weights' bytes over the bandwidth.
+        block_s: seconds of a decoder block in a decode step; None: by its weights and its operations.
         blocks: of the model; None: as many as are known, or at least those up to the last Engram layer.
         hot_share: of all rows, that the hot tier holds.
-        weights_over: GPUs, or processes, that split each block's weights. So many ranks compute together, as under
-            expert parallelism; if there are fewer, several compute for one, as under tensor parallelism.
+        weights_over: GPUs, or processes, that split each block's weights. Of so many ranks each has its own attention
+            and all compute together, as under expert parallelism; of fewer, several compute for one, as under tensor
+            parallelism.
     """
 
     model: Model
@@ -88,10 +89,13 @@ class Question:
         backbone = self.model.backbone
         if backbone is None or (self.block_s is not None and phase == "decode"):
             return self.block_s
-        together = tokens * min(self.weights_over, self.group.ranks)  # of all ranks that split one copy of the weights
+        ranks = min(
+            self.weights_over, self.group.ranks
+        )  # that split one copy of the experts, each with its own attention
+        together = tokens * ranks
         parts = backbone.blocks * self.weights_over
         computed = block_seconds(backbone.active_values / parts, together, self.machine[self._compute])
-        read = backbone.step_bytes(together) / parts / self.machine[self._weights]
+        read = backbone.step_bytes(together, ranks) / parts / self.machine[self._weights]
         return max(computed, read if self.block_s is None else self.block_s)
 
     @property
@@ -296,14 +300,14 @@ def recommend(placements: list[dict[str, Any]]) -> dict[str, Any]:
             "reason": f"No placement fits: {least['placement']} comes closest and lacks {lacks}.",
         }
     if any(None in _losses(p) for p in fitting):
-        best = min(fitting, key=lambda p: [step["seconds"] for step in p["steps"]][::-1])
+        best = min(fitting, key=lambda p: sorted((step["seconds"] for step in p["steps"]), reverse=True))
         why = "it fits and its longest fetch is the shortest; with --block-time it can be said what of it is hidden."
         return {"placement": best["placement"], "reason": f"{best['placement']}: {why}"}
     tolerable = [p for p in fitting if _losses(p)[0] <= TOLERATED]
-    # In steps of a per cent of the most that any of them holds: a buffer's size is to decide nothing.
-    step = max(max(p["held"].values()) for p in placements) / 100 or 1
-    frees = sorted(tolerable, key=lambda p: (-round(p["freed"] / step), [worst["loss"] for worst in _worst(p)]))
-    best = frees[0] if frees else min(fitting, key=_losses)
+    # A per cent of the most that any holds is as good as nothing: a buffer's size is to decide nothing.
+    least = max((p["freed"] for p in tolerable), default=0) - max(max(p["held"].values()) for p in placements) / 100
+    equals = [p for p in tolerable if p["freed"] >= least]
+    best = min(equals, key=lambda p: [worst["loss"] for worst in _worst(p)]) if equals else min(fitting, key=_losses)
     return {"placement": best["placement"], "reason": _reason(best, placements, bool(tolerable))}
 
 
@@ -321,7 +325,7 @@ def _worst(placement: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: bool) -> str:
     losses = " and ".join(
-        f"{time(step['exposed_s'])} ({percent(step['loss'])}) of {_PHASES[step['phase']]} of "
+        f"{percent(step['loss'])} ({time(step['exposed_s'])}) of {_PHASES[step['phase']]} of "
         f"{in_tokens(step['tokens'])}"
         for step in _worst(best)
     )
@@ -342,15 +346,15 @@ def in_tokens(number: int) -> str:
 def size(nbytes: float) -> str:
     """Bytes in words."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(nbytes) >= unit:
-            return f"{nbytes / unit:.4g} {name}"
-    return f"{nbytes:.4g} B"
+        if abs(nbytes) >= 0.9995 * unit:
+            return f"{_digits(nbytes / unit, 4)} {name}"
+    return f"{_digits(nbytes, 4)} B"
 
 
 def percent(share: float | None) -> str:
     """A share in words, with two digits."""
     if share is None or not 0 < share < 0.001:
-        return "-" if share is None else f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
+        return "-" if share is None else f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
     return "<0.1 %"
 
 
@@ -360,10 +364,10 @@ def time(value: float | None) -> str:
         return "-"
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if value >= 0.9995 * unit:
-            return f"{_three(value / unit)} {name}"
-    return f"{_three(1e6 * value)} us"
+            return f"{_digits(value / unit, 3)} {name}"
+    return f"{_digits(1e6 * value, 3)} us"
 
 
-def _three(value: float) -> str:
-    """Three digits, or all that a larger number has before the point."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+def _digits(value: float, digits: int) -> str:
+    """So many digits, or all that a larger number has before the point."""
+    return f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"

@@ -100,7 +100,9 @@ def _check(parser: cli.Parser, options: argparse.Namespace) -> None:
     if options.ranks == 1 and of_ranks:
         parser.error(f"--{of_ranks[0].replace('_', '-')} does nothing without --ranks")
     if options.link in ("nvlink", "pcie") and (options.machines or 1) > 1:
-        parser.error(f"--link {options.link} does not reach other machines: give --link ethernet, or --link-rate")
+        parser.error(
+            f"--link {options.link} does not reach other machines: give --link ethernet, or a --link-rate alone"
+        )
     if options.json and options.engram_config:
         parser.error("--json has everything: leave --engram-config away, or --json")
     if options.folder is not None and options.disk is not None and not (options.measure and options.disk):
@@ -123,7 +125,7 @@ def question(options: argparse.Namespace) -> Question:
     machine = _machine(options, model.config.row_bytes())
     _refuse_idle(options, machine.gpu is not None, model.backbone is not None)
     if options.weights_over is not None and model.backbone is None:
-        raise ValueError("--weights-over: nothing is known of this model's weights, give --block-time")
+        raise ValueError("--weights-over: nothing is known of this model's weights, leave it out and give --block-time")
     group = _group(options, machine.gpu is not None)
     reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer, prompts)
     return Question(

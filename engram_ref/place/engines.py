@@ -22,7 +22,7 @@ _SGLANG = {
     "sharded": {"placement": "gpu", "replication": "none"},
     "sharded host": {"placement": "cpu", "replication": "none"},
 }
-_SGLANG_QWEN = {"device": "# without a flag", "sharded": "# without a flag", "uva": "--ple-offload-embedding"}
+_SGLANG_QWEN = {"device": "# no flag", "sharded": "# no flag", "uva": "--ple-offload-embedding"}
 _SEEN = "as documented in November 2026"
 
 
@@ -31,8 +31,10 @@ def engine_flags(placement: str | None, form: str) -> list[str]:
     if form not in ("v41", "qwen"):
         return [f"# neither vLLM nor SGLang loads a model of the form {form}, {_SEEN}"]
     if placement not in _VLLM:
-        what = "nothing fits" if placement is None else f"neither engine has the placement {placement}"
-        return [f"# {what}, {_SEEN}: they hold the table on GPUs, or read it in place from pinned host memory"]
+        if placement is None:
+            return ["# nothing fits"]
+        has = "they hold the table on GPUs, or read it in place from pinned host memory"
+        return [f"# neither engine has the placement {placement}, {_SEEN}: {has}"]
     lines = [f"--engram-config '{json.dumps(_VLLM[placement])}'  # vLLM, {_SEEN}"]
     if form == "v41":
         lines.append(f"--engram-config '{json.dumps(_SGLANG[placement])}'  # SGLang, {_SEEN}")

@@ -48,9 +48,10 @@ FORMULAS = {
     "rows": "tokens x layers x columns",
     "distinct": "rows x share of distinct rows in a step of the text; of a prompt, in as many tokens in a row",
     "window": "layer x block time; that given for a decode step, or the longer of two leasts: bytes of a block's "
-    "weights that a step reads / weights_over / device (memory, if no GPU), of experts those that the tokens of "
-    "min(weights_over, ranks) ranks choose, each by itself and none preferred; 2 x active values of a block x those "
-    "tokens / weights_over / compute (processor, if no GPU). A prompt takes a given time or its operations, the longer",
+    "weights that a step reads / weights_over / device (memory, if no GPU), of experts those that the tokens of r = "
+    "min(weights_over, ranks) ranks choose, each by itself and none preferred, of all else r times; 2 x active values "
+    "of a block x those tokens / weights_over / compute (processor, if no GPU). A prompt takes a given time or its "
+    "operations, the longer",
     "beyond": "over layers, the most that the fetches up to one take beyond its window; not below 0",
     "beside": "uva: beside_uva x what of its fetches is not beyond the windows; each fetch of host, file and sharded "
     "host: beside_staged, of hot and hot file: beside_hot; if no GPU, of file and hot file: beside_file; others: 0, "

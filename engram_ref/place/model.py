@@ -55,11 +55,11 @@ class Backbone:
     source: str
     experts: Experts | None = None
 
-    def step_bytes(self, tokens: int) -> int:
-        """Weights that a step of so many tokens reads, at least, once for all of them."""
+    def step_bytes(self, tokens: int, copies: int = 1) -> int:
+        """Weights that a step of so many tokens reads, at least, once for all of them; all but experts in each copy."""
         if self.experts is None:
-            return self.token_bytes
-        return self.token_bytes - self.experts.touched(1) + self.experts.touched(tokens)
+            return copies * self.token_bytes
+        return copies * (self.token_bytes - self.experts.touched(1)) + self.experts.touched(tokens)
 
 
 # The paper's models without their tables, 5.7 B of 26.7 B values and 18.5 B of 39.5 B: 6 of 55 experts are among what

@@ -64,8 +64,8 @@ def _heading(answer: dict[str, Any], number: int) -> str:
     asked = step["rows"] * answer["model"]["row_bytes"]
     rows = f"{step['rows']:,} rows, {step['distinct_rows']:,.0f} of them distinct, {size(asked)}"
     prompt = step["phase"] == "prefill"
-    # What was given is the time of a decode step's block; a prompt's may take longer, and nobody may know how long.
-    said = step["block_s"] is None or (not prompt and answer["block"]["seconds"] is not None)
+    # What was given stands above; a prompt's block may take longer, and nobody may know how long.
+    said = step["block_s"] in (None, answer["block"]["seconds"])
     least = "" if said else f"; a block takes {time(step['block_s'])} by these rates"
     if prompt:
         return f"== a prompt of {in_tokens(step['tokens'])}: {rows}{least}"
@@ -94,7 +94,7 @@ def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
 
 
 def _joules(least: float, most: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1.0, "J"), (1e-3, "mJ")) if most >= u), (1e-6, "uJ"))
+    unit, name = next(((u, n) for u, n in ((1.0, "J"), (1e-3, "mJ")) if most >= 0.995 * u), (1e-6, "uJ"))
     low, high = (f"{float(f'{joules / unit:.2g}'):g}" for joules in (least, most))  # two digits, and no exponent
     return f"{low} {name}" if low == high else f"{low}-{high} {name}"
 

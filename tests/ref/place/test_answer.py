@@ -46,7 +46,7 @@ def test_what_fits_is_recommended_and_why(flash):
     hidden = ask(flash, fast, block_s=1.0)["recommendation"]
     assert hidden["placement"] == "uva"
     assert hidden["reason"].startswith(
-        "uva: it loses at most 502 us (<0.1 %) of a step of 512 tokens, and holds 188.8 GiB less GPU memory"
+        "uva: it loses at most <0.1 % (502 us) of a step of 512 tokens, and holds 188.8 GiB less GPU memory"
     )
     assert "device would not fit" in hidden["reason"]
     waits = ask(flash, fast, block_s=1e-9)["recommendation"]
@@ -147,9 +147,7 @@ def test_what_is_said_of_a_blocks_time(flash):
     """An estimate stands with every step, a given one in the head alone; that of a prompt is estimated in any case."""
     demo = Model.of("demo")
     given = report(ask(demo, block_s=330e-6, blocks=36, prompts=(4096,)))
-    assert (
-        given.count("a block takes 330 us by these rates") == 1 and "block: 330 us, given; 36 of them a step" in given
-    )
+    assert "by these rates" not in given and "block: 330 us, given; 36 of them a step" in given
     assert report(ask(flash, prompts=(4096,))).count("by these rates\n") == 4
     assert "takes" not in report(ask(demo, prompts=(4096,)))
 
@@ -176,7 +174,9 @@ def test_a_block_takes_the_longer_of_its_weights_and_its_operations(flash):
     weights, operations = flash.backbone.step_bytes(64) / 40 / 1e12, 2 * 16e9 / 40 * 4096 / 1e14
     assert block(64) == block(64, ranks=8) == weights and block(4096) == block(4096, "prefill") == operations
     assert block(64, weights_over=8) == weights / 8 and block(4096, weights_over=8) == operations / 8
-    assert block(64, ranks=8, weights_over=8) == flash.backbone.step_bytes(512) / 40 / 8 / 1e12
+    dense = 8e9 - 289e9 * 6 / 384  # attention and what else is no expert: each of the ranks reads it whole
+    together = flash.backbone.step_bytes(512) + 7 * dense
+    assert block(64, ranks=8, weights_over=8) == pytest.approx(together / 40 / 8 / 1e12, rel=1e-9)
     assert block(4096, ranks=8, weights_over=8) == operations
     assert block(4096, block_s=1e-3) == 1e-3 and block(4096, "prefill", block_s=1e-3) == operations
     assert block(4096, "prefill", block_s=1.0) == 1.0
