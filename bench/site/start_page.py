@@ -100,13 +100,13 @@ def verdict_lines(evidence: Evidence) -> str:
         ),
         "What does not": (
             f"the claim about the lookup. Offloading makes the toy's {added(least)[1:]} to {added(most)[1:]} dearer, "
-            f"by padding and the rows' fate; {name}'s at that step up to {most_placed}. Foresight spares no first read: "
-            f"the bound under every memory manager is {floors} higher offloaded (V4.1's form: {of_v41})."
+            f"by padding and the rows' fate; {name}'s at that step up to {most_placed}. Foresight spares no first "
+            f"read: the bound under every memory manager is {floors} higher offloaded (V4.1's form: {of_v41})."
         ),
         "Where it turns": (
-            f"if all tokens choose the same experts, Engram makes V4.1-Flash's step at most {added(1 + one)[1:]} dearer; "
-            f"under {claim} if it reads over {weights} GB of weights: open. As *energy*, by published figures, {name}'s "
-            f"rows reach {claim} of what reading its weights from HBM takes (a small part of the board's) at "
+            f"if all tokens choose the same experts, Engram makes V4.1-Flash's step at most {added(1 + one)[1:]} "
+            f"dearer; under {claim} if it reads over {weights} GB of weights: open. As *energy*, by published "
+            f"figures, {name}'s rows reach {claim} of what reading its weights from HBM takes (a small part of the board's) at "
             f"{energy_span(e, 'NVMe SSD, random rows')} tokens a step from random rows of an SSD, "
             f"{energy_span(e, 'host DDR over PCIe')} from host DDR."
         ),
