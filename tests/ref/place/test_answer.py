@@ -131,6 +131,14 @@ def test_a_decode_step_alone_does_not_decide():
     assert taken(offered("device", 0, 0.0, 0.02), offered("file", 100, 5.0, 0.02)) == "device"
     assert taken(offered("host", 0, 2.0, 9.0), offered("file", 100, 3.0, 0.0)) == "file"
     assert taken(offered("host", 0, 2.0, 8.0), offered("file", 100, 2.5, 8.0)) == "host"
+    # A buffer decides nothing, wherever the per cent begins; and where no block is known, the longest fetch does.
+    for freed in (99.4, 99.5, 99.6, 100):
+        assert taken(offered("uva", freed, 0.02, 0.02), offered("host", freed - 0.2, 0.01, 0.01)) == "host"
+    unknown = [offered("uva", 100, None, None), offered("host", 0, None, None)]
+    for found, seconds in zip(unknown, ((1.0, 9.0, 1.0), (1.0, 2.0, 3.0))):
+        for step, taken_s in zip(found["steps"], seconds):
+            step["seconds"] = taken_s
+    assert taken(*unknown) == "host"
 
 
 def test_a_row_in_place_costs_no_more_than_it_takes():
