@@ -106,8 +106,8 @@ def verdict_lines(evidence: Evidence) -> str:
         "Where it turns": (
             f"if all tokens choose the same experts, Engram makes V4.1-Flash's step at most {added(1 + one)[1:]} "
             f"dearer; under {claim} if it reads over {weights} GB of weights: open. As *energy*, by published "
-            f"figures, {name}'s rows reach {claim} of what reading its weights from HBM takes (a small part of the board's) "
-            f"at {energy_span(e, 'NVMe SSD, random rows')} tokens a step from random rows of an SSD, "
+            f"figures, {name}'s rows reach {claim} of what reading its weights from HBM takes (a small part of the "
+            f"board's) at {energy_span(e, 'NVMe SSD, random rows')} tokens a step from random rows of an SSD, "
             f"{energy_span(e, 'host DDR over PCIe')} from host DDR."
         ),
     }
