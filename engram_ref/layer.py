@@ -123,7 +123,8 @@ class Engram(nn.Module):
         config = self.fusion.config
         batch, length = stream.shape[:2]
         shape = (batch, length, config.columns)
-        if not isinstance(rows, Ready) and not torch.compiler.is_dynamo_compiling() and is_recorded():
+        has_values = not isinstance(rows, Ready) and self.table.device.type != "meta"
+        if has_values and not torch.compiler.is_dynamo_compiling() and is_recorded():
             raise ValueError(ADVICE)
         if isinstance(rows, (Tensor, np.ndarray)):
             if tuple(rows.shape) != shape:

@@ -105,12 +105,12 @@ class QwenFolder:
             _check_fusion(path, config, layer.layer_id, tensors[layer.layer_id])
             if not sparse:  # before constants are read there
                 require_written([*shards[layer.layer_id], *tensors[layer.layer_id].values()])
-            if not _check_constants(layer, tensors[layer.layer_id]):
-                silent.append(layer.layer_id)
+            lacking = _check_constants(layer, tensors[layer.layer_id])
+            silent += [f"layers.{layer.layer_id}.ple.{name}" for name in lacking]
         if silent:
             warnings.warn(
-                f"{path}: layers {quoted(silent)} have no {listed(list(CONSTANTS))}, so what {CONFIG_FILE} says of "
-                "seed, ids and sizes is believed: with others, every row would be wrong and nothing would tell",
+                f"{path} has no {listed(silent)}, so what {CONFIG_FILE} says of seed, ids and sizes is "
+                "believed: with others, every row would be wrong and nothing would tell",
                 stacklevel=2,
             )
         dtypes = {entry.dtype for entries in shards.values() for entry in entries}
@@ -243,8 +243,8 @@ def _check_fusion(path: Path, config: EngramConfig, layer_id: int, tensors: Mapp
             )
 
 
-def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> bool:
-    """Compare the plan with the hash constants that the checkpoint has; whether it has them all."""
+def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """Compare the plan with the hash constants that the checkpoint has; the names of those that it has not."""
     for name, mine in CONSTANTS.items():
         entry = tensors.get(name)
         if entry is None:
@@ -260,4 +260,4 @@ def _check_constants(layer: LayerPlan, tensors: Mapping[str, TensorEntry]) -> bo
                 f"{entry.path}, {entry.name} is {quoted(found)}; the plan of {CONFIG_FILE} has {quoted(needed)}: the "
                 "rows were hashed otherwise, use config.json and weights of one model"
             )
-    return CONSTANTS.keys() <= tensors.keys()
+    return [name for name in CONSTANTS if name not in tensors]

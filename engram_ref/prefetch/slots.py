@@ -143,7 +143,8 @@ class Buffers:
         if table.device.type != "cpu" or table.trained:
             return None
         kept = self._arrivals.get(layer_id)
-        if kept is None or kept.shape[0] < count:
+        # What somebody asked gradients of stays his.
+        if kept is None or kept.shape[0] < count or kept.requires_grad:
             with torch.inference_mode(False):  # written to in whatever mode a later fetch runs
                 kept = torch.empty((count, table.format.width), dtype=table.format.dtype, device="cpu")
             self._arrivals[layer_id] = kept

@@ -86,7 +86,8 @@ class Table(ABC):
 
         Args:
             rows: row numbers [N], int32 or int64, on `index_device`.
-            out: [N, D] on `device` to write into instead of new memory; nobody may still be reading it.
+            out: [N, D] on `device` to write into instead of new memory; nobody may still be reading it. To torch's
+                `backward`, slices of one tensor are written to together.
 
         Raises:
             ValueError: a row number outside 0 .. rows - 1, the wrong dtype, shape or device, or a closed table.

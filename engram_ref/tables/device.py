@@ -99,11 +99,12 @@ class DeviceTable(Table):
         return self._rows
 
     def _are_here(self, values: Tensor) -> bool:
-        """Whether the rows are these values still; memory that was given back has the address 0, as do its views."""
+        """Whether the rows are these values still, and their memory was not given back."""
         assert self._rows is not None
-        here = values.data_ptr() == self._rows.parts[0].data_ptr() != 0
+        here = values.data_ptr() == self._rows.parts[0].data_ptr()
         like = values.shape == (self.rows, self.format.width) and values.dtype == self.format.dtype
-        return here and like and values.is_contiguous()
+        end = values.storage_offset() * values.itemsize + values.nbytes
+        return here and like and values.is_contiguous() and end <= values.untyped_storage().nbytes()
 
     def _follow(self, values: Tensor) -> None:
         """Rows that are trained lie elsewhere now: `values.data = ...`, as an average of weights is swapped in."""

@@ -263,9 +263,8 @@ class _Mixed:
         missed, slots = numbers[: 2 * self.missed], numbers[2 * self.missed :]
         values = self.hot.start(slots, self.out).wait()  # [N, D]; for a miss some hot row, to be written over
         misses = self.misses.wait()
-        if values.device.type == "cpu":  # in NumPy, as in `_tell_apart_here`
-            row = f"V{values.shape[1] * values.element_size()}"
-            into, rows = (part.view(torch.uint8).numpy().view(row) for part in (values, misses))
+        if values.device.type == "cpu":  # in NumPy, as in `_tell_apart_here`, by what torch.compile knows of it
+            into, rows = (part.view(torch.uint8).numpy() for part in (values, misses))
             into[missed.numpy().view(np.int64)] = rows
             return values
         # torch copies no rows of float8 by number, but bytes it does

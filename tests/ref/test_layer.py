@@ -110,6 +110,19 @@ def test_every_way_to_hand_in_rows_gives_the_same_bits(engram):
         assert torch.equal(engram(hidden, fetch[1]), want)
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_takes_rows_from_every_placement(engram, weights, tmp_path):
+    """Dynamo traces what it may of a fetch, and breaks its graph at the rest."""
+    _, rows, hidden = make_batch(3, 9)
+    want = engram(hidden, rows)
+    save_rows(tmp_path / "rows.safetensors", weights)
+    file, some = StoredRows.find(tmp_path / "rows.safetensors"), torch.arange(0, len(weights), 3)
+    tables = [make_table("host", weights), make_table("file", file), HotTable(make_table("host", weights), some)]
+    for table in tables:
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(Engram(engram.fusion, table), backend="eager")(hidden, rows), want)
+
+
 def test_a_stream_without_copies_keeps_its_shape(weights):
     config = CONFIG.replace(hc_mult=1)
     engram = Engram(DemoFusion(config, dtype=torch.float64), DeviceTable(weights))
@@ -393,3 +406,7 @@ def test_programs_that_would_keep_the_rows_of_an_example_are_refused(engram):
         with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="would keep the rows"):
             engram(hidden, rows)
         assert engram(hidden, rows).shape == hidden.shape
+        # Shapes of what has no values anyway may be asked for.
+        nothing = Engram(DemoFusion(CONFIG, "meta"), DeviceTable(torch.empty(LAYER.rows, 4, device="meta")))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert nothing(hidden.float().to("meta"), rows.to("meta")).shape == hidden.shape

@@ -86,6 +86,16 @@ def test_what_was_hashed_may_be_written_over_while_its_rows_are_gathered(values)
                 assert torch.equal(fetch[layer_id].wait(), expected(values, first, layer_id))
 
 
+def test_rows_whose_gradients_somebody_wanted_are_nobody_elses_buffer(values):
+    tables = {layer_id: make_table("host", rows) for layer_id, rows in values.items()}
+    with Prefetcher(NgramHasher(PLAN), tables) as prefetcher:
+        for seed in range(4):  # more than there are buffers
+            with prefetcher.start(random_ids(seed, (1, 5))) as fetch:
+                rows = fetch[1].wait().requires_grad_()
+                (rows * rows).sum().backward()
+                assert rows.grad is not None and torch.equal(rows.grad, 2 * rows)
+
+
 def test_without_a_background_nothing_overlaps(values):
     tables = slow_tables(values, seconds=0.03)
     with Prefetcher(NgramHasher(PLAN), tables, background=False) as prefetcher:

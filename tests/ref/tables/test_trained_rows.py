@@ -98,14 +98,16 @@ def test_other_rows_at_the_same_address_are_seen(grad):
         assert torch.equal(fetch(table, torch.tensor([5])), own[5:])
 
 
-def test_rows_whose_memory_was_given_back_are_refused_until_it_is_there_again():
-    weight = torch.nn.Parameter(torch.zeros(6, 4))
+@pytest.mark.parametrize("first", [0, 4], ids=["whole", "a part of a flat parameter"])
+@pytest.mark.parametrize("left", [0, 16])
+def test_rows_whose_memory_was_given_back_are_refused_until_it_is_there_again(first, left):
+    weight = torch.nn.Parameter(torch.zeros(first + 24)[first:].view(6, 4))
     with DeviceTable(weight) as table, torch.no_grad():
-        weight.untyped_storage().resize_(0)
+        weight.untyped_storage().resize_(left)
         for refused in (lambda: fetch(table, torch.tensor([5])), lambda: DeviceTable(weight)):
             with pytest.raises(ValueError, match="memory was given back"):
                 refused()
-        weight.untyped_storage().resize_(96)
+        weight.untyped_storage().resize_(96 + 4 * first)
         weight.fill_(7)
         assert torch.equal(fetch(table, torch.tensor([5])), torch.full((1, 4), 7.0))
 
