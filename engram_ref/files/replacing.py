@@ -8,8 +8,7 @@
 
 A write that fails leaves nothing behind, and an older file under that name stays. A process that is killed in between
 leaves its part; nobody holds its lock any more, by which the next one that writes the same file knows and removes it. A
-part has a name that cannot be guessed, follows no link and has the mode that the umask gives. Where `path` is a link,
-what it points to is written.
+part has a name that cannot be guessed, follows no link and has the mode that the umask gives.
 
     python -m pytest tests/ref/files/test_replacing.py
 """
@@ -54,8 +53,6 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _part(path: Path, ending: str) -> Iterator[tuple[Path, BinaryIO]]:
-    if path.is_symlink():  # the link stays, as where a file is opened for writing
-        path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file, and would be replaced by one: name another")
     remove_abandoned(path)

@@ -101,16 +101,6 @@ def test_a_name_that_was_guessed_is_not_followed(tmp_path, way, monkeypatch):
     assert target.read_bytes() == b"precious"
 
 
-def test_what_a_link_points_to_is_written(tmp_path, way):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "old").write_bytes(b"half")
-    for name in ("old", "new"):
-        (tmp_path / name).symlink_to(Path("there") / name)
-        write(tmp_path / name, way)
-        assert (tmp_path / name).is_symlink() and (tmp_path / "there" / name).read_bytes() == b"whole"
-    assert sorted(os.listdir(tmp_path / "there")) == ["new", "old"]
-
-
 def test_a_device_or_a_pipe_is_not_replaced(tmp_path, way):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
