@@ -8,7 +8,8 @@
 
 A write that fails leaves nothing behind, and an older file under that name stays. A process that is killed in between
 leaves its part; nobody holds its lock any more, by which the next one that writes the same file knows and removes it. A
-part has a name that cannot be guessed, follows no link and has the mode that the umask gives.
+part has a name that cannot be guessed, follows no link and has the mode that the umask gives. Where `path` is a link,
+the link is replaced and what it points to stays: whoever could plant one would choose a file to be overwritten.
 
     python -m pytest tests/ref/files/test_replacing.py
 """

@@ -293,7 +293,7 @@ def recommend(placements: list[dict[str, Any]]) -> dict[str, Any]:
     """
     fitting = [p for p in placements if p["fits"]]
     if not fitting:
-        least = min(placements, key=lambda p: sum(p["lacking"].values()))
+        least = min(placements, key=lambda p: (sum(p["lacking"].values()), sum(p["held"].values())))
         lacks = ", ".join(f"{size(n)} of {_WHERE[tier]}" for tier, n in least["lacking"].items())
         return {
             "placement": None,

@@ -125,7 +125,9 @@ def question(options: argparse.Namespace) -> Question:
     machine = _machine(options, model.config.row_bytes())
     _refuse_idle(options, machine.gpu is not None, model.backbone is not None)
     if options.weights_over is not None and model.backbone is None:
-        raise ValueError("--weights-over: nothing is known of this model's weights, leave it out and give --block-time")
+        raise ValueError(
+            "--weights-over: nothing is known of this model's weights, leave it out; --block-time says more"
+        )
     group = _group(options, machine.gpu is not None)
     reads = count_reads(model, read_text(options.text), batches, options.hot_share, options.tokenizer, prompts)
     return Question(

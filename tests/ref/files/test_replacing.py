@@ -101,6 +101,14 @@ def test_a_name_that_was_guessed_is_not_followed(tmp_path, way, monkeypatch):
     assert target.read_bytes() == b"precious"
 
 
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path, way):
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "results.json").symlink_to(tmp_path / "precious")
+    write(tmp_path / "results.json", way)
+    assert not (tmp_path / "results.json").is_symlink() and (tmp_path / "results.json").read_bytes() == b"whole"
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
 def test_a_device_or_a_pipe_is_not_replaced(tmp_path, way):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):

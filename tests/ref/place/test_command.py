@@ -84,7 +84,7 @@ def test_ranks_links_and_prompts_of_the_command(capsys, quick):
             ["v41-flash"],
             "v41-flash does not exist: give a checkpoint's folder or its config.json, or --preset v41-flash",
         ),
-        (["--preset", "demo", "--weights-over", "8"], "of this model's weights, leave it out and give --block-time"),
+        (["--preset", "demo", "--weights-over", "8"], "of this model's weights, leave it out; --block-time"),
         (
             ["--preset", "v41-flash", "--weights-over", "8", "--block-time", "1ms", "--prompt"],
             "leave it out, or the time",
