@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and leave with code 2."""
         start, unknown, option = message.partition("unrecognized arguments: ")
-        near = get_close_matches(option.partition("=")[0].split(" ")[0], self._option_string_actions, 1)
+        near = get_close_matches(option.partition("=")[0].split(" ")[0], self._option_string_actions, 1, 0.75)
         meant = f", did you mean {near[0]}?" if unknown and not start and near else ""
         self.exit(2, f"{self.prog}: error: {one_line(message + meant, 2000)} (see --help)\n")
 
