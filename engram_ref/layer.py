@@ -123,8 +123,9 @@ class Engram(nn.Module):
         config = self.fusion.config
         batch, length = stream.shape[:2]
         shape = (batch, length, config.columns)
-        has_values = not isinstance(rows, Ready) and self.table.device.type != "meta"
-        if has_values and not torch.compiler.is_dynamo_compiling() and is_recorded():
+        # Rows that are there already are tensors of the program; a table on meta has no rows to keep.
+        fetched = not isinstance(rows, Ready) and self.table.device.type != "meta"
+        if fetched and not torch.compiler.is_dynamo_compiling() and is_recorded():
             raise ValueError(ADVICE)
         if isinstance(rows, (Tensor, np.ndarray)):
             if tuple(rows.shape) != shape:

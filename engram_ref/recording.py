@@ -26,7 +26,7 @@ def is_exported() -> bool:
 
 
 def _has_mode() -> bool:
-    """Whether this thread's operations are written down; `get_proxy_mode` would tell of other threads' exports, too."""
+    """Whether this thread's operations are written down, or have no values; `get_proxy_mode` tells of others', too."""
     if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
         return True
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)

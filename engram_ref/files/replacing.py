@@ -123,10 +123,10 @@ def _remove_unlocked(part: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure, where the folder may be opened."""
+    """Make a rename last through a power failure, where the folder may be read."""
     try:
         fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # one that may be written to and not read; the file has its name all the same
+    except PermissionError:  # it may be written to, and the file has its name all the same
         return
     try:
         os.fsync(fd)

@@ -26,6 +26,7 @@ from engram_ref.place.group import ALONE, Group
 from engram_ref.place.machine import UNITS, Machine
 from engram_ref.place.model import Model
 from engram_ref.place.reads import Reads
+from engram_ref.place.words import in_tokens, percent, size, time
 
 WITH_GPU = ("device", "hot", "uva", "host", "hot file", "file")
 WITHOUT_GPU = ("memory", "hot file", "file")
@@ -83,15 +84,14 @@ class Question:
     def block(self, tokens: int, phase: str) -> float | None:
         """Seconds of a block in a step of so many tokens of each rank; None where nothing is known of it.
 
-        Where no block time was given, the least: the longer of what reading its weights takes, and its operations. A
-        given time is that of a decode step; a prompt takes as long, or as its operations.
+        Where no block time was given, by the machine's rates: the longer of what reading its weights takes, and its
+        operations. A given time is that of a decode step; a prompt takes as long, or as its operations.
         """
         backbone = self.model.backbone
         if backbone is None or (self.block_s is not None and phase == "decode"):
             return self.block_s
-        ranks = min(
-            self.weights_over, self.group.ranks
-        )  # that split one copy of the experts, each with its own attention
+        # Ranks that split one copy of the experts; what else is no expert, attention before all, each has itself.
+        ranks = min(self.weights_over, self.group.ranks)
         together = tokens * ranks
         parts = backbone.blocks * self.weights_over
         computed = block_seconds(backbone.active_values / parts, together, self.machine[self._compute])
@@ -101,15 +101,17 @@ class Question:
     @property
     def block_source(self) -> str:
         """Where a block's seconds are from."""
-        if self.model.backbone is None and self.block_s is None:
+        is_given, backbone = self.block_s is not None, self.model.backbone
+        if backbone is None and not is_given:
             return "unknown: give --block-time"
-        if self.model.backbone is None or (self.block_s is not None and not self.prompts):
+        if backbone is None or (is_given and not self.prompts):
             return "given"
-        who = "by one that does all: where several split its weights it is less (--weights-over)"
-        who = who if self.weights_over == 1 else f"by each of {self.weights_over} that split its weights"
-        read = f"reading its weights ({self._weights})" if self.block_s is None else "given; of a prompt as long"
-        both = f"{read} or its operations ({self._compute}), the longer"
-        return f"{both}, {who}; {self.model.backbone.source}"
+        read = "given; of a prompt as long" if is_given else f"reading its weights ({self._weights})"
+        if self.weights_over == 1:
+            who = "by one that does all: where several split its weights it is less (--weights-over)"
+        else:
+            who = f"by each of {self.weights_over} that split its weights"
+        return f"{read} or its operations ({self._compute}), the longer, {who}; {backbone.source}"
 
     @property
     def _compute(self) -> str:
@@ -336,38 +338,3 @@ def _reason(best: dict[str, Any], placements: list[dict[str, Any]], tolerable: b
     without = f"; {', '.join(no_room)} would not fit" if no_room else ""
     unmeasured = "; what blocks lose beside rows of other ranks was never measured" * (best["placement"] in OF_RANKS)
     return f"{best['placement']}: {says} {losses}{frees}{unmeasured}{without}."
-
-
-def in_tokens(number: int) -> str:
-    """A number of tokens in words."""
-    return f"{number:,} token{'s' * (number != 1)}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in words."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(nbytes) >= 0.9995 * unit:
-            return f"{_digits(nbytes / unit, 4)} {name}"
-    return f"{_digits(nbytes, 4)} B"
-
-
-def percent(share: float | None) -> str:
-    """A share in words, with two digits."""
-    if share is None or not 0 < share < 0.001:
-        return "-" if share is None else f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
-    return "<0.1 %"
-
-
-def time(value: float | None) -> str:
-    """Seconds in words."""
-    if value is None:
-        return "-"
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if value >= 0.9995 * unit:
-            return f"{_digits(value / unit, 3)} {name}"
-    return f"{_digits(1e6 * value, 3)} us"
-
-
-def _digits(value: float, digits: int) -> str:
-    """So many digits, or all that a larger number has before the point."""
-    return f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"

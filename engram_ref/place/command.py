@@ -6,7 +6,7 @@
     engram-place /models/DeepSeek-V4.1-Flash --measure       a checkpoint (or its config.json); rates measured here
     engram-place --preset v41-flash --gpu 40GB --host 900GB --ranks 8 --weights-over 8     expert parallelism
     engram-place --preset v41-flash --json | jq .recommendation
-    engram-place --preset v41-flash --gpu 40GB --host 512GB --engram-config      the flag for vLLM and SGLang
+    engram-place --preset v41-flash --gpu 40GB --host 512GB --engram-config      flags for vLLM and SGLang
 
 --gpu, --host and --disk are what is free for the table, beside weights and caches: the GPU of each rank, host memory
 and disk of each machine. Rates that were neither measured nor given are assumed, and said so. --json has every number
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--tokenizer", metavar="PATH", help="a tokenizer.json for the text (default: DeepSeek-V4's)")
     add("--json", action="store_true", help="everything as JSON on stdout")
-    add("--engram-config", action="store_true", help="only the flag that vLLM and SGLang take")
+    add("--engram-config", action="store_true", help="only the flags that vLLM and SGLang take")
     options = parser.parse_args(argv)
     _check(parser, options)
     return options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engram_ref.place.answer import in_tokens, percent, size, time
+from engram_ref.place.words import in_joules, in_tokens, in_units, percent, size, time
 
 _OF_GPUS = ("device", "bus", "uva", "compute", "start_device", "start_bus", "start_staged")
 _BESIDE = ("beside_uva", "beside_staged", "beside_hot")  # of GPUs, too
@@ -88,15 +88,9 @@ def _rows(answer: dict[str, Any], number: int) -> list[list[str]]:
             percent(step["loss"]),
             "-" if prices["over_resident"] is None else f"{prices['over_resident']:.3g} x",
             "-" if prices["whole_model"] is None else f"{prices['whole_model']:.4f} x",
-            _joules(joules["least"], joules["most"]),
+            in_joules(joules["least"], joules["most"]),
         ])  # fmt: skip
     return found
-
-
-def _joules(least: float, most: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1.0, "J"), (1e-3, "mJ")) if most >= 0.995 * u), (1e-6, "uJ"))
-    low, high = (f"{float(f'{joules / unit:.2g}'):g}" for joules in (least, most))  # two digits, and no exponent
-    return f"{low} {name}" if low == high else f"{low}-{high} {name}"
 
 
 def _notes(answer: dict[str, Any]) -> list[str]:
@@ -118,18 +112,6 @@ def _notes(answer: dict[str, Any]) -> list[str]:
     found = [["rate", "value", "from"]]
     found += [[name, in_units(rate["value"], rate["unit"]), rate["source"]] for name, rate in rates]
     return [*lines, "", aligned(found, left=(0, 2))]
-
-
-def in_units(value: float, unit: str) -> str:
-    """A rate in words, by powers of a thousand; or a delay, or a share, which has no unit."""
-    if unit == "s":
-        return time(value)
-    if not unit:
-        return percent(value)
-    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * power:
-            return f"{value / power:.3g} {prefix}{'' if unit == 'B/s' else ' '}{unit}"
-    return f"{value:.3g} {unit}"
 
 
 def aligned(rows: list[list[str]], left: tuple[int, ...] = (0, 1)) -> str:

@@ -57,9 +57,7 @@ class Rows:
             )
         if not all(part.is_contiguous() for part in self.parts):
             raise ValueError("the rows of a table must lie one after the other: give contiguous parts")
-        if any(
-            part.storage_offset() + part.nbytes > part.untyped_storage().nbytes() for part in self.parts if len(part)
-        ):
+        if not all(has_memory(part) for part in self.parts):
             raise ValueError("rows whose memory was given back: their storage has been resized to fewer bytes")
 
     @classmethod
@@ -166,6 +164,12 @@ class Rows:
                 piece = part[first : first + _CHECKED]
                 if piece.is_cpu or fp8.has_nan(piece[:, :count], piece[:, count:]):  # on an accelerator looked at there
                     refuse_nan("these rows", piece.cpu().numpy(), count, number)
+
+
+def has_memory(values: Tensor) -> bool:
+    """Whether contiguous values lie within their storage, which whoever shards parameters may have resized."""
+    end = values.storage_offset() * values.itemsize + values.nbytes
+    return not len(values) or end <= values.untyped_storage().nbytes()
 
 
 def refuse_wrapped(values: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from engram_ref.rows.decoding import kernels_for
 from engram_ref.rows.memory import HostMemory
-from engram_ref.rows.rows import Rows, rows_of_table
+from engram_ref.rows.rows import Rows, has_memory, rows_of_table
 from engram_ref.tables.base import Pending, Ready, Table, check_out, check_rows, check_shape
 from engram_ref.tables.in_place import InPlace
 from engram_ref.tables.staging import Delivery
@@ -103,8 +103,7 @@ class DeviceTable(Table):
         assert self._rows is not None
         here = values.data_ptr() == self._rows.parts[0].data_ptr()
         like = values.shape == (self.rows, self.format.width) and values.dtype == self.format.dtype
-        end = values.storage_offset() * values.itemsize + values.nbytes
-        return here and like and values.is_contiguous() and end <= values.untyped_storage().nbytes()
+        return here and like and values.is_contiguous() and has_memory(values)
 
     def _follow(self, values: Tensor) -> None:
         """Rows that are trained lie elsewhere now: `values.data = ...`, as an average of weights is swapped in."""

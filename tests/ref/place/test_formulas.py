@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engram_ref.place import energy, price, reads, table
+from engram_ref.place import energy, price, reads, words
 from engram_ref.place.answer import OF_RANKS, WITH_GPU, WITHOUT_GPU
 from engram_ref.place.formulas import BESIDE, beside_seconds, beyond_seconds, moved_bytes, seconds, tier_shares
 from engram_ref.place.machine import Rate
@@ -136,10 +136,17 @@ def test_exposed_time_against_a_step_that_is_played():
         assert now - 12 * block == pytest.approx(beyond_seconds(took, layers, block), abs=1e-12)
 
 
-def test_energies_have_two_digits_and_no_exponent():
-    assert [table._joules(*pair) for pair in ((5.1e-4, 5.1e-4), (1.84e-4, 2.2e-4), (4.5e-4, 1.9e-3))] == [
-        "510 uJ", "180-220 uJ", "0.45-1.9 mJ"
+def test_numbers_in_words_take_the_unit_of_what_they_are_rounded_to():
+    pairs = ((5.1e-4, 5.1e-4), (1.84e-4, 2.2e-4), (4.5e-4, 1.9e-3), (2.6e-4, 9.99e-4))
+    energies = ["510 uJ", "180-220 uJ", "0.45-1.9 mJ", "0.26-1 mJ"]
+    assert [words.in_joules(*pair) for pair in pairs] == energies
+    assert [words.size(nbytes) for nbytes in (0, 1023, 2**20 - 1, 2**30 - 1, 188.8e4 * 2**40)] == [
+        "0 B", "1023 B", "1 MiB", "1 GiB", "1,888,000 TiB"
     ]  # fmt: skip
+    assert [words.percent(share) for share in (None, 0, 1e-9, 0.001, 0.0994, 0.0996, 1.24)] == [
+        "-", "0.0 %", "<0.1 %", "0.1 %", "9.9 %", "10 %", "124 %"
+    ]  # fmt: skip
+    assert [words.time(value) for value in (5.7e-6, 9.996e-4, 1234)] == ["5.7 us", "1 ms", "1,234 s"]
 
 
 def test_energy_by_hand():
